@@ -1,0 +1,60 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "base/parallel.hpp"
+#include "base/target.hpp"
+
+namespace onestep {
+namespace {
+
+std::vector<std::string> supported_targets() {
+    std::vector<std::string> names;
+    for (int index = 0; index < kTargetCount; ++index) {
+        if (target_supported(static_cast<Target>(index))) {
+            names.emplace_back(target_name(static_cast<Target>(index)));
+        }
+    }
+    return names;
+}
+
+void select_or_throw(const std::string& name) {
+    const SelectResult result = select_target(name.c_str());
+    if (result == SelectResult::ok) {
+        return;
+    }
+    std::string message = "CPU target '" + name + "' is ";
+    message += result == SelectResult::unknown ? "not known to onestep" : "not supported by this machine or build";
+    message += "; expected one of:";
+    for (const std::string& supported : supported_targets()) {
+        message += " " + supported;
+    }
+    throw std::invalid_argument(message);
+}
+
+}  // namespace
+
+void register_runtime(pybind11::module_& module) {
+    module.def("active_target", [] { return target_name(active_target()); });
+    module.def("supported_targets", supported_targets);
+    module.def("select_target", select_or_throw);
+    module.def("set_parallel_for", [](std::uintptr_t address) {
+        set_parallel_for(reinterpret_cast<ParallelForFunction>(address));
+    });
+    module.def("thread_source", [] {
+        switch (thread_source()) {
+            case ThreadSource::torch:
+                return "torch";
+            case ThreadSource::serial_after_fork:
+                return "serial (forked child)";
+            case ThreadSource::serial:
+                break;
+        }
+        return "serial";
+    });
+}
+
+}  // namespace onestep

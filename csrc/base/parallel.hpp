@@ -1,0 +1,35 @@
+// parallel_for: the only way in which kernels use more than one thread.
+//
+// The thread pool is not ours: Python hands over `torch_parallel_for` from libtorch's C shim, so that onestep shares
+// torch's pool and obeys torch.set_num_threads. Until then, and in a forked child (whose copy of the parent's pool has
+// no threads behind it), loops run serially on the calling thread.
+#pragma once
+
+#include <cstdint>
+
+#include "base/status.hpp"
+
+namespace onestep {
+
+// Signature of `torch_parallel_for` in torch/csrc/stable/c/shim.h; 0 means success.
+using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelForFunction = int32_t (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction fn, void* context);
+
+// Installs the pool; nullptr goes back to serial loops.
+void set_parallel_for(ParallelForFunction function);
+
+enum class ThreadSource : int { serial = 0, torch = 1, serial_after_fork = 2 };
+ThreadSource thread_source();
+
+// Calls fn(context, i) for every i in [0, count), `grain` consecutive ones at least on the same thread.
+Status parallel_for_indices(int64_t count, int64_t grain, void (*fn)(void* context, int64_t index), void* context);
+
+// Calls body(i) for every i in [0, count). The body must not depend on which thread runs it or in which order:
+// every result is then the same for any number of threads. A std::bad_alloc in the body ends as out_of_memory.
+template <class Body>
+Status parallel_for(int64_t count, int64_t grain, Body& body) {
+    return parallel_for_indices(
+        count, grain, [](void* context, int64_t index) { (*static_cast<Body*>(context))(index); }, &body);
+}
+
+}  // namespace onestep

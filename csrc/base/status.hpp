@@ -1,0 +1,12 @@
+// Status codes that every kernel entry returns; bindings turn them into Python exceptions.
+#pragma once
+
+namespace onestep {
+
+enum class Status : int {
+    ok = 0,
+    out_of_memory = 1,
+    thread_pool_error = 2,
+};
+
+}  // namespace onestep

@@ -1,0 +1,78 @@
+// How Python hands over operands: addresses, sizes and strides as integers. Python has checked them; see ops/.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/batch.hpp"
+#include "base/status.hpp"
+
+namespace onestep::bindings {
+
+using Address = std::uintptr_t;
+using Sizes = std::vector<int64_t>;
+// (data_ptr, strides: batch dimensions first, then rows and columns), or None.
+using Operand = std::optional<std::pair<Address, Sizes>>;
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+inline BatchShape batch_shape(const Sizes& sizes) {
+    if (sizes.size() > static_cast<size_t>(kMaxBatchDims)) {
+        throw std::invalid_argument("at most " + std::to_string(kMaxBatchDims) + " batch dimensions");
+    }
+    BatchShape shape;
+    shape.dims = static_cast<int>(sizes.size());
+    std::copy(sizes.begin(), sizes.end(), shape.size);
+    return shape;
+}
+
+// `own` is how many of the strides belong to the matrix: 2, 1 for a vector along the rows, or 0.
+template <class T>
+Batched<T> batched(const Operand& operand, size_t own) {
+    Batched<T> result;
+    if (!operand.has_value()) {
+        return result;
+    }
+    const Sizes& strides = operand->second;
+    if (strides.size() < own || strides.size() > own + static_cast<size_t>(kMaxBatchDims)) {
+        throw std::invalid_argument("wrong number of strides");
+    }
+    result.data = pointer<T>(operand->first);
+    const size_t dims = strides.size() - own;
+    std::copy_n(strides.begin(), dims, result.batch);
+    result.row = own >= 1 ? strides[dims] : 0;
+    result.col = own >= 2 ? strides[dims + 1] : 0;
+    return result;
+}
+
+// Runs a kernel without the GIL and turns its status into an exception.
+template <class Kernel>
+pybind11::object run(const Kernel& kernel) {
+    Status status = Status::ok;
+    {
+        pybind11::gil_scoped_release release;
+        status = kernel();
+    }
+    switch (status) {
+        case Status::ok:
+            break;
+        case Status::out_of_memory:
+            throw std::bad_alloc();
+        case Status::thread_pool_error:
+            throw std::runtime_error("torch's thread pool reported an error");
+    }
+    return pybind11::none();
+}
+
+}  // namespace onestep::bindings

@@ -1,0 +1,152 @@
+#include "normal/normal.hpp"
+
+#include "bindings/arguments.hpp"
+
+namespace onestep {
+namespace {
+
+namespace py = pybind11;
+using bindings::Address;
+using bindings::Operand;
+
+template <class T>
+py::object bind_gram(const Operand& x, const Operand& y, const Operand& weight, const bindings::Sizes& batch, int64_t n,
+                     int64_t d, int64_t k, Address gram_out, Address cross_out) {
+    GramArgs<T> args;
+    args.batch = bindings::batch_shape(batch);
+    args.n = n;
+    args.d = d;
+    args.k = k;
+    args.x = bindings::batched<const T>(x, 2);
+    args.y = bindings::batched<const T>(y, 2);
+    args.weight = bindings::batched<const T>(weight, 1);
+    args.gram = bindings::pointer<T>(gram_out);
+    args.cross = bindings::pointer<T>(cross_out);
+    return bindings::run([&] { return gram(args); });
+}
+
+template <class T>
+py::object bind_moments(const Operand& x, const Operand& y, const Operand& weight, int64_t n, int64_t d, int64_t k,
+                        bool center, Address gram_out, Address cross_out, Address mean_out, Address weight_sum_out) {
+    const BatchShape single;
+    MomentsArgs<T> args;
+    args.n = n;
+    args.d = d;
+    args.k = k;
+    args.x = bindings::batched<const T>(x, 2).at(single, 0);
+    args.y = bindings::batched<const T>(y, 2).at(single, 0);
+    args.weight = bindings::batched<const T>(weight, 1).at(single, 0);
+    args.center = center;
+    args.gram = bindings::pointer<double>(gram_out);
+    args.cross = bindings::pointer<double>(cross_out);
+    args.mean = bindings::pointer<double>(mean_out);
+    args.weight_sum = bindings::pointer<double>(weight_sum_out);
+    return bindings::run([&] { return moments(args); });
+}
+
+template <class T>
+py::object bind_solve_normal(const Operand& x, const Operand& y, const Operand& weight, const Operand& ridge,
+                             const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k, int64_t refine,
+                             double jitter, Address solution, Address factor, Address info, Address rcond,
+                             Address jittered) {
+    SolveNormalArgs<T> args;
+    args.batch = bindings::batch_shape(batch);
+    args.n = n;
+    args.d = d;
+    args.k = k;
+    args.x = bindings::batched<const T>(x, 2);
+    args.y = bindings::batched<const T>(y, 2);
+    args.weight = bindings::batched<const T>(weight, 1);
+    args.ridge = bindings::batched<const T>(ridge, 1);
+    args.refine = refine;
+    args.jitter = jitter;
+    args.solution = bindings::pointer<T>(solution);
+    args.factor = bindings::pointer<T>(factor);
+    args.info = bindings::pointer<int32_t>(info);
+    args.rcond = bindings::pointer<T>(rcond);
+    args.jittered = bindings::pointer<T>(jittered);
+    return bindings::run([&] { return solve_normal(args); });
+}
+
+template <class T>
+py::object bind_solve_normal_backward(const Operand& grad, const Operand& x, const Operand& y, const Operand& weight,
+                                      const Operand& solution, const Operand& factor, const Operand& info,
+                                      const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k, Address grad_x,
+                                      Address grad_y, Address grad_weight, Address grad_ridge) {
+    SolveNormalBackwardArgs<T> args;
+    args.batch = bindings::batch_shape(batch);
+    args.n = n;
+    args.d = d;
+    args.k = k;
+    args.grad = bindings::batched<const T>(grad, 2);
+    args.x = bindings::batched<const T>(x, 2);
+    args.y = bindings::batched<const T>(y, 2);
+    args.weight = bindings::batched<const T>(weight, 1);
+    args.solution = bindings::batched<const T>(solution, 2);
+    args.factor = bindings::batched<const T>(factor, 2);
+    args.info = bindings::batched<const int32_t>(info, 0);
+    args.grad_x = bindings::pointer<T>(grad_x);
+    args.grad_y = bindings::pointer<T>(grad_y);
+    args.grad_weight = bindings::pointer<T>(grad_weight);
+    args.grad_ridge = bindings::pointer<T>(grad_ridge);
+    return bindings::run([&] { return solve_normal_backward(args); });
+}
+
+template <class T>
+py::object bind_solve_spd(const Operand& a, const Operand& b, const bindings::Sizes& batch, int64_t d, int64_t k,
+                          Address solution, Address factor, Address info) {
+    SolveSpdArgs<T> args;
+    args.batch = bindings::batch_shape(batch);
+    args.d = d;
+    args.k = k;
+    args.a = bindings::batched<const T>(a, 2);
+    args.b = bindings::batched<const T>(b, 2);
+    args.solution = bindings::pointer<T>(solution);
+    args.factor = bindings::pointer<T>(factor);
+    args.info = bindings::pointer<int32_t>(info);
+    return bindings::run([&] { return solve_spd(args); });
+}
+
+template <class T>
+py::object bind_cholesky(const Operand& a, const bindings::Sizes& batch, int64_t d, Address factor, Address info) {
+    CholeskyArgs<T> args;
+    args.batch = bindings::batch_shape(batch);
+    args.d = d;
+    args.a = bindings::batched<const T>(a, 2);
+    args.factor = bindings::pointer<T>(factor);
+    args.info = bindings::pointer<int32_t>(info);
+    return bindings::run([&] { return cholesky(args); });
+}
+
+template <class T>
+py::object bind_cholesky_solve(const Operand& factor, const Operand& b, const bindings::Sizes& batch, int64_t d,
+                               int64_t k, Address solution) {
+    CholeskySolveArgs<T> args;
+    args.batch = bindings::batch_shape(batch);
+    args.d = d;
+    args.k = k;
+    args.factor = bindings::batched<const T>(factor, 2);
+    args.b = bindings::batched<const T>(b, 2);
+    args.solution = bindings::pointer<T>(solution);
+    return bindings::run([&] { return cholesky_solve(args); });
+}
+
+template <class T>
+void register_functions(py::module_& module, const std::string& suffix) {
+    module.def(("gram_" + suffix).c_str(), bind_gram<T>);
+    module.def(("moments_" + suffix).c_str(), bind_moments<T>);
+    module.def(("solve_normal_" + suffix).c_str(), bind_solve_normal<T>);
+    module.def(("solve_normal_backward_" + suffix).c_str(), bind_solve_normal_backward<T>);
+    module.def(("solve_spd_" + suffix).c_str(), bind_solve_spd<T>);
+    module.def(("cholesky_" + suffix).c_str(), bind_cholesky<T>);
+    module.def(("cholesky_solve_" + suffix).c_str(), bind_cholesky_solve<T>);
+}
+
+}  // namespace
+
+void register_normal(py::module_& module) {
+    register_functions<float>(module, "f32");
+    register_functions<double>(module, "f64");
+}
+
+}  // namespace onestep

@@ -1,0 +1,94 @@
+// Gram matrix of the rows of Z = sqrt(D) [X | 1? | Y], by tiles over packed blocks of rows.
+#pragma once
+
+#include "base/tile-inl.hpp"
+#include "normal/kernels.hpp"
+
+namespace onestep::ONESTEP_NS {
+
+// Copies columns [first, first + count) of Z from `from` into panels: element (p, c) goes to
+// packed[c / panel][p][c % panel]. The inner loop runs along the stride that is 1, if there is one.
+template <class T>
+inline void pack_columns(const Matrix<const T>& from, int64_t begin, int64_t rows, int64_t first, int64_t count,
+                         T* packed) {
+    const int64_t panel = kPanel<T>;
+    const T* source = from.data + begin * from.row;
+    if (from.col == 1) {
+        for (int64_t p = 0; p < rows; ++p) {
+            const T* row = source + p * from.row;
+            for (int64_t c = first; c < first + count;) {
+                const int64_t within = c % panel;
+                const int64_t run = minimum(panel - within, first + count - c);
+                T* to = packed + (c / panel) * kBlockRows * panel + p * panel + within;
+                for (int64_t j = 0; j < run; ++j) {
+                    to[j] = row[c - first + j];
+                }
+                c += run;
+            }
+        }
+        return;
+    }
+    for (int64_t c = first; c < first + count; ++c) {
+        const T* column = source + (c - first) * from.col;
+        T* to = packed + (c / panel) * kBlockRows * panel + c % panel;
+        for (int64_t p = 0; p < rows; ++p) {
+            to[p * panel] = column[p * from.row];
+        }
+    }
+}
+
+// Subtracts the provisional means and multiplies by sqrt(weight), in place.
+template <class T>
+inline void shift_and_scale(const RowsArgs<T>& args, int64_t begin, int64_t rows, int64_t panels, T* packed) {
+    const int64_t panel = kPanel<T>;
+    for (int64_t p = 0; p < rows; ++p) {
+        const T scale = args.weight.data != nullptr ? square_root(args.weight.data[(begin + p) * args.weight.row]) : T(1);
+        for (int64_t q = 0; q < panels; ++q) {
+            T* at = packed + (q * kBlockRows + p) * panel;
+#pragma GCC unroll 3
+            for (int v = 0; v < kTileVectors; ++v) {
+                Vec<T> z = load<T>(at + v * kLanes<T>);
+                if (args.shift != nullptr) {
+                    z -= load<T>(args.shift + q * panel + v * kLanes<T>);
+                }
+                store<T>(at + v * kLanes<T>, z * scale);
+            }
+        }
+    }
+}
+
+template <class T>
+inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, T* packed, T* c, int64_t ld) {
+    const int64_t panel = kPanel<T>;
+    const int64_t features = args.d + (args.ones ? 1 : 0);
+    const int64_t columns = features + args.k;
+    const int64_t panels = (columns + panel - 1) / panel;
+    for (int64_t pad = columns; pad < panels * panel; ++pad) {
+        for (int64_t p = 0; p < kBlockRows; ++p) {
+            packed[((pad / panel) * kBlockRows + p) * panel + pad % panel] = T(0);
+        }
+    }
+    for (int64_t block = begin; block < end; block += kBlockRows) {
+        const int64_t rows = minimum(kBlockRows, end - block);
+        pack_columns<T>(args.x, block, rows, 0, args.d, packed);
+        if (args.ones) {
+            T* ones = packed + (args.d / panel) * kBlockRows * panel + args.d % panel;
+            for (int64_t p = 0; p < rows; ++p) {
+                ones[p * panel] = T(1);
+            }
+        }
+        pack_columns<T>(args.y, block, rows, features, args.k, packed);
+        if (args.weight.data != nullptr || args.shift != nullptr) {
+            shift_and_scale<T>(args, block, rows, panels, packed);
+        }
+        for (int64_t q = 0; q < panels; ++q) {
+            const T* b = packed + q * kBlockRows * panel;
+            for (int64_t i = 0; i < minimum(features, (q + 1) * panel); i += kTileRows) {
+                const T* a = packed + (i / panel) * kBlockRows * panel + i % panel;
+                update_tile<T, kTileRows, kTileVectors, 1>(rows, {a, 1, panel}, b, panel, c + i * ld + q * panel, ld);
+            }
+        }
+    }
+}
+
+}  // namespace onestep::ONESTEP_NS

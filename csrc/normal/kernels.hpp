@@ -1,0 +1,122 @@
+// What one CPU target provides to normal.cpp: tight loops on one problem (blocked) or one pack of problems (a problem
+// per vector lane). Everything here is plain data, so that it can be shared between targets.
+#pragma once
+
+#include <cstdint>
+
+#include "base/batch.hpp"
+
+namespace onestep {
+
+// The most lanes of any target, and the largest problem that is solved a problem per lane.
+inline constexpr int kMostLanes = 16;
+inline constexpr int64_t kPackFeatures = 32;
+inline constexpr int64_t kPackTargets = 16;
+
+// Rows per block of packed rows; rows that are summed in T before they are added up in double.
+inline constexpr int64_t kBlockRows = 128;
+inline constexpr int64_t kSlabRows = 4096;
+
+// Rows of the factor that are finished before the rest is updated.
+inline constexpr int64_t kFactorRows = 96;
+
+// A pivot of the normal equations that is this many epsilons of its diagonal element is rounding noise.
+inline constexpr int kSingularEpsilons = 8;
+
+// One problem's rows. The columns of Z = [X | 1? | Y] less `shift`, times sqrt(weight), are what Gram sums over.
+template <class T>
+struct RowsArgs {
+    int64_t d = 0, k = 0;
+    bool ones = false;
+    Matrix<const T> x;
+    Matrix<const T> y;
+    Matrix<const T> weight;  // null data: ones
+    const T* shift = nullptr;  // one per column of Z, padded to whole panels; or null
+};
+
+// Up to kMostLanes problems for one pack. Unused pointers are null.
+template <class T>
+struct PackArgs {
+    int64_t n = 0, d = 0, k = 0;
+    Matrix<const T> x[kMostLanes];
+    Matrix<const T> y[kMostLanes];
+    Matrix<const T> weight[kMostLanes];
+    Matrix<const T> ridge[kMostLanes];
+    Matrix<const T> a[kMostLanes];
+    Matrix<const T> b[kMostLanes];
+    T* solution[kMostLanes] = {};
+    T* factor[kMostLanes] = {};
+    T* rcond[kMostLanes] = {};
+    int32_t* info[kMostLanes] = {};
+};
+
+template <class T>
+struct BackwardRowsArgs {
+    int64_t d = 0, k = 0;
+    Matrix<const T> x;
+    Matrix<const T> y;
+    Matrix<const T> weight;
+    const T* solution = nullptr;  // d × k
+    const T* adjoint = nullptr;   // V = A⁻¹ grad, d × k
+    T* grad_x = nullptr;
+    T* grad_y = nullptr;
+    T* grad_weight = nullptr;
+};
+
+template <class T>
+struct NormalKernels {
+    int64_t lanes;
+    int64_t tile_rows;
+    int64_t panel;
+
+    // c[0:d+ones, :] += Zᵀ Z over rows [begin, end), upper triangle in whole tiles; c has ld columns (whole panels) and
+    // rows padded to whole tiles. `packed` holds kBlockRows × ld.
+    void (*gram_rows)(const RowsArgs<T>& args, int64_t begin, int64_t end, T* packed, T* c, int64_t ld);
+
+    // Upper factor of c in place, cut into three steps so that normal.cpp can share the wide ones among threads.
+    // Rows [k0, k1) of the columns up to k1; returns 0 or the 1-based order of the failed minor. floor[i]: least pivot.
+    int64_t (*factor_diagonal)(T* c, int64_t ld, int64_t k0, int64_t k1, const T* floor, T* inverse_diagonal);
+    // Rows [k0, k1) of the columns [c0, c1), which start and end with a panel.
+    void (*factor_panel)(T* c, int64_t ld, int64_t k0, int64_t k1, int64_t c0, int64_t c1, const T* inverse_diagonal);
+    // Rows [k1, d) of the columns [c0, c1): c -= UᵀU over rows [k0, k1).
+    void (*factor_update)(T* c, int64_t ld, int64_t k0, int64_t k1, int64_t d, int64_t c0, int64_t c1);
+
+    // z = U⁻ᵀz, z = U⁻¹z; z is d × ldz, ldz whole vectors.
+    void (*solve_transposed)(const T* u, int64_t ld, int64_t d, const T* inverse_diagonal, T* z, int64_t ldz);
+    void (*solve_upper)(const T* u, int64_t ld, int64_t d, const T* inverse_diagonal, T* z, int64_t ldz);
+
+    // Hager's and Higham's estimate of ‖A⁻¹‖₁ from the factor (LAPACK xLACN2). `work` holds d × lanes.
+    T (*inverse_norm1)(const T* u, int64_t ld, int64_t d, const T* inverse_diagonal, T* work);
+
+    // g += XᵀD(Y − XW) over rows [begin, end) in double; w and g are d × ldk with ldk = whole vectors of double.
+    // `work` holds kBlockRows × (d + ldk).
+    void (*residual_rows)(const RowsArgs<T>& args, int64_t begin, int64_t end, const double* w, double* g, int64_t ldk,
+                          double* work);
+
+    // Rows [begin, end) of the gradients. `work` holds backward_work(d, k) elements.
+    void (*backward_rows)(const BackwardRowsArgs<T>& args, int64_t begin, int64_t end, T* work);
+    int64_t (*backward_work)(int64_t d, int64_t k);
+
+    // A pack of `lanes` problems. `work` holds pack_work(d, k) elements.
+    void (*pack_solve_normal)(const PackArgs<T>& args, T* work);
+    void (*pack_solve_spd)(const PackArgs<T>& args, T* work);       // k = 0 and null solutions: the factor alone
+    void (*pack_cholesky_solve)(const PackArgs<T>& args, T* work);  // args.a holds U
+    int64_t (*pack_work)(int64_t d, int64_t k);
+};
+
+namespace generic {
+extern const NormalKernels<float> normal_f32;
+extern const NormalKernels<double> normal_f64;
+}  // namespace generic
+#ifdef ONESTEP_X86_TARGETS
+namespace avx2 {
+extern const NormalKernels<float> normal_f32;
+extern const NormalKernels<double> normal_f64;
+}  // namespace avx2
+namespace avx512 {
+extern const NormalKernels<float> normal_f32;
+extern const NormalKernels<double> normal_f64;
+}  // namespace avx512
+#endif
+
+}  // namespace onestep

@@ -1,0 +1,35 @@
+"""onestep: solve, don't iterate.
+
+Batched least squares and Cholesky solves (``onestep.linalg``, ``torch.ops.onestep.*``) and scikit-learn estimators
+(``Ridge``, ``RidgeCV``, ``RidgeClassifier``) on compiled kernels.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from onestep import linalg, ops
+from onestep._runtime import info
+
+if TYPE_CHECKING:
+    from onestep.estimators import Ridge, RidgeClassifier, RidgeCV
+
+__version__ = version("onestep")
+
+__all__ = ["Ridge", "RidgeCV", "RidgeClassifier", "__version__", "info", "linalg", "ops"]
+
+# The estimators need scikit-learn, which is an extra, and take a second to import: they are loaded when asked for.
+_ESTIMATORS = frozenset({"Ridge", "RidgeCV", "RidgeClassifier"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ESTIMATORS:
+        from onestep import estimators
+
+        return getattr(estimators, name)
+    raise AttributeError(f"module 'onestep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,63 @@
+"""Loads the compiled kernels, chooses the CPU target, and hands torch's thread pool to them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+from onestep import _native
+
+__all__ = ["info"]
+
+TARGET_VARIABLE = "ONESTEP_TARGET"
+
+
+def _select_target() -> None:
+    name = os.environ.get(TARGET_VARIABLE)
+    if name is None:
+        return
+    try:
+        _native.select_target(name)
+    except ValueError as error:
+        raise ImportError(f"{TARGET_VARIABLE}={name!r}: {error}") from None
+
+
+def _share_thread_pool() -> None:
+    """Injects ``torch_parallel_for`` (libtorch's stable C shim); without the symbol the kernels stay serial."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).torch_parallel_for
+    except (OSError, AttributeError):
+        return
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    if address is not None:
+        _native.set_parallel_for(address)
+
+
+_select_target()
+_share_thread_pool()
+
+
+def info() -> dict[str, str | int | list[str]]:
+    """What runs here: version, CPU target, thread source, CUDA build and devices.
+
+    Returns:
+        A dict with ``version``, ``cpu_target``, ``cpu_targets_supported``, ``threads`` (torch's setting),
+        ``thread_source`` (``"torch"``: torch's own pool; ``"serial"``: this torch has no C shim to share it),
+        ``torch``, ``cuda_build`` and ``cuda_devices``.
+    """
+    from onestep import __version__
+
+    return {
+        "version": __version__,
+        "cpu_target": _native.active_target(),
+        "cpu_targets_supported": _native.supported_targets(),
+        "threads": torch.get_num_threads(),
+        "thread_source": _native.thread_source(),
+        "torch": str(torch.__version__),
+        "cuda_build": "none (CPU kernels only)",
+        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }

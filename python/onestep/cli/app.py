@@ -1,0 +1,219 @@
+"""Arguments, dispatch, and the one place where errors become a line on stderr and an exit code."""
+
+import argparse
+import io
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import CliError, say
+
+PROGRAM = "python -m onestep"
+EXTRAS = {"pandas", "rich", "safetensors", "sklearn"}
+
+EPILOG = """\
+examples:
+  python -m onestep fit houses.csv --target price
+  python -m onestep fit houses.csv --target price --impute median --save model.safetensors
+  python -m onestep predict model.safetensors new.csv > prices.csv
+  python -m onestep info
+"""
+
+FIT_EPILOG = """\
+Columns of numbers are used as they are; columns of text become categories, one weight for each level but the
+most frequent, which is the baseline. The first line of the file names the columns.
+
+examples:
+  python -m onestep fit houses.csv --target price
+  python -m onestep fit houses.csv --target price --ignore id street --categorical postcode
+  python -m onestep fit houses.csv --target price --impute median --save model.safetensors
+"""
+
+PREDICT_EPILOG = """\
+Writes a CSV with one column, predicted_TARGET, and one line for each row of the file. Where the file has the
+target as well, R² and RMSE are shown on stderr.
+
+examples:
+  python -m onestep predict model.safetensors new.csv
+  python -m onestep predict model.safetensors new.csv --output predictions.csv
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        say("error", f"{message} (see {self.prog} --help)")
+        sys.exit(2)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        # Imported only when asked for: --help need not wait for torch.
+        import onestep
+
+        print(f"onestep {onestep.__version__}")
+        parser.exit()
+
+
+def _penalty(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number, 0 or more, not {text!r}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 2**32 - 1, not {text!r}")
+    return value
+
+
+def _separator(text: str) -> str:
+    text = "\t" if text in ("\\t", "tab") else text
+    if len(text) != 1 or text in '"\r\n ':
+        raise argparse.ArgumentTypeError(f"must be one character such as ';', or 'tab', not {text!r}")
+    return text
+
+
+# argparse names the type in its own message for a value that does not parse.
+_penalty.__name__ = _fraction.__name__ = "number"
+_seed.__name__ = "whole number"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Fit a model to a CSV file in one exact step, and predict with it.",
+        epilog=EPILOG,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,fit,predict}")
+
+    commands.add_parser("info", help="version, CPU target, thread source, CUDA build and devices")
+
+    fit = commands.add_parser(
+        "fit",
+        help="fit a model to a CSV file",
+        description="Fit a linear model to a CSV file by least squares, exactly and in one step.",
+        epilog=FIT_EPILOG,
+        formatter_class=raw,
+    )
+    fit.add_argument("file", type=Path, help="the CSV file")
+    fit.add_argument("--target", required=True, metavar="COLUMN", help="the column to predict")
+    fit.add_argument("--model", choices=["linear"], default="linear", help="what to fit (default: %(default)s)")
+    fit.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns to leave out")
+    fit.add_argument(
+        "--categorical",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="COLUMN",
+        help="columns to treat as categories although they hold numbers",
+    )
+    fit.add_argument(
+        "--impute",
+        choices=["median"],
+        help="fill missing values: the median of a column of numbers, the most frequent level of a categorical one, "
+        "both of the training rows; rows without a target are dropped",
+    )
+    fit.add_argument(
+        "--alpha",
+        type=_penalty,
+        default=0.0,
+        help="ridge penalty on the weights of the standardised columns (default: 0, ordinary least squares)",
+    )
+    fit.add_argument(
+        "--test-size",
+        type=_fraction,
+        default=0.2,
+        metavar="FRACTION",
+        help="part of the rows held out for R² and RMSE; 0 fits on all rows (default: %(default)s)",
+    )
+    fit.add_argument("--seed", type=_seed, default=0, help="seed of the split (default: %(default)s)")
+    fit.add_argument(
+        "--dtype",
+        choices=["float64", "float32"],
+        default="float64",
+        help="precision of the fit and of the saved weights (default: %(default)s)",
+    )
+    fit.add_argument("--save", type=Path, metavar="FILE", help="write the model to a safetensors file")
+
+    predict = commands.add_parser(
+        "predict",
+        help="predict with a saved model",
+        description="Predict the target for every row of a CSV file with a model saved by fit --save.",
+        epilog=PREDICT_EPILOG,
+        formatter_class=raw,
+    )
+    predict.add_argument("model", type=Path, help="the file written by fit --save")
+    predict.add_argument("file", type=Path, help="the CSV file")
+    predict.add_argument("--output", type=Path, metavar="FILE", help="write the predictions here, not to stdout")
+    for command in (fit, predict):
+        command.add_argument(
+            "--sep",
+            type=_separator,
+            default=",",
+            metavar="CHAR",
+            help="the character between fields (default: a comma); 'tab' for tabs",
+        )
+    return parser
+
+
+def _dispatch(args: argparse.Namespace) -> None:
+    # The commands import the extras at the top of their modules, so each is imported only when it is wanted.
+    if args.command == "info":
+        from .info import run
+    elif args.command == "fit":
+        from .fit import run
+    else:
+        from .predict import run
+    run(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, or 2 for bad usage or input. `argv` defaults to sys.argv[1:]."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # R² must not end in a UnicodeEncodeError where the terminal is ASCII.
+            stream.reconfigure(errors="replace")
+    args = build_parser().parse_args(argv)
+    try:
+        _dispatch(args)
+        sys.stdout.flush()
+    except CliError as error:
+        say("error", str(error))
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        name = "scikit-learn" if package == "sklearn" else package
+        say("error", f"{PROGRAM} {args.command} needs {name}, which is not installed: pip install 'onestep[cli]'")
+        return 2
+    except BrokenPipeError:
+        # The reader (head, say) has left. Python flushes stdout once more at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        say("error", f"{error.filename or 'output'}: {error.strerror or error}")
+        return 2
+    except MemoryError:
+        say("error", f"not enough memory for {args.file}")
+        return 2
+    except KeyboardInterrupt:
+        say("error", "interrupted")
+        return 130
+    return 0

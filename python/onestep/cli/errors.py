@@ -1,0 +1,28 @@
+"""How the command line speaks on stderr: one line per error or note."""
+
+import sys
+
+
+class CliError(Exception):
+    """Something the user can put right: shown as one line, without a traceback."""
+
+
+def say(kind: str, message: str) -> None:
+    """Writes one line to stderr. A cell or a path may hold line breaks: they must not split it."""
+    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Tells the user about something that was decided for them."""
+    say("note", message)
+
+
+def listed(names: list[str], limit: int = 12) -> str:
+    """Names joined by commas, cut short where there are many."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
+
+
+def count(n: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

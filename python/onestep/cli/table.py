@@ -1,0 +1,196 @@
+"""Reading a CSV file into columns of numbers and columns of text, with errors that name the line."""
+
+import codecs
+import csv
+import difflib
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .errors import CliError, listed, note
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                raise CliError(
+                    f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8 text"
+                ) from None
+
+
+def _records(path: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV file with the line each begins on, without the blank ones that pandas skips too."""
+    reader = csv.reader(_lines(path), delimiter=sep, skipinitialspace=True)
+    line = 1
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            # The module's own advice on a lone carriage return is about how Python opens files.
+            cause = "a carriage return inside the line" if "new-line character" in str(error) else error
+            raise CliError(f"{path}: line {reader.line_num}: {cause}") from None
+        if fields is None:
+            return
+        if len(fields) > 1 or (fields and fields[0].strip()):
+            yield line, fields
+        line = reader.line_num + 1
+
+
+def _header(path: Path, sep: str) -> list[str]:
+    if path.is_dir():
+        raise CliError(f"{path} is a directory, not a CSV file")
+    if not path.exists():
+        raise CliError(f"no such file: {path}")
+    if not path.is_file():
+        raise CliError(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        if b"\0" in file.read(1 << 16):
+            raise CliError(f"{path} is not a text file (it holds NUL bytes)")
+    records = _records(path, sep)
+    _, fields = next(records, (0, []))
+    if not fields:
+        raise CliError(f"{path} is empty")
+    if next(records, None) is None:
+        raise CliError(f"{path} has a header but no rows")
+    names = [name.strip() for name in fields]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise CliError(f"{path}: the header names a column twice: {listed(twice)}")
+    if len(names) == 1 and sep == ",":
+        for other, option in ((";", "';'"), ("\t", "tab")):
+            if other in names[0]:
+                raise CliError(f"{path}: the fields seem to be separated by {option}; pass --sep {option}")
+    return names
+
+
+def _check_shape(path: Path, sep: str, width: int) -> None:
+    for line, fields in _records(path, sep):
+        if len(fields) != width:
+            raise CliError(f"{path}: line {line} has {len(fields)} fields, but the header has {width}")
+
+
+def _unclosed_quote(path: Path, sep: str) -> CliError:
+    last = 1
+    for line, _ in _records(path, sep):
+        last = line
+    return CliError(f"{path}: a quotation mark in the record that begins on line {last} is never closed")
+
+
+def _parse(path: Path, sep: str, **options: Any) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns where it would drop fields.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(
+                path,
+                sep=sep,
+                header=0,
+                index_col=False,
+                skipinitialspace=True,
+                low_memory=False,
+                encoding="utf-8-sig",
+                compression=None,
+                **options,
+            )
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        if "EOF inside string" in str(error):
+            raise _unclosed_quote(path, sep) from None
+        _check_shape(path, sep, len(options["names"]))
+        raise CliError(f"{path}: {error}") from None
+    except UnicodeDecodeError as error:
+        for _ in _lines(path):
+            pass
+        raise CliError(f"{path}: {error}") from None
+
+
+@dataclass
+class Table:
+    """The columns of a CSV file: numbers as float64, all else as text, missing values as NaN.
+
+    A row keeps its position in the file as its index, so that `line` can find it again after rows were dropped. The
+    columns in `text` are text by the caller's wish.
+    """
+
+    path: Path
+    sep: str
+    frame: Any
+    text: frozenset[str]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns, in the order of the file."""
+        return list(self.frame.columns)
+
+    def require(self, name: str, why: str) -> None:
+        """Raises unless there is a column of that name."""
+        if name not in self.frame.columns:
+            close = difflib.get_close_matches(name, self.names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {listed(self.names)}"
+            raise CliError(f"{self.path} has no column {name!r} ({why}); {hint}")
+
+    def line(self, row: int) -> int:
+        """The line of the file on which a row begins (a quoted field may hold line breaks)."""
+        records = _records(self.path, self.sep)
+        next(records)
+        return next(line for position, (line, _) in enumerate(records) if position == row)
+
+    def is_text(self, name: str) -> bool:
+        """Whether a column is text. One of which more than half are numbers is a column of numbers with mistakes."""
+        if name in self.text:
+            return True
+        values = self.frame[name]
+        if values.dtype.kind == "f":
+            return False
+        numbers = pd.to_numeric(values, errors="coerce").notna().sum()
+        return bool(2 * numbers <= values.notna().sum())
+
+    def numbers(self, name: str, hint: str = "correct it") -> np.ndarray:
+        """A column as float64 with NaN for missing values; raises on text and on infinite values."""
+        column = self.frame[name]
+        values: np.ndarray = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+        wrong = np.isnan(values) & column.notna().to_numpy()
+        if wrong.any():
+            first = int(wrong.argmax())
+            more = f", and {int(wrong.sum()) - 1:,} more like it" if wrong.sum() > 1 else ""
+            raise CliError(
+                f"{self.path}: column {name!r} should hold numbers, but line {self.line(column.index[first])} has "
+                f"{column.iloc[first]!r}{more}; {hint}"
+            )
+        infinite = np.isinf(values)
+        if infinite.any():
+            row = column.index[int(infinite.argmax())]
+            raise CliError(f"{self.path}: column {name!r} holds an infinite value on line {self.line(row)}")
+        return values
+
+
+def read_table(path: Path, sep: str = ",", text: Collection[str] = ()) -> Table:
+    """Reads a CSV file; the columns named in `text` are kept as text even where they look like numbers."""
+    names = _header(path, sep)
+    # pandas needs distinct names, so each is its position until the columns without a name are gone.
+    keys = list(range(len(names)))
+    frame = _parse(path, sep, names=keys, dtype={key: str for key in keys if names[key] in text})
+    if frame[keys[-1]].isna().any():
+        # pandas fills a record that is too short with missing values.
+        _check_shape(path, sep, len(names))
+    # Only int and float are numbers to us: what pandas made of the rest (booleans, say) is read again as it stands.
+    again = [key for key in keys if frame[key].dtype.kind not in "iuf"]
+    if again:
+        strings = _parse(path, sep, names=keys, usecols=again, dtype=str)
+        for key in again:
+            stripped = strings[key].str.strip()
+            frame[key] = stripped.where(stripped != "")
+    nameless = [str(key + 1) for key in keys if not names[key]]
+    if nameless:
+        note(f"{path}: column {listed(nameless)} has no name in the header and is left out")
+    frame = frame[[key for key in keys if names[key]]].rename(columns=dict(enumerate(names)))
+    floats = {name: np.float64 for name in frame.columns if frame[name].dtype.kind in "iu"}
+    return Table(path, sep, frame.astype(floats), frozenset(text))

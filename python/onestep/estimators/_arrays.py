@@ -1,0 +1,94 @@
+"""numpy arrays and torch tensors over the same memory, and the checks of what estimators are given."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.utils.validation import check_array
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+# What X may be without conversion; anything else becomes the first, as in scikit-learn.
+FLOATS = (np.float64, np.float32)
+
+
+class _WritableAlias:
+    """The memory of a read-only array, declared writable: torch warns of any that is not, and nothing here writes."""
+
+    def __init__(self, array: Array) -> None:
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+        self._owner = array
+
+
+def to_numpy(name: str, value: Any) -> Any:
+    """A tensor as a numpy view of its memory (detached; 16-bit floats become fp32); anything else as it came."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type != "cpu":
+        raise ValueError(f"{name} is on device '{value.device}'; expected a CPU tensor: pass {name}.cpu()")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}; expected a dense tensor: pass {name}.to_dense()")
+    value = value.detach().resolve_conj().resolve_neg()
+    if value.dtype in (torch.bfloat16, torch.float16):
+        value = value.float()
+    return value.numpy()
+
+
+def to_tensor(array: Array) -> Tensor:
+    """A tensor over `array`'s memory, of any strides and even if read-only; only negative strides force a copy."""
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned:
+        return torch.from_numpy(np.array(array, order="C"))
+    if not array.flags.writeable:
+        array = np.asarray(_WritableAlias(array))
+    return torch.from_numpy(array)
+
+
+def give_back(value: Tensor, *, tensors: bool) -> Any:
+    """`value` as the caller works: the tensor itself, or a numpy array (a numpy scalar if it has no dimensions)."""
+    return value if tensors else value.numpy()[()]
+
+
+def check_alphas(name: str, value: Any, *, positive: bool) -> Array:
+    """A penalty or several as fp64 of at most one dimension, each finite and >= 0, or > 0 if `positive`."""
+    wanted = "positive" if positive else "non-negative"
+    try:
+        alphas = np.asarray(to_numpy(name, value))
+        if alphas.dtype.kind not in "iuf":
+            raise TypeError(alphas.dtype)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a {wanted} number or a list of them, got {value!r}") from error
+    if alphas.ndim > 1 or alphas.size == 0:
+        raise ValueError(f"{name} must be a number or a non-empty 1-D list, got an array of shape {alphas.shape}")
+    if not np.all(np.isfinite(alphas)) or np.any(alphas < 0) or (positive and np.any(alphas == 0)):
+        raise ValueError(f"{name} must be {wanted} and finite, got {value!r}")
+    return alphas.astype(np.float64)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` if it is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def check_weight(sample_weight: Any, n: int, dtype: Any) -> Array:
+    """Weights (n,) of `dtype` from a number or an array (n,): finite, none negative, at least one positive."""
+    weight = to_numpy("sample_weight", sample_weight)
+    if isinstance(weight, numbers.Number) or getattr(weight, "ndim", 1) == 0:
+        weight = np.full(n, weight)
+    weight = check_array(weight, ensure_2d=False, dtype=dtype, input_name="sample_weight")
+    if weight.shape != (n,):
+        raise ValueError(f"sample_weight has shape {weight.shape}; expected a number or shape ({n},)")
+    if np.any(weight < 0):
+        raise ValueError(f"sample_weight must not be negative, got {weight.min()}")
+    if not np.any(weight):
+        raise ValueError("sample_weight is zero for every row; at least one must be positive")
+    result: Array = weight
+    return result

@@ -1,0 +1,128 @@
+"""The centred, weighted problem, made in float64 a block at a time: X itself is never copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from sklearn.utils import assert_all_finite
+from torch import Tensor
+
+import onestep.linalg as linalg
+
+EPS = torch.finfo(torch.float64).eps
+
+# Cholesky on the normal equations loses EPS/rcond, and rcond is the square of X's own. Down to this it keeps at least
+# half the digits of fp64, 2e-8, and with them all of fp32.
+MIN_RCOND = 1e-8
+
+# The same for a Gram summed in fp32: it is off by about three ulps, of which this rcond makes 1e-5 of the solution.
+_FLOAT_GRAM_FLOOR = 3 * torch.finfo(torch.float32).eps / 1e-5
+
+# Elements of a float64 block: 4 MiB stays near the cache and keeps the memory that a fit adds small.
+_BLOCK = 1 << 19
+
+
+def blocks(count: int, width: int, least: int = 64) -> Iterator[slice]:
+    """Slices that cut `count` rows of `width` elements into blocks, each of `least` rows or more (but the last)."""
+    step = max(least, _BLOCK // max(width, 1))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+class Centred(NamedTuple):
+    """X (n, d), Y (n, k), weight (n,) or None, and what is taken off each column; means are float64.
+
+    `constant` (d,) marks the columns that do not vary but for rounding; they read as zero, since what is left of
+    such a column after centring is noise that a fit without ridge would blow up.
+    """
+
+    X: Tensor
+    Y: Tensor
+    weight: Tensor | None
+    x_mean: Tensor
+    y_mean: Tensor
+    constant: Tensor
+
+    def _scaled(self, block: Tensor, rows: slice) -> Tensor:
+        return block if self.weight is None else block.mul_(self.weight[rows, None].double().sqrt())
+
+    def x(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """√w (X - x_mean) over some rows and columns, float64."""
+        block = self.X[rows, columns] - self.x_mean[columns]
+        return self._scaled(block.masked_fill_(self.constant[columns], 0.0), rows)
+
+    def y(self, rows: slice = slice(None)) -> Tensor:
+        """√w (Y - y_mean) over some rows, float64."""
+        return self._scaled(self.Y[rows] - self.y_mean, rows)
+
+
+class Primal:
+    """The centred problem with its Gram matrix and cross product: one pass over X.
+
+    Raises ValueError if X is not finite: its Gram tells, so no pass is spent on looking.
+    """
+
+    def __init__(self, X: Tensor, Y: Tensor, weight: Tensor | None, *, center: bool) -> None:
+        moments = linalg.moments(X, Y, weight=weight, center=center)
+        if not (bool(moments.gram.isfinite().all()) and bool(moments.cross.isfinite().all())):
+            raise_not_finite(X)
+        constant = _constant(moments.gram.diagonal(), moments.x_mean, moments.weight_sum, X.dtype)
+        self.centred = Centred(X, Y, weight, moments.x_mean, moments.y_mean, constant)
+        self._gram = moments.gram.masked_fill(constant[:, None] | constant, 0.0)
+        self._cross = moments.cross.masked_fill(constant[:, None], 0.0)
+
+    def candidates(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Gram (d, d) and cross product (d, k), each time more accurate, and the rcond down to which they will do."""
+        X = self.centred.X
+        if X.dtype == torch.float32:
+            # The kernel sums fp32 rows in fp32 over slabs of 4096, and the slabs, whose errors average out, in fp64.
+            yield self._gram, self._cross, _FLOAT_GRAM_FLOOR / (1.0 + X.shape[0] / 4096) ** 0.5
+            yield *self._in_double, MIN_RCOND
+        else:
+            yield self._gram, self._cross, MIN_RCOND
+
+    @cached_property
+    def _in_double(self) -> tuple[Tensor, Tensor]:
+        gram, cross = torch.zeros_like(self._gram), torch.zeros_like(self._cross)
+        for rows in blocks(*self.centred.X.shape):
+            x = self.centred.x(rows)
+            gram.addmm_(x.mT, x)
+            cross.addmm_(x.mT, self.centred.y(rows))
+        return gram, cross
+
+
+def wide(X: Tensor, Y: Tensor, weight: Tensor | None, *, center: bool) -> Centred:
+    """The centred problem without a d x d Gram, for n < d. Raises ValueError if X is not finite."""
+    d = X.shape[1]
+    x_mean = torch.zeros(d, dtype=torch.float64)
+    y_mean = torch.zeros(Y.shape[1], dtype=torch.float64)
+    spread = torch.empty(d, dtype=torch.float64)
+    share = torch.ones(X.shape[0], dtype=torch.float64) if weight is None else weight.double()
+    total = share.sum()
+    if center:
+        y_mean = (share / total) @ Y.double()
+    for columns in blocks(d, X.shape[0]):
+        block = X[:, columns].double()
+        if center:
+            x_mean[columns] = (share / total) @ block
+            # The mean of what is left puts right the rounding of the first, which a large offset makes large.
+            x_mean[columns] += (share / total) @ (block - x_mean[columns])
+        spread[columns] = share @ (block - x_mean[columns]).square_()
+    if not bool(spread.isfinite().all()):
+        raise_not_finite(X)
+    return Centred(X, Y, weight, x_mean, y_mean, _constant(spread, x_mean, total, X.dtype))
+
+
+def _constant(spread: Tensor, mean: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    # A mean is off by a few EPS; rows centred on one that is off by an ulp of X leave ulp² of square, which cancels
+    # down to ulp³ in X's own arithmetic.
+    noise = 64 * (EPS**2 + torch.finfo(dtype).eps ** 3)
+    return spread <= noise * total * mean.square()
+
+
+def raise_not_finite(X: Tensor) -> None:
+    """Say what is wrong where products with X are not finite: NaN or infinity in it, or values too large."""
+    assert_all_finite(X.numpy(), input_name="X")
+    raise ValueError("X, y or sample_weight holds values so large that their products overflow: rescale them")

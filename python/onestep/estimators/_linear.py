@@ -1,0 +1,88 @@
+"""What the linear estimators share: checking what they are given, and predicting."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from onestep.estimators._arrays import FLOATS, Array, check_weight, give_back, to_numpy, to_tensor
+
+
+class FitData(NamedTuple):
+    """X (n, d) and weight (n,) or None as tensors over the caller's memory, y as numpy, and which kind X was."""
+
+    X: Tensor
+    y: Array
+    weight: Tensor | None
+    tensors: bool
+
+
+class LinearEstimator:
+    """Mixin for estimators with `coef_` (d,) or (k, d) and `intercept_`; numpy in, numpy out, tensors likewise."""
+
+    coef_: Any
+    intercept_: Any
+
+    def _check_fit(self, X: Any, y: Any, sample_weight: Any, *, y_numeric: bool, min_rows: int = 1) -> FitData:
+        tensors = isinstance(X, Tensor)
+        # Whether X is finite shows in its Gram matrix; looking here would cost a second pass over it.
+        X, y = validate_data(
+            self,
+            to_numpy("X", X),
+            to_numpy("y", y),
+            dtype=FLOATS,
+            ensure_all_finite=False,
+            ensure_min_samples=min_rows,
+            multi_output=True,
+            y_numeric=y_numeric,
+        )
+        weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, X.shape[0], X.dtype))
+        return FitData(to_tensor(X), y, weight, tensors)
+
+    def _set_coefficients(self, coef: Tensor, intercept: Tensor, data: FitData, *, fit_intercept: bool) -> None:
+        """Keep W (d, k) and b (k,) in X's type and kind, with scikit-learn's shapes: one target gives a 1-D coef_."""
+        single = coef.shape[1] == 1
+        coef, intercept = coef.to(data.X.dtype), intercept.to(data.X.dtype)
+        self.coef_ = give_back((coef[:, 0] if single else coef.mT).contiguous(), tensors=data.tensors)
+        if fit_intercept:
+            self.intercept_ = give_back(intercept[0] if data.y.ndim == 1 else intercept, tensors=data.tensors)
+        else:
+            self.intercept_ = 0.0
+
+    def _linear(self, X: Any) -> Any:
+        """X coef_ᵀ + intercept_, in the type and kind of X."""
+        check_is_fitted(self)
+        tensors = isinstance(X, Tensor)
+        x = to_tensor(validate_data(self, to_numpy("X", X), dtype=FLOATS, reset=False))
+        coef = torch.as_tensor(self.coef_).to(x.dtype)
+        values = x @ (coef if coef.ndim == 1 else coef.mT)
+        return give_back(values.add_(torch.as_tensor(self.intercept_).to(x.dtype)), tensors=tensors)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """scikit-learn's score: R² of a regressor, accuracy of a classifier.
+
+        Args:
+            X: (n, d), array or tensor.
+            y: (n,) or (n, k), the truth; array or tensor.
+            sample_weight: (n,), or None for equal weights.
+
+        Returns:
+            The score, 1.0 at best.
+        """
+        inputs = to_numpy("X", X), to_numpy("y", y), to_numpy("sample_weight", sample_weight)
+        return float(super().score(*inputs))  # type: ignore[misc]
+
+
+def as_targets(y: Array, X: Tensor) -> Tensor:
+    """y (n,) or (n, k) as (n, k) of X's type; a view where y has it already. ValueError if it does not fit."""
+    column = y[:, None] if y.ndim == 1 else y
+    dtype = X.numpy().dtype
+    with np.errstate(over="ignore"):
+        converted = np.asarray(column, dtype=dtype)
+    if converted is not column and not np.isfinite(converted).all():
+        raise ValueError(f"y holds values too large for X's type, {dtype}: rescale y, or pass X as float64")
+    return to_tensor(converted)

@@ -1,0 +1,164 @@
+"""Ridge solutions: Cholesky where it is accurate, orthogonal factors where it is not. All of it in float64."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from scipy.linalg import LinAlgWarning
+from scipy.linalg.lapack import dpocon
+from torch import Tensor
+
+import onestep.linalg as linalg
+from onestep.estimators._centred import EPS, MIN_RCOND, Centred, Primal, blocks, wide
+
+
+class Solution(NamedTuple):
+    """W (d, k) and intercept (k,), float64, and the name of the path that found them."""
+
+    coef: Tensor
+    intercept: Tensor
+    path: str
+
+
+def solve_ridge(X: Tensor, Y: Tensor, weight: Tensor | None, alpha: Tensor, *, fit_intercept: bool) -> Solution:
+    """argmin over W and b of ‖√w (Y - XW - b)‖² + Σⱼ alphaⱼ ‖Wⱼ‖²; X (n, d), Y (n, k), alpha (k,) >= 0 float64.
+
+    Targets that share a penalty share a factorisation. With n < d and alpha > 0 the n x n dual is solved (Saunders,
+    Gammerman and Vovk 1998). What Cholesky cannot solve accurately goes to a QR of the rows, which is formed once.
+    """
+    n, d = X.shape
+    paths: list[str] = []
+    coef = torch.empty(d, Y.shape[1], dtype=torch.float64)
+    primal = None if n < d else Primal(X, Y, weight, center=fit_intercept)
+    centred = wide(X, Y, weight, center=fit_intercept) if primal is None else primal.centred
+    factor: tuple[Tensor, Tensor] | None = None
+    for penalty in sorted(set(alpha.tolist())):
+        targets = (alpha == penalty).nonzero()[:, 0]
+        if primal is None:
+            path, W = "dual_cholesky", _dual(centred, targets, penalty)
+        else:
+            path, W = "cholesky", _primal(primal, targets, penalty)
+        if W is None:
+            factor = factor or triangular(centred)
+            W, rank = _least_squares(factor[0], factor[1][:, targets], penalty, n, X.dtype)
+            path = "least_squares" if rank == d else "minimum_norm"
+            if rank < d:
+                _warn_rank(rank, d, penalty, fit_intercept)
+        coef[:, targets] = W
+        paths.append(path)
+    intercept = centred.y_mean - centred.x_mean @ coef
+    return Solution(coef, intercept, "+".join(dict.fromkeys(paths)))
+
+
+def solve_spd(A: Tensor, B: Tensor, min_rcond: float) -> Tensor | None:
+    """A⁻¹B by Cholesky, or None where A's reciprocal condition, after scaling, is under `min_rcond`.
+
+    A is scaled to a unit diagonal first, which is within a factor d of the best scaling there is (van der Sluis 1969),
+    so features in different units do no harm. The condition is LAPACK's estimate (dpocon).
+    """
+    diagonal = A.diagonal()
+    if not bool((diagonal > 0).all()):
+        return None
+    scale = diagonal.rsqrt()[:, None]
+    scaled = A * scale * scale.mT
+    L, info = linalg.cholesky_ex(scaled)
+    if int(info) != 0:
+        return None
+    # Row-major L is column-major Lᵀ, the upper factor that dpocon reads in place.
+    rcond, _ = dpocon(L.contiguous().mT.numpy(), scaled.abs().sum(dim=0).max().item(), uplo="U")
+    if not rcond >= min_rcond:
+        return None
+    return scale * linalg.cholesky_solve(scale * B, L)
+
+
+def _primal(primal: Primal, targets: Tensor, alpha: float) -> Tensor | None:
+    """(X̃ᵀX̃ + alpha I)W = X̃ᵀỸ; None where ill-conditioned."""
+    for gram, cross, floor in primal.candidates():
+        ridge = torch.full((len(gram),), alpha, dtype=gram.dtype).diag()
+        W = solve_spd(gram + ridge, cross[:, targets], floor)
+        if W is not None:
+            return W
+    return None
+
+
+def kernel(centred: Centred) -> Tensor:
+    """√w (X - x_mean)(X - x_mean)ᵀ √w (n, n), summed over blocks of columns."""
+    n, d = centred.X.shape
+    K = torch.zeros(n, n, dtype=torch.float64)
+    for columns in blocks(d, n):
+        block = centred.x(columns=columns)
+        K.addmm_(block, block.mT)
+    return K
+
+
+def from_dual(centred: Centred, C: Tensor) -> Tensor:
+    """(X - x_mean)ᵀ √w C: the coefficients (d, …) of dual variables (n, …)."""
+    n, d = centred.X.shape
+    return torch.cat([centred.x(columns=columns).mT @ C for columns in blocks(d, n)])
+
+
+def _dual(centred: Centred, targets: Tensor, alpha: float) -> Tensor | None:
+    """(X̃X̃ᵀ + alpha I)C = Ỹ, W = X̃ᵀC; None without a ridge or where ill-conditioned."""
+    if alpha == 0:
+        return None
+    K = kernel(centred)
+    K.diagonal().add_(alpha)
+    C = solve_spd(K, centred.y()[:, targets], MIN_RCOND)
+    return None if C is None else from_dual(centred, C)
+
+
+def triangular(centred: Centred) -> tuple[Tensor, Tensor]:
+    """R (at most max(2d, block) x d) and QᵀỸ with X̃ = QR, block by block of rows (TSQR; Demmel et al. 2012).
+
+    The condition is X's, not its square. When the rows fit one block R is X̃ itself, and Q the identity.
+    """
+    n, d = centred.X.shape
+    R = Z = torch.empty(0)
+    for rows in blocks(n, d, least=2 * d):
+        x, y = centred.x(rows), centred.y(rows)
+        if rows.start == 0:
+            R, Z = x, y
+        else:
+            R, Z = torch.cat([R, x]), torch.cat([Z, y])
+        if n > rows.stop or rows.start > 0:
+            Q, R = torch.linalg.qr(R)
+            Z = Q.mT @ Z
+    return R, Z
+
+
+def _least_squares(R: Tensor, Z: Tensor, alpha: float, n: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """argmin ‖Z - RW‖² + alpha‖W‖², of least norm among equals, and the numerical rank.
+
+    Rank is judged on columns scaled to length one, so units do not decide it: singular values under n·ε(fp64) or,
+    without a ridge, under what rounding X to its own type does to d columns are zero.
+    """
+    d = R.shape[1]
+    tolerance = max(n, d) * EPS
+    if alpha > 0:
+        R = torch.cat([R, alpha**0.5 * torch.eye(d, dtype=R.dtype)])
+        Z = torch.cat([Z, Z.new_zeros(d, Z.shape[1])])
+    else:
+        tolerance = max(tolerance, min(n, d) * torch.finfo(dtype).eps)
+    scale = R.norm(dim=0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    U, S, Vh = torch.linalg.svd(R / scale, full_matrices=False)
+    rank = int((tolerance * S[0] < S).sum())
+    V = Vh[:rank].mT
+    W = (V @ ((U[:, :rank].mT @ Z) / S[:rank, None])) / scale[:, None]
+    if rank < d:
+        # Least norm in the caller's units, not the scaled ones: project on the row space.
+        Q, _ = torch.linalg.qr(V * scale[:, None])
+        W = Q @ (Q.mT @ W)
+    return W, rank
+
+
+def _warn_rank(rank: int, d: int, alpha: float, centred: bool) -> None:
+    what = "the centred X" if centred else "X"
+    warnings.warn(
+        f"{what} has rank {rank} of {d} features and alpha is {alpha:g}: the solution is not unique, "
+        "and the one of minimum norm is returned; set a larger alpha for a unique one",
+        LinAlgWarning,
+        stacklevel=5,
+    )

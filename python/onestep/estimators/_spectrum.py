@@ -1,0 +1,162 @@
+"""Ridge for every penalty at once from one eigendecomposition, with leave-one-out errors and degrees of freedom.
+
+With X̃ = √w (X - x_mean), Ỹ likewise and H = X̃(X̃ᵀX̃ + aI)⁻¹X̃ᵀ (plus √w√wᵀ/Σw for an intercept), the error of row i
+under a fit without it is rᵢ/(1 - hᵢᵢ), r = Ỹ - HY (Allen 1974; Golub, Heath and Wahba 1979). All of it in float64, and
+all errors are times √w. a stands for the penalty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from onestep.estimators._centred import EPS, MIN_RCOND, Centred, Primal, blocks, wide
+from onestep.estimators._solve import from_dual, kernel, triangular
+
+
+class Spectrum(Protocol):
+    """What a decomposition answers. Errors come as (rows, errors (rows, A, k)) over consecutive blocks of rows."""
+
+    path: str
+    centred: Centred
+
+    def coef(self, alpha: Tensor) -> Tensor:
+        """W (d, k) for a penalty, or one per target (k,)."""
+
+    def freedom(self, alphas: Tensor) -> Tensor:
+        """tr(I - H) (A,) over the rows with weight, for penalties (A,)."""
+
+    def residuals(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """r for penalties (A,)."""
+
+    def leave_one_out(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """r / (1 - h) for penalties (A,)."""
+
+
+def decompose(X: Tensor, Y: Tensor, weight: Tensor | None, smallest_alpha: float, *, fit_intercept: bool) -> Spectrum:
+    """The decomposition of the smaller of Gram and kernel, accurate for penalties from `smallest_alpha` up."""
+    if X.shape[0] < X.shape[1]:
+        return DualSpectrum(wide(X, Y, weight, center=fit_intercept), smallest_alpha, fit_intercept=fit_intercept)
+    return PrimalSpectrum(Primal(X, Y, weight, center=fit_intercept), smallest_alpha, fit_intercept=fit_intercept)
+
+
+class PrimalSpectrum:
+    """X̃ᵀX̃ = V diag(λ) Vᵀ (d x d): from the Gram, or from a QR of the rows where squaring X would cost too much."""
+
+    def __init__(self, primal: Primal, smallest_alpha: float, *, fit_intercept: bool) -> None:
+        self.centred = primal.centred
+        self._fit_intercept = fit_intercept
+        self._intercept = _intercept_leverage(self.centred, fit_intercept)
+        for gram, cross, floor in primal.candidates():
+            values, V = torch.linalg.eigh(gram)
+            if _well_conditioned(values, smallest_alpha, floor):
+                self.path = "eigh"
+                self._values, self._V, self._target = values.clamp_(min=0), V, V.mT @ cross
+                break
+        else:
+            self.path = "svd"
+            R, Z = triangular(self.centred)
+            U, S, Vh = torch.linalg.svd(R, full_matrices=False)
+            self._values, self._V, self._target = S.square(), Vh.mT, (U * S).mT @ Z
+
+    def coef(self, alpha: Tensor) -> Tensor:
+        W: Tensor = self._V @ (self._target / (self._values[:, None] + alpha))
+        return W
+
+    def freedom(self, alphas: Tensor) -> Tensor:
+        surplus = rows_with_weight(self.centred) - len(self._values) - int(self._fit_intercept)
+        return surplus + _kept(self._values, alphas).sum(dim=0)
+
+    def residuals(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for rows, _, errors in self._residuals(alphas):
+            yield rows, errors
+
+    def leave_one_out(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        shrink = 1.0 / (self._values[:, None] + alphas)
+        for rows, x, errors in self._residuals(alphas):
+            left = 1.0 - self._intercept[rows, None] - (x @ self._V).square_() @ shrink
+            yield rows, errors.div_(left.clamp_(min=EPS)[:, :, None])
+
+    def _residuals(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        (n, d), k = self.centred.X.shape, self._target.shape[1]
+        W = torch.stack([self.coef(alpha) for alpha in alphas], dim=1).reshape(d, -1)
+        for rows in blocks(n, max(d, W.shape[1])):
+            x = self.centred.x(rows)
+            yield rows, x, self.centred.y(rows)[:, None, :] - (x @ W).reshape(-1, len(alphas), k)
+
+
+class DualSpectrum:
+    """X̃X̃ᵀ = U diag(λ) Uᵀ (n x n), for n < d: from the kernel, or an SVD of X̃ where squaring would cost too much.
+
+    Here r = aC and 1 - h = a diag(G⁻¹), G = X̃X̃ᵀ + aI, C = G⁻¹Ỹ, which do not cancel (Rifkin and Lippert 2007). An
+    intercept makes q = √w/‖√w‖ a null vector, whose part of 1 - h would swamp the rest: it is moved to the mean
+    eigenvalue, and what it adds there is taken off.
+    """
+
+    def __init__(self, centred: Centred, smallest_alpha: float, *, fit_intercept: bool) -> None:
+        self.centred = centred
+        self._null = _intercept_leverage(centred, fit_intercept)
+        q = self._null.sqrt()
+        K = kernel(centred)
+        self._moved = K.diagonal().mean() if fit_intercept else torch.zeros((), dtype=torch.float64)
+        values, U = torch.linalg.eigh(K.addr_(q, q, alpha=self._moved.item()))
+        if _well_conditioned(values, smallest_alpha, MIN_RCOND):
+            self.path = "dual_eigh"
+            self._values, self._U = values.clamp_(min=0), U
+        else:
+            self.path = "dual_svd"
+            moved = torch.cat([centred.x(), self._moved.sqrt() * q[:, None]], dim=1)
+            self._U, S, _ = torch.linalg.svd(moved, full_matrices=False)
+            self._values = S.square()
+        self._target = self._U.mT @ centred.y()
+
+    def coef(self, alpha: Tensor) -> Tensor:
+        return from_dual(self.centred, self._U @ (self._target / (self._values[:, None] + alpha)))
+
+    def freedom(self, alphas: Tensor) -> Tensor:
+        weightless = len(self._values) - rows_with_weight(self.centred)
+        return _kept(self._values, alphas).sum(dim=0) - self._null.sum() * self._null_kept(alphas) - weightless
+
+    def residuals(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        n, k = self._target.shape
+        keep = _kept(self._values, alphas)
+        parts = (keep[:, :, None] * self._target[:, None, :]).reshape(n, -1)
+        for rows in blocks(n, parts.shape[1]):
+            yield rows, (self._U[rows] @ parts).reshape(-1, len(alphas), k)
+
+    def leave_one_out(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        keep, null = _kept(self._values, alphas), self._null_kept(alphas)
+        for rows, errors in self.residuals(alphas):
+            left = self._U[rows].square() @ keep - self._null[rows, None] * null
+            yield rows, errors.div_(left.clamp_(min=torch.finfo(left.dtype).tiny)[:, :, None])
+
+    def _null_kept(self, alphas: Tensor) -> Tensor:
+        return _kept(self._moved.reshape(1), alphas)[0]
+
+
+def _kept(values: Tensor, alphas: Tensor) -> Tensor:
+    """a / (λ + a) for all pairs: what I - H leaves of each direction, where 1 - λ / (λ + a) would cancel."""
+    kept: Tensor = alphas / (values[:, None] + alphas)
+    return kept
+
+
+def rows_with_weight(centred: Centred) -> int:
+    """How many rows count."""
+    return centred.X.shape[0] if centred.weight is None else int((centred.weight > 0).sum())
+
+
+def _intercept_leverage(centred: Centred, fit_intercept: bool) -> Tensor:
+    n = centred.X.shape[0]
+    if not fit_intercept:
+        return torch.zeros(n, dtype=torch.float64)
+    if centred.weight is None:
+        return torch.full((n,), 1.0 / n, dtype=torch.float64)
+    return centred.weight.double() / centred.weight.sum(dtype=torch.float64)
+
+
+def _well_conditioned(values: Tensor, smallest_alpha: float, floor: float) -> bool:
+    """Whether eigenvalues, each off by a little of the largest, are accurate next to the smallest penalty."""
+    return bool(values[0] + smallest_alpha >= floor * (values[-1] + smallest_alpha))

@@ -1,0 +1,210 @@
+"""Ridge regression and the classifier made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
+from sklearn.preprocessing import LabelBinarizer
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import type_of_target
+from sklearn.utils.validation import column_or_1d
+from torch import Tensor
+
+from onestep.estimators._arrays import check_alphas, check_flag, to_numpy
+from onestep.estimators._linear import FitData, LinearEstimator, as_targets
+from onestep.estimators._solve import solve_ridge
+
+
+class _RidgeBase(LinearEstimator):
+    """The fit that regression and classification share."""
+
+    alpha: Any
+    fit_intercept: bool
+    n_iter_: None
+    solver_path_: str
+
+    def _solve(self, data: FitData, Y: Tensor) -> None:
+        alphas, k = check_alphas("alpha", self.alpha, positive=False), Y.shape[1]
+        if alphas.size not in (1, k):
+            raise ValueError(f"alpha holds {alphas.size} penalties for {k} targets; expected one, or one per target")
+        alpha = torch.from_numpy(alphas).reshape(-1).expand(k)
+        fit_intercept = check_flag("fit_intercept", self.fit_intercept)
+        coef, intercept, self.solver_path_ = solve_ridge(data.X, Y, data.weight, alpha, fit_intercept=fit_intercept)
+        self._set_coefficients(coef, intercept, data, fit_intercept=fit_intercept)
+        self.n_iter_ = None
+
+
+class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
+    """Linear least squares with an l2 penalty, solved in one pass over X and without a copy of it.
+
+    Minimises ‖√w (Y - XW - b)‖² + alpha ‖W‖² over W, and over b if `fit_intercept`, through the centred normal
+    equations (XᵀDX + alpha I) W = XᵀDY (Hoerl and Kennard 1970), solved in float64. Their condition is the square of
+    X's: where it is too much for fp32 sums, X is read again and summed in float64, and where it would cost more than half
+    the digits of that, a QR of the rows takes over (TSQR; Demmel, Grigori, Hoemmen and Langou 2012).
+
+    A drop-in for `sklearn.linear_model.Ridge` on dense data, without a choice of solvers: `solver_path_` says what ran.
+
+    Args:
+        alpha: penalty, >= 0, in units of X²·weight; a number, or an array (k,) of one per target.
+        fit_intercept: whether to fit b, which is not penalised. X is centred as it is read, in no memory of its own.
+
+    Attributes:
+        coef_: (d,) for one target, else (k, d); X's dtype; a tensor if X was one.
+        intercept_: scalar for y (n,), (k,) for y (n, k); 0.0 without an intercept.
+        n_features_in_: d.
+        feature_names_in_: (d,) column names, where X is a data frame with them.
+        n_iter_: None, as nothing is iterated; for scikit-learn's sake.
+        solver_path_: "cholesky" (d x d), "dual_cholesky" (n x n, where n < d), "least_squares" (QR and SVD, where
+            Cholesky would be inaccurate), "minimum_norm" (the same, rank-deficient: of all minimisers the one of least
+            ‖W‖), or several joined by "+" where penalties differ.
+
+    Examples:
+        >>> import numpy as np
+        >>> from onestep import Ridge
+        >>> X = np.array([[0.0], [1.0], [2.0]])
+        >>> Ridge(alpha=0.0).fit(X, [1.0, 3.0, 5.0]).predict([[3.0]]).round(6)
+        array([7.])
+    """
+
+    def __init__(self, alpha: Any = 1.0, *, fit_intercept: bool = True) -> None:
+        self.alpha = alpha
+        self.fit_intercept = fit_intercept
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Ridge:
+        """Fit to X and y; gradients do not flow through a fit, so tensors are detached.
+
+        Args:
+            X: (n, d), fp32 or fp64 of any strides, read in place; other numbers are converted to fp64 (16-bit tensors
+                to fp32). Array, data frame or CPU tensor.
+            y: (n,) or (n, k), converted to X's dtype.
+            sample_weight: (n,) or a number, >= 0; None for ones. Weight 2 is the same as the row twice.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: shapes that disagree, NaN or infinity, negative alpha or weight, a tensor not on the CPU.
+            TypeError: alpha that is no number, sparse X.
+
+        Warns:
+            scipy.linalg.LinAlgWarning: the solution is not unique, and the one of minimum norm was taken.
+        """
+        data = self._check_fit(X, y, sample_weight, y_numeric=True)
+        self._solve(data, as_targets(data.y, data.X))
+        return self
+
+    def predict(self, X: Any) -> Any:
+        """X coef_ᵀ + intercept_.
+
+        Args:
+            X: (n, d), array, data frame or CPU tensor.
+
+        Returns:
+            (n,) for one target, else (n, k), in X's dtype; a tensor if X is one.
+
+        Raises:
+            ValueError: wrong number of features, NaN or infinity.
+            sklearn.exceptions.NotFittedError: `fit` was not called.
+        """
+        return self._linear(X)
+
+
+class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
+    """Classification by ridge regression on targets of ±1, one column a class (one column in all for two classes).
+
+    A drop-in for `sklearn.linear_model.RidgeClassifier` on dense data; see `Ridge` for the mathematics and the paths.
+
+    Args:
+        alpha: penalty, >= 0; a number, or an array of one per column of targets.
+        fit_intercept: whether to fit an intercept, which is not penalised.
+        class_weight: {label: weight}, "balanced" (n / (C · count of the class)), or None; multiplies `sample_weight`.
+
+    Attributes:
+        classes_: (C,) the labels, sorted; a tensor if y was a tensor.
+        coef_: (d,) for two classes, else (C, d); X's dtype; a tensor if X was one.
+        intercept_: (1,) for two classes, else (C,); 0.0 without an intercept.
+        n_features_in_, feature_names_in_, n_iter_, solver_path_: as for `Ridge`.
+    """
+
+    classes_: Any
+
+    def __init__(self, alpha: Any = 1.0, *, fit_intercept: bool = True, class_weight: Any = None) -> None:
+        self.alpha = alpha
+        self.fit_intercept = fit_intercept
+        self.class_weight = class_weight
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> RidgeClassifier:
+        """Fit to X and the labels y.
+
+        Args:
+            X: (n, d), as for `Ridge.fit`.
+            y: (n,) labels of any kind, or (n, C) of zeros and ones where a row may have several.
+            sample_weight: (n,) or a number, >= 0; None for ones.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError, TypeError: as for `Ridge.fit`, or y is continuous, or class_weight names no class.
+
+        Warns:
+            scipy.linalg.LinAlgWarning: as for `Ridge.fit`.
+        """
+        labels_as_tensor = isinstance(y, Tensor)
+        data = self._check_fit(X, y, sample_weight, y_numeric=False)
+        binarizer = LabelBinarizer(pos_label=1, neg_label=-1)
+        Y = as_targets(binarizer.fit_transform(data.y), data.X)
+        self._multilabel = type_of_target(data.y).startswith("multilabel")
+        labels = data.y if self._multilabel else column_or_1d(data.y, warn=True)
+        if self.class_weight is not None:
+            weight = torch.from_numpy(compute_sample_weight(self.class_weight, labels)).to(data.X.dtype)
+            data = data._replace(weight=weight if data.weight is None else weight * data.weight)
+        # Y in place of y: the intercept is then (1,) for two classes, as scikit-learn's is.
+        self._solve(data._replace(y=Y.numpy()), Y)
+        self.classes_ = torch.from_numpy(binarizer.classes_) if labels_as_tensor else binarizer.classes_
+        return self
+
+    def decision_function(self, X: Any) -> Any:
+        """X coef_ᵀ + intercept_: how far on the positive side of each boundary a row lies, in units of the ±1 targets.
+
+        Args:
+            X: (n, d), array, data frame or CPU tensor.
+
+        Returns:
+            (n,) for two classes, positive for classes_[1], else (n, C); X's dtype; a tensor if X is one.
+
+        Raises:
+            ValueError, sklearn.exceptions.NotFittedError: as for `Ridge.predict`.
+        """
+        return self._linear(X)
+
+    def predict(self, X: Any) -> Any:
+        """The label of the largest decision value.
+
+        Args:
+            X: (n, d), array, data frame or CPU tensor.
+
+        Returns:
+            (n,) labels, or (n, C) zeros and ones after a multilabel fit; a tensor if X is one and the labels are
+            numbers.
+
+        Raises:
+            ValueError, sklearn.exceptions.NotFittedError: as for `Ridge.predict`.
+        """
+        scores = to_numpy("scores", self.decision_function(X))
+        classes = to_numpy("classes_", self.classes_)
+        if self._multilabel:
+            labels = (scores > 0).astype(np.int64)
+            labels = labels[:, None] if labels.ndim == 1 else labels
+        else:
+            labels = classes[(scores > 0).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)]
+        tensors = isinstance(X, Tensor) and labels.dtype.kind in "biuf"
+        return torch.from_numpy(labels) if tensors else labels
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags

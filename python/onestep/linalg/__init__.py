@@ -1,0 +1,22 @@
+"""Batched least squares and Cholesky solves, differentiable to every order.
+
+Every function takes float32 or float64 CPU tensors of any strides and any batch dimensions, broadcast as torch.linalg
+does, and reads them in place. bfloat16 and float16 inputs are converted to float32, in which the result is returned.
+"""
+
+from onestep.linalg._cholesky import cholesky, cholesky_ex, cholesky_solve, solve_spd, solve_spd_ex
+from onestep.linalg._normal import Moments, SolveNormalResult, gram, moments, solve_normal, solve_normal_ex
+
+__all__ = [
+    "Moments",
+    "SolveNormalResult",
+    "cholesky",
+    "cholesky_ex",
+    "cholesky_solve",
+    "gram",
+    "moments",
+    "solve_normal",
+    "solve_normal_ex",
+    "solve_spd",
+    "solve_spd_ex",
+]

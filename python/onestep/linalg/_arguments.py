@@ -1,0 +1,82 @@
+"""What the public functions accept, brought to what the ops take."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def floating(name: str, value: Tensor) -> Tensor:
+    """The tensor itself, in float32 if it was bfloat16 or float16; raises if the kernels cannot read it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; expected torch.Tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}; expected a dense (torch.strided) tensor")
+    if value.device.type not in ("cpu", "meta"):
+        raise ValueError(f"{name} is on device {value.device}; onestep's kernels run on the CPU: move it with .cpu()")
+    if value.dtype in _HALF:
+        return value.float()
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16")
+    return value
+
+
+def as_columns(name: str, value: Tensor, matrix: Tensor, rows: int) -> tuple[Tensor, bool]:
+    """Right-hand sides (…,rows,k), and whether they came as vectors (…,rows).
+
+    As in torch.linalg.solve, ``value`` is a batch of vectors if it has one dimension, or the shape of ``matrix`` less
+    its columns; otherwise it is a batch of matrices.
+    """
+    if value.dim() == 0:
+        raise ValueError(f"{name} has shape (); expected (..., {rows}, k) or (..., {rows})")
+    is_vector = value.dim() == 1 or (value.dim() == matrix.dim() - 1 and value.shape == matrix.shape[:-1])
+    return (value.unsqueeze(-1), True) if is_vector else (value, False)
+
+
+def ridge_per_feature(ridge: float | Tensor, X: Tensor, batch: torch.Size) -> Tensor | None:
+    """The penalty as (…,d) with stride 0 where it repeats; None for 0.0.
+
+    A tensor is a scalar (), one penalty per problem (the batch shape, or (…,1)), or one per feature (…,d).
+    """
+    d = X.shape[-1]
+    if not isinstance(ridge, Tensor):
+        if not (math.isfinite(ridge) and ridge >= 0):
+            raise ValueError(f"ridge={ridge}; expected a finite number >= 0")
+        return None if ridge == 0 else X.new_full((1,), float(ridge)).expand(d)
+    penalty = floating("ridge", ridge).to(X.dtype)
+    if penalty.dim() == 0:
+        return penalty.expand(d)
+    per_problem = penalty.shape == batch
+    per_feature = penalty.shape[-1] in (1, d) and _broadcasts(penalty.shape[:-1], batch)
+    if per_problem and per_feature and penalty.shape[-1] != 1:
+        raise ValueError(
+            f"ridge has shape {tuple(ridge.shape)}, which may mean one penalty per problem or one per feature: "
+            f"pass ridge.unsqueeze(-1) for the first, ridge.unsqueeze(0) for the second"
+        )
+    if per_problem and not per_feature:
+        penalty = penalty.unsqueeze(-1)
+    elif not per_feature:
+        raise ValueError(
+            f"ridge has shape {tuple(ridge.shape)}; expected (), the batch shape {tuple(batch)}, (..., 1) or (..., {d})"
+        )
+    return penalty.expand(*penalty.shape[:-1], d)
+
+
+def _broadcasts(shape: torch.Size, batch: torch.Size) -> bool:
+    return len(shape) <= len(batch) and all(
+        size in (1, to) for size, to in zip(reversed(shape), reversed(batch), strict=False)
+    )
+
+
+def values_are_known() -> bool:
+    """Whether a tensor's values may decide the path: not while tracing, or inside a transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )

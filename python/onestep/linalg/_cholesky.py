@@ -1,0 +1,86 @@
+"""Batched Cholesky factors and solves of symmetric positive definite systems (LAPACK xPOTRF, xPOTRS, xPOSV)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onestep.linalg._arguments import as_columns, floating
+
+
+def _matrix(name: str, A: Tensor) -> Tensor:
+    A = floating(name, A)
+    if A.dim() < 2 or A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"{name} has shape {tuple(A.shape)}; expected square matrices (..., d, d)")
+    return A
+
+
+def cholesky(A: Tensor) -> Tensor:
+    """Factors A = LLᵀ, L lower triangular.
+
+    Args:
+        A: (…,d,d) symmetric positive definite, of which the lower triangle is read; its gradient is symmetric.
+
+    Returns:
+        (…,d,d), zeros above the diagonal. Differentiable to every order.
+
+    Raises:
+        torch.linalg.LinAlgError: a matrix is not positive definite, or holds NaN or Inf.
+    """
+    factor, _ = torch.ops.onestep.cholesky.default(_matrix("A", A), True)
+    return factor
+
+
+def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
+    """``cholesky`` that reports instead of raising.
+
+    Returns:
+        L (…,d,d), NaN for a matrix that failed, with zero gradients; and info (…) int32: 0, or the 1-based order of the
+        leading minor that is not positive definite.
+    """
+    factor, info = torch.ops.onestep.cholesky.default(_matrix("A", A))
+    return factor, info
+
+
+def cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
+    """Solves LLᵀX = B.
+
+    Args:
+        B: (…,d,k) or (…,d) right-hand sides.
+        L: (…,d,d) lower triangular factor; above the diagonal nothing is read.
+
+    Returns:
+        X, shaped like B with the batch broadcast. Differentiable to every order.
+    """
+    L = _matrix("L", L)
+    columns, is_vector = as_columns("B", floating("B", B), L, L.shape[-1])
+    solution: Tensor = torch.ops.onestep.cholesky_solve.default(columns, L)
+    return solution.squeeze(-1) if is_vector else solution
+
+
+def solve_spd(A: Tensor, B: Tensor) -> Tensor:
+    """Solves AX = B for symmetric positive definite A, by one fused Cholesky factorisation and solve.
+
+    Args:
+        A: (…,d,d), of which the lower triangle is read; its gradient is symmetric.
+        B: (…,d,k) or (…,d).
+
+    Returns:
+        X, shaped like B with the batch broadcast. Differentiable to every order.
+
+    Raises:
+        torch.linalg.LinAlgError: a matrix is not positive definite, or an operand holds NaN or Inf.
+    """
+    return _solve_spd(A, B, check=True)[0]
+
+
+def solve_spd_ex(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """``solve_spd`` that reports instead of raising: X, NaN where it failed, and info (…) as in ``solve_normal_ex``."""
+    return _solve_spd(A, B, check=False)
+
+
+def _solve_spd(A: Tensor, B: Tensor, check: bool) -> tuple[Tensor, Tensor]:
+    A = _matrix("A", A)
+    columns, is_vector = as_columns("B", floating("B", B), A, A.shape[-1])
+    solution, _, info = torch.ops.onestep.solve_spd.default(A, columns, check)
+    return solution.squeeze(-1) if is_vector else solution, info

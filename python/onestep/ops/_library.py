@@ -1,0 +1,141 @@
+"""The ``onestep`` operator library: how kernels become ``torch.ops.onestep.*``.
+
+An op is a schema, a CPU kernel, a fake (shapes only, for torch.compile), a vmap rule and, in most cases, derivatives.
+Derivatives are attached at the op's Autograd key, so that a bare ``torch.ops.onestep.*`` call is differentiable in
+eager autograd, forward mode, every ``torch.func`` transform and torch.compile alike, or raises; see
+CONTRIBUTING.md, Decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+
+LIBRARY = torch.library.Library("onestep", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    own_dims: Sequence[int],
+) -> None:
+    """Defines one op.
+
+    Args:
+        schema: the op's schema, named parameters first tensors, then plain values.
+        cpu: its CPU kernel.
+        fake: the same on shapes alone.
+        own_dims: for each tensor argument, how many trailing dimensions are not batch dimensions.
+    """
+    LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"onestep::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.onestep, name).default
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        moved = _align_batches(args, in_dims, own_dims)
+        result = op(*moved)
+        return result, (0,) * len(result) if isinstance(result, tuple) else 0
+
+    torch.library.register_vmap(f"onestep::{name}", vmap, lib=LIBRARY)
+
+
+def _align_batches(args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_dims: Sequence[int]) -> list[Any]:
+    """Puts the mapped dimension in front of every mapped tensor's batch dimensions, which all get the same number."""
+
+    def batch_dims(arg: Tensor, in_dim: int | None, own: int) -> int:
+        return arg.dim() - own - (in_dim is not None)
+
+    tensors = [
+        (arg, in_dim, own)
+        for arg, in_dim, own in zip(args, in_dims, own_dims, strict=False)
+        if isinstance(arg, Tensor)
+    ]
+    most = max(batch_dims(*entry) for entry in tensors)
+    moved: list[Any] = list(args)
+    for index, (arg, in_dim, own) in enumerate(zip(args, in_dims, own_dims, strict=False)):
+        if isinstance(arg, Tensor) and in_dim is not None:
+            front = arg.movedim(in_dim, 0)
+            missing = most - batch_dims(arg, in_dim, own)
+            moved[index] = front.reshape(front.shape[:1] + (1,) * missing + front.shape[1:])
+    return moved
+
+
+def records_derivatives(args: tuple[Any, ...]) -> bool:
+    """Whether eager autograd, a forward-mode level or a torch.func transform may want a derivative of this call."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+class OpFunction(_SingleLevelFunction):  # type: ignore[misc]
+    """Derivatives of one op: a subclass names the op and has ``setup_context``, ``backward`` and ``jvp``.
+
+    It is a single-level autograd.Function, applied inside the op's Autograd kernel: torch.func calls that kernel once
+    per transform level, with the tensors of that level, exactly as it does for torch's own ops. ``backward`` and
+    ``jvp`` are written in differentiable ops, which gives derivatives of every order.
+    """
+
+    op: ClassVar[Any]
+
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        """The op's Autograd kernel."""
+        if records_derivatives(args):
+            with enable_single_level_autograd_function():
+                return cls.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return cls.op(*args)
+
+    @classmethod
+    def run_below(cls, *args: Any) -> Any:
+        """The op for the next transform level, or its kernel if this was the last."""
+        # A Function switches both derivative modes off for its forward; the outer levels still need them.
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            return cls.op(*args)
+
+
+def register_derivatives(name: str, function: type[OpFunction]) -> None:
+    """Attaches ``function`` to the op ``onestep::name``."""
+    function.op = getattr(torch.ops.onestep, name).default
+    function.forward = staticmethod(function.run_below)  # type: ignore[method-assign]
+    LIBRARY.impl(name, function.call, "Autograd")
+
+
+def register_composite_derivative(name: str, composite: Callable[..., Any]) -> None:
+    """Where a derivative of the op is wanted, ``composite``, made of differentiable ops, runs instead of its kernel."""
+    op = getattr(torch.ops.onestep, name).default
+
+    def autograd_kernel(*args: Any) -> Any:
+        if records_derivatives(args):
+            return composite(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    LIBRARY.impl(name, autograd_kernel, "Autograd")
+
+
+def register_not_differentiable(name: str, use_instead: str) -> None:
+    """Makes an op raise where a derivative of it is wanted, rather than return a silent zero."""
+    op = getattr(torch.ops.onestep, name).default
+
+    def autograd_kernel(*args: Any) -> Any:
+        if records_derivatives(args):
+            raise NotImplementedError(f"onestep::{name} has no derivative; {use_instead}")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    LIBRARY.impl(name, autograd_kernel, "Autograd")

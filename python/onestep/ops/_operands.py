@@ -1,0 +1,99 @@
+"""Checks of op arguments, and their hand-over to the native kernels as addresses and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep import _native
+
+Operand = tuple[int, tuple[int, ...]]
+
+# csrc/base/batch.hpp, kMaxBatchDims
+MOST_BATCH_DIMS = 8
+
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+_KERNELS: dict[tuple[str, torch.dtype], Callable[..., None]] = {
+    (family, dtype): getattr(_native, f"{family}_{suffix}")
+    for dtype, suffix in _SUFFIX.items()
+    for family in (
+        "gram",
+        "moments",
+        "solve_normal",
+        "solve_normal_backward",
+        "solve_spd",
+        "cholesky",
+        "cholesky_solve",
+    )
+}
+
+
+def kernel(family: str, dtype: torch.dtype) -> Callable[..., None]:
+    """The native entry of a kernel family for a dtype."""
+    return _KERNELS[family, dtype]
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raises TypeError unless the tensor is float32 or float64, and of the given dtype."""
+    if tensor.dtype not in _SUFFIX:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected torch.float32 or torch.float64")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {dtype}, like the other operands")
+
+
+def check_dims(name: str, tensor: Tensor, least: int, meaning: str) -> None:
+    """Raises ValueError if the tensor has fewer dimensions than its matrix part."""
+    if tensor.dim() < least:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {meaning}")
+
+
+def check_size(name: str, tensor: Tensor, dim: int, size: Any, meaning: str) -> None:
+    """Raises ValueError unless one dimension has the given size."""
+    if tensor.shape[dim] != size:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {meaning}")
+
+
+def broadcast_batch(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The broadcast batch shape; ValueError names all shapes if there is none."""
+    first = shapes[0]
+    if all(shape == first for shape in shapes):
+        return tuple(first)
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        listed = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"batch dimensions do not broadcast: got {listed}") from None
+
+
+def operand(tensor: Tensor, batch: tuple[int, ...], own: int) -> Operand:
+    """Address and strides of a tensor broadcast to the batch shape, read in place."""
+    shape = tuple(tensor.shape)
+    cut = len(shape) - own
+    if shape[:cut] != batch:
+        tensor = tensor.expand(batch + shape[cut:])
+    if len(batch) > MOST_BATCH_DIMS:
+        # The one case that copies: more batch dimensions than the kernels address.
+        tensor = tensor.reshape(kernel_batch(batch) + shape[cut:])
+    return tensor.data_ptr(), tensor.stride()
+
+
+def kernel_batch(batch: tuple[int, ...]) -> tuple[int, ...]:
+    """The batch shape as the kernels see it; see ``operand``."""
+    if len(batch) <= MOST_BATCH_DIMS:
+        return batch
+    count = 1
+    for size in batch:
+        count *= size
+    return (count,)
+
+
+def describe_failures(info: Tensor, what: str) -> str:
+    """How many of the batch failed, and where the first few are."""
+    failed = info.nonzero()
+    places = [tuple(index) for index in failed[:3].tolist()]
+    shown = ", ".join(f"{list(place)}: info={info[place].item()}" if place else f"info={info.item()}" for place in places)
+    more = ", ..." if len(failed) > len(places) else ""
+    return f"{len(failed)} of {info.numel()} {what} could not be solved ({shown}{more})"

@@ -1,0 +1,496 @@
+"""The command line: what it fits, prints, saves and predicts, and the one line that it says about every bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import onestep
+from onestep.cli import main
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("rich")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+safe_open = pytest.importorskip("safetensors").safe_open
+linear_model = pytest.importorskip("sklearn.linear_model")
+train_test_split = pytest.importorskip("sklearn.model_selection").train_test_split
+
+ROOT = Path(__file__).resolve().parent.parent
+HOUSES = ROOT / "examples" / "data" / "houses.csv"
+CALIFORNIA = ROOT.parent / "shared" / "data" / "california_housing.csv"
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Callable[[str | bytes], Path]:
+    """Writes a CSV file."""
+
+    def write(content: str | bytes, name: str = "data.csv") -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def subprocess_run(*words: object, code: str | None = None, **options: object) -> subprocess.CompletedProcess[bytes]:
+    start = ["-m", "onestep"] if code is None else ["-c", code]
+    return subprocess.run([sys.executable, *start, *map(str, words)], capture_output=True, timeout=120, **options)
+
+
+def weights(path: Path) -> dict[str, float]:
+    with safe_open(path, framework="numpy") as file:
+        names = json.loads(file.metadata()["features"])
+        return dict(zip(names, file.get_tensor("weight")[0], strict=True)) | {"": float(file.get_tensor("bias")[0])}
+
+
+def small(rows: int = 40, seed: int = 0) -> str:
+    """A table without noise: y = 3a - 2b + 5 + 10 where kind is v."""
+    rng = np.random.default_rng(seed)
+    lines = ["a,b,kind,y"]
+    for _ in range(rows):
+        a, b, kind = int(rng.integers(100)), int(rng.integers(100)), "uuv"[rng.integers(3)]
+        lines.append(f"{a},{b / 4},{kind},{3 * a - 2 * b / 4 + 5 + 10 * (kind == 'v')}")
+    return "\n".join(lines) + "\n"
+
+
+def with_line(text: str, line: int, replacement: str) -> str:
+    """The text with one line (counted from 1) replaced."""
+    lines = text.splitlines()
+    lines[line - 1] = replacement
+    return "\n".join(lines) + "\n"
+
+
+# --- fit ------------------------------------------------------------------------------------------
+
+
+def test_fit_recovers_an_exact_formula(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    code, out, err = run("fit", csv(small()), "--target", "y", "--save", saved)
+    assert (code, err) == (0, "")
+    found = weights(saved)
+    assert found == pytest.approx({"a": 3, "b": -2, "kind = v": 10, "": 5})
+    assert "y per a" in out and "y, against kind = u" in out
+    assert re.search(r"kind = v +\+10\.0000", out) and re.search(r"intercept +\+5\.00000", out)
+    assert "held out:  R² 1.0000" in out
+    assert re.search(r"time: +[\d.]+ (s|ms|µs) to solve", out)
+    assert f"saved to {saved}" in out
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_weights_are_those_of_least_squares_on_the_same_split(run, tmp_path, dtype):
+    saved = tmp_path / "model.safetensors"
+    code, out, _ = run("fit", HOUSES, "--target", "price", "--seed", 3, "--dtype", dtype, "--save", saved)
+    frame = pd.read_csv(HOUSES)
+    y = frame.pop("price").to_numpy(float)
+    X = pd.get_dummies(frame, prefix_sep=" = ").astype(float)
+    found = weights(saved)
+    bias = found.pop("")
+    train, test = train_test_split(np.arange(len(y)), test_size=0.2, random_state=3)
+    # The baselines are the most frequent levels of the training rows.
+    for column in ("energy_class", "district"):
+        assert f"{column} = {frame[column].iloc[train].mode()[0]}" not in found
+    X = X[list(found)]
+    peer = linear_model.LinearRegression().fit(X.iloc[train], y[train])
+    tolerance = 1e-8 if dtype == "float64" else 1e-3
+    assert code == 0
+    np.testing.assert_allclose(list(found.values()), peer.coef_, rtol=tolerance)
+    np.testing.assert_allclose(bias, peer.intercept_, rtol=tolerance)
+    assert f"held out:  R² {peer.score(X.iloc[test], y[test]):.4f}" in out
+
+
+def test_alpha_is_a_penalty_on_standardised_columns(run, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    only_numbers = ["--ignore", "energy_class", "district"]
+    run("fit", HOUSES, "--target", "price", "--alpha", 50, "--test-size", 0, *only_numbers, "--save", saved)
+    frame = pd.read_csv(HOUSES).drop(columns=["energy_class", "district"])
+    y = frame.pop("price")
+    Z = (frame - frame.mean()) / frame.std(ddof=0)
+    peer = linear_model.Ridge(alpha=50).fit(Z, y)
+    found = weights(saved)
+    del found[""]
+    np.testing.assert_allclose(list(found.values()), peer.coef_ / frame.std(ddof=0), rtol=1e-8)
+
+
+def test_categorical_numbers_become_levels_in_their_order(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    rows = "".join(f"{zone},{zone * zone + shift}\n" for zone in (1, 2, 10, 10) for shift in (-1, 1) for _ in range(3))
+    code, _, _ = run("fit", csv("zone,y\n" + rows), "--target", "y", "--categorical", "zone", "--save", saved)
+    found = weights(saved)
+    assert code == 0 and list(found) == ["zone = 1", "zone = 2", ""]
+
+
+def test_ignored_constant_and_nameless_columns(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    lines = small().splitlines()
+    lines = [f",id,{lines[0]},unit,one"] + [f"{i},x{i},{line},m,1" for i, line in enumerate(lines[1:])]
+    code, _, err = run("fit", csv("\n".join(lines)), "--target", "y", "--ignore", "id", "--save", saved)
+    assert code == 0 and list(weights(saved)) == ["a", "b", "kind = v", ""]
+    assert "column 1 has no name" in err and "'unit' is constant" in err and "'one' is constant" in err
+
+
+def test_dependent_columns_are_fitted_and_told(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    rows = "".join(f"{i},{i},{2 * i + 1}\n" for i in range(30))
+    code, _, err = run("fit", csv("a,again,y\n" + rows), "--target", "y", "--save", saved)
+    assert code == 0 and "not unique" in err and err.count("\n") == 1
+    assert weights(saved) == pytest.approx({"a": 1, "again": 1, "": 1})
+
+
+def test_fewer_rows_than_columns_are_fitted_and_told(run, csv):
+    rng = np.random.default_rng(0)
+    header = ",".join(f"x{i}" for i in range(8)) + ",y\n"
+    rows = "".join(",".join(f"{v:.6f}" for v in rng.normal(size=9)) + "\n" for _ in range(6))
+    code, out, err = run("fit", csv(header + rows), "--target", "y", "--test-size", 0)
+    assert code == 0 and "6 training rows cannot determine 8 weights" in err
+    assert "training:  R² 1.0000" in out and "held out:" not in out
+
+
+def test_constant_target_has_no_r2(run, csv):
+    code, out, _ = run("fit", csv("a,y\n" + "".join(f"{i},7\n" for i in range(20))), "--target", "y")
+    assert code == 0 and "R² undefined" in out
+
+
+def test_a_level_only_among_the_held_out_rows_is_not_scored(run, csv):
+    text = small()
+    _, test = train_test_split(np.arange(40), test_size=0.2, random_state=0)
+    code, out, err = run("fit", csv(with_line(text, int(test[0]) + 2, "1,2,rare,3")), "--target", "y")
+    assert code == 0 and "1 held-out row with a category that no training row has" in err
+    assert "held out:  R² 1.0000" in out
+
+
+def test_quotes_line_breaks_spaces_and_separators(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    rows = "".join(f'{i}; "the {"old" if i % 3 else "new"};\nmill" ;{2 * i + (i % 3 > 0)}\n\n' for i in range(30))
+    path = csv("\ufeff a ;kind;y\n" + rows)
+    code, _, _ = run("fit", path, "--target", "y", "--sep", ";", "--save", saved)
+    assert code == 0 and weights(saved) == pytest.approx({"a": 2, "kind = the new;\nmill": -1, "": 1})
+    path.write_text(path.read_text() + "zz;q;1\n")
+    code, _, err = run("fit", path, "--target", "y", "--sep", ";")
+    assert code == 2 and "line 92 has 'zz'" in err and err.count("\n") == 1
+
+
+def test_booleans_are_categories_as_they_are_written(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    rows = "".join(f"{i},{'TRUE' if i % 3 else 'FALSE'},{i + 4 * (i % 3 > 0)}\n" for i in range(30))
+    path = csv("a,pool,y\n" + rows)
+    assert run("fit", path, "--target", "y", "--save", saved)[0] == 0
+    assert weights(saved) == pytest.approx({"a": 1, "pool = FALSE": -4, "": 4})
+    assert run("predict", saved, path)[0] == 0
+
+
+# --- missing values -------------------------------------------------------------------------------
+
+
+def test_missing_values_need_impute(run, csv, tmp_path):
+    text = with_line(with_line(with_line(small(), 5, ",1,u,2"), 6, "3,n/a,,9"), 7, "NaN,1,v,")
+    path, saved = csv(text), tmp_path / "model.safetensors"
+    code, out, err = run("fit", path, "--target", "y", "--save", saved)
+    assert (code, out) == (2, "") and not saved.exists()
+    assert "a (2), b (1), kind (1), y (1)" in err and "--impute median" in err and err.count("\n") == 1
+
+    code, out, err = run("fit", path, "--target", "y", "--impute", "median", "--test-size", 0, "--save", saved)
+    assert code == 0 and "1 row without y dropped" in err and "1 missing value of kind filled with 'u'" in err
+    frame = pd.read_csv(path).dropna(subset="y")
+    frame = frame.fillna({"a": frame["a"].median(), "b": frame["b"].median(), "kind": "u"})
+    X = frame[["a", "b"]].assign(v=(frame["kind"] == "v").astype(float))
+    peer = linear_model.LinearRegression().fit(X, frame["y"])
+    assert list(weights(saved).values()) == pytest.approx([*peer.coef_, peer.intercept_])
+
+
+def test_the_median_is_that_of_the_training_rows(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    text = with_line(small(), 3, ",1,u,2")
+    run("fit", csv(text), "--target", "y", "--impute", "median", "--save", saved)
+    train, _ = train_test_split(np.arange(40), test_size=0.2, random_state=0)
+    with safe_open(saved, framework="numpy") as file:
+        columns = json.loads(file.metadata()["columns"])
+    assert columns[0]["fill"] == pd.read_csv(csv(text))["a"].iloc[train].median()
+
+
+def test_predict_fills_with_what_fit_learned_or_says_that_it_cannot(run, csv, tmp_path):
+    saved, holes = tmp_path / "model.safetensors", csv("a,b,kind\n,1,\n", "holes.csv")
+    run("fit", csv(small()), "--target", "y", "--save", saved)
+    code, _, err = run("predict", saved, holes)
+    assert code == 2 and "missing values in a (1), kind (1)" in err and "--impute median" in err
+    run("fit", csv(small()), "--target", "y", "--impute", "median", "--save", saved)
+    with safe_open(saved, framework="numpy") as file:
+        median = json.loads(file.metadata()["columns"])[0]["fill"]
+    code, out, _ = run("predict", saved, holes)
+    assert code == 0 and float(out.splitlines()[1]) == pytest.approx(3 * median - 2 + 5)
+
+
+# --- predict and the saved model ------------------------------------------------------------------
+
+
+def test_predictions_of_a_saved_model(run, tmp_path):
+    saved, new, output = tmp_path / "model.safetensors", tmp_path / "new.csv", tmp_path / "predictions.csv"
+    run("fit", HOUSES, "--target", "price", "--save", saved)
+    frame = pd.read_csv(HOUSES)
+    # Other columns, in another order, and without the target.
+    frame.drop(columns="price").assign(agent="x").iloc[:, ::-1].to_csv(new, index=False)
+    code, out, err = run("predict", saved, new)
+    assert code == 0 and err == "note: not used by the model: agent\n"
+    lines = out.splitlines()
+    found = weights(saved)
+    X = pd.get_dummies(frame, prefix_sep=" = ").astype(float)
+    expected = sum(weight * (X[name] if name else 1.0) for name, weight in found.items())
+    assert lines[0] == "predicted_price"
+    np.testing.assert_allclose(np.array(lines[1:], float), expected, rtol=1e-12)
+
+    code, out, err = run("predict", saved, HOUSES, "--output", output)
+    assert (code, out) == (0, "") and output.read_text().splitlines() == lines
+    assert re.fullmatch(r"score: R² 0\.9\d+, RMSE [\d,.]+ price \(2,000 rows\)\n", err)
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_a_saved_model_is_a_torch_linear(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    run("fit", csv(small()), "--target", "y", "--save", saved)
+    layer = torch.nn.Linear(3, 1, dtype=torch.float64)
+    layer.load_state_dict(safetensors_torch.load_file(saved))
+    row = torch.tensor([[2.0, 4.0, 1.0]], dtype=torch.float64)
+    assert layer(row).item() == pytest.approx(3 * 2 - 2 * 4 + 10 + 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n", "has no column 'kind' (the model was fitted on it)"),
+        ("a,b,kind\n1,2,u\n1,2,w\n", "column 'kind' has 'w' on line 3, which was not there"),
+        ("a,b,kind\n1,2,u\nx,2,v\n", "column 'a' should hold numbers, but line 3 has 'x'"),
+        ("a,b,kind\n1,inf,u\n", "column 'b' holds an infinite value on line 2"),
+        ("a,b,kind\n", "has a header but no rows"),
+    ],
+)
+def test_bad_rows_to_predict(run, csv, tmp_path, content, message):
+    saved = tmp_path / "model.safetensors"
+    run("fit", csv(small()), "--target", "y", "--save", saved)
+    code, out, err = run("predict", saved, csv(content, "new.csv"))
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_a_target_that_cannot_be_scored_does_not_stop_predict(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    run("fit", csv(small()), "--target", "y", "--save", saved)
+    code, out, err = run("predict", saved, csv("a,b,kind,y\n1,2,u,unknown\n", "new.csv"))
+    assert code == 0 and len(out.splitlines()) == 2 and err.startswith("note: not scored")
+    code, out, err = run("predict", saved, csv("a,b,kind,y\n1,2,u,\n", "new.csv"))
+    assert code == 0 and err == ""
+
+
+def test_files_that_are_not_saved_models(run, csv, tmp_path):
+    table, saved = csv(small()), tmp_path / "model.safetensors"
+    run("fit", table, "--target", "y", "--save", saved)
+    whole = saved.read_bytes()
+    other = tmp_path / "other.safetensors"
+    safetensors_torch.save_file({"weight": torch.ones(1, 3, dtype=torch.bfloat16)}, other)
+    cases = [
+        (tmp_path, "is a directory"),
+        (tmp_path / "none", "no such file"),
+        (table, "is not a model saved by onestep"),
+        (csv(b"", "empty"), "is not a model saved by onestep"),
+        (csv(whole[: len(whole) // 2], "half"), "is not a model saved by onestep"),
+        (csv(whole.replace(b"onestep 1", b"onestep 9"), "later"), "another version of onestep"),
+        (csv(whole.replace(b"number", b"nomber"), "damaged"), "is damaged"),
+        (csv(whole[:-8] + np.array([np.nan]).tobytes(), "nan"), "is damaged"),
+        (other, "not a model saved by"),
+    ]
+    for path, message in cases:
+        code, out, err = run("predict", path, table)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1, path
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_outputs_that_cannot_be_written(run, csv, tmp_path, command):
+    table, saved = csv(small()), tmp_path / "model.safetensors"
+    run("fit", table, "--target", "y", "--save", saved)
+    words = ["fit", table, "--target", "y", "--save"] if command == "fit" else ["predict", saved, table, "--output"]
+    for path, message in ((tmp_path, "it is a directory"), (tmp_path / "no" / "x", "there is no directory")):
+        code, out, err = run(*words, path)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+# --- bad files ------------------------------------------------------------------------------------
+
+MANY = "a,street,y\n" + "".join(f"{i},Street {i},{i}\n" for i in range(100))
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"", [], "is empty"),
+        ("\n \n", [], "is empty"),
+        ("a,y\n", [], "has a header but no rows"),
+        ("a,a,y\n1,2,3\n", [], "names a column twice: a"),
+        ("a;y\n1;2\n", [], "separated by ';'; pass --sep ';'"),
+        ("a\ty\n1\t2\n", [], "pass --sep tab"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", [], "is not a text file"),
+        ("name,y\nJosé,1\n".encode("latin-1"), [], "line 2 is not UTF-8 (byte 0xe9)"),
+        (with_line(small(), 9, "1,2,u,3,4"), [], "line 9 has 5 fields, but the header has 4"),
+        (with_line(small(), 2, "1,2,u,3,4"), [], "line 2 has 5 fields, but the header has 4"),
+        (with_line(small(), 9, "1,2,u"), [], "line 9 has 3 fields, but the header has 4"),
+        (with_line(small(), 9, "1,2,u"), ["--impute", "median"], "line 9 has 3 fields, but the header has 4"),
+        (small().replace("\n", "\r"), [], "line 1: a carriage return inside the line"),
+        (with_line(small(), 9, '1,2,"u,3'), [], "the record that begins on line 9 is never closed"),
+        (with_line(small(), 9, "12a,2,u,3"), [], "'a' should hold numbers, but line 9 has '12a'; correct it, leave"),
+        (with_line(small(), 9, "1,2,u,?"), [], "'y' should hold numbers, but line 9 has '?'; correct it, or choose"),
+        (with_line(small(), 9, "1,-inf,u,3"), [], "column 'b' holds an infinite value on line 9"),
+        (with_line(small(), 9, "1,2,u,1e999"), [], "column 'y' holds an infinite value on line 9"),
+        (small().replace(",y", ",price"), [], "has no column 'y' (the target); it has a, b, kind, price"),
+        (small().replace(",y", ",yy"), [], "has no column 'y' (the target); did you mean 'yy'?"),
+        (small(), ["--ignore", "c"], "has no column 'c' (in --ignore)"),
+        (small(), ["--categorical", "knid"], "(in --categorical); did you mean 'kind'?"),
+        (small(), ["--ignore", "a", "y"], "the target 'y' cannot also be in --ignore"),
+        (small(), ["--categorical", "y"], "the target 'y' cannot also be in --categorical"),
+        (small(), ["--ignore", "a", "b", "kind"], "there is no column to fit on"),
+        (small(), ["--target", "kind"], "'kind' should hold numbers, but line 2 has"),
+        (small(4), [], "4 rows with a target: too few to hold out 0.2 of them"),
+        (small(1), ["--test-size", "0"], "1 row with a target: too few to fit on"),
+        (MANY, [], "'street' is text with 80 different values in 80 training rows"),
+        ("a,b,y\n" + "1,,2\n" * 20, ["--impute", "median"], "column 'b' has no value in the training rows"),
+        ("a,y\n" + "1,2\n" * 20, [], "no column is left to fit on"),
+        ("a,y\n" + "".join(f"{i}e300,{i}\n" for i in range(1, 30)), [], "too large or too close together"),
+    ],
+)
+def test_bad_files(run, csv, content, options, message):
+    code, out, err = run("fit", csv(content), "--target", "y", *options)
+    last = err.splitlines()[-1]
+    assert (code, out) == (2, "") and last.startswith("error: ") and message in last
+    # Notes may come before the one line of the error.
+    assert all(line.startswith("note: ") for line in err.splitlines()[:-1])
+
+
+def test_paths_that_are_not_files(run, tmp_path):
+    for path, message in ((tmp_path, "is a directory"), (tmp_path / "none.csv", "no such file")):
+        code, _, err = run("fit", path, "--target", "y")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["fit", "x.csv"], "--target"),
+        (["fit", "x.csv", "--target", "y", "--alpha", "-1"], "argument --alpha: must be a finite number"),
+        (["fit", "x.csv", "--target", "y", "--alpha", "much"], "argument --alpha: invalid number value: 'much'"),
+        (["fit", "x.csv", "--target", "y", "--test-size", "1"], "argument --test-size: must be at least 0"),
+        (["fit", "x.csv", "--target", "y", "--seed", "-1"], "argument --seed: must be between 0"),
+        (["fit", "x.csv", "--target", "y", "--sep", ";;"], "argument --sep: must be one character"),
+        (["fit", "x.csv", "--target", "y", "--impute", "mean"], "argument --impute: invalid choice: 'mean'"),
+    ],
+)
+def test_bad_usage(run, words, message):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "") and message in err and "--help" in err and err.count("\n") == 1
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def test_help_shows_examples(run):
+    for words in (["--help"], ["fit", "--help"], ["predict", "--help"]):
+        code, out, err = run(*words)
+        assert (code, err) == (0, "") and "examples:" in out
+
+
+def test_version_and_info(run):
+    assert run("--version") == (0, f"onestep {onestep.__version__}\n", "")
+    code, out, err = run("info")
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+    assert (code, err) == (0, "") and list(lines) == list(onestep.info())
+    assert len({line.index(re.split(r"  +", line, maxsplit=1)[1]) for line in out.splitlines()}) == 1
+
+
+def test_module_runs_as_a_program(tmp_path):
+    saved = tmp_path / "model.safetensors"
+    fit = subprocess_run("fit", HOUSES, "--target", "price", "--save", saved)
+    assert fit.returncode == 0 and "intercept" in fit.stdout.decode() and fit.stderr == b""
+    bad = subprocess_run("predict", saved, tmp_path / "none.csv")
+    assert bad.returncode == 2 and bad.stdout == b"" and bad.stderr.count(b"\n") == 1
+
+
+def test_without_the_extras_info_works_and_fit_names_them():
+    hide = "import sys; sys.modules.update(dict.fromkeys(['pandas', 'rich', 'safetensors', 'sklearn', 'matplotlib']));"
+    program = hide + "from onestep.cli import main; sys.exit(main(sys.argv[1:]))"
+    assert subprocess_run("info", code=program).returncode == 0
+    fit = subprocess_run("fit", HOUSES, "--target", "price", code=program)
+    assert fit.returncode == 2 and fit.stderr.count(b"\n") == 1 and b"pip install 'onestep[cli]'" in fit.stderr
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback(run, csv, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    run("fit", csv(small()), "--target", "y", "--save", saved)
+    long = csv("a,b,kind\n" + "1,2,u\n" * 100_000, "long.csv")
+    command = [sys.executable, "-m", "onestep", "predict", str(saved), str(long)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_an_interrupt_and_lack_of_memory_end_in_one_line(run, csv, monkeypatch):
+    for error, code, message in ((KeyboardInterrupt, 130, "interrupted"), (MemoryError, 2, "not enough memory")):
+
+        def stop(*_: object, error: type[BaseException] = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("onestep.cli.fit.read_table", stop)
+        found, out, err = run("fit", csv(small()), "--target", "y")
+        assert (found, out) == (code, "") and message in err and err.count("\n") == 1
+
+
+def test_an_ascii_terminal_can_show_the_report(tmp_path):
+    done = subprocess_run("fit", HOUSES, "--target", "price", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"held out:  R? 0.9" in done.stdout
+
+
+# --- real data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not CALIFORNIA.exists(), reason=f"needs {CALIFORNIA}")
+def test_california_housing(run, tmp_path):
+    target, saved = "median_house_value", tmp_path / "model.safetensors"
+    code, _, err = run("fit", CALIFORNIA, "--target", target)
+    assert code == 2 and "missing values in total_bedrooms (207)" in err and err.count("\n") == 1
+
+    code, out, err = run("fit", CALIFORNIA, "--target", target, "--impute", "median", "--save", saved)
+    assert code == 0 and "207 missing values of total_bedrooms filled with the median" in err
+    frame = pd.read_csv(CALIFORNIA)
+    y = frame.pop(target).to_numpy()
+    train, test = train_test_split(np.arange(len(y)), test_size=0.2, random_state=0)
+    frame = frame.fillna({"total_bedrooms": frame["total_bedrooms"].iloc[train].median()})
+    X = pd.get_dummies(frame, prefix_sep=" = ").astype(float)
+    found = weights(saved)
+    X = X[[name for name in found if name]]
+    peer = linear_model.LinearRegression().fit(X.iloc[train], y[train])
+    assert list(found.values()) == pytest.approx([*peer.coef_, peer.intercept_], rel=1e-6)
+    score = peer.score(X.iloc[test], y[test])
+    assert 0.6 < score < 0.7 and f"held out:  R² {score:.4f}" in out
+
+    code, out, _ = run("predict", saved, CALIFORNIA)
+    predicted = np.array(out.splitlines()[1:], float)
+    np.testing.assert_allclose(predicted, peer.predict(X), rtol=1e-6, atol=1e-3)
