@@ -7,6 +7,8 @@ enum class Status : int {
     ok = 0,
     out_of_memory = 1,
     thread_pool_error = 2,
+    negative_weight = 3,
+    negative_ridge = 4,
 };
 
 }  // namespace onestep

@@ -71,6 +71,10 @@ pybind11::object run(const Kernel& kernel) {
             throw std::bad_alloc();
         case Status::thread_pool_error:
             throw std::runtime_error("torch's thread pool reported an error");
+        case Status::negative_weight:
+            throw pybind11::value_error("weight has negative values; expected values >= 0");
+        case Status::negative_ridge:
+            throw pybind11::value_error("ridge has negative values; expected values >= 0");
     }
     return pybind11::none();
 }

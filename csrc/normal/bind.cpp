@@ -46,8 +46,8 @@ py::object bind_moments(const Operand& x, const Operand& y, const Operand& weigh
 
 template <class T>
 py::object bind_solve_normal(const Operand& x, const Operand& y, const Operand& weight, const Operand& ridge,
-                             const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k, int64_t refine,
-                             double jitter, Address solution, Address factor, Address info, Address rcond,
+                             double uniform_ridge, const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k,
+                             int64_t refine, double jitter, Address solution, Address factor, Address info, Address rcond,
                              Address jittered) {
     SolveNormalArgs<T> args;
     args.batch = bindings::batch_shape(batch);
@@ -58,6 +58,7 @@ py::object bind_solve_normal(const Operand& x, const Operand& y, const Operand& 
     args.y = bindings::batched<const T>(y, 2);
     args.weight = bindings::batched<const T>(weight, 1);
     args.ridge = bindings::batched<const T>(ridge, 1);
+    args.uniform_ridge = uniform_ridge;
     args.refine = refine;
     args.jitter = jitter;
     args.solution = bindings::pointer<T>(solution);

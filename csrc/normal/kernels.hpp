@@ -34,16 +34,27 @@ struct RowsArgs {
     const T* shift = nullptr;  // one per column of Z, padded to whole panels; or null
 };
 
-// Up to kMostLanes problems for one pack. Unused pointers are null.
+// An operand of a pack: a matrix per lane, all with the same strides.
+template <class T>
+struct PackOperand {
+    const T* data[kMostLanes];
+    int64_t row = 0;
+    int64_t col = 0;
+    bool given = false;
+
+    void set(int64_t lane, const Matrix<const T>& matrix) {
+        data[lane] = matrix.data;
+        row = matrix.row;
+        col = matrix.col;
+        given = matrix.data != nullptr;
+    }
+};
+
+// Up to kMostLanes problems for one pack. Outputs that are not wanted are null.
 template <class T>
 struct PackArgs {
     int64_t n = 0, d = 0, k = 0;
-    Matrix<const T> x[kMostLanes];
-    Matrix<const T> y[kMostLanes];
-    Matrix<const T> weight[kMostLanes];
-    Matrix<const T> ridge[kMostLanes];
-    Matrix<const T> a[kMostLanes];
-    Matrix<const T> b[kMostLanes];
+    PackOperand<T> x, y, weight, ridge, a, b;
     T* solution[kMostLanes] = {};
     T* factor[kMostLanes] = {};
     T* rcond[kMostLanes] = {};

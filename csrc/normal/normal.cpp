@@ -70,6 +70,27 @@ bool packable(int64_t lanes, int64_t problems, int64_t n, int64_t d, int64_t k) 
 // Units of work for one thread at a time, so that tiny problems do not pay for scheduling.
 int64_t grain_for(int64_t flops_each) { return std::max<int64_t>(1, 100'000 / std::max<int64_t>(flops_each, 1)); }
 
+// Whether any element of the vectors is negative; dimensions that repeat are looked at once.
+template <class T>
+bool any_negative(const Batched<const T>& vectors, BatchShape batch, int64_t length) {
+    if (!vectors || batch.count() == 0) {
+        return false;
+    }
+    for (int dim = 0; dim < batch.dims; ++dim) {
+        batch.size[dim] = vectors.batch[dim] == 0 ? 1 : batch.size[dim];
+    }
+    length = vectors.row == 0 ? std::min<int64_t>(length, 1) : length;
+    for (int64_t index = 0; index < batch.count(); ++index) {
+        const Matrix<const T> vector = vectors.at(batch, index);
+        for (int64_t i = 0; i < length; ++i) {
+            if (vector.data[i * vector.row] < T(0)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
 // ---------------------------------------------------------------- Gram: one problem's rows, maybe in several pieces
 
 template <class T>
@@ -453,10 +474,10 @@ Status solve_normal_packed(const NormalKernels<T>& kernel, const SolveNormalArgs
         pack.n = args.n;
         pack.d = d;
         pack.k = k;
-        pack.x[lane] = args.x.at(args.batch, problem);
-        pack.y[lane] = args.y.at(args.batch, problem);
-        pack.weight[lane] = args.weight.at(args.batch, problem);
-        pack.ridge[lane] = args.ridge.at(args.batch, problem);
+        pack.x.set(lane, args.x.at(args.batch, problem));
+        pack.y.set(lane, args.y.at(args.batch, problem));
+        pack.weight.set(lane, args.weight.at(args.batch, problem));
+        pack.ridge.set(lane, args.ridge.at(args.batch, problem));
         if (real) {
             pack.solution[lane] = args.solution + problem * d * k;
             pack.factor[lane] = args.factor != nullptr ? args.factor + problem * d * d : nullptr;
@@ -582,9 +603,19 @@ Status moments(const MomentsArgs<T>& args) {
 }
 
 template <class T>
-Status solve_normal(const SolveNormalArgs<T>& args) {
+Status solve_normal(SolveNormalArgs<T> args) {
     const NormalKernels<T>& kernel = kernels<T>();
     const int64_t problems = args.batch.count();
+    const auto uniform = static_cast<T>(args.uniform_ridge);
+    if (!args.ridge) {
+        args.ridge.data = &uniform;  // all strides 0
+    }
+    if (any_negative(args.weight, args.batch, args.n)) {
+        return Status::negative_weight;
+    }
+    if (any_negative(args.ridge, args.batch, args.d)) {
+        return Status::negative_ridge;
+    }
     if (problems > 0 && args.refine == 0 && packable(kernel.lanes, problems, args.n, args.d, args.k)) {
         return solve_normal_packed(kernel, args, problems);
     }
@@ -670,8 +701,8 @@ Status solve_spd(const SolveSpdArgs<T>& args) {
         const auto fill = [&](PackArgs<T>& pack, int64_t lane, int64_t problem, bool real) {
             pack.d = d;
             pack.k = k;
-            pack.a[lane] = args.a.at(args.batch, problem);
-            pack.b[lane] = args.b.at(args.batch, problem);
+            pack.a.set(lane, args.a.at(args.batch, problem));
+            pack.b.set(lane, args.b.at(args.batch, problem));
             if (real) {
                 pack.solution[lane] = k > 0 ? args.solution + problem * d * k : nullptr;
                 pack.factor[lane] = args.factor != nullptr ? args.factor + problem * d * d : nullptr;
@@ -730,8 +761,8 @@ Status cholesky_solve(const CholeskySolveArgs<T>& args) {
         const auto fill = [&](PackArgs<T>& pack, int64_t lane, int64_t problem, bool real) {
             pack.d = d;
             pack.k = k;
-            pack.a[lane] = args.factor.at(args.batch, problem);
-            pack.b[lane] = args.b.at(args.batch, problem);
+            pack.a.set(lane, args.factor.at(args.batch, problem));
+            pack.b.set(lane, args.b.at(args.batch, problem));
             pack.solution[lane] = real ? args.solution + problem * d * k : nullptr;
         };
         return for_each_pack<T>(kernel, problems, d, k, 2 * d * d * k, fill, kernel.pack_cholesky_solve, kNothingAfter);
@@ -776,7 +807,7 @@ Status cholesky_solve(const CholeskySolveArgs<T>& args) {
 #define ONESTEP_INSTANTIATE(T)                                                        \
     template Status gram<T>(const GramArgs<T>&);                                      \
     template Status moments<T>(const MomentsArgs<T>&);                                \
-    template Status solve_normal<T>(const SolveNormalArgs<T>&);                       \
+    template Status solve_normal<T>(SolveNormalArgs<T>);                              \
     template Status solve_normal_backward<T>(const SolveNormalBackwardArgs<T>&);      \
     template Status solve_spd<T>(const SolveSpdArgs<T>&);                             \
     template Status cholesky<T>(const CholeskyArgs<T>&);                              \

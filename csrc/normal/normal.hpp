@@ -49,7 +49,7 @@ struct MomentsArgs {
 template <class T>
 Status moments(const MomentsArgs<T>& args);
 
-// W = (XᵀDX + diag(ridge))⁻¹ XᵀDY.
+// W = (XᵀDX + diag(ridge))⁻¹ XᵀDY. Negative weights or penalties are refused before anything is computed.
 template <class T>
 struct SolveNormalArgs {
     BatchShape batch;
@@ -57,7 +57,8 @@ struct SolveNormalArgs {
     Batched<const T> x;       // n × d
     Batched<const T> y;       // n × k
     Batched<const T> weight;  // n (row stride), or null for ones
-    Batched<const T> ridge;   // d (row stride)
+    Batched<const T> ridge;   // d (row stride), or null for uniform_ridge
+    double uniform_ridge = 0.0;
     int64_t refine = 0;       // steps of corrected semi-normal equations, residuals in double
     double jitter = 0.0;      // first multiple of mean(diag A) added to a failed problem, escalated tenfold; 0: never
     T* solution = nullptr;    // d × k
@@ -67,7 +68,7 @@ struct SolveNormalArgs {
     T* jittered = nullptr;  // what was added to the diagonal; may be null
 };
 template <class T>
-Status solve_normal(const SolveNormalArgs<T>& args);
+Status solve_normal(SolveNormalArgs<T> args);
 
 // Gradients of W for the cotangent `grad`: V = A⁻¹ grad, E = Y − XW,
 // ∂X = D(EVᵀ − XVWᵀ), ∂Y = DXV, ∂weight = rowsum(XV∘E), ∂ridge = −rowsum(V∘W); zeros where info ≠ 0.
@@ -135,7 +136,7 @@ Status gram(const GramArgs<T>& args);
 template <class T>
 Status moments(const MomentsArgs<T>& args);
 template <class T>
-Status solve_normal(const SolveNormalArgs<T>& args);
+Status solve_normal(SolveNormalArgs<T> args);
 template <class T>
 Status solve_normal_backward(const SolveNormalBackwardArgs<T>& args);
 template <class T>

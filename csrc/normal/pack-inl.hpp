@@ -51,7 +51,7 @@ struct Pack {
 
 // `count` elements with the given stride from every lane's problem, as vectors across the lanes.
 template <class T>
-inline void load_lanes(const Matrix<const T>* from, int64_t offset, int64_t stride, int64_t count, Vec<T>* to,
+inline void load_lanes(const PackOperand<T>& from, int64_t offset, int64_t stride, int64_t count, Vec<T>* to,
                        int64_t step) {
     int64_t e = 0;
     if (stride == 1) {
@@ -59,7 +59,7 @@ inline void load_lanes(const Matrix<const T>* from, int64_t offset, int64_t stri
             Vec<T> square[kLanes<T>];
 #pragma GCC unroll 16
             for (int lane = 0; lane < kLanes<T>; ++lane) {
-                square[lane] = load<T>(from[lane].data + offset + e);
+                square[lane] = load<T>(from.data[lane] + offset + e);
             }
             transpose<T>(square);
 #pragma GCC unroll 16
@@ -71,7 +71,7 @@ inline void load_lanes(const Matrix<const T>* from, int64_t offset, int64_t stri
     for (; e < count; ++e) {
         alignas(ONESTEP_VECTOR_BYTES) T lanes[kLanes<T>];
         for (int lane = 0; lane < kLanes<T>; ++lane) {
-            lanes[lane] = from[lane].data[offset + e * stride];
+            lanes[lane] = from.data[lane][offset + e * stride];
         }
         to[e * step] = load<T>(lanes);
     }
@@ -79,10 +79,10 @@ inline void load_lanes(const Matrix<const T>* from, int64_t offset, int64_t stri
 
 // A block of rows × cols from every lane's matrix, read along whichever stride is 1.
 template <class T>
-inline void load_block(const Matrix<const T>* from, int64_t first_row, int64_t rows, int64_t cols, Vec<T>* to,
+inline void load_block(const PackOperand<T>& from, int64_t first_row, int64_t rows, int64_t cols, Vec<T>* to,
                        int64_t width) {
-    const int64_t row = from[0].row;
-    const int64_t col = from[0].col;
+    const int64_t row = from.row;
+    const int64_t col = from.col;
     if (row == 1 && (col != 1 || cols == 1)) {
         for (int64_t c = 0; c < cols; ++c) {
             load_lanes<T>(from, first_row * row + c * col, row, rows, to + c, width);
@@ -150,14 +150,14 @@ ONESTEP_INLINE void update_pack_tile(const Vec<T>* left, int64_t depth, int64_t 
 // Small problems are too short for the hardware to see a stream in any lane: asks for the next pack's rows, which lie
 // as far on as the lanes are apart. A prefetch of an address that does not exist does nothing.
 template <class T>
-inline void prefetch_next_pack(const Matrix<const T>* from, int64_t bytes) {
+inline void prefetch_next_pack(const PackOperand<T>& from, int64_t bytes) {
     constexpr int64_t kMostBytes = 4096;
     constexpr int64_t kLine = 64;
     if (bytes > kMostBytes) {
         return;
     }
-    const auto first = reinterpret_cast<uintptr_t>(from[0].data);
-    const uintptr_t apart = reinterpret_cast<uintptr_t>(from[1].data) - first;
+    const auto first = reinterpret_cast<uintptr_t>(from.data[0]);
+    const uintptr_t apart = reinterpret_cast<uintptr_t>(from.data[1]) - first;
     for (int lane = 0; lane < kLanes<T>; ++lane) {
         const uintptr_t at = first + apart * static_cast<uintptr_t>(kLanes<T> + lane);
         for (int64_t offset = 0; offset < bytes; offset += kLine) {
@@ -168,7 +168,7 @@ inline void prefetch_next_pack(const Matrix<const T>* from, int64_t bytes) {
 
 template <class T>
 inline void pack_gram(const PackArgs<T>& args, Pack<T>& pack) {
-    const bool weighted = args.weight[0].data != nullptr;
+    const bool weighted = args.weight.given;
     prefetch_next_pack<T>(args.x, args.n * pack.d * static_cast<int64_t>(sizeof(T)));
     for (int64_t block = 0; block < args.n; block += kPackRows) {
         const int64_t rows = minimum(kPackRows, args.n - block);
@@ -177,7 +177,7 @@ inline void pack_gram(const PackArgs<T>& args, Pack<T>& pack) {
         if (weighted) {
             for (int64_t p = 0; p < rows; ++p) {
                 Vec<T> weight;
-                load_lanes<T>(args.weight, (block + p) * args.weight[0].row, 1, 1, &weight, 1);
+                load_lanes<T>(args.weight, (block + p) * args.weight.row, 1, 1, &weight, 1);
                 const Vec<T> scale = square_root_lanes<T>(weight);
                 for (int64_t c = 0; c < pack.d + pack.k; ++c) {
                     pack.rows[p * pack.width + c] *= scale;
@@ -332,7 +332,7 @@ inline void pack_solve_normal(const PackArgs<T>& args, T* work) {
     Pack<T> pack(args.d, args.k, work);
     pack_gram<T>(args, pack);
     const Vec<T> tolerance = broadcast<T>(kSingularEpsilons * Simd<T>::kEpsilon);
-    load_lanes<T>(args.ridge, 0, args.ridge[0].row, pack.d, pack.out, 1);
+    load_lanes<T>(args.ridge, 0, args.ridge.row, pack.d, pack.out, 1);
     for (int64_t i = 0; i < pack.d; ++i) {
         Vec<T>& diagonal = pack.a[i * pack.width + i];
         diagonal += pack.out[i];
@@ -356,7 +356,7 @@ inline void pack_solve_spd(const PackArgs<T>& args, T* work) {
     Pack<T> pack(args.d, args.k, work);
     for (int64_t i = 0; i < pack.d; ++i) {
         pack.floor[i] = Vec<T>{};
-        load_lanes<T>(args.a, i * args.a[0].row, args.a[0].col, i + 1, pack.a + i, pack.width);
+        load_lanes<T>(args.a, i * args.a.row, args.a.col, i + 1, pack.a + i, pack.width);
     }
     if (pack.k > 0) {
         load_block<T>(args.b, 0, pack.d, pack.k, pack.a + pack.d, pack.width);
@@ -375,7 +375,7 @@ template <class T>
 inline void pack_cholesky_solve(const PackArgs<T>& args, T* work) {
     Pack<T> pack(args.d, args.k, work);
     for (int64_t i = 0; i < pack.d; ++i) {
-        load_lanes<T>(args.a, i * (args.a[0].row + args.a[0].col), args.a[0].col, pack.d - i,
+        load_lanes<T>(args.a, i * (args.a.row + args.a.col), args.a.col, pack.d - i,
                       pack.a + i * pack.width + i, 1);
         pack.inverse_diagonal[i] = broadcast<T>(T(1)) / pack.a[i * pack.width + i];
     }

@@ -33,13 +33,14 @@ def solve_ridge(X: Tensor, Y: Tensor, weight: Tensor | None, alpha: Tensor, *, f
     coef = torch.empty(d, Y.shape[1], dtype=torch.float64)
     primal = None if n < d else Primal(X, Y, weight, center=fit_intercept)
     centred = wide(X, Y, weight, center=fit_intercept) if primal is None else primal.centred
+    K = kernel(centred) if primal is None and bool((alpha > 0).any()) else None
     factor: tuple[Tensor, Tensor] | None = None
     for penalty in sorted(set(alpha.tolist())):
         targets = (alpha == penalty).nonzero()[:, 0]
-        if primal is None:
-            path, W = "dual_cholesky", _dual(centred, targets, penalty)
-        else:
+        if primal is not None:
             path, W = "cholesky", _primal(primal, targets, penalty)
+        else:
+            path, W = "dual_cholesky", _dual(centred, K, targets, penalty)
         if W is None:
             factor = factor or triangular(centred)
             W, rank = _least_squares(factor[0], factor[1][:, targets], penalty, n, X.dtype)
@@ -99,13 +100,12 @@ def from_dual(centred: Centred, C: Tensor) -> Tensor:
     return torch.cat([centred.x(columns=columns).mT @ C for columns in blocks(d, n)])
 
 
-def _dual(centred: Centred, targets: Tensor, alpha: float) -> Tensor | None:
-    """(X̃X̃ᵀ + alpha I)C = Ỹ, W = X̃ᵀC; None without a ridge or where ill-conditioned."""
-    if alpha == 0:
+def _dual(centred: Centred, K: Tensor | None, targets: Tensor, alpha: float) -> Tensor | None:
+    """(K + alpha I)C = Ỹ, W = X̃ᵀC with K = X̃X̃ᵀ; None without a ridge or where ill-conditioned."""
+    if K is None or alpha == 0:
         return None
-    K = kernel(centred)
-    K.diagonal().add_(alpha)
-    C = solve_spd(K, centred.y()[:, targets], MIN_RCOND)
+    ridge = torch.full((len(K),), alpha, dtype=K.dtype).diag()
+    C = solve_spd(K + ridge, centred.y()[:, targets], MIN_RCOND)
     return None if C is None else from_dual(centred, C)
 
 

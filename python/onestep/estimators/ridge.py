@@ -42,8 +42,8 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     Minimises ‖√w (Y - XW - b)‖² + alpha ‖W‖² over W, and over b if `fit_intercept`, through the centred normal
     equations (XᵀDX + alpha I) W = XᵀDY (Hoerl and Kennard 1970), solved in float64. Their condition is the square of
-    X's: where it is too much for fp32 sums, X is read again and summed in float64, and where it would cost more than half
-    the digits of that, a QR of the rows takes over (TSQR; Demmel, Grigori, Hoemmen and Langou 2012).
+    X's: where it is too much for fp32 sums, X is read again and summed in float64, and where it would cost more than
+    half the digits of that, a QR of the rows takes over (TSQR; Demmel, Grigori, Hoemmen and Langou 2012).
 
     A drop-in for `sklearn.linear_model.Ridge` on dense data, without a choice of solvers: `solver_path_` says what ran.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -38,16 +36,12 @@ def as_columns(name: str, value: Tensor, matrix: Tensor, rows: int) -> tuple[Ten
     return (value.unsqueeze(-1), True) if is_vector else (value, False)
 
 
-def ridge_per_feature(ridge: float | Tensor, X: Tensor, batch: torch.Size) -> Tensor | None:
-    """The penalty as (…,d) with stride 0 where it repeats; None for 0.0.
+def ridge_per_feature(ridge: Tensor, X: Tensor, batch: torch.Size) -> Tensor:
+    """The penalty as (…,d), with stride 0 where it repeats.
 
-    A tensor is a scalar (), one penalty per problem (the batch shape, or (…,1)), or one per feature (…,d).
+    It is a scalar (), one penalty per problem (the batch shape, or (…,1)), or one per feature (…,d).
     """
     d = X.shape[-1]
-    if not isinstance(ridge, Tensor):
-        if not (math.isfinite(ridge) and ridge >= 0):
-            raise ValueError(f"ridge={ridge}; expected a finite number >= 0")
-        return None if ridge == 0 else X.new_full((1,), float(ridge)).expand(d)
     penalty = floating("ridge", ridge).to(X.dtype)
     if penalty.dim() == 0:
         return penalty.expand(d)
@@ -76,7 +70,5 @@ def _broadcasts(shape: torch.Size, batch: torch.Size) -> bool:
 def values_are_known() -> bool:
     """Whether a tensor's values may decide the path: not while tracing, or inside a transform."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from onestep.linalg._arguments import as_columns, floating, ridge_per_feature, values_are_known
+from onestep.ops._library import call
 
 # Up to this many features the kernel solves a problem per vector lane, which no dual form beats.
 _PACKED_FEATURES = 32
@@ -54,6 +55,7 @@ class _Problem(NamedTuple):
     Y: Tensor
     weight: Tensor | None
     ridge: Tensor | None
+    uniform_ridge: float
     dual: bool
     is_vector: bool
 
@@ -66,21 +68,17 @@ def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor)
     if d == 0:
         raise ValueError(f"X has shape {tuple(X.shape)}; expected at least one feature (d >= 1)")
     Y, is_vector = as_columns("Y", Y, X, n)
-    batch = X.shape[:-2]
     if weight is not None:
         weight = floating("weight", weight)
-    if isinstance(ridge, Tensor) and ridge.dim() > 0:
-        shapes = [batch, Y.shape[:-2]] + ([] if weight is None else [weight.shape[:-1]])
-        batch = torch.broadcast_shapes(*shapes)
-    penalty = ridge_per_feature(ridge, X, batch)
-    dual = n < d and d > _PACKED_FEATURES and penalty is not None and _is_positive(ridge)
-    return _Problem(X, Y, weight, penalty, dual, is_vector)
-
-
-def _is_positive(ridge: float | Tensor) -> bool:
+    may_be_dual = n < d and d > _PACKED_FEATURES
     if not isinstance(ridge, Tensor):
-        return ridge > 0
-    return values_are_known() and bool((ridge > 0).all())
+        if may_be_dual and ridge > 0:
+            return _Problem(X, Y, weight, X.new_full((1,), ridge).expand(d), 0.0, True, is_vector)
+        return _Problem(X, Y, weight, None, ridge, False, is_vector)
+    shapes = [X.shape[:-2], Y.shape[:-2]] + ([] if weight is None else [weight.shape[:-1]])
+    penalty = ridge_per_feature(ridge, X, torch.broadcast_shapes(*shapes))
+    dual = may_be_dual and values_are_known() and bool((ridge > 0).all())
+    return _Problem(X, Y, weight, penalty, 0.0, dual, is_vector)
 
 
 def solve_normal(
@@ -113,7 +111,7 @@ def solve_normal(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
     """
     p = _problem(X, Y, weight, ridge)
-    solution, _ = torch.ops.onestep.solve_normal.default(p.X, p.Y, p.weight, p.ridge, refine, p.dual, True)
+    solution, _ = call("solve_normal", p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, refine, p.dual, True)
     return solution.squeeze(-1) if p.is_vector else solution
 
 
@@ -144,8 +142,8 @@ def solve_normal_ex(
     if jitter is not None and not 0 < jitter <= 1:
         raise ValueError(f"jitter={jitter}; expected None or a fraction of the mean diagonal in (0, 1]")
     p = _problem(X, Y, weight, ridge)
-    solution, _, info, rcond, added = torch.ops.onestep.solve_normal_ex.default(
-        p.X, p.Y, p.weight, p.ridge, refine, jitter or 0.0, p.dual
+    solution, _, info, rcond, added = call(
+        "solve_normal_ex", p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, refine, jitter or 0.0, p.dual
     )
     return SolveNormalResult(solution.squeeze(-1) if p.is_vector else solution, info, rcond, added)
 
@@ -167,7 +165,7 @@ def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) ->
     columns, is_vector = (X[..., :0], False) if Y is None else as_columns("Y", floating("Y", Y), X, X.shape[-2])
     if weight is not None:
         weight = floating("weight", weight)
-    products, cross = torch.ops.onestep.gram.default(X, columns, weight)
+    products, cross = call("gram", X, columns, weight)
     return products, cross.squeeze(-1) if is_vector else cross
 
 
@@ -184,6 +182,6 @@ def moments(X: Tensor, Y: Tensor, *, weight: Tensor | None = None, center: bool 
         center: whether to subtract the weighted means.
     """
     X = floating("X", X)
-    products, cross, mean, weight_sum = torch.ops.onestep.moments.default(X, floating("Y", Y), weight, center)
+    products, cross, mean, weight_sum = call("moments", X, floating("Y", Y), weight, center)
     d = X.shape[-1]
     return Moments(products, cross, mean[:d], mean[d:], weight_sum)

@@ -19,6 +19,8 @@ from torch.autograd.function import _SingleLevelFunction
 
 LIBRARY = torch.library.Library("onestep", "DEF")
 
+_CPU_KERNELS: dict[str, Callable[..., Any]] = {}
+
 
 def define(
     schema: str,
@@ -37,6 +39,7 @@ def define(
     """
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
+    _CPU_KERNELS[name] = cpu
     LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"onestep::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.onestep, name).default
@@ -56,9 +59,7 @@ def _align_batches(args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_d
         return arg.dim() - own - (in_dim is not None)
 
     tensors = [
-        (arg, in_dim, own)
-        for arg, in_dim, own in zip(args, in_dims, own_dims, strict=False)
-        if isinstance(arg, Tensor)
+        (arg, in_dim, own) for arg, in_dim, own in zip(args, in_dims, own_dims, strict=False) if isinstance(arg, Tensor)
     ]
     most = max(batch_dims(*entry) for entry in tensors)
     moved: list[Any] = list(args)
@@ -75,6 +76,24 @@ def records_derivatives(args: tuple[Any, ...]) -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+def call(name: str, *args: Any) -> Any:
+    """``torch.ops.onestep.<name>(*args)``, past the dispatcher where it would do nothing but find the CPU kernel.
+
+    That saves about 20 µs of a call, which is more than a small problem takes.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and not records_derivatives(args)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(arg.is_cpu and type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
+    ):
+        return _CPU_KERNELS[name](*args)
+    return getattr(torch.ops.onestep, name).default(*args)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class OpFunction(_SingleLevelFunction):  # type: ignore[misc]

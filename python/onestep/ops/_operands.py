@@ -90,10 +90,25 @@ def kernel_batch(batch: tuple[int, ...]) -> tuple[int, ...]:
     return (count,)
 
 
+def empty_factor(like: Tensor, batch: tuple[int, ...], order: int) -> Tensor:
+    """Memory for lower factors L (…,order,order), column-major as LAPACK's: the kernels write U = Lᵀ row-major."""
+    strides = [order * order] * len(batch)
+    for dim in range(len(batch) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * max(batch[dim + 1], 1)
+    return like.new_empty_strided((*batch, order, order), (*strides, 1, order))
+
+
+def any_failed(info: Tensor) -> bool:
+    """Whether any problem's status is not 0."""
+    return bool(info.item() if info.numel() == 1 else info.any())
+
+
 def describe_failures(info: Tensor, what: str) -> str:
     """How many of the batch failed, and where the first few are."""
     failed = info.nonzero()
     places = [tuple(index) for index in failed[:3].tolist()]
-    shown = ", ".join(f"{list(place)}: info={info[place].item()}" if place else f"info={info.item()}" for place in places)
+    shown = ", ".join(
+        f"{list(place)}: info={info[place].item()}" if place else f"info={info.item()}" for place in places
+    )
     more = ", ..." if len(failed) > len(places) else ""
     return f"{len(failed)} of {info.numel()} {what} could not be solved ({shown}{more})"

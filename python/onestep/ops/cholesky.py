@@ -9,11 +9,13 @@ from torch import Tensor
 
 from onestep.ops._library import OpFunction, define, register_derivatives
 from onestep.ops._operands import (
+    any_failed,
     broadcast_batch,
     check_dims,
     check_dtype,
     check_size,
     describe_failures,
+    empty_factor,
     kernel,
     kernel_batch,
     operand,
@@ -53,7 +55,7 @@ def _zero_failed(info: Tensor, tensor: Tensor) -> Tensor:
 
 def raise_if_failed(info: Tensor, d: int) -> None:
     """Raises LinAlgError if any matrix failed, naming how many, the first few, and what to do."""
-    if not info.any():
+    if not any_failed(info):
         return
     raise torch.linalg.LinAlgError(
         f"{describe_failures(info, 'matrices')}. info = i up to {d}: the leading minor of order i is not positive "
@@ -64,15 +66,13 @@ def raise_if_failed(info: Tensor, d: int) -> None:
 
 def _cholesky_fake(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     _check_square("A", A)
-    return A.new_empty(A.shape).mT, A.new_empty(A.shape[:-2], dtype=torch.int32)
+    return empty_factor(A, tuple(A.shape[:-2]), A.shape[-1]), A.new_empty(A.shape[:-2], dtype=torch.int32)
 
 
 def _cholesky_cpu(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     L, info = _cholesky_fake(A)
     batch = tuple(A.shape[:-2])
-    kernel("cholesky", A.dtype)(
-        operand(A, batch, 2), kernel_batch(batch), A.shape[-1], L.data_ptr(), info.data_ptr()
-    )
+    kernel("cholesky", A.dtype)(operand(A, batch, 2), kernel_batch(batch), A.shape[-1], L.data_ptr(), info.data_ptr())
     if check:
         raise_if_failed(info, A.shape[-1])
     return L, info
@@ -201,7 +201,7 @@ def _solve_spd_shapes(A: Tensor, B: Tensor) -> tuple[Batch, Solved]:
     batch = broadcast_batch(tuple(A.shape[:-2]), tuple(B.shape[:-2]))
     return batch, (
         A.new_empty((*batch, d, B.shape[-1])),
-        A.new_empty((*batch, d, d)).mT,
+        empty_factor(A, batch, d),
         A.new_empty(batch, dtype=torch.int32),
     )
 

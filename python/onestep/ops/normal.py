@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from onestep.ops._library import (
     register_not_differentiable,
 )
 from onestep.ops._operands import (
+    any_failed,
     broadcast_batch,
     check_dims,
     check_dtype,
     check_size,
     describe_failures,
+    empty_factor,
     kernel,
     kernel_batch,
     operand,
@@ -197,10 +200,9 @@ def _check_solve(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: Tensor | No
     return broadcast_batch(*batches)
 
 
-def _check_values(weight: Tensor | None, ridge: Tensor | None, refine: int, jitter: float) -> None:
-    for name, tensor in (("weight", weight), ("ridge", ridge)):
-        if tensor is not None and tensor.numel() > 0 and (least := tensor.min().item()) < 0:
-            raise ValueError(f"{name} has negative values (the least is {least:g}); expected values >= 0")
+def _check_numbers(uniform_ridge: float, refine: int, jitter: float) -> None:
+    if not (math.isfinite(uniform_ridge) and uniform_ridge >= 0):
+        raise ValueError(f"ridge={uniform_ridge}; expected a finite number >= 0")
     if refine < 0:
         raise ValueError(f"refine={refine}; expected a number of steps >= 0")
     if not 0 <= jitter <= 1:
@@ -212,19 +214,19 @@ def _run_solve(
     Y: Tensor,
     weight: Tensor | None,
     ridge: Tensor | None,
+    uniform_ridge: float,
     batch: Batch,
     refine: int,
     jitter: float,
     out: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None],
 ) -> None:
-    _check_values(weight, ridge, refine, jitter)
-    if ridge is None:
-        ridge = X.new_zeros(1).expand(X.shape[-1])
+    _check_numbers(uniform_ridge, refine, jitter)
     kernel("solve_normal", X.dtype)(
         operand(X, batch, 2),
         operand(Y, batch, 2),
         _optional(weight, batch, 1),
-        operand(ridge, batch, 1),
+        _optional(ridge, batch, 1),
+        uniform_ridge,
         kernel_batch(batch),
         X.shape[-2],
         X.shape[-1],
@@ -240,6 +242,7 @@ def _solve_normal_fake(
     Y: Tensor,
     weight: Tensor | None = None,
     ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
     refine: int = 0,
     dual: bool = False,
     check: bool = False,
@@ -253,16 +256,17 @@ def _solve_normal_cpu(
     Y: Tensor,
     weight: Tensor | None = None,
     ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
     refine: int = 0,
     dual: bool = False,
     check: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    solution, info = _solve_normal_fake(X, Y, weight, ridge, refine, dual)
+    solution, info = _solve_normal_fake(X, Y, weight, ridge, dual=dual)
     if dual:
-        _check_values(weight, ridge, refine, 0.0)
         solution, _, info, *_ = _solve_dual(X, Y, weight, ridge, refine, False, False)
     else:
-        _run_solve(X, Y, weight, ridge, tuple(info.shape), refine, 0.0, (solution, None, info, None, None))
+        results = (solution, None, info, None, None)
+        _run_solve(X, Y, weight, ridge, uniform_ridge, tuple(info.shape), refine, 0.0, results)
     if check:
         raise_if_failed(info, X.shape[-1])
     return solution, info
@@ -270,7 +274,7 @@ def _solve_normal_cpu(
 
 def raise_if_failed(info: Tensor, d: int) -> None:
     """Raises LinAlgError if any problem failed, naming how many, the first few, and what to do."""
-    if not info.any():
+    if not any_failed(info):
         return
     raise torch.linalg.LinAlgError(
         f"{describe_failures(info, 'problems')}. info = i up to {d}: the leading minor of order i of X'DX + ridge is not "
@@ -281,8 +285,8 @@ def raise_if_failed(info: Tensor, d: int) -> None:
 
 
 define(
-    "solve_normal(Tensor X, Tensor Y, Tensor? weight=None, Tensor? ridge=None, int refine=0, bool dual=False, "
-    "bool check=False) -> (Tensor, Tensor)",
+    "solve_normal(Tensor X, Tensor Y, Tensor? weight=None, Tensor? ridge=None, float uniform_ridge=0.0, "
+    "int refine=0, bool dual=False, bool check=False) -> (Tensor, Tensor)",
     cpu=_solve_normal_cpu,
     fake=_solve_normal_fake,
     own_dims=(2, 2, 1, 1),
@@ -294,6 +298,7 @@ def _solve_normal_ex_fake(
     Y: Tensor,
     weight: Tensor | None = None,
     ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
     refine: int = 0,
     jitter: float = 0.0,
     dual: bool = False,
@@ -304,7 +309,7 @@ def _solve_normal_ex_fake(
     order = X.shape[-2] if dual else X.shape[-1]
     return (
         X.new_empty((*batch, X.shape[-1], Y.shape[-1])),
-        X.new_empty((*batch, order, order)).mT,
+        empty_factor(X, batch, order),
         X.new_empty(batch, dtype=torch.int32),
         X.new_empty(batch if rcond else 0),
         X.new_empty(batch),
@@ -316,28 +321,29 @@ def _solve_normal_ex_cpu(
     Y: Tensor,
     weight: Tensor | None = None,
     ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
     refine: int = 0,
     jitter: float = 0.0,
     dual: bool = False,
     rcond: bool = True,
     check: bool = False,
 ) -> Solved:
-    out = _solve_normal_ex_fake(X, Y, weight, ridge, refine, jitter, dual, rcond)
+    out = _solve_normal_ex_fake(X, Y, weight, ridge, dual=dual, rcond=rcond)
     solution, L, info, condition, jittered = out
     if dual:
-        _check_values(weight, ridge, refine, jitter)
         out = _solve_dual(X, Y, weight, ridge, refine, True, rcond)
     else:
         results = (solution, L, info, condition if rcond else None, jittered)
-        _run_solve(X, Y, weight, ridge, tuple(info.shape), refine, jitter, results)
+        _run_solve(X, Y, weight, ridge, uniform_ridge, tuple(info.shape), refine, jitter, results)
     if check:
         raise_if_failed(out[2], X.shape[-1])
     return out
 
 
 define(
-    "solve_normal_ex(Tensor X, Tensor Y, Tensor? weight=None, Tensor? ridge=None, int refine=0, float jitter=0.0, "
-    "bool dual=False, bool rcond=True, bool check=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "solve_normal_ex(Tensor X, Tensor Y, Tensor? weight=None, Tensor? ridge=None, float uniform_ridge=0.0, "
+    "int refine=0, float jitter=0.0, bool dual=False, bool rcond=True, bool check=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_solve_normal_ex_cpu,
     fake=_solve_normal_ex_fake,
     own_dims=(2, 2, 1, 1),
@@ -359,6 +365,11 @@ def _solve_dual(
     adds Λ⁻¹-weighted corrections of the same normal equations.
     """
     assert ridge is not None
+    _check_numbers(0.0, refine, 0.0)
+    if not (ridge > 0).all():
+        raise ValueError("dual=True needs ridge > 0 in every feature")
+    if weight is not None and (weight < 0).any():
+        raise ValueError("weight has negative values; expected values >= 0")
     root, largest, inverse_ridge = _dual_scales(weight, ridge)
     inner = torch.ops.onestep.gram.default(X.mT, X.mT[..., :0], inverse_ridge)[0]
     if root is not None:
@@ -473,12 +484,15 @@ def _solve_normal_composite(
     Y: Tensor,
     weight: Tensor | None = None,
     ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
     refine: int = 0,
     dual: bool = False,
     check: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Where a derivative is wanted, the op that keeps the factor."""
-    solved = torch.ops.onestep.solve_normal_ex.default(X, Y, weight, ridge, refine, 0.0, dual, False, check)
+    solved = torch.ops.onestep.solve_normal_ex.default(
+        X, Y, weight, ridge, uniform_ridge, refine, 0.0, dual, False, check
+    )
     return solved[0], solved[2]
 
 
@@ -555,9 +569,7 @@ def _solve_normal_vjp(
 ) -> Gradients:
     """The backward's formulas in differentiable ops: for double backward, and for the dual form."""
     X, Y, weight, solution, L = _without_failed(info, X, Y, weight, solution, L)
-    adjoint = torch.ops.onestep.apply_normal_inverse.default(
-        torch.where(_failed(info), 0, grad), X, weight, ridge, L
-    )
+    adjoint = torch.ops.onestep.apply_normal_inverse.default(torch.where(_failed(info), 0, grad), X, weight, ridge, L)
     residual = Y - X @ solution
     fitted = X @ adjoint
     grad_x = _column(weight, residual @ adjoint.mT - fitted @ solution.mT)

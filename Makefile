@@ -1,0 +1,55 @@
+# make demo | test | bench | lint. Each sets up .venv by itself, from the versions in constraints.txt.
+PYTHON ?= python3
+# ON in CI: warnings are errors. Users' compilers may know warnings that ours do not.
+WERROR ?= OFF
+
+VENV := .venv
+BIN := $(VENV)/bin
+CPP_BUILD := build/cpp-sanitize
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
+CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp')
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-python test-targets test-cpp bench lint clean
+
+# The environment first, so that a change of our sources rebuilds the package alone.
+$(VENV)/.environment: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) numpy torch pytest pytest-benchmark scikit-learn scipy pandas rich safetensors matplotlib \
+	    ruff mypy clang-format cmake ninja pybind11 scikit-build-core
+	touch $@
+
+$(VENV)/.package: $(VENV)/.environment $(SOURCES)
+	$(PIP) --force-reinstall --no-deps --config-settings=cmake.define.ONESTEP_WERROR=$(WERROR) .
+	touch $@
+
+demo: $(VENV)/.package
+	$(BIN)/python examples/house_prices.py
+
+test: test-cpp test-python test-targets
+
+test-python: $(VENV)/.package
+	$(BIN)/python -m pytest
+
+# The kernels once more under every other CPU target that this machine has.
+test-targets: $(VENV)/.package
+	$(BIN)/python tests/run_targets.py
+
+# The C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer.
+test-cpp: $(VENV)/.environment
+	$(BIN)/cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_PYTHON=OFF \
+	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=ON -DONESTEP_WERROR=$(WERROR) > /dev/null
+	$(BIN)/cmake --build $(CPP_BUILD)
+	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
+
+bench: $(VENV)/.package
+	$(BIN)/python bench/report.py
+
+lint: $(VENV)/.environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks examples/output
