@@ -11,7 +11,7 @@ inline constexpr int64_t kAlignment = 64;
 
 // A bump allocator over one block of the calling thread's cached memory. Scratches of a thread nest like a stack.
 class Scratch {
-   public:
+ public:
     // Throws std::bad_alloc.
     explicit Scratch(int64_t bytes);
     ~Scratch();
@@ -40,7 +40,7 @@ class Scratch {
         return (bytes + kAlignment - 1) / kAlignment * kAlignment;
     }
 
-   private:
+ private:
     char* block_;
     char* next_;
     int64_t bytes_;

@@ -111,6 +111,33 @@ ONESTEP_INLINE Vec<T> maximum_lanes(Vec<T> a, Vec<T> b) {
 ONESTEP_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 ONESTEP_INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Keeps the compiler from seeing how `value` came about, so that no product behind it is contracted into a sum.
+template <class V>
+ONESTEP_INLINE V opaque(V value) {
+#if defined(__x86_64__)
+    asm("" : "+x"(value));
+#elif defined(__aarch64__)
+    asm("" : "+w"(value));
+#else
+    asm("" : "+m"(value));
+#endif
+    return value;
+}
+
+// a·b − c, rounded once.
+ONESTEP_INLINE Vec<double> multiply_subtract(Vec<double> a, Vec<double> b, Vec<double> c) {
+    alignas(ONESTEP_VECTOR_BYTES) double x[kLanes<double>];
+    alignas(ONESTEP_VECTOR_BYTES) double y[kLanes<double>];
+    alignas(ONESTEP_VECTOR_BYTES) double z[kLanes<double>];
+    store<double>(x, a);
+    store<double>(y, b);
+    store<double>(z, c);
+    for (int lane = 0; lane < kLanes<double>; ++lane) {
+        z[lane] = __builtin_fma(x[lane], y[lane], -z[lane]);
+    }
+    return load<double>(z);
+}
+
 // One step of Eklundh's matrix transposition: exchanges the off-diagonal halves of every 2S×2S block that `a` (upper
 // half) and `b` (lower half) make.
 template <class T, int S, int... Lane>

@@ -1,7 +1,8 @@
 // CPU targets: which instruction set the kernels run with.
 //
 // Every kernel body (`*-inl.hpp`) is compiled once per target in a namespace of its own, and reached only through the
-// table of function pointers of the active target, so that no instruction of a higher target is executed on a lower CPU.
+// table of function pointers of the active target, so that no instruction of a higher target is executed on a lower
+// CPU.
 #pragma once
 
 namespace onestep {

@@ -6,12 +6,13 @@
 
 namespace onestep::ONESTEP_NS {
 
-// Register block: kTileRows × kPanel accumulators. 16 registers hold 4×3 vectors with room for three operands and a
-// broadcast; 32 registers hold 8×3.
+// Register block of kTileRows × kPanel accumulators: 16 registers hold 4×3 vectors with room for three operands and a
+// broadcast, 32 registers hold 8×3. Tiles must not straddle panels, hence 4×2 where three vectors are 6 columns wide.
 inline constexpr int kTileRows = ONESTEP_VECTOR_BYTES == 64 ? 8 : 4;
-inline constexpr int kTileVectors = 3;
 template <class T>
-inline constexpr int kPanel = kTileVectors * kLanes<T>;
+inline constexpr int kTileVectors = 3 * kLanes<T> % kTileRows == 0 ? 3 : 2;
+template <class T>
+inline constexpr int kPanel = kTileVectors<T> * kLanes<T>;
 
 // An operand whose elements are broadcast: element (i, p) is data[i * row + p * depth].
 template <class T>

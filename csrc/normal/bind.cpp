@@ -1,6 +1,5 @@
-#include "normal/normal.hpp"
-
 #include "bindings/arguments.hpp"
+#include "normal/normal.hpp"
 
 namespace onestep {
 namespace {
@@ -47,8 +46,8 @@ py::object bind_moments(const Operand& x, const Operand& y, const Operand& weigh
 template <class T>
 py::object bind_solve_normal(const Operand& x, const Operand& y, const Operand& weight, const Operand& ridge,
                              double uniform_ridge, const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k,
-                             int64_t refine, double jitter, Address solution, Address factor, Address info, Address rcond,
-                             Address jittered) {
+                             int64_t refine, double jitter, Address solution, Address factor, Address info,
+                             Address rcond, Address jittered) {
     SolveNormalArgs<T> args;
     args.batch = bindings::batch_shape(batch);
     args.n = n;

@@ -1,4 +1,5 @@
-// Blocked Cholesky A = UᵀU (LAPACK xPOTRF, upper), triangular solves, and the condition estimate, one problem at a time.
+// Blocked Cholesky A = UᵀU (LAPACK xPOTRF, upper), triangular solves, and the condition estimate, one problem at a
+// time.
 #pragma once
 
 #include "base/tile-inl.hpp"
@@ -68,7 +69,7 @@ template <class T>
 inline void factor_panel(T* c, int64_t ld, int64_t k0, int64_t k1, int64_t c0, int64_t c1, const T* inverse_diagonal) {
     for (int64_t j = c0; j < c1; j += kPanel<T>) {
         // Rows of the panel live in the same matrix as the factor: z row r is c row r.
-        eliminate<T, kTileVectors>(c, ld, k0, k1, inverse_diagonal, c + j, ld);
+        eliminate<T, kTileVectors<T>>(c, ld, k0, k1, inverse_diagonal, c + j, ld);
     }
 }
 
@@ -79,8 +80,8 @@ inline int64_t factor_diagonal(T* c, int64_t ld, int64_t k0, int64_t k1, const T
         const int64_t i1 = minimum(i0 + kTileRows, k1);
         const int64_t own = i0 / panel * panel;  // the panel that holds the diagonal tile
         T* column = c + own;
-        update_tile<T, kTileRows, kTileVectors, -1>(i0 - k0, {c + k0 * ld + i0, 1, ld}, column + k0 * ld, ld,
-                                                    column + i0 * ld, ld);
+        update_tile<T, kTileRows, kTileVectors<T>, -1>(i0 - k0, {c + k0 * ld + i0, 1, ld}, column + k0 * ld, ld,
+                                                       column + i0 * ld, ld);
         for (int64_t i = i0; i < i1; ++i) {
             T* row = column + i * ld;
             for (int64_t l = i0; l < i; ++l) {
@@ -102,10 +103,10 @@ inline int64_t factor_diagonal(T* c, int64_t ld, int64_t k0, int64_t k1, const T
         }
         for (int64_t j = own + panel; j < k1; j += panel) {
             if (i1 - i0 == kTileRows) {
-                eliminate_rows<T, kTileRows, kTileVectors>(c, ld, k0, i0, inverse_diagonal, c + j, ld);
+                eliminate_rows<T, kTileRows, kTileVectors<T>>(c, ld, k0, i0, inverse_diagonal, c + j, ld);
             } else {
                 for (int64_t i = i0; i < i1; ++i) {
-                    eliminate_rows<T, 1, kTileVectors>(c, ld, k0, i, inverse_diagonal, c + j, ld);
+                    eliminate_rows<T, 1, kTileVectors<T>>(c, ld, k0, i, inverse_diagonal, c + j, ld);
                 }
             }
         }
@@ -118,8 +119,8 @@ inline void factor_update(T* c, int64_t ld, int64_t k0, int64_t k1, int64_t d, i
     const int64_t panel = kPanel<T>;
     for (int64_t j = c0; j < c1; j += panel) {
         for (int64_t i = k1; i < minimum(d, j + panel); i += kTileRows) {
-            update_tile<T, kTileRows, kTileVectors, -1>(k1 - k0, {c + k0 * ld + i, 1, ld}, c + k0 * ld + j, ld,
-                                                        c + i * ld + j, ld);
+            update_tile<T, kTileRows, kTileVectors<T>, -1>(k1 - k0, {c + k0 * ld + i, 1, ld}, c + k0 * ld + j, ld,
+                                                           c + i * ld + j, ld);
         }
     }
 }

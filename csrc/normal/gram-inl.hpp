@@ -42,11 +42,12 @@ template <class T>
 inline void shift_and_scale(const RowsArgs<T>& args, int64_t begin, int64_t rows, int64_t panels, T* packed) {
     const int64_t panel = kPanel<T>;
     for (int64_t p = 0; p < rows; ++p) {
-        const T scale = args.weight.data != nullptr ? square_root(args.weight.data[(begin + p) * args.weight.row]) : T(1);
+        const T scale =
+            args.weight.data != nullptr ? square_root(args.weight.data[(begin + p) * args.weight.row]) : T(1);
         for (int64_t q = 0; q < panels; ++q) {
             T* at = packed + (q * kBlockRows + p) * panel;
 #pragma GCC unroll 3
-            for (int v = 0; v < kTileVectors; ++v) {
+            for (int v = 0; v < kTileVectors<T>; ++v) {
                 Vec<T> z = load<T>(at + v * kLanes<T>);
                 if (args.shift != nullptr) {
                     z -= load<T>(args.shift + q * panel + v * kLanes<T>);
@@ -85,7 +86,8 @@ inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, T* pa
             const T* b = packed + q * kBlockRows * panel;
             for (int64_t i = 0; i < minimum(features, (q + 1) * panel); i += kTileRows) {
                 const T* a = packed + (i / panel) * kBlockRows * panel + i % panel;
-                update_tile<T, kTileRows, kTileVectors, 1>(rows, {a, 1, panel}, b, panel, c + i * ld + q * panel, ld);
+                update_tile<T, kTileRows, kTileVectors<T>, 1>(rows, {a, 1, panel}, b, panel, c + i * ld + q * panel,
+                                                              ld);
             }
         }
     }

@@ -30,7 +30,7 @@ struct RowsArgs {
     bool ones = false;
     Matrix<const T> x;
     Matrix<const T> y;
-    Matrix<const T> weight;  // null data: ones
+    Matrix<const T> weight;    // null data: ones
     const T* shift = nullptr;  // one per column of Z, padded to whole panels; or null
 };
 
@@ -99,7 +99,8 @@ struct NormalKernels {
     // Hager's and Higham's estimate of ‖A⁻¹‖₁ from the factor (LAPACK xLACN2). `work` holds d × lanes.
     T (*inverse_norm1)(const T* u, int64_t ld, int64_t d, const T* inverse_diagonal, T* work);
 
-    // g += XᵀD(Y − XW) over rows [begin, end) in double; w and g are d × ldk with ldk = whole vectors of double.
+    // g += XᵀD(Y − XW) over rows [begin, end) in double; w and g are d × ldk with ldk = whole vectors of double, and
+    // behind g lie as many low-order parts: the sum is g[0] + g[1] (for float input the low parts stay 0).
     // `work` holds kBlockRows × (d + ldk).
     void (*residual_rows)(const RowsArgs<T>& args, int64_t begin, int64_t end, const double* w, double* g, int64_t ldk,
                           double* work);

@@ -133,7 +133,7 @@ void gram_in_double(const NormalKernels<T>& kernel, const GramShape<T>& shape, c
 // The partial sums of all pieces of all problems, reduced piece by piece in a fixed order.
 template <class T>
 class PartialGrams {
-   public:
+ public:
     PartialGrams(const NormalKernels<T>& kernel, const GramShape<T>& shape, int64_t problems)
         : kernel_(kernel), shape_(shape), problems_(problems) {}
 
@@ -160,7 +160,7 @@ class PartialGrams {
         return total;
     }
 
-   private:
+ private:
     const NormalKernels<T>& kernel_;
     const GramShape<T>& shape_;
     int64_t problems_;
@@ -320,13 +320,15 @@ void refine(const NormalKernels<T>& kernel, const RowsArgs<T>& rows, int64_t n, 
     const int64_t ldz = round_up(rows.k, kernel.lanes);
     // Pieces as for Gram, so that a long problem is shared among threads and summed in a fixed order.
     const int64_t pieces = std::clamp<int64_t>(n / kSlabRows, 1, kMostPieces);
-    std::unique_ptr<double[]> sums(new double[static_cast<size_t>(pieces * d * ldk)]);
+    std::unique_ptr<double[]> sums(new double[static_cast<size_t>(2 * pieces * d * ldk)]);
+    double* high = sums.get();
+    double* low = high + d * ldk;
     Scratch scratch(Scratch::bytes_for<T>(d * ldz));
     T* z = scratch.take<T>(d * ldz);
     for (int64_t step = 0; step < steps; ++step) {
         auto body = [&](int64_t piece) {
-            double* g = sums.get() + piece * d * ldk;
-            std::fill_n(g, d * ldk, 0.0);
+            double* g = sums.get() + 2 * piece * d * ldk;
+            std::fill_n(g, 2 * d * ldk, 0.0);
             Scratch local(Scratch::bytes_for<double>(kBlockRows * (d + ldk)));
             kernel.residual_rows(rows, n / pieces * piece + std::min(piece, n % pieces),
                                  n / pieces * (piece + 1) + std::min(piece + 1, n % pieces), w, g, ldk,
@@ -334,13 +336,19 @@ void refine(const NormalKernels<T>& kernel, const RowsArgs<T>& rows, int64_t n, 
         };
         parallel_for(pieces, 1, body);
         for (int64_t piece = 1; piece < pieces; ++piece) {
+            const double* part = sums.get() + 2 * piece * d * ldk;
             for (int64_t e = 0; e < d * ldk; ++e) {
-                sums[e] += sums[piece * d * ldk + e];
+                // Knuth's two-sum: what the addition rounds off goes to the low part.
+                const double total = high[e] + part[e];
+                const double shifted = total - high[e];
+                low[e] += part[d * ldk + e] + ((high[e] - (total - shifted)) + (part[e] - shifted));
+                high[e] = total;
             }
         }
         for (int64_t i = 0; i < d; ++i) {
             for (int64_t c = 0; c < ldz; ++c) {
-                z[i * ldz + c] = c < rows.k ? static_cast<T>(sums[i * ldk + c] - ridge[i] * w[i * ldk + c]) : T(0);
+                const int64_t at = i * ldk + c;
+                z[i * ldz + c] = c < rows.k ? static_cast<T>((high[at] - ridge[i] * w[at]) + low[at]) : T(0);
             }
         }
         kernel.solve_transposed(u, ld, d, inverse_diagonal, z, ldz);
@@ -423,7 +431,8 @@ void finish_solve_normal(const NormalKernels<T>& kernel, const SolveNormalArgs<T
         }
     }
     T* solution = args.solution + problem * d * k;
-    good = args.refine > 0 ? write_solution(w, ldk, d, k, !good, solution) : write_solution(z, ldz, d, k, !good, solution);
+    good =
+        args.refine > 0 ? write_solution(w, ldk, d, k, !good, solution) : write_solution(z, ldz, d, k, !good, solution);
     args.info[problem] = static_cast<int32_t>(failed != 0 ? failed : good ? 0 : d + 1);
     if (args.factor != nullptr) {
         write_factor(c, ld, d, failed != 0, args.factor + problem * d * d);
@@ -554,12 +563,14 @@ Status moments(const MomentsArgs<T>& args) {
         std::unique_ptr<double[]> sums(new double[static_cast<size_t>(columns)]());
         double total = 0.0;
         for (int64_t row = 0; row < args.n; row += step) {
-            const double weight = args.weight.data != nullptr ? static_cast<double>(args.weight.data[row * args.weight.row]) : 1.0;
+            const double weight =
+                args.weight.data != nullptr ? static_cast<double>(args.weight.data[row * args.weight.row]) : 1.0;
             total += weight;
             for (int64_t c = 0; c < columns; ++c) {
                 if (c != d) {
                     const Matrix<const T>& from = c < d ? args.x : args.y;
-                    sums[c] += weight * static_cast<double>(from.data[row * from.row + (c < d ? c : c - d - 1) * from.col]);
+                    sums[c] +=
+                        weight * static_cast<double>(from.data[row * from.row + (c < d ? c : c - d - 1) * from.col]);
                 }
             }
         }
@@ -619,9 +630,8 @@ Status solve_normal(SolveNormalArgs<T> args) {
     if (problems > 0 && args.refine == 0 && packable(kernel.lanes, problems, args.n, args.d, args.k)) {
         return solve_normal_packed(kernel, args, problems);
     }
-    return for_each_gram(kernel, args, problems, [&](int64_t problem, T* c, int64_t ld) {
-        finish_solve_normal(kernel, args, problem, c, ld);
-    });
+    return for_each_gram(kernel, args, problems,
+                         [&](int64_t problem, T* c, int64_t ld) { finish_solve_normal(kernel, args, problem, c, ld); });
 }
 
 template <class T>
@@ -804,13 +814,13 @@ Status cholesky_solve(const CholeskySolveArgs<T>& args) {
     return parallel_for(problems * chunks, grain_for(2 * d * d * std::min(k, kSolveColumns)), body);
 }
 
-#define ONESTEP_INSTANTIATE(T)                                                        \
-    template Status gram<T>(const GramArgs<T>&);                                      \
-    template Status moments<T>(const MomentsArgs<T>&);                                \
-    template Status solve_normal<T>(SolveNormalArgs<T>);                              \
-    template Status solve_normal_backward<T>(const SolveNormalBackwardArgs<T>&);      \
-    template Status solve_spd<T>(const SolveSpdArgs<T>&);                             \
-    template Status cholesky<T>(const CholeskyArgs<T>&);                              \
+#define ONESTEP_INSTANTIATE(T)                                                   \
+    template Status gram<T>(const GramArgs<T>&);                                 \
+    template Status moments<T>(const MomentsArgs<T>&);                           \
+    template Status solve_normal<T>(SolveNormalArgs<T>);                         \
+    template Status solve_normal_backward<T>(const SolveNormalBackwardArgs<T>&); \
+    template Status solve_spd<T>(const SolveSpdArgs<T>&);                        \
+    template Status cholesky<T>(const CholeskyArgs<T>&);                         \
     template Status cholesky_solve<T>(const CholeskySolveArgs<T>&);
 
 ONESTEP_INSTANTIATE(float)

@@ -7,7 +7,8 @@
 // Cholesky factors are stored as U with A = UᵀU, row-major; seen column-major that is LAPACK's lower L = Uᵀ.
 //
 // `info`, as LAPACK's xPOTRF: 0, or the 1-based order of the leading minor that is not positive definite; and one
-// value more, d + 1: the factor exists but the solution is not finite (a NaN or Inf in the right-hand side, or overflow).
+// value more, d + 1: the factor exists but the solution is not finite (a NaN or Inf in the right-hand side, or
+// overflow).
 #pragma once
 
 #include <cstdint>
@@ -59,12 +60,12 @@ struct SolveNormalArgs {
     Batched<const T> weight;  // n (row stride), or null for ones
     Batched<const T> ridge;   // d (row stride), or null for uniform_ridge
     double uniform_ridge = 0.0;
-    int64_t refine = 0;       // steps of corrected semi-normal equations, residuals in double
-    double jitter = 0.0;      // first multiple of mean(diag A) added to a failed problem, escalated tenfold; 0: never
-    T* solution = nullptr;    // d × k
-    T* factor = nullptr;      // d × d, U; may be null
+    int64_t refine = 0;     // steps of corrected semi-normal equations, residuals in double
+    double jitter = 0.0;    // first multiple of mean(diag A) added to a failed problem, escalated tenfold; 0: never
+    T* solution = nullptr;  // d × k
+    T* factor = nullptr;    // d × d, U; may be null
     int32_t* info = nullptr;
-    T* rcond = nullptr;   // estimate of 1 / (‖A‖₁ ‖A⁻¹‖₁); may be null
+    T* rcond = nullptr;     // estimate of 1 / (‖A‖₁ ‖A⁻¹‖₁); may be null
     T* jittered = nullptr;  // what was added to the diagonal; may be null
 };
 template <class T>
@@ -96,8 +97,8 @@ template <class T>
 struct CholeskyArgs {
     BatchShape batch;
     int64_t d = 0;
-    Batched<const T> a;    // d × d
-    T* factor = nullptr;   // d × d, U; NaN where it failed
+    Batched<const T> a;   // d × d
+    T* factor = nullptr;  // d × d, U; NaN where it failed
     int32_t* info = nullptr;
 };
 template <class T>
@@ -120,10 +121,10 @@ template <class T>
 struct SolveSpdArgs {
     BatchShape batch;
     int64_t d = 0, k = 0;
-    Batched<const T> a;      // d × d, lower triangle read
-    Batched<const T> b;      // d × k
-    T* solution = nullptr;   // d × k; NaN where it failed
-    T* factor = nullptr;     // d × d, U; may be null
+    Batched<const T> a;     // d × d, lower triangle read
+    Batched<const T> b;     // d × k
+    T* solution = nullptr;  // d × k; NaN where it failed
+    T* factor = nullptr;    // d × d, U; may be null
     int32_t* info = nullptr;
 };
 template <class T>

@@ -149,7 +149,8 @@ Status moments(const MomentsArgs<T>& args) {
         for (int64_t c = 0; c < d + k; ++c) {
             double sum = 0.0;
             for (int64_t r = 0; r < args.n; ++r) {
-                sum += static_cast<double>(weight_of(args.weight, r)) * (value(r, i) - mean[i]) * (value(r, c) - mean[c]);
+                sum +=
+                    static_cast<double>(weight_of(args.weight, r)) * (value(r, i) - mean[i]) * (value(r, c) - mean[c]);
             }
             (c < d ? args.gram[i * d + c] : args.cross[i * k + c - d]) = sum;
         }
@@ -183,7 +184,7 @@ Status solve_normal(SolveNormalArgs<T> args) {
         one.weight = {weight.data, weight.row, weight.col, {}};
         one.gram = a.data();
         one.cross = z.data();
-        gram(one);
+        reference::gram(one);
         T mean = T(0);
         Dense<double> penalty(static_cast<size_t>(d));
         for (int64_t i = 0; i < d; ++i) {
@@ -352,7 +353,7 @@ Status cholesky(const CholeskyArgs<T>& args) {
     solve_args.a = args.a;
     solve_args.factor = args.factor;
     solve_args.info = args.info;
-    return solve_spd(solve_args);
+    return reference::solve_spd(solve_args);
 }
 
 template <class T>

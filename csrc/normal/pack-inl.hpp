@@ -11,17 +11,19 @@ inline constexpr int64_t kPackRows = 16;
 inline constexpr int kPackTileRows = 4;
 inline constexpr int kPackTileColumns = 3;
 
-ONESTEP_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+ONESTEP_INLINE int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
 
 // Scratch of a pack: the augmented matrix [A | R], which becomes [U | W], and buffers.
 template <class T>
 struct Pack {
-    int64_t d, k, width;     // width of the rows of `a`: d + k, padded to whole tiles
-    Vec<T>* a;               // padded d × width
-    Vec<T>* rows;            // kPackRows × width
+    int64_t d, k, width;       // width of the rows of `a`: d + k, padded to whole tiles
+    Vec<T>* a;                 // padded d × width
+    Vec<T>* rows;              // kPackRows × width
     Vec<T>* inverse_diagonal;  // d
-    Vec<T>* floor;           // d
-    Vec<T>* out;             // what is written, d × max(d, k)
+    Vec<T>* floor;             // d
+    Vec<T>* out;               // what is written, d × max(d, k)
     Mask<T> info{};
 
     static int64_t width_for(int64_t d, int64_t k) {
@@ -375,8 +377,7 @@ template <class T>
 inline void pack_cholesky_solve(const PackArgs<T>& args, T* work) {
     Pack<T> pack(args.d, args.k, work);
     for (int64_t i = 0; i < pack.d; ++i) {
-        load_lanes<T>(args.a, i * (args.a.row + args.a.col), args.a.col, pack.d - i,
-                      pack.a + i * pack.width + i, 1);
+        load_lanes<T>(args.a, i * (args.a.row + args.a.col), args.a.col, pack.d - i, pack.a + i * pack.width + i, 1);
         pack.inverse_diagonal[i] = broadcast<T>(T(1)) / pack.a[i * pack.width + i];
     }
     load_block<T>(args.b, 0, pack.d, pack.k, pack.a + pack.d, pack.width);

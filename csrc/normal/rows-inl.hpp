@@ -11,9 +11,43 @@ ONESTEP_INLINE int64_t whole_vectors(int64_t count) {
     return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// high + low += Σ_p x[p][j : j + M] e[p][:] with an error of about ε², M rows of one vector of columns:
+// Ogita, Rump and Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26 (2005), Algorithm 5.3 (Dot2).
+template <int M>
+ONESTEP_INLINE void add_products_compensated(int64_t rows, const double* x, int64_t ldx, const double* e, int64_t lde,
+                                             double* high, double* low, int64_t ldg) {
+    Vec<double> sum[M];
+    Vec<double> rest[M];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+        sum[i] = load<double>(high + i * ldg);
+        rest[i] = load<double>(low + i * ldg);
+    }
+    for (int64_t p = 0; p < rows; ++p) {
+        const Vec<double> factor = load<double>(e + p * lde);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) {
+            const Vec<double> scale = broadcast<double>(x[p * ldx + i]);
+            const Vec<double> product = opaque(scale * factor);
+            const Vec<double> product_error = multiply_subtract(scale, factor, product);
+            const Vec<double> next = sum[i] + product;
+            const Vec<double> part = next - sum[i];
+            const Vec<double> sum_error = (sum[i] - (next - part)) + (product - part);
+            sum[i] = next;
+            rest[i] += sum_error + product_error;
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+        store<double>(high + i * ldg, sum[i]);
+        store<double>(low + i * ldg, rest[i]);
+    }
+}
+
 template <class T>
 inline void residual_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, const double* w, double* g, int64_t ldk,
                           double* work) {
+    double* low = g + args.d * ldk;
     double* x = work;
     double* e = work + kBlockRows * args.d;
     const int64_t vectors = ldk / kLanes<double>;
@@ -38,7 +72,23 @@ inline void residual_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, c
                 }
             }
         }
-        update_block<double, 1>(args.d, vectors, rows, {x, 1, args.d}, e, ldk, g, ldk);
+        if constexpr (sizeof(T) < sizeof(double)) {
+            // Products of floats are exact in double: plain sums lose nothing that float could show.
+            update_block<double, 1>(args.d, vectors, rows, {x, 1, args.d}, e, ldk, g, ldk);
+        } else {
+            // The solve amplifies the rounding of g by cond(X)², which is all of double's digits for a large residual.
+            for (int64_t v = 0; v < ldk; v += kLanes<double>) {
+                int64_t j = 0;
+                for (; j + 4 <= args.d; j += 4) {
+                    add_products_compensated<4>(rows, x + j, args.d, e + v, ldk, g + j * ldk + v, low + j * ldk + v,
+                                                ldk);
+                }
+                for (; j < args.d; ++j) {
+                    add_products_compensated<1>(rows, x + j, args.d, e + v, ldk, g + j * ldk + v, low + j * ldk + v,
+                                                ldk);
+                }
+            }
+        }
     }
 }
 
@@ -62,9 +112,9 @@ inline void backward_rows(const BackwardRowsArgs<T>& args, int64_t begin, int64_
     const int64_t both = gradient_width(k);
     const int64_t ldb = whole_vectors<T>(both);
     const int64_t ldd = whole_vectors<T>(d);
-    T* right = work;                      // d × ldb: [W | V]
-    T* left = right + d * ldb;            // 2k × ldd: [V | −W]ᵀ
-    T* products = left + both * ldd;      // rows × ldb: [XW | XV], then the coefficients of ∂X
+    T* right = work;                               // d × ldb: [W | V]
+    T* left = right + d * ldb;                     // 2k × ldd: [V | −W]ᵀ
+    T* products = left + both * ldd;               // rows × ldb: [XW | XV], then the coefficients of ∂X
     T* gradient = products + kGradientRows * ldb;  // rows × ldd
     for (int64_t j = 0; j < d; ++j) {
         for (int64_t c = 0; c < ldb; ++c) {

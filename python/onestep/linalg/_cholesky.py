@@ -27,7 +27,7 @@ def cholesky(A: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: a matrix is not positive definite, or holds NaN or Inf.
     """
-    factor, _ = call("cholesky", _matrix("A", A), True)
+    factor: Tensor = call("cholesky", _matrix("A", A), True)[0]
     return factor
 
 

@@ -111,7 +111,7 @@ def solve_normal(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
     """
     p = _problem(X, Y, weight, ridge)
-    solution, _ = call("solve_normal", p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, refine, p.dual, True)
+    solution: Tensor = call("solve_normal", p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, refine, p.dual, True)[0]
     return solution.squeeze(-1) if p.is_vector else solution
 
 

@@ -96,7 +96,7 @@ def call(name: str, *args: Any) -> Any:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class OpFunction(_SingleLevelFunction):  # type: ignore[misc]
+class OpFunction(_SingleLevelFunction):
     """Derivatives of one op: a subclass names the op and has ``setup_context``, ``backward`` and ``jvp``.
 
     It is a single-level autograd.Function, applied inside the op's Autograd kernel: torch.func calls that kernel once
@@ -111,7 +111,7 @@ class OpFunction(_SingleLevelFunction):  # type: ignore[misc]
         """The op's Autograd kernel."""
         if records_derivatives(args):
             with enable_single_level_autograd_function():
-                return cls.apply(*args)
+                return cls.apply(*args)  # type: ignore[attr-defined]
         with torch._C._AutoDispatchBelowAutograd():
             return cls.op(*args)
 

@@ -12,6 +12,9 @@ from onestep import _native
 
 Operand = tuple[int, tuple[int, ...]]
 
+# torch does not list it as exported.
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 # csrc/base/batch.hpp, kMaxBatchDims
 MOST_BATCH_DIMS = 8
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onestep.ops._library import OpFunction, define, register_derivatives
 from onestep.ops._operands import (
+    LinAlgError,
     any_failed,
     broadcast_batch,
     check_dims,
@@ -57,7 +58,7 @@ def raise_if_failed(info: Tensor, d: int) -> None:
     """Raises LinAlgError if any matrix failed, naming how many, the first few, and what to do."""
     if not any_failed(info):
         return
-    raise torch.linalg.LinAlgError(
+    raise LinAlgError(
         f"{describe_failures(info, 'matrices')}. info = i up to {d}: the leading minor of order i is not positive "
         f"definite or holds NaN or Inf; info = {d + 1}: the right-hand side holds NaN or Inf, or the solution "
         "overflowed. Add a multiple of the identity, or call the _ex variant, which reports info."
@@ -184,7 +185,8 @@ class _CholeskySolve(OpFunction):
         if dL is not None:
             lower, tangent = L.tril(), dL.tril()
             right = right - tangent @ (lower.mT @ V) - lower @ (tangent.mT @ V)
-        return torch.ops.onestep.cholesky_solve.default(right, L)
+        solution: Tensor = torch.ops.onestep.cholesky_solve.default(right, L)
+        return solution
 
 
 register_derivatives("cholesky_solve", _CholeskySolve)
@@ -309,7 +311,8 @@ class _ApplySpdInverse(OpFunction):
         right = torch.zeros_like(V) if dB is None else dB
         if dA is not None:
             right = right - _symmetrized(dA) @ V
-        return torch.ops.onestep.apply_spd_inverse.default(right, A, L)
+        solution: Tensor = torch.ops.onestep.apply_spd_inverse.default(right, A, L)
+        return solution
 
 
 register_derivatives("apply_spd_inverse", _ApplySpdInverse)

@@ -16,6 +16,7 @@ from onestep.ops._library import (
     register_not_differentiable,
 )
 from onestep.ops._operands import (
+    LinAlgError,
     any_failed,
     broadcast_batch,
     check_dims,
@@ -276,10 +277,10 @@ def raise_if_failed(info: Tensor, d: int) -> None:
     """Raises LinAlgError if any problem failed, naming how many, the first few, and what to do."""
     if not any_failed(info):
         return
-    raise torch.linalg.LinAlgError(
-        f"{describe_failures(info, 'problems')}. info = i up to {d}: the leading minor of order i of X'DX + ridge is not "
-        "positive definite, because columns are linearly dependent or hold NaN or Inf; "
-        f"info = {d + 1}: Y or weight holds NaN or Inf, or the solution overflowed. Add ridge > 0, remove the dependent "
+    raise LinAlgError(
+        f"{describe_failures(info, 'problems')}. info = i up to {d}: the leading minor of order i of X'DX + ridge is "
+        "not positive definite, because columns are linearly dependent or hold NaN or Inf; "
+        f"info = {d + 1}: Y or weight holds NaN or Inf, or the solution overflowed. Add ridge > 0, remove dependent "
         "columns, clean the data, or call the _ex variant, which reports info and keeps the good solutions."
     )
 
@@ -600,7 +601,8 @@ def _apply_fake(B: Tensor, X: Tensor, weight: Tensor | None, ridge: Tensor | Non
 
 def _apply_cpu(B: Tensor, X: Tensor, weight: Tensor | None, ridge: Tensor | None, L: Tensor) -> Tensor:
     if L.shape[-1] == X.shape[-1]:
-        return torch.ops.onestep.cholesky_solve.default(B, L)
+        solution: Tensor = torch.ops.onestep.cholesky_solve.default(B, L)
+        return solution
     assert ridge is not None
     return _apply_dual(B, X, weight, ridge, L).contiguous()
 
@@ -645,7 +647,8 @@ class _ApplyNormalInverse(OpFunction):
             right = right - X.mT @ _column(dweight, X @ V)
         if dridge is not None:
             right = right - dridge.unsqueeze(-1) * V
-        return torch.ops.onestep.apply_normal_inverse.default(right, X, weight, ridge, L)
+        tangent: Tensor = torch.ops.onestep.apply_normal_inverse.default(right, X, weight, ridge, L)
+        return tangent
 
 
 register_derivatives("apply_normal_inverse", _ApplyNormalInverse)

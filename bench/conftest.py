@@ -1,0 +1,43 @@
+"""The benchmark protocol of DESIGN §6: peer and onestep in turn, in one process, ratio of medians."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+ROUNDS = 9
+WARMUP_ROUNDS = 2
+
+
+@pytest.fixture(autouse=True, scope="session")
+def two_threads() -> None:
+    torch.set_num_threads(int(os.environ.get("ONESTEP_BENCH_THREADS", "2")))
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compare(benchmark: Any) -> Callable[..., float]:
+    """Times ``peer`` and ``ours`` alternately (A B A B …) and records the ratio of their medians."""
+
+    def run(ours: Callable[[], Any], peer: Callable[[], Any], *, rounds: int = ROUNDS, **details: Any) -> float:
+        peer_seconds: list[float] = []
+
+        def run_peer() -> None:
+            start = time.perf_counter()
+            peer()
+            peer_seconds.append(time.perf_counter() - start)
+
+        # pytest-benchmark runs `setup` before each round, outside the timed part.
+        benchmark.pedantic(ours, setup=run_peer, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
+        peer_median = statistics.median(peer_seconds[-rounds:])
+        ratio = peer_median / benchmark.stats["median"]
+        benchmark.extra_info.update(peer_seconds=peer_median, ratio=ratio, **details)
+        return ratio
+
+    return run

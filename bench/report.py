@@ -1,0 +1,156 @@
+"""Runs the benchmarks, prints one table, and stores it with a plot under bench/results/."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import sklearn
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import onestep
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def best_seconds(work: Any, repeats: int = 10) -> float:
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def physical_limits() -> dict[str, float]:
+    """GEMM peak (torch, fp32, 2048³) and read bandwidth (torch sum over 256 MiB), best of ten."""
+    A = torch.randn(2048, 2048)
+    long = torch.randn(64 << 20)
+    return {
+        "gemm_gflops": 2 * 2048**3 / best_seconds(lambda: A @ A) / 1e9,
+        "read_gbps": 4 * long.numel() / best_seconds(long.sum) / 1e9,
+    }
+
+
+def machine() -> dict[str, Any]:
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": model,
+        "cpu_target": onestep.info()["cpu_target"],
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "onestep": onestep.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "scikit-learn": sklearn.__version__,
+    }
+
+
+def row(benchmark: dict[str, Any], limits: dict[str, float]) -> list[str]:
+    info = benchmark["extra_info"]
+    if "added_mib" in info:
+        return [
+            benchmark["group"],
+            info["case"],
+            f"{info['peer_added_mib']:.1f} MiB",
+            f"{info['added_mib']:.1f} MiB",
+            "",
+            "< 64 MiB",
+            "",
+            "",
+            "",
+        ]
+    seconds = benchmark["stats"]["median"]
+    gflops = info.get("flops", 0) / seconds / 1e9
+    gbps = info.get("bytes", 0) / seconds / 1e9
+    return [
+        benchmark["group"],
+        info["case"],
+        f"{info['peer_seconds'] * 1e3:.2f} ms",
+        f"{seconds * 1e3:.2f} ms",
+        f"{info['ratio']:.2f}",
+        f"≥ {info['bar']}" if info.get("bar") else "",
+        f"{gflops:.0f} ({gflops / limits['gemm_gflops']:.0%})" if gflops else "",
+        f"{gbps:.1f} ({gbps / limits['read_gbps']:.0%})" if gbps else "",
+        f"{info['error']:.1e} / {info['peer_error']:.1e}" if "error" in info else "",
+    ]
+
+
+HEADER = ["group", "case", "peer", "onestep", "ratio", "bar", "GFLOP/s (of GEMM)", "GB/s (of read)", "error / peer's"]
+
+
+def plot(benchmarks: list[dict[str, Any]], path: Path) -> None:
+    timed = [benchmark for benchmark in benchmarks if "ratio" in benchmark["extra_info"]]
+    labels = [f"{b['group']}  {b['extra_info']['case']}" for b in timed]
+    ratios = [b["extra_info"]["ratio"] for b in timed]
+    bars = [b["extra_info"].get("bar") for b in timed]
+    figure, axes = plt.subplots(figsize=(9, 0.36 * len(timed) + 1.2), layout="constrained")
+    positions = np.arange(len(timed))[::-1]
+    axes.barh(positions, ratios, color="#3b76af")
+    known = [(bar, position) for bar, position in zip(bars, positions, strict=True) if bar]
+    axes.plot([bar for bar, _ in known], [at for _, at in known], "|", color="#c8553d", markersize=14, label="bar")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(positions, labels)
+    axes.set_xlabel("times faster than the peer (ratio of medians)")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    RESULTS.mkdir(exist_ok=True)
+    raw = RESULTS / "pytest-benchmark.json"
+    command = [sys.executable, "-m", "pytest", str(HERE), "-q", "--benchmark-enable", f"--benchmark-json={raw}"]
+    status = subprocess.run([*command, "--benchmark-columns=median,rounds", *sys.argv[1:]], check=False).returncode
+    if status != 0:
+        return status
+    torch.set_num_threads(2)
+    benchmarks = json.loads(raw.read_text())["benchmarks"]
+    limits, where = physical_limits(), machine()
+    rows = [row(benchmark, limits) for benchmark in benchmarks]
+
+    table = Table(title="peer and onestep in turn, ratio of medians")
+    for name in HEADER:
+        table.add_column(name)
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=190).print(table)
+    facts = ", ".join(f"{name} {value}" for name, value in where.items())
+    limit_line = f"GEMM peak {limits['gemm_gflops']:.0f} GFLOP/s, read bandwidth {limits['read_gbps']:.1f} GB/s"
+    print(f"{facts}\n{limit_line}")
+
+    lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
+    (RESULTS / "table.md").write_text("\n".join([*lines, "", facts, "", limit_line, ""]))
+    kept = [{"group": b["group"], "median_seconds": b["stats"]["median"], **b["extra_info"]} for b in benchmarks]
+    (RESULTS / "table.json").write_text(
+        json.dumps({"machine": where, "limits": limits, "results": kept}, indent=2) + "\n"
+    )
+    raw.unlink()
+    plot(benchmarks, RESULTS / "ratios.png")
+    print(f"stored under {RESULTS}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

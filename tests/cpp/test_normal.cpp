@@ -1,0 +1,374 @@
+// The tuned normal-equations kernels against the plain loops, for every CPU target of this machine, in both types, at
+// every tile edge, serially and with threads. Built with AddressSanitizer and UndefinedBehaviorSanitizer by make test.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/parallel.hpp"
+#include "base/target.hpp"
+#include "normal/normal.hpp"
+
+namespace {
+
+using namespace onestep;
+
+int checks = 0;
+int failures = 0;
+
+void check(bool good, const std::string& what) {
+    ++checks;
+    if (!good) {
+        ++failures;
+        std::printf("FAILED %s: %s\n", target_name(active_target()), what.c_str());
+    }
+}
+
+// Three threads with uneven shares, whatever the machine has.
+int32_t three_threads(int64_t begin, int64_t end, int64_t, RangeFunction fn, void* context) {
+    const int64_t count = end - begin;
+    const int64_t first = begin + count / 2;
+    const int64_t second = first + (end - first) / 3;
+    std::thread one([&] { fn(begin, first, context); });
+    std::thread two([&] { fn(first, second, context); });
+    fn(second, end, context);
+    one.join();
+    two.join();
+    return 0;
+}
+
+// Memory of exactly the size that the strides reach, so that AddressSanitizer sees the first element too many.
+template <class T>
+struct Table {
+    std::vector<T> data;
+    Batched<const T> view;
+
+    enum class Layout { rows, columns, strided };
+
+    Table(std::mt19937& random, int64_t problems, int64_t rows, int64_t cols, Layout layout, T low = T(-1)) {
+        const int64_t step = layout == Layout::strided ? 3 : 1;
+        const int64_t each = rows * cols * step;
+        const int64_t used = std::max<int64_t>(problems * each - (step - 1), 0);
+        data.resize(static_cast<size_t>(used));
+        std::uniform_real_distribution<double> uniform(static_cast<double>(low), 1.0);
+        std::generate(data.begin(), data.end(), [&] { return static_cast<T>(uniform(random)); });
+        view.data = data.data();
+        view.row = layout == Layout::columns ? 1 : cols * step;
+        view.col = layout == Layout::columns ? rows : step;
+        view.batch[0] = each;
+    }
+};
+
+template <class T>
+struct Size {
+    int64_t problems, n, d, k;
+};
+
+template <class T>
+double tolerance(double condition) {
+    return 200.0 * condition * static_cast<double>(std::numeric_limits<T>::epsilon());
+}
+
+// max |a − b| / max |b|, NaN equal to NaN.
+template <class T>
+double difference(const std::vector<T>& a, const std::vector<T>& b) {
+    double most = 0.0;
+    double scale = 1e-30;
+    for (size_t i = 0; i < a.size(); ++i) {
+        if (std::isnan(a[i]) && std::isnan(b[i])) {
+            continue;
+        }
+        if (std::isnan(a[i]) != std::isnan(b[i])) {
+            return std::numeric_limits<double>::infinity();
+        }
+        most = std::max(most, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
+        scale = std::max(scale, std::abs(static_cast<double>(b[i])));
+    }
+    return most / scale;
+}
+
+template <class T>
+struct Results {
+    std::vector<T> gram, cross, solution, factor, rcond, jittered, grad_x, grad_y, grad_weight, grad_ridge, spd, packed;
+    std::vector<double> moments, means;
+    std::vector<int32_t> info, spd_info;
+};
+
+template <class T>
+struct Inputs {
+    BatchShape batch;
+    Size<T> size;
+    Table<T> x, y, weight, ridge, grad;
+    int64_t refine;
+
+    Inputs(std::mt19937& random, Size<T> size_, typename Table<T>::Layout layout, int64_t refine_)
+        : size(size_),
+          x(random, size_.problems, size_.n, size_.d, layout),
+          y(random, size_.problems, size_.n, size_.k, layout),
+          weight(random, size_.problems, size_.n, 1, layout, T(0.1)),
+          ridge(random, size_.problems, size_.d, 1, layout, T(0.5)),
+          grad(random, size_.problems, size_.d, size_.k, layout),
+          refine(refine_) {
+        batch.dims = 1;
+        batch.size[0] = size.problems;
+    }
+};
+
+// Runs the whole family; `Tuned` chooses between the kernels and the reference.
+template <bool Tuned, class T>
+Results<T> run(const Inputs<T>& in) {
+    const auto [problems, n, d, k] = in.size;
+    Results<T> out;
+    const auto resize = [](auto& to, int64_t count) { to.resize(static_cast<size_t>(count)); };
+
+    GramArgs<T> gram_args;
+    gram_args.batch = in.batch;
+    gram_args.n = n;
+    gram_args.d = d;
+    gram_args.k = k;
+    gram_args.x = in.x.view;
+    gram_args.y = in.y.view;
+    gram_args.weight = in.weight.view;
+    resize(out.gram, problems * d * d);
+    resize(out.cross, problems * d * k);
+    gram_args.gram = out.gram.data();
+    gram_args.cross = out.cross.data();
+
+    MomentsArgs<T> moments_args;
+    moments_args.n = n;
+    moments_args.d = d;
+    moments_args.k = k;
+    moments_args.x = in.x.view.at(in.batch, 0);
+    moments_args.y = in.y.view.at(in.batch, 0);
+    moments_args.weight = in.weight.view.at(in.batch, 0);
+    moments_args.center = true;
+    resize(out.moments, d * (d + k) + 1);
+    resize(out.means, d + k);
+    moments_args.gram = out.moments.data();
+    moments_args.cross = out.moments.data() + d * d;
+    moments_args.weight_sum = out.moments.data() + d * (d + k);
+    moments_args.mean = out.means.data();
+
+    SolveNormalArgs<T> solve_args;
+    solve_args.batch = in.batch;
+    solve_args.n = n;
+    solve_args.d = d;
+    solve_args.k = k;
+    solve_args.x = in.x.view;
+    solve_args.y = in.y.view;
+    solve_args.weight = in.weight.view;
+    solve_args.ridge = in.ridge.view;
+    solve_args.refine = in.refine;
+    resize(out.solution, problems * d * k);
+    resize(out.factor, problems * d * d);
+    resize(out.info, problems);
+    resize(out.rcond, problems);
+    resize(out.jittered, problems);
+    solve_args.solution = out.solution.data();
+    solve_args.factor = out.factor.data();
+    solve_args.info = out.info.data();
+    solve_args.rcond = out.rcond.data();
+    solve_args.jittered = out.jittered.data();
+
+    if constexpr (Tuned) {
+        gram(gram_args);
+        moments(moments_args);
+        solve_normal(solve_args);
+    } else {
+        reference::gram(gram_args);
+        reference::moments(moments_args);
+        reference::solve_normal(solve_args);
+    }
+
+    SolveNormalBackwardArgs<T> backward_args;
+    backward_args.batch = in.batch;
+    backward_args.n = n;
+    backward_args.d = d;
+    backward_args.k = k;
+    backward_args.grad = in.grad.view;
+    backward_args.x = in.x.view;
+    backward_args.y = in.y.view;
+    backward_args.weight = in.weight.view;
+    backward_args.solution = {out.solution.data(), k, 1, {d * k}};
+    backward_args.factor = {out.factor.data(), d, 1, {d * d}};
+    backward_args.info = {out.info.data(), 0, 0, {1}};
+    resize(out.grad_x, problems * n * d);
+    resize(out.grad_y, problems * n * k);
+    resize(out.grad_weight, problems * n);
+    resize(out.grad_ridge, problems * d);
+    backward_args.grad_x = out.grad_x.data();
+    backward_args.grad_y = out.grad_y.data();
+    backward_args.grad_weight = out.grad_weight.data();
+    backward_args.grad_ridge = out.grad_ridge.data();
+
+    SolveSpdArgs<T> spd_args;
+    std::vector<T> system = out.gram;
+    for (int64_t problem = 0; problem < problems; ++problem) {
+        for (int64_t i = 0; i < d; ++i) {
+            system[(problem * d + i) * d + i] += T(1);
+            for (int64_t j = i + 1; j < d; ++j) {
+                system[(problem * d + i) * d + j] = std::numeric_limits<T>::quiet_NaN();  // must not be read
+            }
+        }
+    }
+    spd_args.batch = in.batch;
+    spd_args.d = d;
+    spd_args.k = k;
+    spd_args.a = {system.data(), d, 1, {d * d}};
+    spd_args.b = in.grad.view;
+    std::vector<T> factor(out.factor.size());
+    resize(out.spd, problems * d * k);
+    resize(out.spd_info, problems);
+    spd_args.solution = out.spd.data();
+    spd_args.factor = factor.data();
+    spd_args.info = out.spd_info.data();
+
+    CholeskySolveArgs<T> packed_args;
+    packed_args.batch = in.batch;
+    packed_args.d = d;
+    packed_args.k = k;
+    packed_args.factor = {factor.data(), d, 1, {d * d}};
+    packed_args.b = in.grad.view;
+    resize(out.packed, problems * d * k);
+    packed_args.solution = out.packed.data();
+
+    if constexpr (Tuned) {
+        solve_normal_backward(backward_args);
+        solve_spd(spd_args);
+        cholesky_solve(packed_args);
+    } else {
+        reference::solve_normal_backward(backward_args);
+        reference::solve_spd(spd_args);
+        reference::cholesky_solve(packed_args);
+    }
+    return out;
+}
+
+template <class T>
+bool identical(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+template <class T>
+void compare(const Inputs<T>& in, const std::string& name) {
+    const Results<T> expected = run<false>(in);
+    const Results<T> got = run<true>(in);
+    const double condition = 50.0 + static_cast<double>(in.size.n);
+    const auto close = [&](const auto& a, const auto& b, const char* what) {
+        const double error = difference(a, b);
+        check(error <= tolerance<T>(condition), name + " " + what + ": error " + std::to_string(error));
+    };
+    close(got.gram, expected.gram, "gram");
+    close(got.cross, expected.cross, "cross");
+    close(got.moments, expected.moments, "moments");
+    close(got.means, expected.means, "means");
+    close(got.solution, expected.solution, "solution");
+    close(got.factor, expected.factor, "factor");
+    close(got.grad_x, expected.grad_x, "grad_x");
+    close(got.grad_y, expected.grad_y, "grad_y");
+    close(got.grad_weight, expected.grad_weight, "grad_weight");
+    close(got.grad_ridge, expected.grad_ridge, "grad_ridge");
+    close(got.spd, expected.spd, "solve_spd");
+    close(got.packed, expected.packed, "cholesky_solve");
+    check(identical(got.info, expected.info), name + " info");
+    check(identical(got.spd_info, expected.spd_info), name + " solve_spd info");
+    for (size_t i = 0; i < got.rcond.size(); ++i) {
+        const double ratio = static_cast<double>(got.rcond[i]) / static_cast<double>(expected.rcond[i]);
+        check(ratio > 0.99 && ratio < 3.0, name + " rcond ratio " + std::to_string(ratio));
+    }
+
+    set_parallel_for(three_threads);
+    const Results<T> threaded = run<true>(in);
+    set_parallel_for(nullptr);
+    check(identical(threaded.solution, got.solution) && identical(threaded.factor, got.factor) &&
+              identical(threaded.gram, got.gram) && identical(threaded.grad_x, got.grad_x) &&
+              identical(threaded.spd, got.spd) && identical(threaded.moments, got.moments),
+          name + " with threads: not bitwise the same");
+}
+
+template <class T>
+void test_sizes(const char* type) {
+    std::mt19937 random(1);
+    const std::vector<Size<T>> sizes = {
+        {1, 1, 1, 1},     {3, 0, 2, 1},     {17, 5, 2, 3},     {9, 16, 8, 1},   {5, 20, 15, 2},  {33, 33, 16, 16},
+        {6, 40, 31, 5},   {4, 50, 32, 16},  {3, 60, 32, 17},   {2, 70, 33, 1},  {2, 129, 47, 4}, {1, 128, 48, 3},
+        {1, 140, 49, 49}, {2, 100, 95, 2},  {1, 110, 96, 100}, {1, 130, 97, 1}, {1, 60, 120, 7}, {1, 290, 257, 2},
+        {1, 4097, 5, 2},  {2, 8200, 34, 1}, {1, 13000, 7, 1},
+    };
+    using Layout = typename Table<T>::Layout;
+    for (const Size<T>& size : sizes) {
+        for (const Layout layout : {Layout::rows, Layout::columns, Layout::strided}) {
+            // The layouts differ in loading alone, which small sizes show.
+            if (layout != Layout::rows && (size.d > 64 || size.n > 200)) {
+                continue;
+            }
+            for (const int64_t refine : {0, 1}) {
+                if (refine > 0 && layout != Layout::rows) {
+                    continue;
+                }
+                const std::string name = std::string(type) + " B" + std::to_string(size.problems) + " n" +
+                                         std::to_string(size.n) + " d" + std::to_string(size.d) + " k" +
+                                         std::to_string(size.k) + " layout " +
+                                         std::to_string(static_cast<int>(layout)) + " refine " + std::to_string(refine);
+                compare(Inputs<T>(random, size, layout, refine), name);
+            }
+        }
+    }
+}
+
+// A bad problem must be reported and must not change one bit of another.
+template <class T>
+void test_isolation(const char* type) {
+    std::mt19937 random(2);
+    for (const int64_t d : {5, 40}) {
+        Inputs<T> in(random, {37, 2 * d, d, 2}, Table<T>::Layout::rows, 0);
+        const Results<T> clean = run<true>(in);
+        in.x.data[static_cast<size_t>(11 * 2 * d * d + d + 2)] = std::numeric_limits<T>::quiet_NaN();
+        in.y.data[static_cast<size_t>(20 * 2 * d * 2 + 3)] = std::numeric_limits<T>::infinity();
+        const Results<T> got = run<true>(in);
+        const std::string name = std::string(type) + " isolation d" + std::to_string(d);
+        for (int64_t problem = 0; problem < 37; ++problem) {
+            const bool bad = problem == 11 || problem == 20;
+            const auto same = [&](const std::vector<T>& a, const std::vector<T>& b, int64_t each) {
+                return std::memcmp(a.data() + problem * each, b.data() + problem * each,
+                                   static_cast<size_t>(each) * sizeof(T)) == 0;
+            };
+            check((got.info[static_cast<size_t>(problem)] != 0) == bad, name + " info " + std::to_string(problem));
+            if (bad) {
+                check(std::isnan(got.solution[static_cast<size_t>(problem * d * 2)]), name + " NaN solution");
+                check(got.grad_x[static_cast<size_t>(problem * 2 * d * d)] == T(0), name + " zero gradient");
+            } else {
+                check(same(got.solution, clean.solution, d * 2) && same(got.factor, clean.factor, d * d) &&
+                          same(got.grad_x, clean.grad_x, 2 * d * d),
+                      name + " changed problem " + std::to_string(problem));
+            }
+        }
+        check(got.info[11] == 3, name + ": info is " + std::to_string(got.info[11]));
+        check(got.info[20] == d + 1, name + ": info is " + std::to_string(got.info[20]));
+    }
+}
+
+}  // namespace
+
+int main() {
+    for (int index = 0; index < kTargetCount; ++index) {
+        const auto target = static_cast<Target>(index);
+        if (!target_supported(target)) {
+            std::printf("%s: not supported by this machine\n", target_name(target));
+            continue;
+        }
+        check(select_target(target_name(target)) == SelectResult::ok, "select_target");
+        test_sizes<float>("fp32");
+        test_sizes<double>("fp64");
+        test_isolation<float>("fp32");
+        test_isolation<double>("fp64");
+    }
+    check(select_target("no such target") == SelectResult::unknown, "select_target of an unknown name");
+    std::printf("%d checks, %d failed\n", checks, failures);
+    return failures == 0 ? 0 : 1;
+}
