@@ -252,12 +252,21 @@ def spd(d: int, dtype: torch.dtype, batch: Batch = (), name: str = "spd") -> Ten
 # -------------------------------------------------------------------------------------------------------------- oracle
 
 
-def penalties(case: Case, ridge: float | Tensor) -> Tensor:
-    """The ridge as fp64 (…,d)."""
-    value = torch.as_tensor(ridge, dtype=torch.float64)
+def penalties(case: Case, ridge: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """The ridge as (…,d)."""
+    value = torch.as_tensor(ridge, dtype=dtype)
     if case.ridge_form == "problem":
         value = value.unsqueeze(-1)
     return value.expand(*value.shape[:-1], case.d)
+
+
+def extended(tensor: Tensor) -> np.ndarray:
+    """fp32 in fp64; fp64 in long double, of 64 bits on x86. Where that is plain fp64 the oracles are a little worse."""
+    return tensor.detach().numpy().astype(np.longdouble if tensor.dtype == torch.float64 else np.float64)
+
+
+def rounded(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.float64))
 
 
 def reference_solve(X: Tensor, Y: Tensor, weight: Tensor | None = None, ridge: float | Tensor = 0.0) -> Tensor:
@@ -265,27 +274,23 @@ def reference_solve(X: Tensor, Y: Tensor, weight: Tensor | None = None, ridge: f
 
     ridge is a number, or broadcasts with (…,d).
     """
-    X, Y = X.double(), Y.double()
     d, k = X.shape[-1], Y.shape[-1]
-    D = torch.ones((), dtype=torch.float64) if weight is None else weight.double()
-    D = D.expand(*D.shape[:-1], X.shape[-2]).unsqueeze(-1)
-    penalty = torch.as_tensor(ridge, dtype=torch.float64)
+    D = X.new_ones(X.shape[-2]) if weight is None else weight
+    penalty = torch.as_tensor(ridge, dtype=X.dtype)
     penalty = penalty.expand(*penalty.shape[:-1], d)
-    batch = torch.broadcast_shapes(X.shape[:-2], Y.shape[:-2], D.shape[:-2], penalty.shape[:-1])
-    X, Y, D = (part.expand(*batch, *part.shape[-2:]) for part in (X, Y, D))
+    batch = torch.broadcast_shapes(X.shape[:-2], Y.shape[:-2], D.shape[:-1], penalty.shape[:-1])
+    X, Y, D = X.expand(*batch, -1, -1), Y.expand(*batch, -1, -1), D.unsqueeze(-1).expand(*batch, -1, -1)
     penalty = penalty.expand(*batch, d)
-    augmented = torch.cat((D.sqrt() * X, torch.diag_embed(penalty.sqrt())), -2)
+    augmented = torch.cat((D.double().sqrt() * X.double(), torch.diag_embed(penalty.double().sqrt())), -2)
     R = torch.linalg.qr(augmented, mode="r").R
 
-    # numpy's long double has 64 bits of mantissa on x86; where it is plain fp64 the oracle is only a little worse.
-    wide_x, wide_y, wide_d, wide_penalty = (part.numpy().astype(np.longdouble) for part in (X, Y, D, penalty))
-    W = np.zeros((*batch, d, k), dtype=np.longdouble)
+    wide_x, wide_y, wide_d, wide_penalty = (extended(part) for part in (X, Y, D, penalty))
+    W = np.zeros((*batch, d, k), dtype=wide_x.dtype)
     for _ in range(3):
         right = np.swapaxes(wide_x, -1, -2) @ (wide_d * (wide_y - wide_x @ W)) - wide_penalty[..., None] * W
-        right64 = torch.from_numpy(right.astype(np.float64))
-        half = torch.linalg.solve_triangular(R.mT, right64, upper=False)
+        half = torch.linalg.solve_triangular(R.mT, rounded(right), upper=False)
         W = W + torch.linalg.solve_triangular(R, half, upper=True).numpy()
-    return torch.from_numpy(W.astype(np.float64))
+    return rounded(W)
 
 
 def torch_solve(X: Tensor, Y: Tensor, weight: Tensor | None = None, ridge: float | Tensor = 0.0) -> Tensor:

@@ -96,7 +96,7 @@ def test_info_says_which_failed_and_neighbours_are_bitwise_untouched(d, dtype):
 
 @SIZES
 def test_refinement_keeps_failures_apart(d, dtype):
-    bad = batch_with_faults(d, dtype, problems=1109)
+    bad = batch_with_faults(d, dtype, problems=1301)
     result = solve_normal_ex(bad.X, bad.Y, weight=bad.weight, refine=1)
     clean = solve_normal_ex(*bad.good[:2], weight=bad.good[2], refine=1)
     failed = bad.info != 0

@@ -20,9 +20,9 @@ def solve(given: cases.Inputs, **options: int) -> Tensor:
 @over(CASES)
 def test_as_accurate_as_torch(case, dtype):
     given = cases.inputs(case, dtype)
-    ridge = cases.penalties(case, given.ridge)
+    ridge = cases.penalties(case, given.ridge, dtype)
     expected = cases.reference_solve(given.X, given.Y, given.weight, ridge)
-    torchs = cases.torch_solve(given.X, given.Y, given.weight, ridge.to(dtype))
+    torchs = cases.torch_solve(given.X, given.Y, given.weight, ridge)
     assert_as_accurate(solve(given), torchs, expected)
 
 
@@ -151,7 +151,7 @@ def test_ridge_integer_is_a_number(dtype):
 def test_ridge_per_problem_is_a_loop_over_problems(case, dtype):
     """Each problem uses its own penalty and no other's."""
     given = cases.inputs(case, dtype)
-    ridge = cases.penalties(case, given.ridge).to(dtype).expand(*case.full_batch, case.d)
+    ridge = cases.penalties(case, given.ridge, dtype).expand(*case.full_batch, case.d)
     solution = solve(given)
     X, Y = given.X.expand(*case.full_batch, -1, -1), given.Y.expand(*case.full_batch, -1, -1)
     weight = given.weight.expand(*case.full_batch, -1) if given.weight is not None else None
@@ -219,9 +219,9 @@ def test_dual_solves_the_augmented_least_squares(n, d, ridge_form, weighted, dty
     given = cases.inputs(case, dtype)
     if weighted:
         given.weight[..., ::3] = 0
-    ridge = cases.penalties(case, given.ridge)
+    ridge = cases.penalties(case, given.ridge, dtype)
     expected = cases.reference_solve(given.X, given.Y, given.weight, ridge)
-    torchs = cases.torch_solve(given.X, given.Y, given.weight, ridge.to(dtype))
+    torchs = cases.torch_solve(given.X, given.Y, given.weight, ridge)
     assert_as_accurate(solve(given), torchs, expected)
     assert_as_accurate(solve(given, refine=2), torchs, expected)
 

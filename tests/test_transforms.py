@@ -89,7 +89,8 @@ def bare_apply_spd_inverse(B, A):
 
 
 def spd_inverse_times(B, A):
-    return torch.linalg.solve(sym(A), B)
+    # Not torch.linalg.solve: in torch 2.13 its derivatives beyond forward mode are wrong.
+    return torch.cholesky_solve(B, torch.linalg.cholesky(sym(A)))
 
 
 class Function(NamedTuple):
@@ -98,6 +99,10 @@ class Function(NamedTuple):
     inputs: str
 
 
+# Few parameters, but more features than the packed kernel takes and more than there are rows.
+WIDE = 33
+WIDEN = torch.randn(3, WIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
 # The letters name the inputs; see make_inputs.
 FUNCTIONS = {
     "solve_normal": Function(lambda X, Y, w, r: solve_normal(X, Y, weight=w, ridge=r), composite, "XYwr"),
@@ -105,9 +110,9 @@ FUNCTIONS = {
     "solve_normal, vector": Function(
         lambda X, y, w, s: solve_normal(X, y, weight=w, ridge=s, refine=1), composite_per_scalar, "Xyws"
     ),
-    "solve_normal, float ridge, dual": Function(
-        lambda X, Y, w: solve_normal(X, Y, weight=w, ridge=0.5),
-        lambda X, Y, w: composite(X, Y, w, torch.full_like(X[0], 0.5)),
+    "solve_normal, dual": Function(
+        lambda X, Y, w: WIDEN @ solve_normal(X @ WIDEN, Y, weight=w, ridge=0.5),
+        lambda X, Y, w: WIDEN @ composite(X @ WIDEN, Y, w, torch.full((WIDE,), 0.5, dtype=torch.float64)),
         "DTv",
     ),
     "solve_normal_ex": Function(
@@ -126,12 +131,12 @@ FUNCTIONS = {
     "op solve_normal_ex": Function(lambda X, Y, w, r: ops.solve_normal_ex(X, Y, w, r)[0], composite, "XYwr"),
     "op solve_normal_ex, plain": Function(lambda X, Y: ops.solve_normal_ex(X, Y)[0], composite_plain, "XY"),
     "op solve_normal_ex, dual": Function(
-        lambda X, Y, w, r: ops.solve_normal_ex(X, Y, w, r, dual=True)[0], composite, "DTvq"
+        lambda X, Y, w, r: ops.solve_normal_ex(X, Y, w, r, dual=True)[0], composite, "DTvr"
     ),
     "op solve_normal_backward": Function(bare_backward, composite_backward, "BXYwr"),
     "op apply_normal_inverse": Function(
         bare_apply_normal_inverse,
-        lambda B, X, w, r: torch.linalg.solve(system(X, w, r), B),
+        lambda B, X, w, r: torch.cholesky_solve(B, torch.linalg.cholesky(system(X, w, r))),
         "BXwr",
     ),
     "op gram": Function(lambda X, Y, w: flat(*ops.gram(X, Y, w)), composite_gram, "XYw"),
@@ -147,7 +152,7 @@ FUNCTIONS = {
 }
 
 N, D, K = 5, 3, 2
-WIDE_N, WIDE_D = 2, 33
+FEW = 2
 
 
 def make_inputs(letters):
@@ -170,11 +175,10 @@ def make_inputs(letters):
         "A": lambda: root @ root.mT + D * torch.eye(D, dtype=torch.float64),
         "B": lambda: normal(D, K),
         "L": lambda: torch.linalg.cholesky(root @ root.mT + D * torch.eye(D, dtype=torch.float64)),
-        # n < d and more features than the packed kernel takes
-        "D": lambda: normal(WIDE_N, WIDE_D),
-        "T": lambda: normal(WIDE_N, 1),
-        "v": lambda: positive(WIDE_N),
-        "q": lambda: positive(WIDE_D),
+        # n < d
+        "D": lambda: normal(FEW, D),
+        "T": lambda: normal(FEW, 1),
+        "v": lambda: positive(FEW),
     }
     return tuple(make[letter]() for letter in letters)
 

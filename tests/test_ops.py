@@ -1,0 +1,305 @@
+"""``torch.ops.onestep.*`` as PyTorch sees them: schemas, fakes, autograd registration, and both ways of calling them."""
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import onestep.linalg
+
+ops = torch.ops.onestep
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# -------------------------------------------------------------------------------------------------------------- samples
+
+
+class Make:
+    """Inputs of one dtype, which require grad or do not."""
+
+    def __init__(self, dtype, requires_grad=False):
+        self.dtype = dtype
+        self.requires_grad = requires_grad
+
+    def normal(self, *shape):
+        return torch.randn(shape, dtype=self.dtype).requires_grad_(self.requires_grad)
+
+    def positive(self, *shape):
+        return (torch.rand(shape, dtype=self.dtype) + 0.5).requires_grad_(self.requires_grad)
+
+    def spd(self, *shape):
+        root = torch.randn(*shape, shape[-1], dtype=self.dtype)
+        matrix = root @ root.mT + shape[-1] * torch.eye(shape[-1], dtype=self.dtype)
+        return matrix.requires_grad_(self.requires_grad)
+
+    def factor(self, *shape):
+        return torch.linalg.cholesky(self.spd(*shape)).detach().requires_grad_(self.requires_grad)
+
+
+def solve_samples(make):
+    return {
+        "plain": (make.normal(6, 3), make.normal(6, 2)),
+        "weight": (make.normal(6, 3), make.normal(6, 2), make.positive(6)),
+        "ridge": (make.normal(2, 6, 3), make.normal(2, 6, 1), None, make.positive(3)),
+        "broadcasting": (make.normal(2, 1, 6, 3), make.normal(3, 6, 1), make.positive(2, 1, 6), make.positive(3, 3)),
+        "uniform ridge": (make.normal(2, 6, 3), make.normal(6, 2), None, None, 0.5),
+        "refined": (make.normal(6, 3), make.normal(6, 2), make.positive(6), make.positive(3), 0.0, 1),
+        "blocked": (make.normal(2, 40, 34), make.normal(40, 2), None, None, 0.1),
+    }
+
+
+def dual(samples, make, *between):
+    """``samples``, and the dual form, whose flag comes after ``between``."""
+    wide = (make.normal(2, 3, 5), make.normal(4, 1, 3, 2), make.positive(3), make.positive(5), 0.0, 0)
+    return samples | {"dual": (*wide, *between, True)}
+
+
+def apply_normal_samples(make):
+    samples = {}
+    for name in ("plain", "weight", "ridge", "broadcasting", "blocked"):
+        X, Y, weight, ridge, uniform, *_ = (*solve_samples(make)[name], None, None, 0.0)[:5]
+        values = [None if value is None else value.detach() for value in (X, Y, weight, ridge)]
+        solution, factor, info, *_ = ops.solve_normal_ex(*values, uniform or 0.0)
+        samples[name] = (X, Y, weight, ridge, solution, factor, info)
+    return samples
+
+
+def samples_of(name, make):
+    """Label → arguments."""
+    if name == "solve_normal":
+        return dual(solve_samples(make), make)
+    if name == "solve_normal_ex":
+        samples = dual(solve_samples(make), make, 0.0)
+        samples["jitter"] = (make.normal(6, 3), make.normal(6, 2), None, None, 0.0, 0, 1e-6)
+        samples["no rcond"] = (*samples["plain"], None, None, 0.0, 0, 0.0, False, False, True)
+        return samples
+    if name == "solve_normal_backward":
+        return {
+            label: (make.normal(*solution.shape), X, Y, weight, ridge, solution, factor, info)
+            for label, (X, Y, weight, ridge, solution, factor, info) in apply_normal_samples(make).items()
+        }
+    if name == "apply_normal_inverse":
+        return {
+            label: (make.normal(*solution.shape), X, weight, ridge, factor)
+            for label, (X, _, weight, ridge, solution, factor, _) in apply_normal_samples(make).items()
+        }
+    if name == "gram":
+        return {
+            "plain": (make.normal(6, 3), make.normal(6, 2)),
+            "no targets": (make.normal(2, 6, 3), make.normal(6, 0)),
+            "weight, broadcasting": (make.normal(2, 1, 6, 3), make.normal(3, 6, 2), make.positive(6)),
+        }
+    if name == "moments":
+        plain = Make(make.dtype)
+        return {
+            "plain": (plain.normal(6, 3), plain.normal(6, 2)),
+            "centred": (plain.normal(6, 3), plain.normal(6, 2), plain.positive(6), True),
+        }
+    if name == "cholesky":
+        return {
+            "one": (make.spd(3),),
+            "batch": (make.spd(2, 4, 3),),
+            "checked": (make.spd(34), True),
+        }
+    if name == "cholesky_solve":
+        return {
+            "one": (make.normal(3, 2), make.factor(3)),
+            "broadcasting": (make.normal(2, 1, 3, 2), make.factor(4, 3)),
+        }
+    if name == "solve_spd":
+        return {
+            "one": (make.spd(3), make.normal(3, 2)),
+            "broadcasting": (make.spd(4, 3), make.normal(2, 1, 3, 2), True),
+        }
+    if name == "apply_spd_inverse":
+        return {
+            "one": apply_spd_sample(make.spd(3), make.normal(3, 2)),
+            "broadcasting": apply_spd_sample(make.spd(4, 3), make.normal(2, 1, 3, 2)),
+        }
+    raise KeyError(name)
+
+
+def apply_spd_sample(A, B):
+    return B, A, ops.cholesky(A.detach())[0]
+
+
+OPS = [
+    "apply_normal_inverse",
+    "apply_spd_inverse",
+    "cholesky",
+    "cholesky_solve",
+    "gram",
+    "moments",
+    "solve_normal",
+    "solve_normal_backward",
+    "solve_normal_ex",
+    "solve_spd",
+]
+SAMPLES = [(name, label) for name in OPS for label in samples_of(name, Make(torch.float64))]
+
+
+def test_every_op_is_tested():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("onestep::")}
+    assert registered == {f"onestep::{name}" for name in OPS}
+
+
+# -------------------------------------------------------------------------------------------------------------- opcheck
+
+
+@pytest.mark.parametrize(("name", "label"), SAMPLES)
+def test_opcheck(name, label):
+    args = samples_of(name, Make(torch.float64, requires_grad=True))[label]
+    opcheck(getattr(ops, name).default, args)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck_float32_without_grad(name):
+    for args in samples_of(name, Make(torch.float32)).values():
+        opcheck(getattr(ops, name).default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- fakes
+
+
+def described(outputs):
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [(tuple(output.shape), output.stride(), output.dtype) for output in outputs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "label"), SAMPLES)
+def test_fake_has_the_kernels_shapes_strides_and_dtypes(name, label, dtype):
+    args = samples_of(name, Make(dtype))[label]
+    on_meta = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args]
+    op = getattr(ops, name).default
+    assert described(op(*on_meta)) == described(op(*args))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,), (2, 1)])
+@pytest.mark.parametrize("d", [1, 4, 34])
+def test_factors_are_column_major(d, batch):
+    make = Make(torch.float64)
+    A, X = make.spd(*batch, d), make.normal(*batch, d + 2, d)
+    for L in (
+        ops.cholesky(A)[0],
+        ops.solve_spd(A, make.normal(d, 1))[1],
+        ops.solve_normal_ex(X, make.normal(d + 2, 1))[1],
+    ):
+        assert L.shape == (*batch, d, d)
+        assert L.stride()[-2:] == (1, d)
+        assert L.mT.is_contiguous()
+        assert torch.equal(L, L.tril())
+
+
+# -------------------------------------------------------------------------------------------------------- ways to call
+
+
+class Record(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+def public_calls(make):
+    """Every public function with its op, on the same arguments."""
+    X, Y, weight, ridge = make.normal(3, 6, 4), make.normal(6, 2), make.positive(6), make.positive(4)
+    A, B = make.spd(3, 4), make.normal(4, 2)
+    linalg = onestep.linalg
+    solve_arguments = (X, Y, weight, ridge, 0.0, 0)
+    return {
+        "solve_normal": (
+            lambda: linalg.solve_normal(X, Y, weight=weight, ridge=ridge),
+            lambda: ops.solve_normal(*solve_arguments, False, True)[0],
+        ),
+        "solve_normal_ex": (
+            lambda: linalg.solve_normal_ex(X, Y, weight=weight, ridge=ridge).rcond,
+            lambda: ops.solve_normal_ex(*solve_arguments, 0.0, False)[3],
+        ),
+        "gram": (lambda: linalg.gram(X, Y, weight=weight)[1], lambda: ops.gram(X, Y, weight)[1]),
+        "moments": (lambda: linalg.moments(X[0], Y).gram, lambda: ops.moments(X[0], Y)[0]),
+        "cholesky": (lambda: linalg.cholesky(A), lambda: ops.cholesky(A, True)[0]),
+        "cholesky_solve": (lambda: linalg.cholesky_solve(B, A), lambda: ops.cholesky_solve(B, A)),
+        "solve_spd": (lambda: linalg.solve_spd(A, B), lambda: ops.solve_spd(A, B, True)[0]),
+    }
+
+
+@pytest.mark.parametrize("name", public_calls(Make(torch.float32)))
+def test_public_function_is_the_op_bitwise(name):
+    public, op = public_calls(Make(torch.float32))[name]
+    assert torch.equal(public(), op())
+
+
+@pytest.mark.parametrize("name", public_calls(Make(torch.float32)))
+def test_dispatch_modes_see_the_public_functions(name):
+    public, _ = public_calls(Make(torch.float32))[name]
+    with Record() as record:
+        public()
+    assert getattr(ops, name).default in record.seen
+
+
+@pytest.mark.parametrize("name", ["solve_normal", "solve_normal_ex", "gram", "cholesky", "cholesky_solve", "solve_spd"])
+def test_result_is_bitwise_the_same_where_a_gradient_is_recorded(name):
+    plain, _ = public_calls(Make(torch.float32))[name]
+    torch.manual_seed(0)
+    recorded, _ = public_calls(Make(torch.float32, requires_grad=True))[name]
+    torch.manual_seed(0)
+    plain, _ = public_calls(Make(torch.float32))[name]
+    assert torch.equal(plain(), recorded().detach())
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_public_functions_on_meta_tensors(device):
+    X, Y = torch.empty(3, 6, 4, device=device), torch.empty(6, 2, device=device)
+    assert onestep.linalg.solve_normal(X, Y).shape == (3, 4, 2)
+    assert onestep.linalg.gram(X, Y)[0].shape == (3, 4, 4)
+    wide = torch.empty(3, 40, device=device)
+    targets = torch.empty(3, 2, device=device)
+    ridge = torch.ones(40, device=device)
+    assert onestep.linalg.solve_normal(wide, targets, ridge=0.5).shape == (40, 2)
+    assert onestep.linalg.solve_normal(wide, targets, ridge=ridge).shape == (40, 2)
+
+
+def test_default_device_does_not_matter():
+    X, Y = torch.randn(3, 40), torch.randn(3, 2)
+    expected = onestep.linalg.solve_normal_ex(X, Y, ridge=0.5)
+    with torch.device("meta"):
+        solved = onestep.linalg.solve_normal_ex(X, Y, ridge=0.5)
+    assert torch.equal(solved.solution, expected.solution)
+    assert torch.equal(solved.rcond, expected.rcond)
+
+
+@pytest.mark.parametrize(("n", "d"), [(6, 3), (50, 40)])
+def test_nine_batch_dimensions_that_broadcast(n, d):
+    """One more than the kernels address: the operands are copied, and the copies must live until the kernel is done."""
+    make = Make(torch.float64)
+    X = make.normal(2, 1, 2, 1, 2, 1, 2, 1, 1, n, d)
+    Y = make.normal(1, 2, 1, 2, 1, 1, 1, 1, 2, n, 2)
+    W = onestep.linalg.solve_normal(X, Y)
+    batch = torch.broadcast_shapes(X.shape[:-2], Y.shape[:-2])
+    expected = onestep.linalg.solve_normal(X.expand(*batch, n, d).reshape(-1, n, d), Y.expand(*batch, n, 2).reshape(-1, n, 2))
+    assert torch.equal(W, expected.reshape(W.shape))
+
+
+def test_autocast_leaves_precision_alone():
+    """torch.linalg runs in float32 under autocast, derivatives included."""
+    X, Y, direction = torch.randn(20, 4), torch.randn(20, 2), torch.randn(20, 4)
+
+    def derivatives():
+        leaf = X.clone().requires_grad_()
+        W, tangent = torch.func.jvp(lambda X: onestep.linalg.solve_normal(X, Y), (X,), (direction,))
+        (grad,) = torch.autograd.grad(onestep.linalg.solve_normal(leaf, Y).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), leaf)
+        return W, tangent, grad.detach(), second
+
+    expected = derivatives()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = derivatives()
+    torch.testing.assert_close(ours, expected)
