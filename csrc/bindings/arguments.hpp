@@ -9,7 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "base/batch.hpp"
@@ -19,8 +19,8 @@ namespace onestep::bindings {
 
 using Address = std::uintptr_t;
 using Sizes = std::vector<int64_t>;
-// (data_ptr, strides: batch dimensions first, then rows and columns), or None.
-using Operand = std::optional<std::pair<Address, Sizes>>;
+// (data_ptr, strides: batch dimensions first, then rows and columns; the tensor, which keeps the memory), or None.
+using Operand = std::optional<std::tuple<Address, Sizes, pybind11::object>>;
 
 template <class T>
 T* pointer(Address address) {
@@ -44,11 +44,11 @@ Batched<T> batched(const Operand& operand, size_t own) {
     if (!operand.has_value()) {
         return result;
     }
-    const Sizes& strides = operand->second;
+    const Sizes& strides = std::get<1>(*operand);
     if (strides.size() < own || strides.size() > own + static_cast<size_t>(kMaxBatchDims)) {
         throw std::invalid_argument("wrong number of strides");
     }
-    result.data = pointer<T>(operand->first);
+    result.data = pointer<T>(std::get<0>(*operand));
     const size_t dims = strides.size() - own;
     std::copy_n(strides.begin(), dims, result.batch);
     result.row = own >= 1 ? strides[dims] : 0;

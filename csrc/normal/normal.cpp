@@ -527,6 +527,9 @@ void load_lower(const Matrix<const T>& a, int64_t d, int64_t rows_padded, T* c, 
 
 template <class T>
 Status gram(const GramArgs<T>& args) {
+    if (any_negative(args.weight, args.batch, args.n)) {
+        return Status::negative_weight;
+    }
     const NormalKernels<T>& kernel = kernels<T>();
     const int64_t d = args.d;
     const int64_t k = args.k;
@@ -543,6 +546,10 @@ Status gram(const GramArgs<T>& args) {
 
 template <class T>
 Status moments(const MomentsArgs<T>& args) {
+    const Batched<const T> weight{args.weight.data, args.weight.row, args.weight.col, {}};
+    if (any_negative(weight, BatchShape{}, args.n)) {
+        return Status::negative_weight;
+    }
     const NormalKernels<T>& kernel = kernels<T>();
     const int64_t d = args.d;
     const int64_t columns = d + 1 + args.k;

@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 
-_Operand = tuple[int, Sequence[int]] | None
+_Operand = tuple[int, Sequence[int], object] | None
 
 def active_target() -> str: ...
 def supported_targets() -> list[str]: ...

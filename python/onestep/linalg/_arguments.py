@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -9,14 +11,19 @@ from torch import Tensor
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def floating(name: str, value: Tensor) -> Tensor:
-    """The tensor itself, in float32 if it was bfloat16 or float16; raises if the kernels cannot read it."""
+def floating(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
+    """The tensor itself, in float32 if it was bfloat16 or float16; raises if the kernels cannot read it.
+
+    ``like`` is the first operand, on whose device this one must be.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; expected torch.Tensor")
     if value.layout != torch.strided:
         raise ValueError(f"{name} has layout {value.layout}; expected a dense (torch.strided) tensor")
     if value.device.type not in ("cpu", "meta"):
         raise ValueError(f"{name} is on device {value.device}; onestep's kernels run on the CPU: move it with .cpu()")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} is on device {value.device}; expected {like.device}, like the other operands")
     if value.dtype in _HALF:
         return value.float()
     if value.dtype not in (torch.float32, torch.float64):
@@ -42,7 +49,7 @@ def ridge_per_feature(ridge: Tensor, X: Tensor, batch: torch.Size) -> Tensor:
     It is a scalar (), one penalty per problem (the batch shape, or (…,1)), or one per feature (…,d).
     """
     d = X.shape[-1]
-    penalty = floating("ridge", ridge).to(X.dtype)
+    penalty = floating("ridge", ridge, X).to(X.dtype)
     if penalty.dim() == 0:
         return penalty.expand(d)
     per_problem = penalty.shape == batch
@@ -61,10 +68,31 @@ def ridge_per_feature(ridge: Tensor, X: Tensor, batch: torch.Size) -> Tensor:
     return penalty.expand(*penalty.shape[:-1], d)
 
 
-def _broadcasts(shape: torch.Size, batch: torch.Size) -> bool:
-    return len(shape) <= len(batch) and all(
-        size in (1, to) for size, to in zip(reversed(shape), reversed(batch), strict=False)
-    )
+def _broadcasts(*shapes: torch.Size) -> bool:
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return False
+    return True
+
+
+def number(name: str, value: object, least: float, most: float, meaning: str) -> float:
+    """A real number from [least, most]; raises TypeError or ValueError otherwise, NaN included."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {type(value).__name__}; expected {meaning}")
+    result = float(value)
+    if not least <= result <= most:
+        raise ValueError(f"{name}={value}; expected {meaning}")
+    return result
+
+
+def steps(name: str, value: object) -> int:
+    """A number of steps >= 0."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} is {type(value).__name__}; expected an integer >= 0")
+    if value < 0:
+        raise ValueError(f"{name}={value}; expected an integer >= 0")
+    return int(value)
 
 
 def values_are_known() -> bool:

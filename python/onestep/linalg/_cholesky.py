@@ -53,7 +53,7 @@ def cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
         X, shaped like B with the batch broadcast. Differentiable to every order.
     """
     L = _matrix("L", L)
-    columns, is_vector = as_columns("B", floating("B", B), L, L.shape[-1])
+    columns, is_vector = as_columns("B", floating("B", B, L), L, L.shape[-1])
     solution: Tensor = call("cholesky_solve", columns, L)
     return solution.squeeze(-1) if is_vector else solution
 
@@ -81,6 +81,6 @@ def solve_spd_ex(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solve_spd(A: Tensor, B: Tensor, check: bool) -> tuple[Tensor, Tensor]:
     A = _matrix("A", A)
-    columns, is_vector = as_columns("B", floating("B", B), A, A.shape[-1])
+    columns, is_vector = as_columns("B", floating("B", B, A), A, A.shape[-1])
     solution, _, info = call("solve_spd", A, columns, check)
     return solution.squeeze(-1) if is_vector else solution, info

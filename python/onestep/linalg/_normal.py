@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from onestep.linalg._arguments import as_columns, floating, ridge_per_feature, values_are_known
+from onestep.linalg._arguments import as_columns, floating, number, ridge_per_feature, steps, values_are_known
 from onestep.ops._library import call
+from onestep.ops._operands import broadcast_batch
 
 # Up to this many features the kernel solves a problem per vector lane, which no dual form beats.
 _PACKED_FEATURES = 32
@@ -60,8 +62,11 @@ class _Problem(NamedTuple):
     is_vector: bool
 
 
-def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor) -> _Problem:
-    X, Y = floating("X", X), floating("Y", Y)
+def _problem(
+    X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor, *, allow_dual: bool = True
+) -> _Problem:
+    X = floating("X", X)
+    Y = floating("Y", Y, X)
     if X.dim() < 2:
         raise ValueError(f"X has shape {tuple(X.shape)}; expected (..., n, d)")
     n, d = X.shape[-2:]
@@ -69,16 +74,17 @@ def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor)
         raise ValueError(f"X has shape {tuple(X.shape)}; expected at least one feature (d >= 1)")
     Y, is_vector = as_columns("Y", Y, X, n)
     if weight is not None:
-        weight = floating("weight", weight)
-    may_be_dual = n < d and d > _PACKED_FEATURES
+        weight = floating("weight", weight, X)
+    may_be_dual = allow_dual and n < d and d > _PACKED_FEATURES
     if not isinstance(ridge, Tensor):
-        if may_be_dual and ridge > 0:
-            return _Problem(X, Y, weight, X.new_full((1,), ridge).expand(d), 0.0, True, is_vector)
-        return _Problem(X, Y, weight, None, ridge, False, is_vector)
-    shapes = [X.shape[:-2], Y.shape[:-2]] + ([] if weight is None else [weight.shape[:-1]])
-    penalty = ridge_per_feature(ridge, X, torch.broadcast_shapes(*shapes))
-    dual = may_be_dual and values_are_known() and bool((ridge > 0).all())
-    return _Problem(X, Y, weight, penalty, 0.0, dual, is_vector)
+        penalty = number("ridge", ridge, 0.0, sys.float_info.max, "a tensor or a finite number >= 0")
+        if may_be_dual and penalty >= torch.finfo(X.dtype).tiny:
+            return _Problem(X, Y, weight, X.new_full((1,), penalty).expand(d), 0.0, True, is_vector)
+        return _Problem(X, Y, weight, None, penalty, False, is_vector)
+    shapes = [tuple(X.shape[:-2]), tuple(Y.shape[:-2])] + ([] if weight is None else [tuple(weight.shape[:-1])])
+    penalties = ridge_per_feature(ridge, X, torch.Size(broadcast_batch(*shapes)))
+    dual = may_be_dual and values_are_known() and bool((penalties >= torch.finfo(X.dtype).tiny).all())
+    return _Problem(X, Y, weight, penalties, 0.0, dual, is_vector)
 
 
 def solve_normal(
@@ -111,7 +117,9 @@ def solve_normal(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
     """
     p = _problem(X, Y, weight, ridge)
-    solution: Tensor = call("solve_normal", p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, refine, p.dual, True)[0]
+    solution: Tensor = call(
+        "solve_normal", p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, steps("refine", refine), p.dual, True
+    )[0]
     return solution.squeeze(-1) if p.is_vector else solution
 
 
@@ -139,11 +147,20 @@ def solve_normal_ex(
     Returns:
         ``SolveNormalResult(solution, info, rcond, jitter)``.
     """
-    if jitter is not None and not 0 < jitter <= 1:
-        raise ValueError(f"jitter={jitter}; expected None or a fraction of the mean diagonal in (0, 1]")
-    p = _problem(X, Y, weight, ridge)
+    if jitter is not None:
+        jitter = number("jitter", jitter, sys.float_info.min, 1.0, "None or a fraction of the mean diagonal in (0, 1]")
+    # The dual form has no use for jitter: only the primal one is offered it.
+    p = _problem(X, Y, weight, ridge, allow_dual=jitter is None)
     solution, _, info, rcond, added = call(
-        "solve_normal_ex", p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, refine, jitter or 0.0, p.dual
+        "solve_normal_ex",
+        p.X,
+        p.Y,
+        p.weight,
+        p.ridge,
+        p.uniform_ridge,
+        steps("refine", refine),
+        jitter or 0.0,
+        p.dual,
     )
     return SolveNormalResult(solution.squeeze(-1) if p.is_vector else solution, info, rcond, added)
 
@@ -162,9 +179,9 @@ def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) ->
     X = floating("X", X)
     if X.dim() < 2:
         raise ValueError(f"X has shape {tuple(X.shape)}; expected (..., n, d)")
-    columns, is_vector = (X[..., :0], False) if Y is None else as_columns("Y", floating("Y", Y), X, X.shape[-2])
+    columns, is_vector = (X[..., :0], False) if Y is None else as_columns("Y", floating("Y", Y, X), X, X.shape[-2])
     if weight is not None:
-        weight = floating("weight", weight)
+        weight = floating("weight", weight, X)
     products, cross = call("gram", X, columns, weight)
     return products, cross.squeeze(-1) if is_vector else cross
 
@@ -182,6 +199,8 @@ def moments(X: Tensor, Y: Tensor, *, weight: Tensor | None = None, center: bool 
         center: whether to subtract the weighted means.
     """
     X = floating("X", X)
-    products, cross, mean, weight_sum = call("moments", X, floating("Y", Y), weight, center)
+    if weight is not None:
+        weight = floating("weight", weight, X)
+    products, cross, mean, weight_sum = call("moments", X, floating("Y", Y, X), weight, center)
     d = X.shape[-1]
     return Moments(products, cross, mean[:d], mean[d:], weight_sum)

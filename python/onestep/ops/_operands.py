@@ -10,7 +10,8 @@ from torch import Tensor
 
 from onestep import _native
 
-Operand = tuple[int, tuple[int, ...]]
+# Address, strides, and the tensor, which keeps the memory while the kernel runs.
+Operand = tuple[int, tuple[int, ...], Tensor]
 
 # torch does not list it as exported.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -39,12 +40,18 @@ def kernel(family: str, dtype: torch.dtype) -> Callable[..., None]:
     return _KERNELS[family, dtype]
 
 
-def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raises TypeError unless the tensor is float32 or float64, and of the given dtype."""
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless the tensor is float32 or float64."""
     if tensor.dtype not in _SUFFIX:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected torch.float32 or torch.float64")
-    if dtype is not None and tensor.dtype != dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {dtype}, like the other operands")
+
+
+def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raises unless the tensor has the dtype (TypeError) and the device (ValueError) of the first operand."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {like.dtype}, like the other operands")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on device {tensor.device}; expected {like.device}, like the other operands")
 
 
 def check_dims(name: str, tensor: Tensor, least: int, meaning: str) -> None:
@@ -80,7 +87,7 @@ def operand(tensor: Tensor, batch: tuple[int, ...], own: int) -> Operand:
     if len(batch) > MOST_BATCH_DIMS:
         # The one case that copies: more batch dimensions than the kernels address.
         tensor = tensor.reshape(kernel_batch(batch) + shape[cut:])
-    return tensor.data_ptr(), tensor.stride()
+    return tensor.data_ptr(), tensor.stride(), tensor
 
 
 def kernel_batch(batch: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ from onestep.ops._operands import (
     any_failed,
     broadcast_batch,
     check_dims,
-    check_dtype,
+    check_floating,
+    check_like,
     check_size,
     describe_failures,
     empty_factor,
@@ -26,13 +27,14 @@ Batch = tuple[int, ...]
 
 
 def _check_square(name: str, A: Tensor) -> None:
-    check_dtype(name, A)
+    check_floating(name, A)
     check_dims(name, A, 2, "(..., d, d)")
     check_size(name, A, -2, A.shape[-1], "square matrices (..., d, d)")
 
 
-def _check_right(B: Tensor, d: int, dtype: torch.dtype) -> None:
-    check_dtype("B", B, dtype)
+def _check_right(B: Tensor, matrix: Tensor) -> None:
+    d = matrix.shape[-1]
+    check_like("B", B, matrix)
     check_dims("B", B, 2, "(..., d, k)")
     check_size("B", B, -2, d, f"(..., {d}, k): as many rows as the matrix")
 
@@ -129,7 +131,7 @@ register_derivatives("cholesky", _Cholesky)
 
 def _cholesky_solve_shapes(B: Tensor, L: Tensor) -> tuple[Batch, Tensor]:
     _check_square("L", L)
-    _check_right(B, L.shape[-1], L.dtype)
+    _check_right(B, L)
     batch = broadcast_batch(tuple(B.shape[:-2]), tuple(L.shape[:-2]))
     return batch, B.new_empty((*batch, *B.shape[-2:]))
 
@@ -199,7 +201,7 @@ Solved = tuple[Tensor, Tensor, Tensor]
 def _solve_spd_shapes(A: Tensor, B: Tensor) -> tuple[Batch, Solved]:
     _check_square("A", A)
     d = A.shape[-1]
-    _check_right(B, d, A.dtype)
+    _check_right(B, A)
     batch = broadcast_batch(tuple(A.shape[:-2]), tuple(B.shape[:-2]))
     return batch, (
         A.new_empty((*batch, d, B.shape[-1])),

@@ -20,7 +20,8 @@ from onestep.ops._operands import (
     any_failed,
     broadcast_batch,
     check_dims,
-    check_dtype,
+    check_floating,
+    check_like,
     check_size,
     describe_failures,
     empty_factor,
@@ -37,15 +38,15 @@ Batch = tuple[int, ...]
 
 def _check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
     """Checks X (…,n,d), Y (…,n,k), weight (…,n); returns their batch shapes."""
-    check_dtype("X", X)
-    check_dtype("Y", Y, X.dtype)
+    check_floating("X", X)
+    check_like("Y", Y, X)
     check_dims("X", X, 2, _X)
     check_dims("Y", Y, 2, _Y)
     n = X.shape[-2]
     check_size("Y", Y, -2, n, f"(..., {n}, k): as many rows as X")
     batches = [tuple(X.shape[:-2]), tuple(Y.shape[:-2])]
     if weight is not None:
-        check_dtype("weight", weight, X.dtype)
+        check_like("weight", weight, X)
         check_dims("weight", weight, 1, "(..., n)")
         check_size("weight", weight, -1, n, f"(..., {n}): one weight per row of X")
         batches.append(tuple(weight.shape[:-1]))
@@ -192,7 +193,7 @@ def _check_solve(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: Tensor | No
     batches = _check_rows(X, Y, weight)
     if ridge is not None:
         d = X.shape[-1]
-        check_dtype("ridge", ridge, X.dtype)
+        check_like("ridge", ridge, X)
         check_dims("ridge", ridge, 1, "(..., d)")
         check_size("ridge", ridge, -1, d, f"(..., {d}): one penalty per feature")
         batches.append(tuple(ridge.shape[:-1]))
