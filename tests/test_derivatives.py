@@ -145,7 +145,7 @@ def lower(function):
 
 
 OTHER_FUNCTIONS = {
-    "gram": (gram, lambda: (leaf(2, 4, 3), leaf(4, 2), positive_leaf(2, 4))),
+    "gram": (lambda X, Y, weight: gram(X, Y, weight=weight), lambda: (leaf(2, 4, 3), leaf(4, 2), positive_leaf(2, 4))),
     "gram, no targets": (lambda X, weight: gram(X, weight=weight)[0], lambda: (leaf(4, 3), positive_leaf(4))),
     "gram, vector": (gram, lambda: (leaf(4, 3), leaf(4))),
     "cholesky": (symmetric(cholesky), lambda: (spd(2, 3).requires_grad_(),)),
@@ -216,7 +216,8 @@ def assert_same_gradients(inputs, reference_inputs=None, **options):
 
 @pytest.mark.parametrize("refine", [0, 2])
 @pytest.mark.parametrize(
-    ("n", "d", "k"), [(20, 1, 1), (20, 8, 3), (60, 40, 3), (300, 40, 1), (5, 8, 2), (6, 40, 2), (20, 32, 20)]
+    ("n", "d", "k"),
+    [(20, 1, 1), (20, 8, 3), (60, 40, 3), (300, 40, 1), (5, 8, 2), (6, 40, 2), (40, 32, 20), (5000, 8, 1)],
 )
 def test_agrees_with_composite(n, d, k, refine):
     assert_same_gradients(rows(n, d, k, batch=(3,)), refine=refine)
@@ -239,7 +240,7 @@ def test_no_rows(d):
 @pytest.mark.parametrize("d", [8, 40])
 def test_empty_batch(d):
     inputs = leaves(rows(10, d, 2, batch=(0,)))
-    W = solve_normal(inputs[0], inputs[1], weight=inputs[2], ridge=inputs[3])
+    W = solve_normal(*inputs[:2], weight=inputs[2], ridge=inputs[3])
     grads = gradients(W, inputs, torch.ones_like(W))
     assert [grad.shape for grad in grads] == [value.shape for value in inputs]
 
@@ -279,7 +280,7 @@ def test_strided_inputs(d):
 
 @pytest.mark.parametrize("d", [8, 40])
 def test_expanded_inputs_sum_their_gradients(d):
-    X, Y, weight, ridge = rows(50, d, 2)
+    X, _, weight, ridge = rows(50, d, 2)
     inputs = leaves((X, torch.randn(4, 50, 2, dtype=F64), weight, ridge))
     expanded = [
         inputs[0].expand(4, 50, d),
@@ -462,10 +463,10 @@ def test_failed_matrices_have_zero_derivatives(name, d):
     A = spd(5, d)
     A[1] = -A[1]
     A[3, 2, 1] = torch.nan
-    function = (lambda A: cholesky_ex(A)[0]) if name == "cholesky_ex" else (lambda A: solve_spd_ex(A, torch.ones(d))[0])
-    if name == "solve_spd_ex":
-        B = torch.ones(d, 1, dtype=F64)
-        function = lambda A: solve_spd_ex(A, B)[0]  # noqa: E731
+    B = torch.ones(d, 1, dtype=F64)
+
+    def function(A):
+        return cholesky_ex(A)[0] if name == "cholesky_ex" else solve_spd_ex(A, B)[0]
 
     def derivatives(A, direction):
         (A,) = leaves([A])

@@ -187,6 +187,15 @@ def test_a_nan_in_any_target_fails_the_whole_problem(n, d, k, batch, dtype):
     assert bool(result.solution[1].isnan().all())
 
 
+@pytest.mark.parametrize(("n", "d"), [(5, 8), (10, 32), (10, 33), (30, 40), (60, 100)])
+def test_rank_deficiency_is_found_although_rounding_hides_it(n, d, dtype):
+    """n < d without a ridge: what is left of a pivot after n steps is noise, of either sign, and not a solution."""
+    given = cases.inputs(Case("deficient", n=n, d=d, batch=(50,)), dtype)
+    info = solve_normal_ex(given.X, given.Y).info
+    assert bool((info > n - 3).all())
+    assert bool((info <= n + 8).all())
+
+
 def test_overflow_of_the_solution_is_a_failure():
     """A solution beyond the range of float32 is not returned as Inf."""
     X = torch.full((3, 2, 1), 1e-15)
@@ -229,7 +238,8 @@ def test_error_names_how_many_and_the_first_few(d, dtype):
     X[2, 1, 0, 0] = torch.nan
     Y[2, 2, 0, 0] = torch.nan
     Y[3, 4, 0, 0] = torch.nan
-    shown = rf"^4 of 20 problems could not be solved \(\[0, 3\]: info=2, \[2, 1\]: info=1, \[2, 2\]: info={d + 1}, \.\.\.\)"
+    places = rf"\[0, 3\]: info=2, \[2, 1\]: info=1, \[2, 2\]: info={d + 1}, \.\.\."
+    shown = rf"^4 of 20 problems could not be solved \({places}\)"
     with pytest.raises(torch.linalg.LinAlgError, match=shown) as raised:
         solve_normal(X, Y)
     for advice in ("ridge", "dependent", "_ex"):
@@ -323,14 +333,29 @@ def test_jitter_with_refinement(dtype):
     torch.testing.assert_close(result.solution[1].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_jitter_in_the_dual_form(dtype):
-    """The dual form is a matter of cost: what fails there is jittered as well."""
-    given = cases.inputs(Case("jitter-dual", n=10, d=40, batch=(3,)), dtype)
+def test_jitter_repairs_wide_problems(dtype):
+    """Fewer rows than features, two of them equal, and no ridge to speak of."""
+    given = cases.inputs(Case("jitter-wide", n=10, d=40, batch=(3,)), dtype)
     X = given.X.clone()
-    X[1, 4] = X[1, 3]
-    result = solve_normal_ex(X, given.Y, ridge=1e-20, jitter=1e-3)
+    X[1, 4] = X[1, 7]
+    assert solve_normal_ex(X, given.Y, ridge=1e-30).info.count_nonzero() == 1
+    result = solve_normal_ex(X, given.Y, ridge=1e-30, jitter=0.1)
     assert not result.info.any()
-    assert result.jitter[1] > 0
+    assert (result.jitter > 0).tolist() == [False, True, False]
+    expected = solve_normal(X[1], given.Y[1], ridge=result.jitter[1])
+    torch.testing.assert_close(result.solution[1], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_jitter_leaves_wide_problems_that_do_not_fail(dtype):
+    """Asking for jitter does not change a problem that can do without, whichever form solves it."""
+    given = cases.inputs(Case("jitter-dual", n=10, d=40, batch=(3,)), dtype)
+    ridge = 1e-5 if dtype == torch.float32 else 1e-13
+    plain = solve_normal_ex(given.X, given.Y, ridge=ridge)
+    result = solve_normal_ex(given.X, given.Y, ridge=ridge, jitter=1e-6)
+    assert not plain.info.any()
+    assert not result.info.any()
+    assert not result.jitter.any()
+    torch.testing.assert_close(result.solution, plain.solution)
 
 
 # ------------------------------------------------------------------------------------------------------- bad arguments
@@ -356,9 +381,9 @@ BAD_TYPES = [
              lambda: moments(X, Y.numpy())),
     *refused(TypeError, "Y is NoneType", lambda: solve_normal(X, None)),
     *refused(TypeError, "weight is ndarray", lambda: solve_normal(X, Y, weight=np.ones(6)),
-             lambda: gram(X, Y, weight=np.ones(6)), lambda: moments(X, Y, weight=np.ones(6))),
-    *refused(TypeError, "weight is list", lambda: solve_normal(X, Y, weight=[1.0] * 6),
-             lambda: moments(X, Y, weight=[1.0] * 6)),
+             lambda: gram(X, Y, weight=np.ones(6))),
+    *refused(TypeError, "weight is list", lambda: solve_normal(X, Y, weight=[1.0] * 6)),
+    *refused(TypeError, "weight is", lambda: moments(X, Y, weight=np.ones(6)), lambda: moments(X, Y, weight=[1.0] * 6)),
     *refused(TypeError, "A is ndarray", lambda: cholesky(SQUARE.numpy()), lambda: solve_spd(SQUARE.numpy(), ROWS)),
     *refused(TypeError, "L is ndarray", lambda: cholesky_solve(ROWS, SQUARE.numpy())),
     *refused(TypeError, "B is ndarray", lambda: cholesky_solve(ROWS.numpy(), SQUARE),
@@ -382,7 +407,8 @@ BAD_DTYPES = [
              lambda: solve_normal(X, Y, weight=torch.ones(6).double()),
              lambda: moments(X, Y, weight=torch.ones(6).double())),
     *refused(TypeError, "ridge has dtype torch.int64", lambda: solve_normal(X, Y, ridge=torch.tensor(1))),
-    *refused(TypeError, "A has dtype torch.int32", lambda: cholesky(SQUARE.int()), lambda: solve_spd(SQUARE.int(), ROWS)),
+    *refused(TypeError, "A has dtype torch.int32", lambda: cholesky(SQUARE.int()),
+             lambda: solve_spd(SQUARE.int(), ROWS)),
     *refused(TypeError, "B has dtype torch.float64", lambda: solve_spd(SQUARE, ROWS.double()),
              lambda: cholesky_solve(ROWS.double(), SQUARE)),
 ]  # fmt: skip
@@ -414,10 +440,11 @@ BAD_SHAPES = [
              lambda: gram(torch.ones(2, 6, 3), torch.ones(3, 6, 2))),
     *refused(ValueError, "batch dimensions do not broadcast",
              lambda: solve_normal(torch.ones(2, 6, 3), torch.ones(2, 6, 2), weight=torch.ones(3, 6)),
-             lambda: solve_normal(torch.ones(2, 6, 3), Y, weight=torch.ones(3, 6), ridge=torch.tensor(1.0)),
              lambda: solve_normal(torch.ones(2, 5, 40), torch.ones(3, 5, 2), ridge=1.0),
              lambda: cholesky_solve(torch.ones(2, 3, 1), torch.ones(4, 3, 3)),
              lambda: solve_spd(torch.ones(2, 3, 3), torch.ones(4, 3, 1))),
+    *refused(ValueError, "do not broadcast",
+             lambda: solve_normal(torch.ones(2, 6, 3), Y, weight=torch.ones(3, 6), ridge=torch.tensor(1.0))),
 ]  # fmt: skip
 
 BAD_VALUES = [
@@ -425,14 +452,17 @@ BAD_VALUES = [
              lambda: solve_normal(X, Y, weight=torch.tensor([1.0, 1, 1, 1, 1, -1e-6])),
              lambda: solve_normal_ex(X, Y, weight=-torch.ones(6)),
              lambda: solve_normal(X.expand(3, 6, 3), Y, weight=-torch.ones(3, 6)),
-             lambda: solve_normal(WIDE, WIDE[:, :1], weight=-torch.ones(5), ridge=1.0),
-             lambda: gram(X, Y, weight=-torch.ones(6)), lambda: moments(X, Y, weight=-torch.ones(6))),
-    *refused(ValueError, "ridge=-1.0; expected a finite number >= 0", lambda: solve_normal(X, Y, ridge=-1.0),
+             lambda: solve_normal(WIDE, WIDE[:, :1], weight=-torch.ones(5), ridge=1.0)),
+    *refused(ValueError, "weight has negative values", lambda: gram(X, Y, weight=-torch.ones(6)),
+             lambda: moments(X, Y, weight=-torch.ones(6))),
+    *refused(ValueError, r"ridge=-1\.0; expected .*a number from 0", lambda: solve_normal(X, Y, ridge=-1.0),
              lambda: solve_normal_ex(X, Y, ridge=-1.0), lambda: solve_normal(WIDE, WIDE, ridge=-1.0)),
     *refused(ValueError, "ridge=nan", lambda: solve_normal(X, Y, ridge=NAN),
              lambda: solve_normal(WIDE, WIDE, ridge=NAN)),
-    *refused(ValueError, "ridge=inf", lambda: solve_normal(X, Y, ridge=INF),
-             lambda: solve_normal(WIDE, WIDE, ridge=INF)),
+    *refused(ValueError, "ridge=inf", lambda: solve_normal(X, Y, ridge=INF)),
+    *refused(ValueError, "ridge=inf", lambda: solve_normal(WIDE, WIDE, ridge=INF)),
+    *refused(ValueError, r"ridge=1e\+300", lambda: solve_normal(X, Y, ridge=1e300),
+             lambda: solve_normal(WIDE, WIDE, ridge=1e300)),
     *refused(ValueError, "ridge has negative values", lambda: solve_normal(X, Y, ridge=torch.tensor(-1.0)),
              lambda: solve_normal(X, Y, ridge=torch.tensor([1.0, 0.0, -1e-3])),
              lambda: solve_normal(WIDE, WIDE, ridge=-torch.ones(40))),
@@ -448,12 +478,13 @@ BAD_PLACES = [
              lambda: gram(X.to_sparse()), lambda: moments(X.to_sparse(), Y)),
     *refused(ValueError, "Y has layout torch.sparse_coo", lambda: solve_normal(X, Y.to_sparse())),
     *refused(ValueError, "weight has layout torch.sparse_coo",
-             lambda: solve_normal(X, Y, weight=torch.ones(6).to_sparse()),
+             lambda: solve_normal(X, Y, weight=torch.ones(6).to_sparse())),
+    *refused(ValueError, "weight has layout torch.sparse_coo",
              lambda: moments(X, Y, weight=torch.ones(6).to_sparse())),
     *refused(ValueError, "ridge has layout torch.sparse_coo",
              lambda: solve_normal(X, Y, ridge=torch.ones(3).to_sparse())),
     *refused(ValueError, "A has layout torch.sparse_coo", lambda: cholesky(SQUARE.to_sparse())),
-    *refused((ValueError, RuntimeError), "meta", lambda: solve_normal(X.to("meta"), Y),
+    *refused(ValueError, "meta", lambda: solve_normal(X.to("meta"), Y),
              lambda: solve_normal(X, Y.to("meta")), lambda: solve_normal(X, Y, weight=torch.ones(6, device="meta")),
              lambda: solve_normal(X, Y, ridge=torch.ones(3, device="meta")), lambda: gram(X, Y.to("meta")),
              lambda: solve_normal(WIDE, WIDE, ridge=1.0, weight=torch.ones(5, device="meta")),
@@ -462,9 +493,7 @@ BAD_PLACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "match"), [*BAD_TYPES, *BAD_DTYPES, *BAD_SHAPES, *BAD_VALUES, *BAD_PLACES]
-)
+@pytest.mark.parametrize(("call", "error", "match"), [*BAD_TYPES, *BAD_DTYPES, *BAD_SHAPES, *BAD_VALUES, *BAD_PLACES])
 def test_bad_argument_is_refused_by_name(call, error, match):
     with pytest.raises(error, match=match):
         call()
@@ -476,3 +505,8 @@ def test_meta_tensors_give_shapes():
     assert result.solution.device.type == "meta"
     assert result.solution.shape == (3, 2)
     assert result.info.dtype == torch.int32
+
+
+def test_meta_tensors_give_shapes_in_the_dual_form():
+    wide = WIDE.to("meta")
+    assert solve_normal(wide, wide[:, :2], ridge=torch.ones(40, device="meta")).shape == (40, 2)

@@ -176,6 +176,20 @@ def test_ridge_of_ambiguous_shape_raises():
     torch.testing.assert_close(by_feature, cases.reference_solve(given.X, given.Y, None, ridge))
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [(3, 1), (1, 3), (1,), (1, 1)],
+)
+@pytest.mark.parametrize("d", [4, 40])
+def test_ridge_of_the_batch_shape_is_per_problem(d, batch, dtype):
+    """Where the batch ends in 1, its shape may be read as (…,1) too; it must not add dimensions then."""
+    given = cases.inputs(Case("batch-shape", n=2 * d, d=d, batch=batch), dtype)
+    ridge = torch.rand(batch, dtype=dtype, generator=cases.seeded("batch-shape"))
+    solution = solve_normal(given.X, given.Y, ridge=ridge)
+    assert_bitwise(solution, solve_normal(given.X, given.Y, ridge=ridge.unsqueeze(-1)))
+    assert solution.shape == (*batch, d, 2)
+
+
 @pytest.mark.parametrize("d", [4, 40])
 def test_ridge_adds_batch_dimensions(d, dtype):
     """A sweep of penalties over one X broadcasts like every other operand."""

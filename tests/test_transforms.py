@@ -506,11 +506,6 @@ def test_vmap_reports_each_problem():
 # ----------------------------------------------------------------------------------------------- what has no derivative
 
 
-def tangent_of_moments(X, Y):
-    with forward_ad.dual_level():
-        moments(forward_ad.make_dual(X, X), Y)
-
-
 @pytest.mark.parametrize("function", [moments, ops.moments])
 def test_moments_raise_where_a_derivative_is_wanted(function):
     X, Y = make_inputs("XY")

@@ -52,14 +52,13 @@ def ridge_per_feature(ridge: Tensor, X: Tensor, batch: torch.Size) -> Tensor:
     penalty = floating("ridge", ridge, X).to(X.dtype)
     if penalty.dim() == 0:
         return penalty.expand(d)
-    per_problem = penalty.shape == batch
     per_feature = penalty.shape[-1] in (1, d) and _broadcasts(penalty.shape[:-1], batch)
-    if per_problem and per_feature and penalty.shape[-1] != 1:
-        raise ValueError(
-            f"ridge has shape {tuple(ridge.shape)}, which may mean one penalty per problem or one per feature: "
-            f"pass ridge.unsqueeze(-1) for the first, ridge.unsqueeze(0) for the second"
-        )
-    if per_problem and not per_feature:
+    if penalty.shape == batch:
+        if per_feature and penalty.shape[-1] == d > 1:
+            raise ValueError(
+                f"ridge has shape {tuple(ridge.shape)}, which may mean one penalty per problem or one per feature: "
+                "pass ridge.unsqueeze(-1) for the first, ridge.unsqueeze(0) for the second"
+            )
         penalty = penalty.unsqueeze(-1)
     elif not per_feature:
         raise ValueError(
@@ -87,16 +86,20 @@ def number(name: str, value: object, least: float, most: float, meaning: str) ->
 
 
 def steps(name: str, value: object) -> int:
-    """A number of steps >= 0."""
+    """A number of steps, from 0 to 1000."""
+    meaning = "an integer from 0 to 1000"
     if not isinstance(value, Integral):
-        raise TypeError(f"{name} is {type(value).__name__}; expected an integer >= 0")
-    if value < 0:
-        raise ValueError(f"{name}={value}; expected an integer >= 0")
+        raise TypeError(f"{name} is {type(value).__name__}; expected {meaning}")
+    if not 0 <= int(value) <= 1000:
+        raise ValueError(f"{name}={value}; expected {meaning}")
     return int(value)
 
 
-def values_are_known() -> bool:
-    """Whether a tensor's values may decide the path: not while tracing, or inside a transform."""
+def values_are_known(tensor: Tensor) -> bool:
+    """Whether the tensor's values may decide the path: not on "meta", while tracing, or inside a transform."""
     return not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        tensor.is_meta
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )

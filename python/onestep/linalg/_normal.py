@@ -22,7 +22,7 @@ class SolveNormalResult(NamedTuple):
     Attributes:
         solution: (…,d,k) or (…,d). NaN for a problem that failed; its gradients are zero.
         info: (…) int32, as LAPACK's xPOTRF: 0, or the 1-based order of the leading minor of A that is not positive
-            definite (or holds NaN or Inf); or d + 1 where A is fine and Y, the weights or the solution are not finite.
+            definite (or holds NaN or Inf); or d + 1 where A is fine and Y or the solution is not finite.
         rcond: (…) an estimate of 1 / (‖A‖₁‖A⁻¹‖₁) (LAPACK xPOCON); 0 for a problem that failed. cond(A) = cond(X)²
             where there is no ridge. For n < d with a ridge it is that of the n × n dual system.
         jitter: (…) what was added to the diagonal of A; 0 where nothing was.
@@ -62,9 +62,7 @@ class _Problem(NamedTuple):
     is_vector: bool
 
 
-def _problem(
-    X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor, *, allow_dual: bool = True
-) -> _Problem:
+def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor) -> _Problem:
     X = floating("X", X)
     Y = floating("Y", Y, X)
     if X.dim() < 2:
@@ -75,15 +73,16 @@ def _problem(
     Y, is_vector = as_columns("Y", Y, X, n)
     if weight is not None:
         weight = floating("weight", weight, X)
-    may_be_dual = allow_dual and n < d and d > _PACKED_FEATURES
+    may_be_dual = n < d and d > _PACKED_FEATURES
     if not isinstance(ridge, Tensor):
-        penalty = number("ridge", ridge, 0.0, sys.float_info.max, "a tensor or a finite number >= 0")
+        most = torch.finfo(X.dtype).max
+        penalty = number("ridge", ridge, 0.0, most, f"a tensor or a number from 0 to {most:.3g}")
         if may_be_dual and penalty >= torch.finfo(X.dtype).tiny:
             return _Problem(X, Y, weight, X.new_full((1,), penalty).expand(d), 0.0, True, is_vector)
         return _Problem(X, Y, weight, None, penalty, False, is_vector)
     shapes = [tuple(X.shape[:-2]), tuple(Y.shape[:-2])] + ([] if weight is None else [tuple(weight.shape[:-1])])
     penalties = ridge_per_feature(ridge, X, torch.Size(broadcast_batch(*shapes)))
-    dual = may_be_dual and values_are_known() and bool((penalties >= torch.finfo(X.dtype).tiny).all())
+    dual = may_be_dual and values_are_known(penalties) and bool((penalties >= torch.finfo(X.dtype).tiny).all())
     return _Problem(X, Y, weight, penalties, 0.0, dual, is_vector)
 
 
@@ -149,20 +148,40 @@ def solve_normal_ex(
     """
     if jitter is not None:
         jitter = number("jitter", jitter, sys.float_info.min, 1.0, "None or a fraction of the mean diagonal in (0, 1]")
-    # The dual form has no use for jitter: only the primal one is offered it.
-    p = _problem(X, Y, weight, ridge, allow_dual=jitter is None)
-    solution, _, info, rcond, added = call(
-        "solve_normal_ex",
-        p.X,
-        p.Y,
-        p.weight,
-        p.ridge,
-        p.uniform_ridge,
-        steps("refine", refine),
-        jitter or 0.0,
-        p.dual,
-    )
+    p = _problem(X, Y, weight, ridge)
+    if p.dual and jitter is not None:
+        solution, info, rcond, added = _dual_with_jitter(p, steps("refine", refine), jitter)
+    else:
+        solution, _, info, rcond, added = call(
+            "solve_normal_ex",
+            p.X,
+            p.Y,
+            p.weight,
+            p.ridge,
+            p.uniform_ridge,
+            steps("refine", refine),
+            jitter or 0.0,
+            p.dual,
+        )
     return SolveNormalResult(solution.squeeze(-1) if p.is_vector else solution, info, rcond, added)
+
+
+def _dual_with_jitter(p: _Problem, refine: int, jitter: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The kernel's jitter for the dual form, where adding to the diagonal of A is adding to the ridge."""
+    assert p.ridge is not None
+    weighted = p.X.detach().square() if p.weight is None else p.weight.detach().unsqueeze(-1) * p.X.detach().square()
+    mean_diagonal = (weighted.sum(-2) + p.ridge.detach()).mean(-1)
+    added = torch.zeros((), dtype=p.X.dtype)
+    attempt = 0
+    while True:
+        ridge = p.ridge + added.unsqueeze(-1)
+        solution, _, info, rcond, _ = call("solve_normal_ex", p.X, p.Y, p.weight, ridge, 0.0, refine, 0.0, True)
+        retry = (info > 0) & (info <= p.X.shape[-1]) & mean_diagonal.isfinite() & (added < mean_diagonal)
+        if not values_are_known(info) or not retry.any():
+            failed = (info > 0) & (info <= p.X.shape[-1])
+            return solution, info, rcond, torch.where(failed, 0, added).expand(info.shape).contiguous()
+        added = torch.where(retry, mean_diagonal * (jitter * 10.0**attempt), added)
+        attempt += 1
 
 
 def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

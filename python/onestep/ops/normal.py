@@ -280,8 +280,8 @@ def raise_if_failed(info: Tensor, d: int) -> None:
         return
     raise LinAlgError(
         f"{describe_failures(info, 'problems')}. info = i up to {d}: the leading minor of order i of X'DX + ridge is "
-        "not positive definite, because columns are linearly dependent or hold NaN or Inf; "
-        f"info = {d + 1}: Y or weight holds NaN or Inf, or the solution overflowed. Add ridge > 0, remove dependent "
+        "not positive definite, because columns are linearly dependent, or X or weight holds NaN or Inf; "
+        f"info = {d + 1}: Y holds NaN or Inf, or the solution overflowed. Add ridge > 0, remove dependent "
         "columns, clean the data, or call the _ex variant, which reports info and keeps the good solutions."
     )
 
