@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from onestep.linalg import (
@@ -322,6 +323,26 @@ def test_inputs_that_share_a_tensor_accumulate():
     total(solve_normal).backward()
     (expected,) = torch.autograd.grad(total(composite), table)
     torch.testing.assert_close(table.grad, 2 * expected, rtol=1e-9, atol=1e-9)
+
+
+def test_input_changed_after_the_call_is_noticed():
+    X, Y, *_ = rows(10, 3, 1)
+    scaled = leaves([X])[0] * 2
+    W = solve_normal(scaled, Y)
+    scaled.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        W.sum().backward()
+
+
+def test_checkpointing():
+    inputs = leaves(rows(10, 3, 1))
+
+    def loss(X, Y, weight, ridge):
+        return solve_normal(X, Y, weight=weight, ridge=ridge).square().sum()
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    again = torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(again, inputs), expected))
 
 
 @pytest.mark.parametrize(("n", "d"), [(12, 4), (3, 35)])

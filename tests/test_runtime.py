@@ -138,35 +138,21 @@ def test_info_is_a_copy():
     assert onestep.info()["cpu_targets_supported"]
 
 
-def test_info_on_the_command_line():
-    status, output, errors = finish(start("-m", "onestep", "info"))
-    assert status == 0, errors
-    printed = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in output.splitlines())
-    assert printed.keys() == onestep.info().keys()
-    assert printed["version"] == onestep.__version__
-    assert printed["cpu_targets_supported"] == ", ".join(onestep.info()["cpu_targets_supported"])
-
-
 # -------------------------------------------------------------------------------------------------------------- targets
 
 
-TARGET_REPORT = """
-import json, torch, onestep
-X = torch.arange(24.0).reshape(8, 3) % 7
-W = onestep.linalg.solve_normal(X, X.sum(1))
-print(json.dumps([onestep.info()["cpu_target"], W.tolist()]))
-"""
-
-
-def test_every_supported_target_runs_where_it_is_asked_for():
-    targets = onestep.info()["cpu_targets_supported"]
-    processes = [start("-c", TARGET_REPORT, ONESTEP_TARGET=target) for target in targets]
+def test_command_line_info_under_every_supported_target():
+    facts = onestep.info()
+    targets = facts["cpu_targets_supported"]
+    processes = [start("-m", "onestep", "info", ONESTEP_TARGET=target) for target in targets]
     for target, process in zip(targets, processes, strict=True):
         status, output, errors = finish(process)
         assert status == 0, errors
-        reported, solution = json.loads(output)
-        assert reported == target
-        assert solution == pytest.approx([1, 1, 1], abs=1e-4)
+        printed = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in output.splitlines())
+        assert printed.keys() == facts.keys()
+        assert printed["cpu_target"] == target
+        assert printed["cpu_targets_supported"] == ", ".join(targets)
+        assert printed["version"] == onestep.__version__
 
 
 def test_best_target_is_the_default(fresh_import):
@@ -431,7 +417,7 @@ def test_interrupt_ends_a_loop_of_calls():
         status, _, errors = finish(process, timeout=20)
     finally:
         process.kill()
-    assert status in (-signal.SIGINT, 128 + signal.SIGINT, 1)
+    assert status == -signal.SIGINT
     assert errors.strip().endswith("KeyboardInterrupt")
 
 

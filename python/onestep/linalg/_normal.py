@@ -144,7 +144,7 @@ def solve_normal_ex(
             1e-12 for float64. Derivatives treat what was added as a constant.
 
     Returns:
-        ``SolveNormalResult(solution, info, rcond, jitter)``.
+        ``SolveNormalResult(solution, info, rcond, jitter)``, of which the solution alone is differentiable.
     """
     if jitter is not None:
         jitter = number("jitter", jitter, sys.float_info.min, 1.0, "None or a fraction of the mean diagonal in (0, 1]")
@@ -171,7 +171,7 @@ def _dual_with_jitter(p: _Problem, refine: int, jitter: float) -> tuple[Tensor, 
     assert p.ridge is not None
     weighted = p.X.detach().square() if p.weight is None else p.weight.detach().unsqueeze(-1) * p.X.detach().square()
     mean_diagonal = (weighted.sum(-2) + p.ridge.detach()).mean(-1)
-    added = torch.zeros((), dtype=p.X.dtype)
+    added = torch.zeros((), dtype=p.X.dtype, device=p.X.device)
     attempt = 0
     while True:
         ridge = p.ridge + added.unsqueeze(-1)

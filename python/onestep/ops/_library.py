@@ -8,6 +8,7 @@ CONTRIBUTING.md, Decisions.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -96,6 +97,10 @@ def call(name: str, *args: Any) -> Any:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+# The derivative modes (reverse, forward) of the op call that this thread is in.
+_modes = threading.local()
+
+
 class OpFunction(_SingleLevelFunction):
     """Derivatives of one op: a subclass names the op and has ``setup_context``, ``backward`` and ``jvp``.
 
@@ -110,26 +115,61 @@ class OpFunction(_SingleLevelFunction):
     def call(cls, *args: Any) -> Any:
         """The op's Autograd kernel."""
         if records_derivatives(args):
-            with enable_single_level_autograd_function():
-                return cls.apply(*args)  # type: ignore[attr-defined]
+            outer = getattr(_modes, "value", None)
+            _modes.value = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+            try:
+                with enable_single_level_autograd_function():
+                    return cls.apply(*args)  # type: ignore[attr-defined]
+            finally:
+                _modes.value = outer
         with torch._C._AutoDispatchBelowAutograd():
             return cls.op(*args)
 
     @classmethod
     def run_below(cls, *args: Any) -> Any:
         """The op for the next transform level, or its kernel if this was the last."""
-        # A Function switches both derivative modes off for its forward; the outer levels still need them.
+        # A Function switches both derivative modes off for its forward; the outer levels need the caller's.
+        reverse, forward = _modes.value
         with (
-            torch.enable_grad(),
-            forward_ad._set_fwd_grad_enabled(True),
+            torch.set_grad_enabled(reverse),
+            forward_ad._set_fwd_grad_enabled(forward),
             torch._C._AutoDispatchBelowAutograd(),
         ):
             return cls.op(*args)
 
 
+class _Primals:
+    """The context that ``jvp`` sees, whose saved tensors carry no tangent of the level that is being computed."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.saved_tensors = tuple(
+            None if saved is None else forward_ad.unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors
+        )
+
+
+def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[..., Any]:
+    """``function.jvp`` as torch would run it if it supported forward mode over forward mode.
+
+    torch calls ``jvp`` with forward mode switched off, so that an outer torch.func.jvp would take the tangents for
+    constants, without an error.
+    """
+    formula = function.jvp
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _, forward = _modes.value
+        if not forward:
+            return None if outputs == 1 else (None,) * outputs
+        with forward_ad._set_fwd_grad_enabled(True):
+            return formula(_Primals(ctx), *tangents)
+
+    return jvp
+
+
 def register_derivatives(name: str, function: type[OpFunction]) -> None:
     """Attaches ``function`` to the op ``onestep::name``."""
     function.op = getattr(torch.ops.onestep, name).default
+    outputs = len(function.op._schema.returns)
+    function.jvp = staticmethod(_forward_over_forward(function, outputs))  # type: ignore[method-assign]
     function.forward = staticmethod(function.run_below)  # type: ignore[method-assign]
     LIBRARY.impl(name, function.call, "Autograd")
 

@@ -109,8 +109,8 @@ def empty_factor(like: Tensor, batch: tuple[int, ...], order: int) -> Tensor:
 
 
 def any_failed(info: Tensor) -> bool:
-    """Whether any problem's status is not 0."""
-    return bool(info.item() if info.numel() == 1 else info.any())
+    """Whether any problem's status is not 0. By numpy, since torch's own ``any`` hangs in a forked child."""
+    return bool(info.numpy().any())
 
 
 def describe_failures(info: Tensor, what: str) -> str:

@@ -265,7 +265,7 @@ def _solve_normal_cpu(
 ) -> tuple[Tensor, Tensor]:
     solution, info = _solve_normal_fake(X, Y, weight, ridge, dual=dual)
     if dual:
-        solution, _, info, *_ = _solve_dual(X, Y, weight, ridge, refine, False, False)
+        _solve_dual(X, Y, weight, ridge, refine, (solution, None, info, None))
     else:
         results = (solution, None, info, None, None)
         _run_solve(X, Y, weight, ridge, uniform_ridge, tuple(info.shape), refine, 0.0, results)
@@ -313,7 +313,7 @@ def _solve_normal_ex_fake(
         X.new_empty((*batch, X.shape[-1], Y.shape[-1])),
         empty_factor(X, batch, order),
         X.new_empty(batch, dtype=torch.int32),
-        X.new_empty(batch if rcond else 0),
+        X.new_empty(batch if rcond else (*batch, 0)),
         X.new_empty(batch),
     )
 
@@ -333,7 +333,8 @@ def _solve_normal_ex_cpu(
     out = _solve_normal_ex_fake(X, Y, weight, ridge, dual=dual, rcond=rcond)
     solution, L, info, condition, jittered = out
     if dual:
-        out = _solve_dual(X, Y, weight, ridge, refine, True, rcond)
+        _solve_dual(X, Y, weight, ridge, refine, (solution, L, info, condition if rcond else None))
+        jittered.zero_()
     else:
         results = (solution, L, info, condition if rcond else None, jittered)
         _run_solve(X, Y, weight, ridge, uniform_ridge, tuple(info.shape), refine, jitter, results)
@@ -359,12 +360,16 @@ def _dual_scales(weight: Tensor | None, ridge: Tensor) -> tuple[Tensor | None, T
 
 
 def _solve_dual(
-    X: Tensor, Y: Tensor, weight: Tensor | None, ridge: Tensor | None, refine: int, factor: bool, rcond: bool
-) -> Solved:
-    """The n × n form: W = Λ⁻¹XᵀS (S X Λ⁻¹Xᵀ S + I)⁻¹ S Y, S = sqrt(D), scaled by the largest penalty λ̄.
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None,
+    ridge: Tensor | None,
+    refine: int,
+    out: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+) -> None:
+    """The n × n form, W = Λ⁻¹XᵀS (S X Λ⁻¹Xᵀ S + I)⁻¹ S Y, S = sqrt(D), scaled by the largest penalty λ̄.
 
-    The Gram kernel reads X transposed, in place; refinement repeats the solve on Y − XW, which in exact arithmetic
-    adds Λ⁻¹-weighted corrections of the same normal equations.
+    The Gram kernel reads X transposed, in place. Writes solution, factor, info and rcond into ``out``.
     """
     assert ridge is not None
     _check_numbers(0.0, refine, 0.0)
@@ -372,33 +377,28 @@ def _solve_dual(
         raise ValueError("dual=True needs ridge > 0 in every feature")
     if weight is not None and (weight < 0).any():
         raise ValueError("weight has negative values; expected values >= 0")
+    solution_out, factor_out, info_out, rcond_out = out
     root, largest, inverse_ridge = _dual_scales(weight, ridge)
     inner = torch.ops.onestep.gram.default(X.mT, X.mT[..., :0], inverse_ridge)[0]
     if root is not None:
         inner = inner * root.unsqueeze(-1) * root.unsqueeze(-2)
-    system = inner + largest.unsqueeze(-1) * torch.eye(X.shape[-2], dtype=X.dtype)
+    eye = torch.eye(X.shape[-2], dtype=X.dtype, device=X.device)
+    system = inner + largest.unsqueeze(-1) * eye
     L, info = torch.ops.onestep.cholesky.default(system)
     solution = _from_dual(X, root, inverse_ridge, L, _column(root, Y))
     for _ in range(refine):
-        # δ = A⁻¹(XᵀD(Y − XW) − ΛW): the first term by the dual, the second by Woodbury's identity.
+        # δ = A⁻¹(XᵀD(Y − XW) − ΛW), with A⁻¹ by Woodbury's identity.
         right = X.mT @ _column(weight, Y - X @ solution) - ridge.unsqueeze(-1) * solution
         solution = solution + _apply_dual(right, X, weight, ridge, L)
     finite = solution.isfinite().all(-1).all(-1)
-    info = torch.where((info == 0) & ~finite, X.shape[-1] + 1, info).to(torch.int32)
-    solution = torch.where((info != 0)[..., None, None], torch.nan, solution).contiguous()
-    if rcond:
+    info_out.copy_(torch.where((info == 0) & ~finite, X.shape[-1] + 1, info))
+    solution_out.copy_(torch.where(_failed(info_out), torch.nan, solution))
+    if factor_out is not None:
+        factor_out.copy_(L)
+    if rcond_out is not None:
         norm = torch.linalg.matrix_norm(system, 1)
-        inverse = torch.ops.onestep.cholesky_solve.default(torch.eye(X.shape[-2], dtype=X.dtype), L)
-        condition = 1 / (norm * torch.linalg.matrix_norm(inverse, 1))
-    else:
-        condition = X.new_empty(0)
-    return (
-        solution,
-        L if factor else X.new_empty(0),
-        info,
-        condition,
-        torch.zeros(info.shape, dtype=X.dtype),
-    )
+        inverse = torch.ops.onestep.cholesky_solve.default(eye, L)
+        rcond_out.copy_(torch.where(info == 0, 1 / (norm * torch.linalg.matrix_norm(inverse, 1)), 0))
 
 
 def _from_dual(X: Tensor, root: Tensor | None, inverse_ridge: Tensor, L: Tensor, right: Tensor) -> Tensor:
@@ -441,7 +441,7 @@ class _SolveNormalEx(OpFunction):
         return (*summed, *others)
 
     @staticmethod
-    def jvp(ctx: Any, dX: Any, dY: Any, dweight: Any, dridge: Any, *unused: Any) -> tuple[Any, ...]:
+    def jvp(ctx: Any, dX: Any, dY: Any, dweight: Any = None, dridge: Any = None, *unused: Any) -> tuple[Any, ...]:
         X, Y, weight, ridge, solution, L, info = ctx.saved_tensors
         X, Y, weight, solution, L = _without_failed(info, X, Y, weight, solution, L)
         residual = Y - X @ solution
@@ -505,8 +505,12 @@ register_composite_derivative("solve_normal", _solve_normal_composite)
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _backward_shapes(grad: Tensor, X: Tensor, Y: Tensor) -> tuple[Batch, Gradients]:
-    batch = tuple(grad.shape[:-2])
+def _backward_shapes(
+    grad: Tensor, X: Tensor, Y: Tensor, weight: Tensor | None, solution: Tensor
+) -> tuple[Batch, Gradients]:
+    batches = [tuple(tensor.shape[:-2]) for tensor in (grad, X, Y, solution)]
+    batches += [] if weight is None else [tuple(weight.shape[:-1])]
+    batch = broadcast_batch(*batches)
     n, d, k = X.shape[-2], X.shape[-1], Y.shape[-1]
     return batch, (
         X.new_empty((*batch, n, d)),
@@ -526,7 +530,7 @@ def _backward_fake(
     L: Tensor,
     info: Tensor,
 ) -> Gradients:
-    return _backward_shapes(grad, X, Y)[1]
+    return _backward_shapes(grad, X, Y, weight, solution)[1]
 
 
 def _backward_cpu(
@@ -541,7 +545,7 @@ def _backward_cpu(
 ) -> Gradients:
     if L.shape[-1] != X.shape[-1]:
         return _solve_normal_vjp(grad, X, Y, weight, ridge, solution, L, info)
-    batch, out = _backward_shapes(grad, X, Y)
+    batch, out = _backward_shapes(grad, X, Y, weight, solution)
     kernel("solve_normal_backward", X.dtype)(
         operand(grad, batch, 2),
         operand(X, batch, 2),
