@@ -26,7 +26,10 @@ $(VENV)/.package: $(VENV)/.environment $(SOURCES)
 demo: $(VENV)/.package
 	$(BIN)/python examples/house_prices.py
 
-test: test-cpp test-python test-targets
+# Two at a time; each prints its results when it is done.
+test:
+	@echo "Python tests, C++ tests under sanitizers, and kernel tests on other CPU targets: a few minutes"
+	$(MAKE) --no-print-directory -j2 --output-sync=target test-python test-cpp test-targets
 
 test-python: $(VENV)/.package
 	$(BIN)/python -m pytest

@@ -43,6 +43,9 @@ struct Batched {
         if (data == nullptr) {
             return {};
         }
+        if (shape.dims <= 1) {
+            return {data + index * batch[0], row, col};
+        }
         int64_t offset = 0;
         for (int dim = shape.dims - 1; dim >= 0; --dim) {
             const int64_t rest = dim == 0 ? 0 : index / shape.size[dim];

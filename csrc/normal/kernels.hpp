@@ -50,15 +50,20 @@ struct PackOperand {
     }
 };
 
-// Up to kMostLanes problems for one pack. Outputs that are not wanted are null.
+// Up to kMostLanes problems for one pack. Outputs that are not wanted are null; `clear` makes a lane's outputs so.
 template <class T>
 struct PackArgs {
     int64_t n = 0, d = 0, k = 0;
     PackOperand<T> x, y, weight, ridge, a, b;
-    T* solution[kMostLanes] = {};
-    T* factor[kMostLanes] = {};
-    T* rcond[kMostLanes] = {};
-    int32_t* info[kMostLanes] = {};
+    T* solution[kMostLanes];
+    T* factor[kMostLanes];
+    T* rcond[kMostLanes];
+    int32_t* info[kMostLanes];
+
+    void clear(int64_t lane) {
+        solution[lane] = factor[lane] = rcond[lane] = nullptr;
+        info[lane] = nullptr;
+    }
 };
 
 template <class T>

@@ -460,6 +460,7 @@ Status for_each_pack(const NormalKernels<T>& kernel, int64_t problems, int64_t d
         const int64_t first = index * lanes;
         for (int64_t lane = 0; lane < lanes; ++lane) {
             const bool real = first + lane < problems;
+            pack.clear(lane);
             fill(pack, lane, real ? first + lane : problems - 1, real);
         }
         {

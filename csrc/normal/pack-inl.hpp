@@ -172,6 +172,7 @@ template <class T>
 inline void pack_gram(const PackArgs<T>& args, Pack<T>& pack) {
     const bool weighted = args.weight.given;
     prefetch_next_pack<T>(args.x, args.n * pack.d * static_cast<int64_t>(sizeof(T)));
+    prefetch_next_pack<T>(args.y, args.n * pack.k * static_cast<int64_t>(sizeof(T)));
     for (int64_t block = 0; block < args.n; block += kPackRows) {
         const int64_t rows = minimum(kPackRows, args.n - block);
         load_block<T>(args.x, block, rows, pack.d, pack.rows, pack.width);
@@ -201,7 +202,8 @@ inline void pack_factor(Pack<T>& pack) {
     const int64_t width = pack.width;
     const Vec<T> one = broadcast<T>(T(1));
     for (int64_t i0 = 0; i0 < pack.d; i0 += kPackTileRows) {
-        for (int64_t j = i0 / kPackTileColumns * kPackTileColumns; j < pack.d + pack.k; j += kPackTileColumns) {
+        for (int64_t j = i0 / kPackTileColumns * kPackTileColumns; i0 > 0 && j < pack.d + pack.k;
+             j += kPackTileColumns) {
             update_pack_tile<T, -1>(pack.a, i0, width, i0, j, pack.a);
         }
         for (int64_t i = i0; i < minimum(i0 + kPackTileRows, pack.d); ++i) {

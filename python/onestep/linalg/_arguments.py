@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
+_READ = (torch.float32, torch.float64)
 
 
 def floating(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
@@ -16,7 +17,10 @@ def floating(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
 
     ``like`` is the first operand, on whose device this one must be.
     """
-    if not isinstance(value, Tensor):
+    if type(value) is Tensor and value.dtype in _READ and value.is_cpu and (like is None or like.is_cpu):
+        if value.layout is torch.strided:
+            return value
+    elif not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; expected torch.Tensor")
     if value.layout != torch.strided:
         raise ValueError(f"{name} has layout {value.layout}; expected a dense (torch.strided) tensor")
@@ -26,7 +30,7 @@ def floating(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
         raise ValueError(f"{name} is on device {value.device}; expected {like.device}, like the other operands")
     if value.dtype in _HALF:
         return value.float()
-    if value.dtype not in (torch.float32, torch.float64):
+    if value.dtype not in _READ:
         raise TypeError(f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16")
     return value
 
@@ -37,6 +41,8 @@ def as_columns(name: str, value: Tensor, matrix: Tensor, rows: int) -> tuple[Ten
     As in torch.linalg.solve, ``value`` is a batch of vectors if it has one dimension, or the shape of ``matrix`` less
     its columns; otherwise it is a batch of matrices.
     """
+    if value.dim() >= matrix.dim():
+        return value, False
     if value.dim() == 0:
         raise ValueError(f"{name} has shape (); expected (..., {rows}, k) or (..., {rows})")
     is_vector = value.dim() == 1 or (value.dim() == matrix.dim() - 1 and value.shape == matrix.shape[:-1])
@@ -77,7 +83,7 @@ def _broadcasts(*shapes: torch.Size) -> bool:
 
 def number(name: str, value: object, least: float, most: float, meaning: str) -> float:
     """A real number from [least, most]; raises TypeError or ValueError otherwise, NaN included."""
-    if not isinstance(value, Real):
+    if type(value) is not float and not isinstance(value, Real):
         raise TypeError(f"{name} is {type(value).__name__}; expected {meaning}")
     result = float(value)
     if not least <= result <= most:
@@ -88,7 +94,7 @@ def number(name: str, value: object, least: float, most: float, meaning: str) ->
 def steps(name: str, value: object) -> int:
     """A number of steps, from 0 to 1000."""
     meaning = "an integer from 0 to 1000"
-    if not isinstance(value, Integral):
+    if type(value) is not int and not isinstance(value, Integral):
         raise TypeError(f"{name} is {type(value).__name__}; expected {meaning}")
     if not 0 <= int(value) <= 1000:
         raise ValueError(f"{name}={value}; expected {meaning}")

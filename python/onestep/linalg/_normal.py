@@ -75,8 +75,9 @@ def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor)
         weight = floating("weight", weight, X)
     may_be_dual = n < d and d > _PACKED_FEATURES
     if not isinstance(ridge, Tensor):
-        most = torch.finfo(X.dtype).max
-        penalty = number("ridge", ridge, 0.0, most, f"a tensor or a number from 0 to {most:.3g}")
+        penalty = number(
+            "ridge", ridge, 0.0, torch.finfo(X.dtype).max, "a tensor or a number from 0, finite in X's dtype"
+        )
         if may_be_dual and penalty >= torch.finfo(X.dtype).tiny:
             return _Problem(X, Y, weight, X.new_full((1,), penalty).expand(d), 0.0, True, is_vector)
         return _Problem(X, Y, weight, None, penalty, False, is_vector)

@@ -40,6 +40,11 @@ def kernel(family: str, dtype: torch.dtype) -> Callable[..., None]:
     return _KERNELS[family, dtype]
 
 
+def is_floating(tensor: Tensor) -> bool:
+    """Whether the kernels read the tensor's dtype."""
+    return tensor.dtype in _SUFFIX
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless the tensor is float32 or float64."""
     if tensor.dtype not in _SUFFIX:
@@ -69,8 +74,11 @@ def check_size(name: str, tensor: Tensor, dim: int, size: Any, meaning: str) -> 
 def broadcast_batch(*shapes: tuple[int, ...]) -> tuple[int, ...]:
     """The broadcast batch shape; ValueError names all shapes if there is none."""
     first = shapes[0]
-    if all(shape == first for shape in shapes):
-        return tuple(first)
+    for shape in shapes:
+        if shape != first:
+            break
+    else:
+        return first
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
@@ -80,13 +88,13 @@ def broadcast_batch(*shapes: tuple[int, ...]) -> tuple[int, ...]:
 
 def operand(tensor: Tensor, batch: tuple[int, ...], own: int) -> Operand:
     """Address and strides of a tensor broadcast to the batch shape, read in place."""
-    shape = tuple(tensor.shape)
+    shape = tensor.shape
     cut = len(shape) - own
     if shape[:cut] != batch:
-        tensor = tensor.expand(batch + shape[cut:])
+        tensor = tensor.expand((*batch, *shape[cut:]))
     if len(batch) > MOST_BATCH_DIMS:
         # The one case that copies: more batch dimensions than the kernels address.
-        tensor = tensor.reshape(kernel_batch(batch) + shape[cut:])
+        tensor = tensor.reshape((*kernel_batch(batch), *shape[cut:]))
     return tensor.data_ptr(), tensor.stride(), tensor
 
 
@@ -110,7 +118,7 @@ def empty_factor(like: Tensor, batch: tuple[int, ...], order: int) -> Tensor:
 
 def any_failed(info: Tensor) -> bool:
     """Whether any problem's status is not 0. By numpy, since torch's own ``any`` hangs in a forked child."""
-    return bool(info.numpy().any())
+    return bool(info.item() if info.numel() == 1 else info.numpy().any())
 
 
 def describe_failures(info: Tensor, what: str) -> str:

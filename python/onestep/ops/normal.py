@@ -25,31 +25,39 @@ from onestep.ops._operands import (
     check_size,
     describe_failures,
     empty_factor,
+    is_floating,
     kernel,
     kernel_batch,
     operand,
 )
-
-_X = "(..., n, d)"
-_Y = "(..., n, k)"
 
 Batch = tuple[int, ...]
 
 
 def _check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
     """Checks X (…,n,d), Y (…,n,k), weight (…,n); returns their batch shapes."""
-    check_floating("X", X)
-    check_like("Y", Y, X)
-    check_dims("X", X, 2, _X)
-    check_dims("Y", Y, 2, _Y)
-    n = X.shape[-2]
-    check_size("Y", Y, -2, n, f"(..., {n}, k): as many rows as X")
-    batches = [tuple(X.shape[:-2]), tuple(Y.shape[:-2])]
+    x_shape, y_shape = X.shape, Y.shape
+    # The good case is one expression, since this is a large part of what a small problem takes.
+    if not (
+        is_floating(X)
+        and Y.dtype == X.dtype
+        and Y.is_cpu == X.is_cpu
+        and len(x_shape) >= 2
+        and len(y_shape) >= 2
+        and x_shape[-2] == y_shape[-2]
+    ):
+        check_floating("X", X)
+        check_like("Y", Y, X)
+        check_dims("X", X, 2, "(..., n, d)")
+        check_dims("Y", Y, 2, "(..., n, k)")
+        check_size("Y", Y, -2, x_shape[-2], f"(..., {x_shape[-2]}, k): as many rows as X")
+    batches: list[Batch] = [x_shape[:-2], y_shape[:-2]]
     if weight is not None:
+        n = x_shape[-2]
         check_like("weight", weight, X)
         check_dims("weight", weight, 1, "(..., n)")
         check_size("weight", weight, -1, n, f"(..., {n}): one weight per row of X")
-        batches.append(tuple(weight.shape[:-1]))
+        batches.append(weight.shape[:-1])
     return batches
 
 
@@ -223,19 +231,25 @@ def _run_solve(
     out: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None],
 ) -> None:
     _check_numbers(uniform_ridge, refine, jitter)
+    solution, L, info, rcond, jittered = out
+    n, d = X.shape[-2:]
     kernel("solve_normal", X.dtype)(
         operand(X, batch, 2),
         operand(Y, batch, 2),
-        _optional(weight, batch, 1),
-        _optional(ridge, batch, 1),
+        None if weight is None else operand(weight, batch, 1),
+        None if ridge is None else operand(ridge, batch, 1),
         uniform_ridge,
         kernel_batch(batch),
-        X.shape[-2],
-        X.shape[-1],
-        Y.shape[-1],
+        n,
+        d,
+        solution.shape[-1],
         refine,
         jitter,
-        *(0 if tensor is None else tensor.data_ptr() for tensor in out),
+        solution.data_ptr(),
+        0 if L is None else L.data_ptr(),
+        info.data_ptr(),
+        0 if rcond is None else rcond.data_ptr(),
+        0 if jittered is None else jittered.data_ptr(),
     )
 
 
