@@ -150,7 +150,8 @@ ONESTEP_INLINE void update_pack_tile(const Vec<T>* left, int64_t depth, int64_t 
 }
 
 // Small problems are too short for the hardware to see a stream in any lane: asks for the next pack's rows, which lie
-// as far on as the lanes are apart. A prefetch of an address that does not exist does nothing.
+// as far on as the lanes are apart, into the second-level cache (a pack may fill the first). A prefetch of an address
+// that does not exist does nothing.
 template <class T>
 inline void prefetch_next_pack(const PackOperand<T>& from, int64_t bytes) {
     constexpr int64_t kMostBytes = 4096;
@@ -163,7 +164,7 @@ inline void prefetch_next_pack(const PackOperand<T>& from, int64_t bytes) {
     for (int lane = 0; lane < kLanes<T>; ++lane) {
         const uintptr_t at = first + apart * static_cast<uintptr_t>(kLanes<T> + lane);
         for (int64_t offset = 0; offset < bytes; offset += kLine) {
-            __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(offset)));
+            __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(offset)), 0, 2);
         }
     }
 }
