@@ -396,8 +396,10 @@ def test_solves_in_data_loader_workers(threads):
 # ----------------------------------------------------------------------------------------------------------- interrupts
 
 
+# A job that a shell starts in the background inherits "ignore" for SIGINT: the child asks for Python's handler.
 INTERRUPTED = """
-import torch, onestep
+import signal, torch, onestep
+signal.signal(signal.SIGINT, signal.default_int_handler)
 X, Y = torch.randn(200, 30, 8), torch.randn(200, 30, 1)
 onestep.linalg.solve_normal(X, Y)
 print("running", flush=True)
