@@ -18,7 +18,7 @@ QUIET_THREADS := OMP_WAIT_POLICY=passive
 # The environment first, so that a change of our sources rebuilds the package alone.
 $(VENV)/.environment: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) numpy torch pytest pytest-benchmark pytest-xdist scikit-learn scipy pandas rich safetensors matplotlib \
+	$(PIP) numpy torch pytest pytest-benchmark pytest-xdist scikit-learn scipy pandas rich safetensors matplotlib tqdm \
 	    ruff mypy clang-format cmake ninja pybind11 scikit-build-core
 	touch $@
 

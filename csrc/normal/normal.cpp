@@ -563,24 +563,30 @@ Status moments(const MomentsArgs<T>& args) {
     rows.y = args.y;
     rows.weight = args.weight;
 
-    // Provisional means, from rows spread over the table.
+    // Provisional means, from rows spread over the table; from all of them if those happen to have no weight.
     std::unique_ptr<T[]> shift(new T[static_cast<size_t>(shape.ld)]());
     if (args.center) {
         constexpr int64_t kSampleRows = 1024;
-        const int64_t step = std::max<int64_t>(1, args.n / kSampleRows);
         std::unique_ptr<double[]> sums(new double[static_cast<size_t>(columns)]());
-        double total = 0.0;
-        for (int64_t row = 0; row < args.n; row += step) {
-            const double weight =
-                args.weight.data != nullptr ? static_cast<double>(args.weight.data[row * args.weight.row]) : 1.0;
-            total += weight;
-            for (int64_t c = 0; c < columns; ++c) {
-                if (c != d) {
-                    const Matrix<const T>& from = c < d ? args.x : args.y;
-                    sums[c] +=
-                        weight * static_cast<double>(from.data[row * from.row + (c < d ? c : c - d - 1) * from.col]);
+        const auto sample = [&](int64_t step) {
+            double total = 0.0;
+            for (int64_t row = 0; row < args.n; row += step) {
+                const double weight =
+                    args.weight.data != nullptr ? static_cast<double>(args.weight.data[row * args.weight.row]) : 1.0;
+                total += weight;
+                for (int64_t c = 0; c < columns; ++c) {
+                    if (c != d) {
+                        const Matrix<const T>& from = c < d ? args.x : args.y;
+                        const T z = from.data[row * from.row + (c < d ? c : c - d - 1) * from.col];
+                        sums[c] += weight * static_cast<double>(z);
+                    }
                 }
             }
+            return total;
+        };
+        double total = sample(std::max<int64_t>(1, args.n / kSampleRows));
+        if (!(total > 0.0)) {
+            total = sample(1);
         }
         for (int64_t c = 0; c < columns && total > 0.0; ++c) {
             const auto mean = static_cast<T>(sums[c] / total);

@@ -1,7 +1,8 @@
 """onestep: solve, don't iterate.
 
-Batched least squares and Cholesky solves (``onestep.linalg``, ``torch.ops.onestep.*``) and scikit-learn estimators
-(``Ridge``, ``RidgeCV``, ``RidgeClassifier``) on compiled kernels.
+``onestep.fit`` solves for a model's parameters, with the optimisers of ``onestep.optim`` and the products of
+``onestep.curvature``; batched least squares and Cholesky solves (``onestep.linalg``, ``torch.ops.onestep.*``) and
+scikit-learn estimators (``Ridge``, ``RidgeCV``, ``RidgeClassifier``) stand on compiled kernels.
 """
 
 from __future__ import annotations
@@ -9,15 +10,28 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from onestep import linalg, ops
+from onestep import curvature, linalg, ops, optim
 from onestep._runtime import info
+from onestep.training import FitResult, fit
 
 if TYPE_CHECKING:
     from onestep.estimators import Ridge, RidgeClassifier, RidgeCV
 
 __version__ = version("onestep")
 
-__all__ = ["Ridge", "RidgeCV", "RidgeClassifier", "__version__", "info", "linalg", "ops"]
+__all__ = [
+    "FitResult",
+    "Ridge",
+    "RidgeCV",
+    "RidgeClassifier",
+    "__version__",
+    "curvature",
+    "fit",
+    "info",
+    "linalg",
+    "ops",
+    "optim",
+]
 
 # The estimators need scikit-learn, which is an extra, and take a second to import: they are loaded when asked for.
 _ESTIMATORS = frozenset({"Ridge", "RidgeCV", "RidgeClassifier"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,14 @@ from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, Regre
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import type_of_target
-from sklearn.utils.validation import column_or_1d
+from sklearn.utils.validation import column_or_1d, validate_data
 from torch import Tensor
 
-from onestep.estimators._arrays import check_alphas, check_flag, to_numpy
+from onestep.estimators._arrays import FLOATS, check_alphas, check_flag, check_weight, to_numpy, to_tensor
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
-from onestep.estimators._solve import solve_ridge
+from onestep.estimators._solve import Solution, solve_ridge
+from onestep.estimators._stream import add_chunk, solve_sums
+from onestep.linalg import NormalEquations
 
 
 class _RidgeBase(LinearEstimator):
@@ -26,13 +30,20 @@ class _RidgeBase(LinearEstimator):
     n_iter_: None
     solver_path_: str
 
-    def _solve(self, data: FitData, Y: Tensor) -> None:
-        alphas, k = check_alphas("alpha", self.alpha, positive=False), Y.shape[1]
+    def _check_parameters(self, k: int) -> tuple[Tensor, bool]:
+        """alpha (k,) float64, and fit_intercept."""
+        alphas = check_alphas("alpha", self.alpha, positive=False)
         if alphas.size not in (1, k):
             raise ValueError(f"alpha holds {alphas.size} penalties for {k} targets; expected one, or one per target")
-        alpha = torch.from_numpy(alphas).reshape(-1).expand(k)
-        fit_intercept = check_flag("fit_intercept", self.fit_intercept)
-        coef, intercept, self.solver_path_ = solve_ridge(data.X, Y, data.weight, alpha, fit_intercept=fit_intercept)
+        return torch.from_numpy(alphas).reshape(-1).expand(k), check_flag("fit_intercept", self.fit_intercept)
+
+    def _solve(self, data: FitData, Y: Tensor) -> None:
+        alpha, fit_intercept = self._check_parameters(Y.shape[1])
+        solution = solve_ridge(data.X, Y, data.weight, alpha, fit_intercept=fit_intercept)
+        self._set_solution(solution, data, fit_intercept=fit_intercept)
+
+    def _set_solution(self, solution: Solution, data: FitData, *, fit_intercept: bool) -> None:
+        coef, intercept, self.solver_path_ = solution
         self._set_coefficients(coef, intercept, data, fit_intercept=fit_intercept)
         self.n_iter_ = None
 
@@ -59,7 +70,8 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         n_iter_: None, as nothing is iterated; for scikit-learn's sake.
         solver_path_: "cholesky" (d x d), "dual_cholesky" (n x n, where n < d), "least_squares" (QR and SVD, where
             Cholesky would be inaccurate), "minimum_norm" (the same, rank-deficient: of all minimisers the one of least
-            ‖W‖), or several joined by "+" where penalties differ.
+            ‖W‖), or several joined by "+" where penalties differ. `partial_fit` knows "cholesky", "eigh" (d x d, where
+            Cholesky would be inaccurate) and "minimum_norm".
 
     Examples:
         >>> import numpy as np
@@ -69,12 +81,17 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         array([7.])
     """
 
+    # What partial_fit has added up; None before, and after fit.
+    _equations: NormalEquations | None = None
+
     def __init__(self, alpha: Any = 1.0, *, fit_intercept: bool = True) -> None:
         self.alpha = alpha
         self.fit_intercept = fit_intercept
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Ridge:
         """Fit to X and y; gradients do not flow through a fit, so tensors are detached.
+
+        Forgets what `partial_fit` has added up.
 
         Args:
             X: (n, d), fp32 or fp64 of any strides, read in place; other numbers are converted to fp64 (16-bit tensors
@@ -92,9 +109,82 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         Warns:
             scipy.linalg.LinAlgWarning: the solution is not unique, and the one of minimum norm was taken.
         """
+        self._equations = None
         data = self._check_fit(X, y, sample_weight, y_numeric=True)
         self._solve(data, as_targets(data.y, data.X))
         return self
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Ridge:
+        """Fit to these rows and to those of all earlier calls, none of which are kept.
+
+        Their normal equations are: d² + d k float64 numbers, however many the rows (`onestep.linalg.NormalEquations`).
+        The result is that of `fit` on all rows at once, to rounding, as long as X is not ill-conditioned: sums square
+        its condition, and without the rows there is no orthogonal factor to turn to. Features nearer to linear
+        dependence than about 1e-7 of their length count as dependent. Each call solves anew, at a cost of d³; `alpha`
+        may change between calls, `fit_intercept` may not.
+
+        Args:
+            X: (n, d), as for `fit`; any n from 1. The first call sets d, the names of the features and whether the
+                sums are of fp32 or fp64 rows; fp32 rows are summed in fp64 where they need it.
+            y: (n,) or (n, k), as many targets in every call.
+            sample_weight: (n,) or a number, >= 0; None for ones.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError, TypeError: as for `fit`; or X or y has other columns than in earlier calls, or `fit_intercept`
+                has changed. The rows are not added then.
+
+        Warns:
+            scipy.linalg.LinAlgWarning: as for `fit`: with alpha 0, until there are more rows than features.
+            UserWarning: the estimator was fitted by `fit`, which keeps no sums: a new one begins with these rows.
+        """
+        first = self._equations is None
+        if first and hasattr(self, "coef_"):
+            warnings.warn(
+                "fit keeps no sums of its rows: partial_fit starts anew from the rows that it is given",
+                UserWarning,
+                stacklevel=2,
+            )
+        data = self._check_chunk(X, y, sample_weight, first=first)
+        self._add(data, as_targets(data.y, data.X))
+        return self
+
+    def _check_chunk(self, X: Any, y: Any, sample_weight: Any, *, first: bool) -> FitData:
+        """`_check_fit`, which after the first call holds X to the features of the first."""
+        if first:
+            return self._check_fit(X, y, sample_weight, y_numeric=True)
+        x, targets = validate_data(
+            self,
+            to_numpy("X", X),
+            to_numpy("y", y),
+            dtype=FLOATS,
+            ensure_all_finite=False,
+            multi_output=True,
+            y_numeric=True,
+            reset=False,
+        )
+        weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, x.shape[0], x.dtype))
+        return FitData(to_tensor(x), targets, weight, isinstance(X, Tensor))
+
+    def _add(self, data: FitData, Y: Tensor) -> None:
+        k = Y.shape[1]
+        alpha, fit_intercept = self._check_parameters(k)
+        if self._equations is None:
+            equations = NormalEquations(data.X.shape[1], k, intercept=fit_intercept, dtype=data.X.dtype)
+        else:
+            # The sums are shared, as they are never written into: the estimator changes when all has gone well.
+            equations = copy.copy(self._equations)
+        if k != equations.k:
+            raise ValueError(f"y has {k} targets; expected {equations.k}, as in the first call to partial_fit")
+        if fit_intercept != equations.intercept:
+            raise ValueError(
+                f"fit_intercept is {fit_intercept}; expected {equations.intercept}, as in the first call to partial_fit"
+            )
+        add_chunk(equations, data.X, Y, data.weight)
+        self._set_solution(solve_sums(equations, alpha), data, fit_intercept=fit_intercept)
+        self._equations = equations
 
     def predict(self, X: Any) -> Any:
         """X coef_ᵀ + intercept_.

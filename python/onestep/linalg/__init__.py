@@ -4,11 +4,14 @@ Every function takes float32 or float64 CPU tensors of any strides and any batch
 does, and reads them in place. bfloat16 and float16 inputs are converted to float32, in which the result is returned.
 """
 
+from onestep.linalg._accumulate import LinearSolution, NormalEquations
 from onestep.linalg._cholesky import cholesky, cholesky_ex, cholesky_solve, solve_spd, solve_spd_ex
 from onestep.linalg._normal import Moments, SolveNormalResult, gram, moments, solve_normal, solve_normal_ex
 
 __all__ = [
+    "LinearSolution",
     "Moments",
+    "NormalEquations",
     "SolveNormalResult",
     "cholesky",
     "cholesky_ex",

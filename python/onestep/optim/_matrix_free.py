@@ -1,0 +1,111 @@
+"""Steps by conjugate gradients: what Gauss-Newton and Newton share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep.optim._conjugate_gradient import conjugate_gradient
+from onestep.optim._objective import Objective
+from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
+from onestep.optim._parameters import ParameterVector
+
+# How much of the last direction the next solve starts from, and how long squared gradients are remembered
+# (Martens and Sutskever, Training deep and recurrent networks with Hessian-free optimization, 2012).
+_WARM_START = 0.95
+_MEMORY = 0.9
+
+
+class MatrixFreeOptimizer(DampedOptimizer):
+    """Solves (B + damping·I) s = -∇loss by preconditioned CG, warm-started from the last solution.
+
+    The preconditioner is (average of squared gradients)^½, scaled to mean 1, plus damping.
+    """
+
+    hessian = False
+
+    def __init__(
+        self, params: Iterable[Any], *, damping: float, weight_decay: float, cg_iterations: int, cg_tolerance: float
+    ) -> None:
+        if cg_iterations < 1:
+            raise ValueError(f"cg_iterations={cg_iterations}; expected at least 1")
+        if not 0 <= cg_tolerance < 1:
+            raise ValueError(f"cg_tolerance={cg_tolerance}; expected a number from 0, less than 1")
+        super().__init__(params, {"damping": damping, "weight_decay": weight_decay})
+        self.cg_iterations, self.cg_tolerance = cg_iterations, cg_tolerance
+
+    def quadratic_model(
+        self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
+    ) -> QuadraticModel:
+        """Products only: nothing larger than a few vectors is held."""
+        squared = self._average("squared_gradient", parameters, gradient.square())
+        return _ProductModel(
+            objective.curvature(parameters, hessian=self.hessian),
+            gradient,
+            decay,
+            squared,
+            self._read("direction", parameters),
+            self,
+        )
+
+    def accepted(self, parameters: ParameterVector, proposal: Proposal, gradient: Tensor) -> None:
+        """Remembers the direction."""
+        for tensor, part in zip(parameters.tensors, parameters.split(proposal.step), strict=True):
+            self.state[tensor]["direction"] = part.clone()
+
+    def _read(self, name: str, parameters: ParameterVector) -> Tensor | None:
+        parts = [self.state[p].get(name) for p in parameters.tensors]
+        if any(part is None for part in parts):
+            return None
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def _average(self, name: str, parameters: ParameterVector, value: Tensor) -> Tensor:
+        before = self._read(name, parameters)
+        if before is not None:
+            value = before.lerp_(value, 1 - _MEMORY)
+        for tensor, part in zip(parameters.tensors, parameters.split(value), strict=True):
+            self.state[tensor][name] = part
+        return value
+
+
+class _ProductModel(QuadraticModel):
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        gradient: Tensor,
+        decay: Tensor | None,
+        squared_gradient: Tensor,
+        direction: Tensor | None,
+        settings: MatrixFreeOptimizer,
+    ) -> None:
+        self.product, self.gradient, self.decay = product, gradient, decay
+        root = squared_gradient.sqrt()
+        self.diagonal = root / root.mean().clamp_min(torch.finfo(root.dtype).tiny)
+        self.start = None if direction is None else direction * _WARM_START
+        self.settings = settings
+
+    def propose(self, damping: float) -> Proposal | None:
+        def damped(v: Tensor) -> Tensor:
+            image = self.product(v).add_(v, alpha=damping)
+            return image if self.decay is None else image.addcmul_(self.decay, v)
+
+        b = -self.gradient
+        solve = conjugate_gradient(
+            damped,
+            b,
+            start=self.start,
+            inverse_diagonal=1 / (self.diagonal + damping),
+            tolerance=self.settings.cg_tolerance,
+            max_iterations=self.settings.cg_iterations,
+        )
+        # xᵀ(B + damping I)x = xᵀ(b - residual): the model without damping needs no further product.
+        quadratic = torch.dot(solve.x, b - solve.residual) - damping * torch.dot(solve.x, solve.x)
+        predicted = (torch.dot(b, solve.x) - 0.5 * quadratic).item()
+        # A later trial has more damping and should not start from a solution that was too long.
+        self.start = None
+        if not bool(solve.x.isfinite().all()):
+            return None
+        return Proposal(solve.x, predicted, solve.iterations)

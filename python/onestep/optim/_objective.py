@@ -1,0 +1,142 @@
+"""What the optimisers minimise: a loss of the parameters, with its derivatives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jacfwd, jacrev, jvp, vmap
+
+import onestep.linalg as linalg
+from onestep.curvature import ggnvp, hvp
+from onestep.curvature._products import differentiable_attention
+from onestep.optim._parameters import ParameterVector, call_with, flatten
+
+
+class Objective(ABC):
+    """A loss of the parameters p that an optimiser was given, at their present values.
+
+    Attributes:
+        fixed: whether the next step will see the same function, so that its value and gradient at the point reached
+            can be kept for it.
+    """
+
+    fixed = False
+
+    @abstractmethod
+    def value(self, parameters: ParameterVector) -> float:
+        """The loss."""
+
+    @abstractmethod
+    def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
+        """The loss and its gradient (p,)."""
+
+    @abstractmethod
+    def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
+        """v (p,) → Hv, of the Hessian or of the Gauss-Newton matrix."""
+
+    @abstractmethod
+    def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
+        """The Gauss-Newton matrix (p,p), float64."""
+
+
+def _mean_square(residuals: Tensor) -> Tensor:
+    return residuals.square().mean()
+
+
+class ClosureObjective(Objective):
+    """The loss that a user's closure computes.
+
+    The closure returns a scalar loss; or residuals, whose mean square is the loss; or a pair (outputs,
+    loss_of_outputs), the second a function of the first. Only the last two have a Gauss-Newton matrix.
+    """
+
+    def __init__(self, closure: Callable[[], Any], *, scalar: bool, optimizer: str) -> None:
+        self.closure = closure
+        self.scalar = scalar
+        self.optimizer = optimizer
+
+    def _parse(self, result: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        if self.scalar:
+            if not isinstance(result, Tensor) or result.numel() != 1:
+                shape = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+                raise TypeError(f"the closure returned {shape}; {self.optimizer} expects the loss, a scalar tensor")
+            return result, torch.Tensor.sum
+        if isinstance(result, Tensor):
+            if result.dim() == 0:
+                raise TypeError(
+                    f"the closure returned a scalar; {self.optimizer} needs what the loss is made of: return the "
+                    "residuals (their mean square is the loss), or (outputs, loss_of_outputs)"
+                )
+            return result, _mean_square
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor) and callable(result[1]):
+            return result
+        raise TypeError(
+            f"the closure returned {type(result).__name__}; {self.optimizer} expects residuals (a tensor), or a pair "
+            "(outputs, loss_of_outputs) of a tensor and a function of it"
+        )
+
+    def _loss(self) -> Tensor:
+        outputs, loss = self._parse(self.closure())
+        return loss(outputs)
+
+    def value(self, parameters: ParameterVector) -> float:
+        with torch.no_grad():
+            return self._loss().item()
+
+    def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
+        with torch.enable_grad():
+            loss = self._loss()
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "the closure's loss does not depend on the parameters, or backward() was called inside: "
+                    "return the loss and leave the derivatives to the optimiser"
+                )
+            parts = torch.autograd.grad(loss, parameters.tensors, allow_unused=True, materialize_grads=True)
+        return loss.item(), flatten(parts)
+
+    def _functions(
+        self, parameters: ParameterVector
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """θ, θ ↦ outputs and outputs ↦ loss."""
+        point = parameters.read()
+
+        def outputs(vector: Tensor) -> Tensor:
+            return self._parse(call_with(self.closure, parameters.tensors, parameters.split(vector)))[0]
+
+        with torch.enable_grad():
+            result, loss = self._parse(call_with(self.closure, parameters.tensors, parameters.split(point)))
+        if result.requires_grad:
+            raise RuntimeError(
+                "the closure uses a parameter in a way that torch functions do not show (a compiled or scripted "
+                "module?): derivatives would miss it"
+            )
+        return point, outputs, loss
+
+    def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
+        point, outputs, loss = self._functions(parameters)
+
+        def product(v: Tensor) -> Tensor:
+            with torch.no_grad():
+                if hessian:
+                    return hvp(lambda p: loss(outputs(p)), point, v)
+                return ggnvp(outputs, loss, point, v)
+
+        return product
+
+    def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
+        point, outputs, loss = self._functions(parameters)
+        with torch.no_grad(), differentiable_attention():
+            shape = outputs(point).shape
+            wide = shape.numel() < len(parameters)
+            J = (jacrev if wide else jacfwd)(outputs)(point).reshape(shape.numel(), len(parameters))
+            if loss is _mean_square:
+                return linalg.gram(J.double())[0] * (2 / shape.numel())
+            flat_outputs = outputs(point).reshape(-1)
+            slope = torch.func.grad(lambda z: loss(z.reshape(shape)))
+            HJ = vmap(lambda tangent: jvp(slope, (flat_outputs,), (tangent,))[1], in_dims=1, out_dims=1)(J)
+        A: Tensor = J.double().mT @ HJ.double()
+        return (A + A.mT) / 2

@@ -1,0 +1,270 @@
+"""Damped steps, taken back when they fail: what the three optimisers share."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep.optim._errors import NonFiniteError
+from onestep.optim._objective import ClosureObjective, Objective
+from onestep.optim._parameters import ParameterVector
+
+# A step is kept if the loss falls at all. Its gain is that fall over the one that the quadratic model promised; damping
+# follows it (Marquardt 1963; Moré 1978). The threshold for more damping is far below the usual 1/4, because kinks
+# (relu) keep gains near 1/3 all the way, where more damping only slows things down.
+_POOR_GAIN = 0.05
+_GOOD_GAIN = 0.5
+_LOWER, _RAISE = 1 / 3, 2.0
+# A predicted reduction under this part of the loss is near the end.
+_NEAR = 1e-4
+LEAST_DAMPING, MOST_DAMPING = 1e-15, 1e15
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A step (p,), the reduction that the undamped quadratic model promises for it, and the CG iterations it took."""
+
+    step: Tensor
+    predicted: float
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        loss: before the step, weight decay included.
+        new_loss: after it; the same as ``loss`` if no step was accepted.
+        grad_norm: ‖∇loss‖₂ before the step.
+        step_norm: ‖step‖₂, 0 if none was accepted.
+        predicted: the reduction that the quadratic model promised for the step.
+        decrement: what the quadratic model could reduce without damping; infinite where that is not known to be small.
+        damping: with which the step was solved for.
+        gain: actual over predicted reduction.
+        accepted: whether a step was kept.
+        rejected: trials taken back.
+        cg_iterations: of all trials together.
+        without_influence: parameters on which the outputs no longer depend, where the method can tell.
+    """
+
+    loss: float
+    new_loss: float
+    grad_norm: float
+    step_norm: float
+    predicted: float
+    decrement: float
+    damping: float
+    gain: float
+    accepted: bool
+    rejected: int
+    cg_iterations: int
+    without_influence: int
+
+
+class QuadraticModel:
+    """The loss near the present parameters: loss + gᵀs + ½ sᵀBs."""
+
+    without_influence = 0
+
+    def decrement(self) -> float:
+        """The reduction by the undamped minimiser, or infinity if that is not known."""
+        return math.inf
+
+    def propose(self, damping: float) -> Proposal | None:
+        """The damped minimiser; None if it cannot be had with so little damping."""
+        raise NotImplementedError
+
+
+class DampedOptimizer(torch.optim.Optimizer):
+    """θ ← θ - (B + damping·D)⁻¹∇loss with damping by gain ratio; subclasses choose B and D.
+
+    Param groups may differ in ``weight_decay``; ``damping`` is one for all and is kept in the first.
+    """
+
+    # Whether closures return the bare loss.
+    takes_scalar = False
+    # Trials of one step, each with more damping, before it is given up.
+    trials = 12
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        for name in ("damping", "weight_decay"):
+            least = "> 0" if name == "damping" else ">= 0"
+            value = defaults[name]
+            if not (0 <= value < math.inf) or (name == "damping" and value == 0):
+                raise ValueError(f"{name}={value}; expected a finite number {least}")
+        super().__init__(params, defaults)
+        self.report: StepReport | None = None
+        self._ahead: tuple[Objective, tuple[int, ...], float, Tensor] | None = None
+
+    def parameters(self) -> ParameterVector:
+        """What is trained, in the order of the param groups."""
+        return ParameterVector([p for group in self.param_groups for p in group["params"] if p.requires_grad])
+
+    @property
+    def damping(self) -> float:
+        """The damping of the next step."""
+        return float(self.param_groups[0]["damping"])
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        for group in self.param_groups:
+            group["damping"] = min(max(value, LEAST_DAMPING), MOST_DAMPING)
+
+    @abstractmethod
+    def quadratic_model(
+        self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
+    ) -> QuadraticModel:
+        """The model at the present parameters; ``gradient`` includes weight decay, ``decay`` (p,) is its Hessian."""
+
+    def accepted(self, parameters: ParameterVector, proposal: Proposal, gradient: Tensor) -> None:
+        """Called with each step that is kept."""
+
+    # torch types step() loosely; a closure is not optional here.
+    def step(self, closure: Callable[[], Any] | Objective | None = None) -> float:  # type: ignore[override]
+        """Takes one damped step; the parameters stay as they are if none lowers the loss.
+
+        Args:
+            closure: computes what the class docstring says from the parameters, without calling backward(). It is
+                called several times and must be deterministic.
+
+        Returns:
+            The loss before the step. ``report`` has the rest.
+
+        Raises:
+            TypeError: no closure, or it returns something else.
+            NonFiniteError: the loss or its gradient is NaN or infinite; nothing has changed.
+        """
+        if closure is None:
+            raise TypeError(
+                f"{type(self).__name__}.step() needs a closure: a function that computes the loss anew, for trial "
+                "steps and products. A trainer that calls step() without one cannot drive a second-order method"
+            )
+        objective = closure if isinstance(closure, Objective) else self._closure_objective(closure)
+        parameters = self.parameters()
+        start, decay = parameters.read(), self._decay(parameters)
+        loss, gradient = self._evaluate(objective, parameters, start, decay)
+        if not (math.isfinite(loss) and bool(gradient.isfinite().all())):
+            what = "gradient" if math.isfinite(loss) else f"loss is {loss}, and its gradient"
+            raise NonFiniteError(f"the {what} has NaN or infinite elements at the present parameters")
+        try:
+            self.report = self._step(objective, parameters, start, decay, loss, gradient)
+        except BaseException:
+            # An interrupt or an error during a trial must not leave the trial's parameters behind.
+            parameters.write(start)
+            raise
+        return loss
+
+    def _closure_objective(self, closure: Callable[[], Any]) -> Objective:
+        return ClosureObjective(closure, scalar=self.takes_scalar, optimizer=type(self).__name__)
+
+    def _decay(self, parameters: ParameterVector) -> Tensor | None:
+        """The weight decay of each parameter (p,), or None."""
+        if not any(group["weight_decay"] for group in self.param_groups):
+            return None
+        parts = [
+            torch.full((p.numel(),), group["weight_decay"], dtype=parameters.dtype, device=parameters.device)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        return torch.cat(parts)
+
+    def _evaluate(
+        self, objective: Objective, parameters: ParameterVector, point: Tensor, decay: Tensor | None
+    ) -> tuple[float, Tensor]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is objective and ahead[1] == parameters.versions():
+            return ahead[2], ahead[3]
+        loss, gradient = objective.gradient(parameters)
+        if decay is not None:
+            loss, gradient = loss + _penalty(decay, point), gradient.addcmul(decay, point)
+        return loss, gradient
+
+    def _step(
+        self,
+        objective: Objective,
+        parameters: ParameterVector,
+        start: Tensor,
+        decay: Tensor | None,
+        loss: float,
+        gradient: Tensor,
+    ) -> StepReport:
+        model = self.quadratic_model(objective, parameters, gradient, decay)
+        rejected = iterations = 0
+        damping, predicted = self.damping, math.nan
+
+        def report(new_loss: float, step_norm: float, gain: float, *, accepted: bool) -> StepReport:
+            # Only near the end is it worth a factorisation to know how near.
+            near = not accepted or predicted <= _NEAR * abs(loss)
+            return StepReport(
+                loss=loss,
+                new_loss=new_loss,
+                grad_norm=gradient.norm().item(),
+                step_norm=step_norm,
+                predicted=predicted,
+                decrement=model.decrement() if near else math.inf,
+                damping=damping,
+                gain=gain,
+                accepted=accepted,
+                rejected=rejected,
+                cg_iterations=iterations,
+                without_influence=model.without_influence,
+            )
+
+        if not bool(gradient.any()):
+            predicted = 0.0
+            return report(loss, 0.0, math.nan, accepted=False)
+        while rejected < self.trials:
+            damping = self.damping
+            proposal = model.propose(damping)
+            if proposal is not None:
+                iterations += proposal.iterations
+                predicted = proposal.predicted
+                parameters.write(start + proposal.step)
+                new_loss, ahead = self._trial(objective, parameters, decay)
+                gain = (loss - new_loss) / predicted if predicted > 0 else -math.inf
+                if new_loss < loss and gain > 0:
+                    if gain < _POOR_GAIN:
+                        self.damping = damping * _RAISE
+                    elif gain > _GOOD_GAIN:
+                        self.damping = damping * _LOWER
+                    self.accepted(parameters, proposal, gradient)
+                    if ahead is not None:
+                        self._ahead = (objective, parameters.versions(), new_loss, ahead)
+                    return report(new_loss, proposal.step.norm().item(), gain, accepted=True)
+            rejected += 1
+            # Ever faster: a start far away may need damping many orders of magnitude larger.
+            self.damping = damping * _RAISE ** (rejected + 1)
+        parameters.write(start)
+        if objective.fixed:
+            self._ahead = (objective, parameters.versions(), loss, gradient)
+        return report(loss, 0.0, math.nan, accepted=False)
+
+    def _trial(
+        self, objective: Objective, parameters: ParameterVector, decay: Tensor | None
+    ) -> tuple[float, Tensor | None]:
+        """The loss at a trial point, NaN counting as a failure; with its gradient where the next step can use it."""
+        penalty = 0.0 if decay is None else _penalty(decay, parameters.read())
+        if not objective.fixed:
+            value = objective.value(parameters) + penalty
+            return (value if math.isfinite(value) else math.inf), None
+        try:
+            value, gradient = objective.gradient(parameters)
+        except NonFiniteError:
+            return math.inf, None
+        if decay is not None:
+            gradient = gradient.addcmul(decay, parameters.read())
+        if not (math.isfinite(value) and bool(gradient.isfinite().all())):
+            return math.inf, None
+        return value + penalty, gradient
+
+
+def _penalty(decay: Tensor, point: Tensor) -> float:
+    return 0.5 * torch.dot(decay * point, point).item()

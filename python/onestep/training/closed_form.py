@@ -1,0 +1,257 @@
+"""Models that are affine in what is trained, solved exactly in one pass over the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from onestep.linalg import NormalEquations
+from onestep.optim import NonFiniteError
+from onestep.optim._parameters import ParameterVector
+from onestep.training.data import Chunk
+from onestep.training.distributed import share, summed
+from onestep.training.losses import like_outputs
+from onestep.training.objective import DataObjective, call_model
+
+# Up to this many parameters a general affine model's normal equations are formed; a linear head has no such limit.
+MOST_PARAMETERS = 4096
+# Added to the normal equations, relative to their mean diagonal, where features depend on each other.
+_RESCUE = 1e-10
+
+
+class Solution(NamedTuple):
+    """Losses before and after, and what had to be done besides."""
+
+    initial_loss: float
+    loss: float
+    note: str
+
+
+class Head(NamedTuple):
+    """The one layer that is trained, whose outputs are the model's."""
+
+    layer: nn.Module
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+def is_affine(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> bool:
+    """Whether outputs are affine in the parameters: f(θ + a u + b v) = f(θ) + a (f(θ+u) - f(θ)) + b (f(θ+v) - f(θ)).
+
+    Tested on a few rows in random directions at two scales; ``solve`` holds the solution against the model again.
+    """
+    start = parameters.read()
+    few = chunk.rows(slice(0, 32))
+    generator = torch.Generator().manual_seed(0)
+    size = start.square().mean().sqrt().clamp_min(0.1)
+
+    def outputs(vector: Tensor) -> Tensor:
+        parameters.write(vector)
+        return call_model(module, few.inputs).double()
+
+    try:
+        with torch.no_grad():
+            base = outputs(start)
+            for scale in (1.0, 30.0):
+                u, v = (torch.randn(2, len(start), generator=generator).to(start) * (scale * size)).unbind()
+                along_u, along_v = outputs(start + u) - base, outputs(start + v) - base
+                combined = outputs(start + 0.5 * u - 2.0 * v) - base
+                largest = torch.stack([t.abs().max() for t in (base, along_u, along_v)]).max()
+                error = (combined - (0.5 * along_u - 2.0 * along_v)).abs().max()
+                if not error <= 1e3 * torch.finfo(parameters.dtype).eps * largest:
+                    return False
+    finally:
+        parameters.write(start)
+    return True
+
+
+def find_head(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> Head | None:
+    """The linear layer or 1×1 convolution that holds all that is trained and ends the model, if there is one."""
+    trained = {id(tensor) for tensor in parameters.tensors}
+    for layer in module.modules():
+        own = {id(p) for p in layer.parameters(recurse=False) if p.requires_grad}
+        if own != trained or not _is_linear(layer):
+            continue
+        head = Head(layer, *layer.parameters(recurse=False))
+        if not all(p.requires_grad for p in layer.parameters(recurse=False)):
+            continue
+        calls, outputs = _calls(module, layer, chunk.rows(slice(0, 32)))
+        if len(calls) == 1 and torch.equal(calls[0][1].flatten(), outputs.flatten()):
+            return head
+    return None
+
+
+def _calls(module: nn.Module, layer: nn.Module, chunk: Chunk) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """What goes into a layer and comes out of it, for each time it is called, and the module's outputs."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    handle = layer.register_forward_hook(lambda _layer, args, result: calls.append((args[0], result)))
+    try:
+        with torch.no_grad():
+            outputs = call_model(module, chunk.inputs)
+    finally:
+        handle.remove()
+    return calls, outputs
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    if type(layer) is nn.Linear:
+        return True
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return False
+    ones = {*layer.kernel_size, *layer.stride, layer.groups}
+    padded = layer.padding == "same" or any(p != 0 for p in layer.padding)
+    return ones == {1} and not padded
+
+
+class _Equations:
+    """Normal equations, and the sums that give the loss at their solution without a second pass."""
+
+    def __init__(self, features: int, targets: int, *, intercept: bool, dtype: torch.dtype) -> None:
+        self.equations = NormalEquations(features, targets, intercept=intercept, dtype=dtype)
+        self.totals = torch.zeros(targets + 3, dtype=torch.float64)
+
+    def add(self, X: Tensor, Y: Tensor, initial_loss: Tensor, elements: int, number: int) -> None:
+        try:
+            self.equations.update(X, Y)
+        except ValueError as error:
+            raise NonFiniteError(f"batch {number}: {error}") from error
+        counted = torch.tensor([initial_loss.item(), elements, len(X)], dtype=torch.float64)
+        self.totals += torch.cat([Y.double().square().sum(0), counted])
+
+    def solve(self, weight_decay: float) -> tuple[Tensor, Tensor, Solution]:
+        """W, the intercept, and the losses."""
+        if share().size > 1:
+            self.equations.all_reduce()
+        squares, (initial, elements, rows) = summed(lambda: (self.totals[:-3], self.totals[-3:].tolist()))
+        ridge, note = 0.5 * weight_decay * elements, ""
+        sums = self.equations.sums
+        try:
+            W, intercept = self.equations.solve(ridge)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            rescue = _RESCUE if self.equations.dtype == torch.float64 else 1e4 * _RESCUE
+            ridge += rescue * sums.gram.diagonal().mean().item()
+            note = f"; features depend on each other, so a ridge of {ridge:.1e} was added"
+            W, intercept = self.equations.solve(ridge)
+        # Sums are centred where there is an intercept.
+        offset = rows * sums.y_mean.square() if self.equations.intercept else 0.0
+        V = W.double()
+        error = (squares - offset).sum() + ((sums.gram @ V - 2 * sums.cross) * V).sum()
+        loss = error.clamp_min(0).item() / elements + 0.5 * weight_decay * V.square().sum().item()
+        return W, intercept, Solution(initial / elements, loss, note)
+
+
+class _HeadEquations:
+    """Features are what the head is given; k targets share one Gram matrix."""
+
+    def __init__(self, head: Head, weight_decay: float) -> None:
+        self.head = head
+        # Weight decay is on all that is trained, so a decayed bias is one more feature.
+        self.augmented = head.bias is not None and weight_decay > 0
+        k, d = head.weight.shape[:2]
+        intercept = head.bias is not None and not self.augmented
+        self.equations = _Equations(d + self.augmented, k, intercept=intercept, dtype=head.weight.dtype)
+
+    def add(self, objective: DataObjective, chunk: Chunk, number: int) -> None:
+        ((features, result),) = _calls(objective.module, self.head.layer, chunk)[0]
+        target = like_outputs(result, chunk.target)
+        loss = objective.loss.sum(result, target)
+        X, Y = _columns(self.head.layer, features), _columns(self.head.layer, target.to(result.dtype))
+        if self.augmented:
+            X = torch.cat([X, X.new_ones(len(X), 1)], 1)
+        self.equations.add(X, Y, loss, target.numel(), number)
+
+    def solve(self, weight_decay: float) -> Solution:
+        W, intercept, solution = self.equations.solve(weight_decay)
+        if self.augmented:
+            W, intercept = W[:-1], W[-1]
+        self.head.weight.copy_(W.mT.reshape(self.head.weight.shape))
+        if self.head.bias is not None:
+            self.head.bias.copy_(intercept)
+        return solution
+
+
+class _GeneralEquations:
+    """Features are the rows of the Jacobian, which is the same everywhere."""
+
+    def __init__(self, parameters: ParameterVector) -> None:
+        if len(parameters) > MOST_PARAMETERS:
+            raise ValueError(
+                f"method='closed_form' for {len(parameters)} parameters that are not one linear head; expected at most "
+                f"{MOST_PARAMETERS}: use method='gauss_newton'"
+            )
+        self.parameters, self.start = parameters, parameters.read()
+        self.equations = _Equations(len(parameters), 1, intercept=False, dtype=parameters.dtype)
+
+    def add(self, objective: DataObjective, chunk: Chunk, number: int) -> None:
+        result = call_model(objective.module, chunk.inputs)
+        target = like_outputs(result, chunk.target)
+        loss = objective.loss.sum(result, target)
+        residual = (target - result).reshape(-1)
+        begin = 0
+        for rows in objective.root_jacobian(self.parameters, chunk):
+            J = rows / math.sqrt(2.0)
+            piece = residual[begin : begin + len(J)]
+            self.equations.add(J, (piece + J @ self.start)[:, None], loss * (begin == 0), len(J), number)
+            begin += len(J)
+
+    def solve(self, weight_decay: float) -> Solution:
+        W, _, solution = self.equations.solve(weight_decay)
+        self.parameters.write(W[:, 0])
+        return solution
+
+
+def solve(
+    objective: DataObjective, parameters: ParameterVector, chunks: Iterable[Chunk], weight_decay: float
+) -> Solution:
+    """Writes argmin of the mean squared error + ½ weight_decay ‖θ‖² into the parameters, reading the chunks once.
+
+    Raises:
+        ValueError: the model is not affine in them after all; they are as before.
+        NonFiniteError: a chunk holds NaN or infinity; likewise.
+    """
+    equations: _HeadEquations | _GeneralEquations | None = None
+    first: Chunk | None = None
+    with torch.no_grad():
+        for number, chunk in enumerate(chunks):
+            if equations is None:
+                first = chunk.rows(slice(0, 32))
+                head = find_head(objective.module, parameters, first)
+                equations = _HeadEquations(head, weight_decay) if head else _GeneralEquations(parameters)
+            equations.add(objective, chunk, number)
+        if equations is None or first is None:
+            raise ValueError("data gives this process no rows; expected at least one")
+        start = parameters.read()
+        before = call_model(objective.module, first.inputs)
+        solution = equations.solve(weight_decay)
+        if not _is_affine_between(objective, parameters, first, start, before):
+            parameters.write(start)
+            raise ValueError(
+                "method='closed_form' needs outputs that are affine in the trained parameters, and these are not: use "
+                "method='auto'"
+            )
+    return solution
+
+
+def _is_affine_between(
+    objective: DataObjective, parameters: ParameterVector, chunk: Chunk, start: Tensor, before: Tensor
+) -> bool:
+    """Whether the outputs halfway from start to the present parameters are the mean of those at both ends."""
+    end = parameters.read()
+    after = call_model(objective.module, chunk.inputs)
+    parameters.write(torch.lerp(start, end, 0.5))
+    halfway = call_model(objective.module, chunk.inputs)
+    parameters.write(end)
+    scale = torch.stack([before.abs().max(), after.abs().max()]).max().clamp_min(torch.finfo(after.dtype).tiny)
+    error = (halfway - (before + after) / 2).abs().max()
+    return bool(error <= 1e3 * torch.finfo(after.dtype).eps * scale)
+
+
+def _columns(layer: nn.Module, value: Tensor) -> Tensor:
+    """(rows, features): a convolution's features are its second dimension, a linear layer's the last."""
+    if not isinstance(layer, nn.Linear):
+        value = value.movedim(1, -1)
+    return value.reshape(-1, value.shape[-1])

@@ -1,0 +1,238 @@
+"""Data of every kind as chunks of rows: tensors, a Dataset, a DataLoader."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+
+class Chunk(NamedTuple):
+    """Rows that are computed together: what the model takes, and what the loss compares with."""
+
+    inputs: Any
+    target: Any
+
+    def __len__(self) -> int:
+        return len(_first(self.inputs))
+
+    def rows(self, index: slice | Tensor) -> Chunk:
+        """Some of the rows."""
+        return Chunk(*tree_map_only(Tensor, lambda t: t[index], tuple(self)))
+
+
+def _first(tree: Any) -> Tensor:
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if not leaves:
+        raise TypeError(f"a batch holds {type(tree).__name__}; expected tensors")
+    return leaves[0]
+
+
+def _as_chunk(batch: Any) -> Chunk:
+    if isinstance(batch, Sequence) and len(batch) == 2 and not isinstance(batch, (str, bytes)):
+        return Chunk(*batch)
+    kind = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, Sequence) else type(batch).__name__
+    raise TypeError(f"a batch is a {kind}; expected a pair (inputs, target)")
+
+
+class Share(NamedTuple):
+    """Which part of each batch this process computes: rank of size."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, n: int) -> slice:
+        """The rows of n."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+
+class Source(ABC):
+    """Rows, cut into chunks of at most ``chunk_size``, of which this process gets its share."""
+
+    share = Share()
+    chunk_size: int | None = None
+
+    @property
+    def known_rows(self) -> int | None:
+        """How many rows there are in all, where that is known."""
+        return None
+
+    @abstractmethod
+    def all(self) -> Iterator[Chunk]:
+        """This process's share of all rows, once."""
+
+    @abstractmethod
+    def batch(self, step: int, size: int) -> list[Chunk]:
+        """This process's share of the ``size`` rows of a step."""
+
+    @abstractmethod
+    def sample(self, step: int, size: int) -> list[Chunk]:
+        """This process's share of ``size`` rows of all, drawn for a step."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs besides the step's number."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from ``state``."""
+        if state:
+            raise ValueError("the checkpoint is of a DataLoader, the data is not")
+
+
+class IndexedSource(Source):
+    """Rows that can be had by number; a step's rows depend on the seed and the step alone."""
+
+    def __init__(self, rows: int, take: Callable[[Any], Chunk], seed: int) -> None:
+        if rows == 0:
+            raise ValueError("data holds no rows; expected at least one")
+        self.rows, self.take, self.seed = rows, take, seed
+        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    @property
+    def known_rows(self) -> int:
+        """All rows."""
+        return self.rows
+
+    def _chunks(self, n: int, index: Callable[[slice], Any]) -> Iterator[Chunk]:
+        part = self.share.of(n)
+        begin = part.start
+        while begin < part.stop:
+            # The chunk size may change on the way.
+            end = min(begin + (self.chunk_size or part.stop), part.stop)
+            yield self.take(index(slice(begin, end)))
+            begin = end
+
+    def all(self) -> Iterator[Chunk]:
+        return self._chunks(self.rows, lambda rows: rows)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch = epoch, torch.randperm(self.rows, generator=generator)
+        return self._epoch[1]
+
+    def batch(self, step: int, size: int) -> list[Chunk]:
+        size = min(size, self.rows)
+        a_epoch = self.rows // size
+        order = self._permutation(step // a_epoch)[step % a_epoch * size :][:size]
+        return list(self._chunks(size, lambda rows: order[rows]))
+
+    def sample(self, step: int, size: int) -> list[Chunk]:
+        size = min(size, self.rows)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        order = torch.randint(self.rows, (size,), generator=generator)
+        return list(self._chunks(size, lambda rows: order[rows]))
+
+
+class LoaderSource(Source):
+    """A DataLoader's or any other iterable's batches, as they come; one pass over it is all the data."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        if getattr(loader, "drop_last", False) and isinstance(getattr(loader, "sampler", None), RandomSampler):
+            raise ValueError(
+                "data is a DataLoader with drop_last=True and shuffle=True, which gives other rows on each pass; "
+                "expected the same rows, in any order"
+            )
+        # Such a loader already gives each process its own rows.
+        self.sharded = isinstance(getattr(loader, "sampler", None), DistributedSampler)
+        self._iterator: Iterator[Chunk] | None = None
+        self._taken = 0
+        self._epoch_start = torch.get_rng_state()
+
+    def _share(self, chunk: Chunk) -> Iterator[Chunk]:
+        rows = slice(0, len(chunk)) if self.sharded else self.share.of(len(chunk))
+        size = self.chunk_size or max(1, rows.stop - rows.start)
+        for begin in range(rows.start, rows.stop, size):
+            yield chunk.rows(slice(begin, min(begin + size, rows.stop)))
+
+    def _whole(self) -> Iterator[Chunk]:
+        empty = True
+        for batch in self.loader:
+            empty = False
+            yield _as_chunk(batch)
+        if empty:
+            raise ValueError("data holds no batches; expected at least one (an iterator can be read only once)")
+
+    def all(self) -> Iterator[Chunk]:
+        for chunk in self._whole():
+            yield from self._share(chunk)
+
+    def _next(self) -> Chunk:
+        while True:
+            if self._iterator is None:
+                self._epoch_start, self._taken = torch.get_rng_state(), 0
+                self._iterator = self._whole()
+            chunk = next(self._iterator, None)
+            if chunk is not None:
+                self._taken += 1
+                return chunk
+            self._iterator = None
+
+    def batch(self, step: int, size: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        rows = 0
+        while rows < size:
+            chunk = self._next()
+            rows += len(chunk)
+            chunks.extend(self._share(chunk))
+        return chunks
+
+    def sample(self, step: int, size: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        rows = 0
+        for chunk in self._whole():
+            part = chunk.rows(slice(0, size - rows))
+            rows += len(part)
+            chunks.extend(self._share(part))
+            if rows == size:
+                break
+        return chunks
+
+    def state(self) -> dict[str, Any]:
+        return {"random": torch.get_rng_state(), "epoch_start": self._epoch_start, "taken": self._taken}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if state["taken"]:
+            torch.set_rng_state(state["epoch_start"])
+            self._epoch_start = state["epoch_start"]
+            self._iterator = self._whole()
+            for _ in range(state["taken"]):
+                next(self._iterator)
+            self._taken = state["taken"]
+        torch.set_rng_state(state["random"])
+
+
+def as_source(data: Any, seed: int) -> Source:
+    """Tensors (inputs, target), a Dataset of such pairs, or an iterable of batches of them."""
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        data = tuple(data.tensors)
+    if isinstance(data, IterableDataset):
+        raise TypeError("data is an IterableDataset; wrap it in a DataLoader, which knows the batch size")
+    if isinstance(data, Dataset):
+        dataset: Dataset[Any] = data
+
+        def load(index: Any) -> Chunk:
+            rows = list(range(index.start, index.stop)) if isinstance(index, slice) else index.tolist()
+            return _as_chunk(next(iter(DataLoader(Subset(dataset, rows), batch_size=len(rows)))))
+
+        return IndexedSource(len(data), load, seed)  # type: ignore[arg-type]
+    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)) and len(data) == 2:
+        chunk = Chunk(*data)
+        if tree_leaves(chunk.inputs) and isinstance(tree_leaves(chunk.inputs)[0], Tensor):
+            lengths = {len(leaf) for leaf in tree_leaves(tuple(chunk)) if isinstance(leaf, Tensor)}
+            if len(lengths) != 1:
+                raise ValueError(f"data holds tensors of {sorted(lengths)} rows; expected as many inputs as targets")
+            return IndexedSource(len(chunk), chunk.rows, seed)
+    if isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, Mapping)):
+        return LoaderSource(data)
+    raise TypeError(
+        f"data is {type(data).__name__}; expected a pair of tensors (inputs, target), a Dataset of such pairs, or a "
+        "DataLoader"
+    )

@@ -1,0 +1,456 @@
+"""onestep.fit: from a model, data and a loss to fitted parameters."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError, StepReport
+from onestep.optim._gradient_descent import GradientDescent
+from onestep.optim._optimizer import DampedOptimizer
+from onestep.optim._parameters import ParameterVector
+from onestep.training import checkpoint as checkpoints
+from onestep.training import closed_form
+from onestep.training.data import Chunk, Source, as_source
+from onestep.training.distributed import same_everywhere, share
+from onestep.training.losses import Loss, as_loss
+from onestep.training.objective import DataObjective, call_model
+from onestep.training.progress import Progress
+from onestep.training.result import FitResult, Record
+
+OPTIMIZERS: dict[str, type[DampedOptimizer]] = {
+    "levenberg_marquardt": LevenbergMarquardt,
+    "gauss_newton": GaussNewton,
+    "newton_cg": NewtonCG,
+    "gradient_descent": GradientDescent,
+}
+METHODS = ("auto", "closed_form", *OPTIMIZERS)
+
+# Up to so many parameters "auto" forms the Gauss-Newton matrix.
+_MOST_DENSE = 2048
+# Levenberg-Marquardt takes curvature over so many rows a parameter, and over all where that is cheap anyway.
+_ROWS_PER_PARAMETER = 6
+_CHEAP_FLOPS = 2e9
+# What one chunk may keep for its backward pass.
+_CHUNK_BYTES = 256 * 2**20
+# Mini-batches in a row that may fail to give a step before fit gives up.
+_MOST_FAILURES = 10
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    loss: str | Callable[[Tensor, Any], Tensor] = "mse",
+    *,
+    method: str = "auto",
+    max_steps: int = 50,
+    tol: float = 1e-6,
+    damping: float | None = None,
+    weight_decay: float = 0.0,
+    batch_size: int | None = None,
+    curvature_batch_size: int | None = None,
+    chunk_size: int | None = None,
+    cg_iterations: int | None = None,
+    initialize: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    checkpoint: str | PathLike[str] | None = None,
+) -> FitResult:
+    """Fits the trainable parameters of a model by solving for them: θ ← θ - (B + damping·D)⁻¹∇loss, until converged.
+
+    Starts from the parameters that the model has. Where the outputs are affine in them and the loss is quadratic, one
+    step over one pass is exact. A step that would raise the loss is taken back. The model is evaluated in eval mode
+    (dropout off, batch norm with its running statistics), because a solve needs a loss that depends on the parameters
+    alone; parameters with requires_grad=False stay as they are.
+
+    Under torch.distributed (``torchrun --nproc-per-node=2``) every process calls fit with the same arguments and
+    computes its share of each batch; the parameters are those of one process, to rounding.
+
+    Args:
+        model: any module that returns a tensor, (n,…) for n rows.
+        data: a pair of tensors (inputs, target), a Dataset of such pairs, or a DataLoader (any iterable that can be
+            read again) of such batches. Inputs may be a tuple or a dict of tensors, which is unpacked.
+        loss: "mse" (mean over all elements), "cross_entropy" (class indices; -100 is ignored), "poisson" (the model
+            gives the logarithm of the rate), or a function (outputs, target) → mean over the rows it was given.
+        method: "closed_form", "levenberg_marquardt" (forms the p × p Gauss-Newton matrix), "gauss_newton" and
+            "newton_cg" (matrix-free), "gradient_descent" (the baseline), or "auto": the first that fits.
+        max_steps: at most so many steps.
+        tol: converged when the loss can be lowered by no more than tol² of itself (Levenberg-Marquardt), or when the
+            gradient norm is under tol times the first one or a step under tol of the parameters (the others). With
+            ``batch_size`` neither is tested.
+        damping: initial damping, else the method's own.
+        weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
+        batch_size: rows a step, for data that does not fit in memory or many steps; None for all rows.
+        curvature_batch_size: rows over which B is taken, drawn anew each step; None for the rows of the step, or for
+            Levenberg-Marquardt a sample that is large against the parameters.
+        chunk_size: rows computed at a time; None for as many as keep 256 MiB for the backward pass.
+        cg_iterations: at most so many products a solve, for the matrix-free methods.
+        initialize: whether to draw the trained layers' parameters anew first (``reset_parameters``, with ``seed``).
+        seed: of everything random: the order of rows and the initialisation.
+        progress: whether to show a bar with loss, damping, CG iterations and the time left. Needs tqdm.
+        checkpoint: a file, written whole after each step. If it exists, the fit goes on from it and ends with the same
+            bits as one that was never stopped.
+
+    Returns:
+        ``FitResult``. After Ctrl-C it is what was reached so far, with ``reason="interrupted"``.
+
+    Raises:
+        NonFiniteError: NaN or infinity in data, loss or gradient, naming step and batch; the model keeps the last good
+            parameters.
+        ValueError, TypeError: an argument is not what it should be.
+
+    Examples:
+        >>> import torch, onestep
+        >>> X = torch.linspace(0, 1, 20)[:, None]
+        >>> result = onestep.fit(torch.nn.Linear(1, 1), (X, 3 * X - 1), progress=False)
+        >>> result.method, result.converged, round(result.model.weight.item(), 4)
+        ('closed_form', True, 3.0)
+    """
+    _check(model, method, max_steps, tol, batch_size, curvature_batch_size, chunk_size, cg_iterations, weight_decay)
+    parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
+    function = as_loss(loss)
+    source = as_source(data, seed)
+    source.share = share()
+    with _eval_mode(model):
+        if initialize:
+            _reset(model, seed)
+        same_everywhere([p.data for p in parameters.tensors])
+        first, chunks = _peek(source)
+        source.chunk_size = chunk_size or _chunk_rows(model, function, first)
+        session = _Session(model, parameters, function, source, max_steps, tol, weight_decay, batch_size, progress)
+        chosen, why = _choose(method, model, parameters, function, first, batch_size)
+        if chosen == "closed_form":
+            return session.solve(chunks, why)
+        del chunks
+        optimizer = _optimizer(chosen, parameters, damping, weight_decay, cg_iterations)
+        session.rows_of_curvature = curvature_batch_size
+        if curvature_batch_size is None and chosen == "levenberg_marquardt":
+            session.rows_of_curvature = _enough_rows(model, source, parameters, batch_size, first)
+        return session.iterate(optimizer, chosen, why, None if checkpoint is None else Path(checkpoint))
+
+
+@dataclass
+class _Session:
+    """One call of fit."""
+
+    model: nn.Module
+    parameters: ParameterVector
+    loss: Loss
+    source: Source
+    max_steps: int
+    tol: float
+    weight_decay: float
+    batch_size: int | None
+    progress: bool
+    rows_of_curvature: int | None = None
+
+    def objective(self, step: int) -> DataObjective:
+        """The mean loss over all rows, or over those of a step."""
+        rows = self.rows_of_curvature
+        if self.batch_size is None:
+            return DataObjective(self.model, self.loss, self.source.all, self.source.all, fixed=True)
+        batch = self.source.batch(step, self.batch_size)
+        curvature = batch if rows is None else _leading(batch, rows, self.source.share.size)
+        return DataObjective(self.model, self.loss, _again(batch), _again(curvature), fixed=False)
+
+    def solve(self, chunks: Iterable[Chunk], why: str) -> FitResult:
+        """The closed form."""
+        begin = time.perf_counter()
+        start = self.parameters.read()
+        with Progress(1, enabled=self.progress) as bar:
+            solution = closed_form.solve(self.objective(0), self.parameters, chunks, self.weight_decay)
+            bar.update(loss=solution.loss)
+        seconds = time.perf_counter() - begin
+        step_norm = (self.parameters.read() - start).norm().item()
+        record = Record(1, solution.loss, math.nan, step_norm, 0.0, True, 0, seconds)
+        reason = f"solved exactly in one pass{solution.note}"
+        return FitResult(self.model, solution.loss, True, "closed_form", why, reason, solution.initial_loss, [record])
+
+    def iterate(self, optimizer: DampedOptimizer, method: str, why: str, path: Path | None) -> FitResult:
+        """Steps of an optimiser until a test is met."""
+        result = FitResult(self.model, math.nan, False, method, why, "", math.nan)
+        state = _State()
+        if path is not None and path.exists():
+            state = self._resume(path, optimizer, result)
+        begin = time.perf_counter() - state.seconds
+        whole = self.objective(0) if self.batch_size is None else None
+        with Progress(self.max_steps, enabled=self.progress, done=state.step) as bar:
+            try:
+                while not result.reason and state.step < self.max_steps:
+                    objective = whole or self.objective(state.step)
+                    if whole is not None and self.rows_of_curvature is not None:
+                        whole.curvature_chunks = _again(self.source.sample(state.step, self.rows_of_curvature))
+                    report = self._step(optimizer, objective, state)
+                    state.seconds = time.perf_counter() - begin
+                    self._record(result, report, state)
+                    result.reason, result.converged = self._verdict(report, state)
+                    bar.update(loss=report.new_loss, damping=report.damping, cg=report.cg_iterations)
+                    if path is not None and self.source.share.rank == 0:
+                        self._save(path, optimizer, result, state)
+                result.reason = result.reason or f"max_steps={self.max_steps} reached"
+            except KeyboardInterrupt:
+                result.reason, result.converged = "interrupted", False
+        result.loss = result.history[-1].loss if result.history else math.nan
+        return result
+
+    def _step(self, optimizer: DampedOptimizer, objective: DataObjective, state: _State) -> StepReport:
+        try:
+            optimizer.step(objective)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {state.step + 1}, {error}") from error
+        assert optimizer.report is not None
+        return optimizer.report
+
+    def _record(self, result: FitResult, report: StepReport, state: _State) -> None:
+        state.step += 1
+        if not result.history:
+            result.initial_loss, state.first_gradient = report.loss, report.grad_norm
+        result.history.append(
+            Record(
+                step=state.step,
+                loss=report.new_loss,
+                grad_norm=report.grad_norm,
+                step_norm=report.step_norm,
+                damping=report.damping,
+                accepted=report.accepted,
+                cg_iterations=report.cg_iterations,
+                seconds=state.seconds,
+            )
+        )
+        result.loss = report.new_loss
+
+    def _verdict(self, report: StepReport, state: _State) -> tuple[str, bool]:
+        """Why to stop, if so, and whether that is convergence."""
+        eps = torch.finfo(self.parameters.dtype).eps
+        if not report.accepted and report.grad_norm > 0:
+            state.failures += 1
+        else:
+            state.failures = 0
+        if self.batch_size is not None:
+            stuck = state.failures >= _MOST_FAILURES
+            return (f"no step lowered the loss on {_MOST_FAILURES} batches in a row", False) if stuck else ("", False)
+        test = ""
+        least = max(self.tol**2, eps)
+        if report.grad_norm == 0:
+            test = "the gradient is zero"
+        elif report.new_loss <= eps**2 * min(1.0, state.initial_loss(report)):
+            test = "the loss is zero to rounding"
+        elif report.decrement <= least * abs(report.new_loss):
+            test = f"the loss can be lowered by no more than {least:.0e} of itself"
+        elif math.isinf(report.decrement) and report.grad_norm <= self.tol * state.first_gradient:
+            test = f"the gradient norm is under tol={self.tol:g} of the first"
+        elif math.isinf(report.decrement) and 0 <= report.predicted <= least * abs(report.loss):
+            test = f"a step promises no more than {least:.0e} of the loss"
+        if test and report.without_influence:
+            lost = f"{report.without_influence} of {len(self.parameters)} parameters have no influence on the outputs"
+            return f"{test}, but {lost} here: not necessarily a minimum", False
+        if test:
+            return test, True
+        return ("no step lowers the loss, and its curvature is singular here", False) if state.failures else ("", False)
+
+    def _save(self, path: Path, optimizer: DampedOptimizer, result: FitResult, state: _State) -> None:
+        checkpoints.save(
+            path,
+            {
+                "format": checkpoints.FORMAT,
+                "method": result.method,
+                "model": self.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "source": self.source.state(),
+                "progress": vars(state),
+                "result": result.state(),
+            },
+        )
+
+    def _resume(self, path: Path, optimizer: DampedOptimizer, result: FitResult) -> _State:
+        saved = checkpoints.load(path)
+        if saved["method"] != result.method:
+            raise ValueError(
+                f"checkpoint {path} is of method {saved['method']!r}, this fit is {result.method!r}: pass another file"
+            )
+        try:
+            self.model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"checkpoint {path} is of another model: {error}") from error
+        self.source.restore(saved["source"])
+        result.restore(saved["result"])
+        return _State(**saved["progress"])
+
+
+@dataclass
+class _State:
+    """What a fit knows between steps, besides the optimiser."""
+
+    step: int = 0
+    seconds: float = 0.0
+    failures: int = 0
+    first_gradient: float = math.nan
+    first_loss: float = math.nan
+
+    def initial_loss(self, report: StepReport) -> float:
+        """The loss before the first step."""
+        if math.isnan(self.first_loss):
+            self.first_loss = abs(report.loss)
+        return self.first_loss
+
+
+def _check(
+    model: Any,
+    method: str,
+    max_steps: int,
+    tol: float,
+    batch_size: int | None,
+    curvature_batch_size: int | None,
+    chunk_size: int | None,
+    cg_iterations: int | None,
+    weight_decay: float,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}; expected one of {', '.join(map(repr, METHODS))}")
+    sizes = {
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "curvature_batch_size": curvature_batch_size,
+        "chunk_size": chunk_size,
+        "cg_iterations": cg_iterations,
+    }
+    for name, value in sizes.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} is {type(value).__name__}; expected an integer")
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}; expected at least 1")
+    if not 0 <= tol < 1:
+        raise ValueError(f"tol={tol}; expected a number from 0, less than 1")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay={weight_decay}; expected a finite number >= 0")
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    noisy = {type(m).__name__ for m, training in modes if training and isinstance(m, (_DropoutNd, _BatchNorm))}
+    if noisy:
+        warnings.warn(
+            f"fit evaluates the model in eval mode: {', '.join(sorted(noisy))} neither drops nor learns statistics",
+            stacklevel=4,
+        )
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _reset(model: nn.Module, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in model.named_modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+                if reset is None:
+                    kind = type(module).__name__
+                    raise ValueError(f"initialize=True, but {name or 'the model'} ({kind}) has no reset_parameters()")
+                reset()
+
+
+def _peek(source: Source) -> tuple[Chunk, Iterator[Chunk]]:
+    """The first chunk, and all of them, without reading it twice."""
+    source.chunk_size = 1024
+    chunks = source.all()
+    first = next(chunks, None)
+    if first is None:
+        raise ValueError("data gives this process no rows; expected at least one for each process")
+    return first, itertools.chain([first], chunks)
+
+
+def _chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
+    """How many rows keep ``_CHUNK_BYTES`` for the backward pass."""
+    few = chunk.rows(slice(0, 8))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = loss.sum(call_model(model, few.inputs), few.target)
+    del graph
+    return max(1, _CHUNK_BYTES * len(few) // max(1, sum(kept.values())))
+
+
+def _choose(
+    method: str, model: nn.Module, parameters: ParameterVector, loss: Loss, first: Chunk, batch_size: int | None
+) -> tuple[str, str]:
+    """The method, and why."""
+    if method == "closed_form" and loss.name != "mse":
+        raise ValueError(f"method='closed_form' solves loss='mse'; for {loss.name!r} use method='newton_cg'")
+    if method == "closed_form" and batch_size is not None:
+        raise ValueError("method='closed_form' reads all data once; batch_size must be None")
+    if method != "auto":
+        return method, "as asked"
+    p = len(parameters)
+    affine = closed_form.is_affine(model, parameters, first)
+    solvable = p <= closed_form.MOST_PARAMETERS or closed_form.find_head(model, parameters, first) is not None
+    if affine and loss.name == "mse" and batch_size is None and solvable:
+        return "closed_form", "outputs are affine in the parameters and the loss is quadratic"
+    if p <= _MOST_DENSE:
+        return "levenberg_marquardt", f"{p} parameters: their Gauss-Newton matrix can be factored"
+    if affine and loss.name in ("cross_entropy", "poisson"):
+        return "newton_cg", "outputs are affine in the parameters and the loss is convex"
+    return "gauss_newton", f"{p} parameters: too many for a matrix"
+
+
+def _optimizer(
+    method: str, parameters: ParameterVector, damping: float | None, weight_decay: float, cg_iterations: int | None
+) -> DampedOptimizer:
+    options: dict[str, Any] = {"weight_decay": weight_decay}
+    if damping is not None:
+        options["damping"] = damping
+    if cg_iterations is not None and method in ("gauss_newton", "newton_cg"):
+        options["cg_iterations"] = cg_iterations
+    return OPTIMIZERS[method](parameters.tensors, **options)
+
+
+def _enough_rows(
+    model: nn.Module, source: Source, parameters: ParameterVector, batch_size: int | None, first: Chunk
+) -> int | None:
+    """How many rows Levenberg-Marquardt's matrix needs, or None for all."""
+    with torch.no_grad():
+        outputs = call_model(model, first.rows(slice(0, 1)).inputs).numel()
+    p, rows = len(parameters), batch_size or source.known_rows
+    enough = max(_ROWS_PER_PARAMETER * p // outputs, int(_CHEAP_FLOPS / (p * p * outputs)), 1)
+    return None if rows is not None and rows <= enough else enough
+
+
+def _again(chunks: list[Chunk]) -> Callable[[], list[Chunk]]:
+    return lambda: chunks
+
+
+def _leading(batch: list[Chunk], rows: int, processes: int) -> list[Chunk]:
+    """This process's share of a batch's first rows."""
+    left = -(-rows // processes)
+    chunks = []
+    for chunk in batch:
+        part = chunk.rows(slice(0, left))
+        left -= len(part)
+        if len(part):
+            chunks.append(part)
+    return chunks

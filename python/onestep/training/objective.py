@@ -1,0 +1,202 @@
+"""The loss of a module over data, as the optimisers see it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import onestep.linalg as linalg
+from onestep.curvature import ggnvp, hvp
+from onestep.curvature._products import differentiable_attention
+from onestep.optim import NonFiniteError, Objective
+from onestep.optim._parameters import ParameterVector
+from onestep.training.data import Chunk
+from onestep.training.distributed import summed
+from onestep.training.losses import Loss
+
+# Rows of the Jacobian are formed this many bytes at a time.
+_JACOBIAN_BYTES = 64 * 2**20
+
+
+def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
+    """module(inputs): a tuple or a dict of inputs is unpacked; with other parameters if given."""
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if kwargs else (inputs,)
+    outputs = module(*args, **kwargs) if parameters is None else functional_call(module, parameters, args, kwargs)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"the model returned {type(outputs).__name__}; expected a tensor")
+    return outputs
+
+
+class DataObjective(Objective):
+    """The mean loss of a module over one batch: all data, or a mini-batch.
+
+    Args:
+        module: evaluated as it is; its trainable parameters are those of the optimiser.
+        loss: what is minimised.
+        chunks: gives the batch's rows, chunk by chunk; called once for each pass.
+        curvature_chunks: gives the rows over which curvature is taken.
+        fixed: whether the batch is the same at every step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        chunks: Callable[[], Iterable[Chunk]],
+        curvature_chunks: Callable[[], Iterable[Chunk]],
+        *,
+        fixed: bool,
+    ) -> None:
+        self.module, self.loss, self.chunks, self.curvature_chunks = module, loss, chunks, curvature_chunks
+        self.fixed = fixed
+
+    def value(self, parameters: ParameterVector) -> float:
+        def local() -> tuple[Tensor, list[float]]:
+            total, count = 0.0, 0
+            with torch.no_grad():
+                for chunk in self.chunks():
+                    total += self.loss.sum(call_model(self.module, chunk.inputs), chunk.target).item()
+                    count += self.loss.elements(chunk.target, len(chunk))
+            return torch.empty(0), [total, count]
+
+        total, count = summed(local)[1]
+        return total / count
+
+    def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
+        def local() -> tuple[Tensor, list[float]]:
+            total, count = 0.0, 0
+            gradient = torch.zeros(len(parameters), dtype=parameters.dtype)
+            parts = parameters.split(gradient)
+            for number, chunk in enumerate(self.chunks()):
+                with torch.enable_grad():
+                    loss = self.loss.sum(call_model(self.module, chunk.inputs), chunk.target)
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise NonFiniteError(_explain(chunk, number, value))
+                    if loss.requires_grad:
+                        slopes = torch.autograd.grad(loss, parameters.tensors, allow_unused=True)
+                        for part, slope in zip(parts, slopes, strict=True):
+                            if slope is not None:
+                                part.add_(slope)
+                total += value
+                count += self.loss.elements(chunk.target, len(chunk))
+            return gradient, [total, count]
+
+        gradient, (total, count) = summed(local)
+        if not count:
+            raise ValueError("every target of the batch is ignored; there is no loss to minimise")
+        return total / count, gradient.div_(count)
+
+    def _functions(
+        self, parameters: ParameterVector, chunk: Chunk
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """θ (p,) ↦ outputs of a chunk, and outputs ↦ summed loss."""
+        names = _names(self.module, parameters)
+
+        def outputs(vector: Tensor) -> Tensor:
+            return call_model(self.module, chunk.inputs, dict(zip(names, parameters.split(vector), strict=True)))
+
+        return outputs, lambda z: self.loss.sum(z, chunk.target)
+
+    def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
+        point = parameters.read()
+
+        def product(v: Tensor) -> Tensor:
+            def local() -> tuple[Tensor, list[float]]:
+                total, count = torch.zeros_like(v), 0
+                with torch.no_grad():
+                    for chunk in self.curvature_chunks():
+                        outputs, loss = self._functions(parameters, chunk)
+                        total += hvp(_compose(loss, outputs), point, v) if hessian else ggnvp(outputs, loss, point, v)
+                        count += self.loss.elements(chunk.target, len(chunk))
+                return total, [count]
+
+            total, (count,) = summed(local)
+            return total.div_(count)
+
+        return product
+
+    def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
+        p = len(parameters)
+
+        def local() -> tuple[Tensor, list[float]]:
+            total, count = torch.zeros(p, p, dtype=torch.float64), 0
+            with torch.no_grad(), differentiable_attention():
+                for chunk in self.curvature_chunks():
+                    for rows in self.root_jacobian(parameters, chunk):
+                        total += linalg.moments(rows, rows[:, :0]).gram
+                    count += self.loss.elements(chunk.target, len(chunk))
+            return total, [count]
+
+        total, (count,) = summed(local)
+        return total.div_(count)
+
+    def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
+        """Rows R with RᵀR the sum of JᵀHJ over rows of the chunk, a piece at a time."""
+        names = _names(self.module, parameters)
+        point = parameters.read()
+
+        def one(vector: Tensor, inputs: Any) -> Tensor:
+            values = dict(zip(names, parameters.split(vector), strict=True))
+            row = tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs)
+            return call_model(self.module, row, values).squeeze(0)
+
+        def root(vector: Tensor, inputs: Any, target: Any) -> Tensor:
+            def flat(v: Tensor) -> Tensor:
+                return one(v, inputs).reshape(-1)
+
+            def slope(z: Tensor) -> Tensor:
+                result: Tensor = grad(lambda z: self._row_loss(z.reshape(shape), target))(z)
+                return result
+
+            linearized: tuple[Tensor, Any] = vjp(flat, vector)  # type: ignore[assignment]
+            outputs, pullback = linearized
+            if self.loss.name == "mse":
+                factor = math.sqrt(2.0) * torch.eye(len(outputs), dtype=outputs.dtype)
+            else:
+                H = jacrev(slope)(outputs)
+                values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+                factor = (vectors * values.clamp_min(0).sqrt()).mT
+            rows: Tensor = vmap(pullback)(factor)[0]
+            return rows
+
+        outputs = call_model(self.module, chunk.rows(slice(0, 1)).inputs)
+        shape = outputs.shape[1:]
+        row_bytes = outputs.numel() * len(parameters) * outputs.element_size()
+        size = max(1, _JACOBIAN_BYTES // row_bytes)
+        for begin in range(0, len(chunk), size):
+            part = chunk.rows(slice(begin, begin + size))
+            yield vmap(root, in_dims=(None, 0, 0))(point, part.inputs, part.target).reshape(-1, len(parameters))
+
+    def _row_loss(self, outputs: Tensor, target: Any) -> Tensor:
+        target = tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
+        return self.loss.sum(outputs.unsqueeze(0), target)
+
+
+def _compose(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda p: outer(inner(p))
+
+
+def _names(module: nn.Module, parameters: ParameterVector) -> list[str]:
+    """The module's names of the parameters, in their order."""
+    by_identity = {id(value): name for name, value in module.named_parameters()}
+    return [by_identity[id(tensor)] for tensor in parameters.tensors]
+
+
+def _explain(chunk: Chunk, number: int, value: float) -> str:
+    for name, tree in (("inputs", chunk.inputs), ("target", chunk.target)):
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                rows = (~leaf.reshape(len(leaf), -1).isfinite()).any(1).nonzero()
+                if len(rows):
+                    return (
+                        f"batch {number}: its {name} hold NaN or infinity, first in row {rows[0].item()} of {len(leaf)}"
+                    )
+    return f"batch {number}: the loss is {value} although its data is finite"
