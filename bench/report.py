@@ -76,7 +76,7 @@ def row(benchmark: dict[str, Any], limits: dict[str, float]) -> list[str]:
             f"{info['peer_added_mib']:.1f} MiB",
             f"{info['added_mib']:.1f} MiB",
             "",
-            "< 64 MiB",
+            f"< {info['bar_mib']:.0f} MiB",
             "",
             "",
             "",

@@ -42,5 +42,8 @@ def test_ridge_memory(benchmark: Any) -> None:
     }
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
-        case="fit 1,000,000 × 64 fp32", added_mib=added["onestep"] / 2**20, peer_added_mib=added["sklearn"] / 2**20
+        case="fit 1,000,000 × 64 fp32",
+        added_mib=added["onestep"] / 2**20,
+        peer_added_mib=added["sklearn"] / 2**20,
+        bar_mib=64,
     )

@@ -87,4 +87,5 @@ def test_streaming_memory(benchmark: Any) -> None:
         case="10,000,000 × 128 fp32 in chunks of 100,000; peer: 1,000,000",
         added_mib=added[N] / 2**20,
         peer_added_mib=added[N // 10] / 2**20,
+        bar_mib=64,
     )

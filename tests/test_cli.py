@@ -1,10 +1,15 @@
 """The command line: what it fits, prints, saves and predicts, and the one line that it says about every bad input."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,6 +204,200 @@ def test_booleans_are_categories_as_they_are_written(run, csv, tmp_path):
     assert run("fit", path, "--target", "y", "--save", saved)[0] == 0
     assert weights(saved) == pytest.approx({"a": 1, "pool = FALSE": -4, "": 4})
     assert run("predict", saved, path)[0] == 0
+
+
+# --- fit --model mlp ------------------------------------------------------------------------------
+
+
+def curved(rows: int = 200) -> str:
+    """A table without noise that no linear model fits: y = 3|a - 50| + b + 20 where kind is v."""
+    rng = np.random.default_rng(0)
+    lines = ["a,b,kind,y"]
+    for _ in range(rows):
+        a, b, kind = int(rng.integers(100)), int(rng.integers(100)), "uuv"[rng.integers(3)]
+        lines.append(f"{a},{b / 4},{kind},{3 * abs(a - 50) + b / 4 + 20 * (kind == 'v')}")
+    return "\n".join(lines) + "\n"
+
+
+NETWORK = ["--target", "y", "--model", "mlp"]
+SMALL_NETWORK = [*NETWORK, "--hidden", 8, "--max-steps", 15]
+
+
+def r2(out: str, name: str) -> list[float]:
+    """R² of the network and of the linear model."""
+    start = out.splitlines().index(next(line for line in out.splitlines() if line.startswith(name)))
+    return [float(re.search(r"R² (-?[\d.]+)", line)[1]) for line in out.splitlines()[start : start + 2]]
+
+
+def test_a_network_fits_what_no_line_does(run, csv):
+    code, out, err = run("fit", csv(curved()), *NETWORK, "--hidden", 16, "--alpha", 0.01)
+    assert (code, err) == (0, "")
+    assert "network:   3-16-1 with relu, 81 parameters, alpha 0.01" in out
+    assert re.search(r"method:    levenberg_marquardt, \d+ steps: ", out)
+    assert re.search(r"time: +[\d.]+ (s|ms) to solve \(160 rows, 3 features\)", out)
+    network, linear = r2(out, "held out:")
+    assert network > 0.98 and linear < 0.3
+    assert r2(out, "training:")[0] > 0.98 and "intercept" not in out
+    _, plain, _ = run("fit", csv(curved()), "--target", "y")
+    held_out = next(line for line in plain.splitlines() if line.startswith("held out:"))
+    assert f"           {held_out.removeprefix('held out:  ')} with --model linear" in out.splitlines()
+
+
+def test_the_network_holds_its_own_on_the_houses(run):
+    code, out, err = run("fit", HOUSES, "--target", "price", "--model", "mlp", "--hidden", 16, "--max-steps", 20)
+    network, linear = r2(out, "held out:")
+    assert (code, err) == (0, "") and network > linear > 0.9
+    assert "network:   16-16-1 with relu, 289 parameters, alpha 10" in out
+
+
+TORCH = """
+import json, sys, torch
+from safetensors import safe_open
+with safe_open(sys.argv[1], framework="pt") as file:
+    state, features = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["features"])
+widths = [int(width) for width in sys.argv[2].split("-")]
+layers = []
+for inputs, outputs in zip(widths, widths[1:]):
+    layers += [torch.nn.Linear(inputs, outputs, dtype=state["0.weight"].dtype), torch.nn.ReLU()]
+network = torch.nn.Sequential(*layers[:-1])
+network.load_state_dict(state)
+assert not [name for name in sys.modules if name.startswith("onestep")]
+rows = torch.tensor(json.loads(sys.argv[3]), dtype=state["0.weight"].dtype)
+print(json.dumps([features, network(rows)[:, 0].tolist()]))
+"""
+
+
+@pytest.mark.parametrize(("dtype", "hidden"), [("float64", [8]), ("float32", [6, 4])])
+def test_a_saved_network_is_a_torch_sequential(run, csv, tmp_path, dtype, hidden):
+    saved, new = tmp_path / "network.safetensors", csv("kind,b,a\nu,10,80\nv,0,50\nu,25,0\n", "new.csv")
+    run("fit", csv(curved()), *NETWORK, "--hidden", *hidden, "--max-steps", 15, "--dtype", dtype, "--save", saved)
+    code, out, err = run("predict", saved, new)
+    predicted = np.array(out.splitlines()[1:], float)
+    assert (code, err, out.splitlines()[0]) == (0, "", "predicted_y")
+
+    widths, rows = "-".join(map(str, [3, *hidden, 1])), [[80, 10, 0], [50, 0, 1], [0, 25, 0]]
+    done = subprocess_run(saved, widths, json.dumps(rows), code=TORCH)
+    assert done.returncode == 0, done.stderr
+    features, outputs = json.loads(done.stdout)
+    assert features == ["a", "b", "kind = v"]
+    np.testing.assert_allclose(outputs, predicted, rtol=1e-12 if dtype == "float64" else 1e-4)
+
+
+def test_a_network_is_scored_as_it_predicts(run, csv, tmp_path):
+    saved, path = tmp_path / "network.safetensors", csv(curved())
+    _, out, _ = run("fit", path, *SMALL_NETWORK, "--test-size", 0, "--save", saved)
+    assert "held out:" not in out
+    _, _, err = run("predict", saved, path)
+    assert f"score: {out[out.index('training:') + 11 :].splitlines()[0]} (200 rows)" in err
+
+
+def test_the_seed_decides_the_network(run, csv, tmp_path):
+    saved, path = tmp_path / "network.safetensors", csv(curved())
+    first, again, other = (
+        run("fit", path, *SMALL_NETWORK, "--seed", seed, "--test-size", 0, "--save", saved)
+        and safetensors_torch.load_file(saved)["2.weight"]
+        for seed in (5, 5, 6)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_alpha_is_a_penalty_on_all_parameters_of_the_network(run, csv, tmp_path):
+    saved, path, alpha = tmp_path / "network.safetensors", csv(curved()), 1
+    run("fit", path, *NETWORK, "--hidden", 16, "--alpha", alpha, "--test-size", 0, "--max-steps", 100, "--save", saved)
+    frame = pd.read_csv(path)
+    X = np.column_stack([frame["a"], frame["b"], frame["kind"] == "v"]).astype(float)
+    y = frame["y"].to_numpy()
+    # Back to the standardised columns and target, on which the penalty weighs.
+    state = {name: tensor.numpy() for name, tensor in safetensors_torch.load_file(saved).items()}
+    W, b = state["0.weight"] * X.std(0), state["0.bias"] + state["0.weight"] @ X.mean(0)
+    w, c = state["2.weight"][0] / y.std(), (state["2.bias"][0] - y.mean()) / y.std()
+    hidden = np.maximum((X - X.mean(0)) / X.std(0) @ W.T + b, 0)
+    error = hidden @ w + c - (y - y.mean()) / y.std()
+    # At the minimum of squares + alpha ‖θ‖² its slopes in the last layer are 0, and each unit's two sides in balance.
+    np.testing.assert_allclose(error.sum(), -alpha * c, rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(hidden.T @ error, -alpha * w, rtol=0.02, atol=0.02 * alpha)
+    np.testing.assert_allclose((W**2).sum(1) + b**2, w**2, rtol=0.05, atol=0.01)
+    assert abs(c) > 0.01
+
+
+def test_few_rows_for_a_network_are_told(run, csv):
+    code, out, err = run("fit", csv(small()), *NETWORK, "--max-steps", 3)
+    assert code == 0 and "held out:" in out and err.count("\n") == 1
+    assert err.startswith("note: 32 training rows cannot settle the 321 parameters of the network")
+
+
+def test_a_network_of_a_constant_target(run, csv):
+    code, out, _ = run("fit", csv("a,y\n" + "".join(f"{i},7\n" for i in range(40))), *SMALL_NETWORK)
+    assert code == 0 and "R² undefined" in out
+
+
+def test_a_large_network_is_fitted_without_a_matrix(run, csv):
+    code, out, _ = run("fit", csv(curved()), *NETWORK, "--hidden", 64, 64, "--max-steps", 5)
+    assert code == 0 and "method:    gauss_newton, 5 steps" in out
+
+
+def test_a_network_fills_missing_values_as_the_linear_model_does(run, csv, tmp_path):
+    saved, holes = tmp_path / "network.safetensors", csv("a,b,kind\n,1,\n", "holes.csv")
+    code, _, err = run("fit", csv(with_line(curved(), 4, ",1,u,2")), *SMALL_NETWORK, "--impute", "median")
+    assert code == 0 and "1 missing value of a filled with the median" in err
+    run("fit", csv(curved()), *SMALL_NETWORK, "--impute", "median", "--save", saved)
+    with safe_open(saved, framework="numpy") as file:
+        fill = json.loads(file.metadata()["columns"])[0]["fill"]
+    filled = run("predict", saved, csv(f"a,b,kind\n{fill},1,u\n", "filled.csv"))
+    assert filled[0] == 0 and run("predict", saved, holes) == filled
+
+
+def test_damaged_networks(run, csv, tmp_path):
+    table, saved = csv(curved()), tmp_path / "network.safetensors"
+    run("fit", table, *SMALL_NETWORK, "--save", saved)
+    with safe_open(saved, framework="numpy") as file:
+        metadata = file.metadata()
+    tensors = safetensors_torch.load_file(saved)
+    cases = [
+        (tensors | {"0.weight": torch.ones(8, 2)}, metadata, "is damaged"),
+        (tensors | {"2.weight": torch.ones(2, 8), "2.bias": torch.ones(2)}, metadata, "is damaged"),
+        (tensors | {"2.bias": torch.tensor([torch.nan])}, metadata, "is damaged"),
+        ({name: tensors[name] for name in ("0.weight", "2.weight", "2.bias")}, metadata, "is damaged"),
+        ({}, metadata, "is damaged"),
+        (tensors, metadata | {"model": "linear"}, "is damaged"),
+        (tensors, metadata | {"model": "forest"}, "another version of onestep"),
+    ]
+    for changed, data, message in cases:
+        safetensors_torch.save_file(changed, saved, data)
+        code, out, err = run("predict", saved, table)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_an_interrupted_or_too_large_network_ends_in_one_line(run, csv, tmp_path, monkeypatch):
+    saved = tmp_path / "network.safetensors"
+
+    def interrupted(model: torch.nn.Module, *_: object, **__: object) -> object:
+        return onestep.FitResult(model, 1.0, False, "levenberg_marquardt", "", "interrupted", 1.0)
+
+    def too_large(*_: object, **__: object) -> object:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    for function, code, message in ((interrupted, 130, "interrupted"), (too_large, 2, "not enough memory")):
+        monkeypatch.setattr(onestep, "fit", function)
+        found, out, err = run("fit", csv(curved()), *NETWORK, "--save", saved)
+        assert (found, out) == (code, "") and message in err and err.count("\n") == 1 and not saved.exists()
+
+
+def test_a_bar_is_shown_on_a_terminal_only(csv):
+    pytest.importorskip("tqdm")
+    reader, writer = pty.openpty()
+    # A new terminal is 0 columns wide: no room for a bar.
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    words = ["-m", "onestep", "fit", csv(curved()), *SMALL_NETWORK]
+    with subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=writer) as process:
+        os.close(writer)
+        shown = b""
+        with contextlib.suppress(OSError):
+            while part := os.read(reader, 1 << 16):
+                shown += part
+        assert process.stdout is not None and b"network:" in process.stdout.read()
+    os.close(reader)
+    assert process.returncode == 0 and b"onestep.fit: 100%" in shown
 
 
 # --- missing values -------------------------------------------------------------------------------
@@ -401,11 +600,21 @@ def test_paths_that_are_not_files(run, tmp_path):
         (["fit", "x.csv", "--target", "y", "--seed", "-1"], "argument --seed: must be between 0"),
         (["fit", "x.csv", "--target", "y", "--sep", ";;"], "argument --sep: must be one character"),
         (["fit", "x.csv", "--target", "y", "--impute", "mean"], "argument --impute: invalid choice: 'mean'"),
+        (["fit", "x.csv", "--target", "y", "--model", "tree"], "argument --model: invalid choice: 'tree'"),
+        (["fit", "x.csv", "--target", "y", "--hidden", "0"], "argument --hidden: must be between 1 and"),
+        (["fit", "x.csv", "--target", "y", "--hidden", "8", "x"], "argument --hidden: invalid whole number value: 'x'"),
+        (["fit", "x.csv", "--target", "y", "--max-steps", "0"], "argument --max-steps: must be between 1 and"),
     ],
 )
 def test_bad_usage(run, words, message):
     code, out, err = run(*words)
     assert (code, out) == (2, "") and message in err and "--help" in err and err.count("\n") == 1
+
+
+def test_options_of_the_network_are_refused_for_the_linear_model(run, csv):
+    for option in ("--hidden", "--max-steps"):
+        code, out, err = run("fit", csv(small()), "--target", "y", option, 5)
+        assert (code, out, err) == (2, "", f"error: {option} is for --model mlp\n")
 
 
 # --- the program ----------------------------------------------------------------------------------
@@ -494,3 +703,11 @@ def test_california_housing(run, tmp_path):
     code, out, _ = run("predict", saved, CALIFORNIA)
     predicted = np.array(out.splitlines()[1:], float)
     np.testing.assert_allclose(predicted, peer.predict(X), rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.skipif(not CALIFORNIA.exists(), reason=f"needs {CALIFORNIA}")
+def test_a_network_of_california_housing(run):
+    network = ["--model", "mlp", "--hidden", 24, "--max-steps", 20]
+    code, out, _ = run("fit", CALIFORNIA, "--target", "median_house_value", "--impute", "median", *network)
+    score, linear = r2(out, "held out:")
+    assert code == 0 and score > linear + 0.03 > 0.65

@@ -2,14 +2,16 @@
 
 import argparse
 import time
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from .columns import encode, learn_columns
+from .columns import Column, encode, learn_columns
 from .errors import CliError, count, listed, note
-from .model import LinearModel, Solve, check_writable, fit_linear, save_model
+from .model import LinearModel, Model, NetworkModel, check_writable, save_model
 from .report import Score, console, duration, weight_table
+from .solve import Solve, fit_linear, fit_network
 from .table import Table, read_table
 
 
@@ -55,12 +57,20 @@ def _split(table: Table, test_size: float, seed: int) -> tuple[np.ndarray, np.nd
     return train, test
 
 
-def _tell_filled(table: Table, model: LinearModel) -> None:
+def _tell_filled(table: Table, model: Model) -> None:
     for column in model.columns:
         missing = int(table.frame[column.name].isna().sum())
         if missing:
             fill = f"the median {column.fill:,.6g}" if isinstance(column.fill, float) else repr(column.fill)
             note(f"{count(missing, 'missing value')} of {column.name} filled with {fill}")
+
+
+def _tell_few_rows(model: NetworkModel, rows: int) -> None:
+    if rows < model.parameters:
+        note(
+            f"{count(rows, 'training row')} cannot settle the {count(model.parameters, 'parameter')} of the network: "
+            "a smaller --hidden, a larger --alpha or --model linear may predict better"
+        )
 
 
 def _tell_solve(solve: Solve, rows: int, features: int) -> None:
@@ -73,11 +83,23 @@ def _tell_solve(solve: Solve, rows: int, features: int) -> None:
         note(f"{why}: the weights are not unique, and the smallest of them are shown")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Reads, fits, reports and saves."""
-    begin = time.perf_counter()
-    if args.save:
-        check_writable(args.save)
+@dataclass(frozen=True)
+class _Data:
+    """A file ready to be fitted: features and target of all its rows, and which are trained on and held out."""
+
+    table: Table
+    columns: list[Column]
+    features: np.ndarray
+    y: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+
+    def scores(self, model: Model, rows: np.ndarray) -> str:
+        """R² and RMSE over some of the rows."""
+        return Score.of(self.y[rows], model.predict(self.features[rows])).describe(model.target)
+
+
+def _load(args: argparse.Namespace) -> _Data:
     table, names = _read(args)
     # The target's own errors come before those of the columns.
     hint = "correct it, or choose another target"
@@ -91,22 +113,57 @@ def run(args: argparse.Namespace) -> None:
     if unknown.any():
         note(f"{count(int(unknown.sum()), 'held-out row')} with a category that no training row has: not scored")
         test = test[~unknown]
+    return _Data(table, columns, features, y, train, test)
+
+
+def _fit(args: argparse.Namespace, data: _Data) -> tuple[Model, LinearModel, Solve]:
+    """The model that was asked for, the linear one (the same, or the one to compare with), and how the first went."""
+    fitted = args.target, data.columns, data.features[data.train], data.y[data.train]
+    if args.model == "linear":
+        linear, solve = fit_linear(*fitted, args.alpha, args.dtype)
+        return linear, linear, solve
+    linear, _ = fit_linear(*fitted, 0.0, args.dtype)
+    network, solve = fit_network(
+        *fitted, args.alpha, args.dtype, hidden=args.hidden, max_steps=args.max_steps, seed=args.seed
+    )
+    return network, linear, solve
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads, fits, reports and saves."""
+    begin = time.perf_counter()
+    if args.save:
+        check_writable(args.save)
+    data = _load(args)
     read = time.perf_counter() - begin
-    model, solve = fit_linear(args.target, columns, features[train], y[train], args.alpha, args.dtype)
+    model, linear, solve = _fit(args, data)
     if args.save:
         save_model(model, args.save)
 
+    rows, features = len(data.train), len(model.features)
     if args.impute:
-        _tell_filled(table, model)
-    _tell_solve(solve, len(train), len(model.features))
+        _tell_filled(data.table, model)
     out = console()
-    held = f"{len(test):,} held out" if len(test) else "none held out"
-    out.print(f"{args.file}: {count(len(table.frame), 'row')}, {len(train):,} to fit on, {held}")
-    out.print(weight_table(model))
-    if len(test):
-        out.print(f"held out:  {Score.of(y[test], model.predict(features[test])).describe(args.target)}")
-    out.print(f"training:  {Score.of(y[train], model.predict(features[train])).describe(args.target)}")
-    shape = f"{len(train):,} rows, {count(len(model.features), 'feature')}"
-    out.print(f"time:      {duration(solve.seconds)} to solve ({shape}; {solve.path}), {duration(read)} to read")
+    held = f"{len(data.test):,} held out" if len(data.test) else "none held out"
+    heading = f"{args.file}: {count(len(data.table.frame), 'row')}, {rows:,} to fit on, {held}"
+    how = ""
+    if isinstance(model, NetworkModel):
+        _tell_few_rows(model, rows)
+        out.print(heading)
+        widths = "-".join(str(width) for width in (features, *args.hidden, 1))
+        out.print(f"network:   {widths} with relu, {count(model.parameters, 'parameter')}, alpha {args.alpha:g}")
+        out.print(f"method:    {solve.path}, {count(solve.steps, 'step')}: {solve.reason}")
+    else:
+        _tell_solve(solve, rows, features)
+        out.print(heading)
+        out.print(weight_table(linear))
+        how = f"; {solve.path}"
+    for name, part in (("held out:", data.test), ("training:", data.train)):
+        if len(part):
+            out.print(f"{name}  {data.scores(model, part)}")
+            if model is not linear:
+                out.print(f"           {data.scores(linear, part)} with --model linear")
+    shape = f"{rows:,} rows, {count(features, 'feature')}{how}"
+    out.print(f"time:      {duration(solve.seconds)} to solve ({shape}), {duration(read)} to read")
     if args.save:
         out.print(f"saved to {args.save}")

@@ -1,18 +1,19 @@
-"""The linear model: fitting it, predicting with it, and the file that keeps it."""
+"""The models: predicting with them, and the file that keeps them."""
+
+from __future__ import annotations
 
 import contextlib
 import json
 import os
-import time
-import warnings
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import safetensors.numpy
-import torch
 from safetensors import SafetensorError, safe_open
 
 import onestep
@@ -21,65 +22,105 @@ from .columns import Category, Column, Number
 from .errors import CliError
 
 FORMAT = 1
+# A network's layers between are large: so many rows are predicted together.
+ROWS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True)
-class LinearModel:
-    """target = features · weight + bias, every weight in the units of its own column."""
+class Model(ABC):
+    """What predicts a target from columns of a file: how it is applied, and how it is kept as tensors."""
 
+    kind: ClassVar[str]
     target: str
     columns: tuple[Column, ...]
-    weight: np.ndarray
-    bias: float
 
     @property
     def features(self) -> list[str]:
-        """The names of the features, one for each weight."""
+        """The names of the features, in the order of the matrix that `predict` takes."""
         return [feature for column in self.columns for feature in column.features]
 
+    @abstractmethod
     def predict(self, features: np.ndarray) -> np.ndarray:
         """The prediction for each row of a matrix of features."""
-        return np.asarray(features @ self.weight.astype(np.float64) + self.bias)
+
+    @abstractmethod
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The state_dict of the torch module that predicts the same."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, target: str, columns: tuple[Column, ...], tensors: dict[str, np.ndarray]) -> Model:
+        """The model that `tensors` was taken from; KeyError or ValueError for tensors of anything else."""
 
 
 @dataclass(frozen=True)
-class Solve:
-    """How a fit went: the path that the estimator took, and its time."""
+class LinearModel(Model):
+    """target = features · weight + bias, every weight in the units of its own column."""
 
-    path: str
-    seconds: float
+    kind = "linear"
+    weight: np.ndarray
+    bias: float
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return np.asarray(features @ self.weight.astype(np.float64) + self.bias)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """`weight` (1, d) and `bias` (1,), as torch.nn.Linear(d, 1) has them."""
+        return {"weight": self.weight[None, :], "bias": np.array([self.bias], dtype=self.weight.dtype)}
+
+    @classmethod
+    def restore(cls, target: str, columns: tuple[Column, ...], tensors: dict[str, np.ndarray]) -> LinearModel:
+        model = cls(target, columns, tensors["weight"][0], float(tensors["bias"].item()))
+        if model.weight.shape != (len(model.features),):
+            raise ValueError(f"{len(model.weight)} weights for {len(model.features)} features")
+        return model
 
 
-def fit_linear(
-    target: str, columns: Sequence[Column], features: np.ndarray, y: np.ndarray, alpha: float, dtype: str
-) -> tuple[LinearModel, Solve]:
-    """Fits the weights in one step.
+@dataclass(frozen=True)
+class NetworkModel(Model):
+    """A relu network. Its layers (weight, bias) take the raw features in and give the target in its own units."""
 
-    The columns are standardised for the solve, so that the condition number of the normal equations does not depend
-    on the units of the file and `alpha` weighs on every column alike; the weights are then taken back to those units.
-    """
-    with np.errstate(all="ignore"):
-        mean, scale = features.mean(0), features.std(0)
-        standard = ((features - mean) / scale).astype(dtype)
-        centre, spread = y.mean(), y.std() or 1.0
-        response = ((y - centre) / spread).astype(dtype)
-        if not all(np.isfinite(part).all() for part in (scale, spread, standard, response)):
-            raise CliError(f"the numbers are too large or too close together for {dtype}: rescale the columns")
-        begin = time.perf_counter()
-        try:
-            with warnings.catch_warnings():
-                # That the weights are not unique is told by the path, and reported by the caller.
-                warnings.simplefilter("ignore", RuntimeWarning)
-                estimator = onestep.Ridge(alpha=alpha).fit(standard, response)
-        except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            raise CliError(f"the fit failed ({error}); try a small penalty, such as --alpha 0.001") from None
-        seconds = time.perf_counter() - begin
-        weight = (np.asarray(estimator.coef_, dtype=np.float64).reshape(-1) * spread / scale).astype(dtype)
-        bias = centre + spread * float(np.asarray(estimator.intercept_).item()) - mean @ weight.astype(np.float64)
-        bias = np.dtype(dtype).type(bias)
-    if not (np.isfinite(weight).all() and np.isfinite(bias)):
-        raise CliError(f"the weights are too large for {dtype}: rescale the columns")
-    return LinearModel(target, tuple(columns), weight, float(bias)), Solve(estimator.solver_path_, seconds)
+    kind = "mlp"
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    @property
+    def parameters(self) -> int:
+        """How many weights and biases it has."""
+        return sum(weight.size + bias.size for weight, bias in self.layers)
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        layers = [(weight.T.astype(np.float64), bias.astype(np.float64)) for weight, bias in self.layers]
+        predicted = np.empty(len(features))
+        for begin in range(0, len(features), ROWS_AT_A_TIME):
+            rows = slice(begin, begin + ROWS_AT_A_TIME)
+            values = features[rows]
+            for weight, bias in layers[:-1]:
+                values = np.maximum(values @ weight + bias, 0)
+            weight, bias = layers[-1]
+            predicted[rows] = (values @ weight + bias)[:, 0]
+        return predicted
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """`0.weight`, `0.bias`, `2.weight` ..., as torch.nn.Sequential(Linear, ReLU, Linear ...) has them."""
+        return {
+            f"{2 * place}.{name}": np.ascontiguousarray(part)
+            for place, layer in enumerate(self.layers)
+            for name, part in zip(("weight", "bias"), layer, strict=True)
+        }
+
+    @classmethod
+    def restore(cls, target: str, columns: tuple[Column, ...], tensors: dict[str, np.ndarray]) -> NetworkModel:
+        # Two tensors a layer, and a relu that has none between one layer and the next.
+        places = range(0, len(tensors), 2)
+        model = cls(target, columns, tuple((tensors[f"{at}.weight"], tensors[f"{at}.bias"]) for at in places))
+        widths = [len(model.features), *(len(bias) for _, bias in model.layers)]
+        shapes = [weight.shape for weight, _ in model.layers]
+        if widths[-1] != 1 or shapes != [(after, before) for before, after in pairwise(widths)]:
+            raise ValueError(f"layers of shapes {shapes} for {len(model.features)} features")
+        return model
+
+
+KINDS: dict[str, type[Model]] = {model.kind: model for model in (LinearModel, NetworkModel)}
 
 
 @contextlib.contextmanager
@@ -106,19 +147,18 @@ def check_writable(path: Path) -> None:
         raise CliError(f"cannot write {path}: no permission to write in {path.parent}")
 
 
-def save_model(model: LinearModel, path: Path) -> None:
-    """Writes the model: `weight` (1, d) and `bias` (1,) as torch.nn.Linear(d, 1) has them, the rest as metadata."""
-    tensors = {"weight": model.weight[None, :], "bias": np.array([model.bias], dtype=model.weight.dtype)}
+def save_model(model: Model, path: Path) -> None:
+    """Writes the model: its tensors as a torch module's state_dict, all else as metadata."""
     metadata = {
         "format": f"onestep {FORMAT}",
-        "model": "linear",
+        "model": model.kind,
         "target": model.target,
         "columns": json.dumps([{"kind": type(column).__name__.lower(), **asdict(column)} for column in model.columns]),
         "features": json.dumps(model.features),
         "versions": json.dumps({"onestep": onestep.__version__, "numpy": np.__version__}),
     }
     with replacing(path) as file:
-        file.write(safetensors.numpy.save(tensors, metadata))
+        file.write(safetensors.numpy.save(model.tensors(), metadata))
 
 
 def _column(entry: dict[str, Any]) -> Column:
@@ -129,7 +169,7 @@ def _column(entry: dict[str, Any]) -> Column:
     return Category(name, str(entry["baseline"]), levels, None if fill is None else str(fill))
 
 
-def load_model(path: Path) -> LinearModel:
+def load_model(path: Path) -> Model:
     """Reads what `save_model` wrote; raises for anything else."""
     if path.is_dir():
         raise CliError(f"{path} is a directory, not a saved model")
@@ -145,13 +185,13 @@ def load_model(path: Path) -> LinearModel:
     kind, _, version = metadata.get("format", "").partition(" ")
     if kind != "onestep":
         raise CliError(f"{path} is a safetensors file, but not a model saved by python -m onestep fit --save")
-    if version != str(FORMAT) or metadata.get("model") != "linear":
+    if version != str(FORMAT) or metadata.get("model") not in KINDS:
         raise CliError(f"{path} was saved by another version of onestep (format {version!r}): fit and save it again")
     try:
         columns = tuple(map(_column, json.loads(metadata["columns"])))
-        model = LinearModel(metadata["target"], columns, tensors["weight"][0], float(tensors["bias"].item()))
+        model = KINDS[metadata["model"]].restore(metadata["target"], columns, tensors)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise CliError(f"{path} is damaged: its description of the model cannot be read ({error!r})") from None
-    if model.weight.shape != (len(model.features),) or not np.isfinite([*model.weight, model.bias]).all():
-        raise CliError(f"{path} is damaged: its weights do not fit its columns")
+    if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CliError(f"{path} is damaged: its weights are not all finite")
     return model

@@ -9,12 +9,12 @@ import numpy as np
 
 from .columns import Category, encode
 from .errors import CliError, count, listed, note, say
-from .model import LinearModel, check_writable, load_model, replacing
+from .model import Model, check_writable, load_model, replacing
 from .report import Score
 from .table import Table, read_table
 
 
-def _check(table: Table, model: LinearModel) -> None:
+def _check(table: Table, model: Model) -> None:
     """Raises unless the table has every column the model needs, and no missing value that it cannot fill."""
     names = [column.name for column in model.columns]
     for name in names:

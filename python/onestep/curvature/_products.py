@@ -1,7 +1,12 @@
-"""Matrix-free products by torch.func: forward mode over reverse mode."""
+"""Matrix-free products by torch.func: forward mode over reverse mode, or reverse mode twice where there is no forward.
+
+Some of torch's operations have no forward mode (weight norm, an embedding bag, oneDNN's LSTM), for which the slower way
+is taken, without oneDNN.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -27,7 +32,21 @@ def differentiable_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def _check_tangent(params: Any, v: Any) -> None:
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torch 2.13 warns of Intel GPUs when it restores its own settings.
+        warnings.simplefilter("ignore", UserWarning)
+        flags = torch.backends.mkldnn.flags(enabled=False)
+        flags.__enter__()
+    try:
+        yield
+    finally:
+        flags.__exit__(None, None, None)
+
+
+def _tangent(params: Any, v: Any) -> Any:
+    """v in the order of params, once it is known to match."""
     if isinstance(params, Tensor):
         if not isinstance(v, Tensor):
             raise TypeError(f"v is {type(v).__name__}; expected a tensor, as params is")
@@ -36,7 +55,7 @@ def _check_tangent(params: Any, v: Any) -> None:
                 f"v has shape {tuple(v.shape)} and dtype {v.dtype}; "
                 f"expected those of params, {tuple(params.shape)} and {params.dtype}"
             )
-        return
+        return v
     if not isinstance(params, Mapping):
         raise TypeError(f"params is {type(params).__name__}; expected a tensor or a dict of tensors")
     if not isinstance(v, Mapping):
@@ -50,6 +69,7 @@ def _check_tangent(params: Any, v: Any) -> None:
                 f"v[{name!r}] has shape {tuple(v[name].shape)} and dtype {v[name].dtype}; "
                 f"expected {tuple(value.shape)} and {value.dtype}"
             )
+    return type(params)((name, v[name]) for name in params)  # type: ignore[call-arg]
 
 
 def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Parameters:
@@ -69,7 +89,7 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
     Raises:
         ValueError, TypeError: ``v`` does not match ``params``, or the loss is not a scalar.
     """
-    _check_tangent(params, v)
+    v = _tangent(params, v)
 
     def scalar(p: Parameters) -> Tensor:
         loss = loss_fn(p)
@@ -78,8 +98,18 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
         return loss
 
     with differentiable_attention():
-        result: tuple[Parameters, Parameters] = jvp(grad(scalar), (params,), (v,))  # type: ignore[assignment]
-    return result[1]
+        try:
+            pushed: tuple[Parameters, Parameters] = jvp(grad(scalar), (params,), (v,))  # type: ignore[assignment]
+            return pushed[1]
+        except RuntimeError as error:
+            # torch 2.13's forward mode of mse_loss' gradient trips over a zero tensor that it makes itself.
+            if not isinstance(error, NotImplementedError) and "ZeroTensors" not in str(error):
+                raise
+            # H is symmetric.
+            with _without_onednn():
+                pulled: tuple[Parameters, Any] = vjp(grad(scalar), params)  # type: ignore[assignment]
+                product: Parameters = pulled[1](v)[0]
+                return product
 
 
 def ggnvp(
@@ -105,10 +135,22 @@ def ggnvp(
     Raises:
         ValueError, TypeError: ``v`` does not match ``params``, or the loss is not a scalar.
     """
-    _check_tangent(params, v)
+    v = _tangent(params, v)
     with differentiable_attention():
-        outputs, tangent = jvp(model_fn, (params,), (v,))
-        cotangent = hvp(loss_fn, outputs, tangent)
-        linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
-        product: Parameters = linearized[1](cotangent)[0]
+        try:
+            pushed: tuple[Tensor, Tensor] = jvp(model_fn, (params,), (v,))  # type: ignore[assignment]
+            return _pulled_back(model_fn, params, hvp(loss_fn, *pushed))
+        except NotImplementedError:
+            with _without_onednn():
+                linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
+                outputs, pullback = linearized
+                # Jᵀu is linear in u, so its own pullback is v ↦ Jv.
+                transposed: Any = vjp(lambda u: pullback(u)[0], torch.zeros_like(outputs))
+                return _pulled_back(model_fn, params, hvp(loss_fn, outputs, transposed[1](v)[0]))
+
+
+def _pulled_back(model_fn: Callable[[Parameters], Tensor], params: Parameters, cotangent: Tensor) -> Parameters:
+    """Jᵀ cotangent."""
+    linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
+    product: Parameters = linearized[1](cotangent)[0]
     return product

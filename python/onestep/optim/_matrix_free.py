@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,34 +42,22 @@ class MatrixFreeOptimizer(DampedOptimizer):
         self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
         """Products only: nothing larger than a few vectors is held."""
-        squared = self._average("squared_gradient", parameters, gradient.square())
+        squared, before = gradient.square(), self.read_state("squared_gradient", parameters)
+        if before is not None:
+            squared = before.lerp_(squared, 1 - _MEMORY)
+        self.write_state("squared_gradient", parameters, squared)
         return _ProductModel(
             objective.curvature(parameters, hessian=self.hessian),
             gradient,
             decay,
             squared,
-            self._read("direction", parameters),
+            self.read_state("direction", parameters),
             self,
         )
 
-    def accepted(self, parameters: ParameterVector, proposal: Proposal, gradient: Tensor) -> None:
+    def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Remembers the direction."""
-        for tensor, part in zip(parameters.tensors, parameters.split(proposal.step), strict=True):
-            self.state[tensor]["direction"] = part.clone()
-
-    def _read(self, name: str, parameters: ParameterVector) -> Tensor | None:
-        parts = [self.state[p].get(name) for p in parameters.tensors]
-        if any(part is None for part in parts):
-            return None
-        return torch.cat([part.reshape(-1) for part in parts])
-
-    def _average(self, name: str, parameters: ParameterVector, value: Tensor) -> Tensor:
-        before = self._read(name, parameters)
-        if before is not None:
-            value = before.lerp_(value, 1 - _MEMORY)
-        for tensor, part in zip(parameters.tensors, parameters.split(value), strict=True):
-            self.state[tensor][name] = part
-        return value
+        self.write_state("direction", parameters, step)
 
 
 class _ProductModel(QuadraticModel):
@@ -86,6 +75,11 @@ class _ProductModel(QuadraticModel):
         self.diagonal = root / root.mean().clamp_min(torch.finfo(root.dtype).tiny)
         self.start = None if direction is None else direction * _WARM_START
         self.settings = settings
+        self.reduction: float | None = None
+
+    def decrement(self) -> float:
+        """What the first solve promised, if its damping was small beside the curvature along the step."""
+        return math.inf if self.reduction is None else self.reduction
 
     def propose(self, damping: float) -> Proposal | None:
         def damped(v: Tensor) -> Tensor:
@@ -104,6 +98,9 @@ class _ProductModel(QuadraticModel):
         # xᵀ(B + damping I)x = xᵀ(b - residual): the model without damping needs no further product.
         quadratic = torch.dot(solve.x, b - solve.residual) - damping * torch.dot(solve.x, solve.x)
         predicted = (torch.dot(b, solve.x) - 0.5 * quadratic).item()
+        if self.reduction is None:
+            light = damping * torch.dot(solve.x, solve.x) <= quadratic and not solve.negative_curvature
+            self.reduction = predicted if light else math.inf
         # A later trial has more damping and should not start from a solution that was too long.
         self.start = None
         if not bool(solve.x.isfinite().all()):

@@ -43,6 +43,9 @@ class Objective(ABC):
         """The Gauss-Newton matrix (p,p), float64."""
 
 
+_NO_BACKWARD = "backward() was called inside the closure: return the loss and leave the derivatives to the optimiser"
+
+
 def _mean_square(residuals: Tensor) -> Tensor:
     return residuals.square().mean()
 
@@ -80,8 +83,17 @@ class ClosureObjective(Objective):
         )
 
     def _loss(self) -> Tensor:
-        outputs, loss = self._parse(self.closure())
+        outputs, loss = self._parse(self._run())
         return loss(outputs)
+
+    def _run(self) -> Any:
+        try:
+            return self.closure()
+        except RuntimeError as error:
+            # At values without gradients, backward() finds nothing to go back through.
+            if "does not require grad" in str(error):
+                raise RuntimeError(_NO_BACKWARD) from error
+            raise
 
     def value(self, parameters: ParameterVector) -> float:
         with torch.no_grad():
@@ -91,11 +103,13 @@ class ClosureObjective(Objective):
         with torch.enable_grad():
             loss = self._loss()
             if not loss.requires_grad:
-                raise RuntimeError(
-                    "the closure's loss does not depend on the parameters, or backward() was called inside: "
-                    "return the loss and leave the derivatives to the optimiser"
-                )
-            parts = torch.autograd.grad(loss, parameters.tensors, allow_unused=True, materialize_grads=True)
+                raise RuntimeError("the closure's loss does not depend on the parameters: return it undetached")
+            try:
+                parts = torch.autograd.grad(loss, parameters.tensors, allow_unused=True, materialize_grads=True)
+            except RuntimeError as error:
+                if "second time" in str(error):
+                    raise RuntimeError(_NO_BACKWARD) from error
+                raise
         return loss.item(), flatten(parts)
 
     def _functions(
@@ -105,11 +119,14 @@ class ClosureObjective(Objective):
         point = parameters.read()
 
         def outputs(vector: Tensor) -> Tensor:
-            return self._parse(call_with(self.closure, parameters.tensors, parameters.split(vector)))[0]
+            return self._parse(call_with(self._run, parameters.tensors, parameters.split(vector)))[0]
 
         with torch.enable_grad():
-            result, loss = self._parse(call_with(self.closure, parameters.tensors, parameters.split(point)))
-        if result.requires_grad:
+            result, loss = self._parse(call_with(self._run, parameters.tensors, parameters.split(point)))
+        # Parameters that are not trained may require gradients too: of those, result is allowed to be a function.
+        if result.requires_grad and any(
+            slope is not None for slope in torch.autograd.grad(result.sum(), parameters.tensors, allow_unused=True)
+        ):
             raise RuntimeError(
                 "the closure uses a parameter in a way that torch functions do not show (a compiled or scripted "
                 "module?): derivatives would miss it"

@@ -31,6 +31,8 @@ class LevenbergMarquardt(DampedOptimizer):
         params: parameters or param groups, as for any torch optimiser.
         damping: initial damping, relative to D. It is then set by the gain ratio.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
+        momentum: the part of the last step that is added to each (heavy ball, Polyak 1964). It carries a fit on where
+            curvature comes from a sample of the rows or the model has kinks; 0 is the classical method.
 
     Examples:
         >>> import torch
@@ -43,8 +45,13 @@ class LevenbergMarquardt(DampedOptimizer):
         tensor([1., 1.], dtype=torch.float64)
     """
 
-    def __init__(self, params: Iterable[Any], *, damping: float = 1e-3, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Any], *, damping: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.0
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum}; expected a number from 0, less than 1")
         super().__init__(params, {"damping": damping, "weight_decay": weight_decay})
+        self.momentum = momentum
 
     def quadratic_model(
         self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
@@ -53,25 +60,37 @@ class LevenbergMarquardt(DampedOptimizer):
         A = objective.gauss_newton_matrix(parameters)
         if decay is not None:
             A = A + torch.diag(decay.double())
-        return _FactoredModel(A, gradient.double(), self._scale(parameters, A.diagonal()), parameters.dtype)
+        scale = self._scale(parameters, A.diagonal())
+        last = self.read_state("direction", parameters) if self.momentum else None
+        carried = None if last is None else last * self.momentum
+        return _FactoredModel(A, gradient.double(), scale, parameters.dtype, carried)
+
+    def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
+        """Remembers the step for the momentum."""
+        if self.momentum:
+            self.write_state("direction", parameters, step)
 
     def _scale(self, parameters: ParameterVector, diagonal: Tensor) -> Tensor:
-        """D: the greatest diagonal of A so far."""
-        before = [self.state[p].get("scale") for p in parameters.tensors]
-        if all(part is not None for part in before):
-            diagonal = torch.maximum(diagonal, torch.cat([part.reshape(-1) for part in before]))
-        for tensor, part in zip(parameters.tensors, parameters.split(diagonal), strict=True):
-            self.state[tensor]["scale"] = part.clone()
+        """D: the greatest diagonal of A so far. Its root is kept, which cannot overflow the parameters' type."""
+        before = self.read_state("scale", parameters)
+        if before is not None:
+            diagonal = torch.maximum(diagonal, before.double().square())
+        self.write_state("scale", parameters, diagonal.sqrt())
         return diagonal
+
+    def never_used(self, parameters: ParameterVector) -> Tensor:
+        """Which parameters (p,) the outputs have not depended on at any step."""
+        scale = self.read_state("scale", parameters)
+        return torch.zeros(len(parameters), dtype=torch.bool) if scale is None else scale == 0
 
 
 class _FactoredModel(QuadraticModel):
-    def __init__(self, A: Tensor, gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, A: Tensor, gradient: Tensor, scale: Tensor, dtype: torch.dtype, carried: Tensor | None) -> None:
         diagonal = A.diagonal()
         self.without_influence = int((diagonal <= torch.finfo(A.dtype).eps * scale).sum())
         self.system = _Scaled(A, gradient, scale)
         self.present = A, gradient, diagonal
-        self.dtype = dtype
+        self.dtype, self.carried = dtype, carried
 
     def decrement(self) -> float:
         """½gᵀA⁻¹g, in the scale that A has now."""
@@ -79,12 +98,22 @@ class _FactoredModel(QuadraticModel):
         step = system.solve(_UNDAMPED)
         return math.inf if step is None else -0.5 * torch.dot(system.gradient, step).item()
 
+    def resolution(self, point: Tensor) -> float:
+        """With each parameter off by ε of itself, and outputs no more than linear in it."""
+        _, gradient, diagonal = self.present
+        off = torch.finfo(self.dtype).eps * point.double().abs()
+        return (torch.dot(gradient.abs(), off) + 0.5 * torch.dot(diagonal.sqrt(), off).square()).item()
+
     def propose(self, damping: float) -> Proposal | None:
         step = self.system.solve(damping)
         if step is None:
             return None
         # The model of the step as it will be added, in the parameters' own precision.
         rounded = (step * self.system.inverse_root).to(self.dtype)
+        if self.carried is not None:
+            rounded = rounded + self.carried
+        # If this trial fails, the next one should not run on with the same momentum.
+        self.carried = None
         step = rounded.double() / self.system.inverse_root
         predicted = -torch.dot(self.system.gradient + 0.5 * (self.system.matrix @ step), step).item()
         return Proposal(rounded, predicted)

@@ -13,7 +13,7 @@ from onestep.linalg import NormalEquations
 from onestep.optim import NonFiniteError
 from onestep.optim._parameters import ParameterVector
 from onestep.training.data import Chunk
-from onestep.training.distributed import share, summed
+from onestep.training.distributed import share, summed, together
 from onestep.training.losses import like_outputs
 from onestep.training.objective import DataObjective, call_model
 
@@ -21,6 +21,20 @@ from onestep.training.objective import DataObjective, call_model
 MOST_PARAMETERS = 4096
 # Added to the normal equations, relative to their mean diagonal, where features depend on each other.
 _RESCUE = 1e-10
+
+
+# What the model is found out to be on this many rows of the first chunk, spread over it.
+_SAMPLE = 32
+
+
+class NotAffineError(ValueError):
+    """The outputs are not affine in what is trained."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "method='closed_form' needs outputs that are affine in the trained parameters, and these are not: use "
+            "method='auto'"
+        )
 
 
 class Solution(NamedTuple):
@@ -42,10 +56,10 @@ class Head(NamedTuple):
 def is_affine(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> bool:
     """Whether outputs are affine in the parameters: f(θ + a u + b v) = f(θ) + a (f(θ+u) - f(θ)) + b (f(θ+v) - f(θ)).
 
-    Tested on a few rows in random directions at two scales; ``solve`` holds the solution against the model again.
+    Tested on a few rows in random directions at two scales; ``solve`` tests all rows.
     """
     start = parameters.read()
-    few = chunk.rows(slice(0, 32))
+    few = _spread(chunk)
     generator = torch.Generator().manual_seed(0)
     size = start.square().mean().sqrt().clamp_min(0.1)
 
@@ -79,10 +93,19 @@ def find_head(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> H
         head = Head(layer, *layer.parameters(recurse=False))
         if not all(p.requires_grad for p in layer.parameters(recurse=False)):
             continue
-        calls, outputs = _calls(module, layer, chunk.rows(slice(0, 32)))
-        if len(calls) == 1 and torch.equal(calls[0][1].flatten(), outputs.flatten()):
+        calls, outputs = _calls(module, layer, _spread(chunk))
+        if _ends(calls, outputs):
             return head
     return None
+
+
+def _spread(chunk: Chunk) -> Chunk:
+    return chunk.rows(slice(None, None, max(1, len(chunk) // _SAMPLE)))
+
+
+def _ends(calls: list[tuple[Tensor, Tensor]], outputs: Tensor) -> bool:
+    """Whether a layer was called once and what came out of it are the outputs."""
+    return len(calls) == 1 and (calls[0][1] is outputs or torch.equal(calls[0][1].flatten(), outputs.flatten()))
 
 
 def _calls(module: nn.Module, layer: nn.Module, chunk: Chunk) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -118,7 +141,7 @@ class _Equations:
         try:
             self.equations.update(X, Y)
         except ValueError as error:
-            raise NonFiniteError(f"batch {number}: {error}") from error
+            raise NonFiniteError(f"step 1, batch {number}: {error}") from error
         counted = torch.tensor([initial_loss.item(), elements, len(X)], dtype=torch.float64)
         self.totals += torch.cat([Y.double().square().sum(0), counted])
 
@@ -156,7 +179,10 @@ class _HeadEquations:
         self.equations = _Equations(d + self.augmented, k, intercept=intercept, dtype=head.weight.dtype)
 
     def add(self, objective: DataObjective, chunk: Chunk, number: int) -> None:
-        ((features, result),) = _calls(objective.module, self.head.layer, chunk)[0]
+        calls, outputs = _calls(objective.module, self.head.layer, chunk)
+        if not _ends(calls, outputs):
+            raise NotAffineError
+        features, result = calls[0]
         target = like_outputs(result, chunk.target)
         loss = objective.loss.sum(result, target)
         X, Y = _columns(self.head.layer, features), _columns(self.head.layer, target.to(result.dtype))
@@ -184,6 +210,9 @@ class _GeneralEquations:
                 f"{MOST_PARAMETERS}: use method='gauss_newton'"
             )
         self.parameters, self.start = parameters, parameters.read()
+        size = self.start.square().mean().sqrt().clamp_min(0.1)
+        noise = torch.randn(len(self.start), generator=torch.Generator().manual_seed(0)).to(self.start)
+        self.elsewhere = self.start + noise * size
         self.equations = _Equations(len(parameters), 1, intercept=False, dtype=parameters.dtype)
 
     def add(self, objective: DataObjective, chunk: Chunk, number: int) -> None:
@@ -191,10 +220,17 @@ class _GeneralEquations:
         target = like_outputs(result, chunk.target)
         loss = objective.loss.sum(result, target)
         residual = (target - result).reshape(-1)
+        self.parameters.write(self.elsewhere)
+        change = (call_model(objective.module, chunk.inputs) - result).reshape(-1)
+        self.parameters.write(self.start)
+        tolerance = 1e3 * torch.finfo(result.dtype).eps * torch.stack([result.abs().max(), change.abs().max()]).max()
         begin = 0
         for rows in objective.root_jacobian(self.parameters, chunk):
             J = rows / math.sqrt(2.0)
-            piece = residual[begin : begin + len(J)]
+            piece, changed = residual[begin : begin + len(J)], change[begin : begin + len(J)]
+            # NaN is for the equations to find.
+            if ((J @ (self.elsewhere - self.start) - changed).abs() > tolerance).any():
+                raise NotAffineError
             self.equations.add(J, (piece + J @ self.start)[:, None], loss * (begin == 0), len(J), number)
             begin += len(J)
 
@@ -210,30 +246,56 @@ def solve(
     """Writes argmin of the mean squared error + ½ weight_decay ‖θ‖² into the parameters, reading the chunks once.
 
     Raises:
-        ValueError: the model is not affine in them after all; they are as before.
+        NotAffineError: the model is not affine in them after all; they are as before.
         NonFiniteError: a chunk holds NaN or infinity; likewise.
     """
-    equations: _HeadEquations | _GeneralEquations | None = None
-    first: Chunk | None = None
-    with torch.no_grad():
-        for number, chunk in enumerate(chunks):
-            if equations is None:
-                first = chunk.rows(slice(0, 32))
-                head = find_head(objective.module, parameters, first)
-                equations = _HeadEquations(head, weight_decay) if head else _GeneralEquations(parameters)
-            equations.add(objective, chunk, number)
+    start = parameters.read()
+    try:
+        with torch.no_grad():
+            equations, first = _added_up(objective, parameters, chunks, weight_decay)
+            before = call_model(objective.module, first.inputs)
+            solution = equations.solve(weight_decay)
+            _agree(_is_affine_between(objective, parameters, first, start, before))
+    except BaseException:
+        parameters.write(start)
+        raise
+    return solution
+
+
+def _added_up(
+    objective: DataObjective, parameters: ParameterVector, chunks: Iterable[Chunk], weight_decay: float
+) -> tuple[_HeadEquations | _GeneralEquations, Chunk]:
+    """The equations of this process's chunks, and a few rows of the first."""
+
+    def local() -> tuple[_HeadEquations | _GeneralEquations, Chunk] | None:
+        equations: _HeadEquations | _GeneralEquations | None = None
+        first: Chunk | None = None
+        try:
+            for number, chunk in enumerate(chunks):
+                if equations is None:
+                    first = _spread(chunk)
+                    finite = call_model(objective.module, first.inputs).isfinite().all()
+                    if finite and not is_affine(objective.module, parameters, first):
+                        return None
+                    head = find_head(objective.module, parameters, first)
+                    equations = _HeadEquations(head, weight_decay) if head else _GeneralEquations(parameters)
+                equations.add(objective, chunk, number)
+        except NotAffineError:
+            return None
         if equations is None or first is None:
             raise ValueError("data gives this process no rows; expected at least one")
-        start = parameters.read()
-        before = call_model(objective.module, first.inputs)
-        solution = equations.solve(weight_decay)
-        if not _is_affine_between(objective, parameters, first, start, before):
-            parameters.write(start)
-            raise ValueError(
-                "method='closed_form' needs outputs that are affine in the trained parameters, and these are not: use "
-                "method='auto'"
-            )
-    return solution
+        return equations, first
+
+    result = together(local)
+    _agree(result is not None)
+    assert result is not None
+    return result
+
+
+def _agree(affine: bool) -> None:
+    """Raises in all processes what one has found."""
+    if summed(lambda: (torch.empty(0), [float(not affine)]))[1][0]:
+        raise NotAffineError
 
 
 def _is_affine_between(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -124,17 +124,22 @@ class IndexedSource(Source):
         return list(self._chunks(size, lambda rows: order[rows]))
 
     def sample(self, step: int, size: int) -> list[Chunk]:
-        size = min(size, self.rows)
+        if size >= self.rows:
+            return list(self.all())
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         order = torch.randint(self.rows, (size,), generator=generator)
         return list(self._chunks(size, lambda rows: order[rows]))
 
 
 class LoaderSource(Source):
-    """A DataLoader's or any other iterable's batches, as they come; one pass over it is all the data."""
+    """A DataLoader's or any other iterable's batches, as they come; one pass over it is all the data.
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
+    The order of a pass that shuffles depends on the seed and the number of the pass alone, not on the random numbers
+    drawn before: it is the same on a resumed run and in all processes, and all passes for a full batch have one order.
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int) -> None:
+        self.loader, self.seed = loader, seed
         if getattr(loader, "drop_last", False) and isinstance(getattr(loader, "sampler", None), RandomSampler):
             raise ValueError(
                 "data is a DataLoader with drop_last=True and shuffle=True, which gives other rows on each pass; "
@@ -143,8 +148,15 @@ class LoaderSource(Source):
         # Such a loader already gives each process its own rows.
         self.sharded = isinstance(getattr(loader, "sampler", None), DistributedSampler)
         self._iterator: Iterator[Chunk] | None = None
-        self._taken = 0
-        self._epoch_start = torch.get_rng_state()
+        self._epoch, self._taken = -1, 0
+
+    @property
+    def known_rows(self) -> int | None:
+        """As the sampler counts them, where batches are made of what it gives."""
+        loader = self.loader
+        if not isinstance(loader, DataLoader) or loader.batch_size is None or not isinstance(loader.sampler, Sized):
+            return None
+        return len(loader.sampler) * (self.share.size if self.sharded else 1)
 
     def _share(self, chunk: Chunk) -> Iterator[Chunk]:
         rows = slice(0, len(chunk)) if self.sharded else self.share.of(len(chunk))
@@ -152,23 +164,35 @@ class LoaderSource(Source):
         for begin in range(rows.start, rows.stop, size):
             yield chunk.rows(slice(begin, min(begin + size, rows.stop)))
 
-    def _whole(self) -> Iterator[Chunk]:
-        empty = True
-        for batch in self.loader:
-            empty = False
-            yield _as_chunk(batch)
-        if empty:
+    def _whole(self, number: int) -> Iterator[Chunk]:
+        sampler = getattr(self.loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(number)
+        # A sampler draws its order, or the seed of it, when it is asked for the first batch.
+        with torch.random.fork_rng(devices=[]):
+            seed = self.seed * 1_000_003 + number
+            torch.manual_seed(seed)
+            batched = getattr(self.loader, "batch_sampler", None)
+            for owner in (self.loader, sampler, batched, getattr(batched, "sampler", None)):
+                generator = getattr(owner, "generator", None)
+                if isinstance(generator, torch.Generator):
+                    generator.manual_seed(seed)
+            batches = iter(self.loader)
+            first = next(batches, batches)
+        if first is batches:
             raise ValueError("data holds no batches; expected at least one (an iterator can be read only once)")
+        yield _as_chunk(first)
+        yield from map(_as_chunk, batches)
 
     def all(self) -> Iterator[Chunk]:
-        for chunk in self._whole():
+        for chunk in self._whole(0):
             yield from self._share(chunk)
 
     def _next(self) -> Chunk:
         while True:
             if self._iterator is None:
-                self._epoch_start, self._taken = torch.get_rng_state(), 0
-                self._iterator = self._whole()
+                self._epoch, self._taken = self._epoch + 1, 0
+                self._iterator = self._whole(self._epoch)
             chunk = next(self._iterator, None)
             if chunk is not None:
                 self._taken += 1
@@ -180,32 +204,34 @@ class LoaderSource(Source):
         rows = 0
         while rows < size:
             chunk = self._next()
-            rows += len(chunk)
+            rows += len(chunk) * (self.share.size if self.sharded else 1)
             chunks.extend(self._share(chunk))
         return chunks
 
     def sample(self, step: int, size: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         rows = 0
-        for chunk in self._whole():
-            part = chunk.rows(slice(0, size - rows))
-            rows += len(part)
+        for chunk in self._whole(step):
+            each = self.share.size if self.sharded else 1
+            part = chunk.rows(slice(0, -(-(size - rows) // each)))
+            rows += len(part) * each
             chunks.extend(self._share(part))
-            if rows == size:
+            if rows >= size:
                 break
         return chunks
 
     def state(self) -> dict[str, Any]:
-        return {"random": torch.get_rng_state(), "epoch_start": self._epoch_start, "taken": self._taken}
+        return {"epoch": self._epoch, "taken": self._taken, "random": torch.get_rng_state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        if state["taken"]:
-            torch.set_rng_state(state["epoch_start"])
-            self._epoch_start = state["epoch_start"]
-            self._iterator = self._whole()
-            for _ in range(state["taken"]):
+        if not state:
+            raise ValueError("the checkpoint is not of a DataLoader, the data is")
+        self._epoch, self._taken = state["epoch"], state["taken"]
+        if self._taken:
+            self._iterator = self._whole(self._epoch)
+            for _ in range(self._taken):
                 next(self._iterator)
-            self._taken = state["taken"]
+        # A dataset may draw from it for each row.
         torch.set_rng_state(state["random"])
 
 
@@ -231,7 +257,7 @@ def as_source(data: Any, seed: int) -> Source:
                 raise ValueError(f"data holds tensors of {sorted(lengths)} rows; expected as many inputs as targets")
             return IndexedSource(len(chunk), chunk.rows, seed)
     if isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, Mapping)):
-        return LoaderSource(data)
+        return LoaderSource(data, seed)
     raise TypeError(
         f"data is {type(data).__name__}; expected a pair of tensors (inputs, target), a Dataset of such pairs, or a "
         "DataLoader"

@@ -1,15 +1,18 @@
-"""Sums over the processes of torch.distributed, in which a failure anywhere is an error everywhere."""
+"""What the processes of torch.distributed do together, in which a failure anywhere is an error everywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onestep.optim import NonFiniteError
 from onestep.training.data import Share
+
+Result = TypeVar("Result")
 
 
 def share() -> Share:
@@ -19,26 +22,56 @@ def share() -> Share:
     return Share()
 
 
-def summed(compute: Callable[[], tuple[Tensor, list[float]]]) -> tuple[Tensor, list[float]]:
-    """The sums over all processes of compute(), a tensor and some numbers.
+def together(compute: Callable[[], Result]) -> Result:
+    """compute(), after which all processes go on, or none does.
 
-    If it raises in one process, that process raises its error and all others a RuntimeError, instead of waiting for it.
+    If it raises in one, that one raises its error and the others raise too instead of waiting for it: NonFiniteError
+    and KeyboardInterrupt like the first, RuntimeError for any other. The gravest error of all counts.
     """
+    rank, size = share()
+    if size == 1:
+        return compute()
+    error: BaseException | None = None
+    try:
+        result = compute()
+    except (Exception, KeyboardInterrupt) as caught:
+        error = caught
+    # Gravity times size plus rank, so that the greatest says what and where.
+    own = _gravity(error) * size + rank if error is not None else 0
+    worst = torch.tensor(own)
+    _collective(dist.all_reduce, worst, dist.ReduceOp.MAX)
+    gravity, where = divmod(int(worst), size)
+    if gravity == 0:
+        return result
+    if error is not None and _gravity(error) == gravity:
+        raise error
+    if gravity == 3:
+        raise KeyboardInterrupt from error
+    kind = NonFiniteError if gravity == 1 else RuntimeError
+    raise kind(f"onestep.fit: process {where} of {size} failed; see its error") from error
+
+
+def _gravity(error: BaseException | None) -> int:
+    if error is None:
+        return 0
+    return 3 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, NonFiniteError) else 2
+
+
+def from_first(compute: Callable[[], Result]) -> Result:
+    """What compute() gives in the first process, in all."""
     if share().size == 1:
         return compute()
-    error: Exception | None = None
-    tensor = torch.empty(0)
-    numbers: list[float] = []
-    try:
-        tensor, numbers = compute()
-    except Exception as caught:
-        error = caught
-    failures = torch.tensor(float(error is not None), dtype=torch.float64)
-    _collective(dist.all_reduce, failures)
-    if error is not None:
-        raise error
-    if failures:
-        raise RuntimeError(f"onestep.fit: {int(failures)} of {share().size} processes failed; see their errors")
+    box = [together(lambda: compute() if share().rank == 0 else None)]
+    _collective(dist.broadcast_object_list, box, 0)
+    result: Any = box[0]
+    return result  # type: ignore[no-any-return]
+
+
+def summed(compute: Callable[[], tuple[Tensor, list[float]]]) -> tuple[Tensor, list[float]]:
+    """The sums over all processes of compute(), a tensor and some numbers; failures as with ``together``."""
+    tensor, numbers = together(compute)
+    if share().size == 1:
+        return tensor, numbers
     values = torch.tensor(numbers, dtype=torch.float64)
     _collective(dist.all_reduce, values)
     if tensor.numel():
@@ -51,7 +84,9 @@ def same_everywhere(tensors: list[Tensor]) -> None:
     """Gives every process the first one's values."""
     if share().size > 1:
         for tensor in tensors:
-            _collective(dist.broadcast, tensor, 0)
+            value = tensor.detach().contiguous()
+            _collective(dist.broadcast, value, 0)
+            tensor.detach().copy_(value)
 
 
 def _collective(operation: Callable[..., Any], *arguments: Any) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from onestep.optim._parameters import ParameterVector
 from onestep.training import checkpoint as checkpoints
 from onestep.training import closed_form
 from onestep.training.data import Chunk, Source, as_source
-from onestep.training.distributed import same_everywhere, share
+from onestep.training.distributed import from_first, same_everywhere, share, together
 from onestep.training.losses import Loss, as_loss
 from onestep.training.objective import DataObjective, call_model
 from onestep.training.progress import Progress
@@ -42,10 +43,14 @@ METHODS = ("auto", "closed_form", *OPTIMIZERS)
 # Up to so many parameters "auto" forms the Gauss-Newton matrix.
 _MOST_DENSE = 2048
 # Levenberg-Marquardt takes curvature over so many rows a parameter, and over all where that is cheap anyway.
-_ROWS_PER_PARAMETER = 6
-_CHEAP_FLOPS = 2e9
+_ROWS_PER_PARAMETER = 4
+_CHEAP_FLOPS = 1e9
+# With curvature from such a sample, steps keep some of their momentum.
+_MOMENTUM = 0.7
 # What one chunk may keep for its backward pass.
 _CHUNK_BYTES = 256 * 2**20
+# A loss whose root is under so many ε of the first one's is zero, and so small a part of a loss is noise.
+_ROUNDINGS = 10
 # Mini-batches in a row that may fail to give a step before fit gives up.
 _MOST_FAILURES = 10
 
@@ -88,9 +93,10 @@ def fit(
         method: "closed_form", "levenberg_marquardt" (forms the p × p Gauss-Newton matrix), "gauss_newton" and
             "newton_cg" (matrix-free), "gradient_descent" (the baseline), or "auto": the first that fits.
         max_steps: at most so many steps.
-        tol: converged when the loss can be lowered by no more than tol² of itself (Levenberg-Marquardt), or when the
-            gradient norm is under tol times the first one or a step under tol of the parameters (the others). With
-            ``batch_size`` neither is tested.
+        tol: converged when the loss can be lowered by no more than tol² of itself, as far as the method's matrix tells;
+            without one, or where damping hides it, when the gradient norm is under tol times the first one and a step
+            promises less than tol of the loss. Where the loss can get no lower but the matrix is singular, or a
+            parameter has lost its influence, that is not convergence. With ``batch_size`` none of this is tested.
         damping: initial damping, else the method's own.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         batch_size: rows a step, for data that does not fit in memory or many steps; None for all rows.
@@ -127,18 +133,26 @@ def fit(
     with _eval_mode(model):
         if initialize:
             _reset(model, seed)
-        same_everywhere([p.data for p in parameters.tensors])
-        first, chunks = _peek(source)
-        source.chunk_size = chunk_size or _chunk_rows(model, function, first)
+        same_everywhere([*model.parameters(), *model.buffers()])
+        first, chunks = together(lambda: _peek(source))
+        source.chunk_size = chunk_size or together(lambda: _chunk_rows(model, function, first))
         session = _Session(model, parameters, function, source, max_steps, tol, weight_decay, batch_size, progress)
-        chosen, why = _choose(method, model, parameters, function, first, batch_size)
+        chosen, why = from_first(lambda: _choose(method, model, parameters, function, first, batch_size))
         if chosen == "closed_form":
-            return session.solve(chunks, why)
+            try:
+                return session.solve(chunks, why)
+            except closed_form.NotAffineError:
+                if method != "auto":
+                    raise
+            # On the rows that were looked at first, it seemed to be.
+            chosen, why = from_first(lambda: _choose_steps(model, parameters, function, first, affine=False))
         del chunks
         optimizer = _optimizer(chosen, parameters, damping, weight_decay, cg_iterations)
         session.rows_of_curvature = curvature_batch_size
         if curvature_batch_size is None and chosen == "levenberg_marquardt":
             session.rows_of_curvature = _enough_rows(model, source, parameters, batch_size, first)
+        if session.rows_of_curvature is not None and isinstance(optimizer, LevenbergMarquardt):
+            optimizer.momentum = _MOMENTUM
         return session.iterate(optimizer, chosen, why, None if checkpoint is None else Path(checkpoint))
 
 
@@ -171,7 +185,10 @@ class _Session:
         begin = time.perf_counter()
         start = self.parameters.read()
         with Progress(1, enabled=self.progress) as bar:
-            solution = closed_form.solve(self.objective(0), self.parameters, chunks, self.weight_decay)
+            try:
+                solution = closed_form.solve(self.objective(0), self.parameters, chunks, self.weight_decay)
+            except KeyboardInterrupt:
+                return FitResult(self.model, math.nan, False, "closed_form", why, "interrupted", math.nan)
             bar.update(loss=solution.loss)
         seconds = time.perf_counter() - begin
         step_norm = (self.parameters.read() - start).norm().item()
@@ -183,8 +200,10 @@ class _Session:
         """Steps of an optimiser until a test is met."""
         result = FitResult(self.model, math.nan, False, method, why, "", math.nan)
         state = _State()
-        if path is not None and path.exists():
-            state = self._resume(path, optimizer, result)
+        if path is not None:
+            saved = from_first(lambda: _load(path))
+            if saved is not None:
+                state = self._resume(path, saved, optimizer, result)
         begin = time.perf_counter() - state.seconds
         whole = self.objective(0) if self.batch_size is None else None
         with Progress(self.max_steps, enabled=self.progress, done=state.step) as bar:
@@ -196,10 +215,10 @@ class _Session:
                     report = self._step(optimizer, objective, state)
                     state.seconds = time.perf_counter() - begin
                     self._record(result, report, state)
-                    result.reason, result.converged = self._verdict(report, state)
+                    result.reason, result.converged = self._verdict(report, state, optimizer, objective)
                     bar.update(loss=report.new_loss, damping=report.damping, cg=report.cg_iterations)
-                    if path is not None and self.source.share.rank == 0:
-                        self._save(path, optimizer, result, state)
+                    if path is not None:
+                        together(partial(self._save, path, optimizer, result, state))
                 result.reason = result.reason or f"max_steps={self.max_steps} reached"
             except KeyboardInterrupt:
                 result.reason, result.converged = "interrupted", False
@@ -232,7 +251,9 @@ class _Session:
         )
         result.loss = report.new_loss
 
-    def _verdict(self, report: StepReport, state: _State) -> tuple[str, bool]:
+    def _verdict(
+        self, report: StepReport, state: _State, optimizer: DampedOptimizer, objective: DataObjective
+    ) -> tuple[str, bool]:
         """Why to stop, if so, and whether that is convergence."""
         eps = torch.finfo(self.parameters.dtype).eps
         if not report.accepted and report.grad_norm > 0:
@@ -242,26 +263,50 @@ class _Session:
         if self.batch_size is not None:
             stuck = state.failures >= _MOST_FAILURES
             return (f"no step lowered the loss on {_MOST_FAILURES} batches in a row", False) if stuck else ("", False)
+        zero = (_ROUNDINGS * eps) ** 2 * min(1.0, state.initial_loss(report))
+        if self.loss.name in ("mse", "cross_entropy") and report.new_loss <= zero:
+            return "the loss is zero to rounding", True
         test = ""
-        least = max(self.tol**2, eps)
+        least = max(self.tol**2, eps if report.accepted else _ROUNDINGS * eps)
+        # From a start far away the first gradient is no measure, so the step must promise little as well. Where the
+        # decrement is always known there is no need for either.
+        small = report.grad_norm <= self.tol * state.first_gradient
+        small = small and report.predicted <= self.tol * abs(report.loss)
         if report.grad_norm == 0:
             test = "the gradient is zero"
-        elif report.new_loss <= eps**2 * min(1.0, state.initial_loss(report)):
-            test = "the loss is zero to rounding"
         elif report.decrement <= least * abs(report.new_loss):
             test = f"the loss can be lowered by no more than {least:.0e} of itself"
-        elif math.isinf(report.decrement) and report.grad_norm <= self.tol * state.first_gradient:
+        elif report.decrement <= report.resolution:
+            test = "the loss can be lowered by no more than rounding the parameters changes it"
+        elif small and not isinstance(optimizer, LevenbergMarquardt):
             test = f"the gradient norm is under tol={self.tol:g} of the first"
-        elif math.isinf(report.decrement) and 0 <= report.predicted <= least * abs(report.loss):
-            test = f"a step promises no more than {least:.0e} of the loss"
-        if test and report.without_influence:
-            lost = f"{report.without_influence} of {len(self.parameters)} parameters have no influence on the outputs"
-            return f"{test}, but {lost} here: not necessarily a minimum", False
-        if test:
-            return test, True
-        return ("no step lowers the loss, and its curvature is singular here", False) if state.failures else ("", False)
+        if not test:
+            return ("no step lowers the loss, although it may not be at a minimum" if state.failures else "", False)
+        lost = report.without_influence
+        if lost and isinstance(optimizer, LevenbergMarquardt):
+            lost -= self._of_no_use(optimizer.never_used(self.parameters), objective)
+        if lost:
+            count = f"{lost} of {len(self.parameters)} parameters have"
+            return f"{test}, but {count} no influence on the outputs here: not necessarily a minimum", False
+        return test, True
+
+    def _of_no_use(self, candidates: Tensor, objective: DataObjective) -> int:
+        """How many parameters those are, if changing them all changes nothing, as for a feature that is always zero."""
+        start = self.parameters.read()
+        noise = torch.randn(len(start), generator=torch.Generator().manual_seed(0)).to(start)
+        noise *= candidates * start.square().mean().sqrt().clamp_min(1.0)
+        losses = set()
+        try:
+            for sign in (0, 1, -1):
+                self.parameters.write(start + sign * noise)
+                losses.add(objective.value(self.parameters))
+        finally:
+            self.parameters.write(start)
+        return int(candidates.sum()) if len(losses) == 1 else 0
 
     def _save(self, path: Path, optimizer: DampedOptimizer, result: FitResult, state: _State) -> None:
+        if self.source.share.rank != 0:
+            return
         checkpoints.save(
             path,
             {
@@ -275,8 +320,7 @@ class _Session:
             },
         )
 
-    def _resume(self, path: Path, optimizer: DampedOptimizer, result: FitResult) -> _State:
-        saved = checkpoints.load(path)
+    def _resume(self, path: Path, saved: dict[str, Any], optimizer: DampedOptimizer, result: FitResult) -> _State:
         if saved["method"] != result.method:
             raise ValueError(
                 f"checkpoint {path} is of method {saved['method']!r}, this fit is {result.method!r}: pass another file"
@@ -358,7 +402,17 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _load(path: Path) -> dict[str, Any] | None:
+    """The checkpoint, if there is one already."""
+    if path.exists():
+        return checkpoints.load(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"checkpoint {path}: there is no folder {path.parent}")
+    return None
+
+
 def _reset(model: nn.Module, seed: int) -> None:
+    frozen = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, module in model.named_modules():
@@ -368,6 +422,10 @@ def _reset(model: nn.Module, seed: int) -> None:
                     kind = type(module).__name__
                     raise ValueError(f"initialize=True, but {name or 'the model'} ({kind}) has no reset_parameters()")
                 reset()
+    with torch.no_grad():
+        # A layer of which only a part is trained was drawn anew as a whole.
+        for parameter, value in frozen:
+            parameter.copy_(value)
 
 
 def _peek(source: Source) -> tuple[Chunk, Iterator[Chunk]]:
@@ -404,13 +462,40 @@ def _choose(
         raise ValueError(f"method='closed_form' solves loss='mse'; for {loss.name!r} use method='newton_cg'")
     if method == "closed_form" and batch_size is not None:
         raise ValueError("method='closed_form' reads all data once; batch_size must be None")
+    if method == "levenberg_marquardt":
+        refusal = _refusal(model, parameters, loss, first)
+        if refusal:
+            raise ValueError(f"method='levenberg_marquardt' {refusal}: use method='gauss_newton'")
     if method != "auto":
         return method, "as asked"
-    p = len(parameters)
     affine = closed_form.is_affine(model, parameters, first)
-    solvable = p <= closed_form.MOST_PARAMETERS or closed_form.find_head(model, parameters, first) is not None
-    if affine and loss.name == "mse" and batch_size is None and solvable:
-        return "closed_form", "outputs are affine in the parameters and the loss is quadratic"
+    if affine and loss.name == "mse" and batch_size is None:
+        few = len(parameters) <= closed_form.MOST_PARAMETERS and not _refusal(model, parameters, loss, first)
+        if few or closed_form.find_head(model, parameters, first) is not None:
+            return "closed_form", "outputs are affine in the parameters and the loss is quadratic"
+    return _choose_steps(model, parameters, loss, first, affine=affine)
+
+
+def _refusal(model: nn.Module, parameters: ParameterVector, loss: Loss, first: Chunk) -> str:
+    """Why rows of the Jacobian cannot be had, if so: torch.func.vmap cannot run every module, such as nn.LSTM."""
+    few = first.rows(slice(0, 2))
+    objective = DataObjective(model, loss, lambda: [few], lambda: [few], fixed=True)
+    try:
+        with torch.no_grad():
+            next(objective.root_jacobian(parameters, few))
+    except Exception as error:
+        return f"differentiates the model row by row, which fails here ({str(error).splitlines()[0]})"
+    return ""
+
+
+def _choose_steps(
+    model: nn.Module, parameters: ParameterVector, loss: Loss, first: Chunk, *, affine: bool
+) -> tuple[str, str]:
+    """The iterative method, and why."""
+    p = len(parameters)
+    refusal = _refusal(model, parameters, loss, first) if p <= _MOST_DENSE else ""
+    if refusal:
+        return "gauss_newton", f"levenberg_marquardt {refusal}"
     if p <= _MOST_DENSE:
         return "levenberg_marquardt", f"{p} parameters: their Gauss-Newton matrix can be factored"
     if affine and loss.name in ("cross_entropy", "poisson"):

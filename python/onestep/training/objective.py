@@ -22,6 +22,8 @@ from onestep.training.losses import Loss
 
 # Rows of the Jacobian are formed this many bytes at a time.
 _JACOBIAN_BYTES = 64 * 2**20
+# Forward over reverse mode keeps several times what a gradient does: a chunk's Hessian is taken in so many parts.
+_HESSIAN_PIECES = 4
 
 
 def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
@@ -112,14 +114,14 @@ class DataObjective(Objective):
             def local() -> tuple[Tensor, list[float]]:
                 total, count = torch.zeros_like(v), 0
                 with torch.no_grad():
-                    for chunk in self.curvature_chunks():
+                    for chunk in _pieces(self.curvature_chunks(), _HESSIAN_PIECES if hessian else 1):
                         outputs, loss = self._functions(parameters, chunk)
                         total += hvp(_compose(loss, outputs), point, v) if hessian else ggnvp(outputs, loss, point, v)
                         count += self.loss.elements(chunk.target, len(chunk))
                 return total, [count]
 
             total, (count,) = summed(local)
-            return total.div_(count)
+            return total.div_(max(count, 1))
 
         return product
 
@@ -136,7 +138,7 @@ class DataObjective(Objective):
             return total, [count]
 
         total, (count,) = summed(local)
-        return total.div_(count)
+        return total.div_(max(count, 1))
 
     def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
         """Rows R with RᵀR the sum of JᵀHJ over rows of the chunk, a piece at a time."""
@@ -178,6 +180,14 @@ class DataObjective(Objective):
     def _row_loss(self, outputs: Tensor, target: Any) -> Tensor:
         target = tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
         return self.loss.sum(outputs.unsqueeze(0), target)
+
+
+def _pieces(chunks: Iterable[Chunk], parts: int) -> Iterator[Chunk]:
+    """The same rows in chunks of a fraction of the size."""
+    for chunk in chunks:
+        size = -(-len(chunk) // parts)
+        for begin in range(0, len(chunk), max(1, size)):
+            yield chunk.rows(slice(begin, begin + size))
 
 
 def _compose(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,149 @@
+"""Fitting the models: both on standardised columns, whose weights are then taken back to the units of the file."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import nn
+
+import onestep
+
+from .columns import Column
+from .errors import CliError
+from .model import LinearModel, NetworkModel
+
+
+@dataclass(frozen=True)
+class Solve:
+    """How a fit went: the path or method that was taken, its time, its steps, and why they ended."""
+
+    path: str
+    seconds: float
+    steps: int = 1
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Standard:
+    """Features and target with mean 0 and standard deviation 1 in `dtype`, and how to take weights back.
+
+    So the condition number of the normal equations does not depend on the units of the file, and a penalty weighs on
+    every column alike.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+    centre: float
+    spread: float
+    features: np.ndarray
+    target: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray, y: np.ndarray, dtype: str) -> _Standard:
+        with np.errstate(all="ignore"):
+            mean, scale = features.mean(0), features.std(0)
+            centre, spread = float(y.mean()), float(y.std()) or 1.0
+            standard = ((features - mean) / scale).astype(dtype)
+            response = ((y - centre) / spread).astype(dtype)
+        if not all(np.isfinite(part).all() for part in (scale, spread, standard, response)):
+            raise CliError(f"the numbers are too large or too close together for {dtype}: rescale the columns")
+        return cls(mean, scale, centre, spread, standard, response)
+
+    def first(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A layer (k, d), (k,) that takes the raw features, from one that takes the standardised.
+
+        Its bias makes up for the rounding of its weights to the precision that they are kept in.
+        """
+        raw = (weight / self.scale).astype(self.features.dtype)
+        return raw, bias - raw.astype(np.float64) @ self.mean
+
+    def last(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A layer (1, k), (1,) that gives the target, from one that gives the standardised."""
+        return weight * self.spread, self.centre + self.spread * bias
+
+
+def _cast(layers: list[tuple[np.ndarray, np.ndarray]], dtype: str) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    with np.errstate(all="ignore"):
+        cast = tuple((weight.astype(dtype), bias.astype(dtype)) for weight, bias in layers)
+    if not all(np.isfinite(part).all() for layer in cast for part in layer):
+        raise CliError(f"the weights are too large for {dtype}: rescale the columns")
+    return cast
+
+
+def fit_linear(
+    target: str, columns: Sequence[Column], features: np.ndarray, y: np.ndarray, alpha: float, dtype: str
+) -> tuple[LinearModel, Solve]:
+    """Fits the weights in one step."""
+    data = _Standard.of(features, y, dtype)
+    begin = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            # That the weights are not unique is told by the path, and reported by the caller.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            estimator = onestep.Ridge(alpha=alpha).fit(data.features, data.target)
+    except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise CliError(f"the fit failed ({error}); try a small penalty, such as --alpha 0.001") from None
+    seconds = time.perf_counter() - begin
+    with np.errstate(all="ignore"):
+        layer = np.asarray(estimator.coef_).reshape(1, -1), np.asarray(estimator.intercept_).reshape(1)
+        ((weight, bias),) = _cast([data.first(*data.last(*layer))], dtype)
+    return LinearModel(target, tuple(columns), weight[0], float(bias[0])), Solve(estimator.solver_path_, seconds)
+
+
+def relu_network(widths: Sequence[int], dtype: str) -> nn.Sequential:
+    """Linear, ReLU, Linear ...: from widths[0] inputs to widths[-1] outputs."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs, dtype=getattr(torch, dtype)), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def fit_network(
+    target: str,
+    columns: Sequence[Column],
+    features: np.ndarray,
+    y: np.ndarray,
+    alpha: float,
+    dtype: str,
+    *,
+    hidden: Sequence[int],
+    max_steps: int,
+    seed: int,
+) -> tuple[NetworkModel, Solve]:
+    """Fits a relu network by `onestep.fit`, from first weights drawn with `seed`.
+
+    Minimises Σ(error)² + alpha ‖θ‖² of the standardised target, θ being all weights and biases: the penalty of the
+    linear model. `onestep.fit` minimises the mean of the squares plus ½ weight_decay ‖θ‖², hence 2 alpha / rows.
+    """
+    data = _Standard.of(features, y, dtype)
+    try:
+        network = relu_network([features.shape[1], *hidden, 1], dtype)
+        result = onestep.fit(
+            network,
+            (torch.from_numpy(data.features), torch.from_numpy(data.target)),
+            max_steps=max_steps,
+            weight_decay=2 * alpha / len(y),
+            initialize=True,
+            seed=seed,
+            progress=sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None,
+        )
+    except RuntimeError as error:
+        # torch has no type of its own for it.
+        if "allocate memory" in str(error):
+            raise MemoryError from None
+        raise
+    if result.reason == "interrupted":
+        raise KeyboardInterrupt
+    layers = [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in network if isinstance(m, nn.Linear)]
+    with np.errstate(all="ignore"):
+        layers[0], layers[-1] = data.first(*layers[0]), data.last(*layers[-1])
+    model = NetworkModel(target, tuple(columns), _cast(layers, dtype))
+    return model, Solve(result.method, result.history[-1].seconds, len(result.history), result.reason)

@@ -1,0 +1,284 @@
+"""onestep.fit: methods, data, stopping, resuming."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import onestep
+from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError
+
+METHODS = ["levenberg_marquardt", "gauss_newton", "newton_cg", "gradient_descent"]
+
+
+def table(n: int = 300, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(n, 5, generator=generator, dtype=dtype)
+    y = (X[:, :1] * X[:, 1:2]).tanh() + 0.1 * torch.randn(n, 1, generator=generator, dtype=dtype)
+    return X, y
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)).to(dtype)
+
+
+def values(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+class Counted(Dataset[tuple[Tensor, Tensor]]):
+    """Counts how often each row is read."""
+
+    def __init__(self, X: Tensor, y: Tensor) -> None:
+        self.X, self.y, self.reads = X, y, torch.zeros(len(X), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        self.reads[row] += 1
+        return self.X[row], self.y[row]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["f32", "f64"])
+@pytest.mark.parametrize("kind", ["dataset", "loader"])
+def test_linear_model_is_exact_in_one_pass(kind: str, dtype: torch.dtype, bound: float) -> None:
+    X, _ = table(1000, dtype)
+    Y = torch.cat([X[:, :1] - 2 * X[:, 1:2] + 3, X[:, 2:3].sin()], 1)
+    data = Counted(X, Y)
+    model = nn.Linear(5, 2).to(dtype)
+    source: Any = data if kind == "dataset" else DataLoader(data, batch_size=64, shuffle=True)
+    result = onestep.fit(model, source, progress=False)
+    assert (result.method, len(result.history), result.converged) == ("closed_form", 1, True)
+    assert bool((data.reads == 1).all())
+    gradient = torch.autograd.grad(mse_loss(model(X), Y), list(model.parameters()))
+    zero = nn.Linear(5, 2).to(dtype)
+    nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
+    first = torch.autograd.grad(mse_loss(zero(X), Y), list(zero.parameters()))
+    norm = [torch.cat([part.reshape(-1) for part in parts]).norm() for parts in (gradient, first)]
+    assert norm[0] <= bound * norm[1]
+    assert result.loss == pytest.approx(mse_loss(model(X), Y).item(), rel=1e-4)
+
+
+def test_heads_on_frozen_bodies_are_solved() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    body[0].requires_grad_(False)
+    images, maps = torch.randn(10, 3, 6, 6), torch.randn(10, 2, 6, 6)
+    frozen = body[0].weight.clone()
+    assert onestep.fit(body, (images, maps), progress=False).method == "closed_form"
+    gradient = torch.autograd.grad(mse_loss(body(images), maps), [body[2].weight, body[2].bias])
+    assert max(part.abs().max().item() for part in gradient) < 1e-6
+    assert torch.equal(frozen, body[0].weight)
+
+
+def test_weight_decay_is_that_penalty() -> None:
+    X, y = table()
+    model = nn.Linear(5, 1).double()
+    onestep.fit(model, (X, y), weight_decay=0.3, progress=False)
+    loss = mse_loss(model(X), y) + 0.15 * sum(p.square().sum() for p in model.parameters())
+    assert all(part.abs().max() < 1e-12 for part in torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_a_network_is_not_taken_for_affine() -> None:
+    X, y = table()
+    assert onestep.fit(network(), (X, y), max_steps=1, progress=False).method == "levenberg_marquardt"
+    with pytest.raises(ValueError, match="affine"):
+        onestep.fit(network(), (X, y), method="closed_form", progress=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_lowers_the_loss_at_every_step(method: str) -> None:
+    X, y = table()
+    model = network()
+    result = onestep.fit(model, (X, y), method=method, max_steps=12, progress=False)
+    losses = [result.initial_loss, *(record.loss for record in result.history)]
+    assert all(after <= before for before, after in itertools.pairwise(losses))
+    assert result.loss == pytest.approx(mse_loss(model(X), y).item(), rel=1e-12)
+    assert result.loss < (0.9 if method == "gradient_descent" else 0.5) * result.initial_loss
+
+
+@pytest.mark.parametrize("method", ["levenberg_marquardt", "newton_cg", "gauss_newton"])
+def test_logistic_regression_converges_to_the_minimum(method: str) -> None:
+    X, _ = table()
+    classes = (X[:, 0] + 0.5 * X[:, 1].sin() > 0.3).long() + (X[:, 2] > 1).long()
+    model = nn.Linear(5, 3).double()
+    result = onestep.fit(model, (X, classes), "cross_entropy", method=method, weight_decay=1e-2, progress=False)
+    loss = cross_entropy(model(X), classes) + 0.5e-2 * sum(p.square().sum() for p in model.parameters())
+    assert result.converged, result
+    assert max(part.abs().max().item() for part in torch.autograd.grad(loss, list(model.parameters()))) < 1e-5
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 300])
+def test_chunks_do_not_change_the_result(chunk_size: int) -> None:
+    X, y = table(100)
+    whole, parts = network(), network()
+    onestep.fit(whole, (X, y), max_steps=5, progress=False)
+    loader = DataLoader(TensorDataset(X, y), batch_size=11, shuffle=True)
+    onestep.fit(parts, loader, max_steps=5, chunk_size=chunk_size, progress=False)
+    torch.testing.assert_close(values(parts), values(whole), rtol=1e-9, atol=1e-9)
+
+
+def test_poisson_and_callable_losses_agree() -> None:
+    X, _ = table()
+    counts = torch.poisson((0.5 * X[:, :1]).exp(), generator=torch.Generator().manual_seed(0))
+    named, given = nn.Linear(5, 1).double(), nn.Linear(5, 1).double()
+    given.load_state_dict(named.state_dict())
+    onestep.fit(named, (X, counts), "poisson", progress=False)
+    onestep.fit(given, (X, counts), lambda z, t: (z.exp() - t * z).mean(), progress=False)
+    torch.testing.assert_close(values(named), values(given), rtol=1e-6, atol=1e-8)
+
+
+def test_mini_batches_and_small_curvature_batches() -> None:
+    X, y = table(2000)
+    model = network()
+    before = mse_loss(model(X), y).item()
+    result = onestep.fit(
+        model, (X, y), method="gauss_newton", batch_size=200, curvature_batch_size=50, max_steps=30, progress=False
+    )
+    assert len(result.history) == 30
+    assert mse_loss(model(X), y).item() < 0.5 * before
+
+
+def test_non_finite_data_names_step_and_batch_and_keeps_the_parameters() -> None:
+    X, y = table()
+    X[250, 2] = torch.nan
+    model = network()
+    start = values(model)
+    with pytest.raises(NonFiniteError, match=r"step 1, batch 2: its inputs hold NaN or infinity, first in row 50"):
+        onestep.fit(model, (X, y), chunk_size=100, progress=False)
+    assert torch.equal(values(model), start)
+
+
+def test_interrupt_returns_what_was_reached() -> None:
+    X, y = table()
+
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.calls = network(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 60:
+                raise KeyboardInterrupt
+            return self.inner(x)
+
+    model = Interrupted()
+    result = onestep.fit(model, (X, y), method="gauss_newton", progress=False)
+    assert (result.reason, result.converged) == ("interrupted", False)
+    assert mse_loss(model(X), y).item() == pytest.approx(result.loss, rel=1e-12)
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import onestep
+from test_fit import network, table
+X, y = table(500)
+model = network()
+options = dict(max_steps=20, tol=0.0, progress=False, checkpoint={checkpoint!r}, method={method!r}, **{options!r})
+onestep.fit(model, (X, y), **options)
+torch.save(model.state_dict(), {out!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("levenberg_marquardt", {"curvature_batch_size": 100}),
+        ("gauss_newton", {"batch_size": 128, "cg_iterations": 5}),
+    ],
+)
+def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, options: dict[str, int]) -> None:
+    def start(checkpoint: str, out: str) -> subprocess.Popen[bytes]:
+        names = {"checkpoint": str(tmp_path / checkpoint), "out": str(tmp_path / out)}
+        script = SCRIPT.format(tests=str(Path(__file__).parent), method=method, options=options, **names)
+        return subprocess.Popen([sys.executable, "-c", script])
+
+    assert start("straight.pt", "straight.out").wait(120) == 0
+    killed = start("killed.pt", "killed.out")
+    wanted = random.Random(method).randint(2, 12)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (tmp_path / "killed.pt").exists():
+            state = torch.load(tmp_path / "killed.pt", weights_only=True)
+            if state["progress"]["step"] >= wanted:
+                break
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait(60) == -signal.SIGKILL
+    assert start("killed.pt", "killed.out").wait(120) == 0
+    straight, resumed = (torch.load(tmp_path / name) for name in ("straight.out", "killed.out"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"method": "sgd"}, ValueError, "method='sgd'"),
+        ({"max_steps": 0}, ValueError, "max_steps=0"),
+        ({"batch_size": 2.5}, TypeError, "batch_size is float"),
+        ({"tol": -1.0}, ValueError, "tol=-1.0"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay=-1.0"),
+        ({"loss": "hinge"}, ValueError, "loss='hinge'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        onestep.fit(network(), table(), progress=False, **arguments)
+
+
+def test_data_that_does_not_fit_is_named() -> None:
+    X, y = table()
+    with pytest.raises(ValueError, match="as many inputs as targets"):
+        onestep.fit(network(), (X, y[:-1]), progress=False)
+    with pytest.raises(ValueError, match=r"outputs have shape \(\d+, 1\), the target \(\d+, 2\)"):
+        onestep.fit(network(), (X, torch.cat([y, y], 1)), progress=False)
+    with pytest.raises(TypeError, match="data is Tensor"):
+        onestep.fit(network(), X, progress=False)
+
+
+@pytest.mark.parametrize("kind", [LevenbergMarquardt, GaussNewton, NewtonCG])
+def test_step_without_a_closure_says_why_it_needs_one(kind: Any) -> None:
+    with pytest.raises(TypeError, match="needs a closure"):
+        kind(network().parameters()).step()
+
+
+@pytest.mark.parametrize("kind", [LevenbergMarquardt, GaussNewton, NewtonCG])
+def test_optimizer_state_resumes_exactly(kind: Any) -> None:
+    X, y = table(dtype=torch.float32)
+
+    def run(model: nn.Module, optimizer: Any, steps: int) -> None:
+        for _ in range(steps):
+            residuals = (lambda: mse_loss(model(X), y)) if kind is NewtonCG else (lambda: model(X) - y)
+            optimizer.step(residuals)
+
+    straight, first, second = (network(torch.float32) for _ in range(3))
+    run(straight, kind(straight.parameters()), 8)
+    halfway = kind(first.parameters())
+    run(first, halfway, 4)
+    second.load_state_dict(first.state_dict())
+    resumed = kind(second.parameters(), damping=5.0)
+    resumed.load_state_dict(halfway.state_dict())
+    run(second, resumed, 4)
+    assert torch.equal(values(straight), values(second))
+
+
+def test_plot_writes_a_picture(tmp_path: Path) -> None:
+    result = onestep.fit(network(), table(), max_steps=3, progress=False)
+    result.plot(tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
