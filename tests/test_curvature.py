@@ -1,74 +1,294 @@
-"""hvp and ggnvp against dense matrices, and through attention."""
+"""hvp and ggnvp against dense matrices and finite differences, for the kinds of modules that people train."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 from onestep.curvature import ggnvp, hvp
 
-
-@pytest.fixture
-def problem() -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    return model, torch.randn(7, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0, 0])
+Named = dict[str, Tensor]
 
 
-def test_products_are_those_of_the_dense_matrices(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, x, classes = problem
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    sizes = [p.numel() for p in params.values()]
-    flat = torch.cat([p.reshape(-1) for p in params.values()])
+class LastStep(nn.Module):
+    """Scores from a recurrent network's last output."""
 
-    def unflatten(vector: Tensor) -> dict[str, Tensor]:
-        parts = vector.split(sizes)
-        return {name: part.reshape(p.shape) for (name, p), part in zip(params.items(), parts, strict=True)}
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.body, self.head = kind(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0][:, -1])
+
+
+class SelfAttention(nn.Module):
+    """Scores from attention of a sequence to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,)),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)
+        ),
+        (2, 6, 6),
+    ),
+    "transformer": (
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True, activation="gelu"), Mean(), nn.Linear(4, 3)
+        ),
+        (5, 4),
+    ),
+    "attention": (SelfAttention, (5, 4)),
+    "lstm": (lambda: LastStep(nn.LSTM), (4, 3)),
+    "gru": (lambda: LastStep(nn.GRU), (4, 3)),
+}
+
+
+class Setting:
+    """A model in float64, its data, and directions in the space of its parameters."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float64) -> None:
+        make, shape = MODELS[name]
+        generator = torch.Generator().manual_seed(0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = make().to(dtype).eval()
+        self.x = torch.randn(6, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        self.classes = torch.tensor([0, 1, 2, 2, 1, 0])
+        self.params = {name: p.detach() for name, p in self.model.named_parameters()}
+        self.u, self.v = (
+            {name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype) for name, p in items}
+            for items in (self.params.items(), self.params.items())
+        )
+
+    def outputs(self, p: Named) -> Tensor:
+        return functional_call(self.model, p, (self.x,))
+
+    def loss_of(self, outputs: Tensor) -> Tensor:
+        return cross_entropy(outputs, self.classes)
+
+    def loss(self, p: Named) -> Tensor:
+        return self.loss_of(self.outputs(p))
+
+    def moved(self, step: float) -> Named:
+        return {name: (p + step * self.v[name]).requires_grad_() for name, p in self.params.items()}
+
+
+def dot(a: Named, b: Named) -> Tensor:
+    return sum(((a[name] * b[name]).sum() for name in a), torch.tensor(0.0))
+
+
+def flat(p: Named) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in p.values()])
+
+
+@pytest.fixture(params=MODELS)
+def setting(request: pytest.FixtureRequest) -> Setting:
+    return Setting(request.param)
+
+
+def test_hvp_is_the_slope_of_the_gradient(setting: Setting) -> None:
+    step = 1e-5
+    gradients = []
+    for at in (step, -step):
+        p = setting.moved(at)
+        gradients.append(torch.autograd.grad(setting.loss(p), list(p.values())))
+    expected = [(ahead - behind) / (2 * step) for ahead, behind in zip(*gradients, strict=True)]
+    product = hvp(setting.loss, setting.params, setting.v)
+    assert list(product) == list(setting.params)
+    for got, want in zip(product.values(), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+    assert flat(product).abs().max() > 1e-3
+
+
+def test_hvp_is_symmetric_and_linear(setting: Setting) -> None:
+    Hu, Hv = (hvp(setting.loss, setting.params, v) for v in (setting.u, setting.v))
+    torch.testing.assert_close(dot(setting.v, Hu), dot(setting.u, Hv), rtol=1e-11, atol=1e-13)
+    both = {name: 2 * setting.u[name] - setting.v[name] for name in setting.u}
+    torch.testing.assert_close(flat(hvp(setting.loss, setting.params, both)), 2 * flat(Hu) - flat(Hv))
+
+
+def test_ggnvp_is_its_three_factors(setting: Setting) -> None:
+    step = 1e-5
+    Jv = (setting.outputs(setting.moved(step)) - setting.outputs(setting.moved(-step))).detach() / (2 * step)
+    p = setting.moved(0.0)
+    z = setting.outputs(p)
+    P = torch.softmax(z.detach(), 1)
+    HJv = (P * Jv - P * (P * Jv).sum(1, keepdim=True)) / len(P)
+    expected = torch.autograd.grad(z, list(p.values()), HJv)
+    product = ggnvp(setting.outputs, setting.loss_of, setting.params, setting.v)
+    for got, want in zip(product.values(), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_ggnvp_is_symmetric_and_semidefinite(setting: Setting) -> None:
+    Gu, Gv = (ggnvp(setting.outputs, setting.loss_of, setting.params, v) for v in (setting.u, setting.v))
+    torch.testing.assert_close(dot(setting.v, Gu), dot(setting.u, Gv), rtol=1e-11, atol=1e-13)
+    assert dot(setting.u, Gu) > 0
+    assert dot(setting.v, Gv) > 0
+
+
+def test_ggnvp_is_semidefinite_where_the_hessian_is_not() -> None:
+    setting = Setting("mlp")
+    size = len(flat(setting.params))
+    names = [(name, p.shape, p.numel()) for name, p in setting.params.items()]
+
+    def named(vector: Tensor) -> Named:
+        parts = vector.split([count for *_, count in names])
+        return {name: part.reshape(shape) for (name, shape, _), part in zip(names, parts, strict=True)}
+
+    unit = torch.eye(size, dtype=torch.float64)
+    H = torch.stack([flat(hvp(setting.loss, setting.params, named(e))) for e in unit])
+    G = torch.stack([flat(ggnvp(setting.outputs, setting.loss_of, setting.params, named(e))) for e in unit])
+    assert torch.linalg.eigvalsh(H)[0] < -1e-3
+    assert torch.linalg.eigvalsh(G)[0] > -1e-14
+
+
+def test_products_are_those_of_the_dense_matrices() -> None:
+    setting = Setting("mlp")
+    point, v = flat(setting.params), flat(setting.v)
+    sizes = [p.numel() for p in setting.params.values()]
 
     def outputs(vector: Tensor) -> Tensor:
-        return functional_call(model, unflatten(vector), (x,))
+        parts = zip(setting.params.items(), vector.split(sizes), strict=True)
+        return setting.outputs({name: part.reshape(p.shape) for (name, p), part in parts})
+
+    dense = hessian(lambda p: setting.loss_of(outputs(p)))(point)
+    torch.testing.assert_close(hvp(lambda p: setting.loss_of(outputs(p)), point, v), dense @ v)
+    J = jacrev(outputs)(point).reshape(-1, len(point))
+    P = torch.softmax(outputs(point), 1)
+    blocks = [torch.diag(row) - torch.outer(row, row) for row in P]
+    H = torch.block_diag(*blocks) / len(P)
+    torch.testing.assert_close(ggnvp(outputs, setting.loss_of, point, v), J.mT @ (H @ (J @ v)))
+
+
+def test_least_squares_without_residuals_has_one_matrix() -> None:
+    """Where all residuals are zero the Hessian is the Gauss-Newton matrix."""
+    setting = Setting("mlp")
+    target = setting.outputs(setting.params)
 
     def loss(z: Tensor) -> Tensor:
-        return cross_entropy(z, classes)
+        return (z - target).square().mean()
 
-    v = torch.randn_like(flat)
-    dense = hessian(lambda p: loss(outputs(p)))(flat)
-    torch.testing.assert_close(hvp(lambda p: loss(outputs(p)), flat, v), dense @ v)
-    named = hvp(lambda p: loss(functional_call(model, p, (x,))), params, unflatten(v))
-    torch.testing.assert_close(torch.cat([part.reshape(-1) for part in named.values()]), dense @ v)
-    J = jacrev(outputs)(flat).reshape(-1, len(flat))
-    z = outputs(flat)
-    H = hessian(loss)(z).reshape(z.numel(), z.numel())
-    torch.testing.assert_close(ggnvp(outputs, loss, flat, v), J.mT @ (H @ (J @ v)))
+    full = hvp(lambda p: loss(setting.outputs(p)), setting.params, setting.v)
+    part = ggnvp(setting.outputs, loss, setting.params, setting.v)
+    torch.testing.assert_close(flat(full), flat(part), rtol=1e-11, atol=1e-13)
+    assert flat(full).abs().max() > 1e-3
 
 
-def test_products_go_through_attention() -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).double().eval()
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    params = {name: p.detach() for name, p in layer.named_parameters()}
-    u, v = ({name: torch.randn_like(p) for name, p in params.items()} for _ in range(2))
+@pytest.mark.parametrize("name", ["lstm", "attention", "transformer"])
+def test_float32_gives_the_same_products(name: str) -> None:
+    """Other kernels run in float32: oneDNN's LSTM and flash attention have no forward mode."""
+    single, double = Setting(name, torch.float32), Setting(name)
+    for product in (
+        lambda s: hvp(s.loss, s.params, s.v),
+        lambda s: ggnvp(s.outputs, s.loss_of, s.params, s.v),
+    ):
+        torch.testing.assert_close(flat(product(single)).double(), flat(product(double)), rtol=1e-3, atol=1e-5)
 
-    def loss(p: dict[str, Tensor]) -> Tensor:
-        return functional_call(layer, p, (x,)).pow(3).mean()
 
-    def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
-        return sum((a[name] * b[name]).sum() for name in a)
+def test_hvp_is_differentiable() -> None:
+    x, v = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True), torch.tensor([3.0, 0.5]).double()
+    (slope,) = torch.autograd.grad(torch.dot(v, hvp(lambda p: (p**4).sum(), x, v)), x)
+    torch.testing.assert_close(slope, 24 * x.detach() * v**2)
 
-    torch.testing.assert_close(dot(u, hvp(loss, params, v)), dot(v, hvp(loss, params, u)))
-    step = 1e-5
-    moved = [torch.func.grad(loss)({n: p + s * v[n] for n, p in params.items()}) for s in (step, -step)]
-    finite = {name: (moved[0][name] - moved[1][name]) / (2 * step) for name in params}
-    torch.testing.assert_close(dot(u, hvp(loss, params, v)), dot(u, finite), rtol=1e-6, atol=1e-8)
+
+def test_the_order_of_names_does_not_matter() -> None:
+    p = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+    v = {"b": torch.tensor(1.0), "a": torch.tensor([5.0, 7.0])}
+    for params in (p, OrderedDict(p)):
+        for tangent in (v, OrderedDict(v)):
+            product = hvp(lambda q: (q["a"] ** 2).sum() * q["b"], params, tangent)
+            assert list(product) == ["a", "b"]
+            torch.testing.assert_close(product["a"], torch.tensor([32.0, 46.0]))
+            torch.testing.assert_close(product["b"], torch.tensor(38.0))
+
+
+def test_state_dict_serves_as_parameters() -> None:
+    setting = Setting("mlp")
+    expected = flat(hvp(setting.loss, setting.params, setting.v))
+    assert torch.equal(flat(hvp(setting.loss, setting.model.state_dict(), setting.v)), expected)
+
+
+def test_torch_is_left_as_it_was() -> None:
+    def settings() -> list[bool]:
+        return [
+            torch.backends.mha.get_fastpath_enabled(),
+            torch.backends.mkldnn.enabled,
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.is_grad_enabled(),
+        ]
+
+    def fails(p: Tensor) -> Tensor:
+        raise KeyError("in the loss")
+
+    before = settings()
+    for name in ("attention", "lstm"):
+        setting = Setting(name, torch.float32)
+        ggnvp(setting.outputs, setting.loss_of, setting.params, setting.v)
+        assert settings() == before
+    with pytest.raises(KeyError, match="in the loss"):
+        hvp(fails, torch.zeros(2), torch.zeros(2))
+    assert settings() == before
 
 
 def test_tangents_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match=r"v has shape \(3,\)"):
-        hvp(lambda p: p.square().sum(), torch.zeros(2), torch.zeros(3))
+    def square(p: Tensor) -> Tensor:
+        return p.square().sum()
+
+    with pytest.raises(ValueError, match=r"v has shape \(3,\) and dtype torch.float32.*\(2,\)"):
+        hvp(square, torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"dtype torch.float64.*torch.float32"):
+        hvp(square, torch.zeros(2), torch.zeros(2).double())
     with pytest.raises(ValueError, match="different names: b"):
         hvp(lambda p: p["a"].sum(), {"a": torch.zeros(2)}, {"a": torch.zeros(2), "b": torch.zeros(1)})
-    with pytest.raises(ValueError, match="expected a scalar"):
+    with pytest.raises(ValueError, match=r"v\['a'\] has shape \(3,\)"):
+        hvp(lambda p: p["a"].sum(), {"a": torch.zeros(2)}, {"a": torch.zeros(3)})
+    with pytest.raises(TypeError, match="v is dict; expected a tensor"):
+        hvp(square, torch.zeros(2), {"a": torch.zeros(2)})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="v is Tensor; expected a dict"):
+        hvp(lambda p: p["a"].sum(), {"a": torch.zeros(2)}, torch.zeros(2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="params is list"):
+        hvp(square, [torch.zeros(2)], [torch.zeros(2)])  # type: ignore[type-var]
+    with pytest.raises(ValueError, match=r"returned shape \(2,\); expected a scalar"):
         hvp(lambda p: p.square(), torch.zeros(2), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"returned shape \(3, 2\); expected a scalar"):
+        ggnvp(lambda p: p * torch.ones(3, 2), lambda z: z, torch.zeros(2), torch.zeros(2))
+
+
+def test_classes_are_weighted_by_their_probabilities() -> None:
+    """The Fisher matrix of a softmax, by its definition: the mean of gradients' squares under the model's classes."""
+    z, v = torch.tensor([[0.3, -1.0, 0.5]], dtype=torch.float64), torch.tensor([[1.0, 2.0, -1.0]], dtype=torch.float64)
+    P = torch.softmax(z, 1)[0]
+    slopes = P - one_hot(torch.arange(3), 3)
+    fisher = (P[:, None, None] * slopes[:, :, None] * slopes[:, None, :]).sum(0)
+    product = ggnvp(lambda p: p, lambda p: cross_entropy(p, torch.tensor([1])), z, v)
+    torch.testing.assert_close(product[0], fisher @ v[0])
+
+
+def test_weight_norm_raises_rather_than_being_wrong() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)).double()
+    params = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="weight_norm"):
+        hvp(lambda p: functional_call(layer, p, (x,)).square().sum(), params, params)
