@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 from onestep.curvature import ggnvp, hvp
 
@@ -284,6 +284,13 @@ def test_classes_are_weighted_by_their_probabilities() -> None:
     fisher = (P[:, None, None] * slopes[:, :, None] * slopes[:, None, :]).sum(0)
     product = ggnvp(lambda p: p, lambda p: cross_entropy(p, torch.tensor([1])), z, v)
     torch.testing.assert_close(product[0], fisher @ v[0])
+
+
+def test_mse_loss_is_a_square_as_any() -> None:
+    """torch's own has no usable forward mode."""
+    x, y, w, v = (torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    product = hvp(lambda p: mse_loss((x * p).tanh(), y), w, v)
+    torch.testing.assert_close(product, hvp(lambda p: ((x * p).tanh() - y).square().mean(), w, v))
 
 
 def test_weight_norm_raises_rather_than_being_wrong() -> None:

@@ -1,4 +1,4 @@
-"""Matrix-free products by torch.func: forward mode over reverse mode, or reverse mode twice where torch has no forward."""
+"""Matrix-free products by torch.func: forward over reverse mode, or reverse mode twice where torch has no forward."""
 
 from __future__ import annotations
 
