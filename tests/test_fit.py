@@ -184,6 +184,43 @@ def test_interrupt_returns_what_was_reached() -> None:
     assert mse_loss(model(X), y).item() == pytest.approx(result.loss, rel=1e-12)
 
 
+# A job that a shell starts in the background inherits "ignore" for SIGINT: the child asks for Python's handler.
+INTERRUPTED = """
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, {tests!r})
+import onestep
+from test_fit import network, table
+X, y = table(2000)
+model = network()
+before = torch.nn.functional.mse_loss(model(X), y).item()
+options = dict(method="gauss_newton", batch_size=500, max_steps=10**6, progress=False, checkpoint={checkpoint!r})
+result = onestep.fit(model, (X, y), **options)
+after = torch.nn.functional.mse_loss(model(X), y).item()
+print(result.reason, result.converged, after < before)
+"""
+
+
+def test_ctrl_c_returns_what_was_reached(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    script = INTERRUPTED.format(tests=str(Path(__file__).parent), checkpoint=str(path))
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if path.exists() and torch.load(path, weights_only=True)["progress"]["step"] >= 5:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert output == "interrupted False True\n"
+    assert torch.load(path, weights_only=True)["progress"]["step"] >= 5
+
+
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {tests!r})

@@ -84,6 +84,45 @@ def test_two_processes_fit_what_one_does(tmp_path: Path, method: str) -> None:
         torch.testing.assert_close(first[name], value, rtol=1e-7, atol=1e-9)
 
 
+LAUNCHED = """
+import os, sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {tests!r})
+import onestep
+from test_fit import network, table
+
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+model = network()
+onestep.fit(model, table(301), batch_size=100, max_steps=5, tol=0.0, progress=False)
+torch.save(model.state_dict(), {out!r} + f"{{rank}}of{{size}}")
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def test_torchrun_fits_what_one_process_does(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "out")))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for options in ([], launcher):
+        process = subprocess.Popen([sys.executable, *options, str(script)], stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = process.communicate(timeout=120)
+        finally:
+            # torchrun ends its processes when it is told to end.
+            process.terminate()
+            process.wait(60)
+        assert process.returncode == 0, errors
+    alone, first, second = (torch.load(tmp_path / f"out{which}") for which in ("0of1", "0of2", "1of2"))
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-7, atol=1e-9)
+        assert not torch.equal(value, network().state_dict()[name])
+
+
 @pytest.mark.parametrize(("failure", "message"), [("raises", "process 1 of 2 failed"), ("dies", "probably died")])
 def test_a_failing_process_is_an_error_on_the_other(tmp_path: Path, failure: str, message: str) -> None:
     first, second = run(tmp_path, "gauss_newton", failure)

@@ -59,35 +59,38 @@ inline void shift_and_scale(const RowsArgs<T>& args, int64_t begin, int64_t rows
 }
 
 template <class T>
-inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, T* packed, T* c, int64_t ld) {
+inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, int64_t first, int64_t last, T* packed, T* c,
+                      int64_t ld) {
     const int64_t panel = kPanel<T>;
     const int64_t features = args.d + (args.ones ? 1 : 0);
     const int64_t columns = features + args.k;
-    const int64_t panels = (columns + panel - 1) / panel;
-    for (int64_t pad = columns; pad < panels * panel; ++pad) {
+    const int64_t needed = minimum(columns, last * panel);
+    for (int64_t pad = columns; pad < last * panel; ++pad) {
         for (int64_t p = 0; p < kBlockRows; ++p) {
             packed[((pad / panel) * kBlockRows + p) * panel + pad % panel] = T(0);
         }
     }
     for (int64_t block = begin; block < end; block += kBlockRows) {
         const int64_t rows = minimum(kBlockRows, end - block);
-        pack_columns<T>(args.x, block, rows, 0, args.d, packed);
-        if (args.ones) {
+        pack_columns<T>(args.x, block, rows, 0, minimum(args.d, needed), packed);
+        if (args.ones && args.d < needed) {
             T* ones = packed + (args.d / panel) * kBlockRows * panel + args.d % panel;
             for (int64_t p = 0; p < rows; ++p) {
                 ones[p * panel] = T(1);
             }
         }
-        pack_columns<T>(args.y, block, rows, features, args.k, packed);
-        if (args.weight.data != nullptr || args.shift != nullptr) {
-            shift_and_scale<T>(args, block, rows, panels, packed);
+        if (features < needed) {
+            pack_columns<T>(args.y, block, rows, features, needed - features, packed);
         }
-        for (int64_t q = 0; q < panels; ++q) {
+        if (args.weight.data != nullptr || args.shift != nullptr) {
+            shift_and_scale<T>(args, block, rows, last, packed);
+        }
+        for (int64_t q = first; q < last; ++q) {
             const T* b = packed + q * kBlockRows * panel;
             for (int64_t i = 0; i < minimum(features, (q + 1) * panel); i += kTileRows) {
                 const T* a = packed + (i / panel) * kBlockRows * panel + i % panel;
-                update_tile<T, kTileRows, kTileVectors<T>, 1>(rows, {a, 1, panel}, b, panel, c + i * ld + q * panel,
-                                                              ld);
+                update_tile<T, kTileRows, kTileVectors<T>, 1>(rows, {a, 1, panel}, b, panel,
+                                                              c + i * ld + (q - first) * panel, ld);
             }
         }
     }

@@ -85,9 +85,11 @@ struct NormalKernels {
     int64_t tile_rows;
     int64_t panel;
 
-    // c[0:d+ones, :] += Zᵀ Z over rows [begin, end), upper triangle in whole tiles; c has ld columns (whole panels) and
-    // rows padded to whole tiles. `packed` holds kBlockRows × ld.
-    void (*gram_rows)(const RowsArgs<T>& args, int64_t begin, int64_t end, T* packed, T* c, int64_t ld);
+    // c += ZᵀZ over rows [begin, end), upper triangle in whole tiles: its columns in the panels [first, last), the
+    // first of them at c. Rows are padded to whole tiles, ld is a multiple of the panel. `packed` holds kBlockRows ×
+    // the columns up to the last.
+    void (*gram_rows)(const RowsArgs<T>& args, int64_t begin, int64_t end, int64_t first, int64_t last, T* packed, T* c,
+                      int64_t ld);
 
     // Upper factor of c in place, cut into three steps so that normal.cpp can share the wide ones among threads.
     // Rows [k0, k1) of the columns up to k1; returns 0 or the 1-based order of the failed minor. floor[i]: least pivot.

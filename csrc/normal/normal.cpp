@@ -22,6 +22,9 @@ constexpr int kMostJitterSteps = 20;
 constexpr int64_t kFewProblems = 16;
 constexpr int64_t kMostPieces = 32;
 constexpr int64_t kMostPartialBytes = int64_t{32} << 20;
+// Too few rows for that, but many columns: so many groups of columns are shared instead, each of several panels.
+constexpr int64_t kColumnGroups = 8;
+constexpr int64_t kPanelsPerGroup = 2;
 
 // Matrices from this size on share the wide steps of their factorisation among threads.
 constexpr int64_t kParallelFactor = 256;
@@ -95,37 +98,53 @@ bool any_negative(const Batched<const T>& vectors, BatchShape batch, int64_t len
 
 template <class T>
 struct GramShape {
-    int64_t n, features, columns, rows_padded, ld, pieces;
+    int64_t n, features, columns, rows_padded, ld, panels, pieces, groups;
 
     GramShape(const NormalKernels<T>& kernel, int64_t problems, int64_t n_, int64_t features_, int64_t k)
         : n(n_), features(features_), columns(features_ + k) {
         rows_padded = round_up(features, kernel.tile_rows);
         ld = leading_dimension(kernel, std::max(columns, rows_padded));
-        pieces = 1;
+        panels = (columns + kernel.panel - 1) / kernel.panel;
+        pieces = groups = 1;
         if (problems < kFewProblems && n >= 2 * kSlabRows) {
             const int64_t bytes = size() * static_cast<int64_t>(sizeof(double)) * problems;
             const int64_t most = std::max<int64_t>(1, std::min(kMostPieces / std::max<int64_t>(problems, 1),
                                                                kMostPartialBytes / std::max<int64_t>(bytes, 1)));
             pieces = std::min(n / kSlabRows, most);
         }
+        if (problems < kFewProblems && pieces == 1 && panels >= kColumnGroups * kPanelsPerGroup && n > kBlockRows) {
+            groups = kColumnGroups;
+        }
     }
 
     int64_t size() const { return rows_padded * ld; }
+    int64_t units() const { return pieces * groups; }
     int64_t begin(int64_t piece) const { return n / pieces * piece + std::min(piece, n % pieces); }
+    // Columns further right have more rows above the diagonal: groups hold equal areas of the triangle.
+    int64_t first_panel(int64_t group) const {
+        return static_cast<int64_t>(static_cast<double>(panels) * std::sqrt(static_cast<double>(group) / groups));
+    }
 };
 
-// sum += Gram of rows [begin, end), in double, by slabs that are short enough to be summed in T.
+// sum += Gram of rows [begin, end) in the panels [first, last), in double, by slabs that are short enough to be summed
+// in T.
 template <class T>
 void gram_in_double(const NormalKernels<T>& kernel, const GramShape<T>& shape, const RowsArgs<T>& rows, int64_t begin,
-                    int64_t end, double* sum) {
-    Scratch scratch(Scratch::bytes_for<T>(kBlockRows * shape.ld) + Scratch::bytes_for<T>(shape.size()));
+                    int64_t end, int64_t first, int64_t last, double* sum) {
+    const int64_t left = first * kernel.panel;
+    const int64_t right = last == shape.panels ? shape.ld : last * kernel.panel;
+    const int64_t ld = leading_dimension(kernel, right - left);
+    const int64_t height = std::min(shape.rows_padded, round_up(right, kernel.tile_rows));
+    Scratch scratch(Scratch::bytes_for<T>(kBlockRows * shape.ld) + Scratch::bytes_for<T>(height * ld));
     T* packed = scratch.take<T>(kBlockRows * shape.ld);
-    T* c = scratch.take<T>(shape.size());
+    T* c = scratch.take<T>(height * ld);
     for (int64_t slab = begin; slab < end; slab += kSlabRows) {
-        std::fill_n(c, shape.size(), T(0));
-        kernel.gram_rows(rows, slab, std::min(slab + kSlabRows, end), packed, c, shape.ld);
-        for (int64_t e = 0; e < shape.size(); ++e) {
-            sum[e] += static_cast<double>(c[e]);
+        std::fill_n(c, height * ld, T(0));
+        kernel.gram_rows(rows, slab, std::min(slab + kSlabRows, end), first, last, packed, c, ld);
+        for (int64_t i = 0; i < height; ++i) {
+            for (int64_t j = 0; j < right - left; ++j) {
+                sum[i * shape.ld + left + j] += static_cast<double>(c[i * ld + j]);
+            }
         }
     }
 }
@@ -141,11 +160,14 @@ class PartialGrams {
     Status compute(const RowsOf& rows_of) {
         sums_.reset(new double[static_cast<size_t>(problems_ * shape_.pieces * shape_.size())]());
         auto body = [&](int64_t unit) {
-            const int64_t piece = unit % shape_.pieces;
-            gram_in_double(kernel_, shape_, rows_of(unit / shape_.pieces), shape_.begin(piece), shape_.begin(piece + 1),
-                           sums_.get() + unit * shape_.size());
+            const int64_t whole = unit / shape_.groups;
+            const int64_t group = unit % shape_.groups;
+            const int64_t piece = whole % shape_.pieces;
+            gram_in_double(kernel_, shape_, rows_of(whole / shape_.pieces), shape_.begin(piece),
+                           shape_.begin(piece + 1), shape_.first_panel(group), shape_.first_panel(group + 1),
+                           sums_.get() + whole * shape_.size());
         };
-        return parallel_for(problems_ * shape_.pieces, 1, body);
+        return parallel_for(problems_ * shape_.units(), 1, body);
     }
 
     // Adds the pieces of one problem up into the first and returns it.
@@ -173,12 +195,12 @@ void gram_of_problem(const NormalKernels<T>& kernel, const GramShape<T>& shape, 
     if (shape.n <= kSlabRows) {
         Scratch scratch(Scratch::bytes_for<T>(kBlockRows * shape.ld));
         std::fill_n(c, shape.size(), T(0));
-        kernel.gram_rows(rows, 0, shape.n, scratch.take<T>(kBlockRows * shape.ld), c, shape.ld);
+        kernel.gram_rows(rows, 0, shape.n, 0, shape.panels, scratch.take<T>(kBlockRows * shape.ld), c, shape.ld);
         return;
     }
     Scratch scratch(Scratch::bytes_for<double>(shape.size()));
     double* sum = scratch.take_zeroed<double>(shape.size());
-    gram_in_double(kernel, shape, rows, 0, shape.n, sum);
+    gram_in_double(kernel, shape, rows, 0, shape.n, 0, shape.panels, sum);
     std::transform(sum, sum + shape.size(), c, [](double value) { return static_cast<T>(value); });
 }
 
@@ -197,7 +219,7 @@ RowsArgs<T> rows_of(const auto& args, int64_t problem) {
 template <class T, class Args, class Finish>
 Status for_each_gram(const NormalKernels<T>& kernel, const Args& args, int64_t problems, const Finish& finish) {
     const GramShape<T> shape(kernel, problems, args.n, args.d, args.k);
-    if (shape.pieces == 1) {
+    if (shape.units() == 1) {
         auto body = [&](int64_t problem) {
             Scratch scratch(Scratch::bytes_for<T>(shape.size()));
             T* c = scratch.take<T>(shape.size());

@@ -132,22 +132,36 @@ def ggnvp(
     Raises:
         ValueError, TypeError: ``v`` does not match ``params``, or the loss is not a scalar.
     """
-    v = _tangent(params, v)
+    with differentiable_attention():
+        return gauss_newton_products(model_fn, loss_fn, params)(v)
+
+
+def gauss_newton_products(
+    model_fn: Callable[[Parameters], Tensor], loss_fn: Callable[[Tensor], Tensor], params: Parameters
+) -> Callable[[Parameters], Parameters]:
+    """v ↦ Jᵀ H J v for many v: the pass that Jᵀ goes back through is made once, and keeps a gradient's memory."""
+    linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
+    outputs, pullback = linearized
+
+    def product(v: Parameters) -> Parameters:
+        tangent = _pushed_forward(model_fn, params, _tangent(params, v))
+        result: Parameters = pullback(hvp(loss_fn, outputs, tangent))[0]
+        return result
+
+    return product
+
+
+def _pushed_forward(model_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Tensor:
+    """J v."""
     with differentiable_attention():
         try:
             pushed: tuple[Tensor, Tensor] = jvp(model_fn, (params,), (v,))  # type: ignore[assignment]
-            return _pulled_back(model_fn, params, hvp(loss_fn, *pushed))
+            return pushed[1]
         except NotImplementedError:
             with _without_onednn():
                 linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
                 outputs, pullback = linearized
                 # Jᵀu is linear in u, so its own pullback is v ↦ Jv.
                 transposed: Any = vjp(lambda u: pullback(u)[0], torch.zeros_like(outputs))
-                return _pulled_back(model_fn, params, hvp(loss_fn, outputs, transposed[1](v)[0]))
-
-
-def _pulled_back(model_fn: Callable[[Parameters], Tensor], params: Parameters, cotangent: Tensor) -> Parameters:
-    """Jᵀ cotangent."""
-    linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
-    product: Parameters = linearized[1](cotangent)[0]
-    return product
+                tangent: Tensor = transposed[1](v)[0]
+                return tangent

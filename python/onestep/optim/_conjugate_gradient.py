@@ -28,7 +28,7 @@ def conjugate_gradient(
     b: Tensor,
     *,
     start: Tensor | None = None,
-    inverse_diagonal: Tensor | None = None,
+    precondition: Callable[[Tensor], Tensor] | None = None,
     tolerance: float,
     max_iterations: int,
 ) -> Solve:
@@ -40,7 +40,7 @@ def conjugate_gradient(
     x = torch.zeros_like(b) if start is None else start.clone()
     residual = b.clone() if start is None else b - product(x)
     goal = tolerance * b.norm().item()
-    z = residual if inverse_diagonal is None else inverse_diagonal * residual
+    z = residual if precondition is None else precondition(residual)
     direction = z.clone()
     power = torch.dot(residual, z).item()
     values = [_value(x, b, residual)]
@@ -57,7 +57,7 @@ def conjugate_gradient(
         length = power / curvature
         x.add_(direction, alpha=length)
         residual.sub_(image, alpha=length)
-        z = residual if inverse_diagonal is None else inverse_diagonal * residual
+        z = residual if precondition is None else precondition(residual)
         previous, power = power, torch.dot(residual, z).item()
         direction.mul_(power / previous).add_(z)
         values.append(_value(x, b, residual))

@@ -23,7 +23,7 @@ _MEMORY = 0.9
 class MatrixFreeOptimizer(DampedOptimizer):
     """Solves (B + damping·I) s = -∇loss by preconditioned CG, warm-started from the last solution.
 
-    The preconditioner is (average of squared gradients)^½, scaled to mean 1, plus damping.
+    The preconditioner is the objective's own, or (average of squared gradients)^½, scaled to mean 1, plus damping.
     """
 
     hessian = False
@@ -53,6 +53,7 @@ class MatrixFreeOptimizer(DampedOptimizer):
             squared,
             self.read_state("direction", parameters),
             self,
+            objective.preconditioner(parameters),
         )
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
@@ -69,17 +70,24 @@ class _ProductModel(QuadraticModel):
         squared_gradient: Tensor,
         direction: Tensor | None,
         settings: MatrixFreeOptimizer,
+        preconditioner: Callable[[float], Callable[[Tensor], Tensor]] | None,
     ) -> None:
         self.product, self.gradient, self.decay = product, gradient, decay
         root = squared_gradient.sqrt()
         self.diagonal = root / root.mean().clamp_min(torch.finfo(root.dtype).tiny)
         self.start = None if direction is None else direction * _WARM_START
-        self.settings = settings
+        self.settings, self.preconditioner = settings, preconditioner
         self.reduction: float | None = None
 
     def decrement(self) -> float:
-        """What the first solve promised, if its damping was small beside the curvature along the step."""
+        """What the first solve promised, if CG ended and damping was small beside the curvature along the step."""
         return math.inf if self.reduction is None else self.reduction
+
+    def _precondition(self, damping: float) -> Callable[[Tensor], Tensor]:
+        if self.preconditioner is not None:
+            return self.preconditioner(damping)
+        inverse_diagonal = 1 / (self.diagonal + damping)
+        return lambda v: inverse_diagonal * v
 
     def propose(self, damping: float) -> Proposal | None:
         def damped(v: Tensor) -> Tensor:
@@ -91,7 +99,7 @@ class _ProductModel(QuadraticModel):
             damped,
             b,
             start=self.start,
-            inverse_diagonal=1 / (self.diagonal + damping),
+            precondition=self._precondition(damping),
             tolerance=self.settings.cg_tolerance,
             max_iterations=self.settings.cg_iterations,
         )
@@ -100,7 +108,8 @@ class _ProductModel(QuadraticModel):
         predicted = (torch.dot(b, solve.x) - 0.5 * quadratic).item()
         if self.reduction is None:
             light = damping * torch.dot(solve.x, solve.x) <= quadratic and not solve.negative_curvature
-            self.reduction = predicted if light else math.inf
+            ended = solve.iterations < self.settings.cg_iterations
+            self.reduction = predicted if light and ended and predicted > 0 else math.inf
         # A later trial has more damping and should not start from a solution that was too long.
         self.start = None
         if not bool(solve.x.isfinite().all()):

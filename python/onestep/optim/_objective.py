@@ -30,6 +30,10 @@ class Objective(ABC):
     def value(self, parameters: ParameterVector) -> float:
         """The loss."""
 
+    def before(self, parameters: ParameterVector, loss: float) -> float:
+        """What ``value`` gives before a step: ``loss``, unless steps are judged on other rows than they are made of."""
+        return loss
+
     @abstractmethod
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
         """The loss and its gradient (p,)."""
@@ -37,6 +41,10 @@ class Objective(ABC):
     @abstractmethod
     def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
         """v (p,) → Hv, of the Hessian or of the Gauss-Newton matrix."""
+
+    def preconditioner(self, parameters: ParameterVector) -> Callable[[float], Callable[[Tensor], Tensor]] | None:
+        """damping → (v ↦ about (Gauss-Newton matrix + damping I)⁻¹v), where more is known than a gradient tells."""
+        return None
 
     @abstractmethod
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:

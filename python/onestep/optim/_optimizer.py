@@ -225,6 +225,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         model = self.quadratic_model(objective, parameters, gradient, decay)
         rejected = iterations = 0
         damping, predicted, promised_first = self.damping, math.nan, math.nan
+        before = loss
 
         def report(new_loss: float, step_norm: float, gain: float, *, accepted: bool) -> StepReport:
             # Only near the end is it worth a factorisation to know how near.
@@ -248,6 +249,9 @@ class DampedOptimizer(torch.optim.Optimizer):
         if not bool(gradient.any()):
             promised_first = 0.0
             return report(loss, 0.0, math.nan, accepted=False)
+        if not objective.fixed:
+            penalty = 0.0 if decay is None else _penalty(decay, start)
+            before = objective.before(parameters, loss - penalty) + penalty
         while rejected < self.trials:
             damping = self.damping
             proposal = model.propose(damping)
@@ -261,8 +265,8 @@ class DampedOptimizer(torch.optim.Optimizer):
                     step = proposal.step if fraction == 1 else fraction * proposal.step
                     parameters.write(start + step)
                     new_loss, ahead = self._trial(objective, parameters, decay)
-                    gain = (loss - new_loss) / promised if promised > 0 else -math.inf
-                    if new_loss < loss and gain > 0:
+                    gain = (before - new_loss) / promised if promised > 0 else -math.inf
+                    if new_loss < before and gain > 0:
                         if fraction < 1:
                             self.damping = damping * _RAISE
                         elif gain > _GOOD_GAIN:
@@ -277,7 +281,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         parameters.write(start)
         if objective.fixed:
             self._ahead = (objective, parameters.versions(), loss, gradient)
-        return report(loss, 0.0, math.nan, accepted=False)
+        return report(before, 0.0, math.nan, accepted=False)
 
     def _trial(
         self, objective: Objective, parameters: ParameterVector, decay: Tensor | None

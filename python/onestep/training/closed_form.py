@@ -14,6 +14,7 @@ from onestep.optim import NonFiniteError
 from onestep.optim._parameters import ParameterVector
 from onestep.training.data import Chunk
 from onestep.training.distributed import share, summed, together
+from onestep.training.head import Head, columns, features_and_outputs, find_head, spread
 from onestep.training.losses import like_outputs
 from onestep.training.objective import DataObjective, call_model
 
@@ -21,10 +22,6 @@ from onestep.training.objective import DataObjective, call_model
 MOST_PARAMETERS = 4096
 # Added to the normal equations, relative to their mean diagonal, where features depend on each other.
 _RESCUE = 1e-10
-
-
-# What the model is found out to be on this many rows of the first chunk, spread over it.
-_SAMPLE = 32
 
 
 class NotAffineError(ValueError):
@@ -45,21 +42,13 @@ class Solution(NamedTuple):
     note: str
 
 
-class Head(NamedTuple):
-    """The one layer that is trained, whose outputs are the model's."""
-
-    layer: nn.Module
-    weight: Tensor
-    bias: Tensor | None = None
-
-
 def is_affine(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> bool:
     """Whether outputs are affine in the parameters: f(θ + a u + b v) = f(θ) + a (f(θ+u) - f(θ)) + b (f(θ+v) - f(θ)).
 
     Tested on a few rows in random directions at two scales; ``solve`` tests all rows.
     """
     start = parameters.read()
-    few = _spread(chunk)
+    few = spread(chunk)
     generator = torch.Generator().manual_seed(0)
     size = start.square().mean().sqrt().clamp_min(0.1)
 
@@ -81,53 +70,6 @@ def is_affine(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> b
     finally:
         parameters.write(start)
     return True
-
-
-def find_head(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> Head | None:
-    """The linear layer or 1×1 convolution that holds all that is trained and ends the model, if there is one."""
-    trained = {id(tensor) for tensor in parameters.tensors}
-    for layer in module.modules():
-        own = {id(p) for p in layer.parameters(recurse=False) if p.requires_grad}
-        if own != trained or not _is_linear(layer):
-            continue
-        head = Head(layer, *layer.parameters(recurse=False))
-        if not all(p.requires_grad for p in layer.parameters(recurse=False)):
-            continue
-        calls, outputs = _calls(module, layer, _spread(chunk))
-        if _ends(calls, outputs):
-            return head
-    return None
-
-
-def _spread(chunk: Chunk) -> Chunk:
-    return chunk.rows(slice(None, None, max(1, len(chunk) // _SAMPLE)))
-
-
-def _ends(calls: list[tuple[Tensor, Tensor]], outputs: Tensor) -> bool:
-    """Whether a layer was called once and what came out of it are the outputs."""
-    return len(calls) == 1 and (calls[0][1] is outputs or torch.equal(calls[0][1].flatten(), outputs.flatten()))
-
-
-def _calls(module: nn.Module, layer: nn.Module, chunk: Chunk) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """What goes into a layer and comes out of it, for each time it is called, and the module's outputs."""
-    calls: list[tuple[Tensor, Tensor]] = []
-    handle = layer.register_forward_hook(lambda _layer, args, result: calls.append((args[0], result)))
-    try:
-        with torch.no_grad():
-            outputs = call_model(module, chunk.inputs)
-    finally:
-        handle.remove()
-    return calls, outputs
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    if type(layer) is nn.Linear:
-        return True
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return False
-    ones = {*layer.kernel_size, *layer.stride, layer.groups}
-    padded = layer.padding == "same" or any(p != 0 for p in layer.padding)
-    return ones == {1} and not padded
 
 
 class _Equations:
@@ -179,13 +121,13 @@ class _HeadEquations:
         self.equations = _Equations(d + self.augmented, k, intercept=intercept, dtype=head.weight.dtype)
 
     def add(self, objective: DataObjective, chunk: Chunk, number: int) -> None:
-        calls, outputs = _calls(objective.module, self.head.layer, chunk)
-        if not _ends(calls, outputs):
+        found = features_and_outputs(self.head, objective, chunk)
+        if found is None:
             raise NotAffineError
-        features, result = calls[0]
+        features, result = found
         target = like_outputs(result, chunk.target)
         loss = objective.loss.sum(result, target)
-        X, Y = _columns(self.head.layer, features), _columns(self.head.layer, target.to(result.dtype))
+        X, Y = columns(self.head.layer, features), columns(self.head.layer, target.to(result.dtype))
         if self.augmented:
             X = torch.cat([X, X.new_ones(len(X), 1)], 1)
         self.equations.add(X, Y, loss, target.numel(), number)
@@ -273,7 +215,7 @@ def _added_up(
         try:
             for number, chunk in enumerate(chunks):
                 if equations is None:
-                    first = _spread(chunk)
+                    first = spread(chunk)
                     finite = call_model(objective.module, first.inputs).isfinite().all()
                     if finite and not is_affine(objective.module, parameters, first):
                         return None
@@ -310,10 +252,3 @@ def _is_affine_between(
     scale = torch.stack([before.abs().max(), after.abs().max()]).max().clamp_min(torch.finfo(after.dtype).tiny)
     error = (halfway - (before + after) / 2).abs().max()
     return bool(error <= 1e3 * torch.finfo(after.dtype).eps * scale)
-
-
-def _columns(layer: nn.Module, value: Tensor) -> Tensor:
-    """(rows, features): a convolution's features are its second dimension, a linear layer's the last."""
-    if not isinstance(layer, nn.Linear):
-        value = value.movedim(1, -1)
-    return value.reshape(-1, value.shape[-1])

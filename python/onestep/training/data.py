@@ -67,6 +67,10 @@ class Source(ABC):
     def all(self) -> Iterator[Chunk]:
         """This process's share of all rows, once."""
 
+    def shuffled(self) -> Iterator[Chunk]:
+        """The same in random order, where the rows can be had in one."""
+        return self.all()
+
     @abstractmethod
     def batch(self, step: int, size: int) -> list[Chunk]:
         """This process's share of the ``size`` rows of a step."""
@@ -110,6 +114,10 @@ class IndexedSource(Source):
 
     def all(self) -> Iterator[Chunk]:
         return self._chunks(self.rows, lambda rows: rows)
+
+    def shuffled(self) -> Iterator[Chunk]:
+        order = self._permutation(0)
+        return self._chunks(self.rows, lambda rows: order[rows])
 
     def _permutation(self, epoch: int) -> Tensor:
         if self._epoch[0] != epoch:

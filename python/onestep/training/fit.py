@@ -24,9 +24,10 @@ from onestep.optim._gradient_descent import GradientDescent
 from onestep.optim._optimizer import DampedOptimizer
 from onestep.optim._parameters import ParameterVector
 from onestep.training import checkpoint as checkpoints
-from onestep.training import closed_form
+from onestep.training import closed_form, softmax_head
 from onestep.training.data import Chunk, Source, as_source
 from onestep.training.distributed import from_first, same_everywhere, share, together
+from onestep.training.head import find_head
 from onestep.training.losses import Loss, as_loss
 from onestep.training.objective import DataObjective, call_model
 from onestep.training.progress import Progress
@@ -45,12 +46,14 @@ _MOST_DENSE = 2048
 # Levenberg-Marquardt takes curvature over so many rows a parameter, and over all where that is cheap anyway.
 _ROWS_PER_PARAMETER = 4
 _CHEAP_FLOPS = 1e9
-# With curvature from such a sample, steps keep some of their momentum.
+# With curvature from such a sample, steps keep some of their momentum, and the first ones are cautious.
 _MOMENTUM = 0.7
+_DAMPING = 1.0
 # What one chunk may keep for its backward pass.
 _CHUNK_BYTES = 256 * 2**20
 # A loss whose root is under so many ε of the first one's is zero, and so small a part of a loss is noise.
 _ROUNDINGS = 10
+_ESTIMATED = "estimated in one pass; method='newton_cg' from here ends at the minimum"
 # Mini-batches in a row that may fail to give a step before fit gives up.
 _MOST_FAILURES = 10
 
@@ -99,7 +102,8 @@ def fit(
             parameter has lost its influence, that is not convergence. With ``batch_size`` none of this is tested.
         damping: initial damping, else the method's own.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
-        batch_size: rows a step, for data that does not fit in memory or many steps; None for all rows.
+        batch_size: rows a step, for data that does not fit in memory or many steps; None for all rows. A step is then
+            judged on as many other rows, drawn anew each time.
         curvature_batch_size: rows over which B is taken, drawn anew each step; None for the rows of the step, or for
             Levenberg-Marquardt a sample that is large against the parameters.
         chunk_size: rows computed at a time; None for as many as keep 256 MiB for the backward pass.
@@ -134,13 +138,14 @@ def fit(
         if initialize:
             _reset(model, seed)
         same_everywhere([*model.parameters(), *model.buffers()])
-        first, chunks = together(lambda: _peek(source))
+        one_pass = method == "closed_form" and function.name == "cross_entropy"
+        first, chunks = together(lambda: _peek(source, shuffled=one_pass))
         source.chunk_size = chunk_size or together(lambda: _chunk_rows(model, function, first))
         session = _Session(model, parameters, function, source, max_steps, tol, weight_decay, batch_size, progress)
         chosen, why = from_first(lambda: _choose(method, model, parameters, function, first, batch_size))
         if chosen == "closed_form":
             try:
-                return session.solve(chunks, why)
+                return session.solve(chunks, why, seed)
             except closed_form.NotAffineError:
                 if method != "auto":
                     raise
@@ -153,6 +158,7 @@ def fit(
             session.rows_of_curvature = _enough_rows(model, source, parameters, batch_size, first)
         if session.rows_of_curvature is not None and isinstance(optimizer, LevenbergMarquardt):
             optimizer.momentum = _MOMENTUM
+            optimizer.damping = _DAMPING if damping is None else damping
         return session.iterate(optimizer, chosen, why, None if checkpoint is None else Path(checkpoint))
 
 
@@ -178,23 +184,31 @@ class _Session:
             return DataObjective(self.model, self.loss, self.source.all, self.source.all, fixed=True)
         batch = self.source.batch(step, self.batch_size)
         curvature = batch if rows is None else _leading(batch, rows, self.source.share.size)
-        return DataObjective(self.model, self.loss, _again(batch), _again(curvature), fixed=False)
+        # A step fits the noise of its own rows too, so others judge it.
+        trial = self.source.sample(step, self.batch_size)
+        return DataObjective(
+            self.model, self.loss, _again(batch), _again(curvature), fixed=False, trial_chunks=_again(trial)
+        )
 
-    def solve(self, chunks: Iterable[Chunk], why: str) -> FitResult:
-        """The closed form."""
+    def solve(self, chunks: Iterable[Chunk], why: str, seed: int) -> FitResult:
+        """The closed form, or for cross-entropy the estimate that one pass gives."""
+        exact = self.loss.name == "mse"
         begin = time.perf_counter()
         start = self.parameters.read()
         with Progress(1, enabled=self.progress) as bar:
             try:
-                solution = closed_form.solve(self.objective(0), self.parameters, chunks, self.weight_decay)
+                if exact:
+                    solution = closed_form.solve(self.objective(0), self.parameters, chunks, self.weight_decay)
+                else:
+                    solution = softmax_head.solve(self.objective(0), self.parameters, chunks, self.weight_decay, seed)
             except KeyboardInterrupt:
                 return FitResult(self.model, math.nan, False, "closed_form", why, "interrupted", math.nan)
             bar.update(loss=solution.loss)
         seconds = time.perf_counter() - begin
         step_norm = (self.parameters.read() - start).norm().item()
         record = Record(1, solution.loss, math.nan, step_norm, 0.0, True, 0, seconds)
-        reason = f"solved exactly in one pass{solution.note}"
-        return FitResult(self.model, solution.loss, True, "closed_form", why, reason, solution.initial_loss, [record])
+        reason = f"solved exactly in one pass{solution.note}" if exact else _ESTIMATED
+        return FitResult(self.model, solution.loss, exact, "closed_form", why, reason, solution.initial_loss, [record])
 
     def iterate(self, optimizer: DampedOptimizer, method: str, why: str, path: Path | None) -> FitResult:
         """Steps of an optimiser until a test is met."""
@@ -209,9 +223,10 @@ class _Session:
         with Progress(self.max_steps, enabled=self.progress, done=state.step) as bar:
             try:
                 while not result.reason and state.step < self.max_steps:
-                    objective = whole or self.objective(state.step)
+                    objective = whole or together(partial(self.objective, state.step))
                     if whole is not None and self.rows_of_curvature is not None:
-                        whole.curvature_chunks = _again(self.source.sample(state.step, self.rows_of_curvature))
+                        sample = together(partial(self.source.sample, state.step, self.rows_of_curvature))
+                        whole.curvature_chunks = _again(sample)
                     report = self._step(optimizer, objective, state)
                     state.seconds = time.perf_counter() - begin
                     self._record(result, report, state)
@@ -428,10 +443,10 @@ def _reset(model: nn.Module, seed: int) -> None:
             parameter.copy_(value)
 
 
-def _peek(source: Source) -> tuple[Chunk, Iterator[Chunk]]:
+def _peek(source: Source, *, shuffled: bool) -> tuple[Chunk, Iterator[Chunk]]:
     """The first chunk, and all of them, without reading it twice."""
     source.chunk_size = 1024
-    chunks = source.all()
+    chunks = source.shuffled() if shuffled else source.all()
     first = next(chunks, None)
     if first is None:
         raise ValueError("data gives this process no rows; expected at least one for each process")
@@ -458,8 +473,11 @@ def _choose(
     method: str, model: nn.Module, parameters: ParameterVector, loss: Loss, first: Chunk, batch_size: int | None
 ) -> tuple[str, str]:
     """The method, and why."""
-    if method == "closed_form" and loss.name != "mse":
-        raise ValueError(f"method='closed_form' solves loss='mse'; for {loss.name!r} use method='newton_cg'")
+    if method == "closed_form" and loss.name not in ("mse", "cross_entropy"):
+        raise ValueError(
+            f"method='closed_form' solves loss='mse' and estimates a head for 'cross_entropy'; for {loss.name!r} use "
+            "method='newton_cg'"
+        )
     if method == "closed_form" and batch_size is not None:
         raise ValueError("method='closed_form' reads all data once; batch_size must be None")
     if method == "levenberg_marquardt":
@@ -471,7 +489,7 @@ def _choose(
     affine = closed_form.is_affine(model, parameters, first)
     if affine and loss.name == "mse" and batch_size is None:
         few = len(parameters) <= closed_form.MOST_PARAMETERS and not _refusal(model, parameters, loss, first)
-        if few or closed_form.find_head(model, parameters, first) is not None:
+        if few or find_head(model, parameters, first) is not None:
             return "closed_form", "outputs are affine in the parameters and the loss is quadratic"
     return _choose_steps(model, parameters, loss, first, affine=affine)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,6 +69,27 @@ def scores_and_classes(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]
     if not classes_last:
         outputs = outputs.movedim(1, -1)
     return outputs.reshape(-1, outputs.shape[-1]), target.reshape(-1)
+
+
+def drawn_slope(loss: Loss, outputs: Tensor, target: Any, generator: torch.Generator) -> Tensor:
+    """The gradient in the outputs of the loss of targets drawn from the model: its covariance is the loss's Hessian.
+
+    For a function as loss, whose model is not known, of the targets that there are.
+    """
+    if loss.name == "mse":
+        return math.sqrt(2.0) * torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
+    if loss.name == "poisson":
+        return outputs.exp().sqrt() * torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        if loss.name == "cross_entropy":
+            scores, classes = scores_and_classes(leaf, target)
+            drawn = torch.multinomial(scores.detach().softmax(1), 1, generator=generator)[:, 0]
+            drawn = torch.where(classes == IGNORED, IGNORED, drawn)
+            value = F.cross_entropy(scores, drawn, ignore_index=IGNORED, reduction="sum")
+        else:
+            value = loss.sum(leaf, target)
+        return torch.autograd.grad(value, leaf)[0]
 
 
 LOSSES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,13 +13,14 @@ from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import onestep.linalg as linalg
-from onestep.curvature import ggnvp, hvp
-from onestep.curvature._products import differentiable_attention
+from onestep.curvature import hvp
+from onestep.curvature._products import differentiable_attention, gauss_newton_products
 from onestep.optim import NonFiniteError, Objective
 from onestep.optim._parameters import ParameterVector
 from onestep.training.data import Chunk
-from onestep.training.distributed import summed
-from onestep.training.losses import Loss
+from onestep.training.distributed import share, summed
+from onestep.training.kronecker import Factors
+from onestep.training.losses import Loss, drawn_slope
 
 # Rows of the Jacobian are formed this many bytes at a time.
 _JACOBIAN_BYTES = 64 * 2**20
@@ -45,6 +47,7 @@ class DataObjective(Objective):
         chunks: gives the batch's rows, chunk by chunk; called once for each pass.
         curvature_chunks: gives the rows over which curvature is taken.
         fixed: whether the batch is the same at every step.
+        trial_chunks: gives the rows on which a step is judged, if not on the batch.
     """
 
     def __init__(
@@ -55,21 +58,25 @@ class DataObjective(Objective):
         curvature_chunks: Callable[[], Iterable[Chunk]],
         *,
         fixed: bool,
+        trial_chunks: Callable[[], Iterable[Chunk]] | None = None,
     ) -> None:
         self.module, self.loss, self.chunks, self.curvature_chunks = module, loss, chunks, curvature_chunks
-        self.fixed = fixed
+        self.fixed, self.trial_chunks = fixed, trial_chunks
 
     def value(self, parameters: ParameterVector) -> float:
         def local() -> tuple[Tensor, list[float]]:
             total, count = 0.0, 0
             with torch.no_grad():
-                for chunk in self.chunks():
+                for chunk in (self.trial_chunks or self.chunks)():
                     total += self.loss.sum(call_model(self.module, chunk.inputs), chunk.target).item()
                     count += self.loss.elements(chunk.target, len(chunk))
             return torch.empty(0), [total, count]
 
         total, count = summed(local)[1]
         return total / count
+
+    def before(self, parameters: ParameterVector, loss: float) -> float:
+        return loss if self.trial_chunks is None else self.value(parameters)
 
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
         def local() -> tuple[Tensor, list[float]]:
@@ -87,6 +94,8 @@ class DataObjective(Objective):
                         for part, slope in zip(parts, slopes, strict=True):
                             if slope is not None:
                                 part.add_(slope)
+                if not math.isfinite(gradient.sum().item()):
+                    raise NonFiniteError(f"batch {number}: the gradient is NaN or infinite, the loss {value:g}")
                 total += value
                 count += self.loss.elements(chunk.target, len(chunk))
             return gradient, [total, count]
@@ -109,21 +118,61 @@ class DataObjective(Objective):
 
     def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
         point = parameters.read()
+        # What a batch of one chunk keeps between products, and its elements.
+        only: list[tuple[Callable[[Tensor], Tensor], int]] = []
+
+        def prepared(chunk: Chunk) -> tuple[Callable[[Tensor], Tensor], int]:
+            outputs, loss = self._functions(parameters, chunk)
+            elements = self.loss.elements(chunk.target, len(chunk))
+            if hessian:
+                return lambda v: hvp(_compose(loss, outputs), point, v), elements
+            return gauss_newton_products(outputs, loss, point), elements
+
+        def all_prepared() -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
+            chunks = _pieces(self.curvature_chunks(), _HESSIAN_PIECES if hessian else 1)
+            first, second = next(chunks, None), next(chunks, None)
+            if first is not None and second is None:
+                only.append(prepared(first))
+                yield only[0]
+                return
+            for chunk in itertools.chain((chunk for chunk in (first, second) if chunk is not None), chunks):
+                yield prepared(chunk)
 
         def product(v: Tensor) -> Tensor:
             def local() -> tuple[Tensor, list[float]]:
                 total, count = torch.zeros_like(v), 0
                 with torch.no_grad():
-                    for chunk in _pieces(self.curvature_chunks(), _HESSIAN_PIECES if hessian else 1):
-                        outputs, loss = self._functions(parameters, chunk)
-                        total += hvp(_compose(loss, outputs), point, v) if hessian else ggnvp(outputs, loss, point, v)
-                        count += self.loss.elements(chunk.target, len(chunk))
+                    for multiply, elements in only or all_prepared():
+                        total += multiply(v)
+                        count += elements
                 return total, [count]
 
             total, (count,) = summed(local)
             return total.div_(max(count, 1))
 
         return product
+
+    def preconditioner(self, parameters: ParameterVector) -> Callable[[float], Callable[[Tensor], Tensor]] | None:
+        factors = Factors(self.module, parameters)
+        if not factors.layers:
+            return None
+
+        def local() -> tuple[Tensor, list[float]]:
+            count = 0
+            generator = torch.Generator().manual_seed(share().rank)
+            with torch.enable_grad(), factors.collecting():
+                for chunk in self.curvature_chunks():
+                    outputs = call_model(self.module, chunk.inputs)
+                    slope = drawn_slope(self.loss, outputs.detach(), chunk.target, generator)
+                    parts = torch.autograd.grad(outputs, parameters.tensors, slope, allow_unused=True)
+                    factors.add_gradient(parts)
+                    count += self.loss.elements(chunk.target, len(chunk))
+            sums, positions = factors.packed()
+            return sums, [*positions, count]
+
+        sums, (*positions, count) = summed(local)
+        factors.unpack(sums, positions)
+        return lambda damping: factors.preconditioner(max(count, 1), damping)
 
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
         p = len(parameters)

@@ -15,7 +15,7 @@ class Record:
 
     Attributes:
         step: from 1.
-        loss: after the step, over the step's batch, weight decay included.
+        loss: after the step, weight decay included; over all rows, or with ``batch_size`` over those that judged it.
         grad_norm: ‖∇loss‖₂ before the step.
         step_norm: ‖step‖₂; 0 if none was accepted.
         damping: with which the step was solved for.
@@ -40,7 +40,7 @@ class FitResult:
 
     Attributes:
         model: what was trained.
-        loss: the last loss, over all data or the last mini-batch.
+        loss: the last of the history's.
         converged: whether the tolerance was reached.
         method: which method ran.
         choice: why that one.

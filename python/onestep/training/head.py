@@ -1,0 +1,83 @@
+"""The linear layer that ends a model, and what it is given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from onestep.optim._parameters import ParameterVector
+from onestep.training.data import Chunk
+from onestep.training.objective import DataObjective, call_model
+
+# What the model is found out to be on this many rows of the first chunk, spread over it.
+_SAMPLE = 32
+
+
+class Head(NamedTuple):
+    """The one layer that is trained, whose outputs are the model's."""
+
+    layer: nn.Module
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+def find_head(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> Head | None:
+    """The linear layer or 1×1 convolution that holds all that is trained and ends the model, if there is one."""
+    trained = {id(tensor) for tensor in parameters.tensors}
+    for layer in module.modules():
+        own = {id(p) for p in layer.parameters(recurse=False) if p.requires_grad}
+        if own != trained or not _is_linear(layer):
+            continue
+        head = Head(layer, *layer.parameters(recurse=False))
+        if not all(p.requires_grad for p in layer.parameters(recurse=False)):
+            continue
+        calls, outputs = _calls(module, layer, spread(chunk))
+        if _ends(calls, outputs):
+            return head
+    return None
+
+
+def spread(chunk: Chunk) -> Chunk:
+    return chunk.rows(slice(None, None, max(1, len(chunk) // _SAMPLE)))
+
+
+def _ends(calls: list[tuple[Tensor, Tensor]], outputs: Tensor) -> bool:
+    """Whether a layer was called once and what came out of it are the outputs."""
+    return len(calls) == 1 and (calls[0][1] is outputs or torch.equal(calls[0][1].flatten(), outputs.flatten()))
+
+
+def _calls(module: nn.Module, layer: nn.Module, chunk: Chunk) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """What goes into a layer and comes out of it, for each time it is called, and the module's outputs."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    handle = layer.register_forward_hook(lambda _layer, args, result: calls.append((args[0], result)))
+    try:
+        with torch.no_grad():
+            outputs = call_model(module, chunk.inputs)
+    finally:
+        handle.remove()
+    return calls, outputs
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    if type(layer) is nn.Linear:
+        return True
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return False
+    ones = {*layer.kernel_size, *layer.stride, layer.groups}
+    padded = layer.padding == "same" or any(p != 0 for p in layer.padding)
+    return ones == {1} and not padded
+
+
+def columns(layer: nn.Module, value: Tensor) -> Tensor:
+    """(rows, features): a convolution's features are its second dimension, a linear layer's the last."""
+    if not isinstance(layer, nn.Linear):
+        value = value.movedim(1, -1)
+    return value.reshape(-1, value.shape[-1])
+
+
+def features_and_outputs(head: Head, objective: DataObjective, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+    """What the head is given for a chunk and what comes out of it; None if its outputs are not the model's."""
+    calls, outputs = _calls(objective.module, head.layer, chunk)
+    return calls[0] if _ends(calls, outputs) else None

@@ -1,0 +1,136 @@
+"""A preconditioner for Gauss-Newton that knows the model's linear layers: K-FAC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from onestep.optim._parameters import ParameterVector, flatten
+
+# A damping that is this small beside a factor's mean eigenvalue could not be told from rounding.
+_LEAST = 1e-6
+
+
+class LinearLayer(NamedTuple):
+    """Where a linear layer's weight, and its bias if it is trained too, are among the parameters."""
+
+    weight: int
+    bias: int | None
+
+
+def linear_layers(module: nn.Module, parameters: ParameterVector) -> dict[nn.Module, LinearLayer]:
+    """The linear layers whose weight is trained."""
+    places = {id(tensor): place for place, tensor in enumerate(parameters.tensors)}
+    layers: dict[nn.Module, LinearLayer] = {}
+    for layer in module.modules():
+        if type(layer) is nn.Linear and id(layer.weight) in places:
+            layers[layer] = LinearLayer(places.pop(id(layer.weight)), places.pop(id(layer.bias), None))
+    return layers
+
+
+class Factors:
+    """Sums over rows of what the Kronecker factors are made of.
+
+    For a layer y = Wx, the Gauss-Newton block of W is approximated by E[xxᵀ] ⊗ E[ggᵀ], g the gradient in y of the loss
+    of an output drawn from the model (Martens and Grosse, ICML 2015; rows of a sequence count as independent). Of other
+    parameters only the mean square of their gradient is kept.
+    """
+
+    def __init__(self, module: nn.Module, parameters: ParameterVector) -> None:
+        self.layers = linear_layers(module, parameters)
+        self.parameters = parameters
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.slopes: dict[nn.Module, Tensor] = {}
+        self.positions: dict[nn.Module, float] = dict.fromkeys(self.layers, 0.0)
+        for layer, (weight, bias) in self.layers.items():
+            out, d = parameters.tensors[weight].shape
+            d += bias is not None
+            self.inputs[layer] = torch.zeros(d, d, dtype=parameters.dtype)
+            self.slopes[layer] = torch.zeros(out, out, dtype=parameters.dtype)
+        self.squares = torch.zeros(len(parameters.tensors), dtype=parameters.dtype)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Sums over what the layers are given, and what comes back to them, meanwhile."""
+        handles = [layer.register_forward_hook(self._collect) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _collect(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1])
+        if self.layers[layer].bias is not None:
+            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        self.inputs[layer] += x.mT @ x
+        self.positions[layer] += len(x)
+
+        def back(slope: Tensor) -> None:
+            g = slope.reshape(-1, slope.shape[-1])
+            self.slopes[layer] += g.mT @ g
+
+        if output.requires_grad:
+            output.register_hook(back)
+
+    def add_gradient(self, parts: tuple[Tensor | None, ...]) -> None:
+        """The gradient of the drawn outputs' loss, summed over independent rows: squared, the sum of their squares."""
+        for place, part in enumerate(parts):
+            if part is not None:
+                self.squares[place] += part.square().mean()
+
+    def packed(self) -> tuple[Tensor, list[float]]:
+        """All sums, to be added up over processes."""
+        return flatten([*self.inputs.values(), *self.slopes.values(), self.squares]), list(self.positions.values())
+
+    def unpack(self, sums: Tensor, positions: list[float]) -> None:
+        """The sums that ``packed`` made."""
+        targets = [*self.inputs.values(), *self.slopes.values(), self.squares]
+        for target, part in zip(targets, sums.split([target.numel() for target in targets]), strict=True):
+            target.copy_(part.view_as(target))
+        self.positions = dict(zip(self.layers, positions, strict=True))
+
+    def preconditioner(self, count: float, damping: float) -> Callable[[Tensor], Tensor]:
+        """v ↦ (approximate Gauss-Newton matrix of the mean over ``count`` + damping I)⁻¹ v."""
+        parameters = self.parameters
+        inverses: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        for layer in self.layers:
+            if self.positions[layer]:
+                A, G = self.inputs[layer] / self.positions[layer], self.slopes[layer] / count
+                inverses[layer] = _damped_inverses(A, G, damping)
+        scales = 1 / (self.squares / count + damping)
+
+        def apply(v: Tensor) -> Tensor:
+            parts = parameters.split(v)
+            result = [part * scale for part, scale in zip(parts, scales, strict=True)]
+            for layer, (left, right) in inverses.items():
+                weight, bias = self.layers[layer]
+                block = parts[weight]
+                if bias is not None:
+                    block = torch.cat([block, parts[bias][:, None]], 1)
+                block = right @ block @ left
+                result[weight] = block[:, : parts[weight].shape[1]]
+                if bias is not None:
+                    result[bias] = block[:, -1]
+            return flatten(result)
+
+        return apply
+
+
+def _damped_inverses(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(A + π√damping I)⁻¹ and (G + √damping/π I)⁻¹, π² the ratio of their mean eigenvalues (ibid., section 6.3)."""
+    tiny = torch.finfo(A.dtype).tiny
+    a, g = max(A.diagonal().mean().item(), tiny), max(G.diagonal().mean().item(), tiny)
+    ratio, root = math.sqrt(a / g), math.sqrt(damping)
+    return _inverse(A, max(ratio * root, _LEAST * a)), _inverse(G, max(root / ratio, _LEAST * g))
+
+
+def _inverse(matrix: Tensor, shift: float) -> Tensor:
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))

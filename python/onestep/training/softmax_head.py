@@ -1,0 +1,272 @@
+"""A linear head under cross-entropy, estimated from one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onestep.optim import NonFiniteError
+from onestep.optim._parameters import ParameterVector
+from onestep.training.closed_form import NotAffineError, Solution, is_affine
+from onestep.training.data import Chunk
+from onestep.training.distributed import share, summed, together
+from onestep.training.head import Head, columns, features_and_outputs, find_head
+from onestep.training.losses import IGNORED, scores_and_classes
+from onestep.training.objective import DataObjective
+
+# Rows of the pilot estimate and of the final one, of all processes together, and the rows out of which the pilot's are
+# drawn; data that has no more than those is solved for as it is.
+_KEPT = 8192
+_FIRST = 4 * _KEPT
+# Ridges of the two estimates relative to one row, in standardised features.
+_PILOT_RIDGE, _RIDGE = 10.0, 1.0
+# Weight of the proximal term, which stands for how the kept rows' curvature may differ from that of all rows.
+_PROXIMITY = 0.1
+_LBFGS_STEPS = 60
+
+
+class Rows(NamedTuple):
+    """Standardised features (n,d) and classes (n,)."""
+
+    Z: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+class _Reservoir:
+    """A uniform sample of the rows seen so far: those with the smallest random keys (Efraimidis and Spirakis 2006)."""
+
+    def __init__(self, size: int, generator: torch.Generator) -> None:
+        self.size, self.generator = size, generator
+        self.parts: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def add(self, rows: Rows) -> None:
+        parts = (*rows, torch.rand(len(rows), generator=self.generator))
+        if self.parts is not None:
+            parts = tuple(map(torch.cat, zip(self.parts, parts, strict=True)))  # type: ignore[assignment]
+        if len(parts[2]) > self.size:
+            kept = parts[2].topk(self.size, largest=False).indices
+            parts = tuple(part[kept] for part in parts)  # type: ignore[assignment]
+        self.parts = parts
+
+    def rows(self, like: Rows) -> Rows:
+        """The sample; like[:0] if there is none."""
+        return Rows(like.Z[:0], like.y[:0]) if self.parts is None else Rows(*self.parts[:2])
+
+
+def solve(
+    objective: DataObjective, parameters: ParameterVector, chunks: Iterable[Chunk], weight_decay: float, seed: int
+) -> Solution:
+    """Writes an estimate of the head that minimises the mean cross-entropy into it, reading the chunks once.
+
+    A pilot estimate W₀ is the head of some of the first rows. Over the pass, only the gradient at W₀, the Gram matrix A
+    and the variances B = mean p(1 - p) of the classes are summed, and a fresh sample of rows is kept. The result
+    minimises the sample's loss, tilted so that its gradient at W₀ is that of all rows: the surrogate likelihood of
+    Jordan, Lee and Yang (J. Amer. Stat. Assoc. 114, 2019), with the proximal term ½γ tr(ΔᵀAΔB), Δ = W - W₀. Rows should
+    come in random order.
+
+    Raises:
+        NotAffineError: the model does not end in the one linear layer that is trained.
+        NonFiniteError: the layer is given NaN or infinity.
+    """
+    with torch.no_grad():
+        estimate = _Estimate(objective, parameters, weight_decay, seed)
+        start = parameters.read()
+        try:
+            return estimate.solve(chunks)
+        except BaseException:
+            parameters.write(start)
+            raise
+
+
+class _Estimate:
+    def __init__(self, objective: DataObjective, parameters: ParameterVector, weight_decay: float, seed: int) -> None:
+        self.objective, self.parameters, self.weight_decay = objective, parameters, weight_decay
+        # Processes draw different rows.
+        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + share().rank)
+        self.head: Head | None = None
+        self.initial = 0.0
+        self.rows = 0
+        self.mean = self.scale = torch.empty(0)
+
+    def solve(self, chunks: Iterable[Chunk]) -> Solution:
+        """Reads the first rows, makes the pilot, reads the rest, and writes the head."""
+        pieces = self._pieces(chunks)
+        first, more = together(lambda: self._first(pieces))
+        self._standardise(first)
+        first = Rows(self._augmented(first.Z), first.y)
+        seen = torch.bincount(first.y, minlength=self.classes).to(first.Z.dtype)
+        counts, (rows, unread) = summed(lambda: (seen, [float(len(first)), float(more)]))
+        W = first.Z.new_zeros(first.Z.shape[1], self.classes)
+        if self.with_bias:
+            W[-1] = ((counts + 0.5) / (rows + 0.5 * self.classes)).log()
+        if not unread:
+            W, loss = self._minimise(first, W, _RIDGE / rows, None)
+        else:
+            few = _Reservoir(_KEPT // share().size, self.generator)
+            few.add(first)
+            W, _ = self._minimise(few.rows(first), W, _PILOT_RIDGE / _KEPT, None)
+            W, loss = self._refine(first, pieces, W)
+        self._write(W)
+        initial, elements = summed(lambda: (torch.empty(0), [self.initial, float(self.rows)]))[1]
+        return Solution(initial / elements, loss, "")
+
+    def _pieces(self, chunks: Iterable[Chunk]) -> Iterator[Rows]:
+        """What the head is given, and the classes, at most ``_KEPT`` rows at a time."""
+        for number, chunk in enumerate(chunks):
+            if self.head is None:
+                self._find_head(chunk)
+            assert self.head is not None
+            found = features_and_outputs(self.head, self.objective, chunk)
+            if found is None:
+                raise NotAffineError
+            features, result = found
+            _, classes = scores_and_classes(result, chunk.target)
+            counted = classes != IGNORED
+            X, y = columns(self.head.layer, features)[counted], classes[counted]
+            if not bool(X.isfinite().all()):
+                raise NonFiniteError(f"step 1, batch {number}: the head is given NaN or infinity")
+            self.initial += self.objective.loss.sum(result, chunk.target).item()
+            self.rows += len(y)
+            yield from map(Rows, X.split(_KEPT), y.split(_KEPT))
+
+    def _find_head(self, chunk: Chunk) -> None:
+        if is_affine(self.objective.module, self.parameters, chunk):
+            self.head = find_head(self.objective.module, self.parameters, chunk)
+        if self.head is None:
+            raise NotAffineError
+        self.classes, self.with_bias = len(self.head.weight), self.head.bias is not None
+
+    def _first(self, pieces: Iterator[Rows]) -> tuple[Rows, bool]:
+        """The rows that the pilot is drawn from, and whether there may be more."""
+        kept: list[Rows] = []
+        count, more = 0, False
+        for rows in pieces:
+            kept.append(rows)
+            count += len(rows)
+            if count * share().size >= _FIRST:
+                more = True
+                break
+        if not count:
+            raise ValueError("data gives this process no rows whose target is not ignored; expected at least one")
+        return Rows(*(torch.cat(parts) for parts in zip(*kept, strict=True))), more
+
+    def _standardise(self, first: Rows) -> None:
+        """A common scale, and the mean where there is a bias to take it up again."""
+        d = first.Z.shape[1]
+        totals, (rows,) = summed(lambda: (first.Z.double().sum(0), [float(len(first))]))
+        self.mean = (totals / rows * self.with_bias).to(first.Z)
+        square = summed(lambda: (torch.empty(0), [(first.Z - self.mean).double().square().sum().item()]))[1][0]
+        self.scale = torch.tensor((square / rows / d) ** 0.5).to(first.Z).clamp_min(torch.finfo(first.Z.dtype).tiny)
+
+    def _augmented(self, X: Tensor) -> Tensor:
+        Z = (X - self.mean) / self.scale
+        return torch.cat([Z, Z.new_ones(len(Z), 1)], 1) if self.with_bias else Z
+
+    def _unscaled(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's weight (C,d) and bias (C,)."""
+        d = len(self.mean)
+        weight = (W[:d] / self.scale).mT
+        return weight, (W[d] if self.with_bias else W.new_zeros(W.shape[1])) - weight @ self.mean
+
+    def _refine(self, first: Rows, pieces: Iterator[Rows], pilot: Tensor) -> tuple[Tensor, float]:
+        fresh = _Reservoir(_KEPT // share().size, self.generator)
+
+        def local() -> tuple[Tensor, list[float]]:
+            sums = torch.cat([part.double() for part in _sums(first, pilot)])
+            total = F.cross_entropy(first.Z @ pilot, first.y, reduction="sum").item()
+            for X, y in pieces:
+                rows = Rows(self._augmented(X), y)
+                sums += torch.cat([part.double() for part in _sums(rows, pilot)])
+                total += F.cross_entropy(rows.Z @ pilot, rows.y, reduction="sum").item()
+                fresh.add(rows)
+            return sums, [total, float(self.rows)]
+
+        sums, (total, count) = summed(local)
+        sums = (sums / count).to(pilot)
+        d, classes = pilot.shape
+        gradient, variance, gram = sums.split([d * classes, classes, d * d])
+        gram = gram.unflatten(0, (d, d))
+        sample = fresh.rows(first)
+        sampled, (kept,) = summed(lambda: (_sums(sample, pilot)[0], [float(len(sample))]))
+        if not kept:
+            sample, kept = first, count
+            sampled, (kept,) = summed(lambda: (_sums(sample, pilot)[0], [float(len(sample))]))
+        tilt = (gradient - sampled / kept).unflatten(0, pilot.shape)
+
+        def surrogate(W: Tensor) -> Tensor:
+            step = W - pilot
+            value: Tensor = (tilt * step).sum() + 0.5 * _PROXIMITY * (step * (gram @ step) * variance).sum()
+            return value
+
+        own = F.cross_entropy(sample.Z @ pilot, sample.y, reduction="sum").item() if len(sample) else 0.0
+        (own,) = summed(lambda: (torch.empty(0), [own]))[1]
+        W, loss = self._minimise(sample, pilot, _RIDGE / count, surrogate)
+        return W, loss + total / count - own / kept
+
+    def _minimise(
+        self, rows: Rows, W: Tensor, ridge: float, addition: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, float]:
+        """W and its loss by L-BFGS over all processes' rows, in coordinates in which their Gram matrix is I."""
+        gram, (count,) = summed(lambda: ((rows.Z.mT @ rows.Z).double(), [float(len(rows))]))
+        values, vectors = torch.linalg.eigh(gram / count)
+        spread = values.clamp_min(0) + 1e-2 * values.mean()
+        basis, inverse = (vectors * spread.rsqrt()).to(W), (vectors * spread.sqrt()).mT.to(W)
+        V = (inverse @ W).contiguous().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [V], max_iter=_LBFGS_STEPS, tolerance_grad=1e-6, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+        )
+        Q = rows.Z @ basis
+
+        def rest(V: Tensor) -> Tensor:
+            """All but the cross-entropy."""
+            W = basis @ V
+            decayed = torch.cat([part.flatten() for part in self._unscaled(W)]).square().sum()
+            penalty = 0.5 * self.weight_decay * decayed
+            return penalty if addition is None else penalty + addition(W)
+
+        def cross_entropy(V: Tensor) -> tuple[Tensor, float]:
+            """With its gradient."""
+
+            def local() -> tuple[Tensor, list[float]]:
+                P = torch.log_softmax(Q @ V, 1)
+                loss = F.nll_loss(P, rows.y, reduction="sum").item() if len(rows) else 0.0
+                P.exp_()[torch.arange(len(rows)), rows.y] -= 1
+                return Q.mT @ P, [loss]
+
+            gradient, (loss,) = summed(local)
+            return gradient / count, loss / count
+
+        def closure() -> Tensor:
+            gradient, loss = cross_entropy(V.detach())
+            with torch.enable_grad():
+                smooth = rest(V) + 0.5 * ridge * (basis @ V).square().sum()
+                (slope,) = torch.autograd.grad(smooth, V)
+            V.grad = gradient + slope
+            total: Tensor = smooth.detach() + loss
+            return total
+
+        optimizer.step(closure)
+        V = V.detach()
+        return basis @ V, cross_entropy(V)[1] + rest(V).item()
+
+    def _write(self, W: Tensor) -> None:
+        assert self.head is not None
+        weight, bias = self._unscaled(W)
+        self.head.weight.copy_(weight.reshape(self.head.weight.shape))
+        if self.head.bias is not None:
+            self.head.bias.copy_(bias)
+
+
+def _sums(rows: Rows, W: Tensor) -> list[Tensor]:
+    """Sums over rows of the gradient Zᵀ(p - y), of the variances p(1 - p), and of the Gram matrix, flat."""
+    P = torch.softmax(rows.Z @ W, 1)
+    variance = (P - P.square()).sum(0)
+    P[torch.arange(len(rows)), rows.y] -= 1
+    return [(rows.Z.mT @ P).flatten(), variance, (rows.Z.mT @ rows.Z).flatten()]
