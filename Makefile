@@ -28,6 +28,7 @@ $(VENV)/.package: $(VENV)/.environment $(SOURCES)
 
 demo: $(VENV)/.package
 	$(BIN)/python examples/house_prices.py
+	$(BIN)/python examples/text_generation.py --quick
 
 test: test-cpp test-python test-targets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,6 +64,44 @@ def test_levenberg_marquardt(compare: Callable[..., float]) -> None:
         case=f"10-64-1 network, 20,000 rows: {steps} steps to {target:.5f} (reached {min(trial[:steps]):.5f}), "
         f"Adam {epochs} epochs at {rate:g}",
         bar=20.0,
+    )
+
+
+@pytest.mark.benchmark(group="fit")
+def test_gauss_newton_on_text(benchmark: Any, tmp_path: Path) -> None:
+    """Steps and seconds to the held-out loss that Adam, at the best of its rates, has after 200 steps."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    import text_generation as example
+
+    text = example.read_text(None, held_out=512)
+    torch.manual_seed(0)
+    pretrained = example.GPT(len(text.alphabet), width=144, layers=4)
+    example.adam(pretrained, text, 3e-3, 150, "", 150)
+    runs = [example.adam(copy.deepcopy(pretrained), text, rate, 200, f"{rate:g}", 200) for rate in (2e-3, 3e-3, 4e-3)]
+    best = min(runs, key=lambda run: run.losses[-1])
+    model, seconds, steps, loss = copy.deepcopy(pretrained), 0.0, 0, best.losses[0]
+    while loss > best.losses[-1] and steps < 40:
+        steps += 2
+        result = onestep.fit(
+            model,
+            (text.inputs, text.targets),
+            "cross_entropy",
+            method="gauss_newton",
+            max_steps=steps,
+            batch_size=192,
+            curvature_batch_size=64,
+            cg_iterations=8,
+            progress=False,
+            checkpoint=tmp_path / "fit.pt",
+        )
+        loss, seconds = example.loss_of(model, text.held_inputs, text.held_targets), result.history[-1].seconds
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info.update(
+        case=f"1 M GPT: {steps} Gauss-Newton steps from {best.losses[0]:.3f} to {loss:.3f}, "
+        f"Adam 200 steps at {best.name} to {best.losses[-1]:.3f}",
+        peer_seconds=best.seconds[-1],
+        own_seconds=seconds,
+        ratio=best.seconds[-1] / seconds,
     )
 
 

@@ -337,10 +337,8 @@ def definite(n: int) -> tuple[Tensor, Tensor]:
 
 def test_conjugate_gradients_solve_what_a_dense_solve_does() -> None:
     A, b = definite(12)
-    for inverse in (None, 1 / A.diagonal()):
-        solve = conjugate_gradient(
-            lambda v: A @ v, b, precondition=lambda v: inverse * v, tolerance=1e-12, max_iterations=100
-        )
+    for precondition in (None, lambda v: v / A.diagonal()):
+        solve = conjugate_gradient(lambda v: A @ v, b, precondition=precondition, tolerance=1e-12, max_iterations=100)
         torch.testing.assert_close(solve.x, torch.linalg.solve(A, b), rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(solve.residual, b - A @ solve.x, rtol=0, atol=1e-9)
         assert not solve.negative_curvature and 0 < solve.iterations <= 40
@@ -368,3 +366,15 @@ def test_negative_curvature_ends_conjugate_gradients() -> None:
     assert (solve.negative_curvature, solve.iterations) == (True, 1)
     torch.testing.assert_close(solve.x, b)
     torch.testing.assert_close(solve.residual, 2 * b)
+
+
+@pytest.mark.parametrize(("iterations", "known"), [(2, False), (30, True)])
+def test_unfinished_conjugate_gradients_do_not_tell_how_near_the_minimum_is(iterations: int, known: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(20, 12, dtype=torch.float64, generator=generator) * torch.logspace(0, 1, 12, dtype=torch.float64)
+    x = torch.ones(12, dtype=torch.float64, requires_grad=True)
+    large = torch.full((1,), 1e5, dtype=torch.float64)
+    optimizer = GaussNewton([x], damping=1e-9, cg_iterations=iterations, cg_tolerance=1e-6)
+    optimizer.step(lambda: torch.cat([A @ x, large]))
+    assert optimizer.report is not None
+    assert (optimizer.report.decrement < float("inf")) is known

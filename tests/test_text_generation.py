@@ -24,7 +24,7 @@ def test_the_example_solves_writes_and_draws(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     anew, adam, estimated, newton = (
         float(next(line for line in lines if line.strip().startswith(name)).split()[-2])
-        for name in ("drawn anew", "Adam, until", "closed form", "+ ")
+        for name in ("drawn anew", "Adam, 30 passes", "closed form", "+ ")
     )
     assert newton <= estimated < 1.1 * adam < anew
     *_, first, last = next(line for line in lines if line.strip().startswith("Gauss-Newton (onestep.fit)")).split()

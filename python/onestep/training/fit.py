@@ -93,8 +93,10 @@ def fit(
             read again) of such batches. Inputs may be a tuple or a dict of tensors, which is unpacked.
         loss: "mse" (mean over all elements), "cross_entropy" (class indices; -100 is ignored), "poisson" (the model
             gives the logarithm of the rate), or a function (outputs, target) → mean over the rows it was given.
-        method: "closed_form", "levenberg_marquardt" (forms the p × p Gauss-Newton matrix), "gauss_newton" and
-            "newton_cg" (matrix-free), "gradient_descent" (the baseline), or "auto": the first that fits.
+        method: "closed_form" (for "cross_entropy" an estimate of a linear head, which Newton steps close; rows of a
+            DataLoader should come in random order), "levenberg_marquardt" (forms the p × p Gauss-Newton matrix),
+            "gauss_newton" and "newton_cg" (matrix-free), "gradient_descent" (the baseline), or "auto": the first that
+            fits.
         max_steps: at most so many steps.
         tol: converged when the loss can be lowered by no more than tol² of itself, as far as the method's matrix tells;
             without one, or where damping hides it, when the gradient norm is under tol times the first one and a step
