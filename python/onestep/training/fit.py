@@ -85,7 +85,8 @@ def fit(
     alone; parameters with requires_grad=False stay as they are.
 
     Under torch.distributed (``torchrun --nproc-per-node=2``) every process calls fit with the same arguments and
-    computes its share of each batch; the parameters are those of one process, to rounding.
+    computes its share of each batch; the parameters are those of one process to rounding, but for matrix-free methods
+    whose conjugate gradients end early.
 
     Args:
         model: any module that returns a tensor, (n,…) for n rows.
