@@ -28,6 +28,33 @@ ONESTEP_INLINE Vec<float> load_widened(const BFloat16* from) {
     return reinterpret_cast<Vec<float>>(words << 16);
 }
 
+template <int S, class V, int... Lane>
+ONESTEP_INLINE V swap_lanes(V value, std::integer_sequence<int, Lane...>) {
+    return __builtin_shufflevector(value, value, (Lane ^ S)...);
+}
+
+template <class T, int S = kLanes<T> / 2>
+ONESTEP_INLINE T sum_across(Vec<T> value) {
+    if constexpr (S == 0) {
+        return value[0];
+    } else {
+        return sum_across<T, S / 2>(value + swap_lanes<S>(value, std::make_integer_sequence<int, kLanes<T>>{}));
+    }
+}
+
+template <class T, int S = kLanes<T> / 2>
+ONESTEP_INLINE T maximum_across(Vec<T> value) {
+    if constexpr (S == 0) {
+        return value[0];
+    } else {
+        const Vec<T> swapped = swap_lanes<S>(value, std::make_integer_sequence<int, kLanes<T>>{});
+        return maximum_across<T, S / 2>(maximum_lanes<T>(value, swapped));
+    }
+}
+
+ONESTEP_INLINE float logarithm(float value) { return __builtin_logf(value); }
+ONESTEP_INLINE double logarithm(double value) { return __builtin_log(value); }
+
 template <class T>
 struct ExpConstants;
 

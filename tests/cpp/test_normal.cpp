@@ -1,68 +1,12 @@
 // The tuned normal-equations kernels against the plain loops, for every CPU target of this machine, in both types, at
 // every tile edge, serially and with threads. Built with AddressSanitizer and UndefinedBehaviorSanitizer by make test.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <string>
-#include <thread>
-#include <vector>
-
-#include "base/parallel.hpp"
-#include "base/target.hpp"
 #include "normal/normal.hpp"
+#include "testing.hpp"
 
 namespace {
 
 using namespace onestep;
-
-int checks = 0;
-int failures = 0;
-
-void check(bool good, const std::string& what) {
-    ++checks;
-    if (!good) {
-        ++failures;
-        std::printf("FAILED %s: %s\n", target_name(active_target()), what.c_str());
-    }
-}
-
-// Three threads with uneven shares, whatever the machine has.
-int32_t three_threads(int64_t begin, int64_t end, int64_t, RangeFunction fn, void* context) {
-    const int64_t count = end - begin;
-    const int64_t first = begin + count / 2;
-    const int64_t second = first + (end - first) / 3;
-    std::thread one([&] { fn(begin, first, context); });
-    std::thread two([&] { fn(first, second, context); });
-    fn(second, end, context);
-    one.join();
-    two.join();
-    return 0;
-}
-
-// Memory of exactly the size that the strides reach, so that AddressSanitizer sees the first element too many.
-template <class T>
-struct Table {
-    std::vector<T> data;
-    Batched<const T> view;
-
-    enum class Layout { rows, columns, strided };
-
-    Table(std::mt19937& random, int64_t problems, int64_t rows, int64_t cols, Layout layout, T low = T(-1)) {
-        const int64_t step = layout == Layout::strided ? 3 : 1;
-        const int64_t each = rows * cols * step;
-        const int64_t used = std::max<int64_t>(problems * each - (step - 1), 0);
-        data.resize(static_cast<size_t>(used));
-        std::uniform_real_distribution<double> uniform(static_cast<double>(low), 1.0);
-        std::generate(data.begin(), data.end(), [&] { return static_cast<T>(uniform(random)); });
-        view.data = data.data();
-        view.row = layout == Layout::columns ? 1 : cols * step;
-        view.col = layout == Layout::columns ? rows : step;
-        view.batch[0] = each;
-    }
-};
+using namespace onestep::testing;
 
 template <class T>
 struct Size {
@@ -72,24 +16,6 @@ struct Size {
 template <class T>
 double tolerance(double condition) {
     return 200.0 * condition * static_cast<double>(std::numeric_limits<T>::epsilon());
-}
-
-// max |a − b| / max |b|, NaN equal to NaN.
-template <class T>
-double difference(const std::vector<T>& a, const std::vector<T>& b) {
-    double most = 0.0;
-    double scale = 1e-30;
-    for (size_t i = 0; i < a.size(); ++i) {
-        if (std::isnan(a[i]) && std::isnan(b[i])) {
-            continue;
-        }
-        if (std::isnan(a[i]) != std::isnan(b[i])) {
-            return std::numeric_limits<double>::infinity();
-        }
-        most = std::max(most, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
-        scale = std::max(scale, std::abs(static_cast<double>(b[i])));
-    }
-    return most / scale;
 }
 
 template <class T>
@@ -250,11 +176,6 @@ Results<T> run(const Inputs<T>& in) {
 }
 
 template <class T>
-bool identical(const std::vector<T>& a, const std::vector<T>& b) {
-    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-
-template <class T>
 void compare(const Inputs<T>& in, const std::string& name) {
     const Results<T> expected = run<false>(in);
     const Results<T> got = run<true>(in);
@@ -356,19 +277,11 @@ void test_isolation(const char* type) {
 }  // namespace
 
 int main() {
-    for (int index = 0; index < kTargetCount; ++index) {
-        const auto target = static_cast<Target>(index);
-        if (!target_supported(target)) {
-            std::printf("%s: not supported by this machine\n", target_name(target));
-            continue;
-        }
-        check(select_target(target_name(target)) == SelectResult::ok, "select_target");
+    check(select_target("no such target") == SelectResult::unknown, "select_target of an unknown name");
+    return run_targets([] {
         test_sizes<float>("fp32");
         test_sizes<double>("fp64");
         test_isolation<float>("fp32");
         test_isolation<double>("fp64");
-    }
-    check(select_target("no such target") == SelectResult::unknown, "select_target of an unknown name");
-    std::printf("%d checks, %d failed\n", checks, failures);
-    return failures == 0 ? 0 : 1;
+    });
 }

@@ -1,0 +1,71 @@
+#include "bindings/arguments.hpp"
+#include "glm/glm.hpp"
+
+namespace onestep {
+namespace {
+
+namespace py = pybind11;
+using bindings::Address;
+using bindings::Operand;
+
+template <class T>
+Matrix<const T> matrix(const Operand& operand, size_t own) {
+    return bindings::batched<const T>(operand, own).at(BatchShape{}, 0);
+}
+
+template <class X, class T>
+GlmData<X, T> data_of(int family, bool intercept, const Operand& x, const Operand& y, const Operand& labels,
+                      const Operand& weight, int64_t n, int64_t d, int64_t k) {
+    GlmData<X, T> data;
+    data.family = static_cast<GlmFamily>(family);
+    data.intercept = intercept;
+    data.n = n;
+    data.d = d;
+    data.k = k;
+    data.x = matrix<X>(x, 2);
+    data.y = matrix<T>(y, 2);
+    data.labels = matrix<int64_t>(labels, 1);
+    data.weight = matrix<T>(weight, 1);
+    return data;
+}
+
+template <class X, class T>
+py::object bind_point(int family, bool intercept, const Operand& x, const Operand& y, const Operand& labels,
+                      const Operand& weight, const Operand& w, int64_t n, int64_t d, int64_t k, Address loss,
+                      Address gradient, Address curvature) {
+    GlmPointArgs<X, T> args;
+    args.data = data_of<X, T>(family, intercept, x, y, labels, weight, n, d, k);
+    args.w = matrix<T>(w, 2);
+    args.loss = bindings::pointer<double>(loss);
+    args.gradient = bindings::pointer<T>(gradient);
+    args.curvature = bindings::pointer<T>(curvature);
+    return bindings::run([&] { return glm_point(args); });
+}
+
+template <class X, class T>
+py::object bind_product(int family, bool intercept, const Operand& x, const Operand& weight, Address curvature,
+                        const Operand& v, int64_t m, int64_t n, int64_t d, int64_t k, Address product) {
+    GlmProductArgs<X, T> args;
+    args.data = data_of<X, T>(family, intercept, x, {}, {}, weight, n, d, k);
+    args.curvature = bindings::pointer<T>(curvature);
+    args.m = m;
+    args.v = bindings::batched<const T>(v, 2);
+    args.product = bindings::pointer<T>(product);
+    return bindings::run([&] { return glm_product(args); });
+}
+
+template <class X, class T>
+void register_functions(py::module_& module, const std::string& suffix) {
+    module.def(("glm_point_" + suffix).c_str(), bind_point<X, T>);
+    module.def(("glm_product_" + suffix).c_str(), bind_product<X, T>);
+}
+
+}  // namespace
+
+void register_glm(py::module_& module) {
+    register_functions<float, float>(module, "f32");
+    register_functions<double, double>(module, "f64");
+    register_functions<BFloat16, float>(module, "bf16");
+}
+
+}  // namespace onestep

@@ -1,0 +1,15 @@
+// The family's kernels for one CPU target; CMake compiles this file once per target.
+#include "glm/glm-inl.hpp"
+
+namespace onestep::ONESTEP_NS {
+
+template <class X, class T>
+constexpr GlmKernels<X, T> glm_kernels() {
+    return {kLanes<T>, glm_work<X, T>, glm_pack<X, T>, glm_point_rows<X, T>, glm_product_rows<X, T>};
+}
+
+extern const GlmKernels<float, float> glm_f32 = glm_kernels<float, float>();
+extern const GlmKernels<double, double> glm_f64 = glm_kernels<double, double>();
+extern const GlmKernels<BFloat16, float> glm_bf16 = glm_kernels<BFloat16, float>();
+
+}  // namespace onestep::ONESTEP_NS

@@ -1,0 +1,57 @@
+// What one CPU target provides to glm.cpp: one piece of rows, and the packing of the right-hand sides.
+#pragma once
+
+#include "glm/glm.hpp"
+
+namespace onestep {
+
+// Rows are taken in tiles whose part of X fits into kTileBytes, at most kMostTileRows.
+inline constexpr int64_t kTileBytes = int64_t{192} << 10;
+inline constexpr int64_t kMostTileRows = 64;
+
+// How the columns of the right-hand sides lie in memory: `groups` of `width` columns, each padded to whole vectors if
+// it is wider than one column; `ld` columns in all, also whole vectors.
+struct GlmColumns {
+    int64_t groups = 1, width = 1, stride = 1, ld = 1;
+};
+
+template <class X, class T>
+struct GlmKernels {
+    int64_t lanes;
+
+    // Elements of work memory for the rows functions.
+    int64_t (*work)(const GlmData<X, T>& data, const GlmColumns& columns);
+
+    // Packs the right-hand sides (group g at from.at(g), d (+ 1) × width) for the rows functions: (d + 1) × ld
+    // elements.
+    void (*pack)(const GlmData<X, T>& data, const GlmColumns& columns, const T* from, int64_t group, int64_t row,
+                 int64_t col, T* packed);
+
+    // Rows [begin, end): returns their loss; gradient (row-major (d + 1) × ld) += XᵀR unless null.
+    double (*point_rows)(const GlmPointArgs<X, T>& args, const GlmColumns& columns, int64_t begin, int64_t end,
+                         const T* packed, T* gradient, T* work);
+
+    // Rows [begin, end): product (row-major (d + 1) × ld) += XᵀC(XV).
+    void (*product_rows)(const GlmProductArgs<X, T>& args, const GlmColumns& columns, int64_t begin, int64_t end,
+                         const T* packed, T* product, T* work);
+};
+
+#define ONESTEP_GLM_TABLES                           \
+    extern const GlmKernels<float, float> glm_f32;   \
+    extern const GlmKernels<double, double> glm_f64; \
+    extern const GlmKernels<BFloat16, float> glm_bf16;
+
+namespace generic {
+ONESTEP_GLM_TABLES
+}  // namespace generic
+#ifdef ONESTEP_X86_TARGETS
+namespace avx2 {
+ONESTEP_GLM_TABLES
+}  // namespace avx2
+namespace avx512 {
+ONESTEP_GLM_TABLES
+}  // namespace avx512
+#endif
+#undef ONESTEP_GLM_TABLES
+
+}  // namespace onestep
