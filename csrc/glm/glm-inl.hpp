@@ -10,6 +10,10 @@ namespace onestep::ONESTEP_NS {
 // Inner dimension over which a panel of the right-hand sides stays in the first-level cache.
 inline constexpr int64_t kGlmDepth = 256;
 inline constexpr int64_t kPanelVectors = 3;
+// From this many vectors of columns on, tiles have so many times the rows, and go back in blocks of kBackColumns of X.
+inline constexpr int64_t kWideVectors = 12;
+inline constexpr int64_t kWideFactor = 4;
+inline constexpr int64_t kBackColumns = 128;
 
 template <class X, class T>
 inline constexpr bool kSameType = sizeof(X) == sizeof(T);
@@ -22,10 +26,17 @@ inline bool read_in_place(const GlmData<X, T>& data) {
 
 inline int64_t whole(int64_t count, int64_t lanes) { return (count + lanes - 1) / lanes * lanes; }
 
+// With many columns the way back adds to a large result: longer tiles do it less often.
+template <class T>
+inline bool is_wide(const GlmColumns& columns) {
+    return columns.ld > kWideVectors * kLanes<T>;
+}
+
 template <class X, class T>
-inline int64_t tile_rows(const GlmData<X, T>& data) {
-    const int64_t fitting = kTileBytes / (maximum(data.d, 1) * static_cast<int64_t>(sizeof(T)));
-    return whole(minimum(maximum(fitting, kLanes<T>), kMostTileRows), kLanes<T>);
+inline int64_t tile_rows(const GlmData<X, T>& data, const GlmColumns& columns) {
+    const int64_t longer = is_wide<T>(columns) ? kWideFactor : 1;
+    const int64_t fitting = longer * kTileBytes / (maximum(data.d, 1) * static_cast<int64_t>(sizeof(T)));
+    return whole(minimum(maximum(fitting, kLanes<T>), longer * kMostTileRows), kLanes<T>);
 }
 
 // A tile of rows of X: element (i, j) is data[i * row + j].
@@ -213,12 +224,67 @@ inline void multiply_block(const GlmData<X, T>& data, const GlmColumns& columns,
     }
 }
 
-// product += XᵀZ over a tile.
+// The columns [first, first + count) of a tile, kTileRows side by side: element (i, j) is at
+// to[j / kTileRows][i][j % kTileRows].
+template <class T>
+inline void copy_columns(const GlmTile<T>& tile, int64_t first, int64_t count, T* to) {
+    for (int64_t j = 0; j < count; j += kTileRows) {
+        const int64_t wide = minimum(kTileRows, count - j);
+        const T* from = tile.data + first + j;
+        for (int64_t i = 0; i < tile.rows; ++i) {
+            for (int64_t c = 0; c < wide; ++c) {
+                to[j * tile.rows + i * kTileRows + c] = from[i * tile.row + c];
+            }
+        }
+    }
+}
+
+// Panels of kPanelVectors columns of z, one behind the other.
+template <class T>
+inline void copy_panels(int64_t rows, int64_t ld, const T* z, T* to) {
+    constexpr int64_t width = kPanelVectors * kLanes<T>;
+    for (int64_t first = 0; first < ld; first += width) {
+        const int64_t wide = minimum(width, ld - first);
+        for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t at = 0; at < wide; at += kLanes<T>) {
+                store<T>(to + first * rows + i * wide + at, load<T>(z + i * ld + first + at));
+            }
+        }
+    }
+}
+
+// product += XᵀZ over a tile of many columns: copies of X's columns and of z's panels, so that the inner loops run
+// through memory in order.
 template <class X, class T>
-inline void add_back(const GlmData<X, T>& data, const GlmColumns& columns, const GlmTile<T>& tile, const T* z,
+inline void add_back_wide(const GlmData<X, T>& data, const GlmColumns& columns, const GlmTile<T>& tile, const T* z,
+                          T* block, T* product) {
+    constexpr int64_t width = kPanelVectors * kLanes<T>;
+    T* panels = block + tile.rows * kBackColumns;
+    copy_panels<T>(tile.rows, columns.ld, z, panels);
+    for (int64_t first = 0; first < data.d; first += kBackColumns) {
+        const int64_t count = minimum(kBackColumns, data.d - first);
+        copy_columns<T>(tile, first, count, block);
+        for (int64_t at = 0; at < columns.ld; at += width) {
+            const int64_t wide = minimum(width, columns.ld - at);
+            T* c = product + first * columns.ld + at;
+            for (int64_t j = 0; j < count; j += kTileRows) {
+                add_block<T>(minimum(kTileRows, count - j), wide / kLanes<T>, tile.rows,
+                             {block + j * tile.rows, 1, kTileRows}, panels + at * tile.rows, wide, c + j * columns.ld,
+                             columns.ld);
+            }
+        }
+    }
+}
+
+// product += XᵀZ over a tile; `block` is work memory for many columns.
+template <class X, class T>
+inline void add_back(const GlmData<X, T>& data, const GlmColumns& columns, const GlmTile<T>& tile, const T* z, T* block,
                      T* product) {
     const int64_t vectors = columns.ld / kLanes<T>;
-    for (int64_t panel = 0; panel < vectors; panel += kPanelVectors) {
+    if (is_wide<T>(columns)) {
+        add_back_wide<X, T>(data, columns, tile, z, block, product);
+    }
+    for (int64_t panel = 0; panel < vectors && !is_wide<T>(columns); panel += kPanelVectors) {
         const int64_t at = panel * kLanes<T>;
         add_block<T>(data.d, minimum(kPanelVectors, vectors - panel), tile.rows, {tile.data, 1, tile.row}, z + at,
                      columns.ld, product + at, columns.ld);
@@ -346,35 +412,46 @@ inline void copy_targets(const GlmData<X, T>& data, int64_t row, int64_t padded,
 // ------------------------------------------------------------------------------------------------------ rows of a
 // piece
 
-template <class X, class T>
-inline int64_t glm_work(const GlmData<X, T>& data, const GlmColumns& columns) {
-    const int64_t rows = tile_rows(data);
-    const int64_t copy = read_in_place(data) ? 0 : rows * whole(data.d, kLanes<T>);
-    const int64_t line = maximum(rows, columns.stride);
-    return copy + rows * columns.ld + 3 * line + whole(data.d, kLanes<T>);
-}
-
+// How the work memory of a piece is divided.
 template <class T>
 struct GlmWork {
-    T* copy;
-    T* z;
-    T* y;
+    int64_t sizes[5];
+    T* copy;   // a tile of X, where it is not read in place
+    T* block;  // columns of a tile, where there are many right-hand sides
+    T* z;      // the tile times the right-hand sides
+    T* y;      // y, weight and curvature of the tile's rows, or of one row
     T* weight;
     T* curvature;
-    T* out;
+    T* out;  // the tile's result for a single right-hand side
 
     template <class X>
-    GlmWork(const GlmData<X, T>& data, const GlmColumns& columns, T* work) {
-        const int64_t rows = tile_rows(data);
-        const int64_t line = maximum(rows, columns.stride);
-        copy = work;
-        z = copy + (read_in_place(data) ? 0 : rows * whole(data.d, kLanes<T>));
-        y = z + rows * columns.ld;
-        weight = y + line;
-        curvature = weight + line;
-        out = curvature + line;
+    GlmWork(const GlmData<X, T>& data, const GlmColumns& columns) {
+        const int64_t rows = tile_rows(data, columns);
+        sizes[0] = read_in_place(data) ? 0 : rows * whole(data.d, kLanes<T>);
+        sizes[1] = is_wide<T>(columns) ? rows * (kBackColumns + columns.ld) : 0;
+        sizes[2] = rows * columns.ld;
+        sizes[3] = maximum(rows, columns.stride);
+        sizes[4] = whole(data.d, kLanes<T>);
     }
+
+    template <class X>
+    GlmWork(const GlmData<X, T>& data, const GlmColumns& columns, T* work) : GlmWork(data, columns) {
+        copy = work;
+        block = copy + sizes[0];
+        z = block + sizes[1];
+        y = z + sizes[2];
+        weight = y + sizes[3];
+        curvature = weight + sizes[3];
+        out = curvature + sizes[3];
+    }
+
+    int64_t size() const { return sizes[0] + sizes[1] + sizes[2] + 3 * sizes[3] + sizes[4]; }
 };
+
+template <class X, class T>
+inline int64_t glm_work(const GlmData<X, T>& data, const GlmColumns& columns) {
+    return GlmWork<T>(data, columns).size();
+}
 
 template <class X, class T>
 inline void glm_pack(const GlmData<X, T>& data, const GlmColumns& columns, const T* from, int64_t group, int64_t row,
@@ -421,8 +498,8 @@ inline double glm_point_rows(const GlmPointArgs<X, T>& args, const GlmColumns& c
     const GlmWork<T> buffer(data, columns, work);
     const RowVectors<X, T> vectors(data);
     double loss = 0.0;
-    for (int64_t at = begin; at < end; at += tile_rows(data)) {
-        const int64_t rows = minimum(tile_rows(data), end - at);
+    for (int64_t at = begin; at < end; at += tile_rows(data, columns)) {
+        const int64_t rows = minimum(tile_rows(data, columns), end - at);
         const GlmTile<T> tile = take_tile<X, T>(data, at, rows, buffer.copy);
         if (columns.ld == 1) {
             const int64_t padded = whole(rows, kLanes<T>);
@@ -466,7 +543,7 @@ inline double glm_point_rows(const GlmPointArgs<X, T>& args, const GlmColumns& c
             }
         }
         if (gradient != nullptr) {
-            add_back<X, T>(data, columns, tile, buffer.z, gradient);
+            add_back<X, T>(data, columns, tile, buffer.z, buffer.block, gradient);
         }
     }
     return loss;
@@ -506,8 +583,8 @@ inline void glm_product_rows(const GlmProductArgs<X, T>& args, const GlmColumns&
     const GlmData<X, T>& data = args.data;
     const GlmWork<T> buffer(data, columns, work);
     const RowVectors<X, T> vectors(data);
-    for (int64_t at = begin; at < end; at += tile_rows(data)) {
-        const int64_t rows = minimum(tile_rows(data), end - at);
+    for (int64_t at = begin; at < end; at += tile_rows(data, columns)) {
+        const int64_t rows = minimum(tile_rows(data, columns), end - at);
         const GlmTile<T> tile = take_tile<X, T>(data, at, rows, buffer.copy);
         const T* curvature = args.curvature + at * data.k;
         if (columns.ld == 1) {
@@ -522,7 +599,7 @@ inline void glm_product_rows(const GlmProductArgs<X, T>& args, const GlmColumns&
         for (int64_t i = 0; i < rows; ++i) {
             scale_row<X, T>(data, columns, at + i, curvature + i * data.k, buffer.z + i * columns.ld);
         }
-        add_back<X, T>(data, columns, tile, buffer.z, product);
+        add_back<X, T>(data, columns, tile, buffer.z, buffer.block, product);
     }
 }
 
