@@ -140,9 +140,14 @@ class _Primals:
     """The context that ``jvp`` sees, whose saved tensors carry no tangent of the level that is being computed."""
 
     def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
         self.saved_tensors = tuple(
             None if saved is None else forward_ad.unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """What ``setup_context`` left beside the tensors."""
+        return getattr(self._ctx, name)
 
 
 def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[..., Any]:

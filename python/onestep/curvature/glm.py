@@ -1,0 +1,175 @@
+"""Generalised linear models: loss, gradient and Hessian-vector products, each in one pass over X."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onestep.linalg import gram
+from onestep.ops._library import call
+from onestep.ops.glm import FAMILIES, parameter_dtype
+
+# Rows of a bfloat16 X that are widened at a time for the Gram kernel.
+_WIDENED_ROWS = 65536
+
+
+class GLMPoint:
+    """A generalised linear model at one W; made by ``glm``.
+
+    Attributes:
+        loss: Σ wᵢ ℓ(ηᵢ, yᵢ), a float64 scalar.
+        grad: XᵀR, in the shape of W.
+        W: the point.
+
+    loss, grad and hvp are differentiable in W (and hvp in V) to every order, by backward, forward mode and torch.func.
+    """
+
+    def __init__(
+        self, X: Tensor, y: Tensor, W: Tensor, family: str, *, weight: Tensor | None = None, intercept: bool = False
+    ) -> None:
+        self.W = W
+        self._X, self._weight, self._family, self._intercept = X, weight, family, intercept
+        self._matrix = W.unsqueeze(-1) if W.dim() == 1 else W
+        self.loss, grad, self._curvature = call("glm_point", X, y, self._matrix, weight, FAMILIES[family], intercept)
+        self.grad: Tensor = grad.reshape(W.shape)
+
+    def hvp(self, V: Tensor) -> Tensor:
+        """Computes XᵀC(XV), C = ∂²loss/∂η² at this point (Pearlmutter, Neural Computation 6, 1994).
+
+        Args:
+            V: the shape of W, or (m, *W.shape) for m right-hand sides, which share one pass over X. W's dtype.
+
+        Returns:
+            The products, in the shape of V.
+
+        Raises:
+            ValueError, TypeError: V has another shape or dtype.
+        """
+        shape = tuple(self.W.shape)
+        if tuple(V.shape[V.dim() - len(shape) :]) != shape or V.dim() > len(shape) + 1:
+            raise ValueError(
+                f"V has shape {tuple(V.shape)}; expected {shape}, W's, or (m, {', '.join(map(str, shape))})"
+            )
+        block = V.reshape(-1 if V.dim() > len(shape) else 1, *self._matrix.shape)
+        product: Tensor = call(
+            "glm_product",
+            block,
+            self._X,
+            self._matrix,
+            self._weight,
+            self._curvature,
+            FAMILIES[self._family],
+            self._intercept,
+        )
+        return product.reshape(V.shape)
+
+    def gram(self) -> Tensor:
+        """Computes the Hessian XᵀCX as a matrix H (p,p), p = W.numel(): H @ V.flatten() is hvp(V).flatten().
+
+        One Gram matrix of X for each pair of outputs that the curvature couples: k for k outputs, C(C + 1)/2 for
+        softmax with C classes. No derivative.
+        """
+        with torch.no_grad():
+            rows, outputs = self._X.shape[0], self._matrix.shape[1]
+            curvature = self._curvature[: rows * outputs].view(rows, outputs)
+            size = self._matrix.shape[0]
+            H = curvature.new_zeros(size, outputs, size, outputs)
+            for c in range(outputs):
+                if self._family == "softmax":
+                    # P_c(1 − P_c), and P_c P_b for the classes behind c, which enters with a minus.
+                    weights = curvature[:, c:].T * curvature[:, c]
+                    weights[0] = curvature[:, c] - weights[0]
+                    if self._weight is not None:
+                        weights = weights * self._weight
+                    blocks = -self._weighted_gram(weights.clamp_min_(0))
+                    blocks[0].neg_()
+                else:
+                    blocks = self._weighted_gram(curvature[None, :, c])
+                for offset, block in enumerate(blocks):
+                    H[:, c, :, c + offset] = H[:, c + offset, :, c] = block
+            matrix: Tensor = H.reshape(size * outputs, size * outputs)
+            return matrix
+
+    def _weighted_gram(self, weights: Tensor) -> Tensor:
+        """Xᵀdiag(w)X for each row of weights, bordered by the intercept's row and column."""
+        X = self._X
+        if X.dtype != weights.dtype:
+            chunks = zip(X.split(_WIDENED_ROWS), weights.split(_WIDENED_ROWS, dim=1), strict=True)
+            parts = [self._bordered_gram(x.to(weights.dtype), w) for x, w in chunks]
+            return torch.stack(parts).sum(0)
+        return self._bordered_gram(X, weights)
+
+    def _bordered_gram(self, X: Tensor, weights: Tensor) -> Tensor:
+        if not self._intercept:
+            return gram(X, weight=weights)[0]
+        border: Tensor
+        inner, border = gram(X, weights.new_ones(1).expand(X.shape[0]), weight=weights)
+        corner = weights.sum(-1)[:, None, None]
+        top = torch.cat((inner, border[..., None]), dim=-1)
+        return torch.cat((top, torch.cat((border[:, None, :], corner), dim=-1)), dim=-2)
+
+
+def glm(
+    X: Tensor, y: Tensor, W: Tensor, family: str, *, weight: Tensor | None = None, intercept: bool = False
+) -> GLMPoint:
+    """Evaluates a generalised linear model, η = XW, loss Σ wᵢ ℓ(ηᵢ, yᵢ), its gradient and curvature in one pass over X.
+
+    ========== ============================= ====================================================
+    family     ℓ(η, y)                       y
+    ========== ============================= ====================================================
+    gaussian   ½(η − y)²                     floats
+    logistic   log(1 + eᶯ) − yη              0 or 1 (bool, integers or floats), or probabilities
+    softmax    log Σ eᶯ − Σ yη               class indices, or one-hot rows or probabilities
+    poisson    eᶯ − yη                       counts >= 0
+    ========== ============================= ====================================================
+
+    The point keeps the curvature (n or n × k numbers), so that each Hessian-vector product reads X once (McCullagh and
+    Nelder, Generalized Linear Models, 1989, 2.5: for these canonical links Newton is Fisher scoring).
+
+    Args:
+        X: (n,d) float32, float64 or bfloat16, any strides, read in place.
+        y: (n,), or (n,k) beside a W of k columns; for softmax (n,) integers or (n,C) floats whose rows sum to 1.
+        W: (d,) or (d,k), the point; softmax: (d,C). float32 beside bfloat16 X, else X's dtype. With ``intercept`` one
+            more row at the end.
+        family: "gaussian", "logistic", "softmax" or "poisson".
+        weight: (n,) weights of the rows, >= 0.
+        intercept: X gets a column of ones, without a copy.
+
+    Returns:
+        A ``GLMPoint`` with loss, grad, hvp(V) and gram().
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device, family or value of y or weight.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family is {family!r}; expected one of {', '.join(map(repr, FAMILIES))}")
+    if X.dim() != 2:
+        raise ValueError(f"X has shape {tuple(X.shape)}; expected (n, d)")
+    if W.dim() not in (1, 2):
+        raise ValueError(f"W has shape {tuple(W.shape)}; expected (d,) or (d, k)")
+    if family == "softmax" and W.dim() == 1:
+        raise ValueError(f"W has shape {tuple(W.shape)}; expected (d, C): a column for each class")
+    return GLMPoint(X, _targets(X, y, W, family), W, family, weight=weight, intercept=intercept)
+
+
+def _targets(X: Tensor, y: Tensor, W: Tensor, family: str) -> Tensor:
+    """y as the ops read it: (n,k) in the dtype of W, or (n,1) class indices."""
+    if y.dim() not in (1, 2) or y.shape[0] != X.shape[0]:
+        raise ValueError(f"y has shape {tuple(y.shape)}; expected {X.shape[0]} rows, as X has")
+    if family == "softmax" and y.dim() == 1:
+        if y.is_floating_point():
+            raise TypeError(f"y has dtype {y.dtype}; expected integer class indices, or (n, C) probabilities")
+        return y.to(torch.int64).unsqueeze(-1)
+    target = (y.unsqueeze(-1) if y.dim() == 1 else y).to(parameter_dtype(X))
+    if target.numel() == 0 or target.requires_grad:
+        return target
+    least, most = target.aminmax()
+    if family in ("logistic", "softmax") and not (least >= 0 and most <= 1):
+        raise ValueError(f"y has values from {least} to {most}; expected 0 to 1 for family={family!r}")
+    if family == "poisson" and not least >= 0:
+        raise ValueError(f"y has values from {least}; expected counts >= 0 for family='poisson'")
+    if family == "softmax":
+        off = (target.sum(-1) - 1).abs().max()
+        if not off <= 1e-3:
+            raise ValueError(f"y has rows whose sum is off 1 by {off}; expected one-hot rows or probabilities")
+    return target
