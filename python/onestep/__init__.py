@@ -2,7 +2,8 @@
 
 ``onestep.fit`` solves for a model's parameters, with the optimisers of ``onestep.optim`` and the products of
 ``onestep.curvature``; batched least squares and Cholesky solves (``onestep.linalg``, ``torch.ops.onestep.*``) and
-scikit-learn estimators (``Ridge``, ``RidgeCV``, ``RidgeClassifier``) stand on compiled kernels.
+scikit-learn estimators (``Ridge``, ``RidgeCV``, ``RidgeClassifier``, ``LogisticRegression``, ``PoissonRegressor``)
+stand on compiled kernels.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from onestep._runtime import info
 from onestep.training import FitResult, fit
 
 if TYPE_CHECKING:
-    from onestep.estimators import Ridge, RidgeClassifier, RidgeCV
+    from onestep.estimators import LogisticRegression, PoissonRegressor, Ridge, RidgeClassifier, RidgeCV
 
 __version__ = version("onestep")
 
 __all__ = [
     "FitResult",
+    "LogisticRegression",
+    "PoissonRegressor",
     "Ridge",
     "RidgeCV",
     "RidgeClassifier",
@@ -34,7 +37,7 @@ __all__ = [
 ]
 
 # The estimators need scikit-learn, which is an extra, and take a second to import: they are loaded when asked for.
-_ESTIMATORS = frozenset({"Ridge", "RidgeCV", "RidgeClassifier"})
+_ESTIMATORS = frozenset({"LogisticRegression", "PoissonRegressor", "Ridge", "RidgeCV", "RidgeClassifier"})
 
 
 def __getattr__(name: str) -> Any:

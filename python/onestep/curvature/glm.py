@@ -70,25 +70,49 @@ class GLMPoint:
         softmax with C classes. No derivative.
         """
         with torch.no_grad():
-            rows, outputs = self._X.shape[0], self._matrix.shape[1]
-            curvature = self._curvature[: rows * outputs].view(rows, outputs)
-            size = self._matrix.shape[0]
-            H = curvature.new_zeros(size, outputs, size, outputs)
-            for c in range(outputs):
-                if self._family == "softmax":
-                    # P_c(1 − P_c), and P_c P_b for the classes behind c, which enters with a minus.
-                    weights = curvature[:, c:].T * curvature[:, c]
-                    weights[0] = curvature[:, c] - weights[0]
-                    if self._weight is not None:
-                        weights = weights * self._weight
-                    blocks = -self._weighted_gram(weights.clamp_min_(0))
-                    blocks[0].neg_()
-                else:
-                    blocks = self._weighted_gram(curvature[None, :, c])
-                for offset, block in enumerate(blocks):
-                    H[:, c, :, c + offset] = H[:, c + offset, :, c] = block
+            size, outputs = self._matrix.shape
+            blocks = self.gram_blocks()
+            H = blocks.new_zeros(size, outputs, size, outputs)
+            for c, block in enumerate(blocks):
+                H[:, c, :, c] = block
+            if self._family == "softmax":
+                P = self._output_curvature()
+                for c in range(outputs - 1):
+                    weights = P[:, c + 1 :].T * P[:, c]
+                    off_diagonal = self._weighted_gram(weights if self._weight is None else weights * self._weight)
+                    for b, block in enumerate(off_diagonal, start=c + 1):
+                        H[:, c, :, b] = H[:, b, :, c] = -block
             matrix: Tensor = H.reshape(size * outputs, size * outputs)
             return matrix
+
+    def gram_blocks(self) -> Tensor:
+        """Computes the diagonal blocks of the Hessian, (k,d,d): one for each column of W. No derivative."""
+        with torch.no_grad():
+            return self._weighted_gram(self._diagonal_curvature().T)
+
+    def gram_diagonal(self) -> Tensor:
+        """Computes the diagonal of the Hessian, in the shape of W. No derivative; takes the memory of X's squares."""
+        with torch.no_grad():
+            curvature = self._diagonal_curvature()
+            squares: Tensor = self._X.to(curvature.dtype).square().T @ curvature
+            if self._intercept:
+                squares = torch.cat((squares, curvature.sum(0, keepdim=True)))
+            diagonal: Tensor = squares.reshape(self.W.shape)
+            return diagonal
+
+    def _output_curvature(self) -> Tensor:
+        """What the kernel keeps, (n,k): wℓ″, or P for softmax."""
+        shape = self._X.shape[0], self._matrix.shape[1]
+        return self._curvature[: shape[0] * shape[1]].view(shape)
+
+    def _diagonal_curvature(self) -> Tensor:
+        """∂²loss/∂η² of each row and output with itself, (n,k)."""
+        curvature = self._output_curvature()
+        if self._family == "softmax":
+            curvature = curvature * (1 - curvature)
+            if self._weight is not None:
+                curvature = curvature * self._weight[:, None]
+        return curvature
 
     def _weighted_gram(self, weights: Tensor) -> Tensor:
         """Xᵀdiag(w)X for each row of weights, bordered by the intercept's row and column."""

@@ -3,9 +3,10 @@
 try:
     import sklearn as _sklearn  # noqa: F401
 except ImportError as error:
-    raise ImportError("onestep.Ridge needs scikit-learn: pip install 'onestep[sklearn]'") from error
+    raise ImportError("onestep's estimators need scikit-learn: pip install 'onestep[sklearn]'") from error
 
+from onestep.estimators.glm import LogisticRegression, PoissonRegressor
 from onestep.estimators.ridge import Ridge, RidgeClassifier
 from onestep.estimators.ridge_cv import RidgeCV
 
-__all__ = ["Ridge", "RidgeCV", "RidgeClassifier"]
+__all__ = ["LogisticRegression", "PoissonRegressor", "Ridge", "RidgeCV", "RidgeClassifier"]

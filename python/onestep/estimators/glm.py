@@ -1,0 +1,375 @@
+"""Logistic and Poisson regression by Newton's method."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import d2_tweedie_score
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.validation import check_is_fitted, column_or_1d
+from torch import Tensor
+
+from onestep.estimators._arrays import check_flag, give_back, to_numpy
+from onestep.estimators._labels import encode_labels
+from onestep.estimators._linear import FitData, LinearEstimator, as_targets
+from onestep.estimators._newton import Minimum, Problem, minimise, separating_step
+
+# A Newton step at the end that still moves some row's log-odds so far: the minimum is at infinity.
+_SEPARATED_STEP = 0.1
+
+
+def _check_number(name: str, value: Any, *, integer: bool = False, positive: bool = False) -> Any:
+    kind: Any = numbers.Integral if integer else numbers.Real
+    wanted = f"a {'positive' if positive else 'non-negative'} {'integer' if integer else 'number'}"
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    if not (value > 0 if positive else value >= 0):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return value
+
+
+class _GLM(LinearEstimator):
+    """The fit that both share: W (d + 1, k) with the intercept last."""
+
+    fit_intercept: bool
+    warm_start: bool
+    tol: float
+    max_iter: int
+    n_iter_: Any
+
+    def _minimise(self, data: FitData, y: Tensor, family: str, penalty: float, outputs: int) -> Minimum:
+        intercept = check_flag("fit_intercept", self.fit_intercept)
+        problem = Problem(data.X, y, family, data.weight, penalty, intercept)
+        shape = (data.X.shape[1] + intercept, outputs) if family == "softmax" else (data.X.shape[1] + intercept,)
+        start = self._start(data.X, shape) if check_flag("warm_start", self.warm_start) else None
+        found = minimise(
+            problem,
+            data.X.new_zeros(shape) if start is None else start,
+            tol=_check_number("tol", self.tol),
+            max_iter=_check_number("max_iter", self.max_iter, integer=True),
+            warm=start is not None,
+        )
+        if not math.isfinite(found.point.loss):
+            self._explain_non_finite(data.X)
+        if not found.converged:
+            warnings.warn(
+                f"{type(self).__name__} stopped after {found.steps} Newton steps (max_iter={self.max_iter}) with a "
+                f"largest slope of {found.point.largest_slope:.2e}; expected at most tol={self.tol}. Raise max_iter, "
+                "scale the features, penalise more, or pass float64.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        return found
+
+    def _start(self, X: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """The coefficients of the last fit, if they fit this one."""
+        if not hasattr(self, "coef_"):
+            return None
+        coef = torch.as_tensor(self.coef_).to(X.dtype)
+        W = coef.T if coef.dim() == 2 and len(shape) == 2 else coef.flatten()
+        if self.fit_intercept:
+            W = torch.cat((W, torch.as_tensor(self.intercept_).to(X.dtype).reshape(1, *W.shape[1:])))
+        return W.contiguous() if tuple(W.shape) == shape else None
+
+    def _explain_non_finite(self, X: Tensor) -> None:
+        if not torch.isfinite(X).all():
+            raise ValueError("Input X contains NaN or infinity.")
+        raise ValueError("the loss is not finite at the start: X is too large for its dtype; scale it or pass float64")
+
+    def _weights(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """coef (d, k) and intercept (k,)."""
+        columns = W[:, None] if W.dim() == 1 else W
+        if self.fit_intercept:
+            return columns[:-1], columns[-1]
+        return columns, columns.new_zeros(columns.shape[1])
+
+
+class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
+    """Binary and multinomial logistic regression with an l2 penalty, by Newton's method, without a copy of X.
+
+    Minimises Σ wᵢ ℓ(xᵢ, yᵢ) + ‖W‖² / (2C) over W and the intercepts, which are not penalised: ℓ is the log-loss of one
+    sigmoid for two classes, of a softmax for more. A Newton step is a Cholesky solve of the Hessian where there are few
+    rows; with many it is conjugate gradients with one-pass Hessian-vector products, preconditioned by the Hessian of a
+    sample (`onestep.curvature.glm`).
+
+    A drop-in for `sklearn.linear_model.LogisticRegression` on dense data with an l2 penalty or none.
+
+    Args:
+        C: inverse of the penalty, > 0; infinity for none.
+        tol: stop when no slope of the objective, divided by the sum of weights, exceeds this (as scikit-learn does).
+        max_iter: most Newton steps.
+        fit_intercept: whether to fit intercepts.
+        class_weight: None, "balanced", or a dict of label to weight; multiplies sample_weight.
+        warm_start: start from the coefficients of the last fit.
+
+    Attributes:
+        classes_: (C,) sorted labels.
+        coef_: (1, d) for two classes, else (C, d); X's dtype; a tensor if X was one.
+        intercept_: (1,) or (C,).
+        n_iter_: (1,) Newton steps over all rows.
+        n_features_in_: d.
+        feature_names_in_: (d,) column names, where X is a data frame with them.
+
+    Examples:
+        >>> import numpy as np
+        >>> from onestep import LogisticRegression
+        >>> X = np.array([[0.0], [1.0], [2.0], [3.0]])
+        >>> LogisticRegression().fit(X, ["no", "no", "yes", "yes"]).predict([[2.5]])
+        array(['yes'], dtype='<U3')
+    """
+
+    def __init__(
+        self,
+        C: Any = 1.0,
+        *,
+        tol: float = 1e-4,
+        max_iter: int = 100,
+        fit_intercept: bool = True,
+        class_weight: Any = None,
+        warm_start: bool = False,
+    ) -> None:
+        self.C = C
+        self.tol = tol
+        self.max_iter = max_iter
+        self.fit_intercept = fit_intercept
+        self.class_weight = class_weight
+        self.warm_start = warm_start
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LogisticRegression:
+        """Fit to X and the labels y.
+
+        Args:
+            X: (n, d), fp32 or fp64 of any strides, read in place; other numbers are converted to fp64 (16-bit tensors
+                to fp32). Array, data frame or CPU tensor.
+            y: (n,) labels of any kind, of two classes or more.
+            sample_weight: (n,) or a number, >= 0; None for ones.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: shapes that disagree, NaN or infinity, one class, a parameter out of range, a tensor not on the
+                CPU; or without a penalty classes that a plane separates, whose coefficients would be infinite.
+            TypeError: a parameter of the wrong type, sparse X.
+
+        Warns:
+            sklearn.exceptions.ConvergenceWarning: max_iter was reached, or the precision of X's dtype.
+        """
+        inverse_penalty = _check_number("C", self.C, positive=True)
+        labels_as_tensor = isinstance(y, Tensor)
+        data = self._check_fit(X, y, sample_weight, y_numeric=False)
+        classes, indices = encode_labels(data.y)
+        if len(classes) < 2:
+            raise ValueError(f"y has one class, {classes.tolist()[0]!r}; this solver needs samples of at least 2 classes")
+        data = self._weigh_classes(data, classes, indices)
+        binary = len(classes) == 2
+        labels = torch.from_numpy(indices)
+        total = data.X.shape[0] if data.weight is None else data.weight.sum(dtype=torch.float64).item()
+        found = self._minimise(
+            data,
+            labels.to(data.X.dtype) if binary else labels,
+            "logistic" if binary else "softmax",
+            1.0 / (inverse_penalty * total),
+            len(classes),
+        )
+        if math.isinf(inverse_penalty) and separating_step(found.point) > _SEPARATED_STEP:
+            raise ValueError(
+                "a plane separates the classes, so that without a penalty (C=inf) the coefficients have no finite "
+                "optimum; pass a finite C"
+            )
+        # A shift common to all classes changes no probability; of all optima this is the symmetric one.
+        W = found.point.W if binary else found.point.W - found.point.W.mean(1, keepdim=True)
+        coef, intercept = self._weights(W)
+        self.coef_ = give_back(coef.mT.contiguous(), tensors=data.tensors)
+        self.intercept_ = give_back(intercept.clone(), tensors=data.tensors)
+        self.n_iter_ = np.array([found.steps], dtype=np.int32)
+        self.classes_ = torch.from_numpy(classes) if labels_as_tensor else classes
+        return self
+
+    def _weigh_classes(self, data: FitData, classes: np.ndarray, indices: np.ndarray) -> FitData:
+        if self.class_weight is None:
+            return data
+        weights = compute_class_weight(
+            self.class_weight, classes=classes, y=classes[indices], sample_weight=to_numpy("weight", data.weight)
+        )
+        weight = torch.from_numpy(weights[indices]).to(data.X.dtype)
+        return data._replace(weight=weight if data.weight is None else weight * data.weight)
+
+    def decision_function(self, X: Any) -> Any:
+        """X coef_ᵀ + intercept_: the log-odds of classes_[1] against classes_[0], or the softmax's inputs.
+
+        Args:
+            X: (n, d), array, data frame or CPU tensor.
+
+        Returns:
+            (n,) for two classes, else (n, C); X's dtype; a tensor if X is one.
+
+        Raises:
+            ValueError, sklearn.exceptions.NotFittedError: X does not fit, or there was no fit.
+        """
+        scores = self._linear(X)
+        return scores[:, 0] if scores.shape[1] == 1 else scores
+
+    def predict(self, X: Any) -> Any:
+        """The most probable label.
+
+        Args:
+            X: (n, d), array, data frame or CPU tensor.
+
+        Returns:
+            (n,) labels; a tensor if X is one and the labels are numbers.
+
+        Raises:
+            ValueError, sklearn.exceptions.NotFittedError: as for `decision_function`.
+        """
+        scores = to_numpy("scores", self.decision_function(X))
+        classes = to_numpy("classes_", self.classes_)
+        labels = classes[(scores > 0).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)]
+        return torch.from_numpy(labels) if isinstance(X, Tensor) and labels.dtype.kind in "biuf" else labels
+
+    def predict_proba(self, X: Any) -> Any:
+        """The probability of each class.
+
+        Args:
+            X: (n, d), array, data frame or CPU tensor.
+
+        Returns:
+            (n, C), rows that sum to 1; X's dtype; a tensor if X is one.
+
+        Raises:
+            ValueError, sklearn.exceptions.NotFittedError: as for `decision_function`.
+        """
+        return give_back(self._log_probabilities(X).exp(), tensors=isinstance(X, Tensor))
+
+    def predict_log_proba(self, X: Any) -> Any:
+        """The logarithm of `predict_proba`, without its underflow.
+
+        Args:
+            X: (n, d), array, data frame or CPU tensor.
+
+        Returns:
+            (n, C); X's dtype; a tensor if X is one.
+
+        Raises:
+            ValueError, sklearn.exceptions.NotFittedError: as for `decision_function`.
+        """
+        return give_back(self._log_probabilities(X), tensors=isinstance(X, Tensor))
+
+    def _log_probabilities(self, X: Any) -> Tensor:
+        scores = torch.as_tensor(self.decision_function(X))
+        if scores.dim() == 1:
+            scores = torch.stack((torch.zeros_like(scores), scores), dim=1)
+        return scores.log_softmax(dim=1)
+
+
+class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
+    """Poisson regression with a log link and an l2 penalty, by Newton's method, without a copy of X.
+
+    Minimises Σ wᵢ (eᶯ − yᵢη) / Σ wᵢ + ½ alpha ‖W‖², η = xᵢW + b, over W and b, which is not penalised. Steps as for
+    `LogisticRegression`.
+
+    A drop-in for `sklearn.linear_model.PoissonRegressor` on dense data.
+
+    Args:
+        alpha: penalty, >= 0.
+        fit_intercept: whether to fit b.
+        max_iter: most Newton steps.
+        tol: stop when no slope of the objective exceeds this.
+        warm_start: start from the coefficients of the last fit.
+
+    Attributes:
+        coef_: (d,); X's dtype; a tensor if X was one.
+        intercept_: scalar; 0.0 without an intercept.
+        n_iter_: Newton steps over all rows.
+        n_features_in_: d.
+        feature_names_in_: (d,) column names, where X is a data frame with them.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: Any = 1.0,
+        fit_intercept: bool = True,
+        max_iter: int = 100,
+        tol: float = 1e-4,
+        warm_start: bool = False,
+    ) -> None:
+        self.alpha = alpha
+        self.fit_intercept = fit_intercept
+        self.max_iter = max_iter
+        self.tol = tol
+        self.warm_start = warm_start
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PoissonRegressor:
+        """Fit to X and the counts y.
+
+        Args:
+            X: (n, d), as for `LogisticRegression.fit`.
+            y: (n,) counts or rates, >= 0, not all zero.
+            sample_weight: (n,) or a number, >= 0; None for ones. The exposure, where y is a rate.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError, TypeError: as for `LogisticRegression.fit`; or y is negative or zero everywhere.
+
+        Warns:
+            sklearn.exceptions.ConvergenceWarning: max_iter was reached, or the precision of X's dtype.
+        """
+        penalty = float(_check_number("alpha", self.alpha))
+        data = self._check_fit(X, y, sample_weight, y_numeric=True)
+        targets = as_targets(column_or_1d(data.y, warn=True), data.X)[:, 0]
+        if targets.min() < 0:
+            raise ValueError(f"y must not be negative, got {targets.min().item()}: some value(s) of y are out of range")
+        if self.fit_intercept and not (targets if data.weight is None else targets * data.weight).any():
+            raise ValueError("y is zero in every row, so that the intercept has no finite optimum")
+        found = self._minimise(data, targets, "poisson", penalty, 1)
+        coef, intercept = self._weights(found.point.W)
+        self.coef_ = give_back(coef[:, 0].clone(), tensors=data.tensors)
+        self.intercept_ = give_back(intercept[0].clone(), tensors=data.tensors) if self.fit_intercept else 0.0
+        self.n_iter_ = found.steps
+        return self
+
+    def predict(self, X: Any) -> Any:
+        """The expected count e^(X coef_ + intercept_).
+
+        Args:
+            X: (n, d), array, data frame or CPU tensor.
+
+        Returns:
+            (n,); X's dtype; a tensor if X is one.
+
+        Raises:
+            ValueError, sklearn.exceptions.NotFittedError: X does not fit, or there was no fit.
+        """
+        values = torch.as_tensor(self._linear(X)).exp()
+        return give_back(values, tensors=isinstance(X, Tensor))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """D², the fraction of the Poisson deviance explained (scikit-learn's score of its PoissonRegressor).
+
+        Args:
+            X: (n, d), array or tensor.
+            y: (n,) counts.
+            sample_weight: (n,), or None for equal weights.
+
+        Returns:
+            The score, 1.0 at best.
+        """
+        check_is_fitted(self)
+        truth, weight = to_numpy("y", y), to_numpy("sample_weight", sample_weight)
+        predicted = to_numpy("prediction", self.predict(X))
+        return float(d2_tweedie_score(truth, predicted, sample_weight=weight, power=1))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.positive_only = True
+        return tags
