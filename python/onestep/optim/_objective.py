@@ -12,7 +12,7 @@ from torch.func import jacfwd, jacrev, jvp, vmap
 
 import onestep.linalg as linalg
 from onestep.curvature import ggnvp, hvp
-from onestep.curvature._products import differentiable_attention
+from onestep.curvature._kernels import differentiable_kernels
 from onestep.optim._parameters import ParameterVector, call_with, flatten
 
 
@@ -154,7 +154,7 @@ class ClosureObjective(Objective):
 
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
         point, outputs, loss = self._functions(parameters)
-        with torch.no_grad(), differentiable_attention():
+        with torch.no_grad(), differentiable_kernels():
             shape = outputs(point).shape
             wide = shape.numel() < len(parameters)
             J = (jacrev if wide else jacfwd)(outputs)(point).reshape(shape.numel(), len(parameters))

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import onestep.linalg as linalg
 from onestep.curvature import hvp
-from onestep.curvature._products import differentiable_attention, gauss_newton_products
+from onestep.curvature._kernels import differentiable_kernels
+from onestep.curvature._products import gauss_newton_products
 from onestep.optim import NonFiniteError, Objective
 from onestep.optim._parameters import ParameterVector
 from onestep.training.data import Chunk
@@ -179,7 +180,7 @@ class DataObjective(Objective):
 
         def local() -> tuple[Tensor, list[float]]:
             total, count = torch.zeros(p, p, dtype=torch.float64), 0
-            with torch.no_grad(), differentiable_attention():
+            with torch.no_grad(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     for rows in self.root_jacobian(parameters, chunk):
                         total += linalg.moments(rows, rows[:, :0]).gram
