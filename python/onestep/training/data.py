@@ -14,10 +14,11 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 class Chunk(NamedTuple):
-    """Rows that are computed together: what the model takes, and what the loss compares with."""
+    """Rows that are computed together: what the model takes, what the loss compares with, and their batch's piece."""
 
     inputs: Any
     target: Any
+    piece: int = 0
 
     def __len__(self) -> int:
         return len(_first(self.inputs))
@@ -25,6 +26,10 @@ class Chunk(NamedTuple):
     def rows(self, index: slice | Tensor) -> Chunk:
         """Some of the rows."""
         return Chunk(*tree_map_only(Tensor, lambda t: t[index], tuple(self)))
+
+    def of_piece(self, piece: int) -> Chunk:
+        """The same rows as a part of a piece."""
+        return Chunk(self.inputs, self.target, piece)
 
 
 def _first(tree: Any) -> Tensor:
@@ -42,14 +47,18 @@ def _as_chunk(batch: Any) -> Chunk:
 
 
 class Share(NamedTuple):
-    """Which part of each batch this process computes: rank of size."""
+    """Which of the ``pieces`` that each batch is cut into this process computes: the rank-th of size parts of them."""
 
     rank: int = 0
     size: int = 1
+    pieces: int = 1
 
-    def of(self, n: int) -> slice:
-        """The rows of n."""
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+    def of(self, n: int) -> Iterator[tuple[int, range]]:
+        """The numbers of its pieces of n rows, with the rows."""
+        for piece in range(self.pieces * self.rank // self.size, self.pieces * (self.rank + 1) // self.size):
+            rows = range(n * piece // self.pieces, n * (piece + 1) // self.pieces)
+            if rows:
+                yield piece, rows
 
 
 class Source(ABC):
@@ -104,13 +113,13 @@ class IndexedSource(Source):
         return self.rows
 
     def _chunks(self, n: int, index: Callable[[slice], Any]) -> Iterator[Chunk]:
-        part = self.share.of(n)
-        begin = part.start
-        while begin < part.stop:
-            # The chunk size may change on the way.
-            end = min(begin + (self.chunk_size or part.stop), part.stop)
-            yield self.take(index(slice(begin, end)))
-            begin = end
+        for piece, part in self.share.of(n):
+            begin = part.start
+            while begin < part.stop:
+                # The chunk size may change on the way.
+                end = min(begin + (self.chunk_size or part.stop), part.stop)
+                yield self.take(index(slice(begin, end))).of_piece(piece)
+                begin = end
 
     def all(self) -> Iterator[Chunk]:
         return self._chunks(self.rows, lambda rows: rows)
@@ -167,10 +176,11 @@ class LoaderSource(Source):
         return len(loader.sampler) * (self.share.size if self.sharded else 1)
 
     def _share(self, chunk: Chunk) -> Iterator[Chunk]:
-        rows = slice(0, len(chunk)) if self.sharded else self.share.of(len(chunk))
-        size = self.chunk_size or max(1, rows.stop - rows.start)
-        for begin in range(rows.start, rows.stop, size):
-            yield chunk.rows(slice(begin, min(begin + size, rows.stop)))
+        whole = [(self.share.rank, range(len(chunk)))]
+        for piece, rows in whole if self.sharded else self.share.of(len(chunk)):
+            size = self.chunk_size or len(rows)
+            for begin in range(rows.start, rows.stop, size):
+                yield chunk.rows(slice(begin, min(begin + size, rows.stop))).of_piece(piece)
 
     def _whole(self, number: int) -> Iterator[Chunk]:
         sampler = getattr(self.loader, "sampler", None)
