@@ -82,7 +82,7 @@ def summed(compute: Callable[[], tuple[Tensor, list[float]]]) -> tuple[Tensor, l
 
 
 def summed_by_piece(
-    pieces: int, zeros: tuple[Tensor, int], terms: Callable[[], Iterable[tuple[int, Tensor, list[float]]]]
+    pieces: int, like: tuple[Tensor, int], terms: Callable[[], Iterable[tuple[int, Tensor, list[float]]]]
 ) -> tuple[Tensor, list[float]]:
     """The sums over all processes of terms (piece of the batch, tensor, numbers); failures as with ``together``.
 
@@ -91,7 +91,7 @@ def summed_by_piece(
 
     Args:
         pieces: how many there are, each of them in one process.
-        zeros: a tensor like those of the terms, and the count of their numbers.
+        like: a tensor like those of the terms, and the count of their numbers.
         terms: makes them; changed by the sum.
     """
 
@@ -107,15 +107,18 @@ def summed_by_piece(
         return sums
 
     sums = together(local)
-    nothing = zeros[0], torch.zeros(zeros[1], dtype=torch.float64)
-    totals = tuple(map(torch.zeros_like, nothing))
+    totals = torch.zeros_like(like[0]), torch.zeros(like[1], dtype=torch.float64)
     for piece in range(pieces):
-        for total, part in zip(totals, sums.get(piece, nothing), strict=True):
-            if share().size > 1 and part.numel():
-                # All but one process have zeros, which change nothing.
-                part = part.clone()
-                _collective(dist.all_reduce, part)
-            total.add_(part)
+        parts = sums.pop(piece, None)
+        if share().size > 1:
+            # All but one process have zeros, which change nothing.
+            parts = parts or (torch.zeros_like(totals[0]), torch.zeros_like(totals[1]))
+            for part in parts:
+                if part.numel():
+                    _collective(dist.all_reduce, part)
+        if parts is not None:
+            totals[0].add_(parts[0])
+            totals[1].add_(parts[1])
     return totals[0], totals[1].tolist()
 
 

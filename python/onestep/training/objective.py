@@ -92,15 +92,15 @@ class DataObjective(Objective):
                     value = loss.item()
                     if not math.isfinite(value):
                         raise NonFiniteError(_explain(chunk, number, value))
-                    gradient = zeros
+                    gradient = torch.zeros_like(like)
                     if loss.requires_grad:
                         gradient = flatten(torch.autograd.grad(loss, parameters.tensors, materialize_grads=True))
                 if not math.isfinite(gradient.sum().item()):
                     raise NonFiniteError(f"batch {number}: the gradient is NaN or infinite, the loss {value:g}")
                 yield chunk.piece, gradient, [value, self._elements(chunk)]
 
-        zeros = torch.zeros(len(parameters), dtype=parameters.dtype)
-        gradient, (total, count) = summed_by_piece(self.pieces, (zeros, 2), terms)
+        like = torch.empty(len(parameters), dtype=parameters.dtype)
+        gradient, (total, count) = summed_by_piece(self.pieces, (like, 2), terms)
         if not count:
             raise ValueError("every target of the batch is ignored; there is no loss to minimise")
         return total / count, gradient.div_(count)
@@ -165,8 +165,8 @@ class DataObjective(Objective):
                 sums, positions = factors.packed()
                 yield chunk.piece, sums, [*positions, self._elements(chunk)]
 
-        zeros, positions = result.packed()
-        sums, (*positions, count) = summed_by_piece(self.pieces, (zeros, len(positions) + 1), terms)
+        like, positions = result.packed()
+        sums, (*positions, count) = summed_by_piece(self.pieces, (like, len(positions) + 1), terms)
         result.unpack(sums, positions)
         return lambda damping: result.preconditioner(max(count, 1), damping)
 
