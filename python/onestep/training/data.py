@@ -88,6 +88,10 @@ class Source(ABC):
     def sample(self, step: int, size: int) -> list[Chunk]:
         """This process's share of ``size`` rows of all, drawn for a step."""
 
+    def others(self, step: int, size: int) -> list[Chunk]:
+        """This process's share of ``size`` rows on which the step that ``batch`` was made for is judged."""
+        return self.sample(step, size)
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides the step's number."""
         return {}
@@ -225,6 +229,10 @@ class LoaderSource(Source):
             rows += len(chunk) * (self.share.size if self.sharded else 1)
             chunks.extend(self._share(chunk))
         return chunks
+
+    def others(self, step: int, size: int) -> list[Chunk]:
+        # What comes next, since a second pass at the same time would share the loader's generators and workers.
+        return self.batch(step, size)
 
     def sample(self, step: int, size: int) -> list[Chunk]:
         chunks: list[Chunk] = []

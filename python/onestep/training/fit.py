@@ -110,7 +110,7 @@ def fit(
         damping: initial damping, else the method's own.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         batch_size: rows a step, for data that does not fit in memory or many steps; None for all rows. A step is then
-            judged on as many other rows, drawn anew each time.
+            judged on as many other rows, drawn anew each time; from a DataLoader, on those that come next.
         curvature_batch_size: rows over which B is taken, drawn anew each step; None for the rows of the step, or for
             Levenberg-Marquardt a sample that is large against the parameters.
         chunk_size: rows computed at a time; None for as many as keep 256 MiB for the backward pass.
@@ -197,7 +197,7 @@ class _Session:
         batch = self.source.batch(step, self.batch_size)
         curvature = batch if rows is None else _leading(batch, -(-rows // self.source.share.pieces))
         # A step fits the noise of its own rows too, so others judge it.
-        trial = self.source.sample(step, self.batch_size)
+        trial = self.source.others(step, self.batch_size)
         return make(_again(batch), _again(curvature), fixed=False, trial_chunks=_again(trial))
 
     def solve(self, chunks: Iterable[Chunk], why: str, seed: int) -> FitResult:
