@@ -116,14 +116,17 @@ def fit(name, data, loss, **options):
     results[name] = [p.detach() for p in model.parameters()], [vars(r) | {{"seconds": 0}} for r in result.history]
 
 
-few = dict(max_steps=7, cg_iterations=4)
+# Chunks that are so small leave pieces of a few rows each.
+few = dict(max_steps=7, cg_iterations=4, chunk_size=64)
 fit("gauss_newton", (X, y), "mse", method="gauss_newton", **few)
 fit("batches", (X, classes), "cross_entropy", method="gauss_newton", batch_size=50, curvature_batch_size=13, **few)
-fit("sample", (X, classes), "cross_entropy", method="gauss_newton", curvature_batch_size=30, chunk_size=5, **few)
+fit("sample", (X, y), "mse", method="gauss_newton", curvature_batch_size=30, **few | {{"chunk_size": 5}})
 fit("newton_cg", (X, classes), "cross_entropy", method="newton_cg", batch_size=100, **few)
 fit("three rows", (X[:3], y[:3]), "mse", method="gauss_newton", **few)
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=17, shuffle=True)
 fit("loader", loader, "mse", method="gauss_newton", batch_size=60, **few)
+# Its batches are not cut but given out in turn.
+fit("whole batches", loader, "mse", method="gauss_newton", **few | {{"chunk_size": 10_000}})
 fit("gradient_descent", loader, "mse", method="gradient_descent", max_steps=7)
 torch.save(results, {out!r} + f"{{rank}}of{{size}}")
 """

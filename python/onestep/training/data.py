@@ -47,18 +47,24 @@ def _as_chunk(batch: Any) -> Chunk:
 
 
 class Share(NamedTuple):
-    """Which of the ``pieces`` that each batch is cut into this process computes: the rank-th of size parts of them."""
+    """Which of the ``pieces`` that each batch is cut into this process computes: the rank-th of size parts of them.
+
+    A batch of few rows is cut into fewer, of ``least`` rows or more.
+    """
 
     rank: int = 0
     size: int = 1
     pieces: int = 1
+    least: int = 1
 
-    def of(self, n: int) -> Iterator[tuple[int, range]]:
-        """The numbers of its pieces of n rows, with the rows."""
-        for piece in range(self.pieces * self.rank // self.size, self.pieces * (self.rank + 1) // self.size):
-            rows = range(n * piece // self.pieces, n * (piece + 1) // self.pieces)
-            if rows:
-                yield piece, rows
+    def of(self, n: int, first: int = 0) -> Iterator[tuple[int, range]]:
+        """The numbers of its pieces of n rows, with the rows; ``first``: the number from which pieces are given out."""
+        count = min(self.pieces, -(-n // self.least))
+        own = range(self.pieces * self.rank // self.size, self.pieces * (self.rank + 1) // self.size)
+        for part in range(count):
+            piece = (first + part * self.pieces // count) % self.pieces
+            if piece in own:
+                yield piece, range(n * part // count, n * (part + 1) // count)
 
 
 class Source(ABC):
@@ -179,9 +185,9 @@ class LoaderSource(Source):
             return None
         return len(loader.sampler) * (self.share.size if self.sharded else 1)
 
-    def _share(self, chunk: Chunk) -> Iterator[Chunk]:
+    def _share(self, chunk: Chunk, number: int) -> Iterator[Chunk]:
         whole = [(self.share.rank, range(len(chunk)))]
-        for piece, rows in whole if self.sharded else self.share.of(len(chunk)):
+        for piece, rows in whole if self.sharded else self.share.of(len(chunk), number):
             size = self.chunk_size or len(rows)
             for begin in range(rows.start, rows.stop, size):
                 yield chunk.rows(slice(begin, min(begin + size, rows.stop))).of_piece(piece)
@@ -207,8 +213,8 @@ class LoaderSource(Source):
         yield from map(_as_chunk, batches)
 
     def all(self) -> Iterator[Chunk]:
-        for chunk in self._whole(0):
-            yield from self._share(chunk)
+        for number, chunk in enumerate(self._whole(0)):
+            yield from self._share(chunk, number)
 
     def _next(self) -> Chunk:
         while True:
@@ -227,7 +233,7 @@ class LoaderSource(Source):
         while rows < size:
             chunk = self._next()
             rows += len(chunk) * (self.share.size if self.sharded else 1)
-            chunks.extend(self._share(chunk))
+            chunks.extend(self._share(chunk, self._taken))
         return chunks
 
     def others(self, step: int, size: int) -> list[Chunk]:
@@ -237,11 +243,11 @@ class LoaderSource(Source):
     def sample(self, step: int, size: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         rows = 0
-        for chunk in self._whole(step):
+        for number, chunk in enumerate(self._whole(step)):
             each = self.share.size if self.sharded else 1
             part = chunk.rows(slice(0, -(-(size - rows) // each)))
             rows += len(part) * each
-            chunks.extend(self._share(part))
+            chunks.extend(self._share(part, number))
             if rows >= size:
                 break
         return chunks

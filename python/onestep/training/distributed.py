@@ -29,7 +29,7 @@ def together(compute: Callable[[], Result]) -> Result:
     If it raises in one, that one raises its error and the others raise too instead of waiting for it: NonFiniteError
     and KeyboardInterrupt like the first, RuntimeError for any other. The gravest error of all counts.
     """
-    rank, size, _ = share()
+    rank, size = share()[:2]
     if size == 1:
         return compute()
     error: BaseException | None = None

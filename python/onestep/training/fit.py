@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ _DAMPING = 1.0
 _CHUNK_BYTES = 256 * 2**20
 # So many times what a gradient keeps is what forward over reverse mode does.
 _HESSIAN_MEMORY = 4
-# Each batch of a matrix-free method is cut into so many pieces, whatever the number of processes up to as many.
-_PIECES = 4
+# Each batch of a matrix-free method is cut into so many pieces, whatever the number of processes up to as many; into
+# fewer if a piece had less than such a part of a chunk, which is not worth a call of its own.
+_PIECES, _LEAST_PIECE = 4, 32
 # A loss whose root is under so many ε of the first one's is zero, and so small a part of a loss is noise.
 _ROUNDINGS = 10
 _ESTIMATED = "estimated in one pass; method='newton_cg' from here ends at the minimum"
@@ -163,7 +165,8 @@ def fit(
         if chosen == "levenberg_marquardt":
             rows = rows or _enough_rows(model, source, parameters, batch_size, first)
         else:
-            source.share = source.share._replace(pieces=max(_PIECES, source.share.size))
+            least = max(1, source.chunk_size // _LEAST_PIECE)
+            source.share = source.share._replace(pieces=max(_PIECES, source.share.size), least=least)
         if chosen == "newton_cg" and chunk_size is None:
             source.chunk_size = max(1, source.chunk_size // _HESSIAN_MEMORY)
         session.rows_of_curvature = rows
@@ -195,7 +198,8 @@ class _Session:
             return make(self.source.all, self.source.all, fixed=True)
         rows = self.rows_of_curvature
         batch = self.source.batch(step, self.batch_size)
-        curvature = batch if rows is None else _leading(batch, -(-rows // self.source.share.pieces))
+        whole = min(self.batch_size, self.source.known_rows or self.batch_size)
+        curvature = batch if rows is None else _leading(batch, rows, whole)
         # A step fits the noise of its own rows too, so others judge it.
         trial = self.source.others(step, self.batch_size)
         return make(_again(batch), _again(curvature), fixed=False, trial_chunks=_again(trial))
@@ -571,12 +575,15 @@ def _again(chunks: list[Chunk]) -> Callable[[], list[Chunk]]:
     return lambda: chunks
 
 
-def _leading(batch: list[Chunk], rows: int) -> list[Chunk]:
-    """The first rows of each piece of a batch."""
-    left: dict[int, int] = {}
+def _leading(batch: list[Chunk], rows: int, whole: int) -> list[Chunk]:
+    """The first rows of each piece of a batch, ``rows`` of ``whole`` ones."""
+    lengths: Counter[int] = Counter()
+    for chunk in batch:
+        lengths[chunk.piece] += len(chunk)
+    left = {piece: -(-length * rows // whole) for piece, length in lengths.items()}
     chunks = []
     for chunk in batch:
-        part = chunk.rows(slice(0, left.setdefault(chunk.piece, rows)))
+        part = chunk.rows(slice(0, left[chunk.piece]))
         left[chunk.piece] -= len(part)
         if len(part):
             chunks.append(part)
