@@ -160,7 +160,8 @@ def by_onestep(digits: Digits, steps: int) -> Fit:
     )
     preparing = time.perf_counter() - begin - result.history[-1].seconds
     products = sum(record.cg_iterations for record in result.history)
-    passes = len(result.history) + products * CURVATURE_BATCH / len(digits.y)
+    # The preconditioner of each step is made of one more pass through the rows of curvature.
+    passes = len(result.history) + (products + len(result.history)) * CURVATURE_BATCH / len(digits.y)
     losses = [result.initial_loss, *(record.loss for record in result.history)]
     seconds = [0.0, *(preparing + record.seconds for record in result.history)]
     print(f"  Gauss-Newton: {products:,} products with the curvature of {CURVATURE_BATCH} images; {result.reason}")

@@ -179,32 +179,47 @@ def adam(model: nn.Module, text: Text, rate: float, steps: int, name: str, every
     return run
 
 
-def gauss_newton(model: nn.Module, text: Text, effort: Effort) -> Run:
-    """onestep.fit a few steps at a time, each time going on from its checkpoint, so that the loss can be measured."""
+def gauss_newton(
+    model: nn.Module,
+    text: Text,
+    checkpoint: Path,
+    goal: float = 0.0,
+    *,
+    steps: int,
+    batch: int,
+    curvature: int,
+    cg: int,
+) -> Run:
+    """onestep.fit two steps at a time until the held-out loss is down to ``goal``; measuring it is not in its seconds.
+
+    Each call goes on from the checkpoint of the last. A step computes the gradient over ``batch`` sequences, is judged
+    on as many others, and takes curvature over ``curvature`` of them: by at most ``cg`` iterations.
+    """
     run = Run("Gauss-Newton (onestep.fit)", model, [loss_of(model, text.held_inputs, text.held_targets)], [0.0], [0.0])
-    checkpoint = OUTPUT / "text_generation.fit"
     checkpoint.unlink(missing_ok=True)
-    for steps in range(2, effort.gauss_newton_steps + 1, 2):
-        result = onestep.fit(
-            model,
-            (text.inputs, text.targets),
-            "cross_entropy",
-            method="gauss_newton",
-            max_steps=steps,
-            batch_size=effort.batch,
-            curvature_batch_size=effort.curvature_batch,
-            cg_iterations=5,
-            progress=False,
-            checkpoint=checkpoint,
+    while run.steps < steps and run.losses[-1] > goal:
+        run.steps += 2
+        result, seconds = timed(
+            lambda: onestep.fit(
+                model,
+                (text.inputs, text.targets),
+                "cross_entropy",
+                method="gauss_newton",
+                max_steps=run.steps,
+                batch_size=batch,
+                curvature_batch_size=curvature,
+                cg_iterations=cg,
+                progress=False,
+                checkpoint=checkpoint,
+            )
         )
-        products = sum(record.cg_iterations for record in result.history)
         run.losses.append(loss_of(model, text.held_inputs, text.held_targets))
-        run.seconds.append(result.history[-1].seconds)
-        # A product goes through its rows about as a gradient does; a step is judged on as many rows again.
-        rows = 2 * steps * effort.batch + products * effort.curvature_batch
-        run.passes.append(rows / len(text.inputs))
+        run.seconds.append(run.seconds[-1] + seconds)
+        # A product goes through its rows about as a gradient does, and the preconditioner is made of one more pass; a
+        # step is judged on as many rows as it is made of.
+        passes = sum(record.cg_iterations + 1 for record in result.history)
+        run.passes.append((2 * run.steps * batch + passes * curvature) / len(text.inputs))
     checkpoint.unlink(missing_ok=True)
-    run.steps = effort.gauss_newton_steps
     return run
 
 
@@ -286,7 +301,15 @@ def whole_network(pretrained: GPT, text: Text, effort: Effort) -> tuple[Run, Run
         for rate in effort.rates
     ]
     best = min(tried, key=lambda run: run.losses[-1])
-    ours = gauss_newton(copy.deepcopy(pretrained), text, effort)
+    ours = gauss_newton(
+        copy.deepcopy(pretrained),
+        text,
+        OUTPUT / "text_generation.fit",
+        steps=effort.gauss_newton_steps,
+        batch=effort.batch,
+        curvature=effort.curvature_batch,
+        cg=5,
+    )
     print(f"\n(b) the whole network, {sum(p.numel() for p in pretrained.parameters()):,} parameters; held-out loss")
     print("    Adam's last losses: " + ", ".join(f"{r.losses[-1]:.4f} at {r.name.split()[-1]}" for r in tried))
     print(f"  {'':<40}{'steps':>8}{'passes':>9}{'seconds':>9}{'first':>9}{'last':>9}")

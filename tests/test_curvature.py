@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch.func import functional_call, grad, hessian, jacrev, jvp
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
+import onestep
 from onestep.curvature import ggnvp, hvp
+from onestep.curvature._kernels import differentiable_kernels
 
 Named = dict[str, Tensor]
 
@@ -299,3 +302,93 @@ def test_weight_norm_raises_rather_than_being_wrong() -> None:
     x = torch.randn(4, 3, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="weight_norm"):
         hvp(lambda p: functional_call(layer, p, (x,)).square().sum(), params, params)
+
+
+NORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "layer_norm": lambda x, w, b: F.layer_norm(x, (4, 3), w[:, None].expand(4, 3), b[:, None].expand(4, 3)),
+    "torch.layer_norm": lambda x, w, b: torch.layer_norm(x, (3,)) * w[:, None],
+    "batch_norm": lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
+    "torch.batch_norm": lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.1, 1e-5, False),
+    "batch_norm on (n,C)": lambda x, w, b: F.batch_norm(x[..., 0], None, None, w, training=True, eps=0.1),
+    "instance_norm": lambda x, w, b: F.instance_norm(x, weight=w, bias=b),
+    "torch.instance_norm": lambda x, w, b: torch.instance_norm(x, w, b, None, None, True, 0.1, 1e-5, False),
+    "group_norm": lambda x, w, b: F.group_norm(x, 2, w, b),
+    "batch_norm in eval mode": lambda x, w, b: F.batch_norm(x, torch.zeros(4).to(x), torch.full((4,), 3.0).to(x), w, b),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", ["hvp", "ggnvp"])
+def test_products_through_norms_have_derivatives(kind: str, norm: str) -> None:
+    """torch 2.13's own forward mode of three of them is silently wrong when it is differentiated."""
+    generator = torch.Generator().manual_seed(0)
+    data, params, v, u = torch.randn(4, 5 * 4 * 3 + 8, dtype=torch.float64, generator=generator).unbind()
+
+    def outputs(p: Tensor) -> Tensor:
+        x, w, b = p[:60].reshape(5, 4, 3) * data[:60].reshape(5, 4, 3), p[60:64], p[64:]
+        return NORMS[norm](x, w, b).sin()
+
+    def product(p: Tensor) -> Tensor:
+        if kind == "hvp":
+            return hvp(lambda q: outputs(q).square().sum(), p, v)
+        return ggnvp(outputs, lambda z: (z**4).sum(), p, v)
+
+    def slope(direction: Tensor) -> Tensor:
+        with torch.no_grad():
+            ahead, behind = (product(params + step * direction) for step in (1e-5, -1e-5))
+        return (ahead - behind) / 2e-5
+
+    expected = slope(u)
+    torch.testing.assert_close(jvp(product, (params,), (u,))[1], expected, rtol=1e-6, atol=1e-6)
+    # The derivative of either product along u, times v, is linear in u.
+    gradient = grad(lambda p: torch.dot(product(p), v))(params)
+    torch.testing.assert_close(torch.dot(gradient, u), torch.dot(expected, v), rtol=1e-6, atol=1e-6)
+    p = params.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(torch.dot(product(p), v), p)[0], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LayerNorm(3), lambda: nn.BatchNorm1d(4), lambda: nn.InstanceNorm1d(4, 1e-2)]
+)
+def test_composed_norms_are_torchs(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    x = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layers = make().double(), make().to(dtype)
+    expected = layers[0](x.double()).to(dtype)
+    with differentiable_kernels(composed_norms=True):
+        got = layers[1](x)
+    torch.testing.assert_close(got, expected)
+    for ours, theirs in zip(layers[1].buffers(), layers[0].buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs.to(ours.dtype))
+
+
+def test_composed_norms_refuse_what_torch_refuses() -> None:
+    x = torch.ones(1, 4, 1)
+    with differentiable_kernels(composed_norms=True):
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            F.layer_norm(x, (4,))
+        for norm in (F.batch_norm, F.instance_norm):
+            with pytest.raises(ValueError, match="Expected more than 1"):
+                norm(x, None, None, None, None, True)
+
+
+def test_products_update_running_statistics_as_torch_does() -> None:
+    x = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    statistics = [torch.zeros(2, 3, dtype=torch.float64) for _ in range(2)]
+    for (mean, variance), enabled in zip(statistics, (True, False), strict=True):
+        with torch.set_grad_enabled(enabled):
+            hvp(lambda p: F.batch_norm(p, mean, variance, training=True).sin().sum(), x, x)  # noqa: B023
+    assert torch.equal(*statistics) and statistics[0].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("method", ["gauss_newton", "newton_cg"])
+def test_recurrent_networks_are_fitted(method: str, kind: type[nn.RNNBase], dtype: torch.dtype) -> None:
+    """Products of one step share a pass, and oneDNN's LSTM can be gone back through only once."""
+    torch.manual_seed(0)
+    model = LastStep(kind).to(dtype)
+    x, y = torch.randn(20, 4, 3, dtype=dtype), torch.arange(20) % 3
+    result = onestep.fit(model, (x, y), "cross_entropy", method=method, max_steps=4, progress=False)
+    assert result.loss < 0.9 * result.initial_loss
+    assert max(record.cg_iterations for record in result.history) > 1

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import onestep
-from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError
+from onestep.optim import NonFiniteError
+from onestep.training.fit import _Session
 
 METHODS = ["levenberg_marquardt", "gauss_newton", "newton_cg", "gradient_descent"]
 
@@ -184,6 +185,24 @@ def test_interrupt_returns_what_was_reached() -> None:
     assert mse_loss(model(X), y).item() == pytest.approx(result.loss, rel=1e-12)
 
 
+def test_interrupt_between_a_step_and_its_record_takes_the_step_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = table()
+    record, calls = _Session._record, 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        record(*arguments)
+
+    monkeypatch.setattr(_Session, "_record", interrupted)
+    model = network()
+    result = onestep.fit(model, (X, y), method="gauss_newton", progress=False)
+    assert (result.reason, len(result.history)) == ("interrupted", 2)
+    assert mse_loss(model(X), y).item() == pytest.approx(result.loss, rel=1e-12)
+
+
 # A job that a shell starts in the background inherits "ignore" for SIGINT: the child asks for Python's handler.
 INTERRUPTED = """
 import signal, sys, torch
@@ -263,6 +282,36 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: 
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+class Opened(DataLoader[Any]):
+    """Counts the passes that are begun."""
+
+    passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_mini_batches_of_a_loader_with_a_generator_resume_with_the_same_bits(tmp_path: Path, replacement: bool) -> None:
+    X, y = table(200)
+
+    def run(name: str, *ends: int) -> Tensor:
+        model = network()
+        for steps in ends:
+            sampler = RandomSampler(X, replacement=replacement, generator=torch.Generator())
+            loader = Opened(TensorDataset(X, y), batch_size=25, sampler=sampler)
+            options = {"batch_size": 50, "max_steps": steps, "checkpoint": tmp_path / name}
+            onestep.fit(model, loader, method="gauss_newton", progress=False, **options)
+            # One to look at the data first; after that, each step takes 100 rows of 200.
+            assert loader.passes <= 1 + steps // 2 + steps % 2
+        return values(model)
+
+    straight = run("straight", 8)
+    for stop in (3, 4):
+        assert torch.equal(run(f"stopped at {stop}", stop, 8), straight)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -287,32 +336,6 @@ def test_data_that_does_not_fit_is_named() -> None:
         onestep.fit(network(), (X, torch.cat([y, y], 1)), progress=False)
     with pytest.raises(TypeError, match="data is Tensor"):
         onestep.fit(network(), X, progress=False)
-
-
-@pytest.mark.parametrize("kind", [LevenbergMarquardt, GaussNewton, NewtonCG])
-def test_step_without_a_closure_says_why_it_needs_one(kind: Any) -> None:
-    with pytest.raises(TypeError, match="needs a closure"):
-        kind(network().parameters()).step()
-
-
-@pytest.mark.parametrize("kind", [LevenbergMarquardt, GaussNewton, NewtonCG])
-def test_optimizer_state_resumes_exactly(kind: Any) -> None:
-    X, y = table(dtype=torch.float32)
-
-    def run(model: nn.Module, optimizer: Any, steps: int) -> None:
-        for _ in range(steps):
-            residuals = (lambda: mse_loss(model(X), y)) if kind is NewtonCG else (lambda: model(X) - y)
-            optimizer.step(residuals)
-
-    straight, first, second = (network(torch.float32) for _ in range(3))
-    run(straight, kind(straight.parameters()), 8)
-    halfway = kind(first.parameters())
-    run(first, halfway, 4)
-    second.load_state_dict(first.state_dict())
-    resumed = kind(second.parameters(), damping=5.0)
-    resumed.load_state_dict(halfway.state_dict())
-    run(second, resumed, 4)
-    assert torch.equal(values(straight), values(second))
 
 
 def test_plot_writes_a_picture(tmp_path: Path) -> None:

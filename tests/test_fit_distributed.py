@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_softmax_head
 import torch
 from test_fit import network, table
 from torch import nn
@@ -49,7 +50,7 @@ torch.save(model.state_dict(), {out!r} + str(rank))
 
 
 def run(tmp_path: Path, method: str, failure: str = "") -> list[subprocess.CompletedProcess[str]]:
-    """The script in two processes, and what became of them; a hang fails."""
+    """The script in two processes, and what became of them."""
     script = SCRIPT.format(
         tests=str(Path(__file__).parent),
         store=str(tmp_path / "store"),
@@ -57,7 +58,11 @@ def run(tmp_path: Path, method: str, failure: str = "") -> list[subprocess.Compl
         method=method,
         failure=failure,
     )
-    commands = [[sys.executable, "-c", script, str(rank)] for rank in range(2)]
+    return finished([[sys.executable, "-c", script, str(rank)] for rank in range(2)])
+
+
+def finished(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """What became of processes that run side by side; a hang fails."""
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
@@ -72,7 +77,6 @@ def run(tmp_path: Path, method: str, failure: str = "") -> list[subprocess.Compl
 
 @pytest.mark.parametrize("method", ["closed_form", "levenberg_marquardt", "gauss_newton"])
 def test_two_processes_fit_what_one_does(tmp_path: Path, method: str) -> None:
-    # Conjugate gradients that end before they converge magnify rounding; on a linear model they do converge.
     for process in run(tmp_path, method):
         assert process.returncode == 0, process.stderr
     first, second = (torch.load(tmp_path / f"out{rank}") for rank in range(2))
@@ -82,6 +86,102 @@ def test_two_processes_fit_what_one_does(tmp_path: Path, method: str) -> None:
     onestep.fit(alone, table(301), method=method, max_steps=6, tol=0.0, progress=False)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(first[name], value, rtol=1e-7, atol=1e-9)
+
+
+ALIKE = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+sys.path.insert(0, {tests!r})
+import onestep
+from test_fit import table
+
+torch.set_num_threads(1)
+rank, size = map(int, sys.argv[1:])
+if size > 1:
+    dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=rank, world_size=size)
+X, y = table(301)
+classes = (X[:, 0] + 0.5 * y[:, 0] > 0).long() + (X[:, 1] > 0.5).long()
+results = {{}}
+
+
+def fit(name, data, loss, **options):
+    torch.manual_seed(3)
+    outputs = 3 if loss == "cross_entropy" else 1
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, outputs)).double()
+    before = [p.detach().clone() for p in model.parameters()]
+    result = onestep.fit(model, data, loss, tol=0.0, progress=False, **options)
+    assert not torch.equal(before[0], model[0].weight)
+    results[name] = [p.detach() for p in model.parameters()], [vars(r) | {{"seconds": 0}} for r in result.history]
+
+
+# Chunks that are so small leave pieces of a few rows each.
+few = dict(max_steps=7, cg_iterations=4, chunk_size=64)
+fit("gauss_newton", (X, y), "mse", method="gauss_newton", **few)
+fit("batches", (X, classes), "cross_entropy", method="gauss_newton", batch_size=50, curvature_batch_size=13, **few)
+fit("sample", (X, y), "mse", method="gauss_newton", curvature_batch_size=30, **few | {{"chunk_size": 5}})
+fit("newton_cg", (X, classes), "cross_entropy", method="newton_cg", batch_size=100, **few)
+fit("three rows", (X[:3], y[:3]), "mse", method="gauss_newton", **few)
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=17, shuffle=True)
+fit("loader", loader, "mse", method="gauss_newton", batch_size=60, **few)
+# Its batches are not cut but given out in turn.
+fit("whole batches", loader, "mse", method="gauss_newton", **few | {{"chunk_size": 10_000}})
+fit("gradient_descent", loader, "mse", method="gradient_descent", max_steps=7)
+torch.save(results, {out!r} + f"{{rank}}of{{size}}")
+"""
+
+
+def test_processes_do_not_change_a_bit_of_matrix_free_fits(tmp_path: Path) -> None:
+    """Conjugate gradients that end early would magnify the least difference."""
+    script = ALIKE.format(tests=str(Path(__file__).parent), store=str(tmp_path / "store"), out=str(tmp_path / "out"))
+    places = [(0, 1), (0, 2), (1, 2)]
+    for process in finished([[sys.executable, "-c", script, str(rank), str(size)] for rank, size in places]):
+        assert process.returncode == 0, process.stderr
+    alone, *others = (torch.load(tmp_path / f"out{rank}of{size}") for rank, size in places)
+    for other in others:
+        for name, (values, history) in alone.items():
+            assert all(map(torch.equal, other[name][0], values)), name
+            assert str(other[name][1]) == str(history), name
+
+
+HEAD = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {tests!r})
+import onestep
+from onestep.training import softmax_head
+from test_softmax_head import model, table
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=rank, world_size=2)
+softmax_head._KEPT, softmax_head._FIRST = {kept}, 4 * {kept}
+head = model()
+x, y = table(6000)
+data = [(x[begin : begin + 500], y[begin : begin + 500]) for begin in range(0, 6000, 500)]
+result = onestep.fit(head, data, "cross_entropy", method="closed_form", progress=False)
+torch.save((head.state_dict(), result.loss, result.initial_loss), {out!r} + str(rank))
+"""
+
+
+@pytest.mark.parametrize("kept", [512, 8192], ids=["sampled", "all rows"])
+def test_two_processes_estimate_the_head_that_one_does(tmp_path: Path, kept: int) -> None:
+    names = {"store": str(tmp_path / "store"), "out": str(tmp_path / "out")}
+    script = HEAD.format(tests=str(Path(__file__).parent), kept=kept, **names)
+    for process in finished([[sys.executable, "-c", script, str(rank)] for rank in range(2)]):
+        assert process.returncode == 0, process.stderr
+    (state, loss, before), second = (torch.load(tmp_path / f"out{rank}") for rank in range(2))
+    assert all(torch.equal(state[name], value) for name, value in second[0].items()) and second[1:] == (loss, before)
+    x, y = test_softmax_head.table(6000)
+    together, alone = test_softmax_head.model(), test_softmax_head.model()
+    assert before == pytest.approx(test_softmax_head.loss_of(together, x, y), rel=1e-5)
+    together.load_state_dict(state)
+    onestep.fit(alone, (x, y), "cross_entropy", method="closed_form", progress=False)
+    reached, lowest = (test_softmax_head.loss_of(fitted, x, y) for fitted in (together, alone))
+    # Alone, all rows are solved for; together, they are sampled in other ways if there are more than are kept.
+    assert reached == pytest.approx(lowest, rel=1e-4 if kept == 8192 else 0.02)
+    assert loss == pytest.approx(reached, rel=1e-3 if kept == 8192 else 0.02)
 
 
 LAUNCHED = """

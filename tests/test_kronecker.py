@@ -8,7 +8,7 @@ import onestep
 from onestep.optim._conjugate_gradient import conjugate_gradient
 from onestep.optim._parameters import ParameterVector
 from onestep.training.data import Chunk
-from onestep.training.kronecker import linear_layers
+from onestep.training.kronecker import Factors, linear_layers
 from onestep.training.losses import as_loss, drawn_slope
 from onestep.training.objective import DataObjective
 
@@ -74,6 +74,22 @@ def test_it_is_symmetric_and_positive_and_saves_conjugate_gradients_iterations()
         lambda w: product(w) + 1e-4 * w, u, precondition=precondition, tolerance=0.01, max_iterations=300
     )
     assert aided.iterations < plain.iterations
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.ones(50, 600), torch.zeros(50, 600), 1e-3 * torch.arange(600.0).expand(50, 600)]
+)
+def test_wide_singular_factors_under_the_least_damping_are_inverted(inputs: Tensor) -> None:
+    """A Gram matrix in fp32 has eigenvalues under zero of some ε of its trace."""
+    torch.manual_seed(0)
+    layer = nn.Linear(600, 2)
+    factors = Factors(layer, ParameterVector(list(layer.parameters())))
+    with factors.collecting():
+        outputs = layer(inputs * (1 + 1e-4 * torch.rand(50, 1)))
+        factors.add_gradient(torch.autograd.grad(outputs, list(layer.parameters()), torch.randn(50, 2)))
+    v = torch.randn(1202)
+    image = factors.preconditioner(50, 1e-15)(v)
+    assert bool(image.isfinite().all()) and torch.dot(image, v) > 0
 
 
 def test_mini_batch_steps_are_judged_on_other_rows() -> None:

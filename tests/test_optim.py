@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable
@@ -299,13 +300,42 @@ def test_an_interrupt_leaves_the_parameters_whichever_call_it_hits(kind: Any) ->
                 raise KeyboardInterrupt
             return x.atan()  # noqa: B023
 
+        optimizer = kind([x], **options)
+        before = copy.deepcopy(optimizer.state_dict())
         try:
-            kind([x], **options).step(closure_for(kind, residuals))
+            optimizer.step(closure_for(kind, residuals))
         except KeyboardInterrupt:
             assert x.tolist() == [10.0, 1.0]
+            assert optimizer.state_dict() == before
         else:
             break
     assert hit > 4 and x.tolist() != [10.0, 1.0]
+    assert optimizer.state_dict() != before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_failed_can_be_taken_again(kind: Any) -> None:
+    points = []
+    for failures in (False, True):
+        x, fail = parameter(*START.tolist()), False
+
+        def residuals() -> Tensor:
+            # Not the first call but the trial.
+            if fail and not torch.equal(x.detach(), start):  # noqa: B023
+                raise ValueError("not now")
+            return curve(x)  # noqa: B023
+
+        optimizer = kind([x], damping=0.5)
+        for _ in range(3):
+            start = x.detach().clone()
+            if failures:
+                fail = True
+                with pytest.raises(ValueError, match="not now"):
+                    optimizer.step(closure_for(kind, residuals))
+                fail = False
+            optimizer.step(closure_for(kind, residuals))
+        points.append(x.detach().clone())
+    assert torch.equal(*points) and not torch.equal(points[0], START)
 
 
 @pytest.mark.parametrize(

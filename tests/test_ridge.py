@@ -658,3 +658,20 @@ def test_a_warning_that_is_an_error_adds_nothing(rng):
             ours.partial_fit(X[2:3] + 1, y[2:3])
     ours.partial_fit(X[2:], y[2:])
     np.testing.assert_array_equal(ours.coef_, Ridge(0.0).partial_fit(X[:2], y[:2]).partial_fit(X[2:], y[2:]).coef_)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize(("n", "d"), [(20, 40), (30, 30), (5, 100)])
+def test_a_large_mean_does_not_pass_for_a_rank(n: int, d: int, mean: float, weighted: bool) -> None:
+    """Centred rows have rank n - 1; what rounding the mean leaves of it is not one more."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((n, d)) + mean, rng.standard_normal(n)
+    weight = rng.uniform(0.5, 2.0, n) if weighted else None
+    with pytest.warns(LinAlgWarning, match=f"rank {n - 1} of {d}"):
+        model = Ridge(alpha=0.0).fit(X, y, weight)
+    centred = X - X.mean(axis=0)
+    centred -= centred.mean(axis=0)
+    # The least norm among those that interpolate, with an intercept that is free.
+    coef = np.linalg.pinv(centred, rcond=1e-13) @ (y - y.mean())
+    np.testing.assert_allclose(model.coef_, coef, rtol=1e-6, atol=1e-8 * (1 + mean * 1e-3))

@@ -132,7 +132,7 @@ template <class T>
 void gram_in_double(const NormalKernels<T>& kernel, const GramShape<T>& shape, const RowsArgs<T>& rows, int64_t begin,
                     int64_t end, int64_t first, int64_t last, double* sum) {
     const int64_t left = first * kernel.panel;
-    const int64_t right = last == shape.panels ? shape.ld : last * kernel.panel;
+    const int64_t right = last * kernel.panel;
     const int64_t ld = leading_dimension(kernel, right - left);
     const int64_t height = std::min(shape.rows_padded, round_up(right, kernel.tile_rows));
     Scratch scratch(Scratch::bytes_for<T>(kBlockRows * shape.ld) + Scratch::bytes_for<T>(height * ld));

@@ -1,44 +1,17 @@
-"""Matrix-free products by torch.func: forward over reverse mode, or reverse mode twice where torch has no forward."""
+"""Matrix-free products by torch.func."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from onestep.curvature._kernels import differentiable_kernels, may_be_differentiated
 
 # A tensor, or a mapping of names to tensors.
 Parameters = TypeVar("Parameters", Tensor, dict[str, Tensor])
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """torch's flash attention and fused encoder layers have no forward mode: this takes their mathematical form."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # torch 2.13 warns of Intel GPUs when it restores its own settings.
-        warnings.simplefilter("ignore", UserWarning)
-        flags = torch.backends.mkldnn.flags(enabled=False)
-        flags.__enter__()
-    try:
-        yield
-    finally:
-        flags.__exit__(None, None, None)
 
 
 def _tangent(params: Any, v: Any) -> Any:
@@ -72,7 +45,8 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
     """Computes Hv, H = ∂²loss/∂params², by forward mode over reverse mode (Pearlmutter, Neural Computation 6, 1994).
 
     Costs about two gradients and one gradient's memory twice, whatever the number of parameters. Attention inside
-    ``loss_fn`` runs on torch's mathematical form, since its flash kernels have no second derivative.
+    ``loss_fn`` runs on torch's mathematical form, since its flash kernels have no second derivative. Where the product
+    may be differentiated itself, which ``torch.no_grad`` rules out, norms are composed of elementary functions.
 
     Args:
         loss_fn: params → a scalar. For a module: ``lambda p: loss(functional_call(model, p, (x,)), y)``.
@@ -93,20 +67,19 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
             raise ValueError(f"loss_fn returned shape {tuple(loss.shape)}; expected a scalar")
         return loss
 
-    with differentiable_attention():
+    with differentiable_kernels(composed_norms=may_be_differentiated()):
         try:
             pushed: tuple[Parameters, Parameters] = jvp(grad(scalar), (params,), (v,))  # type: ignore[assignment]
             return pushed[1]
         except RuntimeError as error:
-            # oneDNN's LSTM has no forward mode, and that of mse_loss' gradient trips over a zero tensor that torch 2.13
-            # makes itself. Elsewhere reverse mode twice may be silently wrong, as it is for torch 2.13's weight_norm.
-            if "mkldnn" not in str(error) and "ZeroTensors" not in str(error):
+            # Forward mode of mse_loss' gradient trips over a zero tensor that torch 2.13 makes itself. Elsewhere
+            # reverse mode twice may be silently wrong, as it is for torch 2.13's weight_norm.
+            if "ZeroTensors" not in str(error):
                 raise
             # H is symmetric.
-            with _without_onednn():
-                pulled: tuple[Parameters, Any] = vjp(grad(scalar), params)  # type: ignore[assignment]
-                product: Parameters = pulled[1](v)[0]
-                return product
+            pulled: tuple[Parameters, Any] = vjp(grad(scalar), params)  # type: ignore[assignment]
+            product: Parameters = pulled[1](v)[0]
+            return product
 
 
 def ggnvp(
@@ -118,7 +91,7 @@ def ggnvp(
     """Computes Jᵀ H J v: J = ∂outputs/∂params, H = ∂²loss/∂outputs² (Schraudolph, Neural Computation 14, 2002).
 
     The generalised Gauss-Newton matrix is positive semi-definite where the loss is convex in the outputs, and for
-    cross-entropy it is the Fisher matrix. One forward-mode and one reverse-mode pass; attention as for ``hvp``.
+    cross-entropy it is the Fisher matrix. One forward-mode and one reverse-mode pass; kernels as for ``hvp``.
 
     Args:
         model_fn: params → outputs, a tensor of any shape.
@@ -127,41 +100,27 @@ def ggnvp(
         v: the same structure, shapes and dtypes.
 
     Returns:
-        Jᵀ H J v, in the structure of ``params``.
+        Jᵀ H J v, in the structure of ``params``. Differentiable.
 
     Raises:
         ValueError, TypeError: ``v`` does not match ``params``, or the loss is not a scalar.
     """
-    with differentiable_attention():
-        return gauss_newton_products(model_fn, loss_fn, params)(v)
+    return gauss_newton_products(model_fn, loss_fn, params)(v)
 
 
 def gauss_newton_products(
     model_fn: Callable[[Parameters], Tensor], loss_fn: Callable[[Tensor], Tensor], params: Parameters
 ) -> Callable[[Parameters], Parameters]:
     """v ↦ Jᵀ H J v for many v: the pass that Jᵀ goes back through is made once, and keeps a gradient's memory."""
-    linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
+    composed_norms = may_be_differentiated()
+    with differentiable_kernels(composed_norms=composed_norms):
+        linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
     outputs, pullback = linearized
 
     def product(v: Parameters) -> Parameters:
-        tangent = _pushed_forward(model_fn, params, _tangent(params, v))
-        result: Parameters = pullback(hvp(loss_fn, outputs, tangent))[0]
+        with differentiable_kernels(composed_norms=composed_norms):
+            pushed: tuple[Tensor, Tensor] = jvp(model_fn, (params,), (_tangent(params, v),))  # type: ignore[assignment]
+        result: Parameters = pullback(hvp(loss_fn, outputs, pushed[1]))[0]
         return result
 
     return product
-
-
-def _pushed_forward(model_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Tensor:
-    """J v."""
-    with differentiable_attention():
-        try:
-            pushed: tuple[Tensor, Tensor] = jvp(model_fn, (params,), (v,))  # type: ignore[assignment]
-            return pushed[1]
-        except NotImplementedError:
-            with _without_onednn():
-                linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
-                outputs, pullback = linearized
-                # Jᵀu is linear in u, so its own pullback is v ↦ Jv.
-                transposed: Any = vjp(lambda u: pullback(u)[0], torch.zeros_like(outputs))
-                tangent: Tensor = transposed[1](v)[0]
-                return tangent

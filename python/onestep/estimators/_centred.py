@@ -53,6 +53,19 @@ class Centred(NamedTuple):
         block = self.X[rows, columns] - self.x_mean[columns]
         return self._scaled(block.masked_fill_(self.constant[columns], 0.0), rows)
 
+    def unrounded(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows, and √w (X - x_mean) over them without the rounding of x_mean, which passes for a rank."""
+        n, d = self.X.shape
+        share = self._scaled(torch.ones(n, 1, dtype=torch.float64), slice(None))
+        rest = torch.zeros(1, d, dtype=torch.float64)
+        # Nothing is taken off where there is no intercept.
+        if bool(self.x_mean.any()):
+            for rows in blocks(n, d):
+                rest.addmm_(share[rows].mT, self.x(rows))
+            rest /= share.square().sum()
+        for rows in blocks(n, d, least=2 * d):
+            yield rows, self.x(rows).addmm_(share[rows], rest, alpha=-1)
+
     def y(self, rows: slice = slice(None)) -> Tensor:
         """√w (Y - y_mean) over some rows, float64."""
         return self._scaled(self.Y[rows] - self.y_mean, rows)

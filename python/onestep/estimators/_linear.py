@@ -27,7 +27,10 @@ class LinearEstimator:
     coef_: Any
     intercept_: Any
 
-    def _check_fit(self, X: Any, y: Any, sample_weight: Any, *, y_numeric: bool, min_rows: int = 1) -> FitData:
+    def _check_fit(
+        self, X: Any, y: Any, sample_weight: Any, *, y_numeric: bool, min_rows: int = 1, reset: bool = True
+    ) -> FitData:
+        """The arguments of a fit; ``reset``: whether X sets the features, or must have those of the first call."""
         tensors = isinstance(X, Tensor)
         # Whether X is finite shows in its Gram matrix; looking here would cost a second pass over it.
         X, y = validate_data(
@@ -39,6 +42,7 @@ class LinearEstimator:
             ensure_min_samples=min_rows,
             multi_output=True,
             y_numeric=y_numeric,
+            reset=reset,
         )
         weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, X.shape[0], X.dtype))
         return FitData(to_tensor(X), y, weight, tensors)

@@ -114,10 +114,10 @@ def triangular(centred: Centred) -> tuple[Tensor, Tensor]:
 
     The condition is X's, not its square. When the rows fit one block R is X̃ itself, and Q the identity.
     """
-    n, d = centred.X.shape
+    n = len(centred.X)
     R = Z = torch.empty(0)
-    for rows in blocks(n, d, least=2 * d):
-        x, y = centred.x(rows), centred.y(rows)
+    for rows, x in centred.unrounded():
+        y = centred.y(rows)
         if rows.start == 0:
             R, Z = x, y
         else:

@@ -12,10 +12,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, Regre
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import type_of_target
-from sklearn.utils.validation import column_or_1d, validate_data
+from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
-from onestep.estimators._arrays import FLOATS, check_alphas, check_flag, check_weight, to_numpy, to_tensor
+from onestep.estimators._arrays import check_alphas, check_flag, to_numpy
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._solve import Solution, solve_ridge
 from onestep.estimators._stream import add_chunk, solve_sums
@@ -147,26 +147,9 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
                 UserWarning,
                 stacklevel=2,
             )
-        data = self._check_chunk(X, y, sample_weight, first=first)
+        data = self._check_fit(X, y, sample_weight, y_numeric=True, reset=first)
         self._add(data, as_targets(data.y, data.X))
         return self
-
-    def _check_chunk(self, X: Any, y: Any, sample_weight: Any, *, first: bool) -> FitData:
-        """`_check_fit`, which after the first call holds X to the features of the first."""
-        if first:
-            return self._check_fit(X, y, sample_weight, y_numeric=True)
-        x, targets = validate_data(
-            self,
-            to_numpy("X", X),
-            to_numpy("y", y),
-            dtype=FLOATS,
-            ensure_all_finite=False,
-            multi_output=True,
-            y_numeric=True,
-            reset=False,
-        )
-        weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, x.shape[0], x.dtype))
-        return FitData(to_tensor(x), targets, weight, isinstance(X, Tensor))
 
     def _add(self, data: FitData, Y: Tensor) -> None:
         k = Y.shape[1]

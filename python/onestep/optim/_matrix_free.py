@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onestep.optim._conjugate_gradient import conjugate_gradient
-from onestep.optim._objective import Objective
+from onestep.optim._objective import Objective, Preconditioner
 from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
 from onestep.optim._parameters import ParameterVector
 
@@ -42,19 +42,29 @@ class MatrixFreeOptimizer(DampedOptimizer):
         self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
         """Products only: nothing larger than a few vectors is held."""
-        squared, before = gradient.square(), self.read_state("squared_gradient", parameters)
-        if before is not None:
-            squared = before.lerp_(squared, 1 - _MEMORY)
-        self.write_state("squared_gradient", parameters, squared)
         return _ProductModel(
             objective.curvature(parameters, hessian=self.hessian),
             gradient,
             decay,
-            squared,
             self.read_state("direction", parameters),
             self,
-            objective.preconditioner(parameters),
+            objective.preconditioner(parameters) or self._diagonal(parameters, gradient),
         )
+
+    def _diagonal(self, parameters: ParameterVector, gradient: Tensor) -> Preconditioner:
+        """The preconditioner that gradients tell of."""
+        squared, before = gradient.square(), self.read_state("squared_gradient", parameters)
+        if before is not None:
+            squared = before.lerp_(squared, 1 - _MEMORY)
+        self.write_state("squared_gradient", parameters, squared)
+        root = squared.sqrt()
+        diagonal = root / root.mean().clamp_min(torch.finfo(root.dtype).tiny)
+
+        def preconditioner(damping: float) -> Callable[[Tensor], Tensor]:
+            inverse = 1 / (diagonal + damping)
+            return lambda v: inverse * v
+
+        return preconditioner
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Remembers the direction."""
@@ -67,14 +77,11 @@ class _ProductModel(QuadraticModel):
         product: Callable[[Tensor], Tensor],
         gradient: Tensor,
         decay: Tensor | None,
-        squared_gradient: Tensor,
         direction: Tensor | None,
         settings: MatrixFreeOptimizer,
-        preconditioner: Callable[[float], Callable[[Tensor], Tensor]] | None,
+        preconditioner: Preconditioner,
     ) -> None:
         self.product, self.gradient, self.decay = product, gradient, decay
-        root = squared_gradient.sqrt()
-        self.diagonal = root / root.mean().clamp_min(torch.finfo(root.dtype).tiny)
         self.start = None if direction is None else direction * _WARM_START
         self.settings, self.preconditioner = settings, preconditioner
         self.reduction: float | None = None
@@ -82,12 +89,6 @@ class _ProductModel(QuadraticModel):
     def decrement(self) -> float:
         """What the first solve promised, if CG ended and damping was small beside the curvature along the step."""
         return math.inf if self.reduction is None else self.reduction
-
-    def _precondition(self, damping: float) -> Callable[[Tensor], Tensor]:
-        if self.preconditioner is not None:
-            return self.preconditioner(damping)
-        inverse_diagonal = 1 / (self.diagonal + damping)
-        return lambda v: inverse_diagonal * v
 
     def propose(self, damping: float) -> Proposal | None:
         def damped(v: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class _ProductModel(QuadraticModel):
             damped,
             b,
             start=self.start,
-            precondition=self._precondition(damping),
+            precondition=self.preconditioner(damping),
             tolerance=self.settings.cg_tolerance,
             max_iterations=self.settings.cg_iterations,
         )
@@ -110,8 +111,9 @@ class _ProductModel(QuadraticModel):
             light = damping * torch.dot(solve.x, solve.x) <= quadratic and not solve.negative_curvature
             ended = solve.iterations < self.settings.cg_iterations
             self.reduction = predicted if light and ended and predicted > 0 else math.inf
+        products = solve.iterations + (self.start is not None)
         # A later trial has more damping and should not start from a solution that was too long.
         self.start = None
         if not bool(solve.x.isfinite().all()):
             return None
-        return Proposal(solve.x, predicted, solve.iterations)
+        return Proposal(solve.x, predicted, products)

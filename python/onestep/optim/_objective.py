@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from torch.func import jacfwd, jacrev, jvp, vmap
 
 import onestep.linalg as linalg
 from onestep.curvature import ggnvp, hvp
-from onestep.curvature._products import differentiable_attention
+from onestep.curvature._kernels import differentiable_kernels
 from onestep.optim._parameters import ParameterVector, call_with, flatten
+
+# damping → (v (p,) ↦ about (matrix + damping I)⁻¹v)
+Preconditioner: TypeAlias = Callable[[float], Callable[[Tensor], Tensor]]
 
 
 class Objective(ABC):
@@ -30,9 +33,9 @@ class Objective(ABC):
     def value(self, parameters: ParameterVector) -> float:
         """The loss."""
 
-    def before(self, parameters: ParameterVector, loss: float) -> float:
-        """What ``value`` gives before a step: ``loss``, unless steps are judged on other rows than they are made of."""
-        return loss
+    def before(self, parameters: ParameterVector) -> float | None:
+        """What ``value`` gives before a step, where steps are judged on other rows than they are made of."""
+        return None
 
     @abstractmethod
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
@@ -42,8 +45,8 @@ class Objective(ABC):
     def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
         """v (p,) → Hv, of the Hessian or of the Gauss-Newton matrix."""
 
-    def preconditioner(self, parameters: ParameterVector) -> Callable[[float], Callable[[Tensor], Tensor]] | None:
-        """damping → (v ↦ about (Gauss-Newton matrix + damping I)⁻¹v), where more is known than a gradient tells."""
+    def preconditioner(self, parameters: ParameterVector) -> Preconditioner | None:
+        """Of the Gauss-Newton matrix, where more is known of it than a gradient tells."""
         return None
 
     @abstractmethod
@@ -154,7 +157,7 @@ class ClosureObjective(Objective):
 
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
         point, outputs, loss = self._functions(parameters)
-        with torch.no_grad(), differentiable_attention():
+        with torch.no_grad(), differentiable_kernels():
             shape = outputs(point).shape
             wide = shape.numel() < len(parameters)
             J = (jacrev if wide else jacfwd)(outputs)(point).reshape(shape.numel(), len(parameters))

@@ -29,11 +29,11 @@ LEAST_DAMPING, MOST_DAMPING = 1e-15, 1e15
 
 @dataclass(frozen=True)
 class Proposal:
-    """A step (p,), the reduction that the undamped quadratic model promises for it, and the CG iterations it took."""
+    """A step (p,), the reduction that the undamped quadratic model promises for it, and the products it took."""
 
     step: Tensor
     predicted: float
-    iterations: int = 0
+    products: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class StepReport:
     """What one step did.
 
     Attributes:
-        loss: before the step, weight decay included.
-        new_loss: after it; the same as ``loss`` if no step was accepted.
+        loss: before the step, weight decay included, on the rows that it is made of.
+        new_loss: after it, on the rows that judge it, which for mini-batches are others; as it was there before the
+            step if none was accepted.
         grad_norm: ‖∇loss‖₂ before the step.
         step_norm: ‖step‖₂, 0 if none was accepted.
         predicted: the reduction that the quadratic model promised for the step, or for the first trial if all failed.
@@ -52,7 +53,7 @@ class StepReport:
         gain: actual over predicted reduction.
         accepted: whether a step was kept.
         rejected: trials taken back.
-        cg_iterations: of all trials together.
+        cg_iterations: products with the curvature matrix, of all trials together.
         without_influence: parameters on which the outputs no longer depend, where the method can tell.
     """
 
@@ -175,6 +176,8 @@ class DampedOptimizer(torch.optim.Optimizer):
         objective = closure if isinstance(closure, Objective) else self._closure_objective(closure)
         parameters = self.parameters()
         start, decay = parameters.read(), self._decay(parameters)
+        settings = [group["damping"] for group in self.param_groups]
+        state = {tensor: dict(of_tensor) for tensor, of_tensor in self.state.items()}
         loss, gradient = self._evaluate(objective, parameters, start, decay)
         if not (math.isfinite(loss) and bool(gradient.isfinite().all())):
             what = "gradient" if math.isfinite(loss) else f"loss is {loss}, and its gradient"
@@ -182,8 +185,12 @@ class DampedOptimizer(torch.optim.Optimizer):
         try:
             self.report = self._step(objective, parameters, start, decay, loss, gradient)
         except BaseException:
-            # An interrupt or an error during a trial must not leave the trial's parameters behind.
+            # An interrupt or an error during a trial must not leave what the trial has changed behind.
             parameters.write(start)
+            self.state.clear()
+            self.state.update(state)
+            for group, damping in zip(self.param_groups, settings, strict=True):
+                group["damping"] = damping
             raise
         return loss
 
@@ -223,9 +230,8 @@ class DampedOptimizer(torch.optim.Optimizer):
         gradient: Tensor,
     ) -> StepReport:
         model = self.quadratic_model(objective, parameters, gradient, decay)
-        rejected = iterations = 0
+        rejected = products = 0
         damping, predicted, promised_first = self.damping, math.nan, math.nan
-        before = loss
 
         def report(new_loss: float, step_norm: float, gain: float, *, accepted: bool) -> StepReport:
             # Only near the end is it worth a factorisation to know how near.
@@ -242,21 +248,20 @@ class DampedOptimizer(torch.optim.Optimizer):
                 gain=gain,
                 accepted=accepted,
                 rejected=rejected,
-                cg_iterations=iterations,
+                cg_iterations=products,
                 without_influence=model.without_influence,
             )
 
         if not bool(gradient.any()):
             promised_first = 0.0
             return report(loss, 0.0, math.nan, accepted=False)
-        if not objective.fixed:
-            penalty = 0.0 if decay is None else _penalty(decay, start)
-            before = objective.before(parameters, loss - penalty) + penalty
+        judged = objective.before(parameters)
+        before = loss if judged is None else judged + (0.0 if decay is None else _penalty(decay, start))
         while rejected < self.trials:
             damping = self.damping
             proposal = model.propose(damping)
             if proposal is not None:
-                iterations += proposal.iterations
+                products += proposal.products
                 predicted = proposal.predicted
                 promised_first = predicted if math.isnan(promised_first) else promised_first
                 slope = -torch.dot(gradient, proposal.step).item()

@@ -20,7 +20,7 @@ class GaussNewton(MatrixFreeOptimizer):
         params: parameters or param groups, as for any torch optimiser.
         damping: initial damping; then set by the gain ratio.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
-        cg_iterations: at most so many products a solve.
+        cg_iterations: at most so many iterations a solve, of a product each.
         cg_tolerance: relative residual at which a solve ends.
     """
 

@@ -14,10 +14,11 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 class Chunk(NamedTuple):
-    """Rows that are computed together: what the model takes, and what the loss compares with."""
+    """Rows that are computed together: what the model takes, what the loss compares with, and their batch's piece."""
 
     inputs: Any
     target: Any
+    piece: int = 0
 
     def __len__(self) -> int:
         return len(_first(self.inputs))
@@ -25,6 +26,10 @@ class Chunk(NamedTuple):
     def rows(self, index: slice | Tensor) -> Chunk:
         """Some of the rows."""
         return Chunk(*tree_map_only(Tensor, lambda t: t[index], tuple(self)))
+
+    def of_piece(self, piece: int) -> Chunk:
+        """The same rows as a part of a piece."""
+        return Chunk(self.inputs, self.target, piece)
 
 
 def _first(tree: Any) -> Tensor:
@@ -42,14 +47,24 @@ def _as_chunk(batch: Any) -> Chunk:
 
 
 class Share(NamedTuple):
-    """Which part of each batch this process computes: rank of size."""
+    """Which of the ``pieces`` that each batch is cut into this process computes: the rank-th of size parts of them.
+
+    A batch of few rows is cut into fewer, of ``least`` rows or more.
+    """
 
     rank: int = 0
     size: int = 1
+    pieces: int = 1
+    least: int = 1
 
-    def of(self, n: int) -> slice:
-        """The rows of n."""
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+    def of(self, n: int, first: int = 0) -> Iterator[tuple[int, range]]:
+        """The numbers of its pieces of n rows, with the rows; ``first``: the number from which pieces are given out."""
+        count = min(self.pieces, -(-n // self.least))
+        own = range(self.pieces * self.rank // self.size, self.pieces * (self.rank + 1) // self.size)
+        for part in range(count):
+            piece = (first + part * self.pieces // count) % self.pieces
+            if piece in own:
+                yield piece, range(n * part // count, n * (part + 1) // count)
 
 
 class Source(ABC):
@@ -79,6 +94,10 @@ class Source(ABC):
     def sample(self, step: int, size: int) -> list[Chunk]:
         """This process's share of ``size`` rows of all, drawn for a step."""
 
+    def others(self, step: int, size: int) -> list[Chunk]:
+        """This process's share of ``size`` rows on which the step that ``batch`` was made for is judged."""
+        return self.sample(step, size)
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides the step's number."""
         return {}
@@ -104,13 +123,13 @@ class IndexedSource(Source):
         return self.rows
 
     def _chunks(self, n: int, index: Callable[[slice], Any]) -> Iterator[Chunk]:
-        part = self.share.of(n)
-        begin = part.start
-        while begin < part.stop:
-            # The chunk size may change on the way.
-            end = min(begin + (self.chunk_size or part.stop), part.stop)
-            yield self.take(index(slice(begin, end)))
-            begin = end
+        for piece, part in self.share.of(n):
+            begin = part.start
+            while begin < part.stop:
+                # The chunk size may change on the way.
+                end = min(begin + (self.chunk_size or part.stop), part.stop)
+                yield self.take(index(slice(begin, end))).of_piece(piece)
+                begin = end
 
     def all(self) -> Iterator[Chunk]:
         return self._chunks(self.rows, lambda rows: rows)
@@ -166,11 +185,12 @@ class LoaderSource(Source):
             return None
         return len(loader.sampler) * (self.share.size if self.sharded else 1)
 
-    def _share(self, chunk: Chunk) -> Iterator[Chunk]:
-        rows = slice(0, len(chunk)) if self.sharded else self.share.of(len(chunk))
-        size = self.chunk_size or max(1, rows.stop - rows.start)
-        for begin in range(rows.start, rows.stop, size):
-            yield chunk.rows(slice(begin, min(begin + size, rows.stop)))
+    def _share(self, chunk: Chunk, number: int) -> Iterator[Chunk]:
+        whole = [(self.share.rank, range(len(chunk)))]
+        for piece, rows in whole if self.sharded else self.share.of(len(chunk), number):
+            size = self.chunk_size or len(rows)
+            for begin in range(rows.start, rows.stop, size):
+                yield chunk.rows(slice(begin, min(begin + size, rows.stop))).of_piece(piece)
 
     def _whole(self, number: int) -> Iterator[Chunk]:
         sampler = getattr(self.loader, "sampler", None)
@@ -193,8 +213,8 @@ class LoaderSource(Source):
         yield from map(_as_chunk, batches)
 
     def all(self) -> Iterator[Chunk]:
-        for chunk in self._whole(0):
-            yield from self._share(chunk)
+        for number, chunk in enumerate(self._whole(0)):
+            yield from self._share(chunk, number)
 
     def _next(self) -> Chunk:
         while True:
@@ -213,17 +233,21 @@ class LoaderSource(Source):
         while rows < size:
             chunk = self._next()
             rows += len(chunk) * (self.share.size if self.sharded else 1)
-            chunks.extend(self._share(chunk))
+            chunks.extend(self._share(chunk, self._taken))
         return chunks
+
+    def others(self, step: int, size: int) -> list[Chunk]:
+        # What comes next, since a second pass at the same time would share the loader's generators and workers.
+        return self.batch(step, size)
 
     def sample(self, step: int, size: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         rows = 0
-        for chunk in self._whole(step):
+        for number, chunk in enumerate(self._whole(step)):
             each = self.share.size if self.sharded else 1
             part = chunk.rows(slice(0, -(-(size - rows) // each)))
             rows += len(part) * each
-            chunks.extend(self._share(part))
+            chunks.extend(self._share(part, number))
             if rows >= size:
                 break
         return chunks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,8 @@ Result = TypeVar("Result")
 def share() -> Share:
     """This process's place; (0, 1) where torch.distributed is not initialised."""
     if dist.is_available() and dist.is_initialized():
-        return Share(dist.get_rank(), dist.get_world_size())
+        size = dist.get_world_size()
+        return Share(dist.get_rank(), size, size)
     return Share()
 
 
@@ -28,7 +29,7 @@ def together(compute: Callable[[], Result]) -> Result:
     If it raises in one, that one raises its error and the others raise too instead of waiting for it: NonFiniteError
     and KeyboardInterrupt like the first, RuntimeError for any other. The gravest error of all counts.
     """
-    rank, size = share()
+    rank, size = share()[:2]
     if size == 1:
         return compute()
     error: BaseException | None = None
@@ -78,6 +79,47 @@ def summed(compute: Callable[[], tuple[Tensor, list[float]]]) -> tuple[Tensor, l
         tensor = tensor.contiguous()
         _collective(dist.all_reduce, tensor)
     return tensor, values.tolist()
+
+
+def summed_by_piece(
+    pieces: int, like: tuple[Tensor, int], terms: Callable[[], Iterable[tuple[int, Tensor, list[float]]]]
+) -> tuple[Tensor, list[float]]:
+    """The sums over all processes of terms (piece of the batch, tensor, numbers); failures as with ``together``.
+
+    Terms are added up within each piece as they come, and then piece by piece. So the result is the same to the last
+    bit however the pieces are spread over processes.
+
+    Args:
+        pieces: how many there are, each of them in one process.
+        like: a tensor like those of the terms, and the count of their numbers.
+        terms: makes them; changed by the sum.
+    """
+
+    def local() -> dict[int, tuple[Tensor, Tensor]]:
+        sums: dict[int, tuple[Tensor, Tensor]] = {}
+        for piece, tensor, numbers in terms():
+            values = torch.tensor(numbers, dtype=torch.float64)
+            if piece in sums:
+                for total, term in zip(sums[piece], (tensor, values), strict=True):
+                    total.add_(term)
+            else:
+                sums[piece] = tensor, values
+        return sums
+
+    sums = together(local)
+    totals = torch.zeros_like(like[0]), torch.zeros(like[1], dtype=torch.float64)
+    for piece in range(pieces):
+        parts = sums.pop(piece, None)
+        if share().size > 1:
+            # All but one process have zeros, which change nothing.
+            parts = parts or (torch.zeros_like(totals[0]), torch.zeros_like(totals[1]))
+            for part in parts:
+                if part.numel():
+                    _collective(dist.all_reduce, part)
+        if parts is not None:
+            totals[0].add_(parts[0])
+            totals[1].add_(parts[1])
+    return totals[0], totals[1].tolist()
 
 
 def same_everywhere(tensors: list[Tensor]) -> None:

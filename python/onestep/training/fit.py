@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ _MOMENTUM = 0.7
 _DAMPING = 1.0
 # What one chunk may keep for its backward pass.
 _CHUNK_BYTES = 256 * 2**20
+# So many times what a gradient keeps is what forward over reverse mode does.
+_HESSIAN_MEMORY = 4
+# Each batch of a matrix-free method is cut into so many pieces, whatever the number of processes up to as many; into
+# fewer if a piece had less than such a part of a chunk, which is not worth a call of its own.
+_PIECES, _LEAST_PIECE = 4, 32
 # A loss whose root is under so many ε of the first one's is zero, and so small a part of a loss is noise.
 _ROUNDINGS = 10
 _ESTIMATED = "estimated in one pass; method='newton_cg' from here ends at the minimum"
@@ -85,8 +91,8 @@ def fit(
     alone; parameters with requires_grad=False stay as they are.
 
     Under torch.distributed (``torchrun --nproc-per-node=2``) every process calls fit with the same arguments and
-    computes its share of each batch; the parameters are those of one process to rounding, but for matrix-free methods
-    whose conjugate gradients end early.
+    computes its share of each batch. The parameters are those of one process to rounding; matrix-free methods, whose
+    conjugate gradients would magnify it, give the same bits on up to four processes of as many threads.
 
     Args:
         model: any module that returns a tensor, (n,…) for n rows.
@@ -106,11 +112,11 @@ def fit(
         damping: initial damping, else the method's own.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         batch_size: rows a step, for data that does not fit in memory or many steps; None for all rows. A step is then
-            judged on as many other rows, drawn anew each time.
+            judged on as many other rows, drawn anew each time; from a DataLoader, on those that come next.
         curvature_batch_size: rows over which B is taken, drawn anew each step; None for the rows of the step, or for
             Levenberg-Marquardt a sample that is large against the parameters.
         chunk_size: rows computed at a time; None for as many as keep 256 MiB for the backward pass.
-        cg_iterations: at most so many products a solve, for the matrix-free methods.
+        cg_iterations: at most so many iterations a solve, of a product each, for the matrix-free methods.
         initialize: whether to draw the trained layers' parameters anew first (``reset_parameters``, with ``seed``).
         seed: of everything random: the order of rows and the initialisation.
         progress: whether to show a bar with loss, damping, CG iterations and the time left. Needs tqdm.
@@ -143,7 +149,7 @@ def fit(
         same_everywhere([*model.parameters(), *model.buffers()])
         one_pass = method == "closed_form" and function.name == "cross_entropy"
         first, chunks = together(lambda: _peek(source, shuffled=one_pass))
-        source.chunk_size = chunk_size or together(lambda: _chunk_rows(model, function, first))
+        source.chunk_size = chunk_size or from_first(lambda: _chunk_rows(model, function, first))
         session = _Session(model, parameters, function, source, max_steps, tol, weight_decay, batch_size, progress)
         chosen, why = from_first(lambda: _choose(method, model, parameters, function, first, batch_size))
         if chosen == "closed_form":
@@ -155,13 +161,16 @@ def fit(
             # On the rows that were looked at first, it seemed to be.
             chosen, why = from_first(lambda: _choose_steps(model, parameters, function, first, affine=False))
         del chunks
-        optimizer = _optimizer(chosen, parameters, damping, weight_decay, cg_iterations)
-        session.rows_of_curvature = curvature_batch_size
-        if curvature_batch_size is None and chosen == "levenberg_marquardt":
-            session.rows_of_curvature = _enough_rows(model, source, parameters, batch_size, first)
-        if session.rows_of_curvature is not None and isinstance(optimizer, LevenbergMarquardt):
-            optimizer.momentum = _MOMENTUM
-            optimizer.damping = _DAMPING if damping is None else damping
+        rows = curvature_batch_size
+        if chosen == "levenberg_marquardt":
+            rows = rows or _enough_rows(model, source, parameters, batch_size, first)
+        else:
+            least = max(1, source.chunk_size // _LEAST_PIECE)
+            source.share = source.share._replace(pieces=max(_PIECES, source.share.size), least=least)
+        if chosen == "newton_cg" and chunk_size is None:
+            source.chunk_size = max(1, source.chunk_size // _HESSIAN_MEMORY)
+        session.rows_of_curvature = rows
+        optimizer = _optimizer(chosen, parameters, damping, weight_decay, cg_iterations, sampled=rows is not None)
         return session.iterate(optimizer, chosen, why, None if checkpoint is None else Path(checkpoint))
 
 
@@ -182,16 +191,18 @@ class _Session:
 
     def objective(self, step: int) -> DataObjective:
         """The mean loss over all rows, or over those of a step."""
-        rows = self.rows_of_curvature
-        if self.batch_size is None:
-            return DataObjective(self.model, self.loss, self.source.all, self.source.all, fixed=True)
-        batch = self.source.batch(step, self.batch_size)
-        curvature = batch if rows is None else _leading(batch, rows, self.source.share.size)
-        # A step fits the noise of its own rows too, so others judge it.
-        trial = self.source.sample(step, self.batch_size)
-        return DataObjective(
-            self.model, self.loss, _again(batch), _again(curvature), fixed=False, trial_chunks=_again(trial)
+        make = partial(
+            DataObjective, self.model, self.loss, pieces=self.source.share.pieces, kept_rows=self.source.chunk_size or 0
         )
+        if self.batch_size is None:
+            return make(self.source.all, self.source.all, fixed=True)
+        rows = self.rows_of_curvature
+        batch = self.source.batch(step, self.batch_size)
+        whole = min(self.batch_size, self.source.known_rows or self.batch_size)
+        curvature = batch if rows is None else _leading(batch, rows, whole)
+        # A step fits the noise of its own rows too, so others judge it.
+        trial = self.source.others(step, self.batch_size)
+        return make(_again(batch), _again(curvature), fixed=False, trial_chunks=_again(trial))
 
     def solve(self, chunks: Iterable[Chunk], why: str, seed: int) -> FitResult:
         """The closed form, or for cross-entropy the estimate that one pass gives."""
@@ -223,9 +234,11 @@ class _Session:
                 state = self._resume(path, saved, optimizer, result)
         begin = time.perf_counter() - state.seconds
         whole = self.objective(0) if self.batch_size is None else None
+        recorded, start = len(result.history), self.parameters.read()
         with Progress(self.max_steps, enabled=self.progress, done=state.step) as bar:
             try:
                 while not result.reason and state.step < self.max_steps:
+                    recorded, start = len(result.history), self.parameters.read()
                     objective = whole or together(partial(self.objective, state.step))
                     if whole is not None and self.rows_of_curvature is not None:
                         sample = together(partial(self.source.sample, state.step, self.rows_of_curvature))
@@ -240,6 +253,9 @@ class _Session:
                 result.reason = result.reason or f"max_steps={self.max_steps} reached"
             except KeyboardInterrupt:
                 result.reason, result.converged = "interrupted", False
+                if len(result.history) == recorded:
+                    # A step that is not in the history was not taken.
+                    self.parameters.write(start)
         result.loss = result.history[-1].loss if result.history else math.nan
         return result
 
@@ -525,9 +541,18 @@ def _choose_steps(
 
 
 def _optimizer(
-    method: str, parameters: ParameterVector, damping: float | None, weight_decay: float, cg_iterations: int | None
+    method: str,
+    parameters: ParameterVector,
+    damping: float | None,
+    weight_decay: float,
+    cg_iterations: int | None,
+    *,
+    sampled: bool,
 ) -> DampedOptimizer:
+    """``sampled``: whether curvature is of a sample of the rows."""
     options: dict[str, Any] = {"weight_decay": weight_decay}
+    if method == "levenberg_marquardt" and sampled:
+        options |= {"momentum": _MOMENTUM, "damping": _DAMPING}
     if damping is not None:
         options["damping"] = damping
     if cg_iterations is not None and method in ("gauss_newton", "newton_cg"):
@@ -550,13 +575,16 @@ def _again(chunks: list[Chunk]) -> Callable[[], list[Chunk]]:
     return lambda: chunks
 
 
-def _leading(batch: list[Chunk], rows: int, processes: int) -> list[Chunk]:
-    """This process's share of a batch's first rows."""
-    left = -(-rows // processes)
+def _leading(batch: list[Chunk], rows: int, whole: int) -> list[Chunk]:
+    """The first rows of each piece of a batch, ``rows`` of ``whole`` ones."""
+    lengths: Counter[int] = Counter()
+    for chunk in batch:
+        lengths[chunk.piece] += len(chunk)
+    left = {piece: -(-length * rows // whole) for piece, length in lengths.items()}
     chunks = []
     for chunk in batch:
-        part = chunk.rows(slice(0, left))
-        left -= len(part)
+        part = chunk.rows(slice(0, left[chunk.piece]))
+        left[chunk.piece] -= len(part)
         if len(part):
             chunks.append(part)
     return chunks

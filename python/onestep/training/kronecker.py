@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import onestep.linalg as linalg
 from onestep.optim._parameters import ParameterVector, flatten
 
-# A damping that is this small beside a factor's mean eigenvalue could not be told from rounding.
-_LEAST = 1e-6
+# Rounding makes a factor's eigenvalues wrong by some ε of their sum. Damping of so many leaves them all positive.
+_ROUNDINGS = 10
 
 
 class LinearLayer(NamedTuple):
@@ -124,13 +125,15 @@ class Factors:
 
 def _damped_inverses(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """(A + π√damping I)⁻¹ and (G + √damping/π I)⁻¹, π² the ratio of their mean eigenvalues (ibid., section 6.3)."""
+    a, g = A.trace().item(), G.trace().item()
     tiny = torch.finfo(A.dtype).tiny
-    a, g = max(A.diagonal().mean().item(), tiny), max(G.diagonal().mean().item(), tiny)
-    ratio, root = math.sqrt(a / g), math.sqrt(damping)
-    return _inverse(A, max(ratio * root, _LEAST * a)), _inverse(G, max(root / ratio, _LEAST * g))
+    ratio, root = math.sqrt(max(a / len(A), tiny) / max(g / len(G), tiny)), math.sqrt(damping)
+    return _inverse(A, ratio * root), _inverse(G, root / ratio)
 
 
 def _inverse(matrix: Tensor, shift: float) -> Tensor:
+    """(matrix + shift I)⁻¹, with as much of a shift as rounding asks for."""
+    info = torch.finfo(matrix.dtype)
     shifted = matrix.clone()
-    shifted.diagonal().add_(shift)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    shifted.diagonal().add_(max(shift, _ROUNDINGS * info.eps * matrix.trace().item(), info.tiny))
+    return linalg.cholesky_solve(torch.eye(len(matrix), dtype=matrix.dtype), linalg.cholesky(shifted))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,18 +14,18 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import onestep.linalg as linalg
 from onestep.curvature import hvp
-from onestep.curvature._products import differentiable_attention, gauss_newton_products
+from onestep.curvature._kernels import differentiable_kernels
+from onestep.curvature._products import gauss_newton_products
 from onestep.optim import NonFiniteError, Objective
-from onestep.optim._parameters import ParameterVector
+from onestep.optim._objective import Preconditioner
+from onestep.optim._parameters import ParameterVector, flatten
 from onestep.training.data import Chunk
-from onestep.training.distributed import share, summed
+from onestep.training.distributed import summed, summed_by_piece
 from onestep.training.kronecker import Factors
 from onestep.training.losses import Loss, drawn_slope
 
 # Rows of the Jacobian are formed this many bytes at a time.
 _JACOBIAN_BYTES = 64 * 2**20
-# Forward over reverse mode keeps several times what a gradient does: a chunk's Hessian is taken in so many parts.
-_HESSIAN_PIECES = 4
 
 
 def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
@@ -48,6 +48,8 @@ class DataObjective(Objective):
         curvature_chunks: gives the rows over which curvature is taken.
         fixed: whether the batch is the same at every step.
         trial_chunks: gives the rows on which a step is judged, if not on the batch.
+        pieces: how many pieces a batch is cut into, whose sums are added up in their order.
+        kept_rows: up to so many rows, the passes that curvature is made of are kept from product to product.
     """
 
     def __init__(
@@ -59,48 +61,46 @@ class DataObjective(Objective):
         *,
         fixed: bool,
         trial_chunks: Callable[[], Iterable[Chunk]] | None = None,
+        pieces: int = 1,
+        kept_rows: int = 0,
     ) -> None:
         self.module, self.loss, self.chunks, self.curvature_chunks = module, loss, chunks, curvature_chunks
         self.fixed, self.trial_chunks = fixed, trial_chunks
+        self.pieces, self.kept_rows = pieces, kept_rows
+
+    def _elements(self, chunk: Chunk) -> int:
+        return self.loss.elements(chunk.target, len(chunk))
 
     def value(self, parameters: ParameterVector) -> float:
-        def local() -> tuple[Tensor, list[float]]:
-            total, count = 0.0, 0
-            with torch.no_grad():
-                for chunk in (self.trial_chunks or self.chunks)():
-                    total += self.loss.sum(call_model(self.module, chunk.inputs), chunk.target).item()
-                    count += self.loss.elements(chunk.target, len(chunk))
-            return torch.empty(0), [total, count]
+        def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
+            for chunk in (self.trial_chunks or self.chunks)():
+                loss = self.loss.sum(call_model(self.module, chunk.inputs), chunk.target).item()
+                yield chunk.piece, torch.empty(0), [loss, self._elements(chunk)]
 
-        total, count = summed(local)[1]
+        with torch.no_grad():
+            total, count = summed_by_piece(self.pieces, (torch.empty(0), 2), terms)[1]
         return total / count
 
-    def before(self, parameters: ParameterVector, loss: float) -> float:
-        return loss if self.trial_chunks is None else self.value(parameters)
+    def before(self, parameters: ParameterVector) -> float | None:
+        return None if self.trial_chunks is None else self.value(parameters)
 
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
-        def local() -> tuple[Tensor, list[float]]:
-            total, count = 0.0, 0
-            gradient = torch.zeros(len(parameters), dtype=parameters.dtype)
-            parts = parameters.split(gradient)
+        def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
             for number, chunk in enumerate(self.chunks()):
                 with torch.enable_grad():
                     loss = self.loss.sum(call_model(self.module, chunk.inputs), chunk.target)
                     value = loss.item()
                     if not math.isfinite(value):
                         raise NonFiniteError(_explain(chunk, number, value))
+                    gradient = torch.zeros_like(like)
                     if loss.requires_grad:
-                        slopes = torch.autograd.grad(loss, parameters.tensors, allow_unused=True)
-                        for part, slope in zip(parts, slopes, strict=True):
-                            if slope is not None:
-                                part.add_(slope)
+                        gradient = flatten(torch.autograd.grad(loss, parameters.tensors, materialize_grads=True))
                 if not math.isfinite(gradient.sum().item()):
                     raise NonFiniteError(f"batch {number}: the gradient is NaN or infinite, the loss {value:g}")
-                total += value
-                count += self.loss.elements(chunk.target, len(chunk))
-            return gradient, [total, count]
+                yield chunk.piece, gradient, [value, self._elements(chunk)]
 
-        gradient, (total, count) = summed(local)
+        like = torch.empty(len(parameters), dtype=parameters.dtype)
+        gradient, (total, count) = summed_by_piece(self.pieces, (like, 2), terms)
         if not count:
             raise ValueError("every target of the batch is ignored; there is no loss to minimise")
         return total / count, gradient.div_(count)
@@ -118,72 +118,68 @@ class DataObjective(Objective):
 
     def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
         point = parameters.read()
-        # What a batch of one chunk keeps between products, and its elements.
-        only: list[tuple[Callable[[Tensor], Tensor], int]] = []
 
-        def prepared(chunk: Chunk) -> tuple[Callable[[Tensor], Tensor], int]:
+        def prepared(chunk: Chunk) -> tuple[Chunk, Callable[[Tensor], Tensor]]:
             outputs, loss = self._functions(parameters, chunk)
-            elements = self.loss.elements(chunk.target, len(chunk))
             if hessian:
-                return lambda v: hvp(_compose(loss, outputs), point, v), elements
-            return gauss_newton_products(outputs, loss, point), elements
+                return chunk, lambda v: hvp(_compose(loss, outputs), point, v)
+            return chunk, gauss_newton_products(outputs, loss, point)
 
-        def all_prepared() -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
-            chunks = _pieces(self.curvature_chunks(), _HESSIAN_PIECES if hessian else 1)
-            first, second = next(chunks, None), next(chunks, None)
-            if first is not None and second is None:
-                only.append(prepared(first))
-                yield only[0]
-                return
-            for chunk in itertools.chain((chunk for chunk in (first, second) if chunk is not None), chunks):
-                yield prepared(chunk)
+        @cache
+        def kept() -> list[tuple[Chunk, Callable[[Tensor], Tensor]]] | None:
+            chunks, rows = [], 0
+            for chunk in self.curvature_chunks():
+                rows += len(chunk)
+                if rows > self.kept_rows:
+                    return None
+                chunks.append(chunk)
+            return [prepared(chunk) for chunk in chunks]
 
         def product(v: Tensor) -> Tensor:
-            def local() -> tuple[Tensor, list[float]]:
-                total, count = torch.zeros_like(v), 0
-                with torch.no_grad():
-                    for multiply, elements in only or all_prepared():
-                        total += multiply(v)
-                        count += elements
-                return total, [count]
+            def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
+                for chunk, multiply in kept() or map(prepared, self.curvature_chunks()):
+                    yield chunk.piece, multiply(v), [self._elements(chunk)]
 
-            total, (count,) = summed(local)
+            with torch.no_grad():
+                total, (count,) = summed_by_piece(self.pieces, (v, 1), terms)
             return total.div_(max(count, 1))
 
         return product
 
-    def preconditioner(self, parameters: ParameterVector) -> Callable[[float], Callable[[Tensor], Tensor]] | None:
-        factors = Factors(self.module, parameters)
-        if not factors.layers:
+    def preconditioner(self, parameters: ParameterVector) -> Preconditioner | None:
+        result = Factors(self.module, parameters)
+        if not result.layers:
             return None
 
-        def local() -> tuple[Tensor, list[float]]:
-            count = 0
-            generator = torch.Generator().manual_seed(share().rank)
-            with torch.enable_grad(), factors.collecting():
-                for chunk in self.curvature_chunks():
+        def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
+            # Each piece has its own, so that what is drawn does not depend on which process draws it.
+            generators: dict[int, torch.Generator] = {}
+            for chunk in self.curvature_chunks():
+                generator = generators.setdefault(chunk.piece, torch.Generator().manual_seed(chunk.piece))
+                factors = Factors(self.module, parameters)
+                with torch.enable_grad(), factors.collecting():
                     outputs = call_model(self.module, chunk.inputs)
                     slope = drawn_slope(self.loss, outputs.detach(), chunk.target, generator)
                     parts = torch.autograd.grad(outputs, parameters.tensors, slope, allow_unused=True)
-                    factors.add_gradient(parts)
-                    count += self.loss.elements(chunk.target, len(chunk))
-            sums, positions = factors.packed()
-            return sums, [*positions, count]
+                factors.add_gradient(parts)
+                sums, positions = factors.packed()
+                yield chunk.piece, sums, [*positions, self._elements(chunk)]
 
-        sums, (*positions, count) = summed(local)
-        factors.unpack(sums, positions)
-        return lambda damping: factors.preconditioner(max(count, 1), damping)
+        like, positions = result.packed()
+        sums, (*positions, count) = summed_by_piece(self.pieces, (like, len(positions) + 1), terms)
+        result.unpack(sums, positions)
+        return lambda damping: result.preconditioner(max(count, 1), damping)
 
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
         p = len(parameters)
 
         def local() -> tuple[Tensor, list[float]]:
             total, count = torch.zeros(p, p, dtype=torch.float64), 0
-            with torch.no_grad(), differentiable_attention():
+            with torch.no_grad(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     for rows in self.root_jacobian(parameters, chunk):
                         total += linalg.moments(rows, rows[:, :0]).gram
-                    count += self.loss.elements(chunk.target, len(chunk))
+                    count += self._elements(chunk)
             return total, [count]
 
         total, (count,) = summed(local)
@@ -229,14 +225,6 @@ class DataObjective(Objective):
     def _row_loss(self, outputs: Tensor, target: Any) -> Tensor:
         target = tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
         return self.loss.sum(outputs.unsqueeze(0), target)
-
-
-def _pieces(chunks: Iterable[Chunk], parts: int) -> Iterator[Chunk]:
-    """The same rows in chunks of a fraction of the size."""
-    for chunk in chunks:
-        size = -(-len(chunk) // parts)
-        for begin in range(0, len(chunk), max(1, size)):
-            yield chunk.rows(slice(begin, begin + size))
 
 
 def _compose(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -20,7 +20,8 @@ class Record:
         step_norm: ‖step‖₂; 0 if none was accepted.
         damping: with which the step was solved for.
         accepted: whether the parameters changed.
-        cg_iterations: products with the curvature matrix; 0 for methods that factor.
+        cg_iterations: products with the curvature matrix, one of them for a start from the last solution; 0 for methods
+            that factor.
         seconds: since fit began, over all its sessions if it was resumed.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -55,9 +56,10 @@ class _Reservoir:
             parts = tuple(part[kept] for part in parts)  # type: ignore[assignment]
         self.parts = parts
 
-    def rows(self, like: Rows) -> Rows:
-        """The sample; like[:0] if there is none."""
-        return Rows(like.Z[:0], like.y[:0]) if self.parts is None else Rows(*self.parts[:2])
+    def rows(self) -> Rows:
+        """The sample of what has been added."""
+        assert self.parts is not None
+        return Rows(*self.parts[:2])
 
 
 def solve(
@@ -90,6 +92,7 @@ class _Estimate:
         self.objective, self.parameters, self.weight_decay = objective, parameters, weight_decay
         # Processes draw different rows.
         self.generator = torch.Generator().manual_seed(seed * 1_000_003 + share().rank)
+        self.kept = max(1, _KEPT // share().size)
         self.head: Head | None = None
         self.initial = 0.0
         self.rows = 0
@@ -109,10 +112,10 @@ class _Estimate:
         if not unread:
             W, loss = self._minimise(first, W, _RIDGE / rows, None)
         else:
-            few = _Reservoir(_KEPT // share().size, self.generator)
-            few.add(first)
-            W, _ = self._minimise(few.rows(first), W, _PILOT_RIDGE / _KEPT, None)
-            W, loss = self._refine(first, pieces, W)
+            order = torch.randperm(len(first), generator=self.generator)
+            pilot, others = (Rows(first.Z[some], first.y[some]) for some in order.tensor_split([self.kept]))
+            W, _ = self._minimise(pilot, W, _PILOT_RIDGE / _KEPT, None)
+            W, loss = self._refine(pilot, others, pieces, W)
         self._write(W)
         initial, elements = summed(lambda: (torch.empty(0), [self.initial, float(self.rows)]))[1]
         return Solution(initial / elements, loss, "")
@@ -175,39 +178,39 @@ class _Estimate:
         weight = (W[:d] / self.scale).mT
         return weight, (W[d] if self.with_bias else W.new_zeros(W.shape[1])) - weight @ self.mean
 
-    def _refine(self, first: Rows, pieces: Iterator[Rows], pilot: Tensor) -> tuple[Tensor, float]:
-        fresh = _Reservoir(_KEPT // share().size, self.generator)
+    def _refine(self, pilot: Rows, others: Rows, pieces: Iterator[Rows], start: Tensor) -> tuple[Tensor, float]:
+        """W and its loss, from the pilot's W on, by the other ones of the first rows and all that are still unread."""
+        fresh = _Reservoir(self.kept, self.generator)
 
         def local() -> tuple[Tensor, list[float]]:
-            sums = torch.cat([part.double() for part in _sums(first, pilot)])
-            total = F.cross_entropy(first.Z @ pilot, first.y, reduction="sum").item()
-            for X, y in pieces:
-                rows = Rows(self._augmented(X), y)
-                sums += torch.cat([part.double() for part in _sums(rows, pilot)])
-                total += F.cross_entropy(rows.Z @ pilot, rows.y, reduction="sum").item()
+            sums, total = _sums(pilot, start)
+            for rows in itertools.chain([others], (Rows(self._augmented(X), y) for X, y in pieces)):
+                more, loss = _sums(rows, start)
+                sums += more
+                total += loss
                 fresh.add(rows)
             return sums, [total, float(self.rows)]
 
         sums, (total, count) = summed(local)
-        sums = (sums / count).to(pilot)
-        d, classes = pilot.shape
+        sums = (sums / count).to(start)
+        d, classes = start.shape
         gradient, variance, gram = sums.split([d * classes, classes, d * d])
         gram = gram.unflatten(0, (d, d))
-        sample = fresh.rows(first)
-        sampled, (kept,) = summed(lambda: (_sums(sample, pilot)[0], [float(len(sample))]))
-        if not kept:
-            sample, kept = first, count
-            sampled, (kept,) = summed(lambda: (_sums(sample, pilot)[0], [float(len(sample))]))
-        tilt = (gradient - sampled / kept).unflatten(0, pilot.shape)
+        sample = fresh.rows()
+
+        def of_sample() -> tuple[Tensor, list[float]]:
+            loss, slope = _cross_entropy(sample.Z @ start, sample.y)
+            return sample.Z.mT @ slope, [loss, float(len(sample))]
+
+        sampled, (own, kept) = summed(of_sample)
+        tilt = gradient.unflatten(0, start.shape) - sampled / kept
 
         def surrogate(W: Tensor) -> Tensor:
-            step = W - pilot
+            step = W - start
             value: Tensor = (tilt * step).sum() + 0.5 * _PROXIMITY * (step * (gram @ step) * variance).sum()
             return value
 
-        own = F.cross_entropy(sample.Z @ pilot, sample.y, reduction="sum").item() if len(sample) else 0.0
-        (own,) = summed(lambda: (torch.empty(0), [own]))[1]
-        W, loss = self._minimise(sample, pilot, _RIDGE / count, surrogate)
+        W, loss = self._minimise(sample, start, _RIDGE / count, surrogate)
         return W, loss + total / count - own / kept
 
     def _minimise(
@@ -235,10 +238,8 @@ class _Estimate:
             """With its gradient."""
 
             def local() -> tuple[Tensor, list[float]]:
-                P = torch.log_softmax(Q @ V, 1)
-                loss = F.nll_loss(P, rows.y, reduction="sum").item() if len(rows) else 0.0
-                P.exp_()[torch.arange(len(rows)), rows.y] -= 1
-                return Q.mT @ P, [loss]
+                loss, slope = _cross_entropy(Q @ V, rows.y)
+                return Q.mT @ slope, [loss]
 
             gradient, (loss,) = summed(local)
             return gradient / count, loss / count
@@ -264,9 +265,16 @@ class _Estimate:
             self.head.bias.copy_(bias)
 
 
-def _sums(rows: Rows, W: Tensor) -> list[Tensor]:
-    """Sums over rows of the gradient Zᵀ(p - y), of the variances p(1 - p), and of the Gram matrix, flat."""
-    P = torch.softmax(rows.Z @ W, 1)
-    variance = (P - P.square()).sum(0)
-    P[torch.arange(len(rows)), rows.y] -= 1
-    return [(rows.Z.mT @ P).flatten(), variance, (rows.Z.mT @ rows.Z).flatten()]
+def _cross_entropy(scores: Tensor, y: Tensor) -> tuple[float, Tensor]:
+    """Summed over rows, with its gradient p - e_y in the scores (n,C)."""
+    P = torch.log_softmax(scores, 1)
+    loss = F.nll_loss(P, y, reduction="sum").item()
+    P.exp_()[torch.arange(len(y)), y] -= 1
+    return loss, P
+
+
+def _sums(rows: Rows, W: Tensor) -> tuple[Tensor, float]:
+    """Sums over rows of the gradient Zᵀ(p - e_y), of the variances p(1 - p) and of the Gram matrix; and of the loss."""
+    loss, slope = _cross_entropy(rows.Z @ W, rows.y)
+    variance = (slope.abs() - slope.square()).sum(0)
+    return torch.cat([t.double().flatten() for t in (rows.Z.mT @ slope, variance, rows.Z.mT @ rows.Z)]), loss

@@ -1,0 +1,147 @@
+"""Which of torch's kernels run inside products, so that the derivatives that those need exist and are right."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[None]:
+    """Attention in its mathematical form, LSTMs outside oneDNN, and norms made of elementary functions if asked for.
+
+    torch 2.13's flash attention, fused encoder layers and oneDNN LSTM have no forward mode, and the LSTM's graph can be
+    gone through only once. The forward mode of its layer, batch and instance norm takes mean and deviation for
+    constants when it is differentiated again: derivatives of a product would be wrong without a word.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _Substitutes(_SUBSTITUTES if composed_norms else {torch.lstm: _lstm}):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def may_be_differentiated() -> bool:
+    """Whether what is computed now may be differentiated, by autograd or by torch.func's transforms."""
+    return torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
+
+
+class _Substitutes(TorchFunctionMode):
+    """Calls other functions in place of some of torch's."""
+
+    def __init__(self, substitutes: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.substitutes = substitutes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.substitutes.get(func, func)(*args, **(kwargs or {}))
+
+
+def _lstm(*args: Any, **kwargs: Any) -> Any:
+    with warnings.catch_warnings():
+        # torch 2.13 warns of Intel GPUs when it restores its own settings.
+        warnings.simplefilter("ignore", UserWarning)
+        with torch.backends.mkldnn.flags(enabled=False):
+            return torch.lstm(*args, **kwargs)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *cudnn: bool,
+) -> Tensor:
+    # Its checks of the arguments.
+    torch.layer_norm(input, normalized_shape, weight, bias, eps)
+    return _normalised(input, range(-len(normalized_shape), 0), weight, bias, eps)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    # Its checks of the arguments, and the running statistics.
+    outputs = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        return outputs
+    dims = [0, *range(2, input.dim())]
+    return _normalised(input, dims, _by_channel(weight, input), _by_channel(bias, input), eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    outputs = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if not use_input_stats:
+        return outputs
+    return _normalised(input, range(2, input.dim()), _by_channel(weight, input), _by_channel(bias, input), eps)
+
+
+def _weight_first(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.*_norm's order of arguments for torch.nn.functional's."""
+
+    def reordered(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        return norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    return reordered
+
+
+def _by_channel(vector: Tensor | None, input: Tensor) -> Tensor | None:
+    """A vector (C,) in a shape that fits an input (n,C,…)."""
+    return None if vector is None else vector.reshape(-1, *[1] * (input.dim() - 2))
+
+
+def _normalised(input: Tensor, dims: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / √(variance + eps) · weight + bias, mean and variance over ``dims``, halves in float32."""
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    x = x - x.mean(list(dims), keepdim=True)
+    x = x * (x.square().mean(list(dims), keepdim=True) + eps).rsqrt()
+    x = x if weight is None else x * weight
+    x = x if bias is None else x + bias
+    return x.to(input.dtype)
+
+
+_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+    torch.lstm: _lstm,
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _weight_first(_batch_norm),
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _weight_first(_instance_norm),
+}
