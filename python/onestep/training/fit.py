@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from onestep.evaluation.data import Chunk, Source, as_source
+from onestep.evaluation.distributed import from_first, same_everywhere, share, together
+from onestep.evaluation.losses import Loss, as_loss
+from onestep.evaluation.parameters import ParameterVector
+from onestep.evaluation.progress import Progress
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError, StepReport
 from onestep.optim._gradient_descent import GradientDescent
 from onestep.optim._optimizer import DampedOptimizer
-from onestep.optim._parameters import ParameterVector
 from onestep.training import checkpoint as checkpoints
 from onestep.training import closed_form, softmax_head
-from onestep.training.data import Chunk, Source, as_source
-from onestep.training.distributed import from_first, same_everywhere, share, together
 from onestep.training.head import find_head
-from onestep.training.losses import Loss, as_loss
 from onestep.training.objective import DataObjective, call_model
-from onestep.training.progress import Progress
 from onestep.training.result import FitResult, Record
 
 OPTIMIZERS: dict[str, type[DampedOptimizer]] = {

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onestep.optim._parameters import ParameterVector
-from onestep.training.data import Chunk
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.parameters import ParameterVector
 from onestep.training.objective import DataObjective, call_model
 
 # What the model is found out to be on this many rows of the first chunk, spread over it.

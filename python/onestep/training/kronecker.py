@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onestep.optim._parameters import ParameterVector, flatten
+from onestep.evaluation.parameters import ParameterVector, flatten
 
 # A damping that is this small beside a factor's mean eigenvalue could not be told from rounding.
 _LEAST = 1e-6

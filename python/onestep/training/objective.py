@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import onestep.linalg as linalg
 from onestep.curvature import hvp
 from onestep.curvature._products import differentiable_attention, gauss_newton_products
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.distributed import share, summed
+from onestep.evaluation.losses import Loss, drawn_slope
+from onestep.evaluation.parameters import ParameterVector
 from onestep.optim import NonFiniteError, Objective
-from onestep.optim._parameters import ParameterVector
-from onestep.training.data import Chunk
-from onestep.training.distributed import share, summed
 from onestep.training.kronecker import Factors
-from onestep.training.losses import Loss, drawn_slope
 
 # Rows of the Jacobian are formed this many bytes at a time.
 _JACOBIAN_BYTES = 64 * 2**20

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onestep.optim import NonFiniteError
-from onestep.training.data import Share
+from onestep.evaluation.data import Share
+from onestep.evaluation.errors import NonFiniteError
 
 Result = TypeVar("Result")
 

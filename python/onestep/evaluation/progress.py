@@ -6,7 +6,7 @@ import warnings
 from types import TracebackType
 from typing import Any
 
-from onestep.training.distributed import share
+from onestep.evaluation.distributed import share
 
 
 class Progress:
