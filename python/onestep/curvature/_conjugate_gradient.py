@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients."""
+"""Preconditioned conjugate gradients, for one right-hand side or for several that share their products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAST_PROGRESS = 5e-4
 
 @dataclass(frozen=True)
 class Solve:
-    """x ≈ A⁻¹b, its residual b - Ax, and how it was reached."""
+    """x ≈ A⁻¹b, its residual b - Ax as the recursion has it, and how it was reached."""
 
     x: Tensor
     residual: Tensor
@@ -31,43 +31,83 @@ def conjugate_gradient(
     precondition: Callable[[Tensor], Tensor] | None = None,
     tolerance: float,
     max_iterations: int,
+    least_progress: float = _LEAST_PROGRESS,
 ) -> Solve:
     """Minimises ½xᵀAx - bᵀx (Hestenes and Stiefel 1952), A (p,p) symmetric, given as v ↦ Av.
+
+    b is (p,) or (p,k). The k columns are solved side by side, each on its own course, and those that have ended take no
+    part in further products: ``product`` and ``precondition`` get (p,), or (p,j) with j ≤ k.
 
     Stops at ‖b - Ax‖ ≤ tolerance·‖b‖, when the quadratic hardly falls any more, or at a direction of negative curvature
     (Steihaug 1983), with what was found before it, or that direction itself if it is the first.
     """
-    x = torch.zeros_like(b) if start is None else start.clone()
-    residual = b.clone() if start is None else b - product(x)
-    goal = tolerance * b.norm().item()
-    z = residual if precondition is None else precondition(residual)
-    direction = z.clone()
-    power = torch.dot(residual, z).item()
-    values = [_value(x, b, residual)]
-    for iteration in range(max_iterations):
-        if residual.norm().item() <= goal or power <= 0:
-            return Solve(x, residual, iteration, False)
-        image = product(direction)
-        curvature = torch.dot(direction, image).item()
-        if not curvature > 0:
-            if iteration == 0 and start is None:
-                x = direction.clone()
-                residual = b - image
-            return Solve(x, residual, iteration + 1, True)
+    B = b.reshape(len(b), -1)
+    multiply = _on_columns(product, b)
+    inverse = (lambda R: R) if precondition is None else _on_columns(precondition, b)
+    X = torch.zeros_like(B) if start is None else start.reshape(B.shape).clone()
+    R = B.clone() if start is None else B - multiply(X)
+    goal = tolerance * B.norm(dim=0)
+    Z = inverse(R)
+    D = Z.clone()
+    power = _dots(R, Z)
+    values = [_values(X, B, R)]
+    solution, residual = X.clone(), R.clone()
+    live = torch.arange(B.shape[1], device=b.device)
+    negative, iteration = False, 0
+
+    def leave(stays: Tensor) -> None:
+        nonlocal B, X, R, D, goal, power, values, live
+        solution[:, live], residual[:, live] = X, R
+        B, X, R, D = B[:, stays], X[:, stays], R[:, stays], D[:, stays]
+        goal, power, live = goal[stays], power[stays], live[stays]
+        values = [value[stays] for value in values]
+
+    while True:
+        stays = (R.norm(dim=0) > goal) & (power > 0)
+        if not bool(stays.all()):
+            leave(stays)
+        if iteration == max_iterations or not len(live):
+            break
+        image = multiply(D)
+        iteration += 1
+        curvature = _dots(D, image)
+        stays = curvature > 0
+        if not bool(stays.all()):
+            negative = True
+            if iteration == 1 and start is None:
+                X = torch.where(stays, X, D)
+                R = torch.where(stays, R, B - image)
+            leave(stays)
+            image, curvature = image[:, stays], curvature[stays]
         length = power / curvature
-        x.add_(direction, alpha=length)
-        residual.sub_(image, alpha=length)
-        z = residual if precondition is None else precondition(residual)
-        previous, power = power, torch.dot(residual, z).item()
-        direction.mul_(power / previous).add_(z)
-        values.append(_value(x, b, residual))
-        window = max(10, iteration // 10)
-        progress = values[max(0, iteration + 1 - window)] - values[-1]
-        if iteration >= window and 0 <= progress < -values[-1] * window * _LEAST_PROGRESS:
-            return Solve(x, residual, iteration + 1, False)
-    return Solve(x, residual, max_iterations, False)
+        X = X.addcmul_(D, length)
+        R = R.addcmul_(image, length, value=-1)
+        Z = inverse(R) if len(live) else R
+        previous, power = power, _dots(R, Z)
+        D = D.mul_(power / previous).add_(Z)
+        values.append(_values(X, B, R))
+        window = max(10, (iteration - 1) // 10)
+        if iteration > window:
+            progress = values[-1 - window] - values[-1]
+            stays = ~((progress >= 0) & (progress < -values[-1] * window * least_progress))
+            if not bool(stays.all()):
+                leave(stays)
+    solution[:, live], residual[:, live] = X, R
+    return Solve(solution.reshape(b.shape), residual.reshape(b.shape), iteration, negative)
 
 
-def _value(x: Tensor, b: Tensor, residual: Tensor) -> float:
-    """½xᵀAx - bᵀx, with Ax = b - residual."""
-    return -0.5 * (torch.dot(x, b) + torch.dot(x, residual)).item()
+def _on_columns(function: Callable[[Tensor], Tensor], b: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of vectors (p,) as one of matrices (p,1); of matrices, as it is."""
+    if b.dim() == 2:
+        return function
+    return lambda V: function(V.squeeze(1)).unsqueeze(1)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    products: Tensor = torch.linalg.vecdot(a, b, dim=0)
+    return products
+
+
+def _values(X: Tensor, B: Tensor, R: Tensor) -> Tensor:
+    """½xᵀAx - bᵀx of each column, with Ax = b - residual."""
+    return -0.5 * (_dots(X, B) + _dots(X, R))

@@ -1,5 +1,5 @@
-"""What an optimiser raises."""
+"""What evaluations and optimisers raise."""
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss, its gradient or the data is NaN or infinite; the parameters are those of the last good step."""
+    """Loss, derivative or data is NaN or infinite; the parameters of an optimiser are those of the last good step."""

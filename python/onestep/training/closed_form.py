@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import share, summed, together
 from onestep.evaluation.losses import like_outputs
+from onestep.evaluation.module import call_model
 from onestep.evaluation.parameters import ParameterVector
 from onestep.linalg import NormalEquations
 from onestep.optim import NonFiniteError
 from onestep.training.head import Head, columns, features_and_outputs, find_head, spread
-from onestep.training.objective import DataObjective, call_model
+from onestep.training.objective import DataObjective
 
 # Up to this many parameters a general affine model's normal equations are formed; a linear head has no such limit.
 MOST_PARAMETERS = 4096

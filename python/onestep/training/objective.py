@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vjp, vmap
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.func import grad, jacrev, vjp, vmap
+from torch.utils._pytree import tree_map_only
 
 import onestep.linalg as linalg
 from onestep.curvature import hvp
@@ -18,24 +18,15 @@ from onestep.curvature._products import differentiable_attention, gauss_newton_p
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import share, summed
 from onestep.evaluation.losses import Loss, drawn_slope
+from onestep.evaluation.module import call_model, parameter_names, summed_gradient
 from onestep.evaluation.parameters import ParameterVector
-from onestep.optim import NonFiniteError, Objective
+from onestep.optim import Objective
 from onestep.training.kronecker import Factors
 
 # Rows of the Jacobian are formed this many bytes at a time.
 _JACOBIAN_BYTES = 64 * 2**20
 # Forward over reverse mode keeps several times what a gradient does: a chunk's Hessian is taken in so many parts.
 _HESSIAN_PIECES = 4
-
-
-def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
-    """module(inputs): a tuple or a dict of inputs is unpacked; with other parameters if given."""
-    kwargs = inputs if isinstance(inputs, dict) else {}
-    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if kwargs else (inputs,)
-    outputs = module(*args, **kwargs) if parameters is None else functional_call(module, parameters, args, kwargs)
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"the model returned {type(outputs).__name__}; expected a tensor")
-    return outputs
 
 
 class DataObjective(Objective):
@@ -79,37 +70,14 @@ class DataObjective(Objective):
         return loss if self.trial_chunks is None else self.value(parameters)
 
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
-        def local() -> tuple[Tensor, list[float]]:
-            total, count = 0.0, 0
-            gradient = torch.zeros(len(parameters), dtype=parameters.dtype)
-            parts = parameters.split(gradient)
-            for number, chunk in enumerate(self.chunks()):
-                with torch.enable_grad():
-                    loss = self.loss.sum(call_model(self.module, chunk.inputs), chunk.target)
-                    value = loss.item()
-                    if not math.isfinite(value):
-                        raise NonFiniteError(_explain(chunk, number, value))
-                    if loss.requires_grad:
-                        slopes = torch.autograd.grad(loss, parameters.tensors, allow_unused=True)
-                        for part, slope in zip(parts, slopes, strict=True):
-                            if slope is not None:
-                                part.add_(slope)
-                if not math.isfinite(gradient.sum().item()):
-                    raise NonFiniteError(f"batch {number}: the gradient is NaN or infinite, the loss {value:g}")
-                total += value
-                count += self.loss.elements(chunk.target, len(chunk))
-            return gradient, [total, count]
-
-        gradient, (total, count) = summed(local)
-        if not count:
-            raise ValueError("every target of the batch is ignored; there is no loss to minimise")
-        return total / count, gradient.div_(count)
+        loss, gradient, count = summed_gradient(self.module, self.loss, self.chunks, parameters)
+        return loss / count, gradient.div_(count)
 
     def _functions(
         self, parameters: ParameterVector, chunk: Chunk
     ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """θ (p,) ↦ outputs of a chunk, and outputs ↦ summed loss."""
-        names = _names(self.module, parameters)
+        names = parameter_names(self.module, parameters)
 
         def outputs(vector: Tensor) -> Tensor:
             return call_model(self.module, chunk.inputs, dict(zip(names, parameters.split(vector), strict=True)))
@@ -191,7 +159,7 @@ class DataObjective(Objective):
 
     def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
         """Rows R with RᵀR the sum of JᵀHJ over rows of the chunk, a piece at a time."""
-        names = _names(self.module, parameters)
+        names = parameter_names(self.module, parameters)
         point = parameters.read()
 
         def one(vector: Tensor, inputs: Any) -> Tensor:
@@ -241,21 +209,3 @@ def _pieces(chunks: Iterable[Chunk], parts: int) -> Iterator[Chunk]:
 
 def _compose(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda p: outer(inner(p))
-
-
-def _names(module: nn.Module, parameters: ParameterVector) -> list[str]:
-    """The module's names of the parameters, in their order."""
-    by_identity = {id(value): name for name, value in module.named_parameters()}
-    return [by_identity[id(tensor)] for tensor in parameters.tensors]
-
-
-def _explain(chunk: Chunk, number: int, value: float) -> str:
-    for name, tree in (("inputs", chunk.inputs), ("target", chunk.target)):
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                rows = (~leaf.reshape(len(leaf), -1).isfinite()).any(1).nonzero()
-                if len(rows):
-                    return (
-                        f"batch {number}: its {name} hold NaN or infinity, first in row {rows[0].item()} of {len(leaf)}"
-                    )
-    return f"batch {number}: the loss is {value} although its data is finite"
