@@ -109,11 +109,10 @@ def as_loss(loss: str | Callable[[Tensor, Any], Tensor]) -> Loss:
         return LOSSES[loss]
     if not callable(loss):
         raise TypeError(f"loss is {type(loss).__name__}; expected a name or a function (outputs, target) -> scalar")
-    if getattr(loss, "reduction", "mean") != "mean":
-        raise ValueError(
-            f"loss is a {type(loss).__name__} with reduction={loss.reduction!r}; expected reduction='mean'"
-        )
     function = loss
+    reduction = getattr(function, "reduction", "mean")
+    if reduction != "mean":
+        raise ValueError(f"loss is {type(function).__name__} with reduction={reduction!r}; expected reduction='mean'")
     reduction = getattr(function, "reduction", "mean")
     if reduction != "mean":
         raise ValueError(f"loss is {type(function).__name__} with reduction={reduction!r}; expected reduction='mean'")
