@@ -179,7 +179,7 @@ class CurvatureOperator(ABC):
         block = together(lambda: self._block(v, "v"))
         if not equal_everywhere(block):
             raise ValueError("v differs between processes; expected the same vectors in all")
-        product: Vectors = self._like(v, self._multiply(block.mT.contiguous()).mT.contiguous())
+        product: Vectors = self._like(v, self._multiply(block))
         return product
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
@@ -346,7 +346,7 @@ class CurvatureOperator(ABC):
             block = self._block_of_mapping(v, name)
         else:
             raise TypeError(f"{name} is {type(v).__name__}; expected a tensor or a dict of tensors")
-        if not bool(block.isfinite().all()):
+        if not _all_finite(block):
             raise ValueError(f"{name} holds NaN or infinity; expected finite numbers")
         return block
 
@@ -417,14 +417,15 @@ class CurvatureOperator(ABC):
         together(compare)
 
     def _multiply(self, V: Tensor) -> Tensor:
-        """A V, with vectors (k,p) in rows."""
+        """A V, (p,k)."""
         names, values = self._names, self._parameters.read()
         point = dict(zip(names, self._parameters.split(values), strict=True))
-        tangents = dict(zip(names, self._parameters.split(V), strict=True))
+        # Views (k,…): a transposed copy of V would cost as much as a small batch.
+        tangents = dict(zip(names, self._parameters.split(V.mT), strict=True))
 
         def local() -> tuple[Tensor, list[float]]:
             total = torch.zeros(V.shape, dtype=torch.promote_types(V.dtype, torch.float32), device=V.device)
-            parts = dict(zip(names, self._parameters.split(total), strict=True))
+            parts = dict(zip(names, self._parameters.split(total.mT), strict=True))
             elements = 0
             rows = self._source.known_rows
             with (
@@ -433,7 +434,7 @@ class CurvatureOperator(ABC):
                 Progress(
                     None if rows is None else -(-rows // share().size),
                     enabled=self._progress,
-                    what=f"{type(self).__name__} @ {len(V)}",
+                    what=f"{type(self).__name__} @ {V.shape[1]}",
                     unit="row",
                     of_a_pass=True,
                 ) as bar,
@@ -441,12 +442,12 @@ class CurvatureOperator(ABC):
                 for number, chunk in enumerate(self._chunks()):
                     product = self._product(chunk, number, point)
                     at_once = max(1, self._affordable_rows // len(chunk))
-                    for begin in range(0, len(V), at_once):
+                    for begin in range(0, V.shape[1], at_once):
                         some = slice(begin, begin + at_once)
                         results = self._of_each(product, {name: part[some] for name, part in tangents.items()})
                         for name, result in results.items():
                             parts[name][some].add_(result)
-                    if not bool(total.isfinite().all()):
+                    if not _all_finite(total):
                         raise NonFiniteError(explain(chunk, number, "the product is NaN or infinite"))
                     elements += self._loss.elements(chunk.target, len(chunk))
                     bar.update(len(chunk))
@@ -488,6 +489,11 @@ _ORDERLY = (
     "expected the same rows in the same batches: no random augmentation, a sampler that repeats its order "
     "(shuffle=False), and a model without randomness in eval mode"
 )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or infinity, told by the sum wherever that is finite, which is one pass."""
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def _check_count(name: str, value: Any) -> None:
