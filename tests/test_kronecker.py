@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 import onestep
-from onestep.optim._conjugate_gradient import conjugate_gradient
-from onestep.optim._parameters import ParameterVector
-from onestep.training.data import Chunk
+from onestep.curvature._conjugate_gradient import conjugate_gradient
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.losses import as_loss, drawn_slope
+from onestep.evaluation.parameters import ParameterVector
 from onestep.training.kronecker import Factors, linear_layers
-from onestep.training.losses import as_loss, drawn_slope
 from onestep.training.objective import DataObjective
 
 

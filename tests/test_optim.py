@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from onestep.curvature._conjugate_gradient import conjugate_gradient
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError
-from onestep.optim._conjugate_gradient import conjugate_gradient
 
 KINDS: list[Any] = [LevenbergMarquardt, GaussNewton, NewtonCG]
 

@@ -1,6 +1,18 @@
 """Products with Hessians and Gauss-Newton matrices, without the matrices."""
 
+from onestep.curvature._estimates import Estimate
 from onestep.curvature._products import ggnvp, hvp
 from onestep.curvature.glm import GLMPoint, glm
+from onestep.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, SolveReport
 
-__all__ = ["GLMPoint", "ggnvp", "glm", "hvp"]
+__all__ = [
+    "Estimate",
+    "FisherOperator",
+    "GLMPoint",
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "SolveReport",
+    "ggnvp",
+    "glm",
+    "hvp",
+]

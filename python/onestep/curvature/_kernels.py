@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -32,8 +33,9 @@ def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[None]:
 
 
 def may_be_differentiated() -> bool:
-    """Whether what is computed now may be differentiated, by autograd or by torch.func's transforms."""
-    return torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
+    """Whether what is computed now may be differentiated, by autograd or by torch.func's transforms but vmap."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return torch.is_grad_enabled() or any(level.key() != TransformType.Vmap for level in levels)
 
 
 class _Substitutes(TorchFunctionMode):

@@ -103,7 +103,8 @@ class GLMPoint:
     def _output_curvature(self) -> Tensor:
         """What the kernel keeps, (n,k): wℓ″, or P for softmax."""
         shape = self._X.shape[0], self._matrix.shape[1]
-        return self._curvature[: shape[0] * shape[1]].view(shape)
+        curvature: Tensor = self._curvature[: shape[0] * shape[1]].view(shape)
+        return curvature
 
     def _diagonal_curvature(self) -> Tensor:
         """∂²loss/∂η² of each row and output with itself, (n,k)."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from onestep.curvature import GLMPoint, glm
+from onestep.curvature._conjugate_gradient import conjugate_gradient
 from onestep.linalg import cholesky_ex, cholesky_solve
-from onestep.optim._conjugate_gradient import conjugate_gradient
 
 # The sample that the factored Hessian is of: its error is about √(parameters / rows).
 _LEAST_SAMPLE = 8192

@@ -167,7 +167,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         data = self._check_fit(X, y, sample_weight, y_numeric=False)
         classes, indices = encode_labels(data.y)
         if len(classes) < 2:
-            raise ValueError(f"y has one class, {classes.tolist()[0]!r}; this solver needs samples of at least 2 classes")
+            raise ValueError(f"y has one class, {classes.tolist()[0]!r}; expected at least two")
         data = self._weigh_classes(data, classes, indices)
         binary = len(classes) == 2
         labels = torch.from_numpy(indices)

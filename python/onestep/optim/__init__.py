@@ -1,6 +1,6 @@
 """Second-order optimisers: torch.optim.Optimizer subclasses whose every step is a solve."""
 
-from onestep.optim._errors import NonFiniteError
+from onestep.evaluation.errors import NonFiniteError
 from onestep.optim._objective import Objective
 from onestep.optim._optimizer import StepReport
 from onestep.optim.gauss_newton import GaussNewton

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestep.evaluation.parameters import ParameterVector
 from onestep.optim._objective import Objective
 from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
-from onestep.optim._parameters import ParameterVector
 
 
 class GradientDescent(DampedOptimizer):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestep.optim._conjugate_gradient import conjugate_gradient
+from onestep.curvature._conjugate_gradient import conjugate_gradient
+from onestep.evaluation.parameters import ParameterVector
 from onestep.optim._objective import Objective, Preconditioner
 from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
-from onestep.optim._parameters import ParameterVector
 
 # How much of the last direction the next solve starts from, and how long squared gradients are remembered
 # (Martens and Sutskever, Training deep and recurrent networks with Hessian-free optimization, 2012).

@@ -13,7 +13,7 @@ from torch.func import jacfwd, jacrev, jvp, vmap
 import onestep.linalg as linalg
 from onestep.curvature import ggnvp, hvp
 from onestep.curvature._kernels import differentiable_kernels
-from onestep.optim._parameters import ParameterVector, call_with, flatten
+from onestep.evaluation.parameters import ParameterVector, call_with, flatten
 
 # damping → (v (p,) ↦ about (matrix + damping I)⁻¹v)
 Preconditioner: TypeAlias = Callable[[float], Callable[[Tensor], Tensor]]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestep.optim._errors import NonFiniteError
+from onestep.evaluation.errors import NonFiniteError
+from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.optim._objective import ClosureObjective, Objective
-from onestep.optim._parameters import ParameterVector, flatten
 
 # A step is kept if the loss falls at all. Its gain is that fall over the one that the quadratic model promised; damping
 # follows it (Marquardt 1963; Moré 1978). It falls already at a gain of 0.3 and hardly ever rises while steps succeed:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import onestep.linalg as linalg
+from onestep.evaluation.parameters import ParameterVector
 from onestep.optim._objective import Objective
 from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
-from onestep.optim._parameters import ParameterVector
 
 # Without damping the factor may not exist: this much, relative to a unit diagonal, stands in for none.
 _UNDAMPED = 1e-12

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.distributed import share, summed, together
+from onestep.evaluation.losses import like_outputs
+from onestep.evaluation.module import call_model
+from onestep.evaluation.parameters import ParameterVector
 from onestep.linalg import NormalEquations
 from onestep.optim import NonFiniteError
-from onestep.optim._parameters import ParameterVector
-from onestep.training.data import Chunk
-from onestep.training.distributed import share, summed, together
 from onestep.training.head import Head, columns, features_and_outputs, find_head, spread
-from onestep.training.losses import like_outputs
-from onestep.training.objective import DataObjective, call_model
+from onestep.training.objective import DataObjective
 
 # Up to this many parameters a general affine model's normal equations are formed; a linear head has no such limit.
 MOST_PARAMETERS = 4096

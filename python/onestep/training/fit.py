@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -17,21 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
+from onestep.evaluation.data import Chunk, Source, as_source
+from onestep.evaluation.distributed import from_first, same_everywhere, share, together
+from onestep.evaluation.losses import Loss, as_loss
+from onestep.evaluation.module import call_model, chunk_rows, eval_mode, warn_of_eval_mode
+from onestep.evaluation.parameters import ParameterVector
+from onestep.evaluation.progress import Progress
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError, StepReport
 from onestep.optim._gradient_descent import GradientDescent
 from onestep.optim._optimizer import DampedOptimizer
-from onestep.optim._parameters import ParameterVector
 from onestep.training import checkpoint as checkpoints
 from onestep.training import closed_form, softmax_head
-from onestep.training.data import Chunk, Source, as_source
-from onestep.training.distributed import from_first, same_everywhere, share, together
 from onestep.training.head import find_head
-from onestep.training.losses import Loss, as_loss
-from onestep.training.objective import DataObjective, call_model
-from onestep.training.progress import Progress
+from onestep.training.objective import DataObjective
 from onestep.training.result import FitResult, Record
 
 OPTIMIZERS: dict[str, type[DampedOptimizer]] = {
@@ -50,8 +47,6 @@ _CHEAP_FLOPS = 1e9
 # With curvature from such a sample, steps keep some of their momentum, and the first ones are cautious.
 _MOMENTUM = 0.7
 _DAMPING = 1.0
-# What one chunk may keep for its backward pass.
-_CHUNK_BYTES = 256 * 2**20
 # So many times what a gradient keeps is what forward over reverse mode does.
 _HESSIAN_MEMORY = 4
 # Each batch of a matrix-free method is cut into so many pieces, whatever the number of processes up to as many; into
@@ -143,13 +138,14 @@ def fit(
     function = as_loss(loss)
     source = as_source(data, seed)
     source.share = share()
-    with _eval_mode(model):
+    warn_of_eval_mode(model, "fit", 2)
+    with eval_mode(model):
         if initialize:
             _reset(model, seed)
         same_everywhere([*model.parameters(), *model.buffers()])
         one_pass = method == "closed_form" and function.name == "cross_entropy"
         first, chunks = together(lambda: _peek(source, shuffled=one_pass))
-        source.chunk_size = chunk_size or from_first(lambda: _chunk_rows(model, function, first))
+        source.chunk_size = chunk_size or from_first(lambda: chunk_rows(model, function, first))
         session = _Session(model, parameters, function, source, max_steps, tol, weight_decay, batch_size, progress)
         chosen, why = from_first(lambda: _choose(method, model, parameters, function, first, batch_size))
         if chosen == "closed_form":
@@ -419,23 +415,6 @@ def _check(
         raise ValueError(f"weight_decay={weight_decay}; expected a finite number >= 0")
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    noisy = {type(m).__name__ for m, training in modes if training and isinstance(m, (_DropoutNd, _BatchNorm))}
-    if noisy:
-        warnings.warn(
-            f"fit evaluates the model in eval mode: {', '.join(sorted(noisy))} neither drops nor learns statistics",
-            stacklevel=4,
-        )
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _load(path: Path) -> dict[str, Any] | None:
     """The checkpoint, if there is one already."""
     if path.exists():
@@ -470,22 +449,6 @@ def _peek(source: Source, *, shuffled: bool) -> tuple[Chunk, Iterator[Chunk]]:
     if first is None:
         raise ValueError("data gives this process no rows; expected at least one for each process")
     return first, itertools.chain([first], chunks)
-
-
-def _chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
-    """How many rows keep ``_CHUNK_BYTES`` for the backward pass."""
-    few = chunk.rows(slice(0, 8))
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = loss.sum(call_model(model, few.inputs), few.target)
-    del graph
-    return max(1, _CHUNK_BYTES * len(few) // max(1, sum(kept.values())))
 
 
 def _choose(

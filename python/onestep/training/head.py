@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onestep.optim._parameters import ParameterVector
-from onestep.training.data import Chunk
-from onestep.training.objective import DataObjective, call_model
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.module import call_model
+from onestep.evaluation.parameters import ParameterVector
+from onestep.training.objective import DataObjective
 
 # What the model is found out to be on this many rows of the first chunk, spread over it.
 _SAMPLE = 32

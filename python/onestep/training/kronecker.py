@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import onestep.linalg as linalg
-from onestep.optim._parameters import ParameterVector, flatten
+from onestep.evaluation.parameters import ParameterVector, flatten
 
 # Rounding makes a factor's eigenvalues wrong by some ε of their sum. Damping of so many leaves them all positive.
 _ROUNDINGS = 10

@@ -9,33 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vjp, vmap
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.func import grad, jacrev, vjp, vmap
+from torch.utils._pytree import tree_map_only
 
 import onestep.linalg as linalg
 from onestep.curvature import hvp
 from onestep.curvature._kernels import differentiable_kernels
 from onestep.curvature._products import gauss_newton_products
-from onestep.optim import NonFiniteError, Objective
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.distributed import summed, summed_by_piece
+from onestep.evaluation.losses import Loss, drawn_slope
+from onestep.evaluation.module import call_model, parameter_names, summed_gradient
+from onestep.evaluation.parameters import ParameterVector
+from onestep.optim import Objective
 from onestep.optim._objective import Preconditioner
-from onestep.optim._parameters import ParameterVector, flatten
-from onestep.training.data import Chunk
-from onestep.training.distributed import summed, summed_by_piece
 from onestep.training.kronecker import Factors
-from onestep.training.losses import Loss, drawn_slope
 
 # Rows of the Jacobian are formed this many bytes at a time.
 _JACOBIAN_BYTES = 64 * 2**20
-
-
-def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
-    """module(inputs): a tuple or a dict of inputs is unpacked; with other parameters if given."""
-    kwargs = inputs if isinstance(inputs, dict) else {}
-    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if kwargs else (inputs,)
-    outputs = module(*args, **kwargs) if parameters is None else functional_call(module, parameters, args, kwargs)
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"the model returned {type(outputs).__name__}; expected a tensor")
-    return outputs
 
 
 class DataObjective(Objective):
@@ -85,31 +76,14 @@ class DataObjective(Objective):
         return None if self.trial_chunks is None else self.value(parameters)
 
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
-        def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
-            for number, chunk in enumerate(self.chunks()):
-                with torch.enable_grad():
-                    loss = self.loss.sum(call_model(self.module, chunk.inputs), chunk.target)
-                    value = loss.item()
-                    if not math.isfinite(value):
-                        raise NonFiniteError(_explain(chunk, number, value))
-                    gradient = torch.zeros_like(like)
-                    if loss.requires_grad:
-                        gradient = flatten(torch.autograd.grad(loss, parameters.tensors, materialize_grads=True))
-                if not math.isfinite(gradient.sum().item()):
-                    raise NonFiniteError(f"batch {number}: the gradient is NaN or infinite, the loss {value:g}")
-                yield chunk.piece, gradient, [value, self._elements(chunk)]
-
-        like = torch.empty(len(parameters), dtype=parameters.dtype)
-        gradient, (total, count) = summed_by_piece(self.pieces, (like, 2), terms)
-        if not count:
-            raise ValueError("every target of the batch is ignored; there is no loss to minimise")
-        return total / count, gradient.div_(count)
+        loss, gradient, count = summed_gradient(self.module, self.loss, self.chunks, parameters, self.pieces)
+        return loss / count, gradient.div_(count)
 
     def _functions(
         self, parameters: ParameterVector, chunk: Chunk
     ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """θ (p,) ↦ outputs of a chunk, and outputs ↦ summed loss."""
-        names = _names(self.module, parameters)
+        names = parameter_names(self.module, parameters)
 
         def outputs(vector: Tensor) -> Tensor:
             return call_model(self.module, chunk.inputs, dict(zip(names, parameters.split(vector), strict=True)))
@@ -187,7 +161,7 @@ class DataObjective(Objective):
 
     def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
         """Rows R with RᵀR the sum of JᵀHJ over rows of the chunk, a piece at a time."""
-        names = _names(self.module, parameters)
+        names = parameter_names(self.module, parameters)
         point = parameters.read()
 
         def one(vector: Tensor, inputs: Any) -> Tensor:
@@ -229,21 +203,3 @@ class DataObjective(Objective):
 
 def _compose(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda p: outer(inner(p))
-
-
-def _names(module: nn.Module, parameters: ParameterVector) -> list[str]:
-    """The module's names of the parameters, in their order."""
-    by_identity = {id(value): name for name, value in module.named_parameters()}
-    return [by_identity[id(tensor)] for tensor in parameters.tensors]
-
-
-def _explain(chunk: Chunk, number: int, value: float) -> str:
-    for name, tree in (("inputs", chunk.inputs), ("target", chunk.target)):
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                rows = (~leaf.reshape(len(leaf), -1).isfinite()).any(1).nonzero()
-                if len(rows):
-                    return (
-                        f"batch {number}: its {name} hold NaN or infinity, first in row {rows[0].item()} of {len(leaf)}"
-                    )
-    return f"batch {number}: the loss is {value} although its data is finite"

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.distributed import share, summed, together
+from onestep.evaluation.losses import IGNORED, scores_and_classes
+from onestep.evaluation.parameters import ParameterVector
 from onestep.optim import NonFiniteError
-from onestep.optim._parameters import ParameterVector
 from onestep.training.closed_form import NotAffineError, Solution, is_affine
-from onestep.training.data import Chunk
-from onestep.training.distributed import share, summed, together
 from onestep.training.head import Head, columns, features_and_outputs, find_head
-from onestep.training.losses import IGNORED, scores_and_classes
 from onestep.training.objective import DataObjective
 
 # Rows of the pilot estimate and of the final one, of all processes together, and the rows out of which the pilot's are

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onestep.optim import NonFiniteError
-from onestep.training.data import Share
+from onestep.evaluation.data import Share
+from onestep.evaluation.errors import NonFiniteError
 
 Result = TypeVar("Result")
 
@@ -49,7 +49,7 @@ def together(compute: Callable[[], Result]) -> Result:
     if gravity == 3:
         raise KeyboardInterrupt from error
     kind = NonFiniteError if gravity == 1 else RuntimeError
-    raise kind(f"onestep.fit: process {where} of {size} failed; see its error") from error
+    raise kind(f"onestep: process {where} of {size} failed; see its error") from error
 
 
 def _gravity(error: BaseException | None) -> int:
@@ -131,8 +131,19 @@ def same_everywhere(tensors: list[Tensor]) -> None:
             tensor.detach().copy_(value)
 
 
+def equal_everywhere(tensor: Tensor) -> bool:
+    """Whether all processes hold the same finite tensor, as far as its shape, sum and norm tell."""
+    if share().size == 1:
+        return True
+    numbers = [*tensor.shape, tensor.sum(dtype=torch.float64).item(), tensor.double().norm().item()]
+    extremes = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.float64)
+    _collective(dist.all_reduce, extremes, dist.ReduceOp.MAX)
+    greatest, least = extremes.chunk(2)
+    return torch.equal(greatest, -least)
+
+
 def _collective(operation: Callable[..., Any], *arguments: Any) -> None:
     try:
         operation(*arguments)
     except RuntimeError as error:
-        raise RuntimeError("onestep.fit: lost the connection to another process, which has probably died") from error
+        raise RuntimeError("onestep: lost the connection to another process, which has probably died") from error

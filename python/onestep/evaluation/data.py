@@ -281,7 +281,8 @@ def as_source(data: Any, seed: int) -> Source:
             return _as_chunk(next(iter(DataLoader(Subset(dataset, rows), batch_size=len(rows)))))
 
         return IndexedSource(len(data), load, seed)  # type: ignore[arg-type]
-    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)) and len(data) == 2:
+    two_batches = isinstance(data, list) and all(isinstance(item, (tuple, list)) and len(item) == 2 for item in data)
+    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)) and len(data) == 2 and not two_batches:
         chunk = Chunk(*data)
         if tree_leaves(chunk.inputs) and isinstance(tree_leaves(chunk.inputs)[0], Tensor):
             lengths = {len(leaf) for leaf in tree_leaves(tuple(chunk)) if isinstance(leaf, Tensor)}

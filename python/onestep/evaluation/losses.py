@@ -77,9 +77,11 @@ def drawn_slope(loss: Loss, outputs: Tensor, target: Any, generator: torch.Gener
     For a function as loss, whose model is not known, of the targets that there are.
     """
     if loss.name == "mse":
-        return math.sqrt(2.0) * torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
+        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+        return math.sqrt(2.0) * noise
     if loss.name == "poisson":
-        return outputs.exp().sqrt() * torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
+        rate = outputs.detach().exp()
+        return rate - torch.poisson(rate, generator)
     with torch.enable_grad():
         leaf = outputs.detach().requires_grad_()
         if loss.name == "cross_entropy":
@@ -108,6 +110,12 @@ def as_loss(loss: str | Callable[[Tensor, Any], Tensor]) -> Loss:
     if not callable(loss):
         raise TypeError(f"loss is {type(loss).__name__}; expected a name or a function (outputs, target) -> scalar")
     function = loss
+    reduction = getattr(function, "reduction", "mean")
+    if reduction != "mean":
+        raise ValueError(f"loss is {type(function).__name__} with reduction={reduction!r}; expected reduction='mean'")
+    reduction = getattr(function, "reduction", "mean")
+    if reduction != "mean":
+        raise ValueError(f"loss is {type(function).__name__} with reduction={reduction!r}; expected reduction='mean'")
 
     def total(outputs: Tensor, target: Any) -> Tensor:
         mean = function(outputs, target)

@@ -1,0 +1,123 @@
+"""A module on a chunk of rows: calling it, in eval mode, and how much of it fits in memory."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
+
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.distributed import summed_by_piece
+from onestep.evaluation.errors import NonFiniteError
+from onestep.evaluation.losses import Loss
+from onestep.evaluation.parameters import ParameterVector, flatten
+
+# What one chunk may keep for its backward pass.
+_CHUNK_BYTES = 256 * 2**20
+
+
+def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
+    """module(inputs): a tuple or a dict of inputs is unpacked; with other parameters if given."""
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if kwargs else (inputs,)
+    outputs = module(*args, **kwargs) if parameters is None else functional_call(module, parameters, args, kwargs)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"the model returned {type(outputs).__name__}; expected a tensor")
+    return outputs
+
+
+def parameter_names(module: nn.Module, parameters: ParameterVector) -> list[str]:
+    """The module's names of the parameters, in their order."""
+    by_identity = {id(value): name for name, value in module.named_parameters()}
+    return [by_identity[id(tensor)] for tensor in parameters.tensors]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Everything in eval mode, and afterwards in the modes that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def warn_of_eval_mode(model: nn.Module, caller: str, stacklevel: int) -> None:
+    """Warns where a layer in training mode will behave differently in eval mode."""
+    noisy = {type(m).__name__ for m in model.modules() if m.training and isinstance(m, (_DropoutNd, _BatchNorm))}
+    if noisy:
+        warnings.warn(
+            f"{caller} evaluates the model in eval mode: {', '.join(sorted(noisy))} neither drops nor learns "
+            "statistics",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
+    """How many rows keep ``_CHUNK_BYTES`` for the backward pass."""
+    few = chunk.rows(slice(0, 8))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = loss.sum(call_model(model, few.inputs), few.target)
+    del graph
+    return max(1, _CHUNK_BYTES * len(few) // max(1, sum(kept.values())))
+
+
+def summed_gradient(
+    module: nn.Module,
+    loss: Loss,
+    chunks: Callable[[], Iterable[Chunk]],
+    parameters: ParameterVector,
+    pieces: int = 1,
+) -> tuple[float, Tensor, int]:
+    """The loss and its gradient (p,), summed over the chunks of all processes, and the elements of the loss."""
+
+    def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
+        for number, chunk in enumerate(chunks()):
+            with torch.enable_grad():
+                total = loss.sum(call_model(module, chunk.inputs), chunk.target)
+                value = total.item()
+                if not math.isfinite(value):
+                    raise NonFiniteError(explain(chunk, number, f"the loss is {value}"))
+                gradient = torch.zeros_like(like)
+                if total.requires_grad:
+                    gradient = flatten(torch.autograd.grad(total, parameters.tensors, materialize_grads=True))
+            if not math.isfinite(gradient.sum().item()):
+                raise NonFiniteError(f"batch {number}: the gradient is NaN or infinite, the loss {value:g}")
+            yield chunk.piece, gradient, [value, loss.elements(chunk.target, len(chunk))]
+
+    like = torch.empty(len(parameters), dtype=parameters.dtype, device=parameters.device)
+    gradient, (total, count) = summed_by_piece(pieces, (like, 2), terms)
+    if not count:
+        raise ValueError("every target of the batch is ignored; there is no loss to minimise")
+    return total, gradient, int(count)
+
+
+def explain(chunk: Chunk, number: int, finding: str) -> str:
+    """Why a batch gave what is not finite: the row of its data that is not, or else ``finding``."""
+    for name, tree in (("inputs", chunk.inputs), ("target", chunk.target)):
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                rows = (~leaf.reshape(len(leaf), -1).isfinite()).any(1).nonzero()
+                if len(rows):
+                    return (
+                        f"batch {number}: its {name} hold NaN or infinity, first in row {rows[0].item()} of {len(leaf)}"
+                    )
+    return f"batch {number}: {finding} although its data is finite"
