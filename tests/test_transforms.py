@@ -97,7 +97,7 @@ def spd_inverse_times(B, A):
 
 # Rows of a model: X, an intercept, and targets that suit every family.
 MODEL_X = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-MODEL_Y = torch.tensor([[0.0, 1], [1, 0], [0.5, 0.5], [1, 0], [0.25, 0.75]], dtype=torch.float64)
+MODEL_Y = torch.tensor([[0, 1, 0], [1, 0, 0], [0.5, 0, 0.5], [0, 0, 1], [0.25, 0.5, 0.25]], dtype=torch.float64)
 MODEL_WEIGHT = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
 
 
@@ -125,6 +125,8 @@ def composite_model(family, with_hessian=True):
 
     def function(W, V):
         eta = X @ W
+        # Not torch's softmax: reverse mode through the tangent of log_softmax fails in torch 2.13.
+        total = eta.exp().sum(1, keepdim=True)
         loss, mean, curvature = {
             "gaussian": lambda: ((eta - MODEL_Y).square() / 2, eta, torch.ones_like(eta)),
             "logistic": lambda: (
@@ -133,7 +135,7 @@ def composite_model(family, with_hessian=True):
                 eta.sigmoid() * (1 - eta.sigmoid()),
             ),
             "poisson": lambda: (eta.exp() - MODEL_Y * eta, eta.exp(), eta.exp()),
-            "softmax": lambda: (-MODEL_Y * eta.log_softmax(1), eta.softmax(1), eta.softmax(1)),
+            "softmax": lambda: (-MODEL_Y * (eta.exp() / total).log(), eta.exp() / total, eta.exp() / total),
         }[family]()
 
         def product(V):
@@ -143,7 +145,7 @@ def composite_model(family, with_hessian=True):
 
         parts = [(weight * loss).sum(), X.mT @ (weight * (mean - MODEL_Y)), product(V)]
         if with_hessian:
-            parts += [product(column) for column in torch.eye(6, dtype=torch.float64).reshape(6, 3, 2)]
+            parts += [product(column) for column in torch.eye(9, dtype=torch.float64).reshape(9, 3, 3)]
         return flat(*parts)
 
     return function
@@ -205,8 +207,8 @@ FUNCTIONS = {
     ),
     "op solve_spd": Function(lambda B, A: ops.solve_spd(sym(A), B)[0], spd_inverse_times, "BA"),
     "op apply_spd_inverse": Function(bare_apply_spd_inverse, spd_inverse_times, "BA"),
-    **{f"glm, {family}": Function(model(family), composite_model(family), "BB") for family in FAMILIES},
-    "op glm_point, op glm_product": Function(bare_model, composite_model("softmax", with_hessian=False), "BB"),
+    **{f"glm, {family}": Function(model(family), composite_model(family), "MM") for family in FAMILIES},
+    "op glm_point, op glm_product": Function(bare_model, composite_model("softmax", with_hessian=False), "MM"),
 }
 
 N, D, K = 5, 3, 2
@@ -233,6 +235,8 @@ def make_inputs(letters):
         "A": lambda: root @ root.mT + D * torch.eye(D, dtype=torch.float64),
         "B": lambda: normal(D, K),
         "L": lambda: torch.linalg.cholesky(root @ root.mT + D * torch.eye(D, dtype=torch.float64)),
+        # Three classes: the derivatives of two are each other's negatives, and their sines add up to zero.
+        "M": lambda: normal(D, 3),
         # n < d
         "D": lambda: normal(FEW, D),
         "T": lambda: normal(FEW, 1),
