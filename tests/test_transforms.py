@@ -236,7 +236,7 @@ def make_inputs(letters):
         "B": lambda: normal(D, K),
         "L": lambda: torch.linalg.cholesky(root @ root.mT + D * torch.eye(D, dtype=torch.float64)),
         # Three classes: the derivatives of two are each other's negatives, and their sines add up to zero.
-        "M": lambda: normal(D, 3),
+        "M": lambda: 0.3 * normal(D, 3),
         # n < d
         "D": lambda: normal(FEW, D),
         "T": lambda: normal(FEW, 1),
