@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from onestep.curvature import glm
 from onestep.linalg import cholesky, cholesky_solve, gram, solve_normal, solve_normal_ex, solve_spd
 
 
@@ -34,6 +35,13 @@ def run(function, inputs):
     return [output.detach() for output in outputs], [leaf.grad for leaf in leaves]
 
 
+def model_of(W, V):
+    """A multinomial model of fixed rows."""
+    X = torch.arange(48.0).reshape(12, 4).cos()
+    point = glm(X, torch.arange(12) % 3, W, "softmax", intercept=True)
+    return point.loss, point.grad, point.hvp(V), point.gram()
+
+
 FUNCTIONS = {
     "solve_normal": (lambda X, Y: solve_normal(X, Y), lambda: rows(3)[:2]),
     "solve_normal, float ridge": (lambda X, Y, w: solve_normal(X, Y, weight=w, ridge=0.3), lambda: rows(3)[:3]),
@@ -48,6 +56,7 @@ FUNCTIONS = {
     "cholesky": (cholesky, lambda: (spd(3),)),
     "cholesky_solve": (cholesky_solve, lambda: (torch.randn(4, 2), torch.linalg.cholesky(spd(3)))),
     "solve_spd": (solve_spd, lambda: (spd(3), torch.randn(3, 4, 2))),
+    "glm": (model_of, lambda: (torch.randn(5, 3), torch.randn(2, 5, 3))),
 }
 
 

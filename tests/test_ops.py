@@ -6,6 +6,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onestep.linalg
+from onestep.curvature import glm
 
 ops = torch.ops.onestep
 
@@ -123,7 +124,29 @@ def samples_of(name, make):
             "one": apply_spd_sample(make.spd(3), make.normal(3, 2)),
             "broadcasting": apply_spd_sample(make.spd(4, 3), make.normal(2, 1, 3, 2)),
         }
+    if name in ("glm_point", "glm_product"):
+        return glm_samples(name, make)
     raise KeyError(name)
+
+
+def glm_samples(name, make):
+    """Only W and V have derivatives."""
+    plain = Make(make.dtype)
+    X, weight = plain.normal(6, 3), plain.positive(6)
+    labels = torch.arange(6)[:, None] % 4
+    points = {
+        "logistic": (X, plain.normal(6, 2).sigmoid(), make.normal(3, 2), None, 1, False),
+        "weight, intercept": (X, plain.normal(6, 1), make.normal(4, 1), weight, 0, True),
+        "labels, broadcasting": (plain.normal(2, 1, 6, 3), labels, make.normal(3, 4, 4), weight, 2, True),
+    }
+    if name == "glm_point":
+        return points
+    samples = {}
+    for label, (X, y, W, weight, family, intercept) in points.items():
+        with torch.no_grad():
+            curvature = ops.glm_point(X, y, W, weight, family, intercept)[2]
+        samples[label] = (make.normal(5, *W.shape[-2:]), X, W, weight, curvature, family, intercept)
+    return samples
 
 
 def apply_spd_sample(A, B):
@@ -135,6 +158,8 @@ OPS = [
     "apply_spd_inverse",
     "cholesky",
     "cholesky_solve",
+    "glm_point",
+    "glm_product",
     "gram",
     "moments",
     "solve_normal",
@@ -159,6 +184,8 @@ TRACED = [
     ("apply_spd_inverse", "broadcasting"),
     ("cholesky", "batch"),
     ("cholesky_solve", "broadcasting"),
+    ("glm_point", "labels, broadcasting"),
+    ("glm_product", "labels, broadcasting"),
     ("gram", "weight, broadcasting"),
     ("moments", "centred"),
     ("solve_normal", "broadcasting"),
@@ -249,6 +276,16 @@ def public_calls(make):
         "cholesky": (lambda: linalg.cholesky(A), lambda: ops.cholesky(A, True)[0]),
         "cholesky_solve": (lambda: linalg.cholesky_solve(B, A), lambda: ops.cholesky_solve(B, A)),
         "solve_spd": (lambda: linalg.solve_spd(A, B), lambda: ops.solve_spd(A, B, True)[0]),
+        "glm_point": (
+            lambda: glm(X[0], Y, B, "gaussian", weight=weight).grad,
+            lambda: ops.glm_point(X[0], Y, B, weight, 0, False)[1],
+        ),
+        "glm_product": (
+            lambda: glm(X[0], Y, B, "gaussian", weight=weight).hvp(B),
+            lambda: ops.glm_product(B[None], X[0], B, weight, ops.glm_point(X[0], Y, B, weight, 0, False)[2], 0, False)[
+                0
+            ],
+        ),
     }
 
 

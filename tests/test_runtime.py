@@ -18,6 +18,7 @@ import torch
 
 import onestep
 from onestep import _native, _runtime
+from onestep.curvature import glm
 from onestep.linalg import cholesky, gram, solve_normal, solve_normal_ex
 
 ALL_TARGETS = ("generic", "avx2", "avx512")
@@ -101,7 +102,13 @@ def solve_all(inputs):
         solve_normal(*inputs["long"], refine=1),
         gram(*inputs["long"])[0],
         cholesky(*inputs["large"]),
+        *model_of(*inputs["long"]),
     ]
+
+
+def model_of(X, Y):
+    point = glm(X, Y, Y[: X.shape[1]], "gaussian", weight=Y[:, 0].square())
+    return point.loss, point.grad, point.hvp(point.grad), point.gram()
 
 
 def equal(first, second):

@@ -10,6 +10,7 @@ import torch
 from torch import func
 from torch.autograd import forward_ad
 
+from onestep.curvature import glm
 from onestep.linalg import (
     cholesky,
     cholesky_ex,
@@ -21,6 +22,7 @@ from onestep.linalg import (
     solve_spd,
     solve_spd_ex,
 )
+from onestep.ops.glm import FAMILIES
 
 ops = torch.ops.onestep
 
@@ -93,6 +95,62 @@ def spd_inverse_times(B, A):
     return torch.cholesky_solve(B, torch.linalg.cholesky(sym(A)))
 
 
+# Rows of a model: X, an intercept, and targets that suit every family.
+MODEL_X = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+MODEL_Y = torch.tensor([[0, 1, 0], [1, 0, 0], [0.5, 0, 0.5], [0, 0, 1], [0.25, 0.5, 0.25]], dtype=torch.float64)
+MODEL_WEIGHT = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+
+
+def model(family):
+    """Everything that a GLMPoint gives."""
+
+    def function(W, V):
+        point = glm(MODEL_X, MODEL_Y, W, family, weight=MODEL_WEIGHT, intercept=True)
+        return flat(point.loss, point.grad, point.hvp(V), point.gram())
+
+    return function
+
+
+def bare_model(W, V):
+    family = FAMILIES["softmax"]
+    loss, gradient, curvature = ops.glm_point(MODEL_X, MODEL_Y, W, MODEL_WEIGHT, family, True)
+    product = ops.glm_product(V.unsqueeze(-3), MODEL_X, W, MODEL_WEIGHT, curvature, family, True)
+    return flat(loss, gradient, product)
+
+
+def composite_model(family, with_hessian=True):
+    """The same by formulas: loss, XᵀR, XᵀC(XV) and, column by column, XᵀCX."""
+    X = torch.cat((MODEL_X, torch.ones(5, 1, dtype=torch.float64)), 1)
+    weight = MODEL_WEIGHT[:, None]
+
+    def function(W, V):
+        eta = X @ W
+        # Not torch's softmax: reverse mode through the tangent of log_softmax fails in torch 2.13.
+        total = eta.exp().sum(1, keepdim=True)
+        loss, mean, curvature = {
+            "gaussian": lambda: ((eta - MODEL_Y).square() / 2, eta, torch.ones_like(eta)),
+            "logistic": lambda: (
+                torch.log1p(eta.exp()) - MODEL_Y * eta,
+                eta.sigmoid(),
+                eta.sigmoid() * (1 - eta.sigmoid()),
+            ),
+            "poisson": lambda: (eta.exp() - MODEL_Y * eta, eta.exp(), eta.exp()),
+            "softmax": lambda: (-MODEL_Y * (eta.exp() / total).log(), eta.exp() / total, eta.exp() / total),
+        }[family]()
+
+        def product(V):
+            z = X @ V
+            z = z - (curvature * z).sum(1, keepdim=True) if family == "softmax" else z
+            return X.mT @ (weight * curvature * z)
+
+        parts = [(weight * loss).sum(), X.mT @ (weight * (mean - MODEL_Y)), product(V)]
+        if with_hessian:
+            parts += [product(column) for column in torch.eye(9, dtype=torch.float64).reshape(9, 3, 3)]
+        return flat(*parts)
+
+    return function
+
+
 class Function(NamedTuple):
     ours: object
     reference: object
@@ -149,6 +207,8 @@ FUNCTIONS = {
     ),
     "op solve_spd": Function(lambda B, A: ops.solve_spd(sym(A), B)[0], spd_inverse_times, "BA"),
     "op apply_spd_inverse": Function(bare_apply_spd_inverse, spd_inverse_times, "BA"),
+    **{f"glm, {family}": Function(model(family), composite_model(family), "MM") for family in FAMILIES},
+    "op glm_point, op glm_product": Function(bare_model, composite_model("softmax", with_hessian=False), "MM"),
 }
 
 N, D, K = 5, 3, 2
@@ -175,6 +235,8 @@ def make_inputs(letters):
         "A": lambda: root @ root.mT + D * torch.eye(D, dtype=torch.float64),
         "B": lambda: normal(D, K),
         "L": lambda: torch.linalg.cholesky(root @ root.mT + D * torch.eye(D, dtype=torch.float64)),
+        # Three classes: the derivatives of two are each other's negatives, and their sines add up to zero.
+        "M": lambda: 0.3 * normal(D, 3),
         # n < d
         "D": lambda: normal(FEW, D),
         "T": lambda: normal(FEW, 1),

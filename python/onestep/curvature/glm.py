@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from onestep.linalg import gram
-from onestep.ops._library import call
+from onestep.linalg._arguments import check_dense
+from onestep.ops._library import call, records_derivatives
 from onestep.ops.glm import FAMILIES, parameter_dtype
 
 # Rows of a bfloat16 X that are widened at a time for the Gram kernel.
@@ -21,7 +24,8 @@ class GLMPoint:
         grad: XᵀR, in the shape of W.
         W: the point.
 
-    loss, grad and hvp are differentiable in W (and hvp in V) to every order, by backward, forward mode and torch.func.
+    loss, grad, hvp and gram are differentiable in W (and hvp in V) to every order, by backward, forward mode and
+    torch.func. X, W and weight are not copied: a point holds as long as they are not changed in place.
     """
 
     def __init__(
@@ -45,12 +49,13 @@ class GLMPoint:
         Raises:
             ValueError, TypeError: V has another shape or dtype.
         """
+        check_dense("V", V, self._X)
         shape = tuple(self.W.shape)
         if tuple(V.shape[V.dim() - len(shape) :]) != shape or V.dim() > len(shape) + 1:
             raise ValueError(
                 f"V has shape {tuple(V.shape)}; expected {shape}, W's, or (m, {', '.join(map(str, shape))})"
             )
-        block = V.reshape(-1 if V.dim() > len(shape) else 1, *self._matrix.shape)
+        block = V.reshape(V.shape[0] if V.dim() > len(shape) else 1, *self._matrix.shape)
         product: Tensor = call(
             "glm_product",
             block,
@@ -67,8 +72,12 @@ class GLMPoint:
         """Computes the Hessian XᵀCX as a matrix H (p,p), p = W.numel(): H @ V.flatten() is hvp(V).flatten().
 
         One Gram matrix of X for each pair of outputs that the curvature couples: k for k outputs, C(C + 1)/2 for
-        softmax with C classes. No derivative.
+        softmax with C classes. Where a derivative is recorded it is made of p products instead.
         """
+        if torch.compiler.is_compiling() or records_derivatives((self._X, self._matrix, self._weight)):
+            size = self.W.numel()
+            identity = torch.eye(size, dtype=self.W.dtype, device=self.W.device)
+            return self.hvp(identity.reshape(size, *self.W.shape)).reshape(size, size)
         with torch.no_grad():
             size, outputs = self._matrix.shape
             blocks = self.gram_blocks()
@@ -120,8 +129,8 @@ class GLMPoint:
         X = self._X
         if X.dtype != weights.dtype:
             chunks = zip(X.split(_WIDENED_ROWS), weights.split(_WIDENED_ROWS, dim=1), strict=True)
-            parts = [self._bordered_gram(x.to(weights.dtype), w) for x, w in chunks]
-            return torch.stack(parts).sum(0)
+            # Added one by one: torch's sum over a dimension has another order at the ends of rows, hence no symmetry.
+            return functools.reduce(torch.add, (self._bordered_gram(x.to(weights.dtype), w) for x, w in chunks))
         return self._bordered_gram(X, weights)
 
     def _bordered_gram(self, X: Tensor, weights: Tensor) -> Tensor:
@@ -165,36 +174,39 @@ def glm(
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device, family or value of y or weight.
+        NotImplementedError: a derivative in X, y or weight is asked for; detach those that require grad.
     """
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}; expected one of {', '.join(map(repr, FAMILIES))}")
+    check_dense("X", X)
+    check_dense("y", y, X)
+    check_dense("W", W, X)
     if X.dim() != 2:
         raise ValueError(f"X has shape {tuple(X.shape)}; expected (n, d)")
     if W.dim() not in (1, 2):
         raise ValueError(f"W has shape {tuple(W.shape)}; expected (d,) or (d, k)")
     if family == "softmax" and W.dim() == 1:
         raise ValueError(f"W has shape {tuple(W.shape)}; expected (d, C): a column for each class")
+    if weight is not None:
+        check_dense("weight", weight, X)
+        if weight.dim() != 1:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; expected ({X.shape[0]},)")
     return GLMPoint(X, _targets(X, y, W, family), W, family, weight=weight, intercept=intercept)
 
 
 def _targets(X: Tensor, y: Tensor, W: Tensor, family: str) -> Tensor:
     """y as the ops read it: (n,k) in the dtype of W, or (n,1) class indices."""
-    if y.dim() not in (1, 2) or y.shape[0] != X.shape[0]:
-        raise ValueError(f"y has shape {tuple(y.shape)}; expected {X.shape[0]} rows, as X has")
-    if family == "softmax" and y.dim() == 1:
-        if y.is_floating_point():
-            raise TypeError(f"y has dtype {y.dtype}; expected integer class indices, or (n, C) probabilities")
-        return y.to(torch.int64).unsqueeze(-1)
-    target = (y.unsqueeze(-1) if y.dim() == 1 else y).to(parameter_dtype(X))
-    if target.numel() == 0 or target.requires_grad:
-        return target
-    least, most = target.aminmax()
-    if family in ("logistic", "softmax") and not (least >= 0 and most <= 1):
-        raise ValueError(f"y has values from {least} to {most}; expected 0 to 1 for family={family!r}")
-    if family == "poisson" and not least >= 0:
-        raise ValueError(f"y has values from {least}; expected counts >= 0 for family='poisson'")
-    if family == "softmax":
-        off = (target.sum(-1) - 1).abs().max()
-        if not off <= 1e-3:
-            raise ValueError(f"y has rows whose sum is off 1 by {off}; expected one-hot rows or probabilities")
-    return target
+    n, k = X.shape[0], 1 if W.dim() == 1 else W.shape[1]
+    may_be_vector = k == 1 or family == "softmax"
+    if tuple(y.shape) != (n, k) and not (may_be_vector and tuple(y.shape) == (n,)):
+        alternative = f" or ({n},)" if may_be_vector else ""
+        raise ValueError(f"y has shape {tuple(y.shape)}; expected ({n}, {k}){alternative}")
+    if y.is_complex():
+        raise TypeError(f"y has dtype {y.dtype}; expected real numbers")
+    if y.dim() == 2:
+        return y.to(parameter_dtype(X))
+    if family != "softmax":
+        return y.to(parameter_dtype(X)).unsqueeze(-1)
+    if y.is_floating_point():
+        raise TypeError(f"y has dtype {y.dtype}; expected integer class indices, or (n, C) probabilities")
+    return y.to(torch.int64).unsqueeze(-1)

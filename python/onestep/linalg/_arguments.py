@@ -17,10 +17,20 @@ def floating(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
 
     ``like`` is the first operand, on whose device this one must be.
     """
-    if type(value) is Tensor and value.dtype in _READ and value.is_cpu and (like is None or like.is_cpu):
-        if value.layout is torch.strided:
-            return value
-    elif not isinstance(value, Tensor):
+    plain = type(value) is Tensor and value.dtype in _READ and value.layout is torch.strided
+    if plain and value.is_cpu and (like is None or like.is_cpu):
+        return value
+    check_dense(name, value, like)
+    if value.dtype in _HALF:
+        return value.float()
+    if value.dtype not in _READ:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16")
+    return value
+
+
+def check_dense(name: str, value: object, like: Tensor | None = None) -> None:
+    """Raises unless ``value`` is a dense CPU (or meta) tensor on the device of ``like``."""
+    if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; expected torch.Tensor")
     if value.layout != torch.strided:
         raise ValueError(f"{name} has layout {value.layout}; expected a dense (torch.strided) tensor")
@@ -28,11 +38,6 @@ def floating(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
         raise ValueError(f"{name} is on device {value.device}; onestep's kernels run on the CPU: move it with .cpu()")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} is on device {value.device}; expected {like.device}, like the other operands")
-    if value.dtype in _HALF:
-        return value.float()
-    if value.dtype not in _READ:
-        raise TypeError(f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16")
-    return value
 
 
 def as_columns(name: str, value: Tensor, matrix: Tensor, rows: int) -> tuple[Tensor, bool]:

@@ -6,6 +6,8 @@ Targets and right-hand sides are matrices here: y is (…,n,k) in the dtype of W
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import torch
@@ -19,6 +21,17 @@ from onestep.ops._operands import Operand, broadcast_batch, check_dims, check_si
 FAMILIES = {"gaussian": 0, "logistic": 1, "softmax": 2, "poisson": 3}
 # csrc/glm/glm.hpp, kCurvatureSlack
 _CURVATURE_SLACK = 16
+
+# Which targets a family knows: the least, the largest, and both in words.
+_LARGEST = torch.finfo(torch.float64).max
+_TARGETS = {
+    "gaussian": (-_LARGEST, _LARGEST, "finite numbers"),
+    "logistic": (0.0, 1.0, "0 to 1"),
+    "softmax": (0.0, 1.0, "0 to 1"),
+    "poisson": (0.0, _LARGEST, "finite counts >= 0"),
+}
+# How far the probabilities of a row may be from a sum of 1.
+_SUM_TOLERANCE = 1e-3
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 _POINT = {dtype: getattr(_native, f"glm_point_{suffix}") for dtype, suffix in _SUFFIX.items()}
@@ -40,19 +53,12 @@ def _batches(*operands: tuple[Tensor | None, int]) -> tuple[int, ...]:
     return broadcast_batch(*(tuple(t.shape[: t.dim() - own]) for t, own in operands if t is not None))
 
 
-def _flat_batch(tensor: Tensor | None, batch: tuple[int, ...], own: int) -> Any:
-    """The tensor's matrices in the order of the batch."""
+def _matrices(tensor: Tensor | None, batch: tuple[int, ...], own: int) -> Any:
+    """The tensor's matrices in the order of the batch, as views."""
     if tensor is None:
-        return [None] * _count(batch)
-    shape = tensor.shape[tensor.dim() - own :]
-    return tensor.expand((*batch, *shape)).reshape((_count(batch), *shape))
-
-
-def _count(batch: tuple[int, ...]) -> int:
-    count = 1
-    for size in batch:
-        count *= size
-    return count
+        return itertools.repeat(None, math.prod(batch))
+    expanded = tensor.expand((*batch, *tensor.shape[tensor.dim() - own :]))
+    return (expanded[index] for index in itertools.product(*map(range, batch)))
 
 
 # ----------------------------------------------------------------------------------------------------------- glm_point
@@ -87,12 +93,33 @@ def _check_targets(X: Tensor, y: Tensor, W: Tensor, family: int) -> None:
     k = W.shape[-1]
     if softmax and k < 2:
         raise ValueError(f"W has shape {tuple(W.shape)}; expected a column for each of 2 classes or more")
-    columns = 1 if softmax and y.dtype == torch.int64 else k
+    labelled = softmax and y.dtype == torch.int64
+    columns = 1 if labelled else k
     check_dims("y", y, 2, "(..., n, k)")
     if y.shape[-2:] != (X.shape[-2], columns):
         raise ValueError(f"y has shape {tuple(y.shape)}; expected (..., {X.shape[-2]}, {columns})")
-    if not (softmax and y.dtype == torch.int64):
-        check_operand("y", y, X, parameter_dtype(X))
+    check_operand("y", y, X, torch.int64 if labelled else parameter_dtype(X))
+
+
+def _check_values(y: Tensor, family: int, classes: int) -> None:
+    """Raises ValueError unless the family knows every target. By numpy, since torch's reductions hang after a fork."""
+    if y.numel() == 0:
+        return
+    values = y.detach().numpy()
+    least, most = values.min().item(), values.max().item()
+    if not y.is_floating_point():
+        if least < 0 or most >= classes:
+            raise ValueError(f"y has classes from {least} to {most}; expected 0 to {classes - 1}, W's columns")
+        return
+    name = list(FAMILIES)[family]
+    low, high, meaning = _TARGETS[name]
+    # NaN compares false.
+    if not (low <= least and most <= high):
+        raise ValueError(f"y has values from {least} to {most}; expected {meaning} for family={name!r}")
+    if name == "softmax":
+        off = abs(values.sum(-1) - 1).max()
+        if off > _SUM_TOLERANCE:
+            raise ValueError(f"y has rows whose sum is off 1 by {off}; expected one-hot rows or probabilities")
 
 
 def _point_fake(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, intercept: bool) -> Point:
@@ -112,10 +139,10 @@ def _point_cpu(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: i
         points = [
             _point_cpu(*operands, family, intercept)
             for operands in zip(
-                _flat_batch(X, batch, 2),
-                _flat_batch(y, batch, 2),
-                _flat_batch(W, batch, 2),
-                _flat_batch(weight, batch, 1),
+                _matrices(X, batch, 2),
+                _matrices(y, batch, 2),
+                _matrices(W, batch, 2),
+                _matrices(weight, batch, 1),
                 strict=True,
             )
         ]
@@ -127,10 +154,7 @@ def _point_cpu(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: i
     loss, gradient, curvature = _point_fake(X, y, W, weight, family, intercept)
     curvature[-_CURVATURE_SLACK:] = 0
     labelled = not y.is_floating_point()
-    if labelled and y.numel() > 0:
-        least, most = y.aminmax()
-        if least < 0 or most >= W.shape[-1]:
-            raise ValueError(f"y has classes from {least} to {most}; expected 0 to {W.shape[-1] - 1}, W's columns")
+    _check_values(y, family, W.shape[-1])
     _POINT[X.dtype](
         family,
         intercept,
@@ -159,7 +183,9 @@ define(
 def _refuse(what: tuple[tuple[str, bool], ...]) -> None:
     for name, wanted in what:
         if wanted:
-            raise NotImplementedError(f"glm is differentiable in W alone, but a derivative for {name} is asked for")
+            raise NotImplementedError(
+                f"glm is differentiable in W alone, but {name} takes part in derivatives: use {name}.detach()"
+            )
 
 
 def _product(V: Tensor, ctx: Any) -> Tensor:
@@ -227,7 +253,7 @@ def _product_cpu(
         t is None or t.dim() == own for t, own in ((X, 2), (W, 2), (weight, 1), (curvature, 1))
     ):
         # One point for the whole batch: its right-hand sides share one pass.
-        V, shape = V.reshape((-1, *V.shape[-2:])), V.shape
+        V, shape = V.reshape((math.prod(V.shape[:-2]), *V.shape[-2:])), V.shape
         product = _product_fake(V, X, W, weight, curvature, family, intercept)
         # The kernel reads it as one array; vmap may hand over a strided view.
         curvature = curvature.contiguous()
@@ -247,11 +273,11 @@ def _product_cpu(
     products = [
         _product_cpu(*operands, family, intercept)
         for operands in zip(
-            _flat_batch(V, batch, 3),
-            _flat_batch(X, batch, 2),
-            _flat_batch(W, batch, 2),
-            _flat_batch(weight, batch, 1),
-            _flat_batch(curvature, batch, 1),
+            _matrices(V, batch, 3),
+            _matrices(X, batch, 2),
+            _matrices(W, batch, 2),
+            _matrices(weight, batch, 1),
+            _matrices(curvature, batch, 1),
             strict=True,
         )
     ]
