@@ -44,7 +44,7 @@ class Failing(torch.nn.Module):
 
 
 fitted = Failing() if {failure!r} else model
-onestep.fit(fitted, (X, y), method={method!r}, max_steps=6, tol=0.0, progress=False)
+onestep.fit(fitted, (X, y), method={method!r}, max_steps=6, tol=0.0, chunk_size=64, progress=False)
 torch.save(model.state_dict(), {out!r} + str(rank))
 """
 

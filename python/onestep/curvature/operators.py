@@ -186,7 +186,9 @@ class CurvatureOperator(ABC):
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """The loss over all data, and its gradient (p,): ``solve(-gradient, damping)`` is a damped Newton step."""
         with eval_mode(self.model):
-            loss, gradient, elements = summed_gradient(self.model, self._loss, self._chunks, self._parameters)
+            loss, gradient, elements = summed_gradient(
+                self.model, self._loss, self._chunks, self._parameters, self._source.share.pieces
+            )
         return (loss, gradient) if self.reduction == "sum" else (loss / elements, gradient / elements)
 
     def to_scipy(self) -> LinearOperator:

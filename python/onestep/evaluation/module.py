@@ -85,7 +85,7 @@ def summed_gradient(
     loss: Loss,
     chunks: Callable[[], Iterable[Chunk]],
     parameters: ParameterVector,
-    pieces: int = 1,
+    pieces: int,
 ) -> tuple[float, Tensor, int]:
     """The loss and its gradient (p,), summed over the chunks of all processes, and the elements of the loss."""
 
