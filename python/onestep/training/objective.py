@@ -90,14 +90,17 @@ class DataObjective(Objective):
 
         return outputs, lambda z: self.loss.sum(z, chunk.target)
 
-    def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
+    def multiplier(self, parameters: ParameterVector, chunk: Chunk, *, hessian: bool) -> Callable[[Tensor], Tensor]:
+        """v (p,) ↦ the Hessian or Gauss-Newton matrix of a chunk's summed loss times v."""
         point = parameters.read()
+        outputs, loss = self._functions(parameters, chunk)
+        if hessian:
+            return lambda v: hvp(_compose(loss, outputs), point, v)
+        return gauss_newton_products(outputs, loss, point)
 
+    def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
         def prepared(chunk: Chunk) -> tuple[Chunk, Callable[[Tensor], Tensor]]:
-            outputs, loss = self._functions(parameters, chunk)
-            if hessian:
-                return chunk, lambda v: hvp(_compose(loss, outputs), point, v)
-            return chunk, gauss_newton_products(outputs, loss, point)
+            return chunk, self.multiplier(parameters, chunk, hessian=hessian)
 
         @cache
         def kept() -> list[tuple[Chunk, Callable[[Tensor], Tensor]]] | None:

@@ -1,0 +1,107 @@
+"""A linear head under cross-entropy or a Poisson loss: a generalised linear model of what the layer is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import onestep.linalg as linalg
+from onestep.curvature import GLMPoint, glm
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.distributed import summed_by_piece
+from onestep.evaluation.losses import IGNORED, Loss, like_outputs, scores_and_classes
+from onestep.evaluation.parameters import ParameterVector
+from onestep.optim._objective import Preconditioner
+from onestep.training.head import Head, columns, features_and_outputs
+from onestep.training.objective import DataObjective
+
+_FAMILIES = {"cross_entropy": "softmax", "poisson": "poisson"}
+
+# The largest matrix that is factored: the whole Hessian, or its block for each output.
+_LARGEST_FACTOR = 1024
+# Of the diagonal's mean; directions in which nothing bends, as the common shift of softmax, need some.
+_LEAST_DAMPING = 1e-10
+
+
+def is_glm(head: Head | None, loss: Loss) -> bool:
+    """Whether the loss of the head is that of a generalised linear model with a canonical link."""
+    return head is not None and loss.name in _FAMILIES
+
+
+class HeadObjective(DataObjective):
+    """The loss of a model that ends in the one linear layer that is trained: curvature by ``onestep.curvature.glm``.
+
+    The Hessian and the Gauss-Newton matrix are the same here. Each chunk goes through the model once, for the features,
+    and a product reads those once.
+    """
+
+    def __init__(self, *args: Any, head: Head, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.head = head
+
+    def _matrix(self, v: Tensor) -> Tensor:
+        """A vector of parameters as W (d, k), with the bias as its last row."""
+        outputs = len(self.head.weight)
+        weight = v[: self.head.weight.numel()].view(outputs, -1).mT
+        if self.head.bias is None:
+            return weight
+        return torch.cat((weight, v[self.head.weight.numel() :].unsqueeze(0)))
+
+    def _vector(self, W: Tensor) -> Tensor:
+        if self.head.bias is None:
+            return W.mT.reshape(-1)
+        return torch.cat((W[:-1].mT.reshape(-1), W[-1]))
+
+    def _point(self, parameters: ParameterVector, chunk: Chunk) -> GLMPoint:
+        found = features_and_outputs(self.head, self, chunk)
+        if found is None:
+            raise ValueError("the model's outputs are not those of its last layer for some rows; set another method")
+        features, outputs = (columns(self.head.layer, value) for value in found)
+        weight = None
+        if self.loss.name == "cross_entropy":
+            target = scores_and_classes(found[1], chunk.target)[1]
+            if (target == IGNORED).any():
+                weight = (target != IGNORED).to(features.dtype)
+                target = target.clamp_min(0)
+        else:
+            target = columns(self.head.layer, like_outputs(found[1], chunk.target)).to(outputs.dtype)
+        W = self._matrix(parameters.read())
+        return glm(features, target, W, _FAMILIES[self.loss.name], weight=weight, intercept=self.head.bias is not None)
+
+    def multiplier(self, parameters: ParameterVector, chunk: Chunk, *, hessian: bool) -> Callable[[Tensor], Tensor]:
+        point = self._point(parameters, chunk)
+        return lambda v: self._vector(point.hvp(self._matrix(v)))
+
+    def preconditioner(self, parameters: ParameterVector) -> Preconditioner | None:
+        height, outputs = self._matrix(parameters.read()).shape
+        whole = height * outputs <= _LARGEST_FACTOR
+        if not whole and height > _LARGEST_FACTOR:
+            return super().preconditioner(parameters)
+        shape = (1, height * outputs, height * outputs) if whole else (outputs, height, height)
+
+        def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
+            for chunk in self.curvature_chunks():
+                point = self._point(parameters, chunk)
+                blocks = point.gram().unsqueeze(0) if whole else point.gram_blocks()
+                yield chunk.piece, blocks.double(), [self._elements(chunk)]
+
+        like = torch.empty(shape, dtype=torch.float64)
+        total, (count,) = summed_by_piece(self.pieces, (like, 1), terms)
+        blocks = total / max(count, 1)
+        least = _LEAST_DAMPING * blocks.diagonal(dim1=-2, dim2=-1).mean().item()
+
+        def solver(damping: float) -> Callable[[Tensor], Tensor]:
+            L = linalg.cholesky(blocks + (damping + least) * torch.eye(shape[-1], dtype=torch.float64))
+
+            def solve(v: Tensor) -> Tensor:
+                V = self._matrix(v).double()
+                right = V.reshape(1, -1, 1) if whole else V.mT.unsqueeze(-1)
+                solution = linalg.cholesky_solve(right, L).squeeze(-1)
+                return self._vector(solution.view(height, outputs) if whole else solution.mT).to(v.dtype)
+
+            return solve
+
+        return solver
