@@ -97,7 +97,7 @@ class Problem:
         return {"loss": self.dense_loss(self.W), "grad": gradient(self.W), "hvp": torch.stack(products)}
 
     def dense_hessian(self) -> Tensor:
-        return func.hessian(self.dense_loss)(self.W).reshape(self.W.numel(), -1)
+        return func.hessian(self.dense_loss)(self.W).reshape(self.W.numel(), self.W.numel())
 
 
 def problem(case: GlmCase, dtype: torch.dtype = torch.float64) -> Problem:
@@ -360,7 +360,8 @@ def test_weight_is_repetition(case, dtype):
     rows = torch.arange(case.n).repeat_interleave(weight)
     repeated = given.point(X=given.X[rows], y=given.y[rows], weight=None)
     weighted = given.point(weight=weight.to(dtype))
-    assert_same(weighted.loss, repeated.loss)
+    # The loss is a float64 of terms in the dtype of W.
+    assert_same(weighted.loss.to(given.W.dtype), repeated.loss)
     assert_same(weighted.grad, repeated.grad)
     assert_same(weighted.hvp(given.V), repeated.hvp(given.V))
 
