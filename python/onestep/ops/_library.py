@@ -59,7 +59,10 @@ def _loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: 
     """vmap of an op with several results, one call after the other."""
 
     def element(index: int) -> list[Any]:
-        return [arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims, strict=True)]
+        return [
+            arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
 
     results = zip(*(op(*element(index)) for index in range(size)), strict=True)
     stacked = tuple(torch.stack(result) for result in results)
@@ -153,9 +156,13 @@ class _Primals:
     """The context that ``jvp`` sees, whose saved tensors carry no tangent of the level that is being computed."""
 
     def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
         self.saved_tensors = tuple(
             None if saved is None else forward_ad.unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors
         )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[..., Any]:

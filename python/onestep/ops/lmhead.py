@@ -399,7 +399,13 @@ _DIFFERENTIABLE = (0, 1, 2, 3, 4, 6, 7, 8)
 
 
 class _LinearCrossEntropyTangent(OpFunction):
-    """The loss tangents are differentiated by the two kernels, the tangents of the gradient by the composite."""
+    """The loss tangents are differentiated in reverse by the two kernels, all else by the composite."""
+
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg, level=0).tangent is not None for arg in args):
+            return _composite_tangent(*args)
+        return super().call(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -433,15 +439,6 @@ class _LinearCrossEntropyTangent(OpFunction):
         by_operand = [of if n else None for of, n in zip(gradients, needed[2:5], strict=True)]
         by_direction = [of if n else None for of, n in zip(of_directions, needed[6:9], strict=True)]
         return of_row_weight, of_d_row_weight, *by_operand, None, *by_direction, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        function, primals, places = _of_differentiable(ctx, ctx.saved_tensors)
-        directions = tuple(
-            torch.zeros_like(primal) if tangents[place] is None else tangents[place]
-            for primal, place in zip(primals, places, strict=True)
-        )
-        return torch.func.jvp(function, primals, directions)[1]
 
 
 def _of_differentiable(ctx: Any, tensors: Sequence[Any]) -> tuple[Any, tuple[Tensor, ...], list[int]]:
