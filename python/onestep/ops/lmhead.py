@@ -197,7 +197,7 @@ def _is_constant_one(scale: Tensor) -> bool:
     """Whether this is the number 1, and constant in every derivative that is being taken."""
     if type(scale) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(scale):
+    if torch._C._functorch.is_functorch_wrapped_tensor(scale) or torch._C._functorch.is_legacy_batchedtensor(scale):
         return False
     constant = not scale.requires_grad and (
         forward_ad._current_level < 0 or forward_ad.unpack_dual(scale).tangent is None
@@ -369,8 +369,7 @@ def _composite_tangent(
 
     z = product(h, transposed(w)) + rows(bias, classes)
     dz = product(dh, transposed(w)) + product(h, transposed(dw)) + rows(bias_tangent, classes) + torch.zeros_like(z)
-    q = torch.where(y == torch.arange(classes, device=y.device), 1.0 - label_smoothing, 0.0).to(z.dtype)
-    q = q + label_smoothing / classes
+    q = (1.0 - label_smoothing) * (y == torch.arange(classes, device=y.device)).to(z.dtype) + label_smoothing / classes
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     mean = (p * dz).sum(-1, keepdim=True)
