@@ -370,7 +370,9 @@ def _composite_tangent(
     z = product(h, transposed(w)) + rows(bias, classes)
     dz = product(dh, transposed(w)) + product(h, transposed(dw)) + rows(bias_tangent, classes) + torch.zeros_like(z)
     q = (1.0 - label_smoothing) * (y == torch.arange(classes, device=y.device)).to(z.dtype) + label_smoothing / classes
-    log_p = z.log_softmax(-1)
+    # Not log_softmax: in torch 2.13, backward through its tangent fails.
+    shifted = z - z.amax(-1, keepdim=True).detach()
+    log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
     p = log_p.exp()
     mean = (p * dz).sum(-1, keepdim=True)
     losses = torch.where(counts, -(q * log_p).sum(-1, keepdim=True), 0)
