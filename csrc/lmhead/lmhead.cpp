@@ -19,14 +19,17 @@ namespace {
 // Logits of one chunk of rows, and as much again for their tangent; but no fewer rows than pay for reading the weights.
 constexpr int64_t kLogitBytes = int64_t{32} << 20;
 constexpr int64_t kLeastRows = 96;
-constexpr int64_t kMostRows = 960;
+constexpr int64_t kMostRows = 480;
 
 // Classes that one unit of work takes: fewer where there are few, for the threads' sake.
 constexpr int64_t kMostClasses = 128;
 constexpr int64_t kBlocks = 16;
 
-// The blocks' contributions to grad_input are added up in so many places, and these in order.
-constexpr int64_t kPieces = 16;
+// The blocks' contributions to grad_input are added up in several places, and these in order: as many as fit, for the
+// threads' sake, within limits.
+constexpr int64_t kPieceBytes = int64_t{8} << 20;
+constexpr int64_t kLeastPieces = 4;
+constexpr int64_t kMostPieces = 16;
 
 template <class T, class Input>
 const HeadKernels<T, Input>& pick(const HeadKernels<float, float>& f32, const HeadKernels<double, double>& f64,
@@ -150,7 +153,8 @@ class Head {
                 chunk_.tangent_columns = take<T>(rows * chunk_.padded_features);
             }
         }
-        pieces_ = std::min(kPieces, blocks_);
+        const int64_t piece = rows * std::max<int64_t>(chunk_.padded_features, 1) * static_cast<int64_t>(sizeof(T));
+        pieces_ = std::min(std::clamp(kPieceBytes / piece, kLeastPieces, kMostPieces), blocks_);
         if (args_.grad_input != nullptr) {
             partial_ = take<T>(pieces_ * rows * chunk_.padded_features);
         }
@@ -271,21 +275,24 @@ class Head {
         if (status != Status::ok || args_.grad_input == nullptr) {
             return status;
         }
-        auto reduce = [&](int64_t panel) {
-            const T* from = partial_ + panel * chunk_.padded_features * kernel_.panel;
-            const int64_t first = panel * kernel_.panel;
-            for (int64_t row = first; row < std::min(first + kernel_.panel, chunk_.rows); ++row) {
-                T* to = args_.grad_input + (begin + row) * args_.d;
-                for (int64_t j = 0; j < args_.d; ++j) {
-                    T sum = T(0);
-                    for (int64_t index = 0; index < pieces_; ++index) {
-                        sum += from[index * size + j * kernel_.panel + row - first];
-                    }
-                    to[j] = sum;
-                }
-            }
-        };
+        auto reduce = [&](int64_t panel) { add_pieces(begin, panel); };
         return parallel_for(chunk_.padded_rows / kernel_.panel, 1, reduce);
+    }
+
+    // grad_input of one panel of rows.
+    void add_pieces(int64_t begin, int64_t panel) {
+        const int64_t first = panel * kernel_.panel;
+        const int64_t rows = std::min(kernel_.panel, chunk_.rows - first);
+        for (int64_t j = 0; j < args_.d; ++j) {
+            const T* from = partial_ + (panel * chunk_.padded_features + j) * kernel_.panel;
+            for (int64_t row = 0; row < rows; ++row) {
+                T sum = T(0);
+                for (int64_t index = 0; index < pieces_; ++index) {
+                    sum += from[index * chunk_rows_ * chunk_.padded_features + row];
+                }
+                args_.grad_input[(begin + first + row) * args_.d + j] = sum;
+            }
+        }
     }
 
     struct Release {
