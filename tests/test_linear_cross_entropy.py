@@ -346,14 +346,14 @@ def dense(of_logits, input, weight, target, bias, options):
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "sum", "label_smoothing": 0.3}], ids=str)
 @pytest.mark.parametrize(
-    ("product", "gauss_newton"), [(linear_cross_entropy_hvp, False), (linear_cross_entropy_ggnvp, True)]
+    ("times_matrix", "gauss_newton"), [(linear_cross_entropy_hvp, False), (linear_cross_entropy_ggnvp, True)]
 )
-def test_products_are_those_of_the_dense_matrix(product, gauss_newton, options):
+def test_products_are_those_of_the_dense_matrix(times_matrix, gauss_newton, options):
     input, weight, target, bias = head(5, d=3, v=4, ignored=1)
     matrix = dense(gauss_newton, input, weight, target, bias, options)
 
     def times(*vector):
-        return product(input, weight, target, vector, bias, **options)
+        return times_matrix(input, weight, target, vector, bias, **options)
 
     vector = tuple(torch.randn_like(value) for value in (input, weight, bias))
     flat = torch.cat([part.flatten() for part in vector])
@@ -378,8 +378,8 @@ def test_products_are_symmetric_and_the_gauss_newton_one_positive():
         return sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
 
     u, v = vector(), vector()
-    for product in (linear_cross_entropy_hvp, linear_cross_entropy_ggnvp):
-        times = partial(product, input, weight, target, bias=bias)
+    for matrix in (linear_cross_entropy_hvp, linear_cross_entropy_ggnvp):
+        times = partial(matrix, input, weight, target, bias=bias)
         torch.testing.assert_close(inner(u, times(v)), inner(v, times(u)), rtol=1e-4, atol=1e-5)
     for _ in range(5):
         v = vector()
@@ -473,7 +473,7 @@ def test_bad_vector():
         linear_cross_entropy_hvp(input, weight, target, (input, weight, bias))
     with pytest.raises(ValueError, match=r"weight_tangent has shape \(10, 6\)"):
         linear_cross_entropy_ggnvp(input, weight, target, (input, weight[:-1], bias), bias)
-    with pytest.raises(TypeError, match="input_tangent has dtype torch.float32"):
+    with pytest.raises(TypeError, match=r"input_tangent has dtype torch\.float32"):
         linear_cross_entropy_ggnvp(input, weight, target, (input.float(), weight, bias), bias)
     with pytest.raises(ValueError, match="reduction is 'none'"):
         linear_cross_entropy_hvp(input, weight, target, (input, weight, bias), bias, reduction="none")

@@ -73,8 +73,9 @@ class Head {
         chunk_.padded_features = round_up(args.d, kernel_.panel);
         const int64_t affordable = kLogitBytes / (chunk_.padded_classes * static_cast<int64_t>(sizeof(T)));
         const int64_t most = std::clamp(affordable, kLeastRows, kMostRows);
-        const int64_t chunks = std::max<int64_t>((rows_ + most - 1) / most, 1);
-        chunk_rows_ = round_up((rows_ + chunks - 1) / chunks, kernel_.panel);
+        const int64_t rows = std::max<int64_t>(rows_, 1);
+        const int64_t chunks = (rows + most - 1) / most;
+        chunk_rows_ = round_up((rows + chunks - 1) / chunks, kernel_.panel);
         allocate();
     }
 

@@ -2,6 +2,7 @@
 // edges of tiles, panels, blocks and chunks, serially and with threads. Built with AddressSanitizer and
 // UndefinedBehaviorSanitizer by make test.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -188,8 +189,19 @@ void compare(const Inputs<T, Input>& in, Mode mode, const std::string& name) {
     set_parallel_for(three_threads);
     const auto threaded = run<true>(in, mode);
     set_parallel_for(nullptr);
-    const double error = difference(serial, expected);
-    check(error < 2000.0 * static_cast<double>(std::numeric_limits<T>::epsilon()), name + ": " + std::to_string(error));
+    // Part by part: value, losses, gradients.
+    const auto [n, d, v] = std::array{in.size.n, in.size.d, in.size.v};
+    size_t start = 0;
+    for (const int64_t count : {int64_t{1}, n, n * d, v * d, v}) {
+        const auto part = [&](const std::vector<T>& all) {
+            const auto first = all.begin() + static_cast<std::ptrdiff_t>(start);
+            return std::vector<T>(first, first + count);
+        };
+        const double error = difference(part(serial), part(expected));
+        const bool good = error < 2000.0 * static_cast<double>(std::numeric_limits<T>::epsilon());
+        check(good, name + " at " + std::to_string(start) + ": " + std::to_string(error));
+        start += static_cast<size_t>(count);
+    }
     check(serial == threaded, name + ": differs with threads");
 }
 

@@ -189,8 +189,12 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _scaled(scale: Tensor, gradient: Tensor) -> Tensor:
-    """scale · gradient, which for the constant 1 (a loss that is differentiated itself) is the gradient uncopied."""
-    return gradient if _is_constant_one(scale) else (scale * gradient).to(gradient.dtype)
+    """scale · gradient, which for the constant 1 (a loss that is differentiated itself) is the gradient uncopied.
+
+    But not if the graph is kept for another backward: the caller may change in place what it is given.
+    """
+    kept = not torch.is_grad_enabled() and torch._C._autograd._get_current_graph_task_keep_graph()
+    return gradient if not kept and _is_constant_one(scale) else (scale * gradient).to(gradient.dtype)
 
 
 def _is_constant_one(scale: Tensor) -> bool:
@@ -236,9 +240,7 @@ class _LinearCrossEntropy(OpFunction):
                 row_weight, None, *operands, target, *along, *options, False, needed
             )
             of_row_weight = _sum(of_row_weight, pushed)
-            gradients = [
-                _sum(of, more) if n else None for of, more, n in zip(gradients, second, needed, strict=True)
-            ]
+            gradients = [_sum(of, more) if n else None for of, more, n in zip(gradients, second, needed, strict=True)]
         return of_row_weight, *gradients, None, None, None, None
 
     @staticmethod
