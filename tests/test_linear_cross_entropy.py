@@ -278,6 +278,47 @@ def test_backward_twice_and_results_that_are_changed(factor):
     assert torch.equal(torch.autograd.grad(loss, weight)[0], kept)
 
 
+ONE = torch.tensor(1.0, dtype=F64)
+
+# A factor of 1 may be left out only where it is a constant of every derivative that is being taken.
+DERIVATIVES_OF_THE_SCALE = {
+    "jvp": lambda scaled: func.jvp(scaled, (ONE,), (2 * ONE,)),
+    "grad": lambda scaled: func.grad(lambda s: scaled(s).sin().sum())(ONE),
+    "vmap": lambda scaled: func.vmap(scaled)(torch.stack([ONE, 3 * ONE])),
+    "vmap of jvp": lambda scaled: func.vmap(lambda v: func.jvp(scaled, (ONE,), (v,)))(torch.stack([ONE, 3 * ONE])),
+    "jvp of jvp": lambda scaled: func.jvp(
+        lambda t: func.jvp(lambda s: scaled(s * t), (ONE,), (ONE,))[1], (ONE,), (ONE,)
+    ),
+    "grad below jvp": lambda scaled: func.grad(
+        lambda s: func.jvp(lambda t: scaled(s) * t, (ONE,), (ONE,))[1].sin().sum()
+    )(ONE),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES_OF_THE_SCALE)
+def test_derivative_of_a_scale_of_one(name):
+    input, weight, target, bias = head(6)
+    ours, torchs = (
+        DERIVATIVES_OF_THE_SCALE[name](lambda s, of=of: func.grad(lambda h: s * of(h, weight, target, bias))(input))
+        for of in (linear_cross_entropy, reference)
+    )
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_derivative_of_a_scale_of_one_in_eager_mode():
+    input, weight, target, bias = head(6)
+    input.requires_grad_()
+    plain = torch.autograd.grad(linear_cross_entropy(input, weight, target, bias), input)[0]
+    scale = ONE.clone().requires_grad_()
+    loss = scale * linear_cross_entropy(input, weight, target, bias)
+    gradient = torch.autograd.grad(loss, input, create_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(gradient.sum(), scale)[0], plain.sum())
+    with forward_ad.dual_level():
+        loss = forward_ad.make_dual(ONE, 2 * ONE) * linear_cross_entropy(input, weight, target, bias)
+        tangent = forward_ad.unpack_dual(torch.autograd.grad(loss, input)[0]).tangent
+        torch.testing.assert_close(tangent, 2 * plain)
+
+
 def test_accumulated_gradients():
     input, weight, target, bias = head(8, ignored=0)
     weight.requires_grad_()

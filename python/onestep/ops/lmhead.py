@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from onestep import _native
 from onestep.ops._library import OpFunction, define, register_derivatives
@@ -198,15 +200,25 @@ def _scaled(scale: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _is_constant_one(scale: Tensor) -> bool:
-    """Whether this is the number 1, and constant in every derivative that is being taken."""
+    """Whether this is the number 1, and constant in every derivative that is being taken, one torch.func level a call."""
     if type(scale) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(scale) or torch._C._functorch.is_legacy_batchedtensor(scale):
+    if functorch.is_batchedtensor(scale) or functorch.is_legacy_batchedtensor(scale):
         return False
-    constant = not scale.requires_grad and (
-        forward_ad._current_level < 0 or forward_ad.unpack_dual(scale).tangent is None
-    )
-    return constant and scale.item() == 1.0
+    current = functorch.maybe_current_level()
+    if current is None:
+        return _is_constant(scale) and scale.item() == 1.0
+    inner = scale
+    if functorch.is_gradtrackingtensor(scale) and functorch.maybe_get_level(scale) == current:
+        if not _is_constant(scale):
+            return False
+        inner = functorch.get_unwrapped(scale)
+    with temporarily_pop_interpreter_stack():
+        return _is_constant_one(inner)
+
+
+def _is_constant(scale: Tensor) -> bool:
+    return not scale.requires_grad and forward_ad.unpack_dual(scale, level=0).tangent is None
 
 
 class _LinearCrossEntropy(OpFunction):
@@ -227,7 +239,8 @@ class _LinearCrossEntropy(OpFunction):
         options = ctx.ignore_index, ctx.label_smoothing
         gradients: list[Tensor | None] = [None, None, None]
         of_row_weight = None if of_value is None else of_value * losses
-        if of_losses is None and of_value is not None and not any(n and not w for n, w in zip(needed, ctx.wanted)):
+        computed = all(w or not n for n, w in zip(needed, ctx.wanted, strict=True))
+        if of_losses is None and of_value is not None and computed:
             saved = (grad_input, grad_weight, grad_bias)
             gradients = [_scaled(of_value, of) if n else None for of, n in zip(saved, needed, strict=True)]
         elif of_value is not None or of_losses is not None:
@@ -452,8 +465,7 @@ def _of_differentiable(ctx: Any, tensors: Sequence[Any]) -> tuple[Any, tuple[Ten
         arguments = list(tensors)
         for place, value in zip(places, values, strict=True):
             arguments[place] = value
-        options = ctx.ignore_index, ctx.label_smoothing, ctx.gauss_newton, ctx.wanted
-        return _composite_tangent(*arguments, *options)
+        return _composite_tangent(*arguments, ctx.ignore_index, ctx.label_smoothing, ctx.gauss_newton, ctx.wanted)
 
     return function, tuple(tensors[place] for place in places), places
 
