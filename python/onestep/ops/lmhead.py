@@ -200,7 +200,7 @@ def _scaled(scale: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _is_constant_one(scale: Tensor) -> bool:
-    """Whether this is the number 1, and constant in every derivative that is being taken, one torch.func level a call."""
+    """Whether this is the number 1, and a constant of every derivative being taken; one torch.func level a call."""
     if type(scale) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
         return False
     if functorch.is_batchedtensor(scale) or functorch.is_legacy_batchedtensor(scale):
@@ -465,7 +465,8 @@ def _of_differentiable(ctx: Any, tensors: Sequence[Any]) -> tuple[Any, tuple[Ten
         arguments = list(tensors)
         for place, value in zip(places, values, strict=True):
             arguments[place] = value
-        return _composite_tangent(*arguments, ctx.ignore_index, ctx.label_smoothing, ctx.gauss_newton, ctx.wanted)
+        options: tuple[Any, ...] = (ctx.ignore_index, ctx.label_smoothing, ctx.gauss_newton, ctx.wanted)
+        return _composite_tangent(*arguments, *options)
 
     return function, tuple(tensors[place] for place in places), places
 
