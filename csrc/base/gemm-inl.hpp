@@ -37,6 +37,23 @@ inline void pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_t st
                       T* to) {
     for (int64_t i = 0; i < count; i += Width) {
         const int64_t width = minimum(Width, count - i);
+        if constexpr (Width <= kTileRows) {
+            if (step == 1 && width == Width) {
+                // Rows side by side: the compiler interleaves them in registers.
+                decltype(rows(0)) from[Width];
+                for (int j = 0; j < Width; ++j) {
+                    from[j] = rows(begin + i + j) + first;
+                }
+                T* at = to + i * depth;
+                for (int64_t p = 0; p < depth; ++p) {
+#pragma GCC unroll 8
+                    for (int j = 0; j < Width; ++j) {
+                        at[p * Width + j] = widen(from[j][p]);
+                    }
+                }
+                continue;
+            }
+        }
         for (int64_t j = 0; j < Width; ++j) {
             T* at = to + i * depth + j;
             if (j >= width) {
@@ -63,24 +80,24 @@ inline void pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_t st
 template <int Width, class T, class Rows>
 inline void pack_columns_of_rows(const Rows& rows, int64_t begin, int64_t depth, int64_t step, int64_t first,
                                  int64_t count, T* to) {
-    for (int64_t p = 0; p < depth; ++p) {
-        const auto* from = rows(begin + p) + first * step;
-        T* at = to + p * Width;
-        int64_t c = 0;
-        for (; c + Width <= count; c += Width) {
-            if (step == 1) {
-                for (int64_t j = 0; j < Width; ++j) {
-                    at[c * depth + j] = widen(from[c + j]);
+    // Several panels at a time, so that a cache line of a row is read once.
+    constexpr int64_t kGroup = Width >= 16 ? Width : 16 / Width * Width;
+    for (int64_t group = 0; group < count; group += kGroup) {
+        const int64_t end = minimum(group + kGroup, count);
+        for (int64_t p = 0; p < depth; ++p) {
+            const auto* from = rows(begin + p) + first * step;
+            T* at = to + p * Width;
+            for (int64_t c = group; c < end; c += Width) {
+                if (step == 1 && c + Width <= count) {
+#pragma GCC unroll 48
+                    for (int j = 0; j < Width; ++j) {
+                        at[c * depth + j] = widen(from[c + j]);
+                    }
+                    continue;
                 }
-            } else {
                 for (int64_t j = 0; j < Width; ++j) {
-                    at[c * depth + j] = widen(from[(c + j) * step]);
+                    at[c * depth + j] = c + j < count ? widen(from[(c + j) * step]) : T(0);
                 }
-            }
-        }
-        if (c < count) {
-            for (int64_t j = 0; j < Width; ++j) {
-                at[c * depth + j] = c + j < count ? widen(from[(c + j) * step]) : T(0);
             }
         }
     }
