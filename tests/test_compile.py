@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from onestep.curvature import glm
+from onestep.functional import linear_cross_entropy
 from onestep.linalg import cholesky, cholesky_solve, gram, solve_normal, solve_normal_ex, solve_spd
 
 
@@ -55,6 +56,10 @@ FUNCTIONS = {
     "gram": (lambda X, Y, w: gram(X, Y, weight=w), lambda: rows(3)[:3]),
     "cholesky": (cholesky, lambda: (spd(3),)),
     "cholesky_solve": (cholesky_solve, lambda: (torch.randn(4, 2), torch.linalg.cholesky(spd(3)))),
+    "linear_cross_entropy": (
+        lambda H, W, b: linear_cross_entropy(H, W, torch.tensor([1, 0, -100]), b),
+        lambda: (torch.randn(3, 4), torch.randn(6, 4), torch.randn(6)),
+    ),
     "solve_spd": (solve_spd, lambda: (spd(3), torch.randn(3, 4, 2))),
     "glm": (model_of, lambda: (torch.randn(5, 3), torch.randn(2, 5, 3))),
 }

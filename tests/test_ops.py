@@ -103,6 +103,13 @@ def samples_of(name, make):
             "plain": (plain.normal(6, 3), plain.normal(6, 2)),
             "centred": (plain.normal(6, 3), plain.normal(6, 2), plain.positive(6), True),
         }
+    if name == "linear_cross_entropy":
+        return head_samples(make)
+    if name == "linear_cross_entropy_tangent":
+        return {
+            label: (args[0], None, *args[1:5], *tangents_of(make, args[1:4]), *args[5:7], label == "no bias", args[7])
+            for label, args in head_samples(make).items()
+        }
     if name == "cholesky":
         return {
             "one": (make.spd(3),),
@@ -149,6 +156,36 @@ def glm_samples(name, make):
     return samples
 
 
+def head_samples(make):
+    target = torch.tensor([[1, 4, -100], [0, 2, 2]])
+    options = (-100, 0.1)
+    return {
+        "all": (
+            make.positive(2, 3),
+            make.normal(2, 3, 4),
+            make.normal(5, 4),
+            make.normal(5),
+            target,
+            *options,
+            [True] * 3,
+        ),
+        "no bias": (
+            make.positive(3),
+            make.normal(3, 4),
+            make.normal(5, 4),
+            None,
+            target[0],
+            *options,
+            [False, True, True],
+        ),
+        "losses alone": (make.positive(), make.normal(4), make.normal(5, 4), None, target[0, 0], *options, [False] * 3),
+    }
+
+
+def tangents_of(make, operands):
+    return [None if operand is None else make.normal(*operand.shape) for operand in operands]
+
+
 def apply_spd_sample(A, B):
     return B, A, ops.cholesky(A.detach())[0]
 
@@ -161,6 +198,8 @@ OPS = [
     "glm_point",
     "glm_product",
     "gram",
+    "linear_cross_entropy",
+    "linear_cross_entropy_tangent",
     "moments",
     "solve_normal",
     "solve_normal_backward",
@@ -187,6 +226,8 @@ TRACED = [
     ("glm_point", "labels, broadcasting"),
     ("glm_product", "labels, broadcasting"),
     ("gram", "weight, broadcasting"),
+    ("linear_cross_entropy", "all"),
+    ("linear_cross_entropy_tangent", "all"),
     ("moments", "centred"),
     ("solve_normal", "broadcasting"),
     ("solve_normal_backward", "weight"),

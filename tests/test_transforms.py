@@ -11,6 +11,7 @@ from torch import func
 from torch.autograd import forward_ad
 
 from onestep.curvature import glm
+from onestep.functional import linear_cross_entropy
 from onestep.linalg import (
     cholesky,
     cholesky_ex,
@@ -151,6 +152,37 @@ def composite_model(family, with_hessian=True):
     return function
 
 
+# One row is ignored.
+CLASSES, TARGETS = 4, torch.tensor([1, 3, -100, 0, 3])
+
+
+def composite_head(H, W, b=None, label_smoothing=0.0, reduction="mean"):
+    """Cross-entropy in elementary ops: of torch's own, backward through a tangent fails."""
+    z = H @ W.mT if b is None else H @ W.mT + b
+    counts = TARGETS != -100
+    q = (1 - label_smoothing) * torch.eye(CLASSES, dtype=z.dtype)[TARGETS * counts] + label_smoothing / CLASSES
+    losses = torch.where(counts, z.exp().sum(-1).log() - (q * z).sum(-1), 0)
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / counts.sum()}[reduction]
+
+
+def composite_head_gradient(weight, H, W, b):
+    """Every result of the op linear_cross_entropy."""
+
+    def value(H, W, b):
+        losses = composite_head(H, W, b, label_smoothing=0.1, reduction="none")
+        return (weight * losses).sum(), losses
+
+    total, pullback, losses = func.vjp(value, H, W, b, has_aux=True)
+    return flat(total, losses, *pullback(torch.ones_like(total)))
+
+
+def composite_head_tangent(weight, dweight, *operands_and_tangents):
+    """J v as the pullback of the pullback, which is linear: forward mode does not nest in dual tensors."""
+    inputs = (weight, *operands_and_tangents[:3])
+    outputs, pullback = func.vjp(composite_head_gradient, *inputs)
+    return func.vjp(pullback, torch.zeros_like(outputs))[1]((dweight, *operands_and_tangents[3:]))[0]
+
+
 class Function(NamedTuple):
     ours: object
     reference: object
@@ -184,6 +216,33 @@ FUNCTIONS = {
     "cholesky_solve": Function(lambda B, L: cholesky_solve(B, L), lambda B, L: torch.cholesky_solve(B, L.tril()), "BL"),
     "solve_spd": Function(lambda B, A: solve_spd(sym(A), B), spd_inverse_times, "BA"),
     "solve_spd_ex": Function(lambda B, A: solve_spd_ex(sym(A), B)[0], spd_inverse_times, "BA"),
+    "linear_cross_entropy": Function(
+        lambda H, W, b: linear_cross_entropy(H, W, TARGETS, b, label_smoothing=0.1),
+        lambda H, W, b: composite_head(H, W, b, label_smoothing=0.1),
+        "XCc",
+    ),
+    "linear_cross_entropy, sum": Function(
+        lambda H, W: linear_cross_entropy(H, W, TARGETS, reduction="sum"),
+        lambda H, W: composite_head(H, W, reduction="sum"),
+        "XC",
+    ),
+    "linear_cross_entropy, none": Function(
+        lambda H, W, b: linear_cross_entropy(H, W, TARGETS, b, reduction="none"),
+        lambda H, W, b: composite_head(H, W, b, reduction="none"),
+        "XCc",
+    ),
+    "op linear_cross_entropy": Function(
+        lambda w, H, W, b: flat(*ops.linear_cross_entropy(w, H, W, b, TARGETS, -100, 0.1, (True,) * 3)),
+        composite_head_gradient,
+        "wXCc",
+    ),
+    "op linear_cross_entropy_tangent": Function(
+        lambda w, dw, H, W, b, dH, dW, db: flat(
+            *ops.linear_cross_entropy_tangent(w, dw, H, W, b, TARGETS, dH, dW, db, -100, 0.1, False, (True,) * 3)
+        ),
+        composite_head_tangent,
+        "wwXCcXCc",
+    ),
     "op solve_normal": Function(lambda X, Y, w, r: ops.solve_normal(X, Y, w, r)[0], composite, "XYwr"),
     "op solve_normal, plain": Function(lambda X, Y: ops.solve_normal(X, Y)[0], composite_plain, "XY"),
     "op solve_normal_ex": Function(lambda X, Y, w, r: ops.solve_normal_ex(X, Y, w, r)[0], composite, "XYwr"),
@@ -234,6 +293,8 @@ def make_inputs(letters):
         "s": lambda: positive(),
         "A": lambda: root @ root.mT + D * torch.eye(D, dtype=torch.float64),
         "B": lambda: normal(D, K),
+        "C": lambda: normal(CLASSES, D),
+        "c": lambda: normal(CLASSES),
         "L": lambda: torch.linalg.cholesky(root @ root.mT + D * torch.eye(D, dtype=torch.float64)),
         # Three classes: the derivatives of two are each other's negatives, and their sines add up to zero.
         "M": lambda: 0.3 * normal(D, 3),

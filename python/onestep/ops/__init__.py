@@ -1,5 +1,5 @@
 """``torch.ops.onestep.*``: one op per kernel entry, with its schema, fake, vmap rule and derivatives."""
 
-from onestep.ops import cholesky, glm, normal
+from onestep.ops import cholesky, glm, lmhead, normal
 
-__all__ = ["cholesky", "glm", "normal"]
+__all__ = ["cholesky", "glm", "lmhead", "normal"]

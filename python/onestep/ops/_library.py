@@ -28,7 +28,7 @@ def define(
     *,
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
-    own_dims: Sequence[int],
+    own_dims: Sequence[int] | None = None,
 ) -> None:
     """Defines one op.
 
@@ -36,7 +36,8 @@ def define(
         schema: the op's schema, named parameters first tensors, then plain values.
         cpu: its CPU kernel.
         fake: the same on shapes alone.
-        own_dims: for each tensor argument, how many trailing dimensions are not batch dimensions.
+        own_dims: for each tensor argument, how many trailing dimensions are not batch dimensions. None: the op has no
+            batch dimensions, and vmap calls it once per element.
     """
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
@@ -46,11 +47,26 @@ def define(
     op = getattr(torch.ops.onestep, name).default
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        moved = _align_batches(args, in_dims, own_dims)
-        result = op(*moved)
+        if own_dims is None:
+            return _loop_over_batch(op, info.batch_size, in_dims, args)
+        result = op(*_align_batches(args, in_dims, own_dims))
         return result, (0,) * len(result) if isinstance(result, tuple) else 0
 
     torch.library.register_vmap(f"onestep::{name}", vmap, lib=LIBRARY)
+
+
+def _loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """vmap of an op with several results, one call after the other."""
+
+    def element(index: int) -> list[Any]:
+        return [
+            arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+
+    results = zip(*(op(*element(index)) for index in range(size)), strict=True)
+    stacked = tuple(torch.stack(result) for result in results)
+    return stacked, (0,) * len(stacked)
 
 
 def _align_batches(args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_dims: Sequence[int]) -> list[Any]:

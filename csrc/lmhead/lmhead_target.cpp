@@ -1,0 +1,23 @@
+// The family's kernels for one CPU target; CMake compiles this file once per target.
+#include "lmhead/lmhead-inl.hpp"
+
+namespace onestep::ONESTEP_NS {
+
+template <class T, class Input>
+constexpr HeadKernels<T, Input> head_kernels() {
+    return {
+        kTileRows,
+        kPanel<T>,
+        pack_input<T, Input>,
+        pack_input_columns<T, Input>,
+        score_block<T, Input>,
+        gradient_block<T, Input>,
+        block_work<T>,
+    };
+}
+
+extern const HeadKernels<float, float> head_f32 = head_kernels<float, float>();
+extern const HeadKernels<double, double> head_f64 = head_kernels<double, double>();
+extern const HeadKernels<float, BFloat16> head_bf16 = head_kernels<float, BFloat16>();
+
+}  // namespace onestep::ONESTEP_NS

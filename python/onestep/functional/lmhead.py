@@ -1,0 +1,152 @@
+"""Cross-entropy of a linear layer's outputs, without the logits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep.ops._library import call
+from onestep.ops.lmhead import accumulation_dtype
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def _check_options(label_smoothing: float, reduction: str, reductions: Sequence[str]) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number from 0 to 1")
+    if reduction not in reductions:
+        raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(map(repr, reductions))}")
+
+
+def _row_scale(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """What every row's loss is multiplied by: 1/m for the mean over the m rows that are not ignored, or 1."""
+    dtype = accumulation_dtype(input.dtype)
+    if reduction == "mean":
+        return (target != ignore_index).sum().to(dtype).reciprocal()
+    return torch.ones((), dtype=dtype, device=input.device)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Computes ``F.cross_entropy(F.linear(input, weight, bias), target)`` in chunks of rows.
+
+    With z = HWᵀ + b, P = softmax(z) and q = (1 − ε)Y + ε/V, the loss of a row is logsumexp(z) − Σ q z, and its gradient
+    by z is P − q (Bridle, 1990). The N × V logits are never in memory: some hundred rows at a time are multiplied out,
+    which for ``"mean"`` and ``"sum"`` gives loss and gradient in one pass (Hsu et al., "Liger Kernel", 2024). The
+    second derivatives are one more pass of the same kind.
+
+    Differentiable in ``input``, ``weight`` and ``bias`` to every order, by autograd and torch.func alike; from the
+    third on, and for ``jvp`` of ``jvp``, with the logits in memory.
+
+    Args:
+        input: H (…,D); float32, float64 or bfloat16, which is accumulated in float32.
+        weight: W (V,D), same dtype. Strides of both are read in place.
+        target: classes (…), int64, from 0 to V − 1, or ``ignore_index``.
+        bias: b (V,), or None.
+        ignore_index: rows with this target count for nothing.
+        label_smoothing: ε from 0 to 1.
+        reduction: ``"mean"`` over the rows that are not ignored (NaN if all are), ``"sum"``, or ``"none"``.
+
+    Returns:
+        A scalar, or the losses (…) for ``"none"``, 0 where ignored; float32 for bfloat16 input.
+
+    Raises:
+        ValueError: shapes do not match, a target is out of range, or an option is not one of those above.
+        TypeError: a dtype is not one of those above, or differs between operands.
+    """
+    _check_options(label_smoothing, reduction, _REDUCTIONS)
+    scale = _row_scale(input, target, ignore_index, reduction)
+    operands = (scale.expand(target.shape), input, weight, bias, target, ignore_index, float(label_smoothing))
+    if reduction == "none":
+        losses: Tensor = call("linear_cross_entropy", *operands, (False, False, False))[1]
+        return losses
+    recorded = torch.is_grad_enabled()
+    wanted = tuple(recorded and like is not None and like.requires_grad for like in (input, weight, bias))
+    value: Tensor = call("linear_cross_entropy", *operands, wanted)[0]
+    # NaN for the mean of nothing, as torch has it.
+    return value + 0 * scale if reduction == "mean" else value
+
+
+def linear_cross_entropy_hvp(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    vector: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Computes the Hessian of ``linear_cross_entropy`` in (input, weight, bias), all blocks of it, times a vector.
+
+    ∂H: ġW + gẆ, ∂W: ġᵀH + gᵀḢ, ∂b: colsum ġ, where g = (P − q)/m, ġ = P∘(ż − rowsum(P∘ż))/m and ż = ḢWᵀ + HẆᵀ + ḃ
+    (Pearlmutter, Neural Computation 6, 1994). One pass of seven matrix products; a Hessian-vector product by autograd
+    computes the gradient as well.
+
+    Args:
+        vector: (Ḣ, Ẇ, ḃ), in the shapes of input, weight and bias. None leaves an operand out: it counts as constant.
+        input, weight, target, bias, ignore_index, label_smoothing: as for ``linear_cross_entropy``.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        The product's parts, None where the vector's is None.
+
+    Raises:
+        ValueError, TypeError: as ``linear_cross_entropy``, and if the vector does not match.
+    """
+    return _product(input, weight, target, vector, bias, ignore_index, label_smoothing, reduction, gauss_newton=False)
+
+
+def linear_cross_entropy_ggnvp(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    vector: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Computes the Gauss-Newton matrix of ``linear_cross_entropy`` in (input, weight, bias) times a vector.
+
+    JᵀAJ v with J = ∂z/∂(input, weight, bias) and A the Hessian by z, which is positive semi-definite: the terms of
+    ``linear_cross_entropy_hvp`` without g (Schraudolph, Neural Computation 14, 2002). Arguments, results and errors as
+    there; five matrix products.
+    """
+    return _product(input, weight, target, vector, bias, ignore_index, label_smoothing, reduction, gauss_newton=True)
+
+
+def _product(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    vector: Any,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    *,
+    gauss_newton: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    _check_options(label_smoothing, reduction, _REDUCTIONS[1:])
+    wanted = tuple(part is not None for part in vector)
+    if len(wanted) != 3:
+        raise ValueError(f"vector has {len(wanted)} parts; expected 3: for input, weight and bias")
+    scale = _row_scale(input, target, ignore_index, reduction).expand(target.shape)
+    options = (ignore_index, float(label_smoothing), gauss_newton, wanted)
+    results = call("linear_cross_entropy_tangent", scale, None, input, weight, bias, target, *vector, *options)[2:]
+    of_input, of_weight, of_bias = (of if wants else None for of, wants in zip(results, wanted, strict=True))
+    return of_input, of_weight, of_bias
