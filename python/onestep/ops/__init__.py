@@ -1,5 +1,5 @@
 """``torch.ops.onestep.*``: one op per kernel entry, with its schema, fake, vmap rule and derivatives."""
 
-from onestep.ops import cholesky, normal
+from onestep.ops import attention, cholesky, normal
 
-__all__ = ["cholesky", "normal"]
+__all__ = ["attention", "cholesky", "normal"]

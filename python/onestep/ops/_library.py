@@ -79,6 +79,15 @@ def records_derivatives(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
+def carries_tangents(args: tuple[Any, ...]) -> bool:
+    """Whether an Autograd kernel's argument has a tangent at the level that is being computed."""
+    if not torch._C._is_fwd_grad_enabled() or forward_ad._current_level < 0:
+        return False
+    return any(
+        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg, level=0).tangent is not None for arg in args
+    )
+
+
 def call(name: str, *args: Any) -> Any:
     """``torch.ops.onestep.<name>(*args)``, past the dispatcher where it would do nothing but find the CPU kernel.
 
@@ -140,9 +149,14 @@ class _Primals:
     """The context that ``jvp`` sees, whose saved tensors carry no tangent of the level that is being computed."""
 
     def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
         self.saved_tensors = tuple(
             None if saved is None else forward_ad.unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """What ``setup_context`` left beside the tensors."""
+        return getattr(self._ctx, name)
 
 
 def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[..., Any]:
