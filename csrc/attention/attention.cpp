@@ -120,7 +120,8 @@ struct Call {
 
     int64_t rows(int64_t query_tile) const { return std::min(tile, args.queries - query_tile * tile); }
 
-    // unit(i, work) for every i in [0, count): threads take the next one when they are done with one, in no fixed order.
+    // unit(i, work) for every i in [0, count): threads take the next one when they are done with one, in no fixed
+    // order.
     template <class Unit>
     Status run(int64_t count, int64_t products_each, const Unit& unit) const {
         const int64_t elements = kernel.work(args.d, args.dv, tile);
@@ -299,7 +300,8 @@ Status grad_of_mask(const Call<T>& call, const AttentionDeltas<T>& deltas, bool 
         for (int64_t r = 0; r < height; ++r) {
             for (int64_t c = 0; c < width; ++c) {
                 T& at = to[r * grad.row + c * grad.col];
-                at = (r > 0 && !row_each) || (c > 0 && !col_each) ? at + sum[r * call.tile + c] : sum[r * call.tile + c];
+                at =
+                    (r > 0 && !row_each) || (c > 0 && !col_each) ? at + sum[r * call.tile + c] : sum[r * call.tile + c];
             }
         }
     };
@@ -312,14 +314,13 @@ Status backward(const AttentionArgs<T>& args, bool tangent) {
     const int64_t count = call.all_heads * args.queries;
     std::unique_ptr<T[]> memory(new T[static_cast<size_t>((tangent ? 2 : 1) * count)]);
     const AttentionDeltas<T> deltas = {memory.get(), tangent ? memory.get() + count : nullptr};
-    Status status =
-        call.run(call.all_heads * call.query_tiles, call.tile * args.dv * 3, [&](int64_t index, T* work) {
-            const int64_t head = index / call.query_tiles;
-            const int64_t query_tile = index % call.query_tiles;
-            const AttentionDeltas<T> rows = {deltas.primal + head * args.queries,
-                                             tangent ? deltas.tangent + head * args.queries : nullptr};
-            call.kernel.deltas(call.head(head), query_tile * call.tile, call.rows(query_tile), rows, work);
-        });
+    Status status = call.run(call.all_heads * call.query_tiles, call.tile * args.dv * 3, [&](int64_t index, T* work) {
+        const int64_t head = index / call.query_tiles;
+        const int64_t query_tile = index % call.query_tiles;
+        const AttentionDeltas<T> rows = {deltas.primal + head * args.queries,
+                                         tangent ? deltas.tangent + head * args.queries : nullptr};
+        call.kernel.deltas(call.head(head), query_tile * call.tile, call.rows(query_tile), rows, work);
+    });
     if (status == Status::ok) {
         status = grads_by_keys(call, deltas, tangent);
     }

@@ -1,5 +1,5 @@
-// Gradients and their tangents: a tile of keys stays while all tiles of queries pass by. Scores are held a key per lane.
-// One recompute of the scores serves all products, since their row statistics are known.
+// Gradients and their tangents: a tile of keys stays while all tiles of queries pass by. Scores are held a key per
+// lane. One recompute of the scores serves all products, since their row statistics are known.
 #pragma once
 
 #include "attention/tiles-inl.hpp"
@@ -125,8 +125,7 @@ inline void score_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& d
             if constexpr (Tangent) {
                 const Vec<T> dp = p * (load<T>(scores.p_tangent + at) - shift_tangent);
                 store<T>(scores.p_tangent + at, dp);
-                store<T>(scores.ds_tangent + at,
-                         dp * centred + p * (load<T>(scores.ds_tangent + at) - delta_tangent));
+                store<T>(scores.ds_tangent + at, dp * centred + p * (load<T>(scores.ds_tangent + at) - delta_tangent));
             }
         }
     }

@@ -53,7 +53,8 @@ struct AttentionKernels {
     // Scratch in elements that any of the kernels below needs as `work`.
     int64_t (*work)(int64_t d, int64_t dv, int64_t tile);
 
-    // Queries [begin, begin + rows) of O and L (rows of dv and 1, from the head's first query on), or of their tangents.
+    // Queries [begin, begin + rows) of O and L (rows of dv and 1, from the head's first query on), or of their
+    // tangents.
     void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, T* lse, T* work);
     void (*jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, T* lse, T* work);
 

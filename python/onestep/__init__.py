@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from onestep import curvature, linalg, ops, optim
+from onestep import curvature, functional, linalg, nn, ops, optim
 from onestep._runtime import info
 from onestep.training import FitResult, fit
 
@@ -27,8 +27,10 @@ __all__ = [
     "__version__",
     "curvature",
     "fit",
+    "functional",
     "info",
     "linalg",
+    "nn",
     "ops",
     "optim",
 ]

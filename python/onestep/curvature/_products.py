@@ -12,17 +12,19 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from onestep.functional import replace_attention
+
 # A tensor, or a mapping of names to tensors.
 Parameters = TypeVar("Parameters", Tensor, dict[str, Tensor])
 
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """torch's flash attention and fused encoder layers have no forward mode: this takes their mathematical form."""
+    """Attention with second derivatives: onestep's, or torch's mathematical form; and no fused encoder layers."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), replace_attention():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -71,8 +73,9 @@ def _tangent(params: Any, v: Any) -> Any:
 def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Parameters:
     """Computes Hv, H = ∂²loss/∂params², by forward mode over reverse mode (Pearlmutter, Neural Computation 6, 1994).
 
-    Costs about two gradients and one gradient's memory twice, whatever the number of parameters. Attention inside
-    ``loss_fn`` runs on torch's mathematical form, since its flash kernels have no second derivative.
+    Costs about two gradients and one gradient's memory twice, whatever the number of parameters. torch's attention inside
+    ``loss_fn`` is replaced by onestep's, which has second derivatives at O(T) memory, or by torch's mathematical form
+    where onestep's does not take the operands (see ``onestep.functional.replace_attention``).
 
     Args:
         loss_fn: params → a scalar. For a module: ``lambda p: loss(functional_call(model, p, (x,)), y)``.
