@@ -236,29 +236,14 @@ inline void score_grad(const AttentionHead<T>& head, const AttentionDeltas<T>& d
     }
 }
 
+// sum + a·b, a row per lane: in the order in which multiply_tile sums dP, so that dP − δ is exactly 0 where a query
+// sees one key. Absent operands stand for zero.
 template <class T>
-ONESTEP_INLINE T dot(int64_t count, const T* a, const T* b) {
-    Vec<T> sums = {};
-    for (int64_t c = 0; c < count; c += kLanes<T>) {
-        sums += load<T>(a + c) * load<T>(b + c);
+ONESTEP_INLINE Vec<T> add_row_products(int64_t cols, int64_t ld, const T* a, const T* b, Vec<T> sum) {
+    for (int64_t c = 0; a != nullptr && b != nullptr && c < cols; ++c) {
+        sum += load<T>(a + c * ld) * load<T>(b + c * ld);
     }
-    T total = T(0);
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-        total += sums[lane];
-    }
-    return total;
-}
-
-// rowsum(a∘b), or 0 where one is absent.
-template <class T>
-inline T row_dot(const AttentionSlice& a, const AttentionSlice& b, int64_t row, int64_t cols, T* memory) {
-    if (a.data == nullptr || b.data == nullptr) {
-        return T(0);
-    }
-    const int64_t ld = whole_vectors<T>(cols);
-    pack_rows<T>(a, row, 0, 1, cols, T(1), memory, ld);
-    pack_rows<T>(b, row, 0, 1, cols, T(1), memory + ld, ld);
-    return dot<T>(ld, memory, memory + ld);
+    return sum;
 }
 
 template <class T>
@@ -266,13 +251,31 @@ inline void row_deltas(const AttentionHead<T>& head, int64_t begin, int64_t rows
                        T* memory) {
     const AttentionSlices& primal = head.primal;
     const AttentionSlices& tangent = head.tangent;
-    for (int64_t i = begin; i < begin + rows; ++i) {
-        const T cotangent = primal.grad_lse.data != nullptr ? read<T>(primal.grad_lse, i) : T(0);
-        deltas.primal[i] = row_dot<T>(primal.grad, primal.out, i, head.dv, memory) - cotangent;
-        if (deltas.tangent != nullptr) {
-            const T moved = tangent.grad_lse.data != nullptr ? read<T>(tangent.grad_lse, i) : T(0);
-            deltas.tangent[i] = row_dot<T>(tangent.grad, primal.out, i, head.dv, memory) +
-                                row_dot<T>(primal.grad, tangent.out, i, head.dv, memory) - moved;
+    const int64_t width = whole_vectors<T>(rows);
+    Work<T> work{memory};
+    const auto columns = [&](const AttentionSlice& slice) {
+        return packed_columns<T>(slice, begin, rows, head.dv, T(1), width, work);
+    };
+    const T* out = columns(primal.out);
+    const T* grad = columns(primal.grad);
+    const T* out_tangent = deltas.tangent != nullptr ? columns(tangent.out) : nullptr;
+    const T* grad_tangent = deltas.tangent != nullptr ? columns(tangent.grad) : nullptr;
+    const auto at = [](const T* packed, int64_t row) { return packed != nullptr ? packed + row : nullptr; };
+    const auto cotangent = [&](const AttentionSlice& slice, int64_t row) {
+        return slice.data != nullptr ? read<T>(slice, row) : T(0);
+    };
+    for (int64_t first = 0; first < rows; first += kLanes<T>) {
+        const T* out_rows = at(out, first);
+        const T* grad_rows = at(grad, first);
+        const Vec<T> sum = add_row_products<T>(head.dv, width, grad_rows, out_rows, Vec<T>{});
+        Vec<T> moved = add_row_products<T>(head.dv, width, at(grad_tangent, first), out_rows, Vec<T>{});
+        moved = add_row_products<T>(head.dv, width, grad_rows, at(out_tangent, first), moved);
+        for (int64_t lane = 0; lane < minimum(kLanes<T>, rows - first); ++lane) {
+            const int64_t row = begin + first + lane;
+            deltas.primal[row] = sum[lane] - cotangent(primal.grad_lse, row);
+            if (deltas.tangent != nullptr) {
+                deltas.tangent[row] = moved[lane] - cotangent(tangent.grad_lse, row);
+            }
         }
     }
 }

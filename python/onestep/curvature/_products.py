@@ -73,9 +73,9 @@ def _tangent(params: Any, v: Any) -> Any:
 def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Parameters:
     """Computes Hv, H = ∂²loss/∂params², by forward mode over reverse mode (Pearlmutter, Neural Computation 6, 1994).
 
-    Costs about two gradients and one gradient's memory twice, whatever the number of parameters. torch's attention inside
-    ``loss_fn`` is replaced by onestep's, which has second derivatives at O(T) memory, or by torch's mathematical form
-    where onestep's does not take the operands (see ``onestep.functional.replace_attention``).
+    Costs about two gradients and one gradient's memory twice, whatever the number of parameters. torch's attention
+    inside ``loss_fn`` is replaced by onestep's, which has second derivatives at O(T) memory, or by torch's mathematical
+    form where onestep's does not take the operands (see ``onestep.functional.replace_attention``).
 
     Args:
         loss_fn: params → a scalar. For a module: ``lambda p: loss(functional_call(model, p, (x,)), y)``.

@@ -7,7 +7,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -32,7 +31,7 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
     return out
 
 
-def _without_dispatch(function: types.FunctionType, **names: Any) -> Callable[..., Any]:
+def _without_dispatch(function: Any, **names: Any) -> Callable[..., Any]:
     """The function with other values of names that it looks up in its module."""
     copy = types.FunctionType(function.__code__, function.__globals__ | names, function.__name__)
     copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
@@ -50,7 +49,7 @@ _multi_head_attention_forward = _without_dispatch(
 class replace_attention(TorchFunctionMode):
     """Within this context, ``torch.nn.functional.scaled_dot_product_attention`` is onestep's, in this thread.
 
-    That holds for every module that calls it, ``torch.nn.MultiheadAttention`` and the transformer layers of torch.nn among
+    That holds for every module that calls it, ``torch.nn.MultiheadAttention`` and torch.nn's transformer layers among
     them. Calls that onestep does not take (other devices and dtypes, dropout) stay torch's.
 
     >>> with onestep.functional.replace_attention():

@@ -27,9 +27,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
             f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; expected as many features, one at least"
         )
     if value.shape[-2] != key.shape[-2]:
-        raise ValueError(
-            f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}; expected the same length"
-        )
+        raise ValueError(f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}; expected the same length")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p={dropout_p}; expected a probability, from 0 to 1")
     if dropout_p > 0:
@@ -80,9 +78,10 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """Computes softmax(scale · query keyᵀ + mask) value; takes what torch's function of the same name takes.
 
-    Values, gradients, forward mode, forward over reverse and reverse over reverse (Hessian-vector products) are exact and
-    take memory that grows with the length T, not with T²: scores are recomputed by tiles (Dao et al., FlashAttention,
-    NeurIPS 2022; Dao, FlashAttention-2, 2023), for the second order from the log-sum-exp of each row and its tangent.
+    Values, gradients, forward mode, forward over reverse and reverse over reverse (Hessian-vector products) are exact
+    and take memory that grows with the length T, not with T²: scores are recomputed by tiles (Dao et al.,
+    FlashAttention, NeurIPS 2022; Dao, FlashAttention-2, 2023), for the second order from the log-sum-exp of each row
+    and its tangent.
     Forward mode twice and derivatives of order three run on torch's own ops, at O(T²) memory.
 
     Rows of ``query`` that see no key give zeros, with zero gradients. Inputs are read in place, whatever their strides;

@@ -83,9 +83,7 @@ def carries_tangents(args: tuple[Any, ...]) -> bool:
     """Whether an Autograd kernel's argument has a tangent at the level that is being computed."""
     if not torch._C._is_fwd_grad_enabled() or forward_ad._current_level < 0:
         return False
-    return any(
-        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg, level=0).tangent is not None for arg in args
-    )
+    return any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg, level=0).tangent is not None for arg in args)
 
 
 def call(name: str, *args: Any) -> Any:

@@ -1,7 +1,7 @@
 """Ops of scaled dot-product attention: ``attention`` and the products that close its derivatives of order two.
 
-``attention`` gives O and L = logsumexp(S). In the other ops ``out`` and ``lse`` are those of the same q, k, v and mask: a
-cached function of them, not arguments of their own. All products run at O(T) extra memory:
+``attention`` gives O and L = logsumexp(S). In the other ops ``out`` and ``lse`` are those of the same q, k, v and mask:
+a cached function of them, not arguments of their own. All products run at O(T) extra memory:
 
 =========================  ==================================================================
 ``attention_jvp``          tangents of O and L
@@ -10,7 +10,8 @@ cached function of them, not arguments of their own. All products run at O(T) ex
                            the Hessian of ⟨G, O⟩ + ⟨g, L⟩ is symmetric
 =========================  ==================================================================
 
-Beyond these (forward mode twice, order three) derivatives are taken of the same formulas in torch's ops, at O(T²) memory.
+Beyond these (forward mode twice, order three) derivatives are those of the same formulas in torch's ops, at O(T²)
+memory.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def _cast(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum_to_size(like.shape).to(like.dtype)
 
 
-# ------------------------------------------------------------------------------------------- the formulas in torch's ops
+# ------------------------------------------------------------------------------------------ the formulas in torch's ops
 
 
 class _Formulas:
@@ -286,7 +287,8 @@ def _pull_back(
             arguments[place] = tensor
         return formula(*arguments, *options)
 
-    outputs, pullback = torch.func.vjp(function, *(tensors[place] for place in places))
+    linearized: tuple[tuple[Tensor, ...], Any] = torch.func.vjp(function, *(tensors[place] for place in places))  # type: ignore[assignment]
+    outputs, pullback = linearized
     filled = tuple(
         torch.zeros_like(output) if cotangent is None else cotangent
         for output, cotangent in zip(outputs, cotangents, strict=True)
@@ -300,9 +302,7 @@ def _pull_back(
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     sizes = _check(q, k, v, mask)
     shape = sizes.rows(sizes.dv)
     return q.new_empty(shape, dtype=sizes.dtype), q.new_empty(shape[:-1], dtype=sizes.dtype)
@@ -494,9 +494,7 @@ def _grads_cpu(
 ) -> Grads:
     grads = _grads_fake(sizes, q, mask, mask_grad)
     by_mask = grads[3]
-    strides = tuple(
-        0 if size == 1 else stride for size, stride in zip(by_mask.shape, by_mask.stride(), strict=True)
-    )
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(by_mask.shape, by_mask.stride(), strict=True))
     if mask_grad and (sizes.queries == 0 or sizes.keys == 0):
         by_mask.zero_()
     _KERNELS[name, sizes.dtype](
