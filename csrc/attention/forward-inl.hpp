@@ -115,13 +115,16 @@ inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64
     }
 }
 
-// Scores become P, their tangents P∘Ṡ, whose sums go to `mean`.
+// Scores become P, their tangents P∘(Ṡ − centre), whose sums are added to `mean`. The centre, which the first tile sets
+// to the mean of its own Ṡ, keeps the sums small: what cancels in Ȯ = Σ (Ṡ − L̇) P V would otherwise cancel after
+// rounding.
 template <class T, bool Masked>
-inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, const T* mask, const T* shift,
-                           T* mean) {
+inline void weigh_tangents(int64_t keys, int64_t width, bool first, T* scores, T* tangents, const T* mask,
+                           const T* shift, T* centre, T* mean) {
     for (int64_t v = 0; v < width; v += kLanes<T>) {
         const Vec<T> lse = load<T>(shift + v);
-        Vec<T> total = {};
+        Vec<T> seen = {};
+        Vec<T> sum = {};
         for (int64_t j = 0; j < keys; ++j) {
             const int64_t at = j * width + v;
             Vec<T> x = load<T>(scores + at);
@@ -129,8 +132,18 @@ inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, 
                 x += load<T>(mask + at);
             }
             const Vec<T> p = exp_lanes<T>(x - lse);
-            const Vec<T> weighed = p * load<T>(tangents + at);
             store<T>(scores + at, p);
+            seen += p;
+            sum += p * load<T>(tangents + at);
+        }
+        if (first) {
+            store<T>(centre + v, seen > Vec<T>{} ? sum / seen : Vec<T>{});
+        }
+        const Vec<T> middle = load<T>(centre + v);
+        Vec<T> total = {};
+        for (int64_t j = 0; j < keys; ++j) {
+            const int64_t at = j * width + v;
+            const Vec<T> weighed = load<T>(scores + at) * (load<T>(tangents + at) - middle);
             store<T>(tangents + at, weighed);
             total += weighed;
         }
@@ -163,10 +176,11 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
     T* mask = work.take(tile * width);
     T* mask_rows = work.take(tile * tile);
     T* shift = work.take(width);
+    T* centre = work.take(width);
     T* mean = work.take(width);
     for (int64_t i = 0; i < width; ++i) {
         shift[i] = i < rows ? shift_of<T>(read<T>(primal.lse, begin + i)) : T(0);
-        mean[i] = T(0);
+        centre[i] = mean[i] = T(0);
     }
     for (int64_t e = 0; e < rows * v_row; ++e) {
         sums[e] = T(0);
@@ -199,9 +213,9 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
         }
         if (is_masked<T>(head, begin, j, keys)) {
             pack_mask_columns<T>(head, begin, j, rows, keys, mask, width, mask_rows);
-            weigh_tangents<T, true>(keys, width, scores, tangents, mask, shift, mean);
+            weigh_tangents<T, true>(keys, width, j == 0, scores, tangents, mask, shift, centre, mean);
         } else {
-            weigh_tangents<T, false>(keys, width, scores, tangents, nullptr, shift, mean);
+            weigh_tangents<T, false>(keys, width, j == 0, scores, tangents, nullptr, shift, centre, mean);
         }
         Products<T> pv(keys, v_row);
         pv.add({tangents, 1, width}, v);
@@ -211,7 +225,7 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
     pack_rows<T>(primal.out, begin, 0, rows, head.dv, T(1), v, v_row);
     for (int64_t i = 0; i < rows; ++i) {
         if (lse != nullptr) {
-            lse[begin + i] = mean[i];
+            lse[begin + i] = centre[i] + mean[i];
         }
         for (int64_t c = 0; c < head.dv; ++c) {
             out[(begin + i) * head.dv + c] = sums[i * v_row + c] - mean[i] * v[i * v_row + c];

@@ -143,7 +143,8 @@ def gauss_newton_products(
     model_fn: Callable[[Parameters], Tensor], loss_fn: Callable[[Tensor], Tensor], params: Parameters
 ) -> Callable[[Parameters], Parameters]:
     """v ↦ Jᵀ H J v for many v: the pass that Jᵀ goes back through is made once, and keeps a gradient's memory."""
-    linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
+    with differentiable_attention():
+        linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
     outputs, pullback = linearized
 
     def product(v: Parameters) -> Parameters:
