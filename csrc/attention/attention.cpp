@@ -72,15 +72,18 @@ AttentionSlices slices(const AttentionArgs<T>& args, const AttentionInputs& inpu
     const auto at = [&](const AttentionInput& input, int64_t which) {
         return slice(input, args.batch, problem, which, input.bfloat16 ? 2 : static_cast<int64_t>(sizeof(T)));
     };
+    const auto row = [&](const AttentionInput& input) {
+        return slice(input, args.batch, problem, head, static_cast<int64_t>(sizeof(double)));
+    };
     AttentionSlices result;
     result.q = at(inputs.q, head);
     result.k = at(inputs.k, kv_head);
     result.v = at(inputs.v, kv_head);
     result.mask = bytes ? slice(inputs.mask, args.batch, problem, head, 1) : at(inputs.mask, head);
     result.out = at(inputs.out, head);
-    result.lse = at(inputs.lse, head);
+    result.lse = row(inputs.lse);
     result.grad = at(inputs.grad, head);
-    result.grad_lse = at(inputs.grad_lse, head);
+    result.grad_lse = row(inputs.grad_lse);
     return result;
 }
 
@@ -150,7 +153,7 @@ Status by_queries(const AttentionArgs<T>& args, bool tangent) {
         const int64_t query_tile = tiles - 1 - index % tiles;
         const int64_t at = index / tiles * args.queries;
         T* out = args.out + at * args.dv;
-        T* lse = args.lse != nullptr ? args.lse + at : nullptr;
+        double* lse = args.lse != nullptr ? args.lse + at : nullptr;
         const auto kernel = tangent ? call.kernel.jvp : call.kernel.forward;
         kernel(call.head(index / tiles), query_tile * call.tile, call.rows(query_tile), out, lse, work);
     });

@@ -2,7 +2,8 @@
 // S = s·QKᵀ + mask, P = softmax(S), O = PV, L = logsumexp(S), at O(T) extra memory.
 //
 // All sizes and strides count elements; shapes are written (batch…, heads, rows, columns). Query head h reads key and
-// value head h / (heads / kv_heads). Outputs are contiguous and in the type T that the kernel computes in.
+// value head h / (heads / kv_heads). Outputs are contiguous and in the type T that the kernel computes in; L alone is
+// double always, since its rounding would be an error that all probabilities of a row have in common.
 #pragma once
 
 #include <cstdint>
@@ -28,9 +29,9 @@ struct AttentionInputs {
     AttentionInput v;         // kv_heads × keys × dv
     AttentionInput mask;      // heads × queries × keys, added to the scores; or bool, see boolean_mask
     AttentionInput out;       // heads × queries × dv: O
-    AttentionInput lse;       // heads × queries: L
+    AttentionInput lse;       // heads × queries, double: L
     AttentionInput grad;      // heads × queries × dv: G, the cotangent of O
-    AttentionInput grad_lse;  // heads × queries: the cotangent of L
+    AttentionInput grad_lse;  // heads × queries, double: the cotangent of L
 };
 
 // The gradient of the mask, summed over its dimensions of stride 0.
@@ -55,7 +56,7 @@ struct AttentionArgs {
 
     // attention_forward: O and L. attention_jvp: their tangents. L may be null.
     T* out = nullptr;
-    T* lse = nullptr;
+    double* lse = nullptr;
     // attention_backward: the gradients. attention_backward_jvp: their tangents.
     T* q_grad = nullptr;
     T* k_grad = nullptr;

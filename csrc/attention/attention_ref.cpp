@@ -45,7 +45,7 @@ int64_t offset_of(const int64_t* strides, int64_t head_stride, const BatchShape&
 // All of one head's matrix; zeros where the input is absent.
 template <class T>
 Dense matrix(const AttentionArgs<T>& args, const AttentionInput& input, int64_t problem, int64_t head, int64_t rows,
-             int64_t cols) {
+             int64_t cols, int64_t size = sizeof(T)) {
     Dense result(static_cast<size_t>(rows * cols), 0.0);
     if (input.data == nullptr) {
         return result;
@@ -54,8 +54,7 @@ Dense matrix(const AttentionArgs<T>& args, const AttentionInput& input, int64_t 
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t c = 0; c < cols; ++c) {
             result[static_cast<size_t>(r * cols + c)] =
-                widened(input.data, first + r * input.row + c * input.col,
-                        input.bfloat16 ? 2 : static_cast<int64_t>(sizeof(T)), input.bfloat16);
+                widened(input.data, first + r * input.row + c * input.col, input.bfloat16 ? 2 : size, input.bfloat16);
         }
     }
     return result;
@@ -77,7 +76,7 @@ void add_product(int64_t rows, int64_t cols, int64_t depth, double factor, const
 }
 
 struct Operands {
-    Dense q, k, v, mask, out, lse, grad, grad_lse;
+    Dense q, k, v, mask, out, grad, grad_lse;
 };
 
 template <class T>

@@ -103,13 +103,15 @@ inline void score_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& d
                        int64_t width, const ScoreTile<T>& scores) {
     for (int64_t i = 0; i < queries.count; ++i) {
         const int64_t row = queries.begin + i;
-        const Vec<T> shift = broadcast<T>(shift_of<T>(read<T>(head.primal.lse, row)));
+        const Shift<T> lse = shift_of<T>(head.primal.lse, row);
+        const Vec<T> shift = broadcast<T>(lse.high);
+        const Vec<T> rest = broadcast<T>(lse.low);
         const Vec<T> delta = broadcast<T>(deltas.primal[row]);
         Vec<T> shift_tangent = {};
         Vec<T> delta_tangent = {};
         if constexpr (Tangent) {
             if (head.tangent.lse.data != nullptr) {
-                shift_tangent = broadcast<T>(read<T>(head.tangent.lse, row));
+                shift_tangent = broadcast<T>(static_cast<T>(*element<double>(head.tangent.lse, row, 0)));
             }
             delta_tangent = broadcast<T>(deltas.tangent[row]);
         }
@@ -118,7 +120,7 @@ inline void score_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& d
             if constexpr (Masked) {
                 x += load<T>(scores.mask + at);
             }
-            const Vec<T> p = exp_lanes<T>(x - shift);
+            const Vec<T> p = exp_lanes<T>((x - shift) - rest);
             const Vec<T> centred = load<T>(scores.ds + at) - delta;
             store<T>(scores.p + at, p);
             store<T>(scores.ds + at, p * centred);
@@ -262,7 +264,7 @@ inline void row_deltas(const AttentionHead<T>& head, int64_t begin, int64_t rows
     const T* grad_tangent = deltas.tangent != nullptr ? columns(tangent.grad) : nullptr;
     const auto at = [](const T* packed, int64_t row) { return packed != nullptr ? packed + row : nullptr; };
     const auto cotangent = [&](const AttentionSlice& slice, int64_t row) {
-        return slice.data != nullptr ? read<T>(slice, row) : T(0);
+        return slice.data != nullptr ? static_cast<T>(*element<double>(slice, row, 0)) : T(0);
     };
     for (int64_t first = 0; first < rows; first += kLanes<T>) {
         const T* out_rows = at(out, first);

@@ -66,7 +66,7 @@ py::object bind_outputs(const Inputs& primal, const Inputs& tangent, const Sizes
                         Address lse) {
     AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
     args.out = bindings::pointer<T>(out);
-    args.lse = bindings::pointer<T>(lse);
+    args.lse = bindings::pointer<double>(lse);
     return bindings::run([&] { return Kernel(args); });
 }
 

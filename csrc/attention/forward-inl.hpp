@@ -6,15 +6,6 @@
 
 namespace onestep::ONESTEP_NS {
 
-template <class T>
-ONESTEP_INLINE T logarithm(T value) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        return __builtin_logf(value);
-    } else {
-        return __builtin_log(value);
-    }
-}
-
 // Keys that the queries [begin, begin + rows) see.
 template <class T>
 ONESTEP_INLINE int64_t keys_seen(const AttentionHead<T>& head, int64_t begin, int64_t rows) {
@@ -54,7 +45,8 @@ inline void softmax_step(int64_t keys, int64_t width, T* scores, const T* mask, 
 }
 
 template <class T>
-inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, T* lse, T* memory) {
+inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse,
+                              T* memory) {
     const int64_t tile = head.tile;
     const int64_t d = head.d;
     const int64_t width = whole_vectors<T>(rows);
@@ -108,42 +100,31 @@ inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64
     for (int64_t i = 0; i < rows; ++i) {
         const bool blind = sum[i] == T(0);
         const T inverse = blind ? T(0) : T(1) / sum[i];
-        lse[begin + i] = blind ? -static_cast<T>(__builtin_inf()) : top[i] + logarithm<T>(sum[i]);
+        lse[begin + i] =
+            blind ? -__builtin_inf() : static_cast<double>(top[i]) + __builtin_log(static_cast<double>(sum[i]));
         for (int64_t c = 0; c < head.dv; ++c) {
             out[(begin + i) * head.dv + c] = sums[i * v_row + c] * inverse;
         }
     }
 }
 
-// Scores become P, their tangents P∘(Ṡ − centre), whose sums are added to `mean`. The centre, which the first tile sets
-// to the mean of its own Ṡ, keeps the sums small: what cancels in Ȯ = Σ (Ṡ − L̇) P V would otherwise cancel after
-// rounding.
+// Scores become P, their tangents P∘Ṡ, whose sums go to `mean`.
 template <class T, bool Masked>
-inline void weigh_tangents(int64_t keys, int64_t width, bool first, T* scores, T* tangents, const T* mask,
-                           const T* shift, T* centre, T* mean) {
+inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, const T* mask, const T* high,
+                           const T* low, T* mean) {
     for (int64_t v = 0; v < width; v += kLanes<T>) {
-        const Vec<T> lse = load<T>(shift + v);
-        Vec<T> seen = {};
-        Vec<T> sum = {};
+        const Vec<T> shift = load<T>(high + v);
+        const Vec<T> rest = load<T>(low + v);
+        Vec<T> total = {};
         for (int64_t j = 0; j < keys; ++j) {
             const int64_t at = j * width + v;
             Vec<T> x = load<T>(scores + at);
             if constexpr (Masked) {
                 x += load<T>(mask + at);
             }
-            const Vec<T> p = exp_lanes<T>(x - lse);
+            const Vec<T> p = exp_lanes<T>((x - shift) - rest);
+            const Vec<T> weighed = p * load<T>(tangents + at);
             store<T>(scores + at, p);
-            seen += p;
-            sum += p * load<T>(tangents + at);
-        }
-        if (first) {
-            store<T>(centre + v, seen > Vec<T>{} ? sum / seen : Vec<T>{});
-        }
-        const Vec<T> middle = load<T>(centre + v);
-        Vec<T> total = {};
-        for (int64_t j = 0; j < keys; ++j) {
-            const int64_t at = j * width + v;
-            const Vec<T> weighed = load<T>(scores + at) * (load<T>(tangents + at) - middle);
             store<T>(tangents + at, weighed);
             total += weighed;
         }
@@ -152,7 +133,7 @@ inline void weigh_tangents(int64_t keys, int64_t width, bool first, T* scores, T
 }
 
 template <class T>
-inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, T* lse, T* memory) {
+inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* memory) {
     const AttentionSlices& primal = head.primal;
     const AttentionSlices& tangent = head.tangent;
     const int64_t tile = head.tile;
@@ -175,12 +156,14 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
     T* tangents = work.take(tile * width);
     T* mask = work.take(tile * width);
     T* mask_rows = work.take(tile * tile);
-    T* shift = work.take(width);
-    T* centre = work.take(width);
+    T* high = work.take(width);
+    T* low = work.take(width);
     T* mean = work.take(width);
     for (int64_t i = 0; i < width; ++i) {
-        shift[i] = i < rows ? shift_of<T>(read<T>(primal.lse, begin + i)) : T(0);
-        centre[i] = mean[i] = T(0);
+        const Shift<T> shift = i < rows ? shift_of<T>(primal.lse, begin + i) : Shift<T>{};
+        high[i] = shift.high;
+        low[i] = shift.low;
+        mean[i] = T(0);
     }
     for (int64_t e = 0; e < rows * v_row; ++e) {
         sums[e] = T(0);
@@ -213,9 +196,9 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
         }
         if (is_masked<T>(head, begin, j, keys)) {
             pack_mask_columns<T>(head, begin, j, rows, keys, mask, width, mask_rows);
-            weigh_tangents<T, true>(keys, width, j == 0, scores, tangents, mask, shift, centre, mean);
+            weigh_tangents<T, true>(keys, width, scores, tangents, mask, high, low, mean);
         } else {
-            weigh_tangents<T, false>(keys, width, j == 0, scores, tangents, nullptr, shift, centre, mean);
+            weigh_tangents<T, false>(keys, width, scores, tangents, nullptr, high, low, mean);
         }
         Products<T> pv(keys, v_row);
         pv.add({tangents, 1, width}, v);
@@ -225,7 +208,7 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
     pack_rows<T>(primal.out, begin, 0, rows, head.dv, T(1), v, v_row);
     for (int64_t i = 0; i < rows; ++i) {
         if (lse != nullptr) {
-            lse[begin + i] = centre[i] + mean[i];
+            lse[begin + i] = static_cast<double>(mean[i]);
         }
         for (int64_t c = 0; c < head.dv; ++c) {
             out[(begin + i) * head.dv + c] = sums[i * v_row + c] - mean[i] * v[i * v_row + c];

@@ -55,8 +55,8 @@ struct AttentionKernels {
 
     // Queries [begin, begin + rows) of O and L (rows of dv and 1, from the head's first query on), or of their
     // tangents.
-    void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, T* lse, T* work);
-    void (*jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, T* lse, T* work);
+    void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
+    void (*jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
 
     // δ, and δ̇ if deltas.tangent is given, of the queries [begin, begin + rows).
     void (*deltas)(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionDeltas<T>& deltas,

@@ -34,14 +34,6 @@ ONESTEP_INLINE const E* element(const AttentionSlice& slice, int64_t row, int64_
     return static_cast<const E*>(slice.data) + row * slice.row + col * slice.col;
 }
 
-template <class T>
-ONESTEP_INLINE T read(const AttentionSlice& slice, int64_t row) {
-    if (slice.bfloat16) {
-        return static_cast<T>(widen(*element<BFloat16>(slice, row, 0)));
-    }
-    return *element<T>(slice, row, 0);
-}
-
 template <class T, class E>
 inline void pack_rows_of(const E* from, int64_t row, int64_t col, int64_t rows, int64_t cols, T factor, T* to,
                          int64_t ld) {
@@ -247,10 +239,20 @@ inline void add_tile(int64_t count, const T* from, T* to) {
     }
 }
 
-// L of a query, +∞ where it sees no key, so that exp(S − L) is 0 for all of them.
+// L of a query as a sum of two T; +∞ where it sees no key, so that exp(S − L) is 0 for all of them.
 template <class T>
-ONESTEP_INLINE T shift_of(T lse) {
-    return lse == -static_cast<T>(__builtin_inf()) ? -lse : lse;
+struct Shift {
+    T high, low;
+};
+
+template <class T>
+ONESTEP_INLINE Shift<T> shift_of(const AttentionSlice& slice, int64_t row) {
+    const double lse = *element<double>(slice, row, 0);
+    if (lse == -__builtin_inf()) {
+        return {static_cast<T>(__builtin_inf()), T(0)};
+    }
+    const T high = static_cast<T>(lse);
+    return {high, static_cast<T>(lse - static_cast<double>(high))};
 }
 
 // Scratch of any kernel of the family; see backward_keys, which takes the most.

@@ -1,7 +1,8 @@
 """Ops of scaled dot-product attention: ``attention`` and the products that close its derivatives of order two.
 
-``attention`` gives O and L = logsumexp(S). In the other ops ``out`` and ``lse`` are those of the same q, k, v and mask:
-a cached function of them, not arguments of their own. All products run at O(T) extra memory:
+``attention`` gives O and L = logsumexp(S); L is float64 always, since all of a row's probabilities have its rounding in
+common. In the other ops ``out`` and ``lse`` are those of the same q, k, v and mask: a cached function of them, not
+arguments of their own. All products run at O(T) extra memory:
 
 =========================  ==================================================================
 ``attention_jvp``          tangents of O and L
@@ -134,9 +135,9 @@ def _inputs(
         _input("v", v, sizes.key_rows(sizes.dv), dtype),
         _input("mask", mask, sizes.rows(sizes.keys), dtype),
         _input("out", out, sizes.rows(sizes.dv), dtype),
-        _input("lse", column(lse), sizes.rows(1), dtype),
+        _input("lse", column(lse), sizes.rows(1), torch.float64),
         _input("grad", grad, sizes.rows(sizes.dv), dtype),
-        _input("grad_lse", column(grad_lse), sizes.rows(1), dtype),
+        _input("grad_lse", column(grad_lse), sizes.rows(1), torch.float64),
     )
 
 
@@ -223,7 +224,7 @@ def _formula_jvp(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     _, dL, dO = _Formulas(q, k, v, mask, scale, causal).push(dq, dk, dv, dmask)
-    return dO, dL
+    return dO, dL.double()
 
 
 def _formula_backward_jvp(
@@ -250,9 +251,9 @@ def _formula_backward_jvp(
     delta = (G * at.O).sum(-1, keepdim=True)
     ddelta = (dG * at.O + G * dO).sum(-1, keepdim=True)
     if grad_lse is not None:
-        delta = delta - grad_lse.unsqueeze(-1)
+        delta = delta - at.cast(grad_lse).unsqueeze(-1)
     if dgrad_lse is not None:
-        ddelta = ddelta - dgrad_lse.unsqueeze(-1)
+        ddelta = ddelta - at.cast(dgrad_lse).unsqueeze(-1)
     dP = at.P * (dS - dL.unsqueeze(-1))
     pulled = dG @ at.v.mT
     if dv is not None:
@@ -305,7 +306,7 @@ def _pull_back(
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     sizes = _check(q, k, v, mask)
     shape = sizes.rows(sizes.dv)
-    return q.new_empty(shape, dtype=sizes.dtype), q.new_empty(shape[:-1], dtype=sizes.dtype)
+    return q.new_empty(shape, dtype=sizes.dtype), q.new_empty(shape[:-1], dtype=torch.float64)
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -383,7 +384,7 @@ def _jvp_fake(
 ) -> tuple[Tensor, Tensor]:
     sizes = _check(q, k, v, mask, out, dq, dk, dv, dmask)
     shape = sizes.rows(sizes.dv)
-    return q.new_empty(shape, dtype=sizes.dtype), q.new_empty(shape[:-1], dtype=sizes.dtype)
+    return q.new_empty(shape, dtype=sizes.dtype), q.new_empty(shape[:-1], dtype=torch.float64)
 
 
 def _jvp_cpu(
