@@ -91,9 +91,8 @@ Operands operands(const AttentionArgs<T>& args, const AttentionInputs& inputs, i
         matrix(args, inputs.v, problem, kv_head, args.keys, args.dv),
         args.boolean_mask ? Dense(static_cast<size_t>(args.queries * args.keys), 0.0) : rows(inputs.mask, args.keys),
         rows(inputs.out, args.dv),
-        rows(inputs.lse, 1),
         rows(inputs.grad, args.dv),
-        rows(inputs.grad_lse, 1)};
+        matrix(args, inputs.grad_lse, problem, head, args.queries, 1, sizeof(double))};
 }
 
 template <class T>
