@@ -1,6 +1,7 @@
 """Prints the bytes of peak RSS that a Hessian-vector product through attention adds; run in a fresh process.
 
-Usage: WAY LENGTH, with WAY onestep, or by torch's math backend double_backward or jvp_of_grad. B 1, H 8, D 64, fp32, causal.
+Usage: WAY LENGTH, with WAY onestep, or on torch's math backend double_backward or jvp_of_grad. B 1, H 8, D 64, fp32,
+causal.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 The text is that of the Python documentation topics which CPython ships (pydoc_data), or a file. The Hessian is never
 formed: ``onestep.curvature.HessianOperator`` takes its products, with attention at O(T) memory. The eigenvalues at both
-ends come from Lanczos' method (scipy's eigsh over ``to_scipy()``), the density of all of them from Lanczos quadrature of
-random vectors (Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017; Ghorbani, Krishnan and Xiao, ICML 2019), as
-the model is drawn and after a short training.
+ends come from Lanczos' method (scipy's eigsh over ``to_scipy()``), the density of all of them from Lanczos quadrature
+of random vectors (Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017; Ghorbani, Krishnan and Xiao, ICML 2019),
+as the model is drawn and after a short training.
 
 Prints a table; writes examples/output/curvature_of_a_transformer.png.
 """
@@ -121,13 +121,16 @@ def draw(spectra: list[Spectrum]) -> None:
     margin = 0.08 * (high - low)
     grid = np.linspace(low - margin, high + margin, 1500)
     sigma = 0.01 * (high - low)
+    floor = 1e-7
     figure, axes = plt.subplots(len(spectra), 1, figsize=(9, 2.5 * len(spectra)), layout="constrained", sharex=True)
     for ax, s in zip(axes, spectra, strict=True):
         bells = np.exp(-(((grid[:, None] - s.nodes) / sigma) ** 2) / 2) / (sigma * np.sqrt(2 * np.pi))
-        ax.semilogy(grid, bells @ s.weights, color="#2a6f97")
-        ax.plot(s.top, np.full_like(s.top, 1.5e-7), "|", color="#c8553d", markersize=11, label="largest")
-        ax.plot(s.bottom, np.full_like(s.bottom, 1.5e-7), "|", color="#6a994e", markersize=11, label="smallest")
-        ax.set(ylim=(1e-7, None), ylabel="density", title=f"after {s.steps} steps of Adam: loss {s.loss:.3f}")
+        density = bells @ s.weights
+        ax.semilogy(grid, density, color="#2a6f97")
+        ax.plot(s.top, np.full_like(s.top, 1.5 * floor), "|", color="#c8553d", markersize=11, label="largest")
+        ax.plot(s.bottom, np.full_like(s.bottom, 1.5 * floor), "|", color="#6a994e", markersize=11, label="smallest")
+        ax.set(ylim=(floor, 5 * density.max()), ylabel="density")
+        ax.set_title(f"after {s.steps} steps of Adam: loss {s.loss:.3f}")
         ax.grid(color="0.92")
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)

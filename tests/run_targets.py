@@ -14,6 +14,7 @@ TESTS = (
     "test_failures.py",
     "test_refine.py",
     "test_derivatives.py",
+    "test_attention.py",
 )
 
 

@@ -270,14 +270,19 @@ void compare(std::mt19937& random, const Case& c) {
     const auto wanted = expected.all();
     const auto tuned = got.all();
     const auto shared = threaded.all();
-    for (size_t i = 0; i < wanted.size(); ++i) {
-        const double error = difference(*tuned[i], *wanted[i]);
+    const auto judge = [&](const auto& result, const auto& oracle, const auto& with_threads, const std::string& what) {
+        const double error = difference(result, oracle);
         const double bound = 200.0 * static_cast<double>(std::numeric_limits<T>::epsilon());
-        check(error <= bound, c.name() + " result " + std::to_string(i) + ": error " + std::to_string(error));
-        const bool same =
-            tuned[i]->empty() || std::memcmp(tuned[i]->data(), shared[i]->data(), tuned[i]->size() * sizeof(T)) == 0;
-        check(same, c.name() + " result " + std::to_string(i) + " with threads: not bitwise the same");
+        check(error <= bound, c.name() + " " + what + ": error " + std::to_string(error));
+        const size_t bytes = result.size() * sizeof(*result.data());
+        const bool same = bytes == 0 || std::memcmp(result.data(), with_threads.data(), bytes) == 0;
+        check(same, c.name() + " " + what + " with threads: not bitwise the same");
+    };
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        judge(*tuned[i], *wanted[i], *shared[i], "result " + std::to_string(i));
     }
+    judge(got.lse, expected.lse, threaded.lse, "lse");
+    judge(got.lse_tangent, expected.lse_tangent, threaded.lse_tangent, "lse tangent");
 }
 
 template <class T>
