@@ -232,18 +232,18 @@ def test_gauss_newton_steps(compare: Callable[..., float], monkeypatch: pytest.M
     """Steps of onestep.fit on a small GPT, against the same with torch's math backend in its products."""
     torch.manual_seed(0)
     model = Decoder(context)
-    tokens = torch.randint(0, 64, (4096 // context, context + 1))
+    tokens = torch.randint(0, 64, (2048 // context, context + 1))
     data = tokens[:, :-1], tokens[:, 1:]
     start = {name: value.clone() for name, value in model.state_dict().items()}
     products = onestep.curvature._products
 
     def steps() -> None:
         model.load_state_dict(start)
-        onestep.fit(model, data, "cross_entropy", method="gauss_newton", max_steps=1, progress=False)
+        onestep.fit(model, data, "cross_entropy", method="gauss_newton", max_steps=1, cg_iterations=5, progress=False)
 
     def steps_on_math() -> None:
         with monkeypatch.context() as patch:
             patch.setattr(products, "replace_attention", contextlib.nullcontext)
             steps()
 
-    compare(steps, steps_on_math, rounds=5, case=f"fit, one Gauss-Newton step, context {context}")
+    compare(steps, steps_on_math, rounds=SLOW_ROUNDS, case=f"fit, one Gauss-Newton step, context {context}")
