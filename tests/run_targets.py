@@ -16,6 +16,7 @@ TESTS = (
     "test_derivatives.py",
     "test_glm.py",
     "test_linear_cross_entropy.py",
+    "test_attention.py",
 )
 
 

@@ -5,6 +5,7 @@ void register_runtime(pybind11::module_& module);
 void register_lmhead(pybind11::module_& module);
 void register_normal(pybind11::module_& module);
 void register_glm(pybind11::module_& module);
+void register_attention(pybind11::module_& module);
 }  // namespace onestep
 
 PYBIND11_MODULE(_native, module) {
@@ -13,4 +14,5 @@ PYBIND11_MODULE(_native, module) {
     onestep::register_lmhead(module);
     onestep::register_normal(module);
     onestep::register_glm(module);
+    onestep::register_attention(module);
 }

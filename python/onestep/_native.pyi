@@ -351,3 +351,111 @@ def linear_cross_entropy_f64(
     grad_bias: int,
     /,
 ) -> None: ...
+
+_AttentionInput = tuple[int, Sequence[int], bool, object] | None
+_AttentionInputs = Sequence[_AttentionInput]
+
+def attention_forward_f32(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    out: int,
+    lse: int,
+    /,
+) -> None: ...
+def attention_forward_f64(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    out: int,
+    lse: int,
+    /,
+) -> None: ...
+def attention_jvp_f32(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    out: int,
+    lse: int,
+    /,
+) -> None: ...
+def attention_jvp_f64(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    out: int,
+    lse: int,
+    /,
+) -> None: ...
+def attention_backward_f32(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    q_grad: int,
+    k_grad: int,
+    v_grad: int,
+    mask_grad: _AttentionInput,
+    /,
+) -> None: ...
+def attention_backward_f64(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    q_grad: int,
+    k_grad: int,
+    v_grad: int,
+    mask_grad: _AttentionInput,
+    /,
+) -> None: ...
+def attention_backward_jvp_f32(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    q_grad: int,
+    k_grad: int,
+    v_grad: int,
+    mask_grad: _AttentionInput,
+    /,
+) -> None: ...
+def attention_backward_jvp_f64(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    q_grad: int,
+    k_grad: int,
+    v_grad: int,
+    mask_grad: _AttentionInput,
+    /,
+) -> None: ...

@@ -14,10 +14,14 @@ from torch._C._functorch import TransformType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from onestep.functional import replace_attention
+
 
 @contextmanager
 def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[None]:
-    """Attention in its mathematical form, LSTMs outside oneDNN, and norms made of elementary functions if asked for.
+    """Attention by onestep, LSTMs outside oneDNN, and norms made of elementary functions if asked for.
+
+    What onestep's attention does not take runs in torch's mathematical form.
 
     torch 2.13's flash attention, fused encoder layers and oneDNN LSTM have no forward mode, and the LSTM's graph can be
     gone through only once. The forward mode of its layer, batch and instance norm takes mean and deviation for
@@ -26,7 +30,8 @@ def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _Substitutes(_SUBSTITUTES if composed_norms else {torch.lstm: _lstm}):
+        substitutes = _SUBSTITUTES if composed_norms else {torch.lstm: _lstm}
+        with sdpa_kernel(SDPBackend.MATH), _Substitutes(substitutes), replace_attention():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -44,8 +44,9 @@ def _tangent(params: Any, v: Any) -> Any:
 def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Parameters:
     """Computes Hv, H = ∂²loss/∂params², by forward mode over reverse mode (Pearlmutter, Neural Computation 6, 1994).
 
-    Costs about two gradients and one gradient's memory twice, whatever the number of parameters. Attention inside
-    ``loss_fn`` runs on torch's mathematical form, since its flash kernels have no second derivative. Where the product
+    Costs about two gradients and one gradient's memory twice, whatever the number of parameters. torch's attention
+    inside ``loss_fn`` is replaced by onestep's, which has second derivatives at O(T) memory, or by torch's mathematical
+    form where onestep's does not take the operands (see ``onestep.functional.replace_attention``). Where the product
     may be differentiated itself, which ``torch.no_grad`` rules out, norms are composed of elementary functions.
 
     Args:

@@ -95,6 +95,13 @@ def records_derivatives(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
+def carries_tangents(args: tuple[Any, ...]) -> bool:
+    """Whether an Autograd kernel's argument has a tangent at the level that is being computed."""
+    if not torch._C._is_fwd_grad_enabled() or forward_ad._current_level < 0:
+        return False
+    return any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg, level=0).tangent is not None for arg in args)
+
+
 def call(name: str, *args: Any) -> Any:
     """``torch.ops.onestep.<name>(*args)``, past the dispatcher where it would do nothing but find the CPU kernel.
 

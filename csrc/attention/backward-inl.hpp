@@ -1,0 +1,285 @@
+// Gradients and their tangents: a tile of keys stays while all tiles of queries pass by. Scores are held a key per
+// lane. One recompute of the scores serves all products, since their row statistics are known.
+#pragma once
+
+#include "attention/tiles-inl.hpp"
+
+namespace onestep::ONESTEP_NS {
+
+// Keys and values of one tile: transposed for the scores, by rows for the gradient of q. Scaled where they meet q.
+template <class T>
+struct KeyTile {
+    int64_t begin, count, width;
+    T *kt, *vt, *k;
+    T *dkt, *dvt, *dk;
+};
+
+// Queries of one tile and the cotangents of their outputs, by rows.
+template <class T>
+struct QueryTile {
+    int64_t begin, count;
+    T *q, *g;
+    T *dq, *dg;
+};
+
+// Rows of KeyTile::width: P and dS, and their tangents.
+template <class T>
+struct ScoreTile {
+    T *p, *ds;
+    T *p_tangent, *ds_tangent;
+    T* mask;
+};
+
+template <class T>
+inline T* packed_columns(const AttentionSlice& slice, int64_t row, int64_t rows, int64_t cols, T factor, int64_t ld,
+                         Work<T>& work) {
+    if (slice.data == nullptr) {
+        return nullptr;
+    }
+    T* to = work.take(cols * ld);
+    pack_columns<T>(slice, row, 0, rows, cols, factor, to, ld);
+    return to;
+}
+
+template <class T>
+inline T* packed_rows(const AttentionSlice& slice, int64_t row, int64_t rows, int64_t cols, T factor, Work<T>& work) {
+    if (slice.data == nullptr) {
+        return nullptr;
+    }
+    const int64_t ld = whole_vectors<T>(cols);
+    T* to = work.take(rows * ld);
+    pack_rows<T>(slice, row, 0, rows, cols, factor, to, ld);
+    return to;
+}
+
+template <class T, bool Tangent>
+inline KeyTile<T> pack_keys(const AttentionHead<T>& head, int64_t begin, int64_t end, Work<T>& work) {
+    KeyTile<T> keys = {};
+    keys.begin = begin;
+    keys.count = minimum(head.tile, end - begin);
+    keys.width = whole_vectors<T>(keys.count);
+    const int64_t count = keys.count;
+    keys.kt = packed_columns<T>(head.primal.k, begin, count, head.d, head.scale, keys.width, work);
+    keys.vt = packed_columns<T>(head.primal.v, begin, count, head.dv, T(1), keys.width, work);
+    keys.k = packed_rows<T>(head.primal.k, begin, count, head.d, head.scale, work);
+    if constexpr (Tangent) {
+        keys.dkt = packed_columns<T>(head.tangent.k, begin, count, head.d, head.scale, keys.width, work);
+        keys.dvt = packed_columns<T>(head.tangent.v, begin, count, head.dv, T(1), keys.width, work);
+        keys.dk = packed_rows<T>(head.tangent.k, begin, count, head.d, head.scale, work);
+    }
+    return keys;
+}
+
+template <class T, bool Tangent>
+inline QueryTile<T> pack_queries(const AttentionHead<T>& head, int64_t begin, Work<T>& work) {
+    QueryTile<T> queries = {};
+    queries.begin = begin;
+    queries.count = minimum(head.tile, head.queries - begin);
+    queries.q = packed_rows<T>(head.primal.q, begin, queries.count, head.d, T(1), work);
+    queries.g = packed_rows<T>(head.primal.grad, begin, queries.count, head.dv, T(1), work);
+    if constexpr (Tangent) {
+        queries.dq = packed_rows<T>(head.tangent.q, begin, queries.count, head.d, T(1), work);
+        queries.dg = packed_rows<T>(head.tangent.grad, begin, queries.count, head.dv, T(1), work);
+    }
+    return queries;
+}
+
+template <class T>
+inline ScoreTile<T> take_scores(int64_t tile, bool tangent, Work<T>& work) {
+    ScoreTile<T> scores = {};
+    scores.p = work.take(tile * tile);
+    scores.ds = work.take(tile * tile);
+    scores.mask = work.take(tile * tile);
+    if (tangent) {
+        scores.p_tangent = work.take(tile * tile);
+        scores.ds_tangent = work.take(tile * tile);
+    }
+    return scores;
+}
+
+// In: S, dP and their tangents without the tangent of the shift. Out: P, dS and their tangents.
+template <class T, bool Tangent, bool Masked>
+inline void score_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const QueryTile<T>& queries,
+                       int64_t width, const ScoreTile<T>& scores) {
+    for (int64_t i = 0; i < queries.count; ++i) {
+        const int64_t row = queries.begin + i;
+        const Shift<T> lse = shift_of<T>(head.primal.lse, row);
+        const Vec<T> shift = broadcast<T>(lse.high);
+        const Vec<T> rest = broadcast<T>(lse.low);
+        const Vec<T> delta = broadcast<T>(deltas.primal[row]);
+        Vec<T> shift_tangent = {};
+        Vec<T> delta_tangent = {};
+        if constexpr (Tangent) {
+            if (head.tangent.lse.data != nullptr) {
+                shift_tangent = broadcast<T>(static_cast<T>(*element<double>(head.tangent.lse, row, 0)));
+            }
+            delta_tangent = broadcast<T>(deltas.tangent[row]);
+        }
+        for (int64_t at = i * width; at < (i + 1) * width; at += kLanes<T>) {
+            Vec<T> x = load<T>(scores.p + at);
+            if constexpr (Masked) {
+                x += load<T>(scores.mask + at);
+            }
+            const Vec<T> p = exp_lanes<T>((x - shift) - rest);
+            const Vec<T> centred = load<T>(scores.ds + at) - delta;
+            store<T>(scores.p + at, p);
+            store<T>(scores.ds + at, p * centred);
+            if constexpr (Tangent) {
+                const Vec<T> dp = p * (load<T>(scores.p_tangent + at) - shift_tangent);
+                store<T>(scores.p_tangent + at, dp);
+                store<T>(scores.ds_tangent + at, dp * centred + p * (load<T>(scores.ds_tangent + at) - delta_tangent));
+            }
+        }
+    }
+}
+
+template <class T, bool Tangent>
+inline void compute_scores(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const KeyTile<T>& keys,
+                           const QueryTile<T>& queries, const ScoreTile<T>& scores) {
+    const int64_t vectors = keys.width / kLanes<T>;
+    const int64_t q_row = whole_vectors<T>(head.d);
+    const int64_t g_row = whole_vectors<T>(head.dv);
+    Products<T> s(head.d, keys.width);
+    s.add({queries.q, q_row, 1}, keys.kt);
+    multiply<T, false>(queries.count, vectors, s, scores.p, keys.width);
+    Products<T> dp(head.dv, keys.width);
+    dp.add({queries.g, g_row, 1}, keys.vt);
+    multiply<T, false>(queries.count, vectors, dp, scores.ds, keys.width);
+    if constexpr (Tangent) {
+        Products<T> s_tangent(head.d, keys.width);
+        s_tangent.add({queries.dq, q_row, 1}, keys.kt);
+        s_tangent.add({queries.q, q_row, 1}, keys.dkt);
+        multiply<T, false>(queries.count, vectors, s_tangent, scores.p_tangent, keys.width);
+        Products<T> dp_tangent(head.dv, keys.width);
+        dp_tangent.add({queries.dg, g_row, 1}, keys.vt);
+        dp_tangent.add({queries.g, g_row, 1}, keys.dvt);
+        multiply<T, false>(queries.count, vectors, dp_tangent, scores.ds_tangent, keys.width);
+        if (head.tangent.mask.data != nullptr) {
+            pack_rows<T>(head.tangent.mask, queries.begin, keys.begin, queries.count, keys.count, T(1), scores.mask,
+                         keys.width);
+            add_tile<T>(queries.count * keys.width, scores.mask, scores.p_tangent);
+        }
+    }
+    if (is_masked<T>(head, queries.begin, keys.begin, keys.count)) {
+        pack_mask<T>(head, queries.begin, keys.begin, queries.count, keys.count, scores.mask, keys.width);
+        score_rows<T, Tangent, true>(head, deltas, queries, keys.width, scores);
+    } else {
+        score_rows<T, Tangent, false>(head, deltas, queries, keys.width, scores);
+    }
+}
+
+// to = factor · sums, without the padding; or to += with `add`.
+template <class T>
+inline void put_rows(const T* sums, int64_t rows, int64_t cols, T factor, bool add, T* to) {
+    const int64_t ld = whole_vectors<T>(cols);
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < cols; ++c) {
+            const T value = sums[r * ld + c] * factor;
+            to[r * cols + c] = add ? to[r * cols + c] + value : value;
+        }
+    }
+}
+
+template <class T, bool Tangent>
+inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
+                          const AttentionGrads<T>& grads, T* memory) {
+    const int64_t d_row = whole_vectors<T>(head.d);
+    const int64_t dv_row = whole_vectors<T>(head.dv);
+    Work<T> outer{memory};
+    T* k_sums = outer.take(head.tile * d_row);
+    T* v_sums = outer.take(head.tile * dv_row);
+    const ScoreTile<T> scores = take_scores<T>(head.tile, Tangent, outer);
+    for (int64_t j = begin; j < end; j += head.tile) {
+        Work<T> middle = outer;
+        const KeyTile<T> keys = pack_keys<T, Tangent>(head, j, end, middle);
+        __builtin_memset(k_sums, 0, static_cast<size_t>(keys.count * d_row) * sizeof(T));
+        __builtin_memset(v_sums, 0, static_cast<size_t>(keys.count * dv_row) * sizeof(T));
+        for (int64_t i = head.causal ? j : 0; i < head.queries; i += head.tile) {
+            Work<T> inner = middle;
+            const QueryTile<T> queries = pack_queries<T, Tangent>(head, i, inner);
+            compute_scores<T, Tangent>(head, deltas, keys, queries, scores);
+            Products<T> for_v(queries.count, dv_row);
+            Products<T> for_k(queries.count, d_row);
+            Products<T> for_q(keys.count, d_row);
+            if constexpr (Tangent) {
+                for_v.add({scores.p_tangent, 1, keys.width}, queries.g);
+                for_v.add({scores.p, 1, keys.width}, queries.dg);
+                for_k.add({scores.ds_tangent, 1, keys.width}, queries.q);
+                for_k.add({scores.ds, 1, keys.width}, queries.dq);
+                for_q.add({scores.ds_tangent, keys.width, 1}, keys.k);
+                for_q.add({scores.ds, keys.width, 1}, keys.dk);
+            } else {
+                for_v.add({scores.p, 1, keys.width}, queries.g);
+                for_k.add({scores.ds, 1, keys.width}, queries.q);
+                for_q.add({scores.ds, keys.width, 1}, keys.k);
+            }
+            multiply<T, true>(keys.count, dv_row / kLanes<T>, for_v, v_sums, dv_row);
+            multiply<T, true>(keys.count, d_row / kLanes<T>, for_k, k_sums, d_row);
+            multiply<T, true>(queries.count, d_row / kLanes<T>, for_q, grads.q + i * grads.q_row, grads.q_row);
+        }
+        put_rows<T>(k_sums, keys.count, head.d, head.scale, grads.add, grads.k + j * head.d);
+        put_rows<T>(v_sums, keys.count, head.dv, T(1), grads.add, grads.v + j * head.dv);
+    }
+}
+
+template <class T, bool Tangent>
+inline void score_grad(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t i, int64_t j, T* sum,
+                       T* memory) {
+    Work<T> work{memory};
+    const ScoreTile<T> scores = take_scores<T>(head.tile, Tangent, work);
+    const KeyTile<T> keys = pack_keys<T, Tangent>(head, j, head.keys, work);
+    const QueryTile<T> queries = pack_queries<T, Tangent>(head, i, work);
+    compute_scores<T, Tangent>(head, deltas, keys, queries, scores);
+    const T* from = Tangent ? scores.ds_tangent : scores.ds;
+    for (int64_t r = 0; r < queries.count; ++r) {
+        for (int64_t c = 0; c < keys.count; ++c) {
+            sum[r * head.tile + c] += from[r * keys.width + c];
+        }
+    }
+}
+
+// sum + a·b, a row per lane: in the order in which multiply_tile sums dP, so that dP − δ is exactly 0 where a query
+// sees one key. Absent operands stand for zero.
+template <class T>
+ONESTEP_INLINE Vec<T> add_row_products(int64_t cols, int64_t ld, const T* a, const T* b, Vec<T> sum) {
+    for (int64_t c = 0; a != nullptr && b != nullptr && c < cols; ++c) {
+        sum += load<T>(a + c * ld) * load<T>(b + c * ld);
+    }
+    return sum;
+}
+
+template <class T>
+inline void row_deltas(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionDeltas<T>& deltas,
+                       T* memory) {
+    const AttentionSlices& primal = head.primal;
+    const AttentionSlices& tangent = head.tangent;
+    const int64_t width = whole_vectors<T>(rows);
+    Work<T> work{memory};
+    const auto columns = [&](const AttentionSlice& slice) {
+        return packed_columns<T>(slice, begin, rows, head.dv, T(1), width, work);
+    };
+    const T* out = columns(primal.out);
+    const T* grad = columns(primal.grad);
+    const T* out_tangent = deltas.tangent != nullptr ? columns(tangent.out) : nullptr;
+    const T* grad_tangent = deltas.tangent != nullptr ? columns(tangent.grad) : nullptr;
+    const auto at = [](const T* packed, int64_t row) { return packed != nullptr ? packed + row : nullptr; };
+    const auto cotangent = [&](const AttentionSlice& slice, int64_t row) {
+        return slice.data != nullptr ? static_cast<T>(*element<double>(slice, row, 0)) : T(0);
+    };
+    for (int64_t first = 0; first < rows; first += kLanes<T>) {
+        const T* out_rows = at(out, first);
+        const T* grad_rows = at(grad, first);
+        const Vec<T> sum = add_row_products<T>(head.dv, width, grad_rows, out_rows, Vec<T>{});
+        Vec<T> moved = add_row_products<T>(head.dv, width, at(grad_tangent, first), out_rows, Vec<T>{});
+        moved = add_row_products<T>(head.dv, width, grad_rows, at(out_tangent, first), moved);
+        for (int64_t lane = 0; lane < minimum(kLanes<T>, rows - first); ++lane) {
+            const int64_t row = begin + first + lane;
+            deltas.primal[row] = sum[lane] - cotangent(primal.grad_lse, row);
+            if (deltas.tangent != nullptr) {
+                deltas.tangent[row] = moved[lane] - cotangent(tangent.grad_lse, row);
+            }
+        }
+    }
+}
+
+}  // namespace onestep::ONESTEP_NS

@@ -1,0 +1,93 @@
+// What one CPU target provides to attention.cpp: loops over the tiles of one head. Everything here is plain data, so
+// that it can be shared between targets.
+#pragma once
+
+#include <cstdint>
+
+namespace onestep {
+
+// One head's matrix; see AttentionInput.
+struct AttentionSlice {
+    const void* data = nullptr;
+    bool bfloat16 = false;
+    int64_t row = 0;
+    int64_t col = 0;
+};
+
+struct AttentionSlices {
+    AttentionSlice q, k, v, mask, out, lse, grad, grad_lse;
+};
+
+// One query head. `tile` is how many queries and keys a tile holds, and the same for all heads of a call.
+template <class T>
+struct AttentionHead {
+    int64_t queries = 0, keys = 0, d = 0, dv = 0, tile = 0;
+    T scale = T(1);
+    bool causal = false;
+    bool boolean_mask = false;
+    AttentionSlices primal, tangent;
+};
+
+// Row statistics that the backward passes share: δ and its tangent, `queries` of each.
+template <class T>
+struct AttentionDeltas {
+    T* primal = nullptr;
+    T* tangent = nullptr;
+};
+
+// Where the gradients of one query head go. q_grad has rows of `q_row` elements, whole vectors, and is added to; the
+// others have rows of d and dv.
+template <class T>
+struct AttentionGrads {
+    T* q = nullptr;
+    int64_t q_row = 0;
+    T* k = nullptr;
+    T* v = nullptr;
+    bool add = false;  // to k and v, else they are overwritten
+};
+
+template <class T>
+struct AttentionKernels {
+    int64_t lanes;
+
+    // Scratch in elements that any of the kernels below needs as `work`.
+    int64_t (*work)(int64_t d, int64_t dv, int64_t tile);
+
+    // Queries [begin, begin + rows) of O and L (rows of dv and 1, from the head's first query on), or of their
+    // tangents.
+    void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
+    void (*jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
+
+    // δ, and δ̇ if deltas.tangent is given, of the queries [begin, begin + rows).
+    void (*deltas)(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionDeltas<T>& deltas,
+                   T* work);
+
+    // What the keys [begin, end) contribute: their k and v gradients and a summand of q's. `begin` starts a tile.
+    void (*backward)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
+                     const AttentionGrads<T>& grads, T* work);
+    void (*backward_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
+                         const AttentionGrads<T>& grads, T* work);
+
+    // sum += dS (or dṠ) of the tile that starts at query i and key j; rows of `tile` elements.
+    void (*score_grad)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t i, int64_t j, T* sum,
+                       T* work);
+    void (*score_grad_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t i, int64_t j, T* sum,
+                           T* work);
+};
+
+namespace generic {
+extern const AttentionKernels<float> attention_f32;
+extern const AttentionKernels<double> attention_f64;
+}  // namespace generic
+#ifdef ONESTEP_X86_TARGETS
+namespace avx2 {
+extern const AttentionKernels<float> attention_f32;
+extern const AttentionKernels<double> attention_f64;
+}  // namespace avx2
+namespace avx512 {
+extern const AttentionKernels<float> attention_f32;
+extern const AttentionKernels<double> attention_f64;
+}  // namespace avx512
+#endif
+
+}  // namespace onestep

@@ -1,0 +1,64 @@
+"""Models that call torch's attention, run on onestep's."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from onestep.functional.attention import scaled_dot_product_attention
+from onestep.ops.attention import COMPUTE_DTYPES
+
+_TORCH_ATTENTION = F.scaled_dot_product_attention
+_SIGNATURE = inspect.signature(scaled_dot_product_attention)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """onestep's attention where it takes the operands, else torch's."""
+    given = _SIGNATURE.bind(*args, **kwargs)
+    given.apply_defaults()
+    operands = [given.arguments[name] for name in ("query", "key", "value")]
+    takes = given.arguments["dropout_p"] == 0 and all(
+        operand.device.type == "cpu" and operand.dtype in COMPUTE_DTYPES and not operand.is_nested
+        for operand in operands
+    )
+    out: Tensor = (scaled_dot_product_attention if takes else _TORCH_ATTENTION)(*args, **kwargs)
+    return out
+
+
+def _without_dispatch(function: Any, **names: Any) -> Callable[..., Any]:
+    """The function with other values of names that it looks up in its module."""
+    copy = types.FunctionType(function.__code__, function.__globals__ | names, function.__name__)
+    copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return copy
+
+
+# A mode does not see the calls inside a function that it is asked about, and this one makes the call in question.
+_multi_head_attention_forward = _without_dispatch(
+    F.multi_head_attention_forward,
+    has_torch_function=lambda tensors: False,
+    scaled_dot_product_attention=_attention,
+)
+
+
+class replace_attention(TorchFunctionMode):
+    """Within this context, ``torch.nn.functional.scaled_dot_product_attention`` is onestep's, in this thread.
+
+    That holds for every module that calls it, ``torch.nn.MultiheadAttention`` and torch.nn's transformer layers among
+    them. Calls that onestep does not take (other devices and dtypes, dropout) stay torch's.
+
+    >>> with onestep.functional.replace_attention():
+    ...     loss = model(tokens)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _TORCH_ATTENTION:
+            return _attention(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            return _multi_head_attention_forward(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

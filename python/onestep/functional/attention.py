@@ -1,0 +1,123 @@
+"""Scaled dot-product attention at O(T) memory, with derivatives of every order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from onestep.ops._library import call
+from onestep.ops.attention import COMPUTE_DTYPES
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (..., length, features)")
+        if tensor.dtype not in COMPUTE_DTYPES:
+            expected = "torch.float32, torch.float64 or torch.bfloat16"
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {expected}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {query.dtype}, like query")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on device {tensor.device}; expected {query.device}, like query")
+    if query.shape[-1] == 0 or key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; expected as many features, one at least"
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"key has shape {tuple(key.shape)} and value {tuple(value.shape)}; expected the same length")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p={dropout_p}; expected a probability, from 0 to 1")
+    if dropout_p > 0:
+        raise NotImplementedError(
+            f"dropout_p={dropout_p}; expected 0: the derivatives recompute the probabilities, and dropout would make "
+            "each of them another function. Call model.eval(), or pass dropout_p=0.0 and drop outputs instead."
+        )
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(f"attn_mask has dtype {attn_mask.dtype}; expected torch.bool, torch.float32 or {query.dtype}")
+
+
+def _with_heads(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() > 2 else tensor.unsqueeze(0)
+
+
+def _shared_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands with heads as the kernels take them: as many for value as for key, for query a multiple of them."""
+    heads = query.shape[-3], key.shape[-3], value.shape[-3]
+    if enable_gqa and heads[1] == heads[2] > 0 and heads[0] % heads[1] == 0:
+        return query, key, value
+    if enable_gqa:
+        raise ValueError(
+            f"query, key and value have {heads[0]}, {heads[1]} and {heads[2]} heads; "
+            "expected as many in value as in key, and in query a multiple of them"
+        )
+    if heads[1] == heads[2] and heads[1] in (1, heads[0]):
+        return query, key, value
+    most = max(heads)
+    if any(count not in (1, most) for count in heads):
+        raise ValueError(
+            f"query, key and value have {heads[0]}, {heads[1]} and {heads[2]} heads; "
+            "expected as many in each, or one, or enable_gqa=True"
+        )
+    expanded = [tensor.expand(*tensor.shape[:-3], most, *tensor.shape[-2:]) for tensor in (query, key, value)]
+    return expanded[0], expanded[1], expanded[2]
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Computes softmax(scale · query keyᵀ + mask) value; takes what torch's function of the same name takes.
+
+    Values, gradients, forward mode, forward over reverse and reverse over reverse (Hessian-vector products) are exact
+    and take memory that grows with the length T, not with T²: scores are recomputed by tiles (Dao et al.,
+    FlashAttention, NeurIPS 2022; Dao, FlashAttention-2, 2023), for the second order from the log-sum-exp of each row
+    and its tangent.
+    Forward mode twice and derivatives of order three run on torch's own ops, at O(T²) memory.
+
+    Rows of ``query`` that see no key give zeros, with zero gradients. Inputs are read in place, whatever their strides;
+    bfloat16 is accumulated in float32. Results are bitwise the same for any number of threads.
+
+    Args:
+        query: (..., Hq, T, E), or (T, E); float32, float64 or bfloat16, on the CPU.
+        key: (..., H, S, E). Batch dimensions broadcast.
+        value: (..., H, S, Ev).
+        attn_mask: broadcasts to (..., Hq, T, S). bool: False hides the key; float: added to the scores, differentiable.
+        dropout_p: 0.
+        is_causal: the query at position i sees the keys 0 to i.
+        scale: what the products are multiplied by; 1/√E by default.
+        enable_gqa: grouped queries: query head h reads key and value head h // (Hq / H), without copies.
+
+    Returns:
+        (..., Hq, T, Ev), in the dtype of ``query``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options that do not fit.
+        NotImplementedError: ``dropout_p`` > 0.
+    """
+    _check(query, key, value, attn_mask, dropout_p)
+    if is_causal and attn_mask is not None:
+        raise ValueError("is_causal=True and attn_mask exclude each other: put the causal part into the mask")
+    q, k, v = _shared_heads(_with_heads(query), _with_heads(key), _with_heads(value), enable_gqa)
+    most_dims = max(q.dim(), k.dim(), v.dim())
+    mask = attn_mask
+    if mask is not None:
+        if mask.dim() > most_dims:
+            raise ValueError(
+                f"attn_mask has shape {tuple(mask.shape)}; expected at most as many dimensions as query, key and value"
+            )
+        mask = mask.reshape((1,) * (most_dims - mask.dim()) + tuple(mask.shape))
+        if mask.dtype != torch.bool and query.dtype == torch.float64:
+            mask = mask.double()
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    out: Tensor = call("attention", q, k, v, mask, factor, is_causal)[0].to(query.dtype)
+    return out.squeeze(0) if max(query.dim(), key.dim(), value.dim()) == 2 and out.dim() == 3 else out

@@ -1,0 +1,41 @@
+"""Multi-head attention on onestep's kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onestep.functional import replace_attention
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` with derivatives of every order at O(T) memory; parameters are interchangeable.
+
+    Arguments are torch's. The kernel runs where ``need_weights=False`` and no dropout is active; with
+    ``need_weights=True``, torch's default, the weights are asked for, which are O(T²), and torch's own operations
+    run.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As torch's; shapes (T, N, E), (N, T, E) with ``batch_first``, or (T, E)."""
+        with replace_attention():
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )

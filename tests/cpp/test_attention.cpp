@@ -1,0 +1,324 @@
+// The tuned attention kernels against the plain loops, for every CPU target of this machine, in fp32, fp64 and
+// bfloat16, at tile edges, with each mask and layout, serially and with threads.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "attention/attention.hpp"
+#include "base/bfloat16.hpp"
+#include "base/parallel.hpp"
+#include "base/target.hpp"
+
+namespace {
+
+using namespace onestep;
+
+int checks = 0;
+int failures = 0;
+
+void check(bool good, const std::string& what) {
+    ++checks;
+    if (!good) {
+        ++failures;
+        std::printf("FAILED %s: %s\n", target_name(active_target()), what.c_str());
+    }
+}
+
+// Three threads with uneven shares, whatever the machine has.
+int32_t three_threads(int64_t begin, int64_t end, int64_t, RangeFunction fn, void* context) {
+    const int64_t count = end - begin;
+    const int64_t first = begin + count / 2;
+    const int64_t second = first + (end - first) / 3;
+    std::thread one([&] { fn(begin, first, context); });
+    std::thread two([&] { fn(first, second, context); });
+    fn(second, end, context);
+    one.join();
+    two.join();
+    return 0;
+}
+
+enum class Layout { rows, columns, strided };
+enum class MaskKind { none, causal, boolean, additive, per_key };
+
+struct Case {
+    int64_t problems, heads, kv_heads, queries, keys, d, dv;
+    MaskKind mask;
+    Layout layout;
+    bool bfloat16;
+
+    std::string name() const {
+        std::string text;
+        for (const int64_t size : {problems, heads, kv_heads, queries, keys, d, dv}) {
+            text += std::to_string(size) + " ";
+        }
+        return text + "mask " + std::to_string(static_cast<int>(mask)) + " layout " +
+               std::to_string(static_cast<int>(layout)) + (bfloat16 ? " bf16" : "");
+    }
+};
+
+// Memory of exactly the size that the strides reach, so that AddressSanitizer sees the first element too many.
+template <class T>
+struct Table {
+    std::vector<T> wide;
+    std::vector<BFloat16> half;
+    std::vector<uint8_t> bytes;
+    AttentionInput view;
+
+    void lay_out(int64_t heads, int64_t rows, int64_t cols, Layout layout) {
+        const int64_t step = layout == Layout::strided ? 2 : 1;
+        view.row = layout == Layout::columns ? 1 : cols * step;
+        view.col = layout == Layout::columns ? rows : step;
+        view.head = rows * cols * step;
+        view.batch[0] = heads * view.head;
+    }
+
+    Table(std::mt19937& random, int64_t problems, int64_t heads, int64_t rows, int64_t cols, Layout layout,
+          bool bfloat16) {
+        lay_out(heads, rows, cols, layout);
+        std::uniform_real_distribution<float> uniform(-1.5F, 1.5F);
+        const auto count = static_cast<size_t>(problems * view.batch[0]);
+        wide.resize(count);
+        std::generate(wide.begin(), wide.end(), [&] { return static_cast<T>(uniform(random)); });
+        view.data = wide.data();
+        if (bfloat16) {
+            half.resize(count);
+            for (size_t i = 0; i < count; ++i) {
+                uint32_t word = 0;
+                const auto value = static_cast<float>(wide[i]);
+                std::memcpy(&word, &value, sizeof(word));
+                half[i].bits = static_cast<uint16_t>(word >> 16);
+            }
+            view.data = half.data();
+            view.bfloat16 = true;
+        }
+    }
+
+    // A mask that every problem shares: bytes, of which one row is all hidden, or numbers of one row for all queries.
+    static Table mask(std::mt19937& random, const Case& c) {
+        Table result(random, 1, c.heads, c.mask == MaskKind::per_key ? 1 : c.queries, c.keys, c.layout, false);
+        result.view.batch[0] = 0;
+        if (c.mask == MaskKind::per_key) {
+            result.view.head = 0;
+            result.view.row = 0;
+        }
+        if (c.mask == MaskKind::boolean) {
+            result.bytes.resize(result.wide.size());
+            for (size_t i = 0; i < result.wide.size(); ++i) {
+                result.bytes[i] = result.wide[i] > T(-0.5) ? 1 : 0;
+            }
+            for (int64_t j = 0; c.queries > 0 && j < c.keys; ++j) {
+                result.bytes[static_cast<size_t>(c.queries / 2 * result.view.row + j * result.view.col)] = 0;
+            }
+            result.view.data = result.bytes.data();
+        }
+        return result;
+    }
+};
+
+template <class T>
+struct Inputs {
+    Case c;
+    std::vector<Table<T>> tables;
+    std::vector<Table<double>> double_tables;
+    AttentionArgs<T> args;
+
+    Inputs(std::mt19937& random, const Case& case_) : c(case_) {
+        const auto rows = [&](int64_t cols, bool bfloat16) {
+            return Table<T>(random, c.problems, c.heads, c.queries, cols, c.layout, bfloat16);
+        };
+        const auto key_rows = [&](int64_t cols) {
+            return Table<T>(random, c.problems, c.kv_heads, c.keys, cols, c.layout, c.bfloat16);
+        };
+        args.batch.dims = 1;
+        args.batch.size[0] = c.problems;
+        args.heads = c.heads;
+        args.kv_heads = c.kv_heads;
+        args.queries = c.queries;
+        args.keys = c.keys;
+        args.d = c.d;
+        args.dv = c.dv;
+        args.scale = T(0.4);
+        args.causal = c.mask == MaskKind::causal;
+        args.boolean_mask = c.mask == MaskKind::boolean;
+        const bool masked = c.mask == MaskKind::boolean || c.mask == MaskKind::additive || c.mask == MaskKind::per_key;
+        tables.reserve(16);
+        const auto keep = [&](Table<T> table) {
+            tables.push_back(std::move(table));
+            return tables.back().view;
+        };
+        for (AttentionInputs* inputs : {&args.primal, &args.tangent}) {
+            inputs->q = keep(rows(c.d, c.bfloat16));
+            inputs->k = keep(key_rows(c.d));
+            inputs->v = keep(key_rows(c.dv));
+            inputs->grad = keep(rows(c.dv, false));
+            double_tables.emplace_back(random, c.problems, c.heads, c.queries, 1, c.layout, false);
+            inputs->grad_lse = double_tables.back().view;
+            if (masked && (inputs == &args.primal || !args.boolean_mask)) {
+                inputs->mask = keep(Table<T>::mask(random, c));
+            }
+        }
+    }
+};
+
+template <class T>
+struct Results {
+    std::vector<T> out, out_tangent;
+    std::vector<double> lse, lse_tangent;
+    std::vector<T> grads[4], grad_tangents[4];
+
+    std::vector<std::vector<T>*> all() {
+        std::vector<std::vector<T>*> list = {&out, &out_tangent};
+        for (auto* group : {grads, grad_tangents}) {
+            for (int i = 0; i < 4; ++i) {
+                list.push_back(group + i);
+            }
+        }
+        return list;
+    }
+};
+
+template <class T>
+AttentionInput contiguous(const std::vector<T>& data, int64_t heads, int64_t rows, int64_t cols) {
+    AttentionInput view;
+    view.data = data.data();
+    view.row = cols;
+    view.col = 1;
+    view.head = rows * cols;
+    view.batch[0] = heads * view.head;
+    return view;
+}
+
+// Runs the whole family; `Tuned` chooses between the kernels and the reference.
+template <bool Tuned, class T>
+Results<T> run(const Inputs<T>& in) {
+    const Case& c = in.c;
+    Results<T> results;
+    AttentionArgs<T> args = in.args;
+    const auto take = [](auto& to, int64_t count) {
+        // What is not written is noticed.
+        to.assign(static_cast<size_t>(count), std::numeric_limits<T>::quiet_NaN());
+        return to.data();
+    };
+    const int64_t all_heads = c.problems * c.heads;
+    args.out = take(results.out, all_heads * c.queries * c.dv);
+    args.lse = take(results.lse, all_heads * c.queries);
+    const Status forward = Tuned ? attention_forward(args) : reference::attention_forward(args);
+    check(forward == Status::ok, c.name() + " forward status");
+    args.primal.out = contiguous(results.out, c.heads, c.queries, c.dv);
+    args.primal.lse = contiguous(results.lse, c.heads, c.queries, 1);
+    args.out = take(results.out_tangent, all_heads * c.queries * c.dv);
+    args.lse = take(results.lse_tangent, all_heads * c.queries);
+    const Status jvp = Tuned ? attention_jvp(args) : reference::attention_jvp(args);
+    check(jvp == Status::ok, c.name() + " jvp status");
+    args.tangent.out = contiguous(results.out_tangent, c.heads, c.queries, c.dv);
+    args.tangent.lse = contiguous(results.lse_tangent, c.heads, c.queries, 1);
+    for (const bool tangent : {false, true}) {
+        auto* grads = tangent ? results.grad_tangents : results.grads;
+        args.q_grad = take(grads[0], all_heads * c.queries * c.d);
+        args.k_grad = take(grads[1], c.problems * c.kv_heads * c.keys * c.d);
+        args.v_grad = take(grads[2], c.problems * c.kv_heads * c.keys * c.dv);
+        if (c.mask == MaskKind::additive || c.mask == MaskKind::per_key) {
+            const bool per_key = c.mask == MaskKind::per_key;
+            args.mask_grad.data = take(grads[3], per_key ? c.keys : c.heads * c.queries * c.keys);
+            args.mask_grad.col = 1;
+            args.mask_grad.row = per_key ? 0 : c.keys;
+            args.mask_grad.head = per_key ? 0 : c.queries * c.keys;
+        }
+        Status status = Status::ok;
+        if (tangent) {
+            status = Tuned ? attention_backward_jvp(args) : reference::attention_backward_jvp(args);
+        } else {
+            status = Tuned ? attention_backward(args) : reference::attention_backward(args);
+        }
+        check(status == Status::ok, c.name() + " backward status");
+    }
+    return results;
+}
+
+// max |a − b| / max |b|; NaN anywhere is infinitely far, equal infinities are not.
+template <class T>
+double difference(const std::vector<T>& a, const std::vector<T>& b) {
+    double most = 0.0;
+    double scale = 1e-3;
+    for (size_t i = 0; i < a.size(); ++i) {
+        if (std::isnan(a[i]) || std::isnan(b[i])) {
+            return std::numeric_limits<double>::infinity();
+        }
+        if (a[i] == b[i]) {
+            continue;
+        }
+        most = std::max(most, std::abs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
+        scale = std::max(scale, std::abs(static_cast<double>(b[i])));
+    }
+    return most / scale;
+}
+
+template <class T>
+void compare(std::mt19937& random, const Case& c) {
+    const Inputs<T> in(random, c);
+    Results<T> expected = run<false>(in);
+    Results<T> got = run<true>(in);
+    set_parallel_for(three_threads);
+    Results<T> threaded = run<true>(in);
+    set_parallel_for(nullptr);
+    const auto wanted = expected.all();
+    const auto tuned = got.all();
+    const auto shared = threaded.all();
+    const auto judge = [&](const auto& result, const auto& oracle, const auto& with_threads, const std::string& what) {
+        const double error = difference(result, oracle);
+        const double bound = 200.0 * static_cast<double>(std::numeric_limits<T>::epsilon());
+        check(error <= bound, c.name() + " " + what + ": error " + std::to_string(error));
+        const size_t bytes = result.size() * sizeof(*result.data());
+        const bool same = bytes == 0 || std::memcmp(result.data(), with_threads.data(), bytes) == 0;
+        check(same, c.name() + " " + what + " with threads: not bitwise the same");
+    };
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        judge(*tuned[i], *wanted[i], *shared[i], "result " + std::to_string(i));
+    }
+    judge(got.lse, expected.lse, threaded.lse, "lse");
+    judge(got.lse_tangent, expected.lse_tangent, threaded.lse_tangent, "lse tangent");
+}
+
+template <class T>
+void test(bool bfloat16) {
+    std::mt19937 random(1);
+    for (const MaskKind mask :
+         {MaskKind::none, MaskKind::causal, MaskKind::boolean, MaskKind::additive, MaskKind::per_key}) {
+        for (const Layout layout : {Layout::rows, Layout::columns, Layout::strided}) {
+            compare<T>(random, {2, 2, 2, 5, 7, 3, 4, mask, layout, bfloat16});
+            compare<T>(random, {1, 4, 2, 65, 66, 8, 5, mask, layout, bfloat16});
+        }
+        const Layout rows = Layout::rows;
+        compare<T>(random, {1, 1, 1, 1, 1, 1, 1, mask, rows, bfloat16});
+        compare<T>(random, {1, 1, 1, 64, 128, 16, 16, mask, rows, bfloat16});
+        compare<T>(random, {1, 2, 1, 130, 63, 17, 9, mask, rows, bfloat16});
+        compare<T>(random, {1, 1, 1, 33, 34, 130, 40, mask, rows, bfloat16});  // narrow tiles
+        compare<T>(random, {1, 1, 1, 3, 0, 4, 4, mask, rows, bfloat16});
+        compare<T>(random, {1, 1, 1, 0, 3, 4, 4, mask == MaskKind::per_key ? MaskKind::none : mask, rows, bfloat16});
+        compare<T>(random, {0, 1, 1, 2, 3, 4, 4, mask == MaskKind::none ? mask : MaskKind::causal, rows, bfloat16});
+    }
+}
+
+}  // namespace
+
+int main() {
+    for (int index = 0; index < kTargetCount; ++index) {
+        const auto target = static_cast<Target>(index);
+        if (!target_supported(target)) {
+            std::printf("%s: not supported by this machine\n", target_name(target));
+            continue;
+        }
+        check(select_target(target_name(target)) == SelectResult::ok, "select_target");
+        test<float>(false);
+        test<float>(true);
+        test<double>(false);
+    }
+    std::printf("%d checks, %d failed\n", checks, failures);
+    return failures == 0 ? 0 : 1;
+}
