@@ -1,47 +1,13 @@
 // The tuned attention kernels against the plain loops, for every CPU target of this machine, in fp32, fp64 and
 // bfloat16, at tile edges, with each mask and layout, serially and with threads.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <string>
-#include <thread>
-#include <vector>
-
 #include "attention/attention.hpp"
 #include "base/bfloat16.hpp"
-#include "base/parallel.hpp"
-#include "base/target.hpp"
+#include "testing.hpp"
 
 namespace {
 
 using namespace onestep;
-
-int checks = 0;
-int failures = 0;
-
-void check(bool good, const std::string& what) {
-    ++checks;
-    if (!good) {
-        ++failures;
-        std::printf("FAILED %s: %s\n", target_name(active_target()), what.c_str());
-    }
-}
-
-// Three threads with uneven shares, whatever the machine has.
-int32_t three_threads(int64_t begin, int64_t end, int64_t, RangeFunction fn, void* context) {
-    const int64_t count = end - begin;
-    const int64_t first = begin + count / 2;
-    const int64_t second = first + (end - first) / 3;
-    std::thread one([&] { fn(begin, first, context); });
-    std::thread two([&] { fn(first, second, context); });
-    fn(second, end, context);
-    one.join();
-    two.join();
-    return 0;
-}
+using namespace onestep::testing;
 
 enum class Layout { rows, columns, strided };
 enum class MaskKind { none, causal, boolean, additive, per_key };
@@ -308,17 +274,9 @@ void test(bool bfloat16) {
 }  // namespace
 
 int main() {
-    for (int index = 0; index < kTargetCount; ++index) {
-        const auto target = static_cast<Target>(index);
-        if (!target_supported(target)) {
-            std::printf("%s: not supported by this machine\n", target_name(target));
-            continue;
-        }
-        check(select_target(target_name(target)) == SelectResult::ok, "select_target");
+    return run_targets([] {
         test<float>(false);
         test<float>(true);
         test<double>(false);
-    }
-    std::printf("%d checks, %d failed\n", checks, failures);
-    return failures == 0 ? 0 : 1;
+    });
 }

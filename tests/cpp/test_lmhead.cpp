@@ -1,47 +1,16 @@
 // The tuned language-model head against the plain loops, for every CPU target of this machine, in every type, at the
 // edges of tiles, panels, blocks and chunks, serially and with threads. Built with AddressSanitizer and
 // UndefinedBehaviorSanitizer by make test.
-#include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstdio>
-#include <limits>
-#include <random>
-#include <string>
-#include <thread>
 #include <type_traits>
-#include <vector>
 
-#include "base/parallel.hpp"
-#include "base/target.hpp"
 #include "lmhead/lmhead.hpp"
+#include "testing.hpp"
 
 namespace {
 
 using namespace onestep;
-
-int checks = 0;
-int failures = 0;
-
-void check(bool good, const std::string& what) {
-    ++checks;
-    if (!good) {
-        ++failures;
-        std::printf("FAILED %s: %s\n", target_name(active_target()), what.c_str());
-    }
-}
-
-// Three threads with uneven shares, whatever the machine has.
-int32_t three_threads(int64_t begin, int64_t end, int64_t, RangeFunction fn, void* context) {
-    const int64_t first = begin + (end - begin) / 2;
-    const int64_t second = first + (end - first) / 3;
-    std::thread one([&] { fn(begin, first, context); });
-    std::thread two([&] { fn(first, second, context); });
-    fn(second, end, context);
-    one.join();
-    two.join();
-    return 0;
-}
+using namespace onestep::testing;
 
 float element(double value, float) { return static_cast<float>(value); }
 double element(double value, double) { return value; }
@@ -273,17 +242,9 @@ void test_type(const std::string& type) {
 }  // namespace
 
 int main() {
-    for (int index = 0; index < kTargetCount; ++index) {
-        const auto target = static_cast<Target>(index);
-        if (!target_supported(target)) {
-            std::printf("%s: not supported by this machine\n", target_name(target));
-            continue;
-        }
-        check(select_target(target_name(target)) == SelectResult::ok, "select_target");
+    return run_targets([] {
         test_type<float, float>("fp32");
         test_type<double, double>("fp64");
         test_type<float, BFloat16>("bf16");
-    }
-    std::printf("%d checks, %d failed\n", checks, failures);
-    return failures == 0 ? 0 : 1;
+    });
 }

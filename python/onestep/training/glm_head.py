@@ -55,7 +55,7 @@ class HeadObjective(DataObjective):
             return W.mT.reshape(-1)
         return torch.cat((W[:-1].mT.reshape(-1), W[-1]))
 
-    def _point(self, parameters: ParameterVector, chunk: Chunk) -> GLMPoint:
+    def _model(self, point: Tensor, chunk: Chunk) -> GLMPoint:
         found = features_and_outputs(self.head, self, chunk)
         if found is None:
             raise ValueError("the model's outputs are not those of its last layer for some rows; set another method")
@@ -68,15 +68,18 @@ class HeadObjective(DataObjective):
                 target = target.clamp_min(0)
         else:
             target = columns(self.head.layer, like_outputs(found[1], chunk.target)).to(outputs.dtype)
-        W = self._matrix(parameters.read())
+        W = self._matrix(point)
         return glm(features, target, W, _FAMILIES[self.loss.name], weight=weight, intercept=self.head.bias is not None)
 
-    def multiplier(self, parameters: ParameterVector, chunk: Chunk, *, hessian: bool) -> Callable[[Tensor], Tensor]:
-        point = self._point(parameters, chunk)
-        return lambda v: self._vector(point.hvp(self._matrix(v)))
+    def multiplier(
+        self, parameters: ParameterVector, point: Tensor, chunk: Chunk, *, hessian: bool
+    ) -> Callable[[Tensor], Tensor]:
+        model = self._model(point, chunk)
+        return lambda v: self._vector(model.hvp(self._matrix(v)))
 
     def preconditioner(self, parameters: ParameterVector) -> Preconditioner | None:
-        height, outputs = self._matrix(parameters.read()).shape
+        point = parameters.read()
+        height, outputs = self._matrix(point).shape
         whole = height * outputs <= _LARGEST_FACTOR
         if not whole and height > _LARGEST_FACTOR:
             return super().preconditioner(parameters)
@@ -84,8 +87,8 @@ class HeadObjective(DataObjective):
 
         def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
             for chunk in self.curvature_chunks():
-                point = self._point(parameters, chunk)
-                blocks = point.gram().unsqueeze(0) if whole else point.gram_blocks()
+                model = self._model(point, chunk)
+                blocks = model.gram().unsqueeze(0) if whole else model.gram_blocks()
                 yield chunk.piece, blocks.double(), [self._elements(chunk)]
 
         like = torch.empty(shape, dtype=torch.float64)

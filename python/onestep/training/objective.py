@@ -90,17 +90,21 @@ class DataObjective(Objective):
 
         return outputs, lambda z: self.loss.sum(z, chunk.target)
 
-    def multiplier(self, parameters: ParameterVector, chunk: Chunk, *, hessian: bool) -> Callable[[Tensor], Tensor]:
-        """v (p,) ↦ the Hessian or Gauss-Newton matrix of a chunk's summed loss times v."""
-        point = parameters.read()
+    def multiplier(
+        self, parameters: ParameterVector, point: Tensor, chunk: Chunk, *, hessian: bool
+    ) -> Callable[[Tensor], Tensor]:
+        """v (p,) ↦ the Hessian or Gauss-Newton matrix of a chunk's summed loss at a point, times v."""
         outputs, loss = self._functions(parameters, chunk)
         if hessian:
             return lambda v: hvp(_compose(loss, outputs), point, v)
         return gauss_newton_products(outputs, loss, point)
 
     def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
+        # Products may be asked for when the parameters have moved on.
+        point = parameters.read()
+
         def prepared(chunk: Chunk) -> tuple[Chunk, Callable[[Tensor], Tensor]]:
-            return chunk, self.multiplier(parameters, chunk, hessian=hessian)
+            return chunk, self.multiplier(parameters, point, chunk, hessian=hessian)
 
         @cache
         def kept() -> list[tuple[Chunk, Callable[[Tensor], Tensor]]] | None:
