@@ -84,7 +84,8 @@ def test_many_rows_by_conjugate_gradients(rng, classes, dtype):
 @pytest.mark.parametrize("largest", [4, 40])
 def test_preconditioners_of_many_parameters(monkeypatch, rng, largest):
     """The blocks of the Hessian, or its diagonal, where the whole is too large to factor."""
-    monkeypatch.setattr(_newton, "_LARGEST_FACTOR", largest)
+    monkeypatch.setattr(_newton, "_LARGEST_HESSIAN", 4)
+    monkeypatch.setattr(_newton, "_LARGEST_BLOCK", largest)
     X, y = table(load_digits)
     ours = LogisticRegression(tol=1e-7).fit(X[:, :20], y)
     theirs = linear_model.LogisticRegression(tol=1e-9, max_iter=10_000).fit(X[:, :20], y)

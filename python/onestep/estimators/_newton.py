@@ -27,8 +27,10 @@ _ROWS_PER_PARAMETER = 16
 _SAMPLE_TOLERANCE = 1e-3
 _SAMPLE_STEPS = 15
 
-# The largest matrix that is factored: the whole Hessian, or its block for each column of W. Beyond, its diagonal.
-_LARGEST_FACTOR = 1024
+# The whole Hessian is factored up to the first size, for softmax a Gram matrix per pair of classes; its block for each
+# column of W up to the second; beyond, there is its diagonal.
+_LARGEST_HESSIAN = 256
+_LARGEST_BLOCK = 1024
 
 _CG_TOLERANCE = 0.03
 _CG_ITERATIONS = 200
@@ -183,10 +185,10 @@ def _preconditioner(point: Point) -> _Preconditioner:
     penalties = torch.full_like(columns, problem.penalty, dtype=torch.float64)
     if problem.intercept:
         penalties[-1] = 0
-    if W.numel() <= _LARGEST_FACTOR:
+    if W.numel() <= _LARGEST_HESSIAN:
         L = _factor(point.model.gram().double() / problem.total, penalties.flatten())
         return _Preconditioner(lambda v: cholesky_solve(v.double()[:, None], L)[:, 0].to(v.dtype), True, problem)
-    if columns.shape[0] <= _LARGEST_FACTOR:
+    if columns.shape[0] <= _LARGEST_BLOCK:
         L = _factor(point.model.gram_blocks().double() / problem.total, penalties.mT)
 
         def solve_blocks(v: Tensor) -> Tensor:
