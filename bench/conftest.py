@@ -25,13 +25,18 @@ def two_threads() -> None:
 def compare(benchmark: Any) -> Callable[..., float]:
     """Times ``peer`` and ``ours`` alternately (A B A B …) and records the ratio of their medians."""
 
-    def run(ours: Callable[[], Any], peer: Callable[[], Any], *, rounds: int = ROUNDS, **details: Any) -> float:
+    def run(
+        ours: Callable[[], Any], peer: Callable[[], Any], *, rounds: int = ROUNDS, settle: float = 0.0, **details: Any
+    ) -> float:
+        """``settle``: seconds after each run, for peers with thread pools of their own that spin for a while."""
         peer_seconds: list[float] = []
 
         def run_peer() -> None:
+            time.sleep(settle)
             start = time.perf_counter()
             peer()
             peer_seconds.append(time.perf_counter() - start)
+            time.sleep(settle)
 
         # pytest-benchmark runs `setup` before each round, outside the timed part.
         benchmark.pedantic(ours, setup=run_peer, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)

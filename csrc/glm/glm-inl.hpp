@@ -9,11 +9,6 @@ namespace onestep::ONESTEP_NS {
 
 // Inner dimension over which a panel of the right-hand sides stays in the first-level cache.
 inline constexpr int64_t kGlmDepth = 256;
-inline constexpr int64_t kPanelVectors = 3;
-// From this many vectors of columns on, tiles have so many times the rows, and go back in blocks of kBackColumns of X.
-inline constexpr int64_t kWideVectors = 12;
-inline constexpr int64_t kWideFactor = 4;
-inline constexpr int64_t kBackColumns = 128;
 
 template <class X, class T>
 inline constexpr bool kSameType = sizeof(X) == sizeof(T);
@@ -26,17 +21,10 @@ inline bool read_in_place(const GlmData<X, T>& data) {
 
 inline int64_t whole(int64_t count, int64_t lanes) { return (count + lanes - 1) / lanes * lanes; }
 
-// With many columns the way back adds to a large result: longer tiles do it less often.
-template <class T>
-inline bool is_wide(const GlmColumns& columns) {
-    return columns.ld > kWideVectors * kLanes<T>;
-}
-
 template <class X, class T>
-inline int64_t tile_rows(const GlmData<X, T>& data, const GlmColumns& columns) {
-    const int64_t longer = is_wide<T>(columns) ? kWideFactor : 1;
-    const int64_t fitting = longer * kTileBytes / (maximum(data.d, 1) * static_cast<int64_t>(sizeof(T)));
-    return whole(minimum(maximum(fitting, kLanes<T>), longer * kMostTileRows), kLanes<T>);
+inline int64_t tile_rows(const GlmData<X, T>& data) {
+    const int64_t fitting = kTileBytes / (maximum(data.d, 1) * static_cast<int64_t>(sizeof(T)));
+    return whole(minimum(maximum(fitting, kLanes<T>), kMostTileRows), kLanes<T>);
 }
 
 // A tile of rows of X: element (i, j) is data[i * row + j].
@@ -112,23 +100,41 @@ struct RowVectors {
     int64_t overlap() const { return (count - 1) * kLanes<T> - last; }
 };
 
+// How far ahead of the row that is read memory is asked for the next ones.
+inline constexpr int64_t kAheadBytes = 2048;
+
+// x · v, a row in memory's order: that is what its prefetchers are made for.
+template <class X, class T>
+ONESTEP_INLINE Vec<T> multiply_row(const RowVectors<X, T>& vectors, const T* row, const T* v) {
+    constexpr int64_t lanes = kLanes<T>;
+    constexpr int64_t chains = 4;
+    const int64_t whole_vectors = vectors.overlap() == 0 ? vectors.count : vectors.count - 1;
+    Vec<T> sum[chains] = {};
+    int64_t q = 0;
+    for (; q + chains <= whole_vectors; q += chains) {
+        const auto* ahead = reinterpret_cast<const char*>(row + q * lanes) + kAheadBytes;
+        for (int64_t byte = 0; byte < chains * ONESTEP_VECTOR_BYTES; byte += 64) {
+            __builtin_prefetch(ahead + byte);
+        }
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < chains; ++c) {
+            sum[c] += load<T>(row + (q + c) * lanes) * load<T>(v + (q + c) * lanes);
+        }
+    }
+    for (; q < vectors.count; ++q) {
+        sum[0] += load<T>(row + vectors.offset(q)) * load<T>(v + q * lanes);
+    }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 // z[i] = x_i · v for kLanes rows at a time; rows past the end repeat the last one.
 template <class X, class T>
 inline void multiply_rows(const RowVectors<X, T>& vectors, const GlmTile<T>& tile, const T* v, T intercept, T* z) {
     constexpr int lanes = kLanes<T>;
     for (int64_t i = 0; i < tile.rows; i += lanes) {
-        const T* row[lanes];
-        Vec<T> sum[lanes] = {};
+        Vec<T> sum[lanes];
         for (int r = 0; r < lanes; ++r) {
-            row[r] = tile.data + minimum(i + r, tile.rows - 1) * tile.row;
-        }
-        for (int64_t q = 0; q < vectors.count; ++q) {
-            const int64_t at = vectors.offset(q);
-            const Vec<T> scale = load<T>(v + q * lanes);
-#pragma GCC unroll 16
-            for (int r = 0; r < lanes; ++r) {
-                sum[r] += load<T>(row[r] + at) * scale;
-            }
+            sum[r] = multiply_row<X, T>(vectors, tile.data + minimum(i + r, tile.rows - 1) * tile.row, v);
         }
         transpose<T>(sum);
         Vec<T> total = broadcast<T>(intercept);
@@ -207,7 +213,6 @@ inline void add_block(int64_t rows, int64_t vectors, int64_t depth, Broadcast<T>
 template <class X, class T>
 inline void multiply_block(const GlmData<X, T>& data, const GlmColumns& columns, const GlmTile<T>& tile,
                            const T* packed, T* z) {
-    const int64_t vectors = columns.ld / kLanes<T>;
     const T* ones = packed + data.d * columns.ld;
     for (int64_t i = 0; i < tile.rows; ++i) {
         for (int64_t q = 0; q < columns.ld; q += kLanes<T>) {
@@ -215,79 +220,22 @@ inline void multiply_block(const GlmData<X, T>& data, const GlmColumns& columns,
         }
     }
     for (int64_t depth = 0; depth < data.d; depth += kGlmDepth) {
-        for (int64_t panel = 0; panel < vectors; panel += kPanelVectors) {
-            const int64_t wide = minimum(kPanelVectors, vectors - panel);
-            const T* b = packed + panel * kLanes<T> * data.d + depth * wide * kLanes<T>;
-            add_block<T>(tile.rows, wide, minimum(kGlmDepth, data.d - depth), {tile.data + depth, tile.row, 1}, b,
-                         wide * kLanes<T>, z + panel * kLanes<T>, columns.ld);
+        for (int64_t at = 0; at < columns.ld; at += kPanel<T>) {
+            const int64_t wide = minimum(kPanel<T>, columns.ld - at);
+            add_block<T>(tile.rows, wide / kLanes<T>, minimum(kGlmDepth, data.d - depth),
+                         {tile.data + depth, tile.row, 1}, packed + at * data.d + depth * wide, wide, z + at,
+                         columns.ld);
         }
     }
 }
 
-// The columns [first, first + count) of a tile, kTileRows side by side: element (i, j) is at
-// to[j / kTileRows][i][j % kTileRows].
-template <class T>
-inline void copy_columns(const GlmTile<T>& tile, int64_t first, int64_t count, T* to) {
-    for (int64_t j = 0; j < count; j += kTileRows) {
-        const int64_t wide = minimum(kTileRows, count - j);
-        const T* from = tile.data + first + j;
-        for (int64_t i = 0; i < tile.rows; ++i) {
-            for (int64_t c = 0; c < wide; ++c) {
-                to[j * tile.rows + i * kTileRows + c] = from[i * tile.row + c];
-            }
-        }
-    }
-}
-
-// Panels of kPanelVectors columns of z, one behind the other.
-template <class T>
-inline void copy_panels(int64_t rows, int64_t ld, const T* z, T* to) {
-    constexpr int64_t width = kPanelVectors * kLanes<T>;
-    for (int64_t first = 0; first < ld; first += width) {
-        const int64_t wide = minimum(width, ld - first);
-        for (int64_t i = 0; i < rows; ++i) {
-            for (int64_t at = 0; at < wide; at += kLanes<T>) {
-                store<T>(to + first * rows + i * wide + at, load<T>(z + i * ld + first + at));
-            }
-        }
-    }
-}
-
-// product += XᵀZ over a tile of many columns: copies of X's columns and of z's panels, so that the inner loops run
-// through memory in order.
+// product += XᵀZ over a tile.
 template <class X, class T>
-inline void add_back_wide(const GlmData<X, T>& data, const GlmColumns& columns, const GlmTile<T>& tile, const T* z,
-                          T* block, T* product) {
-    constexpr int64_t width = kPanelVectors * kLanes<T>;
-    T* panels = block + tile.rows * kBackColumns;
-    copy_panels<T>(tile.rows, columns.ld, z, panels);
-    for (int64_t first = 0; first < data.d; first += kBackColumns) {
-        const int64_t count = minimum(kBackColumns, data.d - first);
-        copy_columns<T>(tile, first, count, block);
-        for (int64_t at = 0; at < columns.ld; at += width) {
-            const int64_t wide = minimum(width, columns.ld - at);
-            T* c = product + first * columns.ld + at;
-            for (int64_t j = 0; j < count; j += kTileRows) {
-                add_block<T>(minimum(kTileRows, count - j), wide / kLanes<T>, tile.rows,
-                             {block + j * tile.rows, 1, kTileRows}, panels + at * tile.rows, wide, c + j * columns.ld,
-                             columns.ld);
-            }
-        }
-    }
-}
-
-// product += XᵀZ over a tile; `block` is work memory for many columns.
-template <class X, class T>
-inline void add_back(const GlmData<X, T>& data, const GlmColumns& columns, const GlmTile<T>& tile, const T* z, T* block,
+inline void add_back(const GlmData<X, T>& data, const GlmColumns& columns, const GlmTile<T>& tile, const T* z,
                      T* product) {
-    const int64_t vectors = columns.ld / kLanes<T>;
-    if (is_wide<T>(columns)) {
-        add_back_wide<X, T>(data, columns, tile, z, block, product);
-    }
-    for (int64_t panel = 0; panel < vectors && !is_wide<T>(columns); panel += kPanelVectors) {
-        const int64_t at = panel * kLanes<T>;
-        add_block<T>(data.d, minimum(kPanelVectors, vectors - panel), tile.rows, {tile.data, 1, tile.row}, z + at,
-                     columns.ld, product + at, columns.ld);
+    for (int64_t at = 0; at < columns.ld; at += kPanel<T>) {
+        add_block<T>(data.d, minimum(kPanel<T>, columns.ld - at) / kLanes<T>, tile.rows, {tile.data, 1, tile.row},
+                     z + at, columns.ld, product + at, columns.ld);
     }
     if (data.intercept) {
         T* ones = product + data.d * columns.ld;
@@ -409,43 +357,67 @@ inline void copy_targets(const GlmData<X, T>& data, int64_t row, int64_t padded,
     }
 }
 
+// One row at which several outputs are: eta becomes the slope, and the curvature goes where it is asked for; returns
+// the loss. `y`, `weight` and `curvature` hold columns.stride elements.
+template <class X, class T>
+inline double evaluate_row(const GlmPointArgs<X, T>& args, const GlmColumns& columns, int64_t row, T* eta, T* y,
+                           T* weight, T* curvature) {
+    const GlmData<X, T>& data = args.data;
+    const T w = weight_of(data, row);
+    const bool labelled = data.labels.data != nullptr;
+    double loss = 0.0;
+    if (!labelled) {
+        copy_targets<X, T>(data, row, columns.stride, y);
+    }
+    if (data.family == GlmFamily::softmax) {
+        const int64_t label = labelled ? data.labels.data[row * data.labels.row] : 0;
+        loss = evaluate_softmax<T>(data.k, columns.stride, eta, labelled ? nullptr : y, label, w, curvature);
+    } else {
+        for (int64_t c = 0; c < columns.stride; ++c) {
+            weight[c] = c < data.k ? w : T(0);
+        }
+        loss = evaluate_family<T>(data.family, columns.stride, eta, y, weight, curvature);
+    }
+    for (int64_t c = 0; c < data.k && args.curvature != nullptr; ++c) {
+        args.curvature[row * data.k + c] = curvature[c];
+    }
+    return loss;
+}
+
 // ------------------------------------------------------------------------------------------------------ rows of a
 // piece
 
 // How the work memory of a piece is divided.
 template <class T>
 struct GlmWork {
-    int64_t sizes[5];
-    T* copy;   // a tile of X, where it is not read in place
-    T* block;  // columns of a tile, where there are many right-hand sides
-    T* z;      // the tile times the right-hand sides
-    T* y;      // y, weight and curvature of the tile's rows, or of one row
+    int64_t sizes[4];
+    T* copy;  // a tile of X, where it is not read in place
+    T* z;     // the tile times the right-hand sides
+    T* y;     // y, weight and curvature of the tile's rows, or of one row
     T* weight;
     T* curvature;
     T* out;  // the tile's result for a single right-hand side
 
     template <class X>
     GlmWork(const GlmData<X, T>& data, const GlmColumns& columns) {
-        const int64_t rows = tile_rows(data, columns);
+        const int64_t rows = tile_rows(data);
         sizes[0] = read_in_place(data) ? 0 : rows * whole(data.d, kLanes<T>);
-        sizes[1] = is_wide<T>(columns) ? rows * (kBackColumns + columns.ld) : 0;
-        sizes[2] = rows * columns.ld;
-        sizes[3] = maximum(rows, columns.stride);
-        sizes[4] = whole(data.d, kLanes<T>);
+        sizes[1] = rows * columns.ld;
+        sizes[2] = maximum(rows, columns.stride);
+        sizes[3] = whole(data.d, kLanes<T>);
     }
 
     template <class X>
     GlmWork(const GlmData<X, T>& data, const GlmColumns& columns, T* work) : GlmWork(data, columns) {
         copy = work;
-        block = copy + sizes[0];
-        z = block + sizes[1];
-        y = z + sizes[2];
-        weight = y + sizes[3];
-        curvature = weight + sizes[3];
-        out = curvature + sizes[3];
+        z = copy + sizes[0];
+        y = z + sizes[1];
+        weight = y + sizes[2];
+        curvature = weight + sizes[2];
+        out = curvature + sizes[2];
     }
 
-    int64_t size() const { return sizes[0] + sizes[1] + sizes[2] + 3 * sizes[3] + sizes[4]; }
+    int64_t size() const { return sizes[0] + sizes[1] + 3 * sizes[2] + sizes[3]; }
 };
 
 template <class X, class T>
@@ -475,10 +447,9 @@ inline void glm_pack(const GlmData<X, T>& data, const GlmColumns& columns, const
         const int64_t c = column % columns.stride;
         return g < columns.groups && c < columns.width ? g * group + c * col : int64_t{-1};
     };
-    const int64_t panel_columns = kPanelVectors * lanes;
-    for (int64_t first = 0; first < columns.ld; first += panel_columns) {
-        const int64_t wide = minimum(panel_columns, columns.ld - first);
-        int64_t sources[kPanelVectors * kLanes<T>];
+    for (int64_t first = 0; first < columns.ld; first += kPanel<T>) {
+        const int64_t wide = minimum(kPanel<T>, columns.ld - first);
+        int64_t sources[kPanel<T>];
         for (int64_t c = 0; c < wide; ++c) {
             sources[c] = source(first + c);
         }
@@ -498,8 +469,8 @@ inline double glm_point_rows(const GlmPointArgs<X, T>& args, const GlmColumns& c
     const GlmWork<T> buffer(data, columns, work);
     const RowVectors<X, T> vectors(data);
     double loss = 0.0;
-    for (int64_t at = begin; at < end; at += tile_rows(data, columns)) {
-        const int64_t rows = minimum(tile_rows(data, columns), end - at);
+    for (int64_t at = begin; at < end; at += tile_rows(data)) {
+        const int64_t rows = minimum(tile_rows(data), end - at);
         const GlmTile<T> tile = take_tile<X, T>(data, at, rows, buffer.copy);
         if (columns.ld == 1) {
             const int64_t padded = whole(rows, kLanes<T>);
@@ -522,28 +493,11 @@ inline double glm_point_rows(const GlmPointArgs<X, T>& args, const GlmColumns& c
         }
         multiply_block<X, T>(data, columns, tile, packed, buffer.z);
         for (int64_t i = 0; i < rows; ++i) {
-            T* eta = buffer.z + i * columns.ld;
-            const T w = weight_of(data, at + i);
-            const bool labelled = data.labels.data != nullptr;
-            if (!labelled) {
-                copy_targets<X, T>(data, at + i, columns.stride, buffer.y);
-            }
-            if (data.family == GlmFamily::softmax) {
-                const int64_t label = labelled ? data.labels.data[(at + i) * data.labels.row] : 0;
-                loss += evaluate_softmax<T>(data.k, columns.stride, eta, labelled ? nullptr : buffer.y, label, w,
-                                            buffer.curvature);
-            } else {
-                for (int64_t c = 0; c < columns.stride; ++c) {
-                    buffer.weight[c] = c < data.k ? w : T(0);
-                }
-                loss += evaluate_family<T>(data.family, columns.stride, eta, buffer.y, buffer.weight, buffer.curvature);
-            }
-            for (int64_t c = 0; c < data.k && args.curvature != nullptr; ++c) {
-                args.curvature[(at + i) * data.k + c] = buffer.curvature[c];
-            }
+            loss += evaluate_row<X, T>(args, columns, at + i, buffer.z + i * columns.ld, buffer.y, buffer.weight,
+                                       buffer.curvature);
         }
         if (gradient != nullptr) {
-            add_back<X, T>(data, columns, tile, buffer.z, buffer.block, gradient);
+            add_back<X, T>(data, columns, tile, buffer.z, gradient);
         }
     }
     return loss;
@@ -583,8 +537,8 @@ inline void glm_product_rows(const GlmProductArgs<X, T>& args, const GlmColumns&
     const GlmData<X, T>& data = args.data;
     const GlmWork<T> buffer(data, columns, work);
     const RowVectors<X, T> vectors(data);
-    for (int64_t at = begin; at < end; at += tile_rows(data, columns)) {
-        const int64_t rows = minimum(tile_rows(data, columns), end - at);
+    for (int64_t at = begin; at < end; at += tile_rows(data)) {
+        const int64_t rows = minimum(tile_rows(data), end - at);
         const GlmTile<T> tile = take_tile<X, T>(data, at, rows, buffer.copy);
         const T* curvature = args.curvature + at * data.k;
         if (columns.ld == 1) {
@@ -599,7 +553,7 @@ inline void glm_product_rows(const GlmProductArgs<X, T>& args, const GlmColumns&
         for (int64_t i = 0; i < rows; ++i) {
             scale_row<X, T>(data, columns, at + i, curvature + i * data.k, buffer.z + i * columns.ld);
         }
-        add_back<X, T>(data, columns, tile, buffer.z, buffer.block, product);
+        add_back<X, T>(data, columns, tile, buffer.z, product);
     }
 }
 

@@ -1,11 +1,21 @@
 // The family's kernels for one CPU target; CMake compiles this file once per target.
 #include "glm/glm-inl.hpp"
+#include "glm/wide-inl.hpp"
 
 namespace onestep::ONESTEP_NS {
 
 template <class X, class T>
 constexpr GlmKernels<X, T> glm_kernels() {
-    return {kLanes<T>, glm_work<X, T>, glm_pack<X, T>, glm_point_rows<X, T>, glm_product_rows<X, T>};
+    return {kLanes<T>,
+            kPanel<T>,
+            glm_work<X, T>,
+            glm_pack<X, T>,
+            glm_point_rows<X, T>,
+            glm_product_rows<X, T>,
+            wide_work<X, T>,
+            wide_point<X, T>,
+            wide_product<X, T>,
+            wide_back<X, T>};
 }
 
 extern const GlmKernels<float, float> glm_f32 = glm_kernels<float, float>();

@@ -6,18 +6,32 @@
 namespace onestep {
 
 // Rows are taken in tiles whose part of X fits into kTileBytes, at most kMostTileRows.
-inline constexpr int64_t kTileBytes = int64_t{192} << 10;
+inline constexpr int64_t kTileBytes = int64_t{64} << 10;
 inline constexpr int64_t kMostTileRows = 64;
 
 // How the columns of the right-hand sides lie in memory: `groups` of `width` columns, each padded to whole vectors if
 // it is wider than one column; `ld` columns in all, also whole vectors.
 struct GlmColumns {
     int64_t groups = 1, width = 1, stride = 1, ld = 1;
+
+    // From so many vectors of columns on there are whole panels of them, and rows are taken in chunks.
+    static constexpr int64_t kWideVectors = 12;
+    bool wide = false;
 };
+
+// Rows whose products XV are computed, before the way back starts: panels of columns, of `height` rows each. The way
+// back is cut into blocks of `block` columns of X.
+template <class T>
+struct GlmChunk {
+    int64_t begin = 0, rows = 0, height = 0, block = 0;
+    T* z = nullptr;
+};
+// Rows of one unit of work of the way there.
+inline constexpr int64_t kWideTileRows = 64;
 
 template <class X, class T>
 struct GlmKernels {
-    int64_t lanes;
+    int64_t lanes, panel;
 
     // Elements of work memory for the rows functions.
     int64_t (*work)(const GlmData<X, T>& data, const GlmColumns& columns);
@@ -34,6 +48,16 @@ struct GlmKernels {
     // Rows [begin, end): product (row-major (d + 1) × ld) += XᵀC(XV).
     void (*product_rows)(const GlmProductArgs<X, T>& args, const GlmColumns& columns, int64_t begin, int64_t end,
                          const T* packed, T* product, T* work);
+
+    // The same for many columns. Rows [first, first + kWideTileRows) of a chunk: their slopes, with the loss returned,
+    // or C(XV). Then for each block of X's columns, and one more for the intercept: total += Xᵀz.
+    int64_t (*wide_work)(const GlmData<X, T>& data, const GlmColumns& columns, const GlmChunk<T>& chunk);
+    double (*wide_point)(const GlmPointArgs<X, T>& args, const GlmColumns& columns, const GlmChunk<T>& chunk,
+                         int64_t first, const T* packed, T* work);
+    void (*wide_product)(const GlmProductArgs<X, T>& args, const GlmColumns& columns, const GlmChunk<T>& chunk,
+                         int64_t first, const T* packed, T* work);
+    void (*wide_back)(const GlmData<X, T>& data, const GlmColumns& columns, const GlmChunk<T>& chunk, int64_t unit,
+                      double* total, T* work);
 };
 
 #define ONESTEP_GLM_TABLES                           \

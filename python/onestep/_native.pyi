@@ -19,18 +19,9 @@ def gram_f32(
     cross: int,
     /,
 ) -> None: ...
-def gram_f64(
-    x: _Operand,
-    y: _Operand,
-    weight: _Operand,
-    batch: Sequence[int],
-    n: int,
-    d: int,
-    k: int,
-    gram: int,
-    cross: int,
-    /,
-) -> None: ...
+
+gram_f64 = gram_f32
+
 def moments_f32(
     x: _Operand,
     y: _Operand,
@@ -45,20 +36,9 @@ def moments_f32(
     weight_sum: int,
     /,
 ) -> None: ...
-def moments_f64(
-    x: _Operand,
-    y: _Operand,
-    weight: _Operand,
-    n: int,
-    d: int,
-    k: int,
-    center: bool,
-    gram: int,
-    cross: int,
-    mean: int,
-    weight_sum: int,
-    /,
-) -> None: ...
+
+moments_f64 = moments_f32
+
 def solve_normal_f32(
     x: _Operand,
     y: _Operand,
@@ -78,25 +58,9 @@ def solve_normal_f32(
     jittered: int,
     /,
 ) -> None: ...
-def solve_normal_f64(
-    x: _Operand,
-    y: _Operand,
-    weight: _Operand,
-    ridge: _Operand,
-    uniform_ridge: float,
-    batch: Sequence[int],
-    n: int,
-    d: int,
-    k: int,
-    refine: int,
-    jitter: float,
-    solution: int,
-    factor: int,
-    info: int,
-    rcond: int,
-    jittered: int,
-    /,
-) -> None: ...
+
+solve_normal_f64 = solve_normal_f32
+
 def solve_normal_backward_f32(
     grad: _Operand,
     x: _Operand,
@@ -115,24 +79,9 @@ def solve_normal_backward_f32(
     grad_ridge: int,
     /,
 ) -> None: ...
-def solve_normal_backward_f64(
-    grad: _Operand,
-    x: _Operand,
-    y: _Operand,
-    weight: _Operand,
-    solution: _Operand,
-    factor: _Operand,
-    info: _Operand,
-    batch: Sequence[int],
-    n: int,
-    d: int,
-    k: int,
-    grad_x: int,
-    grad_y: int,
-    grad_weight: int,
-    grad_ridge: int,
-    /,
-) -> None: ...
+
+solve_normal_backward_f64 = solve_normal_backward_f32
+
 def solve_spd_f32(
     a: _Operand,
     b: _Operand,
@@ -144,17 +93,9 @@ def solve_spd_f32(
     info: int,
     /,
 ) -> None: ...
-def solve_spd_f64(
-    a: _Operand,
-    b: _Operand,
-    batch: Sequence[int],
-    d: int,
-    k: int,
-    solution: int,
-    factor: int,
-    info: int,
-    /,
-) -> None: ...
+
+solve_spd_f64 = solve_spd_f32
+
 def cholesky_f32(
     a: _Operand,
     batch: Sequence[int],
@@ -163,14 +104,9 @@ def cholesky_f32(
     info: int,
     /,
 ) -> None: ...
-def cholesky_f64(
-    a: _Operand,
-    batch: Sequence[int],
-    d: int,
-    factor: int,
-    info: int,
-    /,
-) -> None: ...
+
+cholesky_f64 = cholesky_f32
+
 def cholesky_solve_f32(
     factor: _Operand,
     b: _Operand,
@@ -180,15 +116,9 @@ def cholesky_solve_f32(
     solution: int,
     /,
 ) -> None: ...
-def cholesky_solve_f64(
-    factor: _Operand,
-    b: _Operand,
-    batch: Sequence[int],
-    d: int,
-    k: int,
-    solution: int,
-    /,
-) -> None: ...
+
+cholesky_solve_f64 = cholesky_solve_f32
+
 def glm_point_f32(
     family: int,
     intercept: bool,
@@ -205,6 +135,10 @@ def glm_point_f32(
     curvature: int,
     /,
 ) -> None: ...
+
+glm_point_f64 = glm_point_f32
+glm_point_bf16 = glm_point_f32
+
 def glm_product_f32(
     family: int,
     intercept: bool,
@@ -219,90 +153,10 @@ def glm_product_f32(
     product: int,
     /,
 ) -> None: ...
-def glm_point_f64(
-    family: int,
-    intercept: bool,
-    x: _Operand,
-    y: _Operand,
-    labels: _Operand,
-    weight: _Operand,
-    w: _Operand,
-    n: int,
-    d: int,
-    k: int,
-    loss: int,
-    gradient: int,
-    curvature: int,
-    /,
-) -> None: ...
-def glm_product_f64(
-    family: int,
-    intercept: bool,
-    x: _Operand,
-    weight: _Operand,
-    curvature: int,
-    v: _Operand,
-    m: int,
-    n: int,
-    d: int,
-    k: int,
-    product: int,
-    /,
-) -> None: ...
-def glm_point_bf16(
-    family: int,
-    intercept: bool,
-    x: _Operand,
-    y: _Operand,
-    labels: _Operand,
-    weight: _Operand,
-    w: _Operand,
-    n: int,
-    d: int,
-    k: int,
-    loss: int,
-    gradient: int,
-    curvature: int,
-    /,
-) -> None: ...
-def glm_product_bf16(
-    family: int,
-    intercept: bool,
-    x: _Operand,
-    weight: _Operand,
-    curvature: int,
-    v: _Operand,
-    m: int,
-    n: int,
-    d: int,
-    k: int,
-    product: int,
-    /,
-) -> None: ...
-def linear_cross_entropy_bf16(
-    input: _Operand,
-    weight: _Operand,
-    bias: _Operand,
-    target: _Operand,
-    row_weight: _Operand,
-    rows: Sequence[int],
-    d: int,
-    v: int,
-    ignore_index: int,
-    label_smoothing: float,
-    tangent: bool,
-    gauss_newton: bool,
-    input_tangent: _Operand,
-    weight_tangent: _Operand,
-    bias_tangent: _Operand,
-    row_weight_tangent: _Operand,
-    value: int,
-    loss: int,
-    grad_input: int,
-    grad_weight: int,
-    grad_bias: int,
-    /,
-) -> None: ...
+
+glm_product_f64 = glm_product_f32
+glm_product_bf16 = glm_product_f32
+
 def linear_cross_entropy_f32(
     input: _Operand,
     weight: _Operand,
@@ -327,30 +181,9 @@ def linear_cross_entropy_f32(
     grad_bias: int,
     /,
 ) -> None: ...
-def linear_cross_entropy_f64(
-    input: _Operand,
-    weight: _Operand,
-    bias: _Operand,
-    target: _Operand,
-    row_weight: _Operand,
-    rows: Sequence[int],
-    d: int,
-    v: int,
-    ignore_index: int,
-    label_smoothing: float,
-    tangent: bool,
-    gauss_newton: bool,
-    input_tangent: _Operand,
-    weight_tangent: _Operand,
-    bias_tangent: _Operand,
-    row_weight_tangent: _Operand,
-    value: int,
-    loss: int,
-    grad_input: int,
-    grad_weight: int,
-    grad_bias: int,
-    /,
-) -> None: ...
+
+linear_cross_entropy_f64 = linear_cross_entropy_f32
+linear_cross_entropy_bf16 = linear_cross_entropy_f32
 
 _AttentionInput = tuple[int, Sequence[int], bool, object] | None
 _AttentionInputs = Sequence[_AttentionInput]
@@ -367,18 +200,9 @@ def attention_forward_f32(
     lse: int,
     /,
 ) -> None: ...
-def attention_forward_f64(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
-    batch: Sequence[int],
-    sizes: Sequence[int],
-    scale: float,
-    causal: bool,
-    boolean_mask: bool,
-    out: int,
-    lse: int,
-    /,
-) -> None: ...
+
+attention_forward_f64 = attention_forward_f32
+
 def attention_jvp_f32(
     primal: _AttentionInputs,
     tangent: _AttentionInputs,
@@ -391,18 +215,9 @@ def attention_jvp_f32(
     lse: int,
     /,
 ) -> None: ...
-def attention_jvp_f64(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
-    batch: Sequence[int],
-    sizes: Sequence[int],
-    scale: float,
-    causal: bool,
-    boolean_mask: bool,
-    out: int,
-    lse: int,
-    /,
-) -> None: ...
+
+attention_jvp_f64 = attention_jvp_f32
+
 def attention_backward_f32(
     primal: _AttentionInputs,
     tangent: _AttentionInputs,
@@ -417,20 +232,9 @@ def attention_backward_f32(
     mask_grad: _AttentionInput,
     /,
 ) -> None: ...
-def attention_backward_f64(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
-    batch: Sequence[int],
-    sizes: Sequence[int],
-    scale: float,
-    causal: bool,
-    boolean_mask: bool,
-    q_grad: int,
-    k_grad: int,
-    v_grad: int,
-    mask_grad: _AttentionInput,
-    /,
-) -> None: ...
+
+attention_backward_f64 = attention_backward_f32
+
 def attention_backward_jvp_f32(
     primal: _AttentionInputs,
     tangent: _AttentionInputs,
@@ -445,17 +249,5 @@ def attention_backward_jvp_f32(
     mask_grad: _AttentionInput,
     /,
 ) -> None: ...
-def attention_backward_jvp_f64(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
-    batch: Sequence[int],
-    sizes: Sequence[int],
-    scale: float,
-    causal: bool,
-    boolean_mask: bool,
-    q_grad: int,
-    k_grad: int,
-    v_grad: int,
-    mask_grad: _AttentionInput,
-    /,
-) -> None: ...
+
+attention_backward_jvp_f64 = attention_backward_jvp_f32

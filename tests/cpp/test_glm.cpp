@@ -160,8 +160,10 @@ void test_type(const char* type) {
     const std::vector<Size> single = {{0, 3, 1, 1},    {1, 1, 1, 1},   {5, 7, 1, 1},  {9, 8, 1, 1},
                                       {64, 16, 1, 1},  {65, 17, 1, 1}, {3, 0, 1, 1},  {130, 31, 1, 1},
                                       {700, 33, 1, 1}, {17, 40, 1, 3}, {70, 9, 1, 9}, {33, 300, 1, 1}};
-    const std::vector<Size> several = {{0, 3, 2, 1},    {1, 1, 2, 1},    {9, 8, 3, 1},   {65, 17, 10, 1}, {66, 5, 8, 2},
-                                       {70, 12, 25, 1}, {40, 300, 5, 3}, {700, 9, 4, 1}, {19, 20, 50, 2}};
+    const std::vector<Size> several = {{0, 3, 2, 1},    {1, 1, 2, 1},    {9, 8, 3, 1},      {65, 17, 10, 1},
+                                       {66, 5, 8, 2},   {70, 12, 25, 1}, {40, 300, 5, 3},   {700, 9, 4, 1},
+                                       {19, 20, 50, 2}, {1, 1, 200, 1},  {1100, 6, 110, 1}, {20, 260, 101, 1},
+                                       {65, 9, 30, 7},  {5, 0, 120, 1},  {129, 19, 210, 1}};
     for (const GlmFamily family : {GlmFamily::gaussian, GlmFamily::logistic, GlmFamily::poisson}) {
         test_family<X, T>(type, family, single, false);
         test_family<X, T>(type, family, several, false);

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from onestep.curvature import GLMPoint, glm
 from onestep.curvature._conjugate_gradient import conjugate_gradient
 from onestep.linalg import cholesky_ex, cholesky_solve
 
-# The sample that the factored Hessian is of: its error is about √(parameters / rows).
-_LEAST_SAMPLE = 8192
+# Samples of the rows, the larger of these and of so many rows per parameter: the minimum of each is the start on the
+# next larger one, and its Hessian, whose error is about √(parameters / rows), the preconditioner there.
+_SAMPLES = (32768, 8192)
 _ROWS_PER_PARAMETER = 16
 # The full problem starts at the sample's minimum, which is a statistical distance off: digits would be wasted on it.
 _SAMPLE_TOLERANCE = 1e-3
@@ -32,7 +34,9 @@ _SAMPLE_STEPS = 15
 _LARGEST_HESSIAN = 256
 _LARGEST_BLOCK = 1024
 
+# Relative residual of a step; the second where that brings the slopes to the goal.
 _CG_TOLERANCE = 0.03
+_LAST_CG_TOLERANCE = 0.3
 _CG_ITERATIONS = 200
 # So many iterations say that the factor is of a Hessian too far away.
 _STALE_ITERATIONS = 8
@@ -43,8 +47,15 @@ _HALVINGS = 30
 # Peers mostly end well below the tolerance: one step more than it asks for, which squares what is left.
 _OVERSHOOT = 0.1
 
-# ℓ at η = 0; softmax: of log C.
-_LOSS_AT_ZERO = {"logistic": math.log(2), "poisson": 1.0}
+
+def _loss_at_zero(family: str, W: Tensor) -> float:
+    """ℓ at η = 0, which takes no pass over the rows."""
+    return 1.0 if family == "poisson" else math.log(W.shape[-1] if family == "softmax" else 2)
+
+
+def total_weight(X: Tensor, weight: Tensor | None) -> float:
+    """Σ wᵢ over the rows of X, in float64; None stands for ones."""
+    return X.shape[0] if weight is None else weight.sum(dtype=torch.float64).item()
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,9 @@ class Problem:
     penalty: float
     intercept: bool
 
-    @property
+    @cached_property
     def total(self) -> float:
-        return self.X.shape[0] if self.weight is None else self.weight.sum(dtype=torch.float64).item()
+        return total_weight(self.X, self.weight)
 
     def penalised(self, summed: Tensor, V: Tensor) -> Tensor:
         """A sum over the rows as a mean, plus the penalty's part."""
@@ -96,7 +107,7 @@ class Problem:
     def sampled(self, rows: int) -> Problem:
         """Every so manieth row, or the problem itself where that would spare little."""
         step = self.X.shape[0] // rows
-        if step < 4:
+        if step < 3:
             return self
         sample = replace(
             self, X=self.X[::step], y=self.y[::step], weight=None if self.weight is None else self.weight[::step]
@@ -114,25 +125,38 @@ class Minimum:
 
 
 def minimise(problem: Problem, W: Tensor, *, tol: float, max_iter: int, warm: bool) -> Minimum:
-    """Minimises from W until no slope exceeds tol. ``warm``: W is more than a row of zeros, and not left untried."""
-    sample = problem.sampled(max(_LEAST_SAMPLE, _ROWS_PER_PARAMETER * W.numel()))
-    if sample is not problem and max_iter > 0:
-        near = problem.at(_newton(sample, sample, sample.at(W), _SAMPLE_TOLERANCE, _SAMPLE_STEPS).point.W)
-        here = problem.at(W).loss if warm else _LOSS_AT_ZERO.get(problem.family, math.log(max(W.shape[-1], 2)))
-        if near.loss < here:
-            return _newton(problem, sample, near, tol, max_iter)
-    return _newton(problem, sample, problem.at(W), tol, max_iter)
+    """Minimises from W until no slope exceeds tol.
+
+    Where there are rows enough, the minimum of a sample of them is the start, unless W is better. ``warm``: W is not 0,
+    so that its loss has to be computed.
+    """
+    levels = [problem]
+    for rows in _SAMPLES:
+        sample = levels[-1].sampled(max(rows, _ROWS_PER_PARAMETER * W.numel()))
+        if sample is not levels[-1]:
+            levels.append(sample)
+    sample = levels[min(1, len(levels) - 1)]
+    if sample is problem or max_iter == 0:
+        return _newton(problem, sample, problem.at(W), tol, max_iter)
+    start, smaller = W, levels[-1]
+    for level in reversed(levels[1:]):
+        start = _newton(level, smaller, level.at(start), _SAMPLE_TOLERANCE, _SAMPLE_STEPS).point.W
+        smaller = level
+    near = problem.at(start)
+    better = near.loss < (problem.at(W).loss if warm else _loss_at_zero(problem.family, W))
+    return _newton(problem, sample, near if better else problem.at(W), tol, max_iter)
 
 
 def _newton(problem: Problem, sample: Problem, point: Point, tol: float, max_iter: int) -> Minimum:
-    precondition = None
+    precondition, goal = None, _OVERSHOOT * tol
     for step in range(max_iter):
-        if not math.isfinite(point.loss) or point.largest_slope <= _OVERSHOOT * tol:
+        if not math.isfinite(point.loss) or point.largest_slope <= goal:
             return Minimum(point, step, math.isfinite(point.loss))
         fresh = precondition is None
         if precondition is None:
             precondition = _preconditioner(point if sample is problem else sample.at(point.W))
-        direction, iterations = newton_direction(point, precondition, _CG_TOLERANCE)
+        tolerance = min(_LAST_CG_TOLERANCE, max(_CG_TOLERANCE, 0.5 * goal / point.largest_slope))
+        direction, iterations = newton_direction(point, precondition, tolerance)
         found = _line_search(problem, point, direction)
         if found is None and fresh:
             return Minimum(point, step, point.largest_slope <= tol)

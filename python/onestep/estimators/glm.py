@@ -19,7 +19,7 @@ from torch import Tensor
 from onestep.estimators._arrays import check_flag, give_back, to_numpy
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
-from onestep.estimators._newton import Minimum, Problem, minimise, separating_step
+from onestep.estimators._newton import Minimum, Problem, minimise, separating_step, total_weight
 
 # A Newton step at the end that still moves some row's log-odds so far: the minimum is at infinity.
 _SEPARATED_STEP = 0.1
@@ -171,12 +171,11 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         data = self._weigh_classes(data, classes, indices)
         binary = len(classes) == 2
         labels = torch.from_numpy(indices)
-        total = data.X.shape[0] if data.weight is None else data.weight.sum(dtype=torch.float64).item()
         found = self._minimise(
             data,
             labels.to(data.X.dtype) if binary else labels,
             "logistic" if binary else "softmax",
-            1.0 / (inverse_penalty * total),
+            1.0 / (inverse_penalty * total_weight(data.X, data.weight)),
             len(classes),
         )
         if math.isinf(inverse_penalty) and separating_step(found.point) > _SEPARATED_STEP:

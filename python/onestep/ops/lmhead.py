@@ -17,7 +17,7 @@ from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from onestep import _native
-from onestep.ops._library import OpFunction, define, register_derivatives
+from onestep.ops._library import OpFunction, carries_tangents, define, register_derivatives
 from onestep.ops._operands import check_like, kernel_batch, operand
 
 # value, losses, and the gradients of input, weight and bias, empty where they are not wanted.
@@ -163,19 +163,8 @@ def _cpu(
     wanted: Sequence[bool],
 ) -> Results:
     _check(row_weight, input, weight, bias, target)
-    nothing = (None, None, None)
-    return _run(
-        row_weight,
-        None,
-        (input, weight, bias),
-        target,
-        nothing,
-        ignore_index,
-        label_smoothing,
-        False,
-        False,
-        wanted,
-    )
+    operands, nothing = (input, weight, bias), (None, None, None)
+    return _run(row_weight, None, operands, target, nothing, ignore_index, label_smoothing, False, False, wanted)
 
 
 define(
@@ -419,7 +408,7 @@ class _LinearCrossEntropyTangent(OpFunction):
 
     @classmethod
     def call(cls, *args: Any) -> Any:
-        if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg, level=0).tangent is not None for arg in args):
+        if carries_tangents(args):
             return _composite_tangent(*args)
         return super().call(*args)
 
