@@ -235,7 +235,7 @@ def test_gauss_newton_steps(compare: Callable[..., float], monkeypatch: pytest.M
     tokens = torch.randint(0, 64, (2048 // context, context + 1))
     data = tokens[:, :-1], tokens[:, 1:]
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    products = onestep.curvature._products
+    kernels = onestep.curvature._kernels
 
     def steps() -> None:
         model.load_state_dict(start)
@@ -243,7 +243,7 @@ def test_gauss_newton_steps(compare: Callable[..., float], monkeypatch: pytest.M
 
     def steps_on_math() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(products, "replace_attention", contextlib.nullcontext)
+            patch.setattr(kernels, "replace_attention", contextlib.nullcontext)
             steps()
 
     compare(steps, steps_on_math, rounds=SLOW_ROUNDS, case=f"fit, one Gauss-Newton step, context {context}")
