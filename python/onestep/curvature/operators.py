@@ -423,12 +423,12 @@ class CurvatureOperator(ABC):
         """A V, (p,k)."""
         names, values = self._names, self._parameters.read()
         point = dict(zip(names, self._parameters.split(values), strict=True))
-        # Views (k,…): a transposed copy of V would cost as much as a small batch.
-        tangents = dict(zip(names, self._parameters.split(V.mT), strict=True))
+        tangents = dict(zip(names, self._parameters.split(V.mT.contiguous()), strict=True))
 
         def local() -> tuple[Tensor, list[float]]:
-            total = torch.zeros(V.shape, dtype=torch.promote_types(V.dtype, torch.float32), device=V.device)
-            parts = dict(zip(names, self._parameters.split(total.mT), strict=True))
+            # (k,p), as products come: sums into columns would be slow.
+            total = torch.zeros(V.mT.shape, dtype=torch.promote_types(V.dtype, torch.float32), device=V.device)
+            parts = dict(zip(names, self._parameters.split(total), strict=True))
             elements = 0
             rows = self._source.known_rows
             with (
@@ -459,7 +459,7 @@ class CurvatureOperator(ABC):
         total, (elements,) = summed(local)
         if not elements:
             raise ValueError("every target of the data is ignored; there is no loss to differentiate")
-        return (total.div_(elements) if self.reduction == "mean" else total).to(V.dtype)
+        return (total.div_(elements) if self.reduction == "mean" else total).to(V.dtype).mT.contiguous()
 
     def _of_each(self, product: Callable[[Named], Named], V: Named) -> Named:
         """product of each of the vectors (k,…)."""
