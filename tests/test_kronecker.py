@@ -9,6 +9,7 @@ from onestep.curvature._conjugate_gradient import conjugate_gradient
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import as_loss, drawn_slope
 from onestep.evaluation.parameters import ParameterVector
+from onestep.training import kronecker
 from onestep.training.kronecker import Factors, linear_layers
 from onestep.training.objective import DataObjective
 
@@ -23,8 +24,13 @@ def rows(n: int, d: int) -> Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_one_linear_layer_under_squared_error_is_inverted_almost_exactly(bias: bool) -> None:
-    # JᵀHJ = E[xxᵀ] ⊗ 2I/k there, and only the second factor is estimated.
+@pytest.mark.parametrize("largest", [2048, 4, 2])
+def test_one_linear_layer_under_squared_error_is_inverted_almost_exactly(
+    bias: bool, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # JᵀHJ = E[xxᵀ] ⊗ 2I/k there, and only the second factor is estimated; both are nearly diagonal, so that it does not
+    # matter which of them are kept as diagonals.
+    monkeypatch.setattr(kronecker, "_LARGEST_FACTOR", largest)
     torch.manual_seed(0)
     layer = nn.Linear(5, 3, bias=bias).double()
     problem = objective(layer, "mse", rows(40_000, 5), torch.zeros(40_000, 3, dtype=torch.float64))

@@ -187,7 +187,11 @@ class CurvatureOperator(ABC):
         """The loss over all data, and its gradient (p,): ``solve(-gradient, damping)`` is a damped Newton step."""
         with eval_mode(self.model):
             loss, gradient, elements = summed_gradient(
-                self.model, self._loss, self._chunks, self._parameters, self._source.share.pieces
+                lambda chunk: self._loss.sum(call_model(self.model, chunk.inputs), chunk.target),
+                lambda chunk: self._loss.elements(chunk.target, len(chunk)),
+                self._chunks,
+                self._parameters,
+                self._source.share.pieces,
             )
         return (loss, gradient) if self.reduction == "sum" else (loss / elements, gradient / elements)
 

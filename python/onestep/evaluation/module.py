@@ -81,8 +81,8 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
 
 
 def summed_gradient(
-    module: nn.Module,
-    loss: Loss,
+    loss_of: Callable[[Chunk], Tensor],
+    elements_of: Callable[[Chunk], int],
     chunks: Callable[[], Iterable[Chunk]],
     parameters: ParameterVector,
     pieces: int,
@@ -92,7 +92,7 @@ def summed_gradient(
     def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
         for number, chunk in enumerate(chunks()):
             with torch.enable_grad():
-                total = loss.sum(call_model(module, chunk.inputs), chunk.target)
+                total = loss_of(chunk)
                 value = total.item()
                 if not math.isfinite(value):
                     raise NonFiniteError(explain(chunk, number, f"the loss is {value}"))
@@ -101,7 +101,7 @@ def summed_gradient(
                     gradient = flatten(torch.autograd.grad(total, parameters.tensors, materialize_grads=True))
             if not math.isfinite(gradient.sum().item()):
                 raise NonFiniteError(f"batch {number}: the gradient is NaN or infinite, the loss {value:g}")
-            yield chunk.piece, gradient, [value, loss.elements(chunk.target, len(chunk))]
+            yield chunk.piece, gradient, [value, elements_of(chunk)]
 
     like = torch.empty(len(parameters), dtype=parameters.dtype, device=parameters.device)
     gradient, (total, count) = summed_by_piece(pieces, (like, 2), terms)

@@ -28,9 +28,10 @@ from onestep.optim._optimizer import DampedOptimizer
 from onestep.training import checkpoint as checkpoints
 from onestep.training import closed_form, softmax_head
 from onestep.training.glm_head import HeadObjective, is_glm
-from onestep.training.head import Head, find_head
+from onestep.training.head import find_head
 from onestep.training.objective import DataObjective
 from onestep.training.result import FitResult, Record
+from onestep.training.vocabulary_head import VocabularyObjective, find_vocabulary_head
 
 OPTIMIZERS: dict[str, type[DampedOptimizer]] = {
     "levenberg_marquardt": LevenbergMarquardt,
@@ -167,9 +168,12 @@ def fit(
         if chosen == "newton_cg" and chunk_size is None:
             source.chunk_size = max(1, source.chunk_size // _HESSIAN_MEMORY)
         session.rows_of_curvature = rows
-        if chosen in ("gauss_newton", "newton_cg"):
-            head = find_head(model, parameters, first)
-            session.head = head if is_glm(head, function) else None
+        if chosen != "levenberg_marquardt":
+            head, layer = find_head(model, parameters, first), find_vocabulary_head(model, function, first)
+            if head is not None and is_glm(function) and chosen != "gradient_descent":
+                session.objective_type = partial(HeadObjective, head=head)
+            elif layer is not None:
+                session.objective_type = partial(VocabularyObjective, layer=layer)
         optimizer = _optimizer(chosen, parameters, damping, weight_decay, cg_iterations, sampled=rows is not None)
         return session.iterate(optimizer, chosen, why, None if checkpoint is None else Path(checkpoint))
 
@@ -188,13 +192,16 @@ class _Session:
     batch_size: int | None
     progress: bool
     rows_of_curvature: int | None = None
-    head: Head | None = None
+    objective_type: Callable[..., DataObjective] = DataObjective
 
     def objective(self, step: int) -> DataObjective:
         """The mean loss over all rows, or over those of a step."""
-        kind = DataObjective if self.head is None else partial(HeadObjective, head=self.head)
         make = partial(
-            kind, self.model, self.loss, pieces=self.source.share.pieces, kept_rows=self.source.chunk_size or 0
+            self.objective_type,
+            self.model,
+            self.loss,
+            pieces=self.source.share.pieces,
+            kept_rows=self.source.chunk_size or 0,
         )
         if self.batch_size is None:
             return make(self.source.all, self.source.all, fixed=True)

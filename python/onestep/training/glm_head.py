@@ -26,9 +26,9 @@ _LARGEST_FACTOR = 1024
 _LEAST_DAMPING = 1e-10
 
 
-def is_glm(head: Head | None, loss: Loss) -> bool:
-    """Whether the loss of the head is that of a generalised linear model with a canonical link."""
-    return head is not None and loss.name in _FAMILIES
+def is_glm(loss: Loss) -> bool:
+    """Whether the loss of a linear layer's outputs is that of a generalised linear model with a canonical link."""
+    return loss.name in _FAMILIES
 
 
 class HeadObjective(DataObjective):

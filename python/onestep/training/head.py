@@ -40,6 +40,12 @@ def find_head(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> H
     return None
 
 
+def last_linear(module: nn.Module, layer: nn.Linear, chunk: Chunk) -> Tensor | None:
+    """The module's outputs on some rows if they are a layer's, in its shape."""
+    calls, outputs = _calls(module, layer, spread(chunk))
+    return outputs if _ends(calls, outputs) and calls[0][1].shape == outputs.shape else None
+
+
 def spread(chunk: Chunk) -> Chunk:
     return chunk.rows(slice(None, None, max(1, len(chunk) // _SAMPLE)))
 
@@ -55,7 +61,7 @@ def _ends(calls: list[tuple[Tensor, Tensor]], outputs: Tensor) -> bool:
 def _calls(module: nn.Module, layer: nn.Module, chunk: Chunk) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """What goes into a layer and comes out of it, for each time it is called, and the module's outputs."""
     calls: list[tuple[Tensor, Tensor]] = []
-    handle = layer.register_forward_hook(lambda _layer, args, result: calls.append((args[0], result)))
+    handle = layer.register_forward_hook(lambda _layer, args, result: calls.append((args[0], result)) if args else None)
     try:
         with torch.no_grad():
             outputs = call_model(module, chunk.inputs)

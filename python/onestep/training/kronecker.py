@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import onestep.linalg as linalg
 from onestep.evaluation.parameters import ParameterVector, flatten
 
+# A larger factor is kept as its diagonal: that of a vocabulary would take most of a step's time, and V² of memory.
+_LARGEST_FACTOR = 2048
 # Rounding makes a factor's eigenvalues wrong by some ε of their sum. Damping of so many leaves them all positive.
 _ROUNDINGS = 10
 
@@ -51,8 +53,8 @@ class Factors:
         for layer, (weight, bias) in self.layers.items():
             out, d = parameters.tensors[weight].shape
             d += bias is not None
-            self.inputs[layer] = torch.zeros(d, d, dtype=parameters.dtype)
-            self.slopes[layer] = torch.zeros(out, out, dtype=parameters.dtype)
+            self.inputs[layer] = _empty_factor(d, parameters.dtype)
+            self.slopes[layer] = _empty_factor(out, parameters.dtype)
         self.squares = torch.zeros(len(parameters.tensors), dtype=parameters.dtype)
 
     @contextmanager
@@ -69,12 +71,11 @@ class Factors:
         x = args[0].detach().reshape(-1, args[0].shape[-1])
         if self.layers[layer].bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        self.inputs[layer] += x.mT @ x
+        _add_rows(x, self.inputs[layer])
         self.positions[layer] += len(x)
 
         def back(slope: Tensor) -> None:
-            g = slope.reshape(-1, slope.shape[-1])
-            self.slopes[layer] += g.mT @ g
+            _add_rows(slope.reshape(-1, slope.shape[-1]), self.slopes[layer])
 
         if output.requires_grad:
             output.register_hook(back)
@@ -114,7 +115,8 @@ class Factors:
                 block = parts[weight]
                 if bias is not None:
                     block = torch.cat([block, parts[bias][:, None]], 1)
-                block = right @ block @ left
+                block = right @ block if right.dim() == 2 else right[:, None] * block
+                block = block @ left if left.dim() == 2 else block * left
                 result[weight] = block[:, : parts[weight].shape[1]]
                 if bias is not None:
                     result[bias] = block[:, -1]
@@ -123,17 +125,34 @@ class Factors:
         return apply
 
 
+def _empty_factor(size: int, dtype: torch.dtype) -> Tensor:
+    """Zeros (n,n), or (n,) for a diagonal."""
+    return torch.zeros((size, size) if size <= _LARGEST_FACTOR else (size,), dtype=dtype)
+
+
+def _add_rows(rows: Tensor, factor: Tensor) -> None:
+    """factor += Σ rrᵀ over the rows, or the diagonal of that."""
+    factor += rows.mT @ rows if factor.dim() == 2 else rows.square().sum(0)
+
+
+def _trace(factor: Tensor) -> float:
+    return (factor.trace() if factor.dim() == 2 else factor.sum()).item()
+
+
 def _damped_inverses(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """(A + π√damping I)⁻¹ and (G + √damping/π I)⁻¹, π² the ratio of their mean eigenvalues (ibid., section 6.3)."""
-    a, g = A.trace().item(), G.trace().item()
+    a, g = _trace(A), _trace(G)
     tiny = torch.finfo(A.dtype).tiny
     ratio, root = math.sqrt(max(a / len(A), tiny) / max(g / len(G), tiny)), math.sqrt(damping)
     return _inverse(A, ratio * root), _inverse(G, root / ratio)
 
 
-def _inverse(matrix: Tensor, shift: float) -> Tensor:
-    """(matrix + shift I)⁻¹, with as much of a shift as rounding asks for."""
-    info = torch.finfo(matrix.dtype)
-    shifted = matrix.clone()
-    shifted.diagonal().add_(max(shift, _ROUNDINGS * info.eps * matrix.trace().item(), info.tiny))
-    return linalg.cholesky_solve(torch.eye(len(matrix), dtype=matrix.dtype), linalg.cholesky(shifted))
+def _inverse(factor: Tensor, shift: float) -> Tensor:
+    """(factor + shift I)⁻¹, with as much of a shift as rounding asks for; of a diagonal its diagonal."""
+    info = torch.finfo(factor.dtype)
+    shift = max(shift, _ROUNDINGS * info.eps * _trace(factor), info.tiny)
+    if factor.dim() == 1:
+        return 1 / (factor + shift)
+    shifted = factor.clone()
+    shifted.diagonal().add_(shift)
+    return linalg.cholesky_solve(torch.eye(len(factor), dtype=factor.dtype), linalg.cholesky(shifted))

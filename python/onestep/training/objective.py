@@ -62,10 +62,14 @@ class DataObjective(Objective):
     def _elements(self, chunk: Chunk) -> int:
         return self.loss.elements(chunk.target, len(chunk))
 
+    def chunk_loss(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> Tensor:
+        """The loss summed over a chunk, at the parameters' values or at others."""
+        return self.loss.sum(call_model(self.module, chunk.inputs, values), chunk.target)
+
     def value(self, parameters: ParameterVector) -> float:
         def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
             for chunk in (self.trial_chunks or self.chunks)():
-                loss = self.loss.sum(call_model(self.module, chunk.inputs), chunk.target).item()
+                loss = self.chunk_loss(chunk).item()
                 yield chunk.piece, torch.empty(0), [loss, self._elements(chunk)]
 
         with torch.no_grad():
@@ -76,28 +80,26 @@ class DataObjective(Objective):
         return None if self.trial_chunks is None else self.value(parameters)
 
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
-        loss, gradient, count = summed_gradient(self.module, self.loss, self.chunks, parameters, self.pieces)
+        loss, gradient, count = summed_gradient(self.chunk_loss, self._elements, self.chunks, parameters, self.pieces)
         return loss / count, gradient.div_(count)
 
-    def _functions(
-        self, parameters: ParameterVector, chunk: Chunk
-    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """θ (p,) ↦ outputs of a chunk, and outputs ↦ summed loss."""
+    def values(self, parameters: ParameterVector) -> Callable[[Tensor], dict[str, Tensor]]:
+        """A vector (p,) ↦ the module's parameters by their names."""
         names = parameter_names(self.module, parameters)
-
-        def outputs(vector: Tensor) -> Tensor:
-            return call_model(self.module, chunk.inputs, dict(zip(names, parameters.split(vector), strict=True)))
-
-        return outputs, lambda z: self.loss.sum(z, chunk.target)
+        return lambda vector: dict(zip(names, parameters.split(vector), strict=True))
 
     def multiplier(
         self, parameters: ParameterVector, point: Tensor, chunk: Chunk, *, hessian: bool
     ) -> Callable[[Tensor], Tensor]:
         """v (p,) ↦ the Hessian or Gauss-Newton matrix of a chunk's summed loss at a point, times v."""
-        outputs, loss = self._functions(parameters, chunk)
+        values = self.values(parameters)
         if hessian:
-            return lambda v: hvp(_compose(loss, outputs), point, v)
-        return gauss_newton_products(outputs, loss, point)
+            return lambda v: hvp(lambda vector: self.chunk_loss(chunk, values(vector)), point, v)
+        return gauss_newton_products(
+            lambda vector: call_model(self.module, chunk.inputs, values(vector)),
+            lambda outputs: self.loss.sum(outputs, chunk.target),
+            point,
+        )
 
     def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
         # Products may be asked for when the parameters have moved on.
@@ -168,13 +170,12 @@ class DataObjective(Objective):
 
     def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
         """Rows R with RᵀR the sum of JᵀHJ over rows of the chunk, a piece at a time."""
-        names = parameter_names(self.module, parameters)
+        values = self.values(parameters)
         point = parameters.read()
 
         def one(vector: Tensor, inputs: Any) -> Tensor:
-            values = dict(zip(names, parameters.split(vector), strict=True))
             row = tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs)
-            return call_model(self.module, row, values).squeeze(0)
+            return call_model(self.module, row, values(vector)).squeeze(0)
 
         def root(vector: Tensor, inputs: Any, target: Any) -> Tensor:
             def flat(v: Tensor) -> Tensor:
@@ -206,7 +207,3 @@ class DataObjective(Objective):
     def _row_loss(self, outputs: Tensor, target: Any) -> Tensor:
         target = tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
         return self.loss.sum(outputs.unsqueeze(0), target)
-
-
-def _compose(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda p: outer(inner(p))

@@ -1,0 +1,105 @@
+"""A whole language model under cross-entropy: its loss and curvature without the scores of all words in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vjp
+
+from onestep.curvature._kernels import differentiable_kernels
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.losses import IGNORED, Loss
+from onestep.evaluation.module import call_model
+from onestep.evaluation.parameters import ParameterVector
+from onestep.functional import linear_cross_entropy, linear_cross_entropy_ggnvp
+from onestep.training.head import last_linear
+from onestep.training.objective import DataObjective
+
+# With fewer classes torch's own cross-entropy is faster, and the scores are small.
+_LEAST_CLASSES = 1024
+
+
+class HeadOperands(NamedTuple):
+    """What a linear layer multiplies: input (n,…,D), weight (V,D) and bias (V,)."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def find_vocabulary_head(module: nn.Module, loss: Loss, chunk: Chunk) -> nn.Linear | None:
+    """The linear layer of many classes whose outputs are the model's, under cross-entropy; None if there is none."""
+    if loss.name != "cross_entropy":
+        return None
+    wide = [layer for layer in module.modules() if type(layer) is nn.Linear and layer.out_features >= _LEAST_CLASSES]
+    for layer in wide:
+        outputs = last_linear(module, layer, chunk)
+        on_cpu = layer.weight.is_cpu and layer.weight.dtype in (torch.float32, torch.float64)
+        if on_cpu and outputs is not None and outputs.shape[1:-1] == chunk.target.shape[1:]:
+            return layer
+    return None
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass where the head would begin."""
+
+    def __init__(self, operands: HeadOperands) -> None:
+        super().__init__()
+        self.operands = operands
+
+
+class VocabularyObjective(DataObjective):
+    """The loss of a model that ends in a linear layer of many classes, through ``linear_cross_entropy``."""
+
+    def __init__(self, *args: Any, layer: nn.Linear, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.layer = layer
+
+    def _operands(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> HeadOperands:
+        """The model up to its head."""
+
+        def stop(layer: Any, args: tuple[Any, ...]) -> None:
+            raise _ReachedError(HeadOperands(args[0], layer.weight, layer.bias))
+
+        handle = self.layer.register_forward_pre_hook(stop)
+        try:
+            call_model(self.module, chunk.inputs, values)
+        except _ReachedError as reached:
+            return reached.operands
+        finally:
+            handle.remove()
+        raise ValueError("the model did not come to its last layer for some rows; pass a function as loss")
+
+    def chunk_loss(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> Tensor:
+        """The loss summed over a chunk."""
+        h, weight, bias = self._operands(chunk, values)
+        return linear_cross_entropy(h, weight, chunk.target, bias, ignore_index=IGNORED, reduction="sum")
+
+    def multiplier(
+        self, parameters: ParameterVector, point: Tensor, chunk: Chunk, *, hessian: bool
+    ) -> Callable[[Tensor], Tensor]:
+        """JᵀHJ v: J of the head's operands by torch.func, the head's own part by ``linear_cross_entropy_ggnvp``."""
+        if hessian:
+            return super().multiplier(parameters, point, chunk, hessian=True)
+        values = self.values(parameters)
+
+        def operands(vector: Tensor) -> tuple[Tensor, ...]:
+            return tuple(operand for operand in self._operands(chunk, values(vector)) if operand is not None)
+
+        with differentiable_kernels():
+            (h, weight, *bias), pullback = vjp(operands, point)  # type: ignore[misc]
+
+        def product(v: Tensor) -> Tensor:
+            with differentiable_kernels():
+                pushed: Any = jvp(operands, (point,), (v,))[1]
+                along = (*pushed, None)[:3]
+                parts = linear_cross_entropy_ggnvp(
+                    h, weight, chunk.target, along, *bias, ignore_index=IGNORED, reduction="sum"
+                )
+                result: Tensor = pullback(tuple(part for part in parts if part is not None))[0]
+            return result
+
+        return product
