@@ -204,8 +204,9 @@ def test_interrupt_between_a_step_and_its_record_takes_the_step_back(monkeypatch
 
 
 # A job that a shell starts in the background inherits "ignore" for SIGINT: the child asks for Python's handler.
+# The loss takes its time, lest the fit end before it is interrupted.
 INTERRUPTED = """
-import signal, sys, torch
+import signal, sys, time, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 import onestep
@@ -213,8 +214,11 @@ from test_fit import network, table
 X, y = table(2000)
 model = network()
 before = torch.nn.functional.mse_loss(model(X), y).item()
+def loss(outputs, target):
+    time.sleep(0.02)
+    return torch.nn.functional.mse_loss(outputs, target)
 options = dict(method="gauss_newton", batch_size=500, max_steps=10**6, progress=False, checkpoint={checkpoint!r})
-result = onestep.fit(model, (X, y), **options)
+result = onestep.fit(model, (X, y), loss, **options)
 after = torch.nn.functional.mse_loss(model(X), y).item()
 print(result.reason, result.converged, after < before)
 """
