@@ -261,8 +261,8 @@ class CurvatureOperator(ABC):
             damping: at least 0, and large enough to make A + damping·I positive definite.
             tolerance: goal for ‖b - (A + damping·I) x‖ / ‖b‖ of each column.
             max_iterations: at most so many passes, besides those that check the residual.
-            preconditioner: None; "diagonal", the damped absolute value of 16 samples' ``diagonal()``, which pays where
-                the diagonal varies by orders of magnitude; or a function M⁻¹ of vectors, (p,) → (p,), or (p,j) → (p,j),
+            preconditioner: None; "diagonal", the damped absolute value of 16 samples' ``diagonal()``, for a diagonal
+                that varies by orders of magnitude; or a function M⁻¹ of vectors, (p,) → (p,), or (p,j) → (p,j),
                 j ≤ k, where b is a block (p,k): symmetric and positive definite.
 
         Returns:

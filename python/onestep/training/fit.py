@@ -89,7 +89,7 @@ def fit(
 
     Under torch.distributed (``torchrun --nproc-per-node=2``) every process calls fit with the same arguments and
     computes its share of each batch. The parameters are those of one process to rounding; matrix-free methods, whose
-    conjugate gradients would magnify it, give the same bits on up to four processes of as many threads.
+    conjugate gradients would magnify it, give the same bits on two processes of as many threads.
 
     Args:
         model: any module that returns a tensor, (n,…) for n rows.
