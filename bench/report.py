@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pytest
 import sklearn
 import torch
 from rich.console import Console
@@ -119,15 +120,27 @@ def plot(benchmarks: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
-    RESULTS.mkdir(exist_ok=True)
+def run(path: Path, options: list[str]) -> tuple[list[dict[str, Any]], bool]:
+    """The results of one file of benchmarks, and whether all of them passed."""
     raw = RESULTS / "pytest-benchmark.json"
-    command = [sys.executable, "-m", "pytest", str(HERE), "-q", "--benchmark-enable", f"--benchmark-json={raw}"]
-    status = subprocess.run([*command, "--benchmark-columns=median,rounds", *sys.argv[1:]], check=False).returncode
-    if status != 0:
-        return status
+    raw.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", str(path), "-q", "--benchmark-enable", f"--benchmark-json={raw}"]
+    status = subprocess.run([*command, "--benchmark-columns=median,rounds", *options], check=False).returncode
+    text = raw.read_text() if raw.exists() else ""
+    raw.unlink(missing_ok=True)
+    found: list[dict[str, Any]] = json.loads(text)["benchmarks"] if text else []
+    # A benchmark that failed has no figures.
+    found = [benchmark for benchmark in found if "case" in benchmark["extra_info"]]
+    return found, status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+def main() -> int:
+    """File by file, so that one which crashes does not take the results of all others with it."""
+    RESULTS.mkdir(exist_ok=True)
+    results = {path.name: run(path, sys.argv[1:]) for path in sorted(HERE.glob("test_speed_*.py"))}
+    failed = [name for name, (_, passed) in results.items() if not passed]
+    benchmarks = [benchmark for found, _ in results.values() for benchmark in found]
     torch.set_num_threads(2)
-    benchmarks = json.loads(raw.read_text())["benchmarks"]
     limits, where = physical_limits(), machine()
     rows = [row(benchmark, limits) for benchmark in benchmarks]
 
@@ -147,10 +160,11 @@ def main() -> int:
     (RESULTS / "table.json").write_text(
         json.dumps({"machine": where, "limits": limits, "results": kept}, indent=2) + "\n"
     )
-    raw.unlink()
     plot(benchmarks, RESULTS / "ratios.png")
     print(f"stored under {RESULTS}")
-    return 0
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
