@@ -137,7 +137,16 @@ def test_vectors(d, dtype):
 
 
 @pytest.mark.parametrize(
-    ("d", "batch_a", "batch_b"), [(4, (), (7,)), (4, (7,), ()), (4, (3, 1), (5,)), (40, (2, 1), (3,))]
+    ("d", "batch_a", "batch_b"),
+    [
+        (4, (), (7,)),
+        (4, (7,), ()),
+        (4, (3, 1), (5,)),
+        (40, (2, 1), (3,)),
+        # More than eight dimensions.
+        (3, (1, 2, 1, 1, 2, 1, 1, 1, 2), (2, 1)),
+        (3, (2,), (1, 2, 1, 1, 2, 1, 1, 1, 1)),
+    ],
 )
 def test_batches_broadcast(d, batch_a, batch_b, dtype):
     A, B = cases.spd(d, dtype, batch_a), right(d, 2, dtype, batch_b)
@@ -149,12 +158,6 @@ def test_batches_broadcast(d, batch_a, batch_b, dtype):
     solved = cholesky_solve(B, cholesky(A))
     assert solved.shape == (*batch, d, 2)
     assert_bitwise(solved, cholesky_solve(whole_b, cholesky(whole_a)).reshape(*batch, d, 2))
-
-
-@pytest.mark.parametrize(("batch_a", "batch_b"), [((1, 2, 1, 1, 2, 1, 1, 1, 2), (2, 1)),
-                                                  ((2,), (1, 2, 1, 1, 2, 1, 1, 1, 1))])  # fmt: skip
-def test_more_than_eight_batch_dims_broadcast(batch_a, batch_b, dtype):
-    test_batches_broadcast(3, batch_a, batch_b, dtype)
 
 
 @pytest.mark.parametrize("batch", [(0,), (2, 0)])

@@ -405,12 +405,36 @@ def test_third_order(case):
     torch.testing.assert_close(third(lambda W: given.point(W=W).loss), expected, rtol=1e-9, atol=1e-11)
 
 
+def parts_of(H: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal blocks of a Hessian, one for each column of W, and its diagonal."""
+    d, k = len(W), W[0].numel()
+    blocks = torch.stack([H.view(d, k, d, k)[:, c, :, c] for c in range(k)])
+    return blocks, H.diagonal().view(W.shape)
+
+
+@over([*SMALL, *_LAYOUTS])
+def test_parts_of_the_gram(case):
+    given = problem(case)
+    point = given.point()
+    blocks, diagonal = parts_of(given.dense_hessian(), given.W)
+    assert_same(point.gram_blocks().flatten(1), blocks.flatten(1))
+    assert_same(point.gram_diagonal(), diagonal)
+
+
 @over(ENDS)
 def test_gram_has_a_derivative(case):
     given = problem(replace(case, n=8, d=2))
-    tangent = func.jvp(lambda W: given.point(W=W).gram(), (given.W,), (given.V[0],))[1]
-    expected = func.jvp(func.hessian(given.dense_loss), (given.W,), (given.V[0],))[1]
-    torch.testing.assert_close(tangent, expected.reshape(tangent.shape))
+    along = (given.W,), (given.V[0],)
+    tangent = func.jvp(lambda W: given.point(W=W).gram(), *along)[1]
+    expected = func.jvp(func.hessian(given.dense_loss), *along)[1].reshape(tangent.shape)
+    torch.testing.assert_close(tangent, expected)
+    blocks, diagonal = parts_of(expected, given.W)
+    torch.testing.assert_close(func.jvp(lambda W: given.point(W=W).gram_blocks(), *along)[1], blocks)
+    torch.testing.assert_close(func.jvp(lambda W: given.point(W=W).gram_diagonal(), *along)[1], diagonal)
+    W = given.W.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(given.point(W=W).gram_diagonal().sum(), W)
+    expected = func.grad(lambda W: func.hessian(given.dense_loss)(W).view(W.numel(), -1).diagonal().sum())(given.W)
+    torch.testing.assert_close(slope, expected)
 
 
 @pytest.mark.parametrize("mapped", ["X", "y", "weight", "W"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import onestep
@@ -59,6 +60,38 @@ def test_products_are_those_of_the_model(name: str) -> None:
     for hessian in (False, True):
         expected = general.curvature(parameters, hessian=hessian)(v)
         torch.testing.assert_close(head.curvature(parameters, hessian=hessian)(v), expected, rtol=1e-10, atol=1e-12)
+
+
+def twice(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _layer, _args, outputs: 2 * outputs)
+
+
+def patched(layer: nn.Module) -> None:
+    forward = layer.forward
+    layer.forward = lambda inputs: 2 * forward(inputs)  # type: ignore[method-assign]
+
+
+CHANGES = {
+    "forward hook": twice,
+    "patched forward": patched,
+    "spectral norm": torch.nn.utils.spectral_norm,
+    "parametrized": torch.nn.utils.parametrizations.spectral_norm,
+    "pruned": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_a_changed_layer_is_fitted_as_it_is(name: str, change: str) -> None:
+    """Hooks, patches and parametrizations make it another function of its parameters: no kernel of ours is meant."""
+    model, inputs, target, loss = problem(name)
+    CHANGES[change](model[2])
+    model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert find_head(model, ParameterVector(trained), Chunk(inputs, target)) is None
+    result = onestep.fit(model, (inputs, target), loss, method="newton_cg", weight_decay=1e-3, progress=False)
+    value = as_loss(loss).sum(model(inputs), target) / as_loss(loss).elements(target, len(inputs))
+    assert result.loss == pytest.approx((value + 5e-4 * sum(p.square().sum() for p in trained)).item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -106,3 +106,23 @@ def test_mini_batch_steps_are_judged_on_other_rows() -> None:
     # Eight rows can be fitted without error by thirty weights; the loss of others must not fall for it.
     assert result.loss > 0.1 * result.initial_loss
     assert any(not record.accepted or record.damping > 1e-2 for record in result.history)
+
+
+def test_layers_may_be_called_with_keywords() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    model = Keywords()
+    inputs, target = rows(20, 3), rows(20, 2)
+    v = rows(1, 8)[0]
+    steps = []
+    for module in (model, model.layer):
+        precondition = objective(module, "mse", inputs, target).preconditioner(ParameterVector([*model.parameters()]))
+        assert precondition is not None
+        steps.append(precondition(1e-3)(v))
+    torch.testing.assert_close(*steps, rtol=0, atol=0)

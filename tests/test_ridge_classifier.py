@@ -20,7 +20,7 @@ def rng():
     return np.random.default_rng(2)
 
 
-def agree(ours, theirs, X):
+def assert_agree(ours, theirs, X):
     np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(ours.intercept_, theirs.intercept_, rtol=1e-6, atol=1e-9)
     assert ours.coef_.shape == theirs.coef_.shape
@@ -40,7 +40,7 @@ def test_agrees_with_scikit_learn(rng, load, class_weight, weighted, fit_interce
     options = {"alpha": 0.5, "fit_intercept": fit_intercept, "class_weight": class_weight}
     ours = RidgeClassifier(**options).fit(X, y, weight)
     theirs = linear_model.RidgeClassifier(**options, solver="svd").fit(X, y, weight)
-    agree(ours, theirs, X)
+    assert_agree(ours, theirs, X)
     assert ours.score(X, y, weight) == pytest.approx(theirs.score(X, y, weight))
     assert ours.solver_path_ == "cholesky"
 
@@ -50,7 +50,7 @@ def test_agrees_with_scikit_learn(rng, load, class_weight, weighted, fit_interce
 def test_labels_of_any_kind(rng, shape, labels):
     X = rng.normal(size=shape)
     y = np.array(labels)[np.arange(shape[0]) % len(labels)]
-    agree(RidgeClassifier().fit(X, y), linear_model.RidgeClassifier(solver="svd").fit(X, y), X)
+    assert_agree(RidgeClassifier().fit(X, y), linear_model.RidgeClassifier(solver="svd").fit(X, y), X)
 
 
 @pytest.mark.parametrize("labels", [3, 1])
@@ -59,7 +59,7 @@ def test_multilabel(rng, labels):
     Y = (X @ rng.normal(size=(4, 3)) > 0).astype(int)
     Y[:, labels:] = 0
     ours, theirs = RidgeClassifier().fit(X, Y), linear_model.RidgeClassifier().fit(X, Y)
-    agree(ours, theirs, X)
+    assert_agree(ours, theirs, X)
     assert ours.score(X, Y) == theirs.score(X, Y)
     assert isinstance(ours.predict(torch.from_numpy(X)), torch.Tensor)
 

@@ -65,13 +65,18 @@ def both(model: nn.Module, chunk: Chunk) -> tuple[VocabularyObjective, DataObjec
     assert layer is not None
     arguments: Any = (model, CROSS_ENTROPY, lambda: [chunk], lambda: [chunk])
     ours = VocabularyObjective(*arguments, fixed=True, layer=layer, kept_rows=ROWS)
-    return ours, DataObjective(*arguments, fixed=True, kept_rows=ROWS), ParameterVector(list(model.parameters()))
+    parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
+    return ours, DataObjective(*arguments, fixed=True, kept_rows=ROWS), parameters
 
 
+@pytest.mark.parametrize("frozen", ["", "head", "body"])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"tied": True}], ids=str)
-def test_like_torch(chunk: Chunk, options: dict[str, bool]) -> None:
+def test_like_torch(chunk: Chunk, options: dict[str, bool], frozen: str) -> None:
     """Value, gradient, Gauss-Newton and Hessian products are those through the scores."""
-    ours, torchs, parameters = both(LanguageModel(**options), chunk)
+    model = LanguageModel(**options)
+    if frozen:
+        model.get_submodule(frozen).requires_grad_(False)
+    ours, torchs, parameters = both(model, chunk)
     v = torch.randn(len(parameters), dtype=torch.float64)
     torch.testing.assert_close(ours.value(parameters), torchs.value(parameters), rtol=1e-12, atol=0)
     for mine, theirs in zip(ours.gradient(parameters), torchs.gradient(parameters), strict=True):
@@ -113,6 +118,9 @@ def test_found_only_where_it_ends_the_model(chunk: Chunk) -> None:
     assert find_vocabulary_head(LanguageModel(), LOSSES["mse"], chunk) is None
     assert find_vocabulary_head(Shifted(), CROSS_ENTROPY, chunk) is None
     assert find_vocabulary_head(ClassesSecond(), CROSS_ENTROPY, chunk) is None
+    hooked = LanguageModel()
+    hooked.head.register_forward_hook(lambda _layer, _args, scores: 2 * scores)
+    assert find_vocabulary_head(hooked, CROSS_ENTROPY, chunk) is None
 
 
 @pytest.mark.parametrize("method", ["gauss_newton", "newton_cg", "gradient_descent"])

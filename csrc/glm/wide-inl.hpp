@@ -55,8 +55,9 @@ inline void wide_multiply(const GlmData<X, T>& data, const GlmColumns& columns, 
                           int64_t count, const T* packed, T* left) {
     for (int64_t at = 0; at < columns.ld; at += kPanel<T>) {
         T* to = chunk.z + at * chunk.height + first * kPanel<T>;
-        for (int64_t e = 0; e < count * kPanel<T>; ++e) {
-            to[e] = data.intercept ? packed[data.d * columns.ld + at + e % kPanel<T>] : T(0);
+        __builtin_memset(to, 0, sizeof(T) * static_cast<size_t>(count * kPanel<T>));
+        for (int64_t i = 0; data.intercept && i < count; ++i) {
+            __builtin_memcpy(to + i * kPanel<T>, packed + data.d * columns.ld + at, sizeof(T) * kPanel<T>);
         }
     }
     for (int64_t p = 0; p < data.d; p += kWideDepth<T>) {
@@ -108,15 +109,18 @@ inline void wide_back(const GlmData<X, T>& data, const GlmColumns& columns, cons
                       double* total, T* work) {
     const int64_t first = unit * chunk.block;
     const int64_t count = minimum(chunk.block, data.d - first);
-    const int64_t panel = chunk.height * kPanel<T>;
     if (count <= 0) {
-        for (int64_t column = 0; column < columns.ld; ++column) {
-            const T* z = chunk.z + column / kPanel<T> * panel + column % kPanel<T>;
-            double sum = 0.0;
+        for (int64_t at = 0; at < columns.ld; at += kPanel<T>) {
+            const T* z = chunk.z + at * chunk.height;
+            double sums[kPanel<T>] = {};
             for (int64_t i = 0; i < chunk.rows; ++i) {
-                sum += static_cast<double>(z[i * kPanel<T>]);
+                for (int64_t j = 0; j < kPanel<T>; ++j) {
+                    sums[j] += static_cast<double>(z[i * kPanel<T> + j]);
+                }
             }
-            total[data.d * columns.ld + column] += sum;
+            for (int64_t j = 0; j < kPanel<T>; ++j) {
+                total[data.d * columns.ld + at + j] += sums[j];
+            }
         }
         return;
     }

@@ -24,8 +24,8 @@ class GLMPoint:
         grad: XᵀR, in the shape of W.
         W: the point.
 
-    loss, grad, hvp and gram are differentiable in W (and hvp in V) to every order, by backward, forward mode and
-    torch.func. X, W and weight are not copied: a point holds as long as they are not changed in place.
+    loss, grad, hvp and the Gram matrices are differentiable in W (and hvp in V) to every order, by backward, forward
+    mode and torch.func. X, W and weight are not copied: a point holds as long as they are not changed in place.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class GLMPoint:
         One Gram matrix of X for each pair of outputs that the curvature couples: k for k outputs, C(C + 1)/2 for
         softmax with C classes. Where a derivative is recorded it is made of p products instead.
         """
-        if torch.compiler.is_compiling() or records_derivatives((self._X, self._matrix, self._weight)):
+        if self._records_derivatives():
             size = self.W.numel()
             identity = torch.eye(size, dtype=self.W.dtype, device=self.W.device)
             return self.hvp(identity.reshape(size, *self.W.shape)).reshape(size, size)
@@ -95,12 +95,17 @@ class GLMPoint:
             return matrix
 
     def gram_blocks(self) -> Tensor:
-        """Computes the diagonal blocks of the Hessian, (k,d,d): one for each column of W. No derivative."""
+        """Computes the diagonal blocks of the Hessian, (k,d,d): one for each column of W."""
+        if self._records_derivatives():
+            d, k = self._matrix.shape
+            return self.gram().reshape(d, k, d, k).diagonal(dim1=1, dim2=3).movedim(-1, 0)
         with torch.no_grad():
             return self._weighted_gram(self._diagonal_curvature().T)
 
     def gram_diagonal(self) -> Tensor:
-        """Computes the diagonal of the Hessian, in the shape of W. No derivative; takes the memory of X's squares."""
+        """Computes the diagonal of the Hessian, in the shape of W. Takes the memory of X's squares."""
+        if self._records_derivatives():
+            return self.gram().diagonal().reshape(self.W.shape)
         with torch.no_grad():
             curvature = self._diagonal_curvature()
             squares: Tensor = self._X.to(curvature.dtype).square().T @ curvature
@@ -108,6 +113,9 @@ class GLMPoint:
                 squares = torch.cat((squares, curvature.sum(0, keepdim=True)))
             diagonal: Tensor = squares.reshape(self.W.shape)
             return diagonal
+
+    def _records_derivatives(self) -> bool:
+        return torch.compiler.is_compiling() or records_derivatives((self._X, self._matrix, self._weight))
 
     def _output_curvature(self) -> Tensor:
         """What the kernel keeps, (n,k): wℓ″, or P for softmax."""

@@ -169,11 +169,7 @@ def fit(
             source.chunk_size = max(1, source.chunk_size // _HESSIAN_MEMORY)
         session.rows_of_curvature = rows
         if chosen != "levenberg_marquardt":
-            head, layer = find_head(model, parameters, first), find_vocabulary_head(model, function, first)
-            if head is not None and is_glm(function) and chosen != "gradient_descent":
-                session.objective_type = partial(HeadObjective, head=head)
-            elif layer is not None:
-                session.objective_type = partial(VocabularyObjective, layer=layer)
+            session.objective_type = _objective_type(chosen, model, parameters, function, first)
         optimizer = _optimizer(chosen, parameters, damping, weight_decay, cg_iterations, sampled=rows is not None)
         return session.iterate(optimizer, chosen, why, None if checkpoint is None else Path(checkpoint))
 
@@ -393,6 +389,18 @@ class _State:
         if math.isnan(self.first_loss):
             self.first_loss = abs(report.loss)
         return self.first_loss
+
+
+def _objective_type(
+    method: str, model: nn.Module, parameters: ParameterVector, loss: Loss, chunk: Chunk
+) -> Callable[..., DataObjective]:
+    """The objective that has kernels for how the model ends."""
+    if is_glm(loss) and method != "gradient_descent":
+        head = find_head(model, parameters, chunk)
+        if head is not None:
+            return partial(HeadObjective, head=head)
+    layer = find_vocabulary_head(model, loss, chunk)
+    return DataObjective if layer is None else partial(VocabularyObjective, layer=layer)
 
 
 def _check(

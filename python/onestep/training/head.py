@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +28,17 @@ def find_head(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> H
     """The linear layer or 1×1 convolution that holds all that is trained and ends the model, if there is one."""
     trained = {id(tensor) for tensor in parameters.tensors}
     for layer in module.modules():
-        own = {id(p) for p in layer.parameters(recurse=False) if p.requires_grad}
+        own = {id(p) for p in layer.parameters(recurse=False)}
         if own != trained or not _is_linear(layer):
             continue
         head = Head(layer, *layer.parameters(recurse=False))
-        if not all(p.requires_grad for p in layer.parameters(recurse=False)):
-            continue
         calls, outputs = _calls(module, layer, spread(chunk))
         if _ends(calls, outputs):
             return head
     return None
 
 
-def last_linear(module: nn.Module, layer: nn.Linear, chunk: Chunk) -> Tensor | None:
+def last_linear(module: nn.Module, layer: nn.Module, chunk: Chunk) -> Tensor | None:
     """The module's outputs on some rows if they are a layer's, in its shape."""
     calls, outputs = _calls(module, layer, spread(chunk))
     return outputs if _ends(calls, outputs) and calls[0][1].shape == outputs.shape else None
@@ -61,7 +59,12 @@ def _ends(calls: list[tuple[Tensor, Tensor]], outputs: Tensor) -> bool:
 def _calls(module: nn.Module, layer: nn.Module, chunk: Chunk) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """What goes into a layer and comes out of it, for each time it is called, and the module's outputs."""
     calls: list[tuple[Tensor, Tensor]] = []
-    handle = layer.register_forward_hook(lambda _layer, args, result: calls.append((args[0], result)) if args else None)
+
+    def note(_layer: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+        if args:
+            calls.append((args[0], result))
+
+    handle = layer.register_forward_hook(note)
     try:
         with torch.no_grad():
             outputs = call_model(module, chunk.inputs)
@@ -70,11 +73,19 @@ def _calls(module: nn.Module, layer: nn.Module, chunk: Chunk) -> tuple[list[tupl
     return calls, outputs
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes what its class says of its own weight and bias: no hook or patch makes it another."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    names = [name for name, _ in layer.named_parameters(recurse=False)]
+    return not hooked and "forward" not in vars(layer) and names in (["weight"], ["weight", "bias"])
+
+
 def _is_linear(layer: nn.Module) -> bool:
-    if type(layer) is nn.Linear:
-        return True
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) or not is_plain(layer):
         return False
+    if isinstance(layer, nn.Linear):
+        return True
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     ones = {*layer.kernel_size, *layer.stride, layer.groups}
     padded = layer.padding == "same" or any(p != 0 for p in layer.padding)
     return ones == {1} and not padded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +60,16 @@ class Factors:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Sums over what the layers are given, and what comes back to them, meanwhile."""
-        handles = [layer.register_forward_hook(self._collect) for layer in self.layers]
+        handles = [layer.register_forward_hook(self._collect, with_kwargs=True) for layer in self.layers]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _collect(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0].detach().reshape(-1, args[0].shape[-1])
+    def _collect(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x = (args[0] if args else kwargs["input"]).detach()
+        x = x.reshape(-1, x.shape[-1])
         if self.layers[layer].bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         _add_rows(x, self.inputs[layer])

@@ -15,7 +15,7 @@ from onestep.evaluation.losses import IGNORED, Loss
 from onestep.evaluation.module import call_model
 from onestep.evaluation.parameters import ParameterVector
 from onestep.functional import linear_cross_entropy, linear_cross_entropy_ggnvp
-from onestep.training.head import last_linear
+from onestep.training.head import is_plain, last_linear
 from onestep.training.objective import DataObjective
 
 # With fewer classes torch's own cross-entropy is faster, and the scores are small.
@@ -34,11 +34,13 @@ def find_vocabulary_head(module: nn.Module, loss: Loss, chunk: Chunk) -> nn.Line
     """The linear layer of many classes whose outputs are the model's, under cross-entropy; None if there is none."""
     if loss.name != "cross_entropy":
         return None
-    wide = [layer for layer in module.modules() if type(layer) is nn.Linear and layer.out_features >= _LEAST_CLASSES]
-    for layer in wide:
+    for layer in module.modules():
+        if type(layer) is not nn.Linear or layer.out_features < _LEAST_CLASSES or not is_plain(layer):
+            continue
+        if not layer.weight.is_cpu or layer.weight.dtype not in (torch.float32, torch.float64):
+            continue
         outputs = last_linear(module, layer, chunk)
-        on_cpu = layer.weight.is_cpu and layer.weight.dtype in (torch.float32, torch.float64)
-        if on_cpu and outputs is not None and outputs.shape[1:-1] == chunk.target.shape[1:]:
+        if outputs is not None and outputs.shape[1:-1] == chunk.target.shape[1:]:
             return layer
     return None
 
