@@ -185,6 +185,35 @@ def linear_cross_entropy_f32(
 linear_cross_entropy_f64 = linear_cross_entropy_f32
 linear_cross_entropy_bf16 = linear_cross_entropy_f32
 
+def mlp_gradient_f32(
+    widths: Sequence[int],
+    activations: Sequence[int],
+    biased: Sequence[bool],
+    n: int,
+    x: _Operand,
+    y: _Operand,
+    parameters: int,
+    loss: int,
+    gradient: int,
+    /,
+) -> None: ...
+
+mlp_gradient_f64 = mlp_gradient_f32
+
+def mlp_jacobian_f32(
+    widths: Sequence[int],
+    activations: Sequence[int],
+    biased: Sequence[bool],
+    n: int,
+    x: _Operand,
+    parameters: int,
+    scale: float,
+    jacobian: int,
+    /,
+) -> None: ...
+
+mlp_jacobian_f64 = mlp_jacobian_f32
+
 _AttentionInput = tuple[int, Sequence[int], bool, object] | None
 _AttentionInputs = Sequence[_AttentionInput]
 

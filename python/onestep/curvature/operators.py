@@ -22,6 +22,7 @@ from onestep.evaluation.distributed import equal_everywhere, share, summed, toge
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.losses import Loss, as_loss, drawn_slope
 from onestep.evaluation.module import (
+    autograd_gradient,
     call_model,
     chunk_rows,
     eval_mode,
@@ -187,7 +188,9 @@ class CurvatureOperator(ABC):
         """The loss over all data, and its gradient (p,): ``solve(-gradient, damping)`` is a damped Newton step."""
         with eval_mode(self.model):
             loss, gradient, elements = summed_gradient(
-                lambda chunk: self._loss.sum(call_model(self.model, chunk.inputs), chunk.target),
+                lambda chunk: autograd_gradient(
+                    lambda: self._loss.sum(call_model(self.model, chunk.inputs), chunk.target), self._parameters
+                ),
                 lambda chunk: self._loss.elements(chunk.target, len(chunk)),
                 self._chunks,
                 self._parameters,

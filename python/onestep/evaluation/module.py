@@ -81,7 +81,7 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
 
 
 def summed_gradient(
-    loss_of: Callable[[Chunk], Tensor],
+    gradient_of: Callable[[Chunk], tuple[float, Tensor]],
     elements_of: Callable[[Chunk], int],
     chunks: Callable[[], Iterable[Chunk]],
     parameters: ParameterVector,
@@ -91,14 +91,9 @@ def summed_gradient(
 
     def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
         for number, chunk in enumerate(chunks()):
-            with torch.enable_grad():
-                total = loss_of(chunk)
-                value = total.item()
-                if not math.isfinite(value):
-                    raise NonFiniteError(explain(chunk, number, f"the loss is {value}"))
-                gradient = torch.zeros_like(like)
-                if total.requires_grad:
-                    gradient = flatten(torch.autograd.grad(total, parameters.tensors, materialize_grads=True))
+            value, gradient = gradient_of(chunk)
+            if not math.isfinite(value):
+                raise NonFiniteError(explain(chunk, number, f"the loss is {value}"))
             if not math.isfinite(gradient.sum().item()):
                 raise NonFiniteError(f"batch {number}: the gradient is NaN or infinite, the loss {value:g}")
             yield chunk.piece, gradient, [value, elements_of(chunk)]
@@ -108,6 +103,16 @@ def summed_gradient(
     if not count:
         raise ValueError("every target of the batch is ignored; there is no loss to minimise")
     return total, gradient, int(count)
+
+
+def autograd_gradient(loss: Callable[[], Tensor], parameters: ParameterVector) -> tuple[float, Tensor]:
+    """A loss and its gradient (p,), which is zero where the loss is not finite."""
+    with torch.enable_grad():
+        total = loss()
+        value = total.item()
+        if not (total.requires_grad and math.isfinite(value)):
+            return value, torch.zeros(len(parameters), dtype=parameters.dtype, device=parameters.device)
+        return value, flatten(torch.autograd.grad(total, parameters.tensors, materialize_grads=True))
 
 
 def explain(chunk: Chunk, number: int, finding: str) -> str:

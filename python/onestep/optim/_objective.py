@@ -19,6 +19,23 @@ from onestep.evaluation.parameters import ParameterVector, call_with, flatten
 Preconditioner: TypeAlias = Callable[[float], Callable[[Tensor], Tensor]]
 
 
+class CurvatureRoot(ABC):
+    """A matrix R (m,p) with RᵀR = A, the Gauss-Newton matrix."""
+
+    @property
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """That of A (p,)."""
+
+    @abstractmethod
+    def multiply(self, v: Tensor) -> Tensor:
+        """Av."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """A (p,p)."""
+
+
 class Objective(ABC):
     """A loss of the parameters p that an optimiser was given, at their present values.
 
@@ -47,6 +64,10 @@ class Objective(ABC):
 
     def preconditioner(self, parameters: ParameterVector) -> Preconditioner | None:
         """Of the Gauss-Newton matrix, where more is known of it than a gradient tells."""
+        return None
+
+    def curvature_root(self, parameters: ParameterVector) -> CurvatureRoot | None:
+        """Of the Gauss-Newton matrix, where products with it are to be preferred to the matrix itself."""
         return None
 
     @abstractmethod

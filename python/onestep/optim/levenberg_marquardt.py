@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,11 +12,16 @@ from torch import Tensor
 
 import onestep.linalg as linalg
 from onestep.evaluation.parameters import ParameterVector
-from onestep.optim._objective import Objective
+from onestep.optim._objective import CurvatureRoot, Objective
 from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
 
 # Without damping the factor may not exist: this much, relative to a unit diagonal, stands in for none.
 _UNDAMPED = 1e-12
+# Steps on a sample's curvature are solved for to this part of the gradient, by no more products than cost as much as
+# the matrix and its factor, which is taken with so much damping at least to exist in float32.
+_TOLERANCE = 0.1
+_MOST_PRODUCTS = 20
+_LEAST_FACTORED = 1e-3
 
 
 class LevenbergMarquardt(DampedOptimizer):
@@ -56,13 +62,19 @@ class LevenbergMarquardt(DampedOptimizer):
     def quadratic_model(
         self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
-        """A, assembled in chunks of rows by the Gram kernel."""
+        """A, assembled in chunks of rows by the Gram kernel, or where it is of a sample of them, products with it."""
+        last = self.read_state("direction", parameters) if self.momentum else None
+        carried = None if last is None else last * self.momentum
+        root = objective.curvature_root(parameters)
+        if root is not None:
+            diagonal = root.diagonal if decay is None else root.diagonal + decay
+            scale = self._scale(parameters, diagonal.double()).to(parameters.dtype)
+            factor = _KeptFactor(self.state[parameters.tensors[0]])
+            return _SampledModel(root, diagonal, decay, gradient, scale, carried, factor)
         A = objective.gauss_newton_matrix(parameters)
         if decay is not None:
             A = A + torch.diag(decay.double())
         scale = self._scale(parameters, A.diagonal())
-        last = self.read_state("direction", parameters) if self.momentum else None
-        carried = None if last is None else last * self.momentum
         return _FactoredModel(A, gradient.double(), scale, parameters.dtype, carried)
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
@@ -84,52 +96,183 @@ class LevenbergMarquardt(DampedOptimizer):
         return torch.zeros(len(parameters), dtype=torch.bool) if scale is None else scale == 0
 
 
-class _FactoredModel(QuadraticModel):
-    def __init__(self, A: Tensor, gradient: Tensor, scale: Tensor, dtype: torch.dtype, carried: Tensor | None) -> None:
-        diagonal = A.diagonal()
-        self.without_influence = int((diagonal <= torch.finfo(A.dtype).eps * scale).sum())
-        self.system = _Scaled(A, gradient, scale)
-        self.present = A, gradient, diagonal
-        self.dtype, self.carried = dtype, carried
+class _MatrixModel(QuadraticModel):
+    """gradient, diagonal: of the loss and of A now."""
+
+    def __init__(
+        self, gradient: Tensor, diagonal: Tensor, scale: Tensor, dtype: torch.dtype, carried: Tensor | None
+    ) -> None:
+        self.gradient, self.diagonal, self.dtype, self.carried = gradient, diagonal, dtype, carried
+        self.without_influence = int((diagonal <= torch.finfo(diagonal.dtype).eps * scale).sum())
+
+    def undamped(self) -> _Scaled:
+        """The system in the scale that A has now."""
+        raise NotImplementedError
 
     def decrement(self) -> float:
-        """½gᵀA⁻¹g, in the scale that A has now."""
-        system = _Scaled(*self.present)
+        """½gᵀA⁻¹g."""
+        system = self.undamped()
         step = system.solve(_UNDAMPED)
         return math.inf if step is None else -0.5 * torch.dot(system.gradient, step).item()
 
     def resolution(self, point: Tensor) -> float:
         """With each parameter off by ε of itself, and outputs no more than linear in it."""
-        _, gradient, diagonal = self.present
         off = torch.finfo(self.dtype).eps * point.double().abs()
-        return (torch.dot(gradient.abs(), off) + 0.5 * torch.dot(diagonal.sqrt(), off).square()).item()
+        slope = torch.dot(self.gradient.double().abs(), off)
+        return (slope + 0.5 * torch.dot(self.diagonal.double().sqrt(), off).square()).item()
+
+    def with_momentum(self, step: Tensor) -> Tensor:
+        """The step in the parameters' own precision, as it will be added."""
+        step = step.to(self.dtype)
+        # If this trial fails, the next one should not run on with the same momentum.
+        carried, self.carried = self.carried, None
+        return step if carried is None else step + carried
+
+
+class _FactoredModel(_MatrixModel):
+    def __init__(self, A: Tensor, gradient: Tensor, scale: Tensor, dtype: torch.dtype, carried: Tensor | None) -> None:
+        super().__init__(gradient, A.diagonal(), scale, dtype, carried)
+        self.system = _Scaled(A, gradient, scale)
+        self.matrix = A
+
+    def undamped(self) -> _Scaled:
+        return _Scaled(self.matrix, self.gradient, self.diagonal)
 
     def propose(self, damping: float) -> Proposal | None:
-        step = self.system.solve(damping)
-        if step is None:
+        solution = self.system.solve(damping)
+        if solution is None:
             return None
-        # The model of the step as it will be added, in the parameters' own precision.
-        rounded = (step * self.system.inverse_root).to(self.dtype)
-        if self.carried is not None:
-            rounded = rounded + self.carried
-        # If this trial fails, the next one should not run on with the same momentum.
-        self.carried = None
-        step = rounded.double() / self.system.inverse_root
+        added = self.with_momentum(solution * self.system.inverse_root)
+        step = added.double() / self.system.inverse_root
         predicted = -torch.dot(self.system.gradient + 0.5 * (self.system.matrix @ step), step).item()
-        return Proposal(rounded, predicted)
+        return Proposal(added, predicted)
+
+
+class _KeptFactor:
+    """A factor L of the damped matrix of an earlier step, which preconditions later ones; kept with the parameters."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    @property
+    def L(self) -> Tensor | None:
+        return self.state.get("factor")
+
+    @L.setter
+    def L(self, value: Tensor) -> None:
+        self.state["factor"] = value
+
+
+class _SampledModel(_MatrixModel):
+    """Steps by conjugate gradients, in coordinates in which D is the identity.
+
+    They are preconditioned by the factor of an earlier step's matrix, until that takes too many iterations: then the
+    present one is formed and factored. Products with the sample's rows are far cheaper than their Gram matrix.
+    """
+
+    def __init__(
+        self,
+        root: CurvatureRoot,
+        diagonal: Tensor,
+        decay: Tensor | None,
+        gradient: Tensor,
+        scale: Tensor,
+        carried: Tensor | None,
+        kept: _KeptFactor,
+    ) -> None:
+        super().__init__(gradient, diagonal, scale, gradient.dtype, carried)
+        self.root, self.decay, self.kept = root, decay, kept
+        self.inverse_root = _inverse_root(scale)
+        self.scaled_gradient = gradient * self.inverse_root
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """A v, scaled."""
+        v = v * self.inverse_root
+        product = self.root.multiply(v)
+        if self.decay is not None:
+            product.addcmul_(self.decay, v)
+        return product.mul_(self.inverse_root)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        A = self.root.matrix()
+        if self.decay is not None:
+            A.diagonal().add_(self.decay)
+        return A
+
+    def undamped(self) -> _Scaled:
+        return _Scaled(self.matrix.double(), self.gradient.double(), self.diagonal.double())
+
+    def propose(self, damping: float) -> Proposal | None:
+        solution, products = self._solve(damping)
+        if solution is None:
+            return None
+        added = self.with_momentum(solution * self.inverse_root)
+        step = added / self.inverse_root
+        predicted = -torch.dot(self.scaled_gradient + 0.5 * self.multiply(step), step).item()
+        return Proposal(added, predicted, products + 1)
+
+    def _solve(self, damping: float) -> tuple[Tensor | None, int]:
+        solution, products = self._conjugate_gradients(damping)
+        if solution is not None:
+            return solution, products
+        system = _Scaled(self.matrix, self.gradient, self.inverse_root.square().reciprocal())
+        L = system.factor(max(damping, _LEAST_FACTORED))
+        if L is None:
+            return None, products
+        self.kept.L = L
+        solution, more = self._conjugate_gradients(damping)
+        return solution, products + more
+
+    def _conjugate_gradients(self, damping: float) -> tuple[Tensor | None, int]:
+        """The solution to the accuracy that a sample is worth, or None if that takes too many products."""
+        L = self.kept.L
+
+        def precondition(v: Tensor) -> Tensor:
+            return v if L is None else linalg.cholesky_solve(v[:, None], L)[:, 0]
+
+        def multiply(v: Tensor) -> Tensor:
+            return self.multiply(v).add_(v, alpha=damping)
+
+        x, r = torch.zeros_like(self.scaled_gradient), -self.scaled_gradient
+        z = precondition(r)
+        direction, size = z, torch.dot(r, z).item()
+        enough = _TOLERANCE**2 * size
+        for product in range(1, _MOST_PRODUCTS + 1):
+            image = multiply(direction)
+            length = size / torch.dot(direction, image).item()
+            x = x.add(direction, alpha=length)
+            r = r.sub(image, alpha=length)
+            z = precondition(r)
+            size, before = torch.dot(r, z).item(), size
+            if size <= enough:
+                return x, product
+            direction = z.add(direction, alpha=size / before)
+        return None, _MOST_PRODUCTS
 
 
 class _Scaled:
     """A and the gradient in coordinates in which D is the identity."""
 
     def __init__(self, A: Tensor, gradient: Tensor, scale: Tensor) -> None:
-        # A parameter that nothing depends on has no gradient either: any scale will do.
-        self.inverse_root = torch.where(scale > 0, scale, 1.0).rsqrt()
+        self.inverse_root = _inverse_root(scale)
         self.matrix = A * self.inverse_root[:, None] * self.inverse_root
         self.gradient = gradient * self.inverse_root
 
-    def solve(self, damping: float) -> Tensor | None:
+    def _damped(self, damping: float) -> Tensor:
         damped = self.matrix.clone()
         damped.diagonal().add_(damping)
-        solution, info, *_ = linalg.solve_spd_ex(damped, self.gradient[:, None])
+        return damped
+
+    def solve(self, damping: float) -> Tensor | None:
+        solution, info, *_ = linalg.solve_spd_ex(self._damped(damping), self.gradient[:, None])
         return None if info.item() != 0 else -solution[:, 0]
+
+    def factor(self, damping: float) -> Tensor | None:
+        L, info = linalg.cholesky_ex(self._damped(damping))
+        return None if info.item() != 0 else L
+
+
+def _inverse_root(scale: Tensor) -> Tensor:
+    # A parameter that nothing depends on has no gradient either: any scale will do.
+    return torch.where(scale > 0, scale, 1.0).rsqrt()

@@ -30,6 +30,7 @@ from onestep.training import closed_form, softmax_head
 from onestep.training.glm_head import HeadObjective, is_glm
 from onestep.training.head import find_head
 from onestep.training.objective import DataObjective
+from onestep.training.perceptron import PerceptronObjective, find_perceptron
 from onestep.training.result import FitResult, Record
 from onestep.training.vocabulary_head import VocabularyObjective, find_vocabulary_head
 
@@ -162,14 +163,13 @@ def fit(
         rows = curvature_batch_size
         if chosen == "levenberg_marquardt":
             rows = rows or _enough_rows(model, source, parameters, batch_size, first)
-        else:
+        if chosen != "levenberg_marquardt" or rows is not None:
             least = max(1, source.chunk_size // _LEAST_PIECE)
             source.share = source.share._replace(pieces=max(_PIECES, source.share.size), least=least)
         if chosen == "newton_cg" and chunk_size is None:
             source.chunk_size = max(1, source.chunk_size // _HESSIAN_MEMORY)
         session.rows_of_curvature = rows
-        if chosen != "levenberg_marquardt":
-            session.objective_type = _objective_type(chosen, model, parameters, function, first)
+        session.objective_type = _objective_type(chosen, model, parameters, function, first)
         optimizer = _optimizer(chosen, parameters, damping, weight_decay, cg_iterations, sampled=rows is not None)
         return session.iterate(optimizer, chosen, why, None if checkpoint is None else Path(checkpoint))
 
@@ -198,6 +198,7 @@ class _Session:
             self.loss,
             pieces=self.source.share.pieces,
             kept_rows=self.source.chunk_size or 0,
+            sampled=self.rows_of_curvature is not None,
         )
         if self.batch_size is None:
             return make(self.source.all, self.source.all, fixed=True)
@@ -394,7 +395,12 @@ class _State:
 def _objective_type(
     method: str, model: nn.Module, parameters: ParameterVector, loss: Loss, chunk: Chunk
 ) -> Callable[..., DataObjective]:
-    """The objective that has kernels for how the model ends."""
+    """The objective that has kernels for the model, or for how it ends."""
+    network = find_perceptron(model, loss, chunk)
+    if network is not None:
+        return partial(PerceptronObjective, network=network)
+    if method == "levenberg_marquardt":
+        return DataObjective
     if is_glm(loss) and method != "gradient_descent":
         head = find_head(model, parameters, chunk)
         if head is not None:

@@ -73,11 +73,16 @@ def _calls(module: nn.Module, layer: nn.Module, chunk: Chunk) -> tuple[list[tupl
     return calls, outputs
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module computes what its class says: no hook or patch makes it another."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked and "forward" not in vars(module)
+
+
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer computes what its class says of its own weight and bias: no hook or patch makes it another."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    """Whether a layer computes what its class says of its own weight and bias."""
     names = [name for name, _ in layer.named_parameters(recurse=False)]
-    return not hooked and "forward" not in vars(layer) and names in (["weight"], ["weight", "bias"])
+    return is_untouched(layer) and names in (["weight"], ["weight", "bias"])
 
 
 def _is_linear(layer: nn.Module) -> bool:

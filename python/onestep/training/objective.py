@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -19,14 +19,48 @@ from onestep.curvature._products import gauss_newton_products
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed, summed_by_piece
 from onestep.evaluation.losses import Loss, drawn_slope
-from onestep.evaluation.module import call_model, parameter_names, summed_gradient
+from onestep.evaluation.module import autograd_gradient, call_model, parameter_names, summed_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim import Objective
-from onestep.optim._objective import Preconditioner
+from onestep.optim._objective import CurvatureRoot, Preconditioner
 from onestep.training.kronecker import Factors
 
-# Rows of the Jacobian are formed this many bytes at a time.
+# Rows of the Jacobian are formed this many bytes at a time, and up to so many are kept for products.
 _JACOBIAN_BYTES = 64 * 2**20
+_ROOT_BYTES = 64 * 2**20
+
+
+def jacobian_parts(chunk: Chunk, row_bytes: int) -> Iterator[Chunk]:
+    """The rows whose Jacobian, of so many bytes a row, is formed at a time."""
+    size = max(1, _JACOBIAN_BYTES // row_bytes)
+    for begin in range(0, len(chunk), size):
+        yield chunk.rows(slice(begin, begin + size))
+
+
+class _SampledRoot(CurvatureRoot):
+    """Rows of the Jacobian by pieces of the batch, whose sums are added up in their order."""
+
+    def __init__(self, parts: list[tuple[int, Tensor]], p: int, pieces: int, count: int) -> None:
+        self.parts, self.pieces, self.count = parts, pieces, count
+        self.like = parts[0][1].new_empty(p) if parts else torch.empty(p)
+
+    def _sum(self, like: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
+        def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
+            for piece, rows in self.parts:
+                yield piece, term(rows), []
+
+        return summed_by_piece(self.pieces, (like, 0), terms)[0].div_(self.count)
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        return self._sum(self.like, lambda rows: rows.square().sum(0))
+
+    def multiply(self, v: Tensor) -> Tensor:
+        return self._sum(self.like, lambda rows: (rows @ v) @ rows)
+
+    def matrix(self) -> Tensor:
+        p = len(self.like)
+        return self._sum(self.like.new_empty(p, p), lambda rows: linalg.gram(rows)[0])
 
 
 class DataObjective(Objective):
@@ -39,6 +73,7 @@ class DataObjective(Objective):
         curvature_chunks: gives the rows over which curvature is taken.
         fixed: whether the batch is the same at every step.
         trial_chunks: gives the rows on which a step is judged, if not on the batch.
+        sampled: whether curvature is of a sample of the rows.
         pieces: how many pieces a batch is cut into, whose sums are added up in their order.
         kept_rows: up to so many rows, the passes that curvature is made of are kept from product to product.
     """
@@ -52,11 +87,12 @@ class DataObjective(Objective):
         *,
         fixed: bool,
         trial_chunks: Callable[[], Iterable[Chunk]] | None = None,
+        sampled: bool = False,
         pieces: int = 1,
         kept_rows: int = 0,
     ) -> None:
         self.module, self.loss, self.chunks, self.curvature_chunks = module, loss, chunks, curvature_chunks
-        self.fixed, self.trial_chunks = fixed, trial_chunks
+        self.fixed, self.trial_chunks, self.sampled = fixed, trial_chunks, sampled
         self.pieces, self.kept_rows = pieces, kept_rows
 
     def _elements(self, chunk: Chunk) -> int:
@@ -65,6 +101,10 @@ class DataObjective(Objective):
     def chunk_loss(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> Tensor:
         """The loss summed over a chunk, at the parameters' values or at others."""
         return self.loss.sum(call_model(self.module, chunk.inputs, values), chunk.target)
+
+    def chunk_gradient(self, chunk: Chunk, parameters: ParameterVector) -> tuple[float, Tensor]:
+        """The loss summed over a chunk and its gradient (p,)."""
+        return autograd_gradient(lambda: self.chunk_loss(chunk), parameters)
 
     def value(self, parameters: ParameterVector) -> float:
         def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
@@ -80,7 +120,9 @@ class DataObjective(Objective):
         return None if self.trial_chunks is None else self.value(parameters)
 
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
-        loss, gradient, count = summed_gradient(self.chunk_loss, self._elements, self.chunks, parameters, self.pieces)
+        loss, gradient, count = summed_gradient(
+            lambda chunk: self.chunk_gradient(chunk, parameters), self._elements, self.chunks, parameters, self.pieces
+        )
         return loss / count, gradient.div_(count)
 
     def values(self, parameters: ParameterVector) -> Callable[[Tensor], dict[str, Tensor]]:
@@ -153,6 +195,28 @@ class DataObjective(Objective):
         result.unpack(sums, positions)
         return lambda damping: result.preconditioner(max(count, 1), damping)
 
+    def curvature_root(self, parameters: ParameterVector) -> CurvatureRoot | None:
+        """Of a sample alone, in which an exact solution is not worth its time, and only if it takes little memory."""
+        if not self.sampled or parameters.device.type != "cpu":
+            return None
+        parts: list[tuple[int, Tensor]] = []
+
+        def local() -> tuple[Tensor, list[float]]:
+            count, numbers, fits = 0, 0, True
+            with torch.no_grad(), differentiable_kernels():
+                for chunk in self.curvature_chunks():
+                    count += self._elements(chunk)
+                    for rows in self.root_jacobian(parameters, chunk) if fits else ():
+                        numbers += rows.numel() * rows.element_size()
+                        fits = numbers <= _ROOT_BYTES
+                        parts.append((chunk.piece, rows))
+            return torch.empty(0), [count, not fits]
+
+        _, (count, failed) = summed(local)
+        if failed or not count:
+            return None
+        return _SampledRoot(parts, len(parameters), self.pieces, int(count))
+
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
         p = len(parameters)
 
@@ -198,10 +262,7 @@ class DataObjective(Objective):
 
         outputs = call_model(self.module, chunk.rows(slice(0, 1)).inputs)
         shape = outputs.shape[1:]
-        row_bytes = outputs.numel() * len(parameters) * outputs.element_size()
-        size = max(1, _JACOBIAN_BYTES // row_bytes)
-        for begin in range(0, len(chunk), size):
-            part = chunk.rows(slice(begin, begin + size))
+        for part in jacobian_parts(chunk, outputs.numel() * len(parameters) * outputs.element_size()):
             yield vmap(root, in_dims=(None, 0, 0))(point, part.inputs, part.target).reshape(-1, len(parameters))
 
     def _row_loss(self, outputs: Tensor, target: Any) -> Tensor:

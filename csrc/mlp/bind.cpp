@@ -1,0 +1,75 @@
+#include "bindings/arguments.hpp"
+#include "mlp/mlp.hpp"
+
+namespace onestep {
+namespace {
+
+namespace py = pybind11;
+using bindings::Address;
+using bindings::Operand;
+using bindings::Sizes;
+
+// widths: inputs, then the outputs of each layer; activations and biased: one a layer.
+std::vector<MlpLayer> layers_of(const Sizes& widths, const Sizes& activations, const Sizes& biased) {
+    const size_t count = activations.size();
+    if (count < 1 || count > static_cast<size_t>(kMostMlpLayers) || widths.size() != count + 1 ||
+        biased.size() != count) {
+        throw std::invalid_argument("expected 1 to " + std::to_string(kMostMlpLayers) + " layers");
+    }
+    std::vector<MlpLayer> layers(count);
+    int64_t at = 0;
+    for (size_t l = 0; l < count; ++l) {
+        layers[l] = {widths[l], widths[l + 1], static_cast<MlpActivation>(activations[l]), biased[l] != 0, at};
+        at = layers[l].end();
+    }
+    return layers;
+}
+
+template <class T>
+MlpArgs<T> network_of(const std::vector<MlpLayer>& layers, int64_t n, const Operand& x, Address parameters) {
+    MlpArgs<T> args;
+    args.layers = layers.data();
+    args.count = static_cast<int64_t>(layers.size());
+    args.n = n;
+    args.x = bindings::batched<const T>(x, 2).at(BatchShape{}, 0);
+    args.parameters = bindings::pointer<const T>(parameters);
+    return args;
+}
+
+template <class T>
+py::object bind_gradient(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n,
+                         const Operand& x, const Operand& y, Address parameters, Address loss, Address gradient) {
+    const std::vector<MlpLayer> layers = layers_of(widths, activations, biased);
+    MlpGradientArgs<T> args;
+    args.network = network_of<T>(layers, n, x, parameters);
+    args.y = bindings::batched<const T>(y, 2).at(BatchShape{}, 0);
+    args.loss = bindings::pointer<double>(loss);
+    args.gradient = bindings::pointer<T>(gradient);
+    return bindings::run([&] { return mlp_gradient(args); });
+}
+
+template <class T>
+py::object bind_jacobian(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n,
+                         const Operand& x, Address parameters, double scale, Address jacobian) {
+    const std::vector<MlpLayer> layers = layers_of(widths, activations, biased);
+    MlpJacobianArgs<T> args;
+    args.network = network_of<T>(layers, n, x, parameters);
+    args.scale = static_cast<T>(scale);
+    args.jacobian = bindings::pointer<T>(jacobian);
+    return bindings::run([&] { return mlp_jacobian(args); });
+}
+
+template <class T>
+void register_functions(py::module_& module, const std::string& suffix) {
+    module.def(("mlp_gradient_" + suffix).c_str(), bind_gradient<T>);
+    module.def(("mlp_jacobian_" + suffix).c_str(), bind_jacobian<T>);
+}
+
+}  // namespace
+
+void register_mlp(py::module_& module) {
+    register_functions<float>(module, "f32");
+    register_functions<double>(module, "f64");
+}
+
+}  // namespace onestep

@@ -1,0 +1,56 @@
+// What one CPU target provides to mlp.cpp: one block of rows through all layers and back. Everything here is plain
+// data.
+#pragma once
+
+#include <cstdint>
+
+#include "mlp/mlp.hpp"
+
+namespace onestep {
+
+// A network whose weights are packed for both directions; see pack in MlpKernels.
+template <class T>
+struct MlpNetwork {
+    const MlpLayer* layers = nullptr;
+    int64_t count = 0;
+    Matrix<const T> x;
+    Matrix<const T> y;  // null data: no target
+    const T* parameters = nullptr;
+    const T* packed = nullptr;
+};
+
+template <class T>
+struct MlpKernels {
+    int64_t panel;  // rows side by side
+
+    // Elements of the packed weights, and packing them.
+    int64_t (*packed_size)(const MlpLayer* layers, int64_t count);
+    void (*pack)(const MlpNetwork<T>& network, T* to);
+
+    // Scratch in elements that the kernels below need for a block of so many rows, a multiple of `panel`.
+    int64_t (*work)(const MlpLayer* layers, int64_t count, int64_t rows);
+
+    // Rows [begin, begin + rows): adds their gradient (unless null) and returns their loss.
+    double (*gradient)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* gradient, T* work);
+    // The same rows of the Jacobian; `jacobian` is the whole.
+    void (*jacobian)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T scale, T* jacobian, T* work);
+};
+
+#define ONESTEP_MLP_KERNELS                 \
+    extern const MlpKernels<float> mlp_f32; \
+    extern const MlpKernels<double> mlp_f64;
+
+namespace generic {
+ONESTEP_MLP_KERNELS
+}  // namespace generic
+#ifdef ONESTEP_X86_TARGETS
+namespace avx2 {
+ONESTEP_MLP_KERNELS
+}  // namespace avx2
+namespace avx512 {
+ONESTEP_MLP_KERNELS
+}  // namespace avx512
+#endif
+#undef ONESTEP_MLP_KERNELS
+
+}  // namespace onestep

@@ -1,0 +1,408 @@
+// Rows of a perceptron through all layers and back, a block at a time; formulas in mlp.hpp. Activations lie as
+// [row panel][unit][row], a row per lane, units padded to whole tiles.
+#pragma once
+
+#include "base/gemm-inl.hpp"
+#include "base/math-inl.hpp"
+#include "mlp/kernels.hpp"
+
+namespace onestep::ONESTEP_NS {
+
+template <class T>
+struct TanhSeries;
+
+// (tanh(x) / x − 1) / x² in x² for |x| < 0.625 (Cephes; Moshier 1989).
+template <>
+struct TanhSeries<float> {
+    static constexpr float kNumerator[] = {-5.70498872745e-3F, 2.06390887954e-2F, -5.37397155531e-2F, 1.33314422036e-1F,
+                                           -3.33332819422e-1F};
+    static constexpr float kDenominator[] = {1.0F};
+};
+
+template <>
+struct TanhSeries<double> {
+    static constexpr double kNumerator[] = {-9.64399179425052238628e-1, -9.92877231001918586564e1,
+                                            -1.61468768441708447952e3};
+    static constexpr double kDenominator[] = {1.0, 1.12811678491632931402e2, 2.23548839060100448583e3,
+                                              4.84406305325125486048e3};
+};
+
+template <class T, size_t N>
+ONESTEP_INLINE Vec<T> polynomial(const T (&terms)[N], Vec<T> x) {
+    Vec<T> sum = broadcast<T>(terms[0]);
+#pragma GCC unroll 8
+    for (size_t term = 1; term < N; ++term) {
+        sum = sum * x + terms[term];
+    }
+    return sum;
+}
+
+template <class T>
+ONESTEP_INLINE Vec<T> tanh_lanes(Vec<T> x) {
+    const Vec<T> square = x * x;
+    const Vec<T> series =
+        polynomial<T>(TanhSeries<T>::kNumerator, square) / polynomial<T>(TanhSeries<T>::kDenominator, square);
+    const Vec<T> size = absolute_lanes<T>(x);
+    const Vec<T> large = T(1) - T(2) / (exp_lanes<T>(size + size) + T(1));
+    const Vec<T> far = x < Vec<T>{} ? -large : large;
+    return size < broadcast<T>(T(0.625)) ? x + x * square * series : far;
+}
+
+template <class T>
+ONESTEP_INLINE Vec<T> activate(MlpActivation activation, Vec<T> z) {
+    switch (activation) {
+        case MlpActivation::relu:
+            // NaN stays.
+            return z < Vec<T>{} ? Vec<T>{} : z;
+        case MlpActivation::tanh:
+            return tanh_lanes<T>(z);
+        case MlpActivation::sigmoid:
+            return T(1) / (T(1) + exp_lanes<T>(-z));
+        default:
+            return z;
+    }
+}
+
+// φ′(z) from a = φ(z).
+template <class T>
+ONESTEP_INLINE Vec<T> slope(MlpActivation activation, Vec<T> a) {
+    switch (activation) {
+        case MlpActivation::relu:
+            return a > Vec<T>{} ? broadcast<T>(T(1)) : Vec<T>{};
+        case MlpActivation::tanh:
+            return T(1) - a * a;
+        case MlpActivation::sigmoid:
+            return a * (T(1) - a);
+        default:
+            return broadcast<T>(T(1));
+    }
+}
+
+// W in tiles of rows for the way there, and behind it of columns for the way back, layer by layer.
+inline int64_t forward_size(const MlpLayer& layer) { return round_up_to(layer.outputs, kTileRows) * layer.inputs; }
+
+inline int64_t mlp_packed_size(const MlpLayer* layers, int64_t count) {
+    int64_t size = 0;
+    for (int64_t l = 0; l < count; ++l) {
+        size += forward_size(layers[l]) + round_up_to(layers[l].inputs, kTileRows) * layers[l].outputs;
+    }
+    return size;
+}
+
+template <class T>
+inline void mlp_pack(const MlpNetwork<T>& network, T* to) {
+    for (int64_t l = 0; l < network.count; ++l) {
+        const MlpLayer& layer = network.layers[l];
+        const StridedRows<T> rows{network.parameters + layer.weight_at, layer.inputs};
+        pack_rows<kTileRows, T>(rows, 0, layer.outputs, 1, 0, layer.inputs, to);
+        to += forward_size(layer);
+        pack_columns_of_rows<kTileRows, T>(rows, 0, layer.outputs, 1, 0, layer.inputs, to);
+        to += round_up_to(layer.inputs, kTileRows) * layer.outputs;
+    }
+}
+
+// A matrix over the rows of a block: unit u of row r is data[r / kPanel * panel + u * kPanel + r % kPanel].
+template <class T>
+struct Units {
+    T* data;
+    int64_t panel;
+
+    static int64_t padded(int64_t units) { return round_up_to(units, kTileRows) * kPanel<T>; }
+    T* at(int64_t q, int64_t unit) const { return data + q * panel + unit * kPanel<T>; }
+};
+
+inline int64_t widest_layer(const MlpLayer* layers, int64_t count) {
+    int64_t most = layers[0].inputs;
+    for (int64_t l = 0; l < count; ++l) {
+        most = maximum(most, layers[l].outputs);
+    }
+    return most;
+}
+
+// What a block holds: the activations of every layer, the targets, and δ of two layers.
+template <class T>
+inline int64_t mlp_work(const MlpLayer* layers, int64_t count, int64_t rows) {
+    const int64_t panels = rows / kPanel<T>;
+    int64_t size = Units<T>::padded(layers[0].inputs) + Units<T>::padded(layers[count - 1].outputs);
+    for (int64_t l = 0; l < count; ++l) {
+        size += Units<T>::padded(layers[l].outputs);
+    }
+    size += 2 * Units<T>::padded(widest_layer(layers, count));
+    // The Jacobian's rows of one panel, by rows.
+    return panels * size + 2 * Units<T>::padded(widest_layer(layers, count));
+}
+
+// One block of rows on its way.
+template <class T>
+struct Block {
+    const MlpNetwork<T>& network;
+    int64_t begin, rows, panels;
+    T* work;
+
+    Block(const MlpNetwork<T>& network_, int64_t begin_, int64_t rows_, T* work_)
+        : network(network_), begin(begin_), rows(rows_), panels((rows_ + kPanel<T> - 1) / kPanel<T>), work(work_) {}
+
+    const MlpLayer& layer(int64_t l) const { return network.layers[l]; }
+    const MlpLayer& last() const { return network.layers[network.count - 1]; }
+
+    Units<T> take(int64_t units) {
+        const Units<T> result{work, Units<T>::padded(units)};
+        work += panels * result.panel;
+        return result;
+    }
+
+    // The block's rows of a table, as units.
+    Units<T> packed(const Matrix<const T>& table, int64_t units) {
+        const Units<T> to = take(units);
+        for (int64_t q = 0; q < panels; ++q) {
+            pack_rows<kPanel<T>, T>(StridedRows<T>{table.data, table.row}, begin + q * kPanel<T>,
+                                    minimum(kPanel<T>, rows - q * kPanel<T>), table.col, 0, units, to.at(q, 0));
+        }
+        return to;
+    }
+
+    // to = the packed tiles of a matrix times from.
+    void multiply(const T* tiles, int64_t outputs, int64_t inputs, const Units<T>& from, const Units<T>& to) const {
+        const int64_t count = (outputs + kTileRows - 1) / kTileRows;
+        multiply_panels<T>(count, panels, 1, inputs, LeftTiles<T>::packed(tiles, inputs), {from.data, from.panel, 0},
+                           false, {to.data, kPanel<T>, to.panel, count * kTileRows, panels * kPanel<T>});
+    }
+
+    // apply(vector of unit u, u) for every vector of rows.
+    template <class Apply>
+    ONESTEP_INLINE void each(int64_t units, const Units<T>& values, const Apply& apply) const {
+        for (int64_t q = 0; q < panels; ++q) {
+            for (int64_t u = 0; u < units; ++u) {
+#pragma GCC unroll 4
+                for (int64_t v = 0; v < kPanel<T>; v += kLanes<T>) {
+                    apply(values.at(q, u) + v, q * values.panel + u * kPanel<T> + v, u);
+                }
+            }
+        }
+    }
+
+    // a_l of every layer; activations[0] is x. `activations` has room for count + 1.
+    void forward(Units<T>* activations) {
+        activations[0] = packed(network.x, layer(0).inputs);
+        const T* tiles = network.packed;
+        for (int64_t l = 0; l < network.count; ++l) {
+            const MlpLayer& now = layer(l);
+            activations[l + 1] = take(now.outputs);
+            multiply(tiles, now.outputs, now.inputs, activations[l], activations[l + 1]);
+            const T* bias = network.parameters + now.bias_at();
+            each(now.outputs, activations[l + 1], [&](T* at, int64_t, int64_t u) {
+                const Vec<T> z = now.biased ? load<T>(at) + bias[u] : load<T>(at);
+                store<T>(at, activate<T>(now.activation, z));
+            });
+            tiles += forward_size(now) + round_up_to(now.inputs, kTileRows) * now.outputs;
+        }
+    }
+
+    // to = δ of layer l − 1 from δ of layer l; `tiles` are those of layer l, for the way back.
+    void step_back(int64_t l, const T* tiles, const Units<T>& activation, const Units<T>& delta,
+                   const Units<T>& to) const {
+        const MlpLayer& now = layer(l);
+        multiply(tiles, now.inputs, now.outputs, delta, to);
+        const MlpActivation before = layer(l - 1).activation;
+        each(now.inputs, to, [&](T* at, int64_t offset, int64_t) {
+            store<T>(at, load<T>(at) * slope<T>(before, load<T>(activation.data + offset)));
+        });
+    }
+
+    // Where the tiles of layer l for the way back start.
+    const T* back_tiles(int64_t l) const {
+        return network.packed + mlp_packed_size(network.layers, l) + forward_size(layer(l));
+    }
+
+    // Rows that the last panel holds beyond the block's.
+    void clear_padding(int64_t units, const Units<T>& values) const {
+        const int64_t used = rows - (panels - 1) * kPanel<T>;
+        for (int64_t u = 0; used < kPanel<T> && u < units; ++u) {
+            for (int64_t r = used; r < kPanel<T>; ++r) {
+                values.at(panels - 1, u)[r] = T(0);
+            }
+        }
+    }
+};
+
+// to[i · ld + j] += Σ over the block's rows of left unit i times right unit j, i < M, j < N.
+template <class T, int M, int N>
+inline void add_products(int64_t panels, const Units<T>& left, int64_t i, const Units<T>& right, int64_t j, T* to,
+                         int64_t ld) {
+    Vec<T> acc[M][N] = {};
+    for (int64_t q = 0; q < panels; ++q) {
+        const T* a = left.at(q, i);
+        const T* b = right.at(q, j);
+        for (int64_t v = 0; v < kPanel<T>; v += kLanes<T>) {
+            Vec<T> columns[N];
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) {
+                columns[n] = load<T>(b + n * kPanel<T> + v);
+            }
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+                const Vec<T> row = load<T>(a + m * kPanel<T> + v);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; ++n) {
+                    acc[m][n] += row * columns[n];
+                }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            to[(i + m) * ld + j + n] += sum_across<T>(acc[m][n]);
+        }
+    }
+}
+
+template <class T, int M>
+inline void add_product_rows(int64_t panels, const Units<T>& left, int64_t i, const Units<T>& right, int64_t columns,
+                             T* to) {
+    int64_t j = 0;
+    for (; j + 3 <= columns; j += 3) {
+        add_products<T, M, 3>(panels, left, i, right, j, to, columns);
+    }
+    for (; j < columns; ++j) {
+        add_products<T, M, 1>(panels, left, i, right, j, to, columns);
+    }
+}
+
+// The gradient of one layer's parameters: δ aᵀ and δ summed over the rows.
+template <class T>
+inline void add_layer_gradient(const MlpLayer& layer, int64_t panels, const Units<T>& delta, const Units<T>& input,
+                               T* gradient) {
+    T* weight = gradient + layer.weight_at;
+    int64_t u = 0;
+    for (; u + 4 <= layer.outputs; u += 4) {
+        add_product_rows<T, 4>(panels, delta, u, input, layer.inputs, weight);
+    }
+    for (; u < layer.outputs; ++u) {
+        add_product_rows<T, 1>(panels, delta, u, input, layer.inputs, weight);
+    }
+    for (u = 0; layer.biased && u < layer.outputs; ++u) {
+        Vec<T> sum{};
+        for (int64_t q = 0; q < panels; ++q) {
+            for (int64_t v = 0; v < kPanel<T>; v += kLanes<T>) {
+                sum += load<T>(delta.at(q, u) + v);
+            }
+        }
+        gradient[layer.bias_at() + u] += sum_across<T>(sum);
+    }
+}
+
+template <class T>
+inline double mlp_gradient_rows(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* gradient, T* work) {
+    Block<T> block(network, begin, rows, work);
+    Units<T> activations[kMostMlpLayers + 1];
+    block.forward(activations);
+    const int64_t count = network.count;
+    const MlpLayer& last = block.last();
+    const Units<T> y = block.packed(network.y, last.outputs);
+    const Units<T> outputs = activations[count];
+    // y becomes the residuals.
+    block.each(last.outputs, y,
+               [&](T* at, int64_t offset, int64_t) { store<T>(at, load<T>(outputs.data + offset) - load<T>(at)); });
+    block.clear_padding(last.outputs, y);
+    double loss = 0.0;
+    for (int64_t u = 0; u < last.outputs; ++u) {
+        Vec<T> sum{};
+        for (int64_t q = 0; q < block.panels; ++q) {
+            for (int64_t v = 0; v < kPanel<T>; v += kLanes<T>) {
+                const Vec<T> residual = load<T>(y.at(q, u) + v);
+                sum += residual * residual;
+            }
+        }
+        loss += static_cast<double>(sum_across<T>(sum));
+    }
+    if (gradient == nullptr) {
+        return loss;
+    }
+    const int64_t widest = widest_layer(network.layers, count);
+    Units<T> delta = block.take(widest);
+    Units<T> next = block.take(widest);
+    delta.panel = y.panel;
+    block.each(last.outputs, delta, [&](T* at, int64_t offset, int64_t) {
+        const Vec<T> twice = load<T>(y.data + offset) * T(2);
+        store<T>(at, twice * slope<T>(last.activation, load<T>(outputs.data + offset)));
+    });
+    for (int64_t l = count - 1; l >= 0; --l) {
+        add_layer_gradient<T>(block.layer(l), block.panels, delta, activations[l], gradient);
+        if (l > 0) {
+            next.panel = activations[l].panel;
+            block.step_back(l, block.back_tiles(l), activations[l], delta, next);
+            T* const free = delta.data;
+            delta = next;
+            next.data = free;
+        }
+    }
+    return loss;
+}
+
+// Panel q of `units` by rows: to[row][unit].
+template <class T>
+inline void transpose_panel(int64_t units, int64_t rows, const T* from, T* to) {
+    for (int64_t u = 0; u < units; ++u) {
+        for (int64_t r = 0; r < rows; ++r) {
+            to[r * units + u] = from[u * kPanel<T> + r];
+        }
+    }
+}
+
+template <class T>
+inline void mlp_jacobian_rows(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T scale, T* jacobian,
+                              T* work) {
+    Block<T> block(network, begin, rows, work);
+    Units<T> activations[kMostMlpLayers + 1];
+    block.forward(activations);
+    const int64_t count = network.count;
+    const MlpLayer& last = block.last();
+    const int64_t size = last.end();
+    const int64_t widest = widest_layer(network.layers, count);
+    const Units<T> first = block.take(widest);
+    const Units<T> second = block.take(widest);
+    T* delta_rows = block.work;
+    T* input_rows = delta_rows + Units<T>::padded(widest);
+    for (int64_t output = 0; output < last.outputs; ++output) {
+        Units<T> delta = first;
+        Units<T> next = second;
+        delta.panel = activations[count].panel;
+        block.each(last.outputs, delta, [&](T* at, int64_t offset, int64_t u) {
+            const Vec<T> of_output = slope<T>(last.activation, load<T>(activations[count].data + offset)) * scale;
+            store<T>(at, u == output ? of_output : Vec<T>{});
+        });
+        for (int64_t l = count - 1; l >= 0; --l) {
+            const MlpLayer& layer = block.layer(l);
+            for (int64_t q = 0; q < block.panels; ++q) {
+                const int64_t used = minimum(kPanel<T>, rows - q * kPanel<T>);
+                transpose_panel<T>(layer.outputs, used, delta.at(q, 0), delta_rows);
+                transpose_panel<T>(layer.inputs, used, activations[l].at(q, 0), input_rows);
+                for (int64_t r = 0; r < used; ++r) {
+                    T* row = jacobian + ((begin + q * kPanel<T> + r) * last.outputs + output) * size;
+                    const T* of_row = delta_rows + r * layer.outputs;
+                    const T* input = input_rows + r * layer.inputs;
+                    for (int64_t u = 0; u < layer.outputs; ++u) {
+                        T* to = row + layer.weight_at + u * layer.inputs;
+                        for (int64_t i = 0; i < layer.inputs; ++i) {
+                            to[i] = of_row[u] * input[i];
+                        }
+                    }
+                    if (layer.biased) {
+                        __builtin_memcpy(row + layer.bias_at(), of_row, static_cast<size_t>(layer.outputs) * sizeof(T));
+                    }
+                }
+            }
+            if (l > 0) {
+                next.panel = activations[l].panel;
+                block.step_back(l, block.back_tiles(l), activations[l], delta, next);
+                T* const free = delta.data;
+                delta = next;
+                next.data = free;
+            }
+        }
+    }
+}
+
+}  // namespace onestep::ONESTEP_NS

@@ -1,0 +1,125 @@
+"""A small multilayer perceptron under squared error: loss, gradient and Jacobian by the ``mlp`` kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.losses import Loss, like_outputs
+from onestep.evaluation.parameters import ParameterVector, flatten
+from onestep.ops._library import call
+from onestep.ops.mlp import ACTIVATIONS, MOST_LAYERS
+from onestep.training.head import is_plain, is_untouched
+from onestep.training.objective import DataObjective, jacobian_parts
+
+_CODES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+# What does nothing in eval mode.
+_SILENT = (nn.Identity, nn.Dropout)
+# Wider layers are matrix products that torch is faster at.
+_WIDEST = 256
+
+
+class Perceptron(NamedTuple):
+    """Linear layers, each with a code of ``ACTIVATIONS``."""
+
+    layers: list[nn.Linear]
+    activations: list[int]
+
+    @property
+    def widths(self) -> list[int]:
+        """Inputs, then the outputs of each layer."""
+        return [self.layers[0].in_features, *(layer.out_features for layer in self.layers)]
+
+    @property
+    def biased(self) -> list[bool]:
+        """Whether each layer has a bias."""
+        return [layer.bias is not None for layer in self.layers]
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters, in the kernels' order."""
+        return [p for layer in self.layers for p in layer.parameters(recurse=False)]
+
+
+def find_perceptron(module: nn.Module, loss: Loss, chunk: Chunk) -> Perceptron | None:
+    """The module as linear layers with activations between, under squared error; None if it is anything else."""
+    X, y = chunk.inputs, chunk.target
+    if loss.name != "mse" or not (isinstance(X, Tensor) and isinstance(y, Tensor)) or X.dim() != 2:
+        return None
+    layers: list[nn.Linear] = []
+    activations: list[int] = []
+    for part in _parts(module):
+        if type(part) is nn.Linear:
+            layers.append(part)
+            activations.append(ACTIVATIONS["identity"])
+        elif type(part) in _CODES and layers and activations[-1] == ACTIVATIONS["identity"]:
+            activations[-1] = ACTIVATIONS[_CODES[type(part)]]
+        elif type(part) not in _SILENT:
+            return None
+        if not is_untouched(part):
+            return None
+    found = Perceptron(layers, activations)
+    if not 1 <= len(layers) <= MOST_LAYERS or max(found.widths) > _WIDEST:
+        return None
+    tensors = [X, y, *found.tensors()]
+    plain = all(t.is_cpu and t.dtype == X.dtype for t in tensors) and all(map(is_plain, layers))
+    shared = len({id(t) for t in tensors}) < len(tensors)
+    fits = X.shape[1] == found.widths[0] and y.numel() == len(X) * found.widths[-1]
+    chained = all(a.out_features == b.in_features for a, b in pairwise(layers))
+    return found if plain and not shared and fits and chained and X.dtype in (torch.float32, torch.float64) else None
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a module runs one after the other, as far as nn.Sequential tells."""
+    if type(module) is nn.Sequential and is_untouched(module):
+        for part in module:
+            yield from _parts(part)
+    else:
+        yield module
+
+
+class PerceptronObjective(DataObjective):
+    """The squared error of a perceptron; products with its curvature are torch's."""
+
+    def __init__(self, *args: Any, network: Perceptron, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.network = network
+        self.shape = network.widths, network.activations, network.biased
+
+    def _operands(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        X = chunk.inputs
+        y = like_outputs(X.new_empty(()).expand(len(X), self.network.widths[-1]), chunk.target)
+        return X, y, flatten([t.detach() for t in self.network.tensors()])
+
+    def _trained(self, vector: Tensor, parameters: ParameterVector) -> Tensor:
+        """Those elements (…,p) that are the optimiser's parameters, in its order."""
+        tensors = self.network.tensors()
+        if [id(t) for t in tensors] == [id(t) for t in parameters.tensors]:
+            return vector
+        parts = dict(zip(map(id, tensors), vector.split([t.numel() for t in tensors], dim=-1), strict=True))
+        return torch.cat([parts[id(t)] for t in parameters.tensors], dim=-1)
+
+    def chunk_gradient(self, chunk: Chunk, parameters: ParameterVector) -> tuple[float, Tensor]:
+        """The loss summed over a chunk and its gradient (p,)."""
+        with torch.no_grad():
+            loss, gradient = call("mlp_gradient", *self._operands(chunk), *self.shape, True)
+        return loss.item(), self._trained(gradient, parameters)
+
+    def chunk_loss(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> Tensor:
+        """The loss summed over a chunk."""
+        if values is not None or torch.is_grad_enabled():
+            return super().chunk_loss(chunk, values)
+        loss: Tensor = call("mlp_gradient", *self._operands(chunk), *self.shape, False)[0]
+        return loss
+
+    def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
+        """Rows R with RᵀR the sum of 2 JᵀJ over rows of the chunk, a piece at a time."""
+        for part in jacobian_parts(chunk, self.network.widths[-1] * len(parameters) * chunk.inputs.element_size()):
+            X, _, vector = self._operands(part)
+            J = call("mlp_jacobian", X, vector, *self.shape, math.sqrt(2.0))
+            yield self._trained(J, parameters).reshape(-1, len(parameters))
