@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from onestep import _native
-from onestep.ops._library import OpFunction, carries_tangents, define, register_derivatives
+from onestep.ops._library import OpFunction, define, register_derivatives
 from onestep.ops._operands import MOST_BATCH_DIMS, broadcast_batch, check_dims, check_like, check_size
 
 Batch = tuple[int, ...]
@@ -423,12 +423,10 @@ define(
 
 
 class _AttentionJvp(OpFunction):
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        if carries_tangents(args):
-            tensors, options = args[:10], args[10:]
-            return _formula_jvp(*tensors[:4], *tensors[6:], *options)
-        return super().call(*args)
+    @staticmethod
+    def forward_composite(*args: Any) -> Any:
+        """The formula at O(T²) memory; it derives out and lse from the other arguments."""
+        return _formula_jvp(*args[:4], *args[6:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -655,11 +653,10 @@ define(
 class _AttentionBackwardJvp(OpFunction):
     """Derivatives of order three. out, lse, dout and dlse are functions of the other arguments, which get them all."""
 
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        if carries_tangents(args):
-            return _formula_backward_jvp(*args[:6], *args[8:14], *args[16:])
-        return super().call(*args)
+    @staticmethod
+    def forward_composite(*args: Any) -> Any:
+        """The formula at O(T²) memory; it derives out, lse and their tangents from the other arguments."""
+        return _formula_backward_jvp(*args[:6], *args[8:14], *args[16:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
