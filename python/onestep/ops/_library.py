@@ -99,14 +99,17 @@ def records_derivatives(args: tuple[Any, ...]) -> bool:
 
 
 def carries_tangents(args: tuple[Any, ...]) -> bool:
-    """Whether an Autograd kernel's argument has a tangent at the level that is being computed."""
-    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+    """Whether an Autograd kernel's argument has a tangent at the level that is being computed.
+
+    The tensors are asked: graphs of torch.compile enter forward-mode levels that forward_ad does not know of.
+    """
+    if not torch._C._is_fwd_grad_enabled():
         return False
     return any(isinstance(arg, Tensor) and _unpack_dual(arg, level=0)[1] is not None for arg in args)
 
 
 # A third of the time of forward_ad.unpack_dual.
-_unpack_dual = torch._VF._unpack_dual  # type: ignore[attr-defined]
+_unpack_dual = torch._VF._unpack_dual
 
 
 def call(name: str, *args: Any) -> Any:
@@ -232,7 +235,7 @@ def register_composite_derivative(name: str, composite: Callable[..., Any]) -> N
     op = getattr(torch.ops.onestep, name).default
 
     def autograd_kernel(*args: Any) -> Any:
-        if records_derivatives(args):
+        if records_derivatives(args) or carries_tangents(args):
             return composite(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -245,7 +248,7 @@ def register_not_differentiable(name: str, use_instead: str) -> None:
     op = getattr(torch.ops.onestep, name).default
 
     def autograd_kernel(*args: Any) -> Any:
-        if records_derivatives(args):
+        if records_derivatives(args) or carries_tangents(args):
             raise NotImplementedError(f"onestep::{name} has no derivative; {use_instead}")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
