@@ -483,6 +483,33 @@ def test_compile_fullgraph(option):
     assert worst(gradients, expected) < 1e-10
 
 
+def in_dual_tensors(f, x, t):
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip(x, t, strict=True)]
+        return forward_ad.unpack_dual(f(*duals)).tangent
+
+
+FORWARD_MODE = {
+    "jvp": lambda f, x, t: func.jvp(f, x, t)[1],
+    "jvp of grad": lambda f, x, t: func.jvp(func.grad(lambda *y: f(*y).sin().sum(), (0, 1, 2)), x, t)[1],
+    "grad of jvp": lambda f, x, t: func.grad(lambda *y: func.jvp(f, y, t)[1].sin().sum(), (0, 1, 2))(*x),
+    "jvp of jvp": lambda f, x, t: func.jvp(lambda *y: func.jvp(f, y, t)[1], x, t)[1],
+    "in dual tensors": in_dual_tensors,
+}
+
+
+# "eager" runs the graph as it is, which enters forward-mode levels past torch.autograd.forward_ad.
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_compiled_forward_mode(name, backend):
+    problem = Problem("none", SIZES["long keys"])
+    run = FORWARD_MODE[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: run(scaled_dot_product_attention, x, problem.tangents), backend=backend)
+    expected = run(math, problem.operands, problem.tangents)
+    torch.testing.assert_close(compiled(*problem.operands), expected, rtol=1e-10, atol=1e-10)
+
+
 # --------------------------------------------------------------------------------------------- modules and curvature
 
 

@@ -11,7 +11,7 @@ from torch import func
 from torch.autograd import forward_ad
 
 from onestep.curvature import glm
-from onestep.functional import linear_cross_entropy
+from onestep.functional import linear_cross_entropy, scaled_dot_product_attention
 from onestep.linalg import (
     cholesky,
     cholesky_ex,
@@ -183,6 +183,12 @@ def composite_head_tangent(weight, dweight, *operands_and_tangents):
     return func.vjp(pullback, torch.zeros_like(outputs))[1]((dweight, *operands_and_tangents[3:]))[0]
 
 
+def composite_attention(q, k, v):
+    """Causal, in elementary ops: torch's softmax fails as its cross-entropy does."""
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).exp().tril()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
 class Function(NamedTuple):
     ours: object
     reference: object
@@ -230,6 +236,9 @@ FUNCTIONS = {
         lambda H, W, b: linear_cross_entropy(H, W, TARGETS, b, reduction="none"),
         lambda H, W, b: composite_head(H, W, b, reduction="none"),
         "XCc",
+    ),
+    "attention": Function(
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True), composite_attention, "XXX"
     ),
     "op linear_cross_entropy": Function(
         lambda w, H, W, b: flat(*ops.linear_cross_entropy(w, H, W, b, TARGETS, -100, 0.1, (True,) * 3)),

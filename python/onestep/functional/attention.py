@@ -119,5 +119,7 @@ def scaled_dot_product_attention(
         if mask.dtype != torch.bool and query.dtype == torch.float64:
             mask = mask.double()
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    out: Tensor = call("attention", q, k, v, mask, factor, is_causal)[0].to(query.dtype)
+    out: Tensor = call("attention", q, k, v, mask, factor, is_causal)[0]
+    if out.dtype != query.dtype:
+        out = out.to(query.dtype)
     return out.squeeze(0) if max(query.dim(), key.dim(), value.dim()) == 2 and out.dim() == 3 else out

@@ -15,7 +15,10 @@ from typing import Any, ClassVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._C._functorch import (
+    get_single_level_autograd_function_allowed,
+    set_single_level_autograd_function_allowed,
+)
 from torch.autograd.function import _SingleLevelFunction
 
 LIBRARY = torch.library.Library("onestep", "DEF")
@@ -96,10 +99,17 @@ def records_derivatives(args: tuple[Any, ...]) -> bool:
 
 
 def carries_tangents(args: tuple[Any, ...]) -> bool:
-    """Whether an Autograd kernel's argument has a tangent at the level that is being computed."""
-    if not torch._C._is_fwd_grad_enabled() or forward_ad._current_level < 0:
+    """Whether an Autograd kernel's argument has a tangent at the level that is being computed.
+
+    The tensors are asked: graphs of torch.compile enter forward-mode levels that forward_ad does not know of.
+    """
+    if not torch._C._is_fwd_grad_enabled():
         return False
-    return any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg, level=0).tangent is not None for arg in args)
+    return any(isinstance(arg, Tensor) and _unpack_dual(arg, level=0)[1] is not None for arg in args)
+
+
+# A third of the time of forward_ad.unpack_dual.
+_unpack_dual = torch._VF._unpack_dual
 
 
 def call(name: str, *args: Any) -> Any:
@@ -132,31 +142,44 @@ class OpFunction(_SingleLevelFunction):
 
     op: ClassVar[Any]
 
+    # What runs instead, in differentiable ops, where an argument carries a tangent; None: ``jvp`` has the derivative.
+    forward_composite: ClassVar[Callable[..., Any] | None] = None
+
     @classmethod
     def call(cls, *args: Any) -> Any:
-        """The op's Autograd kernel."""
-        if records_derivatives(args):
-            outer = getattr(_modes, "value", None)
-            _modes.value = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
-            try:
-                with enable_single_level_autograd_function():
-                    return cls.apply(*args)  # type: ignore[attr-defined]
-            finally:
-                _modes.value = outer
-        with torch._C._AutoDispatchBelowAutograd():
-            return cls.op(*args)
+        """The op's Autograd kernel, which torch.func calls at every level, most of which want no derivative of it."""
+        reverse = torch.is_grad_enabled()
+        recorded = reverse and torch._C._any_requires_grad(*args)
+        if not recorded or cls.forward_composite is not None:
+            if not carries_tangents(args):
+                if not recorded:
+                    with torch._C._AutoDispatchBelowAutograd():
+                        return cls.op(*args)
+            elif cls.forward_composite is not None:
+                return cls.forward_composite(*args)
+        outer = getattr(_modes, "value", None)
+        _modes.value = reverse, torch._C._is_fwd_grad_enabled()
+        allowed = get_single_level_autograd_function_allowed()
+        set_single_level_autograd_function_allowed(True)
+        try:
+            return cls.apply(*args)  # type: ignore[attr-defined]
+        finally:
+            set_single_level_autograd_function_allowed(allowed)
+            _modes.value = outer
 
     @classmethod
     def run_below(cls, *args: Any) -> Any:
         """The op for the next transform level, or its kernel if this was the last."""
         # A Function switches both derivative modes off for its forward; the outer levels need the caller's.
         reverse, forward = _modes.value
-        with (
-            torch.set_grad_enabled(reverse),
-            forward_ad._set_fwd_grad_enabled(forward),
-            torch._C._AutoDispatchBelowAutograd(),
-        ):
-            return cls.op(*args)
+        torch._C._set_grad_enabled(reverse)
+        torch._C._set_fwd_grad_enabled(forward)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return cls.op(*args)
+        finally:
+            torch._C._set_grad_enabled(False)
+            torch._C._set_fwd_grad_enabled(False)
 
 
 class _Primals:
@@ -182,11 +205,18 @@ def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[
     formula = function.jvp
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        _, forward = _modes.value
+        reverse, forward = _modes.value
         if not forward:
             return None if outputs == 1 else (None,) * outputs
-        with forward_ad._set_fwd_grad_enabled(True):
-            return formula(_Primals(ctx), *tangents)
+        torch._C._set_fwd_grad_enabled(True)
+        try:
+            if reverse and torch._C._any_requires_grad(*ctx.saved_tensors, *tangents):
+                return formula(_Primals(ctx), *tangents)
+            # Nothing of this level is recorded: the formula is one for the outer levels, which see no tangent of this.
+            with torch._C._AutoDispatchBelowAutograd():
+                return formula(ctx, *tangents)
+        finally:
+            torch._C._set_fwd_grad_enabled(False)
 
     return jvp
 
@@ -205,7 +235,7 @@ def register_composite_derivative(name: str, composite: Callable[..., Any]) -> N
     op = getattr(torch.ops.onestep, name).default
 
     def autograd_kernel(*args: Any) -> Any:
-        if records_derivatives(args):
+        if records_derivatives(args) or carries_tangents(args):
             return composite(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -218,7 +248,7 @@ def register_not_differentiable(name: str, use_instead: str) -> None:
     op = getattr(torch.ops.onestep, name).default
 
     def autograd_kernel(*args: Any) -> Any:
-        if records_derivatives(args):
+        if records_derivatives(args) or carries_tangents(args):
             raise NotImplementedError(f"onestep::{name} has no derivative; {use_instead}")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

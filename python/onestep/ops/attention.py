@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from onestep import _native
-from onestep.ops._library import OpFunction, carries_tangents, define, register_derivatives
+from onestep.ops._library import OpFunction, define, register_derivatives
 from onestep.ops._operands import MOST_BATCH_DIMS, broadcast_batch, check_dims, check_like, check_size
 
 Batch = tuple[int, ...]
@@ -62,23 +62,25 @@ class _Sizes(NamedTuple):
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Optional) -> _Sizes:
     """Checks q, k, v and mask; ``others`` are only asked for their batch dimensions, three trailing ones aside."""
-    if q.dtype not in COMPUTE_DTYPES:
+    dtype = COMPUTE_DTYPES.get(q.dtype)
+    if dtype is None:
         raise TypeError(f"q has dtype {q.dtype}; expected torch.float32, torch.float64 or torch.bfloat16")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_like(name, tensor, q)
         check_dims(name, tensor, 3, "(..., heads, length, features)")
-    heads, queries, d = q.shape[-3:]
-    kv_heads, keys = k.shape[-3:-1]
-    check_size("k", k, -1, d, f"(..., keys, {d}): as many features as q")
-    check_size("v", v, -2, keys, f"(..., {keys}, features): as many rows as k")
-    check_size("v", v, -3, kv_heads, f"(..., {kv_heads}, keys, features): as many heads as k")
+    *_, heads, queries, d = q.shape
+    *_, kv_heads, keys, k_d = k.shape
+    *_, v_heads, v_keys, dv = v.shape
+    if (k_d, v_keys, v_heads) != (d, keys, kv_heads):
+        check_size("k", k, -1, d, f"(..., keys, {d}): as many features as q")
+        check_size("v", v, -2, keys, f"(..., {keys}, features): as many rows as k")
+        check_size("v", v, -3, kv_heads, f"(..., {kv_heads}, keys, features): as many heads as k")
     if d == 0 or kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; "
             "expected features and as many heads as k, or a multiple of them"
         )
-    dtype = COMPUTE_DTYPES[q.dtype]
-    batches = [tuple(tensor.shape[:-3]) for tensor in (q, k, v, mask, *others) if tensor is not None]
+    batches = [tuple(tensor.shape)[:-3] for tensor in (q, k, v, mask, *others) if tensor is not None]
     if mask is not None:
         if mask.dtype not in (torch.bool, q.dtype, dtype):
             raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool or {q.dtype}, like q")
@@ -94,22 +96,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Optional) -
     batch = broadcast_batch(*batches)
     if len(batch) > MOST_BATCH_DIMS:
         raise ValueError(f"batch dimensions {batch}; expected at most {MOST_BATCH_DIMS}")
-    return _Sizes(batch, heads, kv_heads, queries, keys, d, v.shape[-1], dtype)
+    return _Sizes(batch, heads, kv_heads, queries, keys, d, dv, dtype)
 
 
-def _input(name: str, tensor: Optional, shape: Batch, dtype: torch.dtype) -> Any:
+def _input(name: str, tensor: Optional, shape: Batch, dtype: torch.dtype, more_strides: Batch = ()) -> Any:
     """A tensor as the kernels take it (address, strides, whether it is bfloat16, what keeps the memory), or None."""
     if tensor is None:
         return None
-    half = tensor.dtype == torch.bfloat16 and dtype == torch.float32
-    if not half and tensor.dtype not in (dtype, torch.bool):
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {dtype}")
+    half = False
+    if tensor.dtype != dtype:
+        half = tensor.dtype == torch.bfloat16 and dtype == torch.float32
+        if not half and tensor.dtype != torch.bool:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {dtype}")
     if tensor.shape != shape:
         try:
             tensor = tensor.expand(shape)
         except RuntimeError:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}") from None
-    return tensor.data_ptr(), tensor.stride(), half, tensor
+    return tensor.data_ptr(), tensor.stride() + more_strides, half, tensor
 
 
 def _inputs(
@@ -124,20 +128,19 @@ def _inputs(
     grad_lse: Optional = None,
 ) -> tuple[Any, ...]:
     """The native AttentionInputs."""
-
-    def column(tensor: Optional) -> Optional:
-        return None if tensor is None else tensor.unsqueeze(-1)
-
-    dtype = sizes.dtype
+    batch, heads, kv_heads, queries, keys, d, dv, dtype = sizes
+    rows = (*batch, heads, queries)
+    key_rows = (*batch, kv_heads, keys)
+    out_shape = (*rows, dv)
     return (
-        _input("q", q, sizes.rows(sizes.d), dtype),
-        _input("k", k, sizes.key_rows(sizes.d), dtype),
-        _input("v", v, sizes.key_rows(sizes.dv), dtype),
-        _input("mask", mask, sizes.rows(sizes.keys), dtype),
-        _input("out", out, sizes.rows(sizes.dv), dtype),
-        _input("lse", column(lse), sizes.rows(1), torch.float64),
-        _input("grad", grad, sizes.rows(sizes.dv), dtype),
-        _input("grad_lse", column(grad_lse), sizes.rows(1), torch.float64),
+        _input("q", q, (*rows, d), dtype),
+        _input("k", k, (*key_rows, d), dtype),
+        _input("v", v, (*key_rows, dv), dtype),
+        _input("mask", mask, (*rows, keys), dtype),
+        _input("out", out, out_shape, dtype),
+        _input("lse", lse, rows, torch.float64, (0,)),
+        _input("grad", grad, out_shape, dtype),
+        _input("grad_lse", grad_lse, rows, torch.float64, (0,)),
     )
 
 
@@ -151,7 +154,10 @@ def _arguments(sizes: _Sizes, mask: Optional, scale: float, causal: bool) -> tup
 
 def _cast(grad: Tensor, like: Tensor) -> Tensor:
     """The gradient of an operand that was broadcast and is perhaps bfloat16."""
-    return grad.sum_to_size(like.shape).to(like.dtype)
+    # Asked here, since under torch.func each call of torch costs as much as a small kernel.
+    if grad.shape != like.shape:
+        grad = grad.sum_to_size(like.shape)
+    return grad if grad.dtype == like.dtype else grad.to(like.dtype)
 
 
 # ------------------------------------------------------------------------------------------ the formulas in torch's ops
@@ -303,15 +309,18 @@ def _pull_back(
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    sizes = _check(q, k, v, mask)
+def _empty_outputs(sizes: _Sizes, q: Tensor) -> tuple[Tensor, Tensor]:
     shape = sizes.rows(sizes.dv)
     return q.new_empty(shape, dtype=sizes.dtype), q.new_empty(shape[:-1], dtype=torch.float64)
 
 
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(_check(q, k, v, mask), q)
+
+
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     sizes = _check(q, k, v, mask)
-    out, lse = _forward_fake(q, k, v, mask, scale, causal)
+    out, lse = _empty_outputs(sizes, q)
     _KERNELS["forward", sizes.dtype](
         _inputs(sizes, q, k, v, mask),
         _NO_INPUTS,
@@ -382,9 +391,7 @@ def _jvp_fake(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    sizes = _check(q, k, v, mask, out, dq, dk, dv, dmask)
-    shape = sizes.rows(sizes.dv)
-    return q.new_empty(shape, dtype=sizes.dtype), q.new_empty(shape[:-1], dtype=torch.float64)
+    return _empty_outputs(_check(q, k, v, mask, out, dq, dk, dv, dmask), q)
 
 
 def _jvp_cpu(
@@ -402,7 +409,7 @@ def _jvp_cpu(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     sizes = _check(q, k, v, mask, out, dq, dk, dv, dmask)
-    dout, dlse = _jvp_fake(q, k, v, mask, out, lse, dq, dk, dv, dmask, scale, causal)
+    dout, dlse = _empty_outputs(sizes, q)
     _KERNELS["jvp", sizes.dtype](
         _inputs(sizes, q, k, v, mask, out, lse),
         _inputs(sizes, dq, dk, dv, dmask),
@@ -423,12 +430,10 @@ define(
 
 
 class _AttentionJvp(OpFunction):
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        if carries_tangents(args):
-            tensors, options = args[:10], args[10:]
-            return _formula_jvp(*tensors[:4], *tensors[6:], *options)
-        return super().call(*args)
+    @staticmethod
+    def forward_composite(*args: Any) -> Any:
+        """The formula at O(T²) memory; it derives out and lse from the other arguments."""
+        return _formula_jvp(*args[:4], *args[6:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -494,16 +499,20 @@ def _grads_cpu(
     mask_grad: bool,
 ) -> Grads:
     grads = _grads_fake(sizes, q, mask, mask_grad)
-    by_mask = grads[3]
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(by_mask.shape, by_mask.stride(), strict=True))
-    if mask_grad and (sizes.queries == 0 or sizes.keys == 0):
-        by_mask.zero_()
+    native_mask_grad = None
+    if mask_grad:
+        by_mask = grads[3]
+        if sizes.queries == 0 or sizes.keys == 0:
+            by_mask.zero_()
+        shape_and_strides = zip(by_mask.shape, by_mask.stride(), strict=True)
+        strides = tuple(0 if size == 1 else stride for size, stride in shape_and_strides)
+        native_mask_grad = by_mask.data_ptr(), strides, False, by_mask
     _KERNELS[name, sizes.dtype](
         primal,
         tangent,
         *_arguments(sizes, mask, scale, causal),
         *(grad.data_ptr() for grad in grads[:3]),
-        (by_mask.data_ptr(), strides, False, by_mask) if mask_grad else None,
+        native_mask_grad,
     )
     return grads
 
@@ -655,11 +664,10 @@ define(
 class _AttentionBackwardJvp(OpFunction):
     """Derivatives of order three. out, lse, dout and dlse are functions of the other arguments, which get them all."""
 
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        if carries_tangents(args):
-            return _formula_backward_jvp(*args[:6], *args[8:14], *args[16:])
-        return super().call(*args)
+    @staticmethod
+    def forward_composite(*args: Any) -> Any:
+        """The formula at O(T²) memory; it derives out, lse and their tangents from the other arguments."""
+        return _formula_backward_jvp(*args[:6], *args[8:14], *args[16:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

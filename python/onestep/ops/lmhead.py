@@ -17,7 +17,7 @@ from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from onestep import _native
-from onestep.ops._library import OpFunction, carries_tangents, define, register_derivatives
+from onestep.ops._library import OpFunction, define, register_derivatives
 from onestep.ops._operands import check_like, kernel_batch, operand
 
 # value, losses, and the gradients of input, weight and bias, empty where they are not wanted.
@@ -406,11 +406,10 @@ _DIFFERENTIABLE = (0, 1, 2, 3, 4, 6, 7, 8)
 class _LinearCrossEntropyTangent(OpFunction):
     """The loss tangents are differentiated in reverse by the two kernels, all else by the composite."""
 
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        if carries_tangents(args):
-            return _composite_tangent(*args)
-        return super().call(*args)
+    @staticmethod
+    def forward_composite(*args: Any) -> Any:
+        """The composite with the logits."""
+        return _composite_tangent(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
