@@ -15,6 +15,7 @@ TESTS = (
     "test_refine.py",
     "test_derivatives.py",
     "test_glm.py",
+    "test_mlp.py",
     "test_linear_cross_entropy.py",
     "test_attention.py",
 )

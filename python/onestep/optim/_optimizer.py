@@ -19,7 +19,6 @@ from onestep.optim._objective import ClosureObjective, Objective
 # follows it (Marquardt 1963; Moré 1978). It falls already at a gain of 0.3 and hardly ever rises while steps succeed:
 # kinks (relu) keep gains that low all the way, and the usual thresholds (3/4, 1/4) would damp a fit to a standstill.
 _GOOD_GAIN = 0.3
-_LOWER, _RAISE = 1 / 3, 1.3
 # Before a step is solved for anew with more damping, half of it is tried: behind a kink that helps, and it is cheap.
 _FRACTIONS = (1.0, 0.5)
 # A predicted reduction under this part of the loss is near the end.
@@ -98,6 +97,8 @@ class DampedOptimizer(torch.optim.Optimizer):
 
     # Whether closures return the bare loss.
     takes_scalar = False
+    # By what damping falls after a good step, and rises after one of which half was kept.
+    falls, rises = 1 / 3, 1.3
     # Trials of one step, each with more damping, before it is given up.
     trials = 12
 
@@ -273,9 +274,9 @@ class DampedOptimizer(torch.optim.Optimizer):
                     gain = (before - new_loss) / promised if promised > 0 else -math.inf
                     if new_loss < before and gain > 0:
                         if fraction < 1:
-                            self.damping = damping * _RAISE
+                            self.damping = damping * self.rises
                         elif gain > _GOOD_GAIN:
-                            self.damping = damping * _LOWER
+                            self.damping = damping * self.falls
                         self.accepted(parameters, step, gradient)
                         if ahead is not None:
                             self._ahead = (objective, parameters.versions(), new_loss, ahead)

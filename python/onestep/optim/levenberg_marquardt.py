@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 import onestep.linalg as linalg
+from onestep.curvature._conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim._objective import CurvatureRoot, Objective
 from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
 
 # Without damping the factor may not exist: this much, relative to a unit diagonal, stands in for none.
 _UNDAMPED = 1e-12
+# With momentum, damping that follows every gain leads into poor minima.
+_FALLS, _RISES = 0.6, 1.6
 # Steps on a sample's curvature are solved for to this part of the gradient, by no more products than cost as much as
-# the matrix and its factor, which is taken with so much damping at least to exist in float32.
+# the matrix and its inverse, which is taken with so much damping at least to exist in float32.
 _TOLERANCE = 0.1
-_MOST_PRODUCTS = 20
-_LEAST_FACTORED = 1e-3
+_MOST_PRODUCTS = 15
+_LEAST_INVERTED = 1e-3
 
 
 class LevenbergMarquardt(DampedOptimizer):
@@ -58,6 +61,8 @@ class LevenbergMarquardt(DampedOptimizer):
             raise ValueError(f"momentum={momentum}; expected a number from 0, less than 1")
         super().__init__(params, {"damping": damping, "weight_decay": weight_decay})
         self.momentum = momentum
+        if momentum:
+            self.falls, self.rises = _FALLS, _RISES
 
     def quadratic_model(
         self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
@@ -69,8 +74,8 @@ class LevenbergMarquardt(DampedOptimizer):
         if root is not None:
             diagonal = root.diagonal if decay is None else root.diagonal + decay
             scale = self._scale(parameters, diagonal.double()).to(parameters.dtype)
-            factor = _KeptFactor(self.state[parameters.tensors[0]])
-            return _SampledModel(root, diagonal, decay, gradient, scale, carried, factor)
+            kept = self.state[parameters.tensors[0]]
+            return _SampledModel(root, diagonal, decay, gradient, scale, carried, kept)
         A = objective.gauss_newton_matrix(parameters)
         if decay is not None:
             A = A + torch.diag(decay.double())
@@ -148,26 +153,14 @@ class _FactoredModel(_MatrixModel):
         return Proposal(added, predicted)
 
 
-class _KeptFactor:
-    """A factor L of the damped matrix of an earlier step, which preconditions later ones; kept with the parameters."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    @property
-    def L(self) -> Tensor | None:
-        return self.state.get("factor")
-
-    @L.setter
-    def L(self, value: Tensor) -> None:
-        self.state["factor"] = value
-
-
 class _SampledModel(_MatrixModel):
     """Steps by conjugate gradients, in coordinates in which D is the identity.
 
-    They are preconditioned by the factor of an earlier step's matrix, until that takes too many iterations: then the
-    present one is formed and factored. Products with the sample's rows are far cheaper than their Gram matrix.
+    They are preconditioned by the inverse of an earlier step's damped matrix, until that takes too many iterations:
+    then the present one is formed and inverted. Products with the sample's rows are far cheaper than their Gram matrix.
+
+    Args:
+        kept: where the inverse is kept from step to step, by the name "inverse".
     """
 
     def __init__(
@@ -178,7 +171,7 @@ class _SampledModel(_MatrixModel):
         gradient: Tensor,
         scale: Tensor,
         carried: Tensor | None,
-        kept: _KeptFactor,
+        kept: dict[str, Any],
     ) -> None:
         super().__init__(gradient, diagonal, scale, gradient.dtype, carried)
         self.root, self.decay, self.kept = root, decay, kept
@@ -217,38 +210,27 @@ class _SampledModel(_MatrixModel):
         if solution is not None:
             return solution, products
         system = _Scaled(self.matrix, self.gradient, self.inverse_root.square().reciprocal())
-        L = system.factor(max(damping, _LEAST_FACTORED))
-        if L is None:
+        inverse = system.inverse(max(damping, _LEAST_INVERTED))
+        if inverse is None:
             return None, products
-        self.kept.L = L
+        self.kept["inverse"] = inverse
         solution, more = self._conjugate_gradients(damping)
         return solution, products + more
 
     def _conjugate_gradients(self, damping: float) -> tuple[Tensor | None, int]:
         """The solution to the accuracy that a sample is worth, or None if that takes too many products."""
-        L = self.kept.L
-
-        def precondition(v: Tensor) -> Tensor:
-            return v if L is None else linalg.cholesky_solve(v[:, None], L)[:, 0]
-
-        def multiply(v: Tensor) -> Tensor:
-            return self.multiply(v).add_(v, alpha=damping)
-
-        x, r = torch.zeros_like(self.scaled_gradient), -self.scaled_gradient
-        z = precondition(r)
-        direction, size = z, torch.dot(r, z).item()
-        enough = _TOLERANCE**2 * size
-        for product in range(1, _MOST_PRODUCTS + 1):
-            image = multiply(direction)
-            length = size / torch.dot(direction, image).item()
-            x = x.add(direction, alpha=length)
-            r = r.sub(image, alpha=length)
-            z = precondition(r)
-            size, before = torch.dot(r, z).item(), size
-            if size <= enough:
-                return x, product
-            direction = z.add(direction, alpha=size / before)
-        return None, _MOST_PRODUCTS
+        inverse: Tensor | None = self.kept.get("inverse")
+        b = -self.scaled_gradient
+        solve = conjugate_gradient(
+            lambda v: self.multiply(v).add_(v, alpha=damping),
+            b,
+            precondition=None if inverse is None else inverse.mv,
+            tolerance=_TOLERANCE,
+            max_iterations=_MOST_PRODUCTS,
+            least_progress=0.0,
+        )
+        ended = bool(solve.residual.norm() <= _TOLERANCE * b.norm())
+        return solve.x if ended else None, solve.iterations
 
 
 class _Scaled:
@@ -268,9 +250,10 @@ class _Scaled:
         solution, info, *_ = linalg.solve_spd_ex(self._damped(damping), self.gradient[:, None])
         return None if info.item() != 0 else -solution[:, 0]
 
-    def factor(self, damping: float) -> Tensor | None:
+    def inverse(self, damping: float) -> Tensor | None:
+        """(A + damping I)⁻¹ (p,p), scaled; None if the matrix is not positive definite."""
         L, info = linalg.cholesky_ex(self._damped(damping))
-        return None if info.item() != 0 else L
+        return None if info.item() != 0 else torch.cholesky_inverse(L)
 
 
 def _inverse_root(scale: Tensor) -> Tensor:

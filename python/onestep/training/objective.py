@@ -53,7 +53,7 @@ class _SampledRoot(CurvatureRoot):
 
     @cached_property
     def diagonal(self) -> Tensor:
-        return self._sum(self.like, lambda rows: rows.square().sum(0))
+        return self._sum(self.like, lambda rows: rows.new_ones(len(rows)) @ rows.square())
 
     def multiply(self, v: Tensor) -> Tensor:
         return self._sum(self.like, lambda rows: (rows @ v) @ rows)
