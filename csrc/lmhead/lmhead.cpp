@@ -32,28 +32,13 @@ constexpr int64_t kLeastPieces = 4;
 constexpr int64_t kMostPieces = 16;
 
 template <class T, class Input>
-const HeadKernels<T, Input>& pick(const HeadKernels<float, float>& f32, const HeadKernels<double, double>& f64,
-                                  const HeadKernels<float, BFloat16>& bf16) {
-    if constexpr (std::is_same_v<Input, float>) {
-        return f32;
-    } else if constexpr (std::is_same_v<Input, double>) {
-        return f64;
-    } else {
-        return bf16;
-    }
-}
-
-template <class T, class Input>
 const HeadKernels<T, Input>& kernels() {
-    switch (active_target()) {
-#ifdef ONESTEP_X86_TARGETS
-        case Target::avx2:
-            return pick<T, Input>(avx2::head_f32, avx2::head_f64, avx2::head_bf16);
-        case Target::avx512:
-            return pick<T, Input>(avx512::head_f32, avx512::head_f64, avx512::head_bf16);
-#endif
-        default:
-            return pick<T, Input>(generic::head_f32, generic::head_f64, generic::head_bf16);
+    if constexpr (std::is_same_v<Input, BFloat16>) {
+        return ONESTEP_AMX_KERNELS(head_bf16);
+    } else if constexpr (std::is_same_v<Input, double>) {
+        return ONESTEP_KERNELS(head_f64);
+    } else {
+        return ONESTEP_KERNELS(head_f32);
     }
 }
 
@@ -124,11 +109,13 @@ class Head {
         return reinterpret_cast<U*>(buffers_.back().get());
     }
 
+    void* take_packed() { return take<char>(chunk_rows_ * chunk_.padded_features * kernel_.packed_bytes); }
+
     void allocate() {
         const int64_t rows = chunk_rows_;
         const bool gradient = chunk_.wants_gradient();
         chunk_.logits = take<T>(rows * chunk_.padded_classes);
-        chunk_.input_panels = take<T>(rows * args_.d);
+        chunk_.input_panels = take_packed();
         chunk_.peak = take<T>(rows * blocks_);
         chunk_.sum = take<T>(rows * blocks_);
         chunk_.expected = take<T>(rows * blocks_);
@@ -143,15 +130,15 @@ class Head {
             chunk_.expected_tangent = take<T>(rows * blocks_);
             chunk_.mean_tangent = take<T>(rows);
             if (args_.input_tangent) {
-                chunk_.tangent_panels = take<T>(rows * args_.d);
+                chunk_.tangent_panels = take_packed();
                 input_tangent_.resize(static_cast<size_t>(rows));
                 chunk_.input_tangent = input_tangent_.data();
             }
         }
         if (gradient && args_.grad_weight != nullptr) {
-            chunk_.input_columns = take<T>(rows * chunk_.padded_features);
+            chunk_.input_columns = take_packed();
             if (chunk_.input_tangent != nullptr && chunk_.wants_cross_terms()) {
-                chunk_.tangent_columns = take<T>(rows * chunk_.padded_features);
+                chunk_.tangent_columns = take_packed();
             }
         }
         const int64_t piece = rows * std::max<int64_t>(chunk_.padded_features, 1) * static_cast<int64_t>(sizeof(T));
@@ -201,13 +188,12 @@ class Head {
             return status;
         }
         auto score = [&](int64_t block) {
-            Scratch scratch(work_bytes());
-            kernel_.score_block(chunk_, block, scratch.take<T>(kernel_.work(chunk_.block)));
+            const int64_t bytes = kernel_.work(chunk_);
+            Scratch scratch(Scratch::bytes_for<char>(bytes));
+            kernel_.score_block(chunk_, block, scratch.take<char>(bytes));
         };
         return parallel_for(blocks_, 1, score);
     }
-
-    int64_t work_bytes() const { return Scratch::bytes_for<T>(kernel_.work(chunk_.block)); }
 
     // The losses of one panel of rows from the blocks' statistics, which turn into what gradient_block reads.
     void reduce_panel(int64_t begin, int64_t panel) {
@@ -264,8 +250,9 @@ class Head {
     Status gradient(int64_t begin) {
         const int64_t size = chunk_rows_ * chunk_.padded_features;
         auto piece = [&](int64_t index) {
-            Scratch scratch(work_bytes());
-            T* work = scratch.take<T>(kernel_.work(chunk_.block));
+            const int64_t bytes = kernel_.work(chunk_);
+            Scratch scratch(Scratch::bytes_for<char>(bytes));
+            char* work = scratch.take<char>(bytes);
             T* to = partial_ == nullptr ? nullptr : partial_ + index * size;
             const int64_t first = index * blocks_ / pieces_;
             for (int64_t block = first; block < (index + 1) * blocks_ / pieces_; ++block) {
