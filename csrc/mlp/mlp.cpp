@@ -20,25 +20,11 @@ constexpr int64_t kPieces = 16;
 constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 
 template <class T>
-const MlpKernels<T>& pick(const MlpKernels<float>& f32, const MlpKernels<double>& f64) {
-    if constexpr (std::is_same_v<T, float>) {
-        return f32;
-    } else {
-        return f64;
-    }
-}
-
-template <class T>
 const MlpKernels<T>& kernels() {
-    switch (active_target()) {
-#ifdef ONESTEP_X86_TARGETS
-        case Target::avx2:
-            return pick<T>(avx2::mlp_f32, avx2::mlp_f64);
-        case Target::avx512:
-            return pick<T>(avx512::mlp_f32, avx512::mlp_f64);
-#endif
-        default:
-            return pick<T>(generic::mlp_f32, generic::mlp_f64);
+    if constexpr (std::is_same_v<T, double>) {
+        return ONESTEP_KERNELS(mlp_f64);
+    } else {
+        return ONESTEP_KERNELS(mlp_f32);
     }
 }
 

@@ -168,4 +168,4 @@ void test_target() {
 
 }  // namespace
 
-int main() { return run_targets(test_target); }
+int main() { return run_targets(test_target, Target::avx512); }
