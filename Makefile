@@ -40,10 +40,11 @@ test-python: $(VENV)/.package
 test-targets: $(VENV)/.package
 	$(QUIET_THREADS) $(BIN)/python tests/run_targets.py
 
-# The C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer, under every target: those that the CPU lacks are
+# emulated.
 test-cpp: $(VENV)/.environment
 	$(BIN)/cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_PYTHON=OFF \
-	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=ON -DONESTEP_WERROR=$(WERROR) > /dev/null
+	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=ON -DONESTEP_EMULATE=ON -DONESTEP_WERROR=$(WERROR) > /dev/null
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
 

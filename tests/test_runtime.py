@@ -21,7 +21,7 @@ from onestep import _native, _runtime
 from onestep.curvature import glm
 from onestep.linalg import cholesky, gram, solve_normal, solve_normal_ex
 
-ALL_TARGETS = ("generic", "avx2", "avx512")
+ALL_TARGETS = ("generic", "avx2", "avx512", "amx")
 
 
 @pytest.fixture

@@ -26,25 +26,11 @@ constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 constexpr int64_t kWorthAThread = 200'000;
 
 template <class T>
-const AttentionKernels<T>& pick(const AttentionKernels<float>& f32, const AttentionKernels<double>& f64) {
-    if constexpr (std::is_same_v<T, float>) {
-        return f32;
-    } else {
-        return f64;
-    }
-}
-
-template <class T>
 const AttentionKernels<T>& kernels() {
-    switch (active_target()) {
-#ifdef ONESTEP_X86_TARGETS
-        case Target::avx2:
-            return pick<T>(avx2::attention_f32, avx2::attention_f64);
-        case Target::avx512:
-            return pick<T>(avx512::attention_f32, avx512::attention_f64);
-#endif
-        default:
-            return pick<T>(generic::attention_f32, generic::attention_f64);
+    if constexpr (std::is_same_v<T, float>) {
+        return ONESTEP_KERNELS(attention_f32);
+    } else {
+        return ONESTEP_KERNELS(attention_f64);
     }
 }
 

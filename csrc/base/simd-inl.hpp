@@ -114,7 +114,7 @@ ONESTEP_INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 // Keeps the compiler from seeing how `value` came about, so that no product behind it is contracted into a sum.
 template <class V>
 ONESTEP_INLINE V opaque(V value) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !(defined(ONESTEP_EMULATE) && ONESTEP_VECTOR_BYTES == 64)
     asm("" : "+x"(value));
 #elif defined(__aarch64__)
     asm("" : "+w"(value));

@@ -3,10 +3,18 @@
 #include <atomic>
 #include <cstring>
 
+#ifdef ONESTEP_AMX_TARGET
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace onestep {
 namespace {
 
-constexpr const char* kNames[kTargetCount] = {"generic", "avx2", "avx512"};
+constexpr const char* kNames[kTargetCount] = {"generic", "avx2", "avx512", "amx"};
 
 Target best_target() {
     for (int candidate = kTargetCount - 1; candidate > 0; --candidate) {
@@ -22,6 +30,34 @@ std::atomic<Target>& active() {
     return target;
 }
 
+#if defined(ONESTEP_X86_TARGETS) && !defined(ONESTEP_EMULATE)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+}
+#endif
+
+#if defined(ONESTEP_AMX_TARGET) && !defined(ONESTEP_EMULATE)
+bool has_amx() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned kBFloat16 = 1U << 22;
+    constexpr unsigned kTile = 1U << 24;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBFloat16) != 0 && (edx & kTile) != 0;
+}
+
+// Linux gives a process tile registers when it asks for them: their state makes signal frames 8 KiB larger.
+bool tiles_granted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 const char* target_name(Target target) { return kNames[static_cast<int>(target)]; }
@@ -33,9 +69,18 @@ bool target_supported(Target target) {
 #ifdef ONESTEP_X86_TARGETS
         case Target::avx2:
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef ONESTEP_EMULATE
         case Target::avx512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+        case Target::amx:
+            return true;
+#else
+        case Target::avx512:
+            return has_avx512();
+#ifdef ONESTEP_AMX_TARGET
+        case Target::amx:
+            return has_avx512() && has_amx() && tiles_granted();
+#endif
+#endif
 #endif
         default:
             return false;

@@ -7,11 +7,12 @@
 
 namespace onestep {
 
-enum class Target : int { generic = 0, avx2 = 1, avx512 = 2 };
+// amx is avx512 with kernels of its own where products of bfloat16 are taken.
+enum class Target : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
-inline constexpr int kTargetCount = 3;
+inline constexpr int kTargetCount = 4;
 
-// "generic", "avx2" or "avx512".
+// "generic", "avx2", "avx512" or "amx".
 const char* target_name(Target target);
 
 // Whether this build contains the target and this CPU (and operating system) can run it.
@@ -25,4 +26,27 @@ enum class SelectResult : int { ok = 0, unknown = 1, unsupported = 2 };
 // Makes the named target the active one; changes nothing unless the result is `ok`.
 SelectResult select_target(const char* name);
 
+// Of the tables of kernels that the targets have, the active target's.
+template <class Table>
+const Table& active_table(const Table& generic) {
+    return generic;
+}
+template <class Table>
+const Table& active_table(const Table& generic, const Table& avx2, const Table& avx512, const Table& amx) {
+    const Table* const tables[kTargetCount] = {&generic, &avx2, &avx512, &amx};
+    return *tables[static_cast<int>(active_target())];
+}
+
 }  // namespace onestep
+
+// The active target's table of this name, for kernels that amx shares with avx512 and for those it has itself.
+#ifdef ONESTEP_X86_TARGETS
+#define ONESTEP_KERNELS(name) active_table(generic::name, avx2::name, avx512::name, avx512::name)
+#else
+#define ONESTEP_KERNELS(name) active_table(generic::name)
+#endif
+#ifdef ONESTEP_AMX_TARGET
+#define ONESTEP_AMX_KERNELS(name) active_table(generic::name, avx2::name, avx512::name, amx::name)
+#else
+#define ONESTEP_AMX_KERNELS(name) ONESTEP_KERNELS(name)
+#endif

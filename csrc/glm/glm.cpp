@@ -29,28 +29,13 @@ constexpr int64_t kBackBlocks = 16;
 constexpr int64_t kMostBackColumns = 96;
 
 template <class X, class T>
-const GlmKernels<X, T>& pick(const GlmKernels<float, float>& f32, const GlmKernels<double, double>& f64,
-                             const GlmKernels<BFloat16, float>& bf16) {
-    if constexpr (std::is_same_v<X, BFloat16>) {
-        return bf16;
-    } else if constexpr (std::is_same_v<X, double>) {
-        return f64;
-    } else {
-        return f32;
-    }
-}
-
-template <class X, class T>
 const GlmKernels<X, T>& kernels() {
-    switch (active_target()) {
-#ifdef ONESTEP_X86_TARGETS
-        case Target::avx2:
-            return pick<X, T>(avx2::glm_f32, avx2::glm_f64, avx2::glm_bf16);
-        case Target::avx512:
-            return pick<X, T>(avx512::glm_f32, avx512::glm_f64, avx512::glm_bf16);
-#endif
-        default:
-            return pick<X, T>(generic::glm_f32, generic::glm_f64, generic::glm_bf16);
+    if constexpr (std::is_same_v<X, BFloat16>) {
+        return ONESTEP_KERNELS(glm_bf16);
+    } else if constexpr (std::is_same_v<X, double>) {
+        return ONESTEP_KERNELS(glm_f64);
+    } else {
+        return ONESTEP_KERNELS(glm_f32);
     }
 }
 

@@ -32,28 +32,13 @@ constexpr int64_t kLeastPieces = 4;
 constexpr int64_t kMostPieces = 16;
 
 template <class T, class Input>
-const HeadKernels<T, Input>& pick(const HeadKernels<float, float>& f32, const HeadKernels<double, double>& f64,
-                                  const HeadKernels<float, BFloat16>& bf16) {
-    if constexpr (std::is_same_v<Input, float>) {
-        return f32;
-    } else if constexpr (std::is_same_v<Input, double>) {
-        return f64;
-    } else {
-        return bf16;
-    }
-}
-
-template <class T, class Input>
 const HeadKernels<T, Input>& kernels() {
-    switch (active_target()) {
-#ifdef ONESTEP_X86_TARGETS
-        case Target::avx2:
-            return pick<T, Input>(avx2::head_f32, avx2::head_f64, avx2::head_bf16);
-        case Target::avx512:
-            return pick<T, Input>(avx512::head_f32, avx512::head_f64, avx512::head_bf16);
-#endif
-        default:
-            return pick<T, Input>(generic::head_f32, generic::head_f64, generic::head_bf16);
+    if constexpr (std::is_same_v<Input, BFloat16>) {
+        return ONESTEP_KERNELS(head_bf16);
+    } else if constexpr (std::is_same_v<Input, double>) {
+        return ONESTEP_KERNELS(head_f64);
+    } else {
+        return ONESTEP_KERNELS(head_f32);
     }
 }
 

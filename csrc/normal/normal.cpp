@@ -34,25 +34,11 @@ constexpr int64_t kGradientChunk = 2048;
 constexpr int64_t kSolveColumns = 96;
 
 template <class T>
-const NormalKernels<T>& pick(const NormalKernels<float>& f32, const NormalKernels<double>& f64) {
-    if constexpr (std::is_same_v<T, float>) {
-        return f32;
-    } else {
-        return f64;
-    }
-}
-
-template <class T>
 const NormalKernels<T>& kernels() {
-    switch (active_target()) {
-#ifdef ONESTEP_X86_TARGETS
-        case Target::avx2:
-            return pick<T>(avx2::normal_f32, avx2::normal_f64);
-        case Target::avx512:
-            return pick<T>(avx512::normal_f32, avx512::normal_f64);
-#endif
-        default:
-            return pick<T>(generic::normal_f32, generic::normal_f64);
+    if constexpr (std::is_same_v<T, float>) {
+        return ONESTEP_KERNELS(normal_f32);
+    } else {
+        return ONESTEP_KERNELS(normal_f64);
     }
 }
 
