@@ -26,9 +26,10 @@ constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 constexpr int64_t kWorthAThread = 200'000;
 
 template <class T>
-const AttentionKernels<T>& kernels() {
+const AttentionKernels<T>& kernels(const AttentionInputs& inputs) {
     if constexpr (std::is_same_v<T, float>) {
-        return ONESTEP_KERNELS(attention_f32);
+        const bool half = inputs.q.bfloat16 && inputs.k.bfloat16 && inputs.v.bfloat16;
+        return half ? ONESTEP_AMX_KERNELS(attention_f32) : ONESTEP_KERNELS(attention_f32);
     } else {
         return ONESTEP_KERNELS(attention_f64);
     }
@@ -81,7 +82,7 @@ struct Call {
     int64_t query_tiles;
     int64_t key_tiles;
 
-    explicit Call(const AttentionArgs<T>& args_) : args(args_), kernel(kernels(args_)) {
+    explicit Call(const AttentionArgs<T>& args_) : args(args_), kernel(kernels<T>(args_.primal)) {
         const int64_t widest = std::max(args.d, args.dv) * static_cast<int64_t>(sizeof(T));
         tile = widest <= kWideBytes ? kernel.tile : kernel.wide_tile;
         all_heads = args.batch.count() * args.heads;
