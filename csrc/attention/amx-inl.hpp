@@ -48,8 +48,7 @@ inline bool any_bits(const BFloat16* from, int64_t count) {
 enum class Inner { columns, rows };
 
 template <AmxSide Side, Inner Along, class E>
-inline Planes packed_planes_of(const E* from, int64_t row, int64_t col, int64_t rows, int64_t cols,
-                               Work<float>& work) {
+inline Planes packed_planes_of(const E* from, int64_t row, int64_t col, int64_t rows, int64_t cols, Work<float>& work) {
     const int64_t count = Along == Inner::columns ? rows : cols;
     const int64_t depth = Along == Inner::columns ? cols : rows;
     const int64_t size = amx_size(count, depth);
@@ -80,8 +79,8 @@ inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t ro
     return packed_planes_of<Side, Along>(element<float>(slice, row, 0), slice.row, slice.col, rows, cols, work);
 }
 
-// value = high + low up to 2⁻¹⁷ of it; the upper half of `low`'s bits is its plane. Rounded upwards and downwards, which
-// takes half the instructions of rounding to nearest; unlike split_to_bfloat16, an infinity becomes NaN.
+// value = high + low up to 2⁻¹⁷ of it; the upper half of `low`'s bits is its plane. Rounded upwards and downwards,
+// which takes half the instructions of rounding to nearest; unlike split_to_bfloat16, an infinity becomes NaN.
 struct SplitBits {
     AmxWords high, low;
 };
@@ -140,7 +139,7 @@ inline Planes pack_score_columns(const float* from, int64_t rows, int64_t width,
     return {to.data, to.data + size, to.block};
 }
 
-// A sum of products of one depth, as Products. Of two low planes no product is taken: it is 2⁻¹⁸ of the whole.
+// A sum of products of one depth, as Products. Of two low planes no product is taken: it is 2⁻¹⁶ of the whole.
 struct PlaneProducts {
     int64_t depth;
     int count = 0;
@@ -365,8 +364,8 @@ ONESTEP_INLINE KeyTile<float> keys_seen_by(const AttentionHead<float>& head, con
 // P, dS and their tangents in rows of keys.width, zero in what fills the rows: it meets whatever tiles hold there.
 template <bool Tangent>
 inline void compute_plane_scores(AmxTiles& tiles, const AttentionHead<float>& head,
-                                 const AttentionDeltas<float>& deltas, const KeyTile<float>& keys,
-                                 const KeyPlanes& k, const QueryTile<float>& queries, const QueryPlanes& q,
+                                 const AttentionDeltas<float>& deltas, const KeyTile<float>& keys, const KeyPlanes& k,
+                                 const QueryTile<float>& queries, const QueryPlanes& q,
                                  const ScoreTile<float>& scores) {
     const int64_t width = keys.width;
     const auto product = [&](const PlaneProducts& products, float* to) {
