@@ -37,6 +37,10 @@ class Head(NamedTuple):
         target = torch.randint(v, (n,), generator=generator)
         return cls((normal(n, d), normal(v, d).div_(d**0.5), normal(v)), direction, target)
 
+    def to(self, dtype: torch.dtype) -> Head:
+        operands, direction = ((h.to(dtype), w.to(dtype), b.to(dtype)) for h, w, b in self[:2])
+        return Head(operands, direction, self.target)
+
 
 Loss = Callable[[Head], Callable[..., Tensor]]
 

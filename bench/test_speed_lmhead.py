@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lmhead_memory import WAYS, Head
+
+import onestep
 
 N, D, V = 2048, 768, 32_000
 CASE = f"{N} × {D} × {V} fp32"
@@ -18,10 +21,10 @@ PRODUCT = 2 * N * D * V  # flops of one of the matrix products that everything h
 TORCH_HVP = "torch double backward", "torch jvp of grad"
 
 
-def error(way: str, exact_way: str) -> float:
+def error(way: str, exact_way: str, dtype: torch.dtype = torch.float32) -> float:
     """Of a smaller head, relative to the same in double."""
-    head = Head.random(256, 64, 2000)
-    double = Head(*(tuple(part.double() for part in parts) for parts in head[:2]), head.target)
+    head = Head.random(256, 64, 2000).to(dtype)
+    double = head.to(torch.float64)
     return max(
         float((ours.double() - exact).norm() / exact.norm())
         for ours, exact in zip(WAYS[way](head), WAYS[exact_way](double), strict=True)
@@ -43,6 +46,12 @@ def test_gradient(compare: Callable[..., float]) -> None:
     )
 
 
+def faster_torch_hvp() -> str:
+    """Of torch's two ways, on this machine."""
+    small = Head.random(N, D, V // 16)
+    return min(TORCH_HVP, key=lambda name: min(timeit.repeat(lambda: WAYS[name](small), number=1, repeat=3)))
+
+
 # The product alone, in seven matrix products, and through autograd, which computes the gradient as well: ten.
 @pytest.mark.benchmark(group="LM head")
 @pytest.mark.parametrize(
@@ -52,8 +61,7 @@ def test_gradient(compare: Callable[..., float]) -> None:
 def test_hvp(compare: Callable[..., float], way: str, products: int, bar: float | None) -> None:
     """Against the faster of torch's two ways on this machine."""
     head = Head.random(N, D, V)
-    small = Head.random(N, D, V // 16)
-    peer = min(TORCH_HVP, key=lambda name: min(timeit.repeat(lambda: WAYS[name](small), number=1, repeat=3)))
+    peer = faster_torch_hvp()
     way = f"onestep {way}"
     compare(
         lambda: WAYS[way](head),
@@ -63,6 +71,27 @@ def test_hvp(compare: Callable[..., float], way: str, products: int, bar: float 
         bar=bar,
         flops=products * PRODUCT,
         error=error(way, TORCH_HVP[0]),
+        peer_error=error(peer, TORCH_HVP[0]),
+    )
+
+
+@pytest.mark.benchmark(group="LM head")
+def test_bfloat16_hvp(compare: Callable[..., float]) -> None:
+    """Of bfloat16 operands, on AMX tiles, against torch's of fp32 ones."""
+    target = onestep.info()["cpu_target"]
+    if target != "amx":
+        pytest.skip(f"measures AMX tiles; the CPU target is {target}")
+    head = Head.random(N, D, V)
+    half = head.to(torch.bfloat16)
+    peer, way = faster_torch_hvp(), "onestep linear_cross_entropy_hvp"
+    compare(
+        lambda: WAYS[way](half),
+        lambda: WAYS[peer](head),
+        rounds=7,
+        case=f"HVP by linear_cross_entropy_hvp, {N} × {D} × {V} bf16 on AMX; peer: {peer}, fp32",
+        bar=4.0,
+        flops=7 * PRODUCT,
+        error=error(way, TORCH_HVP[0], torch.bfloat16),
         peer_error=error(peer, TORCH_HVP[0]),
     )
 

@@ -19,10 +19,12 @@ struct HeadChunk {
 
     const Input* const* input = nullptr;          // a pointer per row
     const Input* const* input_tangent = nullptr;  // likewise, or null
-    T* input_panels = nullptr;                    // [row panel][feature][row], and its tangent
-    T* tangent_panels = nullptr;
-    T* input_columns = nullptr;  // [feature panel][row][feature], and its tangent
-    T* tangent_columns = nullptr;
+    // As the target's products take them, for z and for grad_weight: [row panel][feature][row] and [feature panel][row]
+    // [feature] in T, or tiles of bfloat16; and the same of the tangents.
+    void* input_panels = nullptr;
+    void* tangent_panels = nullptr;
+    void* input_columns = nullptr;
+    void* tangent_columns = nullptr;
 
     T* logits = nullptr;          // exp(z − peak), then g
     T* logits_tangent = nullptr;  // ż, then ġ
@@ -58,18 +60,19 @@ template <class T, class Input>
 struct HeadKernels {
     int64_t tile_rows;
     int64_t panel;
+    int64_t packed_bytes;  // of an element of the chunk's packed input
 
     // Packs one panel of the chunk's rows, both ways (the columns only of [first, last) features, whole panels).
     void (*pack_input)(const HeadChunk<T, Input>& chunk, int64_t row_panel);
     void (*pack_input_columns)(const HeadChunk<T, Input>& chunk, int64_t feature_panel);
 
     // Logits (and their tangent) of one block of classes, and what the row statistics need of them.
-    void (*score_block)(const HeadChunk<T, Input>& chunk, int64_t block, T* work);
+    void (*score_block)(const HeadChunk<T, Input>& chunk, int64_t block, void* work);
     // g and ġ of one block in place; adds to grad_weight and grad_bias, and writes or adds to the transposed grad_input
     // [row panel][feature][row].
-    void (*gradient_block)(const HeadChunk<T, Input>& chunk, int64_t block, bool accumulate, T* grad_input, T* work);
-    // What both need for `work`.
-    int64_t (*work)(int64_t block);
+    void (*gradient_block)(const HeadChunk<T, Input>& chunk, int64_t block, bool accumulate, T* grad_input, void* work);
+    // Bytes that both need for `work`.
+    int64_t (*work)(const HeadChunk<T, Input>& chunk);
 };
 
 #define ONESTEP_HEAD_KERNELS                           \
@@ -87,6 +90,11 @@ ONESTEP_HEAD_KERNELS
 namespace avx512 {
 ONESTEP_HEAD_KERNELS
 }  // namespace avx512
+#endif
+#ifdef ONESTEP_AMX_TARGET
+namespace amx {
+extern const HeadKernels<float, BFloat16> head_bf16;
+}  // namespace amx
 #endif
 #undef ONESTEP_HEAD_KERNELS
 

@@ -34,7 +34,7 @@ constexpr int64_t kMostPieces = 16;
 template <class T, class Input>
 const HeadKernels<T, Input>& kernels() {
     if constexpr (std::is_same_v<Input, BFloat16>) {
-        return ONESTEP_KERNELS(head_bf16);
+        return ONESTEP_AMX_KERNELS(head_bf16);
     } else if constexpr (std::is_same_v<Input, double>) {
         return ONESTEP_KERNELS(head_f64);
     } else {
@@ -109,11 +109,13 @@ class Head {
         return reinterpret_cast<U*>(buffers_.back().get());
     }
 
+    void* take_packed() { return take<char>(chunk_rows_ * chunk_.padded_features * kernel_.packed_bytes); }
+
     void allocate() {
         const int64_t rows = chunk_rows_;
         const bool gradient = chunk_.wants_gradient();
         chunk_.logits = take<T>(rows * chunk_.padded_classes);
-        chunk_.input_panels = take<T>(rows * args_.d);
+        chunk_.input_panels = take_packed();
         chunk_.peak = take<T>(rows * blocks_);
         chunk_.sum = take<T>(rows * blocks_);
         chunk_.expected = take<T>(rows * blocks_);
@@ -128,15 +130,15 @@ class Head {
             chunk_.expected_tangent = take<T>(rows * blocks_);
             chunk_.mean_tangent = take<T>(rows);
             if (args_.input_tangent) {
-                chunk_.tangent_panels = take<T>(rows * args_.d);
+                chunk_.tangent_panels = take_packed();
                 input_tangent_.resize(static_cast<size_t>(rows));
                 chunk_.input_tangent = input_tangent_.data();
             }
         }
         if (gradient && args_.grad_weight != nullptr) {
-            chunk_.input_columns = take<T>(rows * chunk_.padded_features);
+            chunk_.input_columns = take_packed();
             if (chunk_.input_tangent != nullptr && chunk_.wants_cross_terms()) {
-                chunk_.tangent_columns = take<T>(rows * chunk_.padded_features);
+                chunk_.tangent_columns = take_packed();
             }
         }
         const int64_t piece = rows * std::max<int64_t>(chunk_.padded_features, 1) * static_cast<int64_t>(sizeof(T));
@@ -186,13 +188,12 @@ class Head {
             return status;
         }
         auto score = [&](int64_t block) {
-            Scratch scratch(work_bytes());
-            kernel_.score_block(chunk_, block, scratch.take<T>(kernel_.work(chunk_.block)));
+            const int64_t bytes = kernel_.work(chunk_);
+            Scratch scratch(Scratch::bytes_for<char>(bytes));
+            kernel_.score_block(chunk_, block, scratch.take<char>(bytes));
         };
         return parallel_for(blocks_, 1, score);
     }
-
-    int64_t work_bytes() const { return Scratch::bytes_for<T>(kernel_.work(chunk_.block)); }
 
     // The losses of one panel of rows from the blocks' statistics, which turn into what gradient_block reads.
     void reduce_panel(int64_t begin, int64_t panel) {
@@ -249,8 +250,9 @@ class Head {
     Status gradient(int64_t begin) {
         const int64_t size = chunk_rows_ * chunk_.padded_features;
         auto piece = [&](int64_t index) {
-            Scratch scratch(work_bytes());
-            T* work = scratch.take<T>(kernel_.work(chunk_.block));
+            const int64_t bytes = kernel_.work(chunk_);
+            Scratch scratch(Scratch::bytes_for<char>(bytes));
+            char* work = scratch.take<char>(bytes);
             T* to = partial_ == nullptr ? nullptr : partial_ + index * size;
             const int64_t first = index * blocks_ / pieces_;
             for (int64_t block = first; block < (index + 1) * blocks_ / pieces_; ++block) {

@@ -8,11 +8,12 @@ constexpr HeadKernels<T, Input> head_kernels() {
     return {
         kTileRows,
         kPanel<T>,
+        sizeof(T),
         pack_input<T, Input>,
         pack_input_columns<T, Input>,
         score_block<T, Input>,
         gradient_block<T, Input>,
-        block_work<T>,
+        block_work<T, Input>,
     };
 }
 
