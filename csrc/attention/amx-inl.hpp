@@ -5,6 +5,9 @@
 // Pairs of the inner dimension share a word in a packed tile. Of scores in rows of lanes, pairs of rows make the right
 // operand of a product over rows, without a shuffle, and pairs of lanes the left operand of one over lanes. Hence
 // results over rows come out transposed: Oᵀ in the forward pass, dKᵀ and dVᵀ in the backward pass.
+//
+// Packing an operand is dear beside products of tiles, so a tile of the head (AttentionHead::tile) is large: what
+// passes by is packed once for all of it. Scores are taken in squares of it that stay in the first-level cache.
 #pragma once
 
 #include "attention/backward-inl.hpp"
@@ -13,9 +16,7 @@
 
 namespace onestep::ONESTEP_NS {
 
-// What passes by (keys, in the forward pass; queries, in the backward pass) is taken so many rows at a time: scores of
-// a whole tile of the others then stay in the caches, and their columns fit in the first level.
-inline constexpr int64_t kPassingRows = 64;
+inline constexpr int64_t kSquare = 64;  // queries and keys of a square
 
 // A packed operand; null high: absent, null low: zero.
 struct Planes {
@@ -23,9 +24,11 @@ struct Planes {
     const BFloat16* low = nullptr;
     int64_t block = 0;
 
-    Planes from_block(int64_t index) const {
-        return {high != nullptr ? high + index * block : nullptr, low != nullptr ? low + index * block : nullptr,
-                block};
+    Planes from_block(int64_t index) const { return shifted(index * block); }
+    Planes from_step(int64_t index) const { return shifted(index * kAmxTile); }
+
+    Planes shifted(int64_t by) const {
+        return {high != nullptr ? high + by : nullptr, low != nullptr ? low + by : nullptr, block};
     }
 };
 
@@ -33,54 +36,8 @@ ONESTEP_INLINE BFloat16* take_bfloat16(int64_t count, Work<float>& work) {
     return reinterpret_cast<BFloat16*>(work.take((count + 1) / 2));
 }
 
-inline bool any_bits(const BFloat16* from, int64_t count) {
-    AmxWords bits = {};
-    for (int64_t e = 0; e < count; e += kAmxStep) {
-        bits |= *reinterpret_cast<const UnalignedAmxWords*>(from + e);
-    }
-    uint32_t any = 0;
-    for (int lane = 0; lane < kLanes<float>; ++lane) {
-        any |= bits[lane];
-    }
-    return any != 0;
-}
-
-enum class Inner { columns, rows };
-
-template <AmxSide Side, Inner Along, class E>
-inline Planes packed_planes_of(const E* from, int64_t row, int64_t col, int64_t rows, int64_t cols, Work<float>& work) {
-    const int64_t count = Along == Inner::columns ? rows : cols;
-    const int64_t depth = Along == Inner::columns ? cols : rows;
-    const int64_t size = amx_size(count, depth);
-    constexpr bool kTwo = sizeof(E) == sizeof(float);
-    const AmxPacked to = AmxPacked::whole(take_bfloat16(kTwo ? 2 * size : size, work), count, depth);
-    // The packers read along rows; a matrix held by columns is the other way round.
-    const bool turned = row == 1 && col != 1;
-    const StridedRows<E> lines = {from, turned ? col : row};
-    const int64_t step = turned ? row : col;
-    if ((Along == Inner::columns) != turned) {
-        amx_pack_rows<Side>(lines, 0, count, step, 0, depth, to);
-    } else {
-        amx_pack_columns<Side>(lines, 0, depth, step, 0, count, to);
-    }
-    const BFloat16* low = to.data + size;
-    return {to.data, kTwo && any_bits(low, size) ? low : nullptr, to.block};
-}
-
-// Rows [row, row + rows) of a slice as the operand of a product over its columns, or over those rows.
-template <AmxSide Side, Inner Along>
-inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t rows, int64_t cols, Work<float>& work) {
-    if (slice.data == nullptr) {
-        return {};
-    }
-    if (slice.bfloat16) {
-        return packed_planes_of<Side, Along>(element<BFloat16>(slice, row, 0), slice.row, slice.col, rows, cols, work);
-    }
-    return packed_planes_of<Side, Along>(element<float>(slice, row, 0), slice.row, slice.col, rows, cols, work);
-}
-
-// value = high + low up to 2⁻¹⁷ of it; the upper half of `low`'s bits is its plane. Rounded upwards and downwards,
-// which takes half the instructions of rounding to nearest; unlike split_to_bfloat16, an infinity becomes NaN.
+// value = high + low, and the upper half of `low`'s bits is its plane: exact to 2⁻¹⁶. A third of the instructions of
+// split_to_bfloat16, of which this is the one for T × T numbers: low is cut off, and an infinity becomes NaN.
 struct SplitBits {
     AmxWords high, low;
 };
@@ -90,29 +47,66 @@ ONESTEP_INLINE SplitBits split_bits(Vec<float> value) {
     return {high, reinterpret_cast<AmxWords>(value - reinterpret_cast<Vec<float>>(high))};
 }
 
-// Words of pairs: elements of `first` in the lower halves, of `second` in the upper ones.
-ONESTEP_INLINE void store_pairs(Vec<float> first, Vec<float> second, BFloat16* high, BFloat16* low) {
-    const SplitBits lower = split_bits(first);
-    const SplitBits upper = split_bits(second);
-    *reinterpret_cast<UnalignedAmxWords*>(high) = (lower.high >> 16) | upper.high;
-    *reinterpret_cast<UnalignedAmxWords*>(low) = (lower.low >> 16) | (upper.low & 0xFFFF0000U);
-}
-
-// Scores, rows of `width`, as the right operand of a product over rows.
-inline Planes pack_score_rows(const float* from, int64_t rows, int64_t width, Work<float>& work) {
-    const int64_t size = amx_size(width, rows);
-    const AmxPacked to = AmxPacked::whole(take_bfloat16(2 * size, work), width, rows);
-    for (int64_t r = 0; r < amx_steps(rows) * kAmxStep; r += 2) {
-        BFloat16* line = to.data + r / kAmxStep * kAmxTile + r % kAmxStep * kAmxBlock;
-        for (int64_t c = 0; c < width; c += kAmxBlock) {
-            const float* at = from + r * width + c;
-            const Vec<float> first = r < rows ? load<float>(at) : Vec<float>{};
-            const Vec<float> second = r + 1 < rows ? load<float>(at + width) : Vec<float>{};
-            BFloat16* high = line + c / kAmxBlock * to.block;
-            store_pairs(first, second, high, high + size);
+// One tile in two planes from its 16 lines of pairs: load(line, first, second). Turned: the lines are the other side's,
+// see store_tile. The bits that there are in the low plane.
+template <bool Turned, class Load>
+ONESTEP_INLINE AmxWords pack_tile(const Load& load_pair, BFloat16* high, BFloat16* low) {
+    Vec<float> lines[2][kAmxBlock];
+    AmxWords bits = {};
+#pragma GCC unroll 16
+    for (int line = 0; line < kAmxBlock; ++line) {
+        Vec<float> first;
+        Vec<float> second;
+        load_pair(line, first, second);
+        const SplitBits lower = split_bits(first);
+        const SplitBits upper = split_bits(second);
+        const AmxWords highs = (lower.high >> 16) | upper.high;
+        const AmxWords lows = (lower.low >> 16) | (upper.low & 0xFFFF0000U);
+        bits |= lows;
+        if constexpr (Turned) {
+            lines[0][line] = reinterpret_cast<Vec<float>>(highs);
+            lines[1][line] = reinterpret_cast<Vec<float>>(lows);
+        } else {
+            *reinterpret_cast<UnalignedAmxWords*>(high + line * kAmxStep) = highs;
+            *reinterpret_cast<UnalignedAmxWords*>(low + line * kAmxStep) = lows;
         }
     }
-    return {to.data, to.data + size, to.block};
+    if constexpr (Turned) {
+        store_tile<true>(lines[0], high);
+        store_tile<true>(lines[1], low);
+    }
+    return bits;
+}
+
+ONESTEP_INLINE bool any_bits(AmxWords bits) {
+    uint32_t any = 0;
+    for (int lane = 0; lane < kLanes<float>; ++lane) {
+        any |= bits[lane];
+    }
+    return any != 0;
+}
+
+// Rows of `ld` floats, filled up with zeros to whole steps of rows and whole blocks of columns, as an operand of a
+// product over the rows. `sparse`: look whether the low plane is zero.
+template <AmxSide Side>
+inline Planes pack_over_rows(const float* from, int64_t rows, int64_t cols, int64_t ld, bool sparse,
+                             Work<float>& work) {
+    const int64_t size = amx_size(cols, rows);
+    const AmxPacked to = AmxPacked::whole(take_bfloat16(2 * size, work), cols, rows);
+    AmxWords bits = {};
+    for (int64_t s = 0; s < amx_steps(rows); ++s) {
+        for (int64_t b = 0; b < amx_blocks(cols); ++b) {
+            const float* corner = from + s * kAmxStep * ld + b * kAmxBlock;
+            BFloat16* tile = to.data + b * to.block + s * kAmxTile;
+            bits |= pack_tile<Side == AmxSide::left>(
+                [&](int line, Vec<float>& first, Vec<float>& second) {
+                    first = load<float>(corner + 2 * line * ld);
+                    second = load<float>(corner + (2 * line + 1) * ld);
+                },
+                tile, tile + size);
+        }
+    }
+    return {to.data, sparse && !any_bits(bits) ? nullptr : to.data + size, to.block};
 }
 
 template <int Odd, int... Lane>
@@ -120,23 +114,76 @@ ONESTEP_INLINE Vec<float> every_other(Vec<float> a, Vec<float> b, std::integer_s
     return __builtin_shufflevector(a, b, (2 * Lane + Odd)...);
 }
 
-// factor · scores as the left operand of a product over columns. Rows that only fill a block are not written: they add
-// to no row of the result that is kept.
-inline Planes pack_score_columns(const float* from, int64_t rows, int64_t width, float factor, Work<float>& work) {
+// factor times the same, filled up to whole blocks of rows and whole steps of columns, as an operand of a product over
+// the columns.
+template <AmxSide Side>
+inline Planes pack_over_columns(const float* from, int64_t rows, int64_t cols, int64_t ld, float factor, bool sparse,
+                                Work<float>& work) {
     constexpr auto lanes = std::make_integer_sequence<int, kLanes<float>>{};
-    const int64_t size = amx_size(rows, width);
-    const AmxPacked to = AmxPacked::whole(take_bfloat16(2 * size, work), rows, width);
-    for (int64_t r = 0; r < rows; ++r) {
-        BFloat16* line = to.data + r / kAmxBlock * to.block + r % kAmxBlock * kAmxStep;
-        for (int64_t c = 0; c < width; c += kAmxStep) {
-            const float* at = from + r * width + c;
-            const Vec<float> a = load<float>(at) * factor;
-            const Vec<float> b = c + kAmxBlock < width ? load<float>(at + kAmxBlock) * factor : Vec<float>{};
-            BFloat16* high = line + c / kAmxStep * kAmxTile;
-            store_pairs(every_other<0>(a, b, lanes), every_other<1>(a, b, lanes), high, high + size);
+    const int64_t size = amx_size(rows, cols);
+    const AmxPacked to = AmxPacked::whole(take_bfloat16(2 * size, work), rows, cols);
+    AmxWords bits = {};
+    for (int64_t b = 0; b < amx_blocks(rows); ++b) {
+        for (int64_t s = 0; s < amx_steps(cols); ++s) {
+            const float* corner = from + b * kAmxBlock * ld + s * kAmxStep;
+            BFloat16* tile = to.data + b * to.block + s * kAmxTile;
+            bits |= pack_tile<Side == AmxSide::right>(
+                [&](int line, Vec<float>& first, Vec<float>& second) {
+                    const Vec<float> a = load<float>(corner + line * ld) * factor;
+                    const Vec<float> c = load<float>(corner + line * ld + kAmxBlock) * factor;
+                    first = every_other<0>(a, c, lanes);
+                    second = every_other<1>(a, c, lanes);
+                },
+                tile, tile + size);
         }
     }
-    return {to.data, to.data + size, to.block};
+    return {to.data, sparse && !any_bits(bits) ? nullptr : to.data + size, to.block};
+}
+
+ONESTEP_INLINE int64_t whole_steps(int64_t count) { return amx_steps(count) * kAmxStep; }
+
+ONESTEP_INLINE void clear(float* to, int64_t count) {
+    __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(float));
+}
+
+ONESTEP_INLINE float* take_zeroed(int64_t count, Work<float>& work) {
+    float* to = work.take(count);
+    clear(to, count);
+    return to;
+}
+
+enum class Inner { columns, rows };
+
+// Rows [row, row + rows) of a slice as the operand of a product over its columns, or over those rows.
+template <AmxSide Side, Inner Along>
+inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t rows, int64_t cols, Work<float>& work) {
+    if (slice.data == nullptr) {
+        return {};
+    }
+    if (!slice.bfloat16) {
+        const int64_t ld = whole_steps(cols);
+        float* padded = work.take(whole_steps(rows) * ld);
+        pack_rows<float>(slice, row, 0, rows, cols, 1.0F, padded, ld);
+        clear(padded + rows * ld, (whole_steps(rows) - rows) * ld);
+        if constexpr (Along == Inner::columns) {
+            return pack_over_columns<Side>(padded, rows, cols, ld, 1.0F, true, work);
+        } else {
+            return pack_over_rows<Side>(padded, rows, cols, ld, true, work);
+        }
+    }
+    const int64_t count = Along == Inner::columns ? rows : cols;
+    const int64_t depth = Along == Inner::columns ? cols : rows;
+    const AmxPacked to = AmxPacked::whole(take_bfloat16(amx_size(count, depth), work), count, depth);
+    // The packers read along rows; a matrix held by columns is the other way round.
+    const bool turned = slice.row == 1 && slice.col != 1;
+    const StridedRows<BFloat16> lines = {element<BFloat16>(slice, row, 0), turned ? slice.col : slice.row};
+    const int64_t step = turned ? slice.row : slice.col;
+    if ((Along == Inner::columns) != turned) {
+        amx_pack_rows<Side>(lines, 0, count, step, 0, depth, to);
+    } else {
+        amx_pack_columns<Side>(lines, 0, depth, step, 0, count, to);
+    }
+    return {to.data, nullptr, to.block};
 }
 
 // A sum of products of one depth, as Products. Of two low planes no product is taken: it is 2⁻¹⁶ of the whole.
@@ -174,12 +221,6 @@ inline void multiply_planes(AmxTiles& tiles, int64_t rows, int64_t cols, const P
 
 ONESTEP_INLINE int64_t whole_blocks(int64_t count) { return amx_blocks(count) * kAmxBlock; }
 
-ONESTEP_INLINE float* take_zeroed(int64_t count, Work<float>& work) {
-    float* to = work.take(count);
-    __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(float));
-    return to;
-}
-
 ONESTEP_INLINE void scale_tile(int64_t count, float factor, float* to) {
     for (int64_t e = 0; e < count; e += kLanes<float>) {
         store<float>(to + e, load<float>(to + e) * factor);
@@ -191,13 +232,8 @@ ONESTEP_INLINE void turn(const float* from, int64_t from_row, int64_t rows, int6
     pack_columns_of<float>(from, from_row, 1, rows, cols, 1.0F, to, ld);
 }
 
-// Queries of a forward tile before the first block of those that see any of the keys [j, …).
-ONESTEP_INLINE int64_t blind_queries(const AttentionHead<float>& head, int64_t begin, int64_t j) {
-    return head.causal ? maximum(0, j - begin) / kAmxBlock * kAmxBlock : 0;
-}
-
-// Columns of sums, times their decay.
-inline void decay_columns(int64_t rows, int64_t cols, const float* decay, float* sums, int64_t ld) {
+// sums (rows × kSquare columns of rows of `ld`) times what a softmax step asks for.
+inline void decay_sums(int64_t rows, int64_t cols, const float* decay, float* sums, int64_t ld) {
     for (int64_t c = 0; c < cols; c += kLanes<float>) {
         const Vec<float> factor = load<float>(decay + c);
         for (int64_t r = 0; r < rows; ++r) {
@@ -207,42 +243,61 @@ inline void decay_columns(int64_t rows, int64_t cols, const float* decay, float*
     }
 }
 
+// square(i, rows, j, keys): those queries of [begin, begin + rows) by the keys [j, j + keys), of which any sees any;
+// `i` counts from `begin`. pack(j, keys) comes before the squares of those keys.
+template <class Pack, class Square>
+ONESTEP_INLINE void for_squares_by_keys(const AttentionHead<float>& head, int64_t begin, int64_t rows, const Pack& pack,
+                                        const Square& square) {
+    const int64_t end = keys_seen<float>(head, begin, rows);
+    for (int64_t j = 0; j < end; j += kSquare) {
+        const int64_t keys = minimum(kSquare, end - j);
+        pack(j, keys);
+        const int64_t first = head.causal ? maximum(0, j - begin) / kSquare * kSquare : 0;
+        for (int64_t i = first; i < rows; i += kSquare) {
+            square(i, minimum(kSquare, rows - i), j, keys);
+        }
+    }
+}
+
 inline void bfloat16_forward(const AttentionHead<float>& head, int64_t begin, int64_t rows, float* out, double* lse,
                              float* memory) {
     AmxTiles tiles;
     const AttentionSlices& primal = head.primal;
-    const int64_t width = whole_vectors<float>(rows);
+    const int64_t ld = whole_vectors<float>(rows);
     const int64_t v_row = whole_vectors<float>(head.dv);
     Work<float> work{memory};
-    float* sums = take_zeroed(v_row * width, work);
-    float* scores = work.take(kPassingRows * width);
-    const MaskTile<float> mask = take_mask<float>(rows, kPassingRows, work);
-    const SoftmaxRows<float> state = take_softmax<float>(width, work);
-    const Planes all_q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
-    const int64_t end = keys_seen<float>(head, begin, rows);
-    for (int64_t j = 0; j < end; j += kPassingRows) {
-        Work<float> inner = work;
-        const int64_t keys = minimum(kPassingRows, end - j);
-        const int64_t first = blind_queries(head, begin, j);
-        const int64_t seeing = width - first;
-        const SoftmaxRows<float> own = {state.top + first, state.sum + first, state.decay + first};
-        const Planes q = all_q.from_block(first / kAmxBlock);
-        const Planes k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
-        const Planes vt = packed_planes<AmxSide::left, Inner::rows>(primal.v, j, keys, head.dv, inner);
+    float* sums = take_zeroed(v_row * ld, work);
+    float* scores = work.take(kSquare * kSquare);
+    const MaskTile<float> mask = take_mask<float>(kSquare, kSquare, work);
+    const SoftmaxRows<float> state = take_softmax<float>(ld, work);
+    const Planes q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
+    Work<float> inner = work;
+    Planes k, vt;
+    const auto pack = [&](int64_t j, int64_t keys) {
+        inner = work;
+        k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
+        vt = packed_planes<AmxSide::left, Inner::rows>(primal.v, j, keys, head.dv, inner);
+    };
+    const auto square = [&](int64_t i, int64_t queries, int64_t j, int64_t keys) {
+        Work<float> own = inner;
+        const int64_t width = whole_vectors<float>(queries);
+        const SoftmaxRows<float> rows_state = {state.top + i, state.sum + i, state.decay + i};
         PlaneProducts s(head.d);
-        s.add(k, q);
-        multiply_planes<false>(tiles, whole_blocks(keys), seeing, s, scores, seeing);
-        scale_tile(keys * seeing, head.scale, scores);
-        add_to_softmax<float>(head, begin + first, rows - first, j, keys, seeing, scores, mask, own);
+        s.add(k, q.from_block(i / kAmxBlock));
+        multiply_planes<false>(tiles, whole_blocks(keys), width, s, scores, width);
+        scale_tile(keys * width, head.scale, scores);
+        add_to_softmax<float>(head, begin + i, queries, j, keys, width, scores, mask, rows_state);
+        clear(scores + keys * width, (whole_steps(keys) - keys) * width);
         if (j > 0) {
-            decay_columns(head.dv, seeing, own.decay, sums + first, width);
+            decay_sums(head.dv, width, rows_state.decay, sums + i, ld);
         }
         PlaneProducts pv(keys);
-        pv.add(vt, pack_score_rows(scores, keys, seeing, inner));
-        multiply_planes<true>(tiles, v_row, seeing, pv, sums + first, width);
-    }
+        pv.add(vt, pack_over_rows<AmxSide::right>(scores, keys, width, width, false, own));
+        multiply_planes<true>(tiles, v_row, width, pv, sums + i, ld);
+    };
+    for_squares_by_keys(head, begin, rows, pack, square);
     float* o = work.take(rows * v_row);
-    turn(sums, width, head.dv, rows, o, v_row);
+    turn(sums, ld, head.dv, rows, o, v_row);
     put_outputs<float>(head, begin, rows, state, o, v_row, out, lse);
 }
 
@@ -251,48 +306,52 @@ inline void bfloat16_jvp(const AttentionHead<float>& head, int64_t begin, int64_
     AmxTiles tiles;
     const AttentionSlices& primal = head.primal;
     const AttentionSlices& tangent = head.tangent;
-    const int64_t width = whole_vectors<float>(rows);
+    const int64_t ld = whole_vectors<float>(rows);
     const int64_t v_row = whole_vectors<float>(head.dv);
     Work<float> work{memory};
-    float* sums = take_zeroed(v_row * width, work);
-    float* scores = work.take(kPassingRows * width);
-    float* tangents = work.take(kPassingRows * width);
-    const MaskTile<float> mask = take_mask<float>(rows, kPassingRows, work);
+    float* sums = take_zeroed(v_row * ld, work);
+    float* scores = work.take(kSquare * kSquare);
+    float* tangents = work.take(kSquare * kSquare);
+    const MaskTile<float> mask = take_mask<float>(kSquare, kSquare, work);
     const TangentRows<float> state = take_tangent_rows<float>(head, begin, rows, work);
-    const Planes all_q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
-    const Planes all_dq = packed_planes<AmxSide::right, Inner::columns>(tangent.q, begin, rows, head.d, work);
-    const int64_t end = keys_seen<float>(head, begin, rows);
-    for (int64_t j = 0; j < end; j += kPassingRows) {
-        Work<float> inner = work;
-        const int64_t keys = minimum(kPassingRows, end - j);
-        const int64_t first = blind_queries(head, begin, j);
-        const int64_t seeing = width - first;
-        const TangentRows<float> own = {state.high + first, state.low + first, state.mean + first};
-        const Planes q = all_q.from_block(first / kAmxBlock);
-        const Planes dq = all_dq.from_block(first / kAmxBlock);
-        const Planes k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
-        const Planes dk = packed_planes<AmxSide::left, Inner::columns>(tangent.k, j, keys, head.d, inner);
-        const Planes vt = packed_planes<AmxSide::left, Inner::rows>(primal.v, j, keys, head.dv, inner);
-        const Planes dvt = packed_planes<AmxSide::left, Inner::rows>(tangent.v, j, keys, head.dv, inner);
+    const Planes q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
+    const Planes dq = packed_planes<AmxSide::right, Inner::columns>(tangent.q, begin, rows, head.d, work);
+    Work<float> inner = work;
+    Planes k, dk, vt, dvt;
+    const auto pack = [&](int64_t j, int64_t keys) {
+        inner = work;
+        k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
+        dk = packed_planes<AmxSide::left, Inner::columns>(tangent.k, j, keys, head.d, inner);
+        vt = packed_planes<AmxSide::left, Inner::rows>(primal.v, j, keys, head.dv, inner);
+        dvt = packed_planes<AmxSide::left, Inner::rows>(tangent.v, j, keys, head.dv, inner);
+    };
+    const auto square = [&](int64_t i, int64_t queries, int64_t j, int64_t keys) {
+        Work<float> own = inner;
+        const int64_t width = whole_vectors<float>(queries);
+        const TangentRows<float> rows_state = {state.high + i, state.low + i, state.mean + i};
+        const Planes own_q = q.from_block(i / kAmxBlock);
         PlaneProducts s(head.d);
-        s.add(k, q);
-        multiply_planes<false>(tiles, whole_blocks(keys), seeing, s, scores, seeing);
-        scale_tile(keys * seeing, head.scale, scores);
+        s.add(k, own_q);
+        multiply_planes<false>(tiles, whole_blocks(keys), width, s, scores, width);
+        scale_tile(keys * width, head.scale, scores);
         PlaneProducts ds(head.d);
-        ds.add(k, dq);
-        ds.add(dk, q);
-        multiply_planes<false>(tiles, whole_blocks(keys), seeing, ds, tangents, seeing);
-        scale_tile(keys * seeing, head.scale, tangents);
-        weigh_masked_tangents<float>(head, begin + first, rows - first, j, keys, seeing, scores, tangents, mask, own);
+        ds.add(k, dq.from_block(i / kAmxBlock));
+        ds.add(dk, own_q);
+        multiply_planes<false>(tiles, whole_blocks(keys), width, ds, tangents, width);
+        scale_tile(keys * width, head.scale, tangents);
+        weigh_masked_tangents<float>(head, begin + i, queries, j, keys, width, scores, tangents, mask, rows_state);
+        clear(scores + keys * width, (whole_steps(keys) - keys) * width);
+        clear(tangents + keys * width, (whole_steps(keys) - keys) * width);
         PlaneProducts pv(keys);
-        pv.add(vt, pack_score_rows(tangents, keys, seeing, inner));
+        pv.add(vt, pack_over_rows<AmxSide::right>(tangents, keys, width, width, false, own));
         if (dvt.high != nullptr) {
-            pv.add(dvt, pack_score_rows(scores, keys, seeing, inner));
+            pv.add(dvt, pack_over_rows<AmxSide::right>(scores, keys, width, width, false, own));
         }
-        multiply_planes<true>(tiles, v_row, seeing, pv, sums + first, width);
-    }
+        multiply_planes<true>(tiles, v_row, width, pv, sums + i, ld);
+    };
+    for_squares_by_keys(head, begin, rows, pack, square);
     float* turned = work.take(rows * v_row);
-    turn(sums, width, head.dv, rows, turned, v_row);
+    turn(sums, ld, head.dv, rows, turned, v_row);
     put_output_tangents<float>(head, begin, rows, state, turned, v_row, work.take(rows * v_row), out, lse);
 }
 
@@ -328,6 +387,14 @@ inline KeyPlanes pack_key_planes(const AttentionHead<float>& head, int64_t begin
     return keys;
 }
 
+// Those of a square that starts `at` keys after the tile.
+inline KeyPlanes from_key(const KeyPlanes& keys, int64_t at) {
+    const int64_t block = at / kAmxBlock;
+    const int64_t step = at / kAmxStep;
+    return {keys.kt.from_block(block),  keys.vt.from_block(block),  keys.k.from_step(step),
+            keys.dkt.from_block(block), keys.dvt.from_block(block), keys.dk.from_step(step)};
+}
+
 template <bool Tangent>
 inline QueryPlanes pack_query_planes(const AttentionHead<float>& head, int64_t begin, int64_t count,
                                      Work<float>& work) {
@@ -351,25 +418,15 @@ inline QueryPlanes pack_query_planes(const AttentionHead<float>& head, int64_t b
     return queries;
 }
 
-// Those of `keys` that any of `queries` sees. Not empty: the queries begin no earlier than the keys.
-ONESTEP_INLINE KeyTile<float> keys_seen_by(const AttentionHead<float>& head, const QueryTile<float>& queries,
-                                           KeyTile<float> keys) {
-    if (head.causal) {
-        keys.count = minimum(keys.count, queries.begin + queries.count - keys.begin);
-        keys.width = whole_vectors<float>(keys.count);
-    }
-    return keys;
-}
-
-// P, dS and their tangents in rows of keys.width, zero in what fills the rows: it meets whatever tiles hold there.
+// P, dS and their tangents of one square in rows of keys.width, whole steps. What fills a tile is zero: it meets rows
+// of operands that are not there.
 template <bool Tangent>
-inline void compute_plane_scores(AmxTiles& tiles, const AttentionHead<float>& head,
-                                 const AttentionDeltas<float>& deltas, const KeyTile<float>& keys, const KeyPlanes& k,
-                                 const QueryTile<float>& queries, const QueryPlanes& q,
-                                 const ScoreTile<float>& scores) {
+inline void compute_square(AmxTiles& tiles, const AttentionHead<float>& head, const AttentionDeltas<float>& deltas,
+                           const KeyTile<float>& keys, const KeyPlanes& k, const QueryTile<float>& queries,
+                           const QueryPlanes& q, const ScoreTile<float>& scores) {
     const int64_t width = keys.width;
     const auto product = [&](const PlaneProducts& products, float* to) {
-        multiply_planes<false>(tiles, whole_blocks(queries.count), width, products, to, width);
+        multiply_planes<false>(tiles, whole_blocks(queries.count), whole_blocks(keys.count), products, to, width);
     };
     PlaneProducts s(head.d);
     s.add(q.q, k.kt);
@@ -390,12 +447,47 @@ inline void compute_plane_scores(AmxTiles& tiles, const AttentionHead<float>& he
         product(dp_tangent, scores.ds_tangent);
     }
     weigh_scores<float, Tangent>(head, deltas, keys, queries, scores);
-    for (int64_t i = 0; keys.count < width && i < queries.count; ++i) {
-        for (float* tile : {scores.p, scores.ds, scores.p_tangent, scores.ds_tangent}) {
-            if (tile != nullptr) {
-                __builtin_memset(tile + i * width + keys.count, 0,
-                                 static_cast<size_t>(width - keys.count) * sizeof(float));
-            }
+    for (float* tile : {scores.p, scores.ds, scores.p_tangent, scores.ds_tangent}) {
+        if (tile == nullptr) {
+            continue;
+        }
+        for (int64_t i = 0; keys.count < width && i < queries.count; ++i) {
+            clear(tile + i * width + keys.count, width - keys.count);
+        }
+        clear(tile + queries.count * width, (whole_steps(queries.count) - queries.count) * width);
+    }
+}
+
+// Scratch for the scores of a square, zero: rows are longer than what products write.
+inline ScoreTile<float> take_square(bool tangent, Work<float>& work) {
+    const ScoreTile<float> scores = take_scores<float>(kSquare * kSquare, tangent, work);
+    for (float* tile : {scores.p, scores.ds, scores.p_tangent, scores.ds_tangent}) {
+        if (tile != nullptr) {
+            clear(tile, kSquare * kSquare);
+        }
+    }
+    return scores;
+}
+
+// square(queries, planes of them, keys, planes of those, work): each square of the keys [begin, begin + count), of
+// which any is seen, with the queries [first, end).
+template <bool Tangent, class Square>
+ONESTEP_INLINE void for_squares_by_queries(const AttentionHead<float>& head, int64_t begin, int64_t count,
+                                           const KeyPlanes& key_planes, int64_t first, int64_t end,
+                                           const Work<float>& work, const Square& square) {
+    for (int64_t i = first; i < end; i += kSquare) {
+        Work<float> inner = work;
+        QueryTile<float> queries = {};
+        queries.begin = i;
+        queries.count = minimum(kSquare, end - i);
+        const QueryPlanes query_planes = pack_query_planes<Tangent>(head, i, queries.count, inner);
+        const int64_t seen = head.causal ? minimum(count, i + queries.count - begin) : count;
+        for (int64_t at = 0; at < seen; at += kSquare) {
+            KeyTile<float> keys = {};
+            keys.begin = begin + at;
+            keys.count = minimum(kSquare, seen - at);
+            keys.width = whole_steps(keys.count);
+            square(queries, query_planes, keys, from_key(key_planes, at), inner);
         }
     }
 }
@@ -407,37 +499,32 @@ inline void bfloat16_backward(const AttentionHead<float>& head, const AttentionD
     const int64_t d_row = whole_vectors<float>(head.d);
     const int64_t dv_row = whole_vectors<float>(head.dv);
     Work<float> outer{memory};
-    const ScoreTile<float> scores = take_scores<float>(kPassingRows * head.tile, Tangent, outer);
+    const ScoreTile<float> scores = take_square(Tangent, outer);
     for (int64_t j = begin; j < end; j += head.tile) {
         Work<float> middle = outer;
-        KeyTile<float> all_keys = {};
-        all_keys.begin = j;
-        all_keys.count = minimum(head.tile, end - j);
-        all_keys.width = whole_vectors<float>(all_keys.count);
-        const int64_t ld = all_keys.width;
-        const KeyPlanes k = pack_key_planes<Tangent>(head, j, all_keys.count, middle);
+        const int64_t count = minimum(head.tile, end - j);
+        const int64_t ld = whole_vectors<float>(count);
         float* kt_sums = take_zeroed(d_row * ld, middle);
         float* vt_sums = take_zeroed(dv_row * ld, middle);
-        for (int64_t i = head.causal ? j : 0; i < head.queries; i += kPassingRows) {
-            Work<float> inner = middle;
-            QueryTile<float> queries = {};
-            queries.begin = i;
-            queries.count = minimum(kPassingRows, head.queries - i);
-            const KeyTile<float> keys = keys_seen_by(head, queries, all_keys);
-            const QueryPlanes q = pack_query_planes<Tangent>(head, i, queries.count, inner);
-            compute_plane_scores<Tangent>(tiles, head, deltas, keys, k, queries, q, scores);
+        const KeyPlanes key_planes = pack_key_planes<Tangent>(head, j, count, middle);
+        const auto square = [&](const QueryTile<float>& queries, const QueryPlanes& q, const KeyTile<float>& keys,
+                                const KeyPlanes& k, Work<float> work) {
+            compute_square<Tangent>(tiles, head, deltas, keys, k, queries, q, scores);
             PlaneProducts for_v(queries.count);
             PlaneProducts for_k(queries.count);
             PlaneProducts for_q(keys.count);
             // Only what meets an operand is packed.
             const auto by_rows = [&](const Planes& left, const float* from, PlaneProducts& products) {
                 if (left.high != nullptr) {
-                    products.add(left, pack_score_rows(from, queries.count, keys.width, inner));
+                    products.add(
+                        left, pack_over_rows<AmxSide::right>(from, queries.count, keys.count, keys.width, false, work));
                 }
             };
             const auto by_columns = [&](const float* from, const Planes& right) {
                 if (right.high != nullptr) {
-                    for_q.add(pack_score_columns(from, queries.count, keys.width, head.scale, inner), right);
+                    for_q.add(pack_over_columns<AmxSide::left>(from, queries.count, keys.count, keys.width, head.scale,
+                                                               false, work),
+                              right);
                 }
             };
             if constexpr (Tangent) {
@@ -452,15 +539,19 @@ inline void bfloat16_backward(const AttentionHead<float>& head, const AttentionD
                 by_rows(q.qt, scores.ds, for_k);
                 by_columns(scores.ds, k.k);
             }
-            multiply_planes<true>(tiles, dv_row, keys.width, for_v, vt_sums, ld);
-            multiply_planes<true>(tiles, d_row, keys.width, for_k, kt_sums, ld);
-            multiply_planes<true>(tiles, queries.count, grads.q_row, for_q, grads.q + i * grads.q_row, grads.q_row);
-        }
-        float* sums = middle.take(all_keys.count * maximum(d_row, dv_row));
-        turn(kt_sums, ld, head.d, all_keys.count, sums, d_row);
-        put_rows<float>(sums, all_keys.count, head.d, head.scale, grads.add, grads.k + j * head.d);
-        turn(vt_sums, ld, head.dv, all_keys.count, sums, dv_row);
-        put_rows<float>(sums, all_keys.count, head.dv, 1.0F, grads.add, grads.v + j * head.dv);
+            const int64_t at = keys.begin - j;
+            const int64_t columns = whole_blocks(keys.count);
+            multiply_planes<true>(tiles, dv_row, columns, for_v, vt_sums + at, ld);
+            multiply_planes<true>(tiles, d_row, columns, for_k, kt_sums + at, ld);
+            multiply_planes<true>(tiles, queries.count, grads.q_row, for_q, grads.q + queries.begin * grads.q_row,
+                                  grads.q_row);
+        };
+        for_squares_by_queries<Tangent>(head, j, count, key_planes, head.causal ? j : 0, head.queries, middle, square);
+        float* sums = middle.take(count * maximum(d_row, dv_row));
+        turn(kt_sums, ld, head.d, count, sums, d_row);
+        put_rows<float>(sums, count, head.d, head.scale, grads.add, grads.k + j * head.d);
+        turn(vt_sums, ld, head.dv, count, sums, dv_row);
+        put_rows<float>(sums, count, head.dv, 1.0F, grads.add, grads.v + j * head.dv);
     }
 }
 
@@ -469,24 +560,16 @@ inline void bfloat16_score_grad(const AttentionHead<float>& head, const Attentio
                                 int64_t j, float* sum, float* memory) {
     AmxTiles tiles;
     Work<float> work{memory};
-    const ScoreTile<float> scores = take_scores<float>(kPassingRows * head.tile, Tangent, work);
-    KeyTile<float> all_keys = {};
-    all_keys.begin = j;
-    all_keys.count = minimum(head.tile, head.keys - j);
-    all_keys.width = whole_vectors<float>(all_keys.count);
-    const KeyPlanes k = pack_key_planes<Tangent>(head, j, all_keys.count, work);
-    const int64_t end = minimum(i + head.tile, head.queries);
-    for (int64_t at = i; at < end; at += kPassingRows) {
-        Work<float> inner = work;
-        QueryTile<float> queries = {};
-        queries.begin = at;
-        queries.count = minimum(kPassingRows, end - at);
-        const KeyTile<float> keys = keys_seen_by(head, queries, all_keys);
-        const QueryPlanes q = pack_query_planes<Tangent>(head, at, queries.count, inner);
-        compute_plane_scores<Tangent>(tiles, head, deltas, keys, k, queries, q, scores);
+    const ScoreTile<float> scores = take_square(Tangent, work);
+    const int64_t count = minimum(head.tile, head.keys - j);
+    const KeyPlanes key_planes = pack_key_planes<Tangent>(head, j, count, work);
+    const auto square = [&](const QueryTile<float>& queries, const QueryPlanes& q, const KeyTile<float>& keys,
+                            const KeyPlanes& k, const Work<float>&) {
+        compute_square<Tangent>(tiles, head, deltas, keys, k, queries, q, scores);
         add_rows<float>(Tangent ? scores.ds_tangent : scores.ds, keys.width, queries.count, keys.count,
-                        sum + (at - i) * head.tile, head.tile);
-    }
+                        sum + (queries.begin - i) * head.tile + keys.begin - j, head.tile);
+    };
+    for_squares_by_queries<Tangent>(head, j, count, key_planes, i, minimum(i + head.tile, head.queries), work, square);
 }
 
 // δ and δ̇ are on the diagonal of GOᵀ: tiles sum them as they sum dP, so that dP − δ is exactly 0 where a query sees one
@@ -525,13 +608,14 @@ inline void bfloat16_deltas(const AttentionHead<float>& head, int64_t begin, int
     }
 }
 
-// In floats; see bfloat16_backward with tangents, which takes the most. `tile` is a multiple of kPassingRows.
+// In floats, at most; `tile` is a multiple of kSquare.
 inline int64_t bfloat16_work(int64_t d, int64_t dv, int64_t tile) {
-    const int64_t features = amx_steps(d) + amx_steps(dv);
-    // Both planes of operands, and sums of the gradients.
-    const int64_t rows = (6 * tile + 4 * kPassingRows) * features * kAmxStep;
-    // Five tiles of scores and the planes of six; and the sum that grad_of_mask keeps there.
-    return rows + 11 * kPassingRows * tile + tile * tile + 64 * Work<float>::rounded(1);
+    // Each operand of a tile or of what passes by: two planes, and the float rows that they are made of. There are four
+    // of q and k, four of v and G; and sums of the gradients, or O and Ȯ, on both ways round.
+    const int64_t features = whole_steps(d) + whole_steps(dv);
+    const int64_t operands = (8 * (tile + kSquare) + 2 * tile) * features;
+    // Scores with their mask and planes of them in squares; and the sum that grad_of_mask keeps here.
+    return operands + 12 * kSquare * kSquare + tile * tile + 64 * Work<float>::rounded(1) + 8 * tile;
 }
 
 }  // namespace onestep::ONESTEP_NS

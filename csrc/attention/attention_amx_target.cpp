@@ -5,8 +5,8 @@ namespace onestep::ONESTEP_NS {
 
 extern const AttentionKernels<float> attention_f32 = {
     kLanes<float>,
-    2 * kPassingRows,
-    kPassingRows,
+    256,
+    128,
     bfloat16_work,
     bfloat16_forward,
     bfloat16_jvp,

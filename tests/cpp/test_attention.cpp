@@ -309,7 +309,8 @@ void test(Half half) {
     }
 }
 
-// Edges of the tiles of the amx target: 16 and 32 of the operands, 64 passing rows, 128 queries and keys.
+// Edges of the tiles of the amx target: 16 and 32 of the operands, squares of 64, tiles of 256 (of 128 where rows are
+// long).
 void test_tiles() {
     std::mt19937 random(2);
     const Layout rows = Layout::rows;
@@ -320,11 +321,12 @@ void test_tiles() {
     compare<float>(random, {1, 1, 1, 20, 70, 128, 64, MaskKind::boolean, rows, Half::operands});
     compare<float>(random, {1, 1, 1, 70, 20, 64, 128, MaskKind::additive, rows, Half::primal});
     compare<float>(random, {1, 1, 1, 66, 65, 256, 129, MaskKind::causal, rows, Half::primal});
+    compare<float>(random, {1, 1, 1, 130, 129, 129, 1, MaskKind::causal, rows, Half::operands});
     for (const MaskKind mask : {MaskKind::causal, MaskKind::boolean, MaskKind::additive}) {
-        compare<float>(random, {1, 2, 1, 127, 129, 8, 8, mask, rows, Half::operands});
-        compare<float>(random, {1, 1, 1, 129, 128, 8, 8, mask, rows, Half::primal});
-        compare<float>(random, {1, 1, 1, 257, 193, 4, 4, mask, rows, Half::operands});
-        compare<float>(random, {1, 1, 1, 63, 255, 4, 4, mask, rows, Half::primal});
+        compare<float>(random, {1, 2, 1, 63, 129, 8, 8, mask, rows, Half::operands});
+        compare<float>(random, {1, 1, 1, 129, 64, 8, 8, mask, rows, Half::primal});
+        compare<float>(random, {1, 1, 1, 257, 255, 4, 4, mask, rows, Half::operands});
+        compare<float>(random, {1, 1, 1, 255, 321, 4, 4, mask, rows, Half::primal});
     }
 }
 
