@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstring>
 
-#ifdef ONESTEP_AMX_TARGET
+#if defined(ONESTEP_AMX_TARGET) && !defined(ONESTEP_EMULATE)
 #include <cpuid.h>
 #ifdef __linux__
 #include <sys/syscall.h>

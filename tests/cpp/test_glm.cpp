@@ -213,11 +213,12 @@ void test_negative_weight() {
 }  // namespace
 
 int main() {
-    return run_targets([] {
+    const auto test = [] {
         test_type<float, float>("fp32");
         test_type<double, double>("fp64");
         test_type<BFloat16, float>("bf16");
         test_extremes();
         test_negative_weight();
-    });
+    };
+    return run_targets(test, Target::avx512);
 }

@@ -278,10 +278,11 @@ void test_isolation(const char* type) {
 
 int main() {
     check(select_target("no such target") == SelectResult::unknown, "select_target of an unknown name");
-    return run_targets([] {
+    const auto test = [] {
         test_sizes<float>("fp32");
         test_sizes<double>("fp64");
         test_isolation<float>("fp32");
         test_isolation<double>("fp64");
-    });
+    };
+    return run_targets(test, Target::avx512);
 }
