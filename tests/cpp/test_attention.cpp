@@ -318,6 +318,10 @@ void test_tiles() {
         compare<float>(random, {1, 1, 1, 33, 17, d, 65 - d, MaskKind::none, rows, Half::operands});
         compare<float>(random, {1, 1, 1, 16, 31, 65 - d, d, MaskKind::causal, rows, Half::primal});
     }
+    for (const Layout layout : {rows, Layout::columns, Layout::strided}) {
+        compare<float>(random, {2, 2, 1, 35, 37, 17, 33, MaskKind::per_key, layout, Half::primal});
+    }
+    compare<float>(random, {1, 1, 1, 35, 37, 5, 18, MaskKind::none, rows, Half::primal, Absent::q_and_v});
     compare<float>(random, {1, 1, 1, 20, 70, 128, 64, MaskKind::boolean, rows, Half::operands});
     compare<float>(random, {1, 1, 1, 70, 20, 64, 128, MaskKind::additive, rows, Half::primal});
     compare<float>(random, {1, 1, 1, 66, 65, 256, 129, MaskKind::causal, rows, Half::primal});
@@ -355,7 +359,6 @@ int main() {
             test_one_key<float>(Half::none);
             test_one_key<double>(Half::none);
         } else {
-            test<float>(Half::primal);
             test_one_key<float>(Half::primal);
             test_tiles();
         }
