@@ -1,6 +1,6 @@
 // The family's kernels for bfloat16 q, k and v on tile registers. Operands enter products as they are; scores, P, dS
 // and their tangents are float and enter as two bfloat16 planes, and so does any float operand whose low plane is not
-// all zeros. The scale multiplies sums, never operands.
+// all zeros. The scale multiplies sums, never operands. An infinity in v gives NaN: it meets low planes of either sign.
 //
 // Pairs of the inner dimension share a word in a packed tile. Of scores in rows of lanes, pairs of rows make the right
 // operand of a product over rows, without a shuffle, and pairs of lanes the left operand of one over lanes. Hence
@@ -232,7 +232,7 @@ ONESTEP_INLINE void turn(const float* from, int64_t from_row, int64_t rows, int6
     pack_columns_of<float>(from, from_row, 1, rows, cols, 1.0F, to, ld);
 }
 
-// sums (rows × kSquare columns of rows of `ld`) times what a softmax step asks for.
+// sums (rows × cols, rows of `ld`) times the decay of their columns.
 inline void decay_sums(int64_t rows, int64_t cols, const float* decay, float* sums, int64_t ld) {
     for (int64_t c = 0; c < cols; c += kLanes<float>) {
         const Vec<float> factor = load<float>(decay + c);
@@ -243,8 +243,8 @@ inline void decay_sums(int64_t rows, int64_t cols, const float* decay, float* su
     }
 }
 
-// square(i, rows, j, keys): those queries of [begin, begin + rows) by the keys [j, j + keys), of which any sees any;
-// `i` counts from `begin`. pack(j, keys) comes before the squares of those keys.
+// square(i, queries, j, keys): each square of the queries [begin + i, …) and the keys [j, …) in which any key is seen.
+// pack(j, keys) comes before the squares of those keys.
 template <class Pack, class Square>
 ONESTEP_INLINE void for_squares_by_keys(const AttentionHead<float>& head, int64_t begin, int64_t rows, const Pack& pack,
                                         const Square& square) {
