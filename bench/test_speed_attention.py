@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +36,9 @@ class Problem:
     def __init__(self, length: int, option: str = "causal") -> None:
         self.option = option
         kv_heads = 2 if option == "grouped" else HEADS
-        self.operands = (torch.randn(1, HEADS, length, D), *(torch.randn(1, kv_heads, length, D) for _ in range(2)))
+        self.operands: tuple[Tensor, ...] = tuple(
+            torch.randn(1, heads, length, D) for heads in (HEADS, kv_heads, kv_heads)
+        )
         self.tangents = tuple(torch.randn_like(x) for x in self.operands)
         self.leaves = tuple(x.clone().requires_grad_() for x in self.operands)
         self.cotangent = torch.randn(1, HEADS, length, D)
@@ -48,6 +51,14 @@ class Problem:
             self.options["attn_mask"] = torch.randn(length, length)
         pairs = length * (length + 1) / 2 if self.options["is_causal"] else length * length
         self.product_flops = 2 * HEADS * pairs * D
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        cast = copy.copy(self)
+        cast.operands = tuple(x.to(dtype) for x in self.operands)
+        cast.tangents = tuple(x.to(dtype) for x in self.tangents)
+        cast.leaves = tuple(x.detach().to(dtype).requires_grad_() for x in self.leaves)
+        cast.cotangent = self.cotangent.to(dtype)
+        return cast
 
     def with_attention(self, attention: Callable[..., Tensor], backend: SDPBackend = SDPBackend.MATH) -> Calls:
         return Calls(self, attention, backend)
@@ -152,6 +163,26 @@ def test_cost_of_second_order(
         getattr(flash, peer_name),
         case=f"{ours_name} of ours to flash's {peer_name}, T {length} {option}",
         bar=round(bar(least, length, option), 3),
+        flops=products * problem.product_flops,
+    )
+
+
+@pytest.mark.benchmark(group="attention in bf16")
+@pytest.mark.parametrize(
+    ("name", "products"), [("forward_and_backward", 7), ("jvp_of_grad", 24)], ids=["forward and backward", "hvp"]
+)
+def test_bfloat16(compare: Callable[..., float], name: str, products: int) -> None:
+    """Of bfloat16 operands, on AMX tiles, against ours of fp32 ones."""
+    target = onestep.info()["cpu_target"]
+    if target != "amx":
+        pytest.skip(f"measures AMX tiles; the CPU target is {target}")
+    problem = Problem(4096)
+    half = problem.to(torch.bfloat16)
+    compare(
+        getattr(half.with_attention(scaled_dot_product_attention), name),
+        getattr(problem.with_attention(scaled_dot_product_attention), name),
+        case=f"{name} T 4096 causal, bf16 on AMX to ours of fp32",
+        bar=2.0,
         flops=products * problem.product_flops,
     )
 

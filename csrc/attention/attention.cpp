@@ -14,9 +14,7 @@
 namespace onestep {
 namespace {
 
-// Queries and keys per tile: what a pass works on stays within the second-level cache.
-constexpr int64_t kTile = 64;
-constexpr int64_t kWideTile = 32;
+// Longer rows take the tile for long rows.
 constexpr int64_t kWideBytes = 512;
 
 // With fewer heads than this, the keys of one head are shared among threads; each share then has its own summand of the
@@ -28,9 +26,10 @@ constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 constexpr int64_t kWorthAThread = 200'000;
 
 template <class T>
-const AttentionKernels<T>& kernels() {
+const AttentionKernels<T>& kernels(const AttentionInputs& inputs) {
     if constexpr (std::is_same_v<T, float>) {
-        return ONESTEP_KERNELS(attention_f32);
+        const bool half = inputs.q.bfloat16 && inputs.k.bfloat16 && inputs.v.bfloat16;
+        return half ? ONESTEP_AMX_KERNELS(attention_f32) : ONESTEP_KERNELS(attention_f32);
     } else {
         return ONESTEP_KERNELS(attention_f64);
     }
@@ -77,15 +76,15 @@ AttentionSlices slices(const AttentionArgs<T>& args, const AttentionInputs& inpu
 template <class T>
 struct Call {
     const AttentionArgs<T>& args;
-    const AttentionKernels<T>& kernel = kernels<T>();
+    const AttentionKernels<T>& kernel;
     int64_t tile;
     int64_t all_heads;
     int64_t query_tiles;
     int64_t key_tiles;
 
-    explicit Call(const AttentionArgs<T>& args_) : args(args_) {
+    explicit Call(const AttentionArgs<T>& args_) : args(args_), kernel(kernels<T>(args_.primal)) {
         const int64_t widest = std::max(args.d, args.dv) * static_cast<int64_t>(sizeof(T));
-        tile = widest <= kWideBytes ? kTile : kWideTile;
+        tile = widest <= kWideBytes ? kernel.tile : kernel.wide_tile;
         all_heads = args.batch.count() * args.heads;
         query_tiles = ceil_div(args.queries, tile);
         key_tiles = ceil_div(args.keys, tile);

@@ -7,8 +7,16 @@ namespace onestep::ONESTEP_NS {
 template <class T>
 constexpr AttentionKernels<T> attention_kernels() {
     return {
-        kLanes<T>,           attention_work<T>,       attention_forward<T>,   attention_jvp<T>,
-        row_deltas<T>,       backward_keys<T, false>, backward_keys<T, true>, score_grad<T, false>,
+        kLanes<T>,
+        64,
+        32,
+        attention_work<T>,
+        attention_forward<T>,
+        attention_jvp<T>,
+        row_deltas<T>,
+        backward_keys<T, false>,
+        backward_keys<T, true>,
+        score_grad<T, false>,
         score_grad<T, true>,
     };
 }

@@ -85,14 +85,14 @@ inline QueryTile<T> pack_queries(const AttentionHead<T>& head, int64_t begin, Wo
 }
 
 template <class T>
-inline ScoreTile<T> take_scores(int64_t tile, bool tangent, Work<T>& work) {
+inline ScoreTile<T> take_scores(int64_t size, bool tangent, Work<T>& work) {
     ScoreTile<T> scores = {};
-    scores.p = work.take(tile * tile);
-    scores.ds = work.take(tile * tile);
-    scores.mask = work.take(tile * tile);
+    scores.p = work.take(size);
+    scores.ds = work.take(size);
+    scores.mask = work.take(size);
     if (tangent) {
-        scores.p_tangent = work.take(tile * tile);
-        scores.ds_tangent = work.take(tile * tile);
+        scores.p_tangent = work.take(size);
+        scores.ds_tangent = work.take(size);
     }
     return scores;
 }
@@ -133,6 +133,23 @@ inline void score_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& d
     }
 }
 
+// The same, with the mask and its tangent.
+template <class T, bool Tangent>
+inline void weigh_scores(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const KeyTile<T>& keys,
+                         const QueryTile<T>& queries, const ScoreTile<T>& scores) {
+    if (Tangent && head.tangent.mask.data != nullptr) {
+        pack_rows<T>(head.tangent.mask, queries.begin, keys.begin, queries.count, keys.count, T(1), scores.mask,
+                     keys.width);
+        add_tile<T>(queries.count * keys.width, scores.mask, scores.p_tangent);
+    }
+    if (is_masked<T>(head, queries.begin, keys.begin, keys.count)) {
+        pack_mask<T>(head, queries.begin, keys.begin, queries.count, keys.count, scores.mask, keys.width);
+        score_rows<T, Tangent, true>(head, deltas, queries, keys.width, scores);
+    } else {
+        score_rows<T, Tangent, false>(head, deltas, queries, keys.width, scores);
+    }
+}
+
 template <class T, bool Tangent>
 inline void compute_scores(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const KeyTile<T>& keys,
                            const QueryTile<T>& queries, const ScoreTile<T>& scores) {
@@ -154,18 +171,8 @@ inline void compute_scores(const AttentionHead<T>& head, const AttentionDeltas<T
         dp_tangent.add({queries.dg, g_row, 1}, keys.vt);
         dp_tangent.add({queries.g, g_row, 1}, keys.dvt);
         multiply<T, false>(queries.count, vectors, dp_tangent, scores.ds_tangent, keys.width);
-        if (head.tangent.mask.data != nullptr) {
-            pack_rows<T>(head.tangent.mask, queries.begin, keys.begin, queries.count, keys.count, T(1), scores.mask,
-                         keys.width);
-            add_tile<T>(queries.count * keys.width, scores.mask, scores.p_tangent);
-        }
     }
-    if (is_masked<T>(head, queries.begin, keys.begin, keys.count)) {
-        pack_mask<T>(head, queries.begin, keys.begin, queries.count, keys.count, scores.mask, keys.width);
-        score_rows<T, Tangent, true>(head, deltas, queries, keys.width, scores);
-    } else {
-        score_rows<T, Tangent, false>(head, deltas, queries, keys.width, scores);
-    }
+    weigh_scores<T, Tangent>(head, deltas, keys, queries, scores);
 }
 
 // to = factor · sums, without the padding; or to += with `add`.
@@ -188,7 +195,7 @@ inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>
     Work<T> outer{memory};
     T* k_sums = outer.take(head.tile * d_row);
     T* v_sums = outer.take(head.tile * dv_row);
-    const ScoreTile<T> scores = take_scores<T>(head.tile, Tangent, outer);
+    const ScoreTile<T> scores = take_scores<T>(head.tile * head.tile, Tangent, outer);
     for (int64_t j = begin; j < end; j += head.tile) {
         Work<T> middle = outer;
         const KeyTile<T> keys = pack_keys<T, Tangent>(head, j, end, middle);
@@ -222,20 +229,24 @@ inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>
     }
 }
 
+template <class T>
+inline void add_rows(const T* from, int64_t from_row, int64_t rows, int64_t cols, T* to, int64_t to_row) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < cols; ++c) {
+            to[r * to_row + c] += from[r * from_row + c];
+        }
+    }
+}
+
 template <class T, bool Tangent>
 inline void score_grad(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t i, int64_t j, T* sum,
                        T* memory) {
     Work<T> work{memory};
-    const ScoreTile<T> scores = take_scores<T>(head.tile, Tangent, work);
+    const ScoreTile<T> scores = take_scores<T>(head.tile * head.tile, Tangent, work);
     const KeyTile<T> keys = pack_keys<T, Tangent>(head, j, head.keys, work);
     const QueryTile<T> queries = pack_queries<T, Tangent>(head, i, work);
     compute_scores<T, Tangent>(head, deltas, keys, queries, scores);
-    const T* from = Tangent ? scores.ds_tangent : scores.ds;
-    for (int64_t r = 0; r < queries.count; ++r) {
-        for (int64_t c = 0; c < keys.count; ++c) {
-            sum[r * head.tile + c] += from[r * keys.width + c];
-        }
-    }
+    add_rows<T>(Tangent ? scores.ds_tangent : scores.ds, keys.width, queries.count, keys.count, sum, head.tile);
 }
 
 // sum + a·b, a row per lane: in the order in which multiply_tile sums dP, so that dP − δ is exactly 0 where a query
@@ -246,6 +257,19 @@ ONESTEP_INLINE Vec<T> add_row_products(int64_t cols, int64_t ld, const T* a, con
         sum += load<T>(a + c * ld) * load<T>(b + c * ld);
     }
     return sum;
+}
+
+// δ of a query from rowsum(G∘O), and δ̇ from its tangent.
+template <class T>
+ONESTEP_INLINE void put_delta(const AttentionHead<T>& head, int64_t row, T sum, T moved,
+                              const AttentionDeltas<T>& deltas) {
+    const auto cotangent = [&](const AttentionSlice& slice) {
+        return slice.data != nullptr ? static_cast<T>(*element<double>(slice, row, 0)) : T(0);
+    };
+    deltas.primal[row] = sum - cotangent(head.primal.grad_lse);
+    if (deltas.tangent != nullptr) {
+        deltas.tangent[row] = moved - cotangent(head.tangent.grad_lse);
+    }
 }
 
 template <class T>
@@ -263,9 +287,6 @@ inline void row_deltas(const AttentionHead<T>& head, int64_t begin, int64_t rows
     const T* out_tangent = deltas.tangent != nullptr ? columns(tangent.out) : nullptr;
     const T* grad_tangent = deltas.tangent != nullptr ? columns(tangent.grad) : nullptr;
     const auto at = [](const T* packed, int64_t row) { return packed != nullptr ? packed + row : nullptr; };
-    const auto cotangent = [&](const AttentionSlice& slice, int64_t row) {
-        return slice.data != nullptr ? static_cast<T>(*element<double>(slice, row, 0)) : T(0);
-    };
     for (int64_t first = 0; first < rows; first += kLanes<T>) {
         const T* out_rows = at(out, first);
         const T* grad_rows = at(grad, first);
@@ -273,11 +294,7 @@ inline void row_deltas(const AttentionHead<T>& head, int64_t begin, int64_t rows
         Vec<T> moved = add_row_products<T>(head.dv, width, at(grad_tangent, first), out_rows, Vec<T>{});
         moved = add_row_products<T>(head.dv, width, grad_rows, at(out_tangent, first), moved);
         for (int64_t lane = 0; lane < minimum(kLanes<T>, rows - first); ++lane) {
-            const int64_t row = begin + first + lane;
-            deltas.primal[row] = sum[lane] - cotangent(primal.grad_lse, row);
-            if (deltas.tangent != nullptr) {
-                deltas.tangent[row] = moved[lane] - cotangent(tangent.grad_lse, row);
-            }
+            put_delta<T>(head, begin + first + lane, sum[lane], moved[lane], deltas);
         }
     }
 }

@@ -12,13 +12,25 @@ ONESTEP_INLINE int64_t keys_seen(const AttentionHead<T>& head, int64_t begin, in
     return head.causal ? minimum(head.keys, begin + rows) : head.keys;
 }
 
-// Online softmax over one more tile (Milakov and Gimelshein 2018): scores become exp(S − top), `top` and `sum` are
-// brought up to date, and `decay` is what earlier sums have to be multiplied by.
+// Scratch for the mask of a tile: transposed, and by rows on the way there.
+template <class T>
+struct MaskTile {
+    T *columns, *rows;
+};
+
+// Per query: the largest score so far, the sum of exp(S − top), and what earlier sums have to be multiplied by.
+template <class T>
+struct SoftmaxRows {
+    T *top, *sum, *decay;
+};
+
+// Online softmax over one more tile (Milakov and Gimelshein 2018): scores become exp(S − top), and `state` is brought
+// up to date.
 template <class T, bool Masked>
-inline void softmax_step(int64_t keys, int64_t width, T* scores, const T* mask, T* top, T* sum, T* decay) {
+inline void softmax_step(int64_t keys, int64_t width, T* scores, const T* mask, const SoftmaxRows<T>& state) {
     const Vec<T> hidden = broadcast<T>(-static_cast<T>(__builtin_inf()));
     for (int64_t v = 0; v < width; v += kLanes<T>) {
-        const Vec<T> old = load<T>(top + v);
+        const Vec<T> old = load<T>(state.top + v);
         Vec<T> most = old;
         for (int64_t j = 0; j < keys; ++j) {
             T* at = scores + j * width + v;
@@ -38,9 +50,52 @@ inline void softmax_step(int64_t keys, int64_t width, T* scores, const T* mask, 
             total += p;
         }
         const Vec<T> factor = exp_lanes<T>(old - shift);
-        store<T>(top + v, most);
-        store<T>(sum + v, load<T>(sum + v) * factor + total);
-        store<T>(decay + v, factor);
+        store<T>(state.top + v, most);
+        store<T>(state.sum + v, load<T>(state.sum + v) * factor + total);
+        store<T>(state.decay + v, factor);
+    }
+}
+
+// The same for the keys [j, j + keys), with the mask.
+template <class T>
+inline void add_to_softmax(const AttentionHead<T>& head, int64_t begin, int64_t rows, int64_t j, int64_t keys,
+                           int64_t width, T* scores, const MaskTile<T>& mask, const SoftmaxRows<T>& state) {
+    if (is_masked<T>(head, begin, j, keys)) {
+        pack_mask_columns<T>(head, begin, j, rows, keys, mask.columns, width, mask.rows);
+        softmax_step<T, true>(keys, width, scores, mask.columns, state);
+    } else {
+        softmax_step<T, false>(keys, width, scores, nullptr, state);
+    }
+}
+
+template <class T>
+inline MaskTile<T> take_mask(int64_t rows, int64_t keys, Work<T>& work) {
+    return {work.take(keys * whole_vectors<T>(rows)), work.take(rows * whole_vectors<T>(keys))};
+}
+
+template <class T>
+inline SoftmaxRows<T> take_softmax(int64_t width, Work<T>& work) {
+    const SoftmaxRows<T> state = {work.take(width), work.take(width), work.take(width)};
+    for (int64_t i = 0; i < width; ++i) {
+        state.top[i] = -static_cast<T>(__builtin_inf());
+        state.sum[i] = T(0);
+    }
+    return state;
+}
+
+// O from rows of `ld` sums of exp(S − top) V, and L.
+template <class T>
+inline void put_outputs(const AttentionHead<T>& head, int64_t begin, int64_t rows, const SoftmaxRows<T>& state,
+                        const T* sums, int64_t ld, T* out, double* lse) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const T sum = state.sum[i];
+        const bool blind = sum == T(0);
+        const T inverse = blind ? T(0) : T(1) / sum;
+        lse[begin + i] =
+            blind ? -__builtin_inf() : static_cast<double>(state.top[i]) + __builtin_log(static_cast<double>(sum));
+        for (int64_t c = 0; c < head.dv; ++c) {
+            out[(begin + i) * head.dv + c] = sums[i * ld + c] * inverse;
+        }
     }
 }
 
@@ -58,18 +113,9 @@ inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64
     T* v = work.take(tile * v_row);
     T* sums = work.take(rows * v_row);
     T* scores = work.take(tile * width);
-    T* mask = work.take(tile * width);
-    T* mask_rows = work.take(tile * tile);
-    T* top = work.take(width);
-    T* sum = work.take(width);
-    T* decay = work.take(width);
-    for (int64_t i = 0; i < width; ++i) {
-        top[i] = -static_cast<T>(__builtin_inf());
-        sum[i] = T(0);
-    }
-    for (int64_t e = 0; e < rows * v_row; ++e) {
-        sums[e] = T(0);
-    }
+    const MaskTile<T> mask = take_mask<T>(rows, tile, work);
+    const SoftmaxRows<T> state = take_softmax<T>(width, work);
+    __builtin_memset(sums, 0, static_cast<size_t>(rows * v_row) * sizeof(T));
     pack_columns<T>(head.primal.q, begin, 0, rows, d, head.scale, qt, width);
     const int64_t end = keys_seen<T>(head, begin, rows);
     for (int64_t j = 0; j < end; j += tile) {
@@ -79,17 +125,12 @@ inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64
         Products<T> s(d, width);
         s.add({k, k_row, 1}, qt);
         multiply<T, false>(keys, width / kLanes<T>, s, scores, width);
-        if (is_masked<T>(head, begin, j, keys)) {
-            pack_mask_columns<T>(head, begin, j, rows, keys, mask, width, mask_rows);
-            softmax_step<T, true>(keys, width, scores, mask, top, sum, decay);
-        } else {
-            softmax_step<T, false>(keys, width, scores, mask, top, sum, decay);
-        }
+        add_to_softmax<T>(head, begin, rows, j, keys, width, scores, mask, state);
         for (int64_t i = 0; j > 0 && i < rows; ++i) {
-            if (decay[i] != T(1)) {
+            if (state.decay[i] != T(1)) {
                 for (int64_t c = 0; c < v_row; c += kLanes<T>) {
                     T* at = sums + i * v_row + c;
-                    store<T>(at, load<T>(at) * decay[i]);
+                    store<T>(at, load<T>(at) * state.decay[i]);
                 }
             }
         }
@@ -97,24 +138,22 @@ inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64
         pv.add({scores, 1, width}, v);
         multiply<T, true>(rows, v_row / kLanes<T>, pv, sums, v_row);
     }
-    for (int64_t i = 0; i < rows; ++i) {
-        const bool blind = sum[i] == T(0);
-        const T inverse = blind ? T(0) : T(1) / sum[i];
-        lse[begin + i] =
-            blind ? -__builtin_inf() : static_cast<double>(top[i]) + __builtin_log(static_cast<double>(sum[i]));
-        for (int64_t c = 0; c < head.dv; ++c) {
-            out[(begin + i) * head.dv + c] = sums[i * v_row + c] * inverse;
-        }
-    }
+    put_outputs<T>(head, begin, rows, state, sums, v_row, out, lse);
 }
 
-// Scores become P, their tangents P∘Ṡ, whose sums go to `mean`.
+// Per query: L as Shift, and the sum of P∘Ṡ.
+template <class T>
+struct TangentRows {
+    T *high, *low, *mean;
+};
+
+// Scores become P, their tangents P∘Ṡ, whose sums go to `state.mean`.
 template <class T, bool Masked>
-inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, const T* mask, const T* high,
-                           const T* low, T* mean) {
+inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, const T* mask,
+                           const TangentRows<T>& state) {
     for (int64_t v = 0; v < width; v += kLanes<T>) {
-        const Vec<T> shift = load<T>(high + v);
-        const Vec<T> rest = load<T>(low + v);
+        const Vec<T> shift = load<T>(state.high + v);
+        const Vec<T> rest = load<T>(state.low + v);
         Vec<T> total = {};
         for (int64_t j = 0; j < keys; ++j) {
             const int64_t at = j * width + v;
@@ -128,7 +167,52 @@ inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, 
             store<T>(tangents + at, weighed);
             total += weighed;
         }
-        store<T>(mean + v, load<T>(mean + v) + total);
+        store<T>(state.mean + v, load<T>(state.mean + v) + total);
+    }
+}
+
+// The same for the keys [j, j + keys), with the mask and its tangent.
+template <class T>
+inline void weigh_masked_tangents(const AttentionHead<T>& head, int64_t begin, int64_t rows, int64_t j, int64_t keys,
+                                  int64_t width, T* scores, T* tangents, const MaskTile<T>& mask,
+                                  const TangentRows<T>& state) {
+    if (head.tangent.mask.data != nullptr) {
+        pack_columns<T>(head.tangent.mask, begin, j, rows, keys, T(1), mask.columns, width);
+        add_tile<T>(keys * width, mask.columns, tangents);
+    }
+    if (is_masked<T>(head, begin, j, keys)) {
+        pack_mask_columns<T>(head, begin, j, rows, keys, mask.columns, width, mask.rows);
+        weigh_tangents<T, true>(keys, width, scores, tangents, mask.columns, state);
+    } else {
+        weigh_tangents<T, false>(keys, width, scores, tangents, nullptr, state);
+    }
+}
+
+template <class T>
+inline TangentRows<T> take_tangent_rows(const AttentionHead<T>& head, int64_t begin, int64_t rows, Work<T>& work) {
+    const int64_t width = whole_vectors<T>(rows);
+    const TangentRows<T> state = {work.take(width), work.take(width), work.take(width)};
+    for (int64_t i = 0; i < width; ++i) {
+        const Shift<T> shift = i < rows ? shift_of<T>(head.primal.lse, begin + i) : Shift<T>{};
+        state.high[i] = shift.high;
+        state.low[i] = shift.low;
+        state.mean[i] = T(0);
+    }
+    return state;
+}
+
+// Ȯ from rows of `ld` sums of (P∘Ṡ)V + PV̇, and L̇. `o` has room for the rows of O.
+template <class T>
+inline void put_output_tangents(const AttentionHead<T>& head, int64_t begin, int64_t rows, const TangentRows<T>& state,
+                                const T* sums, int64_t ld, T* o, T* out, double* lse) {
+    pack_rows<T>(head.primal.out, begin, 0, rows, head.dv, T(1), o, ld);
+    for (int64_t i = 0; i < rows; ++i) {
+        if (lse != nullptr) {
+            lse[begin + i] = static_cast<double>(state.mean[i]);
+        }
+        for (int64_t c = 0; c < head.dv; ++c) {
+            out[(begin + i) * head.dv + c] = sums[i * ld + c] - state.mean[i] * o[i * ld + c];
+        }
     }
 }
 
@@ -154,20 +238,9 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
     T* sums = work.take(rows * v_row);
     T* scores = work.take(tile * width);
     T* tangents = work.take(tile * width);
-    T* mask = work.take(tile * width);
-    T* mask_rows = work.take(tile * tile);
-    T* high = work.take(width);
-    T* low = work.take(width);
-    T* mean = work.take(width);
-    for (int64_t i = 0; i < width; ++i) {
-        const Shift<T> shift = i < rows ? shift_of<T>(primal.lse, begin + i) : Shift<T>{};
-        high[i] = shift.high;
-        low[i] = shift.low;
-        mean[i] = T(0);
-    }
-    for (int64_t e = 0; e < rows * v_row; ++e) {
-        sums[e] = T(0);
-    }
+    const MaskTile<T> mask = take_mask<T>(rows, tile, work);
+    const TangentRows<T> state = take_tangent_rows<T>(head, begin, rows, work);
+    __builtin_memset(sums, 0, static_cast<size_t>(rows * v_row) * sizeof(T));
     pack_columns<T>(primal.q, begin, 0, rows, d, head.scale, qt, width);
     if (q_moves) {
         pack_columns<T>(tangent.q, begin, 0, rows, d, head.scale, dqt, width);
@@ -190,30 +263,13 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
         ds.add({k, k_row, 1}, dqt);
         ds.add({dk, k_row, 1}, qt);
         multiply<T, false>(keys, width / kLanes<T>, ds, tangents, width);
-        if (tangent.mask.data != nullptr) {
-            pack_columns<T>(tangent.mask, begin, j, rows, keys, T(1), mask, width);
-            add_tile<T>(keys * width, mask, tangents);
-        }
-        if (is_masked<T>(head, begin, j, keys)) {
-            pack_mask_columns<T>(head, begin, j, rows, keys, mask, width, mask_rows);
-            weigh_tangents<T, true>(keys, width, scores, tangents, mask, high, low, mean);
-        } else {
-            weigh_tangents<T, false>(keys, width, scores, tangents, nullptr, high, low, mean);
-        }
+        weigh_masked_tangents<T>(head, begin, rows, j, keys, width, scores, tangents, mask, state);
         Products<T> pv(keys, v_row);
         pv.add({tangents, 1, width}, v);
         pv.add({scores, 1, width}, dv);
         multiply<T, true>(rows, v_row / kLanes<T>, pv, sums, v_row);
     }
-    pack_rows<T>(primal.out, begin, 0, rows, head.dv, T(1), v, v_row);
-    for (int64_t i = 0; i < rows; ++i) {
-        if (lse != nullptr) {
-            lse[begin + i] = static_cast<double>(mean[i]);
-        }
-        for (int64_t c = 0; c < head.dv; ++c) {
-            out[(begin + i) * head.dv + c] = sums[i * v_row + c] - mean[i] * v[i * v_row + c];
-        }
-    }
+    put_output_tangents<T>(head, begin, rows, state, sums, v_row, v, out, lse);
 }
 
 }  // namespace onestep::ONESTEP_NS

@@ -49,6 +49,9 @@ struct AttentionGrads {
 template <class T>
 struct AttentionKernels {
     int64_t lanes;
+    // Queries and keys per tile, and with long rows: what a pass works on stays within the second-level cache.
+    int64_t tile;
+    int64_t wide_tile;
 
     // Scratch in elements that any of the kernels below needs as `work`.
     int64_t (*work)(int64_t d, int64_t dv, int64_t tile);
@@ -88,6 +91,12 @@ namespace avx512 {
 extern const AttentionKernels<float> attention_f32;
 extern const AttentionKernels<double> attention_f64;
 }  // namespace avx512
+#endif
+#ifdef ONESTEP_AMX_TARGET
+namespace amx {
+// For q, k and v of bfloat16; avx512's for others.
+extern const AttentionKernels<float> attention_f32;
+}  // namespace amx
 #endif
 
 }  // namespace onestep

@@ -203,6 +203,13 @@ inline void amx_pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_
             const int64_t p = s * kAmxStep;
             for (int64_t i = 0; i < height; ++i) {
                 const auto* from = rows(begin + b * kAmxBlock + i) + (first + p) * step;
+                if constexpr (kPlanes == 1) {
+                    if (step == 1 && depth - p >= kAmxStep) {  // a line as it is in memory
+                        const auto words = *reinterpret_cast<const UnalignedAmxWords*>(from);
+                        lines[0][i] = reinterpret_cast<Vec<float>>(words);
+                        continue;
+                    }
+                }
                 AmxWords halves[2][kPlanes] = {};
                 load_planes(from, step, depth - p, halves[0]);
                 if (depth - p > kAmxBlock) {

@@ -1,0 +1,20 @@
+// The kernels for bfloat16 q, k and v that the amx target has of its own.
+#include "attention/amx-inl.hpp"
+
+namespace onestep::ONESTEP_NS {
+
+extern const AttentionKernels<float> attention_f32 = {
+    kLanes<float>,
+    256,
+    128,
+    bfloat16_work,
+    bfloat16_forward,
+    bfloat16_jvp,
+    bfloat16_deltas,
+    bfloat16_backward<false>,
+    bfloat16_backward<true>,
+    bfloat16_score_grad<false>,
+    bfloat16_score_grad<true>,
+};
+
+}  // namespace onestep::ONESTEP_NS
