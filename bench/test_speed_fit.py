@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import onestep
 
 ROWS, EPOCHS = 20_000, 2_000
-RATES = (1e-2, 3e-2, 1e-1)
+RATES = (1e-2, 3e-2, 1e-1, 2e-1)
 
 
 def problem() -> tuple[Tensor, Tensor]:

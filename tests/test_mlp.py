@@ -17,6 +17,7 @@ from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import LOSSES
 from onestep.evaluation.parameters import ParameterVector
 from onestep.ops.mlp import ACTIVATIONS
+from onestep.optim import LevenbergMarquardt, levenberg_marquardt
 from onestep.training.objective import DataObjective
 from onestep.training.perceptron import PerceptronObjective, find_perceptron
 
@@ -84,6 +85,13 @@ def test_against_autograd(n: int, widths: list[int], activations: list[str], bia
     expected_jacobian = 0.5 * torch.cat([parts[name].flatten(2) for name in values], dim=-1)
     torch.testing.assert_close(jacobian.double(), expected_jacobian, rtol=scale, atol=scale)
 
+    v = torch.randn_like(vector)
+    J = expected_jacobian.reshape(-1, len(v)) * 2
+    product = torch.ops.onestep.mlp_product(rows, vector, v, *shape)
+    torch.testing.assert_close(product.double(), 2 * J.mT @ (J @ v.double()), rtol=scale, atol=scale * (1 + n))
+    diagonal = torch.ops.onestep.mlp_product(rows, vector, None, *shape)
+    torch.testing.assert_close(diagonal.double(), 2 * J.square().sum(0), rtol=scale, atol=scale * (1 + n))
+
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_change_a_bit(threads: int) -> None:
@@ -93,7 +101,8 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
 
     def all_results() -> list[Tensor]:
         gradient = torch.ops.onestep.mlp_gradient(X, y, vector, *shape, True)
-        return [*gradient, torch.ops.onestep.mlp_jacobian(X[:500], vector, *shape, 1.0)]
+        products = [torch.ops.onestep.mlp_product(X, vector, v, *shape) for v in (vector, None)]
+        return [*gradient, *products, torch.ops.onestep.mlp_jacobian(X[:500], vector, *shape, 1.0)]
 
     before, expected = torch.get_num_threads(), all_results()
     try:
@@ -110,6 +119,8 @@ def test_ops_as_torch_sees_them() -> None:
     vector, *shape = arguments(model)
     opcheck(torch.ops.onestep.mlp_gradient.default, (X, y, vector, *shape, True))
     opcheck(torch.ops.onestep.mlp_jacobian.default, (X, vector, *shape, 1.0))
+    for v in (vector, None):
+        opcheck(torch.ops.onestep.mlp_product.default, (X, vector, v, *shape))
     batched = torch.func.vmap(lambda v: torch.ops.onestep.mlp_gradient(X, y, v, *shape, True)[1])
     torch.testing.assert_close(
         batched(torch.stack([vector, 2 * vector]))[1],
@@ -139,6 +150,8 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     torch.ops.onestep.mlp_gradient(**good)
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.onestep.mlp_gradient(**(good | change))
+    with pytest.raises(ValueError, match=r"v has shape \(3,\); expected \(26,\)"):
+        torch.ops.onestep.mlp_product(good["X"], good["parameters"], torch.ones(3), [3, 4, 2], [1, 0], [True, True])
 
 
 # ----------------------------------------------------------------------------------------------------------------- fit
@@ -218,6 +231,46 @@ def test_objective_is_the_one_by_torch(frozen: str) -> None:
         v = torch.randn(len(parameters), dtype=torch.float64)
         product = ours.curvature(parameters, hessian=hessian)(v)
         torch.testing.assert_close(product, torchs.curvature(parameters, hessian=hessian)(v))
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_steps_on_a_sample_solve_its_system(by_kernels: bool, decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conjugate gradients on products end where the factored matrix does; the inverse of an earlier one helps them."""
+    monkeypatch.setattr(levenberg_marquardt, "_TOLERANCE", 1e-12)
+    model = network([3, 8, 2], ["tanh", "identity"], dtype=torch.float64)
+    X, y = torch.randn(101, 3, dtype=torch.float64), torch.randn(101, 2, dtype=torch.float64)
+    chunks = [Chunk(X[:60], y[:60], 0), Chunk(X[60:], y[60:], 1)]
+    found = find_perceptron(model, MSE, chunks[0])
+    assert found is not None
+    sources: Any = (model, MSE, lambda: chunks, lambda: chunks)
+    options: dict[str, Any] = {"fixed": True, "pieces": 2}
+
+    def objective(*, sampled: bool) -> DataObjective:
+        if by_kernels:
+            return PerceptronObjective(*sources, network=found, sampled=sampled, **options)
+        return DataObjective(*sources, sampled=sampled, **options)
+
+    parameters = list(model.parameters())
+    start = [p.detach().clone() for p in parameters]
+    reached, products = [], []
+    for sampled, most in ((False, 15), (True, 400), (True, 1)):
+        # With one product allowed, the matrix of the step itself is inverted.
+        monkeypatch.setattr(levenberg_marquardt, "_MOST_PRODUCTS", most)
+        with torch.no_grad():
+            for p, value in zip(parameters, start, strict=True):
+                p.copy_(value)
+        optimizer = LevenbergMarquardt(parameters, damping=0.5, weight_decay=decay)
+        for _ in range(2):
+            monkeypatch.setattr(levenberg_marquardt, "_MOST_PRODUCTS", most)
+            optimizer.step(objective(sampled=sampled))
+            assert optimizer.report is not None and optimizer.report.accepted
+            products.append(optimizer.report.cg_iterations)
+        reached.append(torch.cat([p.detach().reshape(-1) for p in parameters]))
+        assert ("inverse" in optimizer.state[parameters[0]]) == (most == 1)
+    for other in reached[1:]:
+        torch.testing.assert_close(other, reached[0], rtol=1e-7, atol=1e-9)
+    assert products[0] == 0 and products[2] > 3
 
 
 @pytest.mark.parametrize("method", ["levenberg_marquardt", "gauss_newton", "newton_cg", "gradient_descent"])

@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import onestep.functional
 import onestep.linalg
 from onestep.curvature import glm
 
@@ -398,3 +399,17 @@ def test_autocast_does_not_touch_the_solution():
     expected = onestep.linalg.solve_normal(X, Y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(onestep.linalg.solve_normal(X, Y), expected)
+
+
+def test_negated_views_are_read_with_their_sign():
+    """The imaginary part of a conjugate is a view whose values are negated when they are read."""
+    x = torch.randn(6, 3, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    plain = x.resolve_neg()
+    assert torch.equal(onestep.linalg.gram(x)[0], onestep.linalg.gram(plain)[0])
+    assert torch.equal(onestep.linalg.gram(plain, x)[1], onestep.linalg.gram(plain, plain)[1])
+    y, W = torch.randn(6), torch.randn(3)
+    assert torch.equal(glm(x, y, W, "gaussian").grad, glm(plain, y, W, "gaussian").grad)
+    q = x[None]
+    expected = onestep.functional.scaled_dot_product_attention(plain[None], plain[None], plain[None])
+    assert torch.equal(onestep.functional.scaled_dot_product_attention(q, q, q), expected)

@@ -49,6 +49,17 @@ py::object bind_gradient(const Sizes& widths, const Sizes& activations, const Si
 }
 
 template <class T>
+py::object bind_product(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n, const Operand& x,
+                        Address parameters, Address v, Address product) {
+    const std::vector<MlpLayer> layers = layers_of(widths, activations, biased);
+    MlpProductArgs<T> args;
+    args.network = network_of<T>(layers, n, x, parameters);
+    args.v = bindings::pointer<const T>(v);
+    args.product = bindings::pointer<T>(product);
+    return bindings::run([&] { return mlp_product(args); });
+}
+
+template <class T>
 py::object bind_jacobian(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n,
                          const Operand& x, Address parameters, double scale, Address jacobian) {
     const std::vector<MlpLayer> layers = layers_of(widths, activations, biased);
@@ -62,6 +73,7 @@ py::object bind_jacobian(const Sizes& widths, const Sizes& activations, const Si
 template <class T>
 void register_functions(py::module_& module, const std::string& suffix) {
     module.def(("mlp_gradient_" + suffix).c_str(), bind_gradient<T>);
+    module.def(("mlp_product_" + suffix).c_str(), bind_product<T>);
     module.def(("mlp_jacobian_" + suffix).c_str(), bind_jacobian<T>);
 }
 

@@ -32,6 +32,10 @@ struct MlpKernels {
 
     // Rows [begin, begin + rows): adds their gradient (unless null) and returns their loss.
     double (*gradient)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* gradient, T* work);
+    // Adds the rows' part of 2 JᵀJ v, or of its diagonal; `direction` is v, packed as the weights are.
+    void (*product)(const MlpNetwork<T>& network, const MlpNetwork<T>& direction, int64_t begin, int64_t rows,
+                    T* product, T* work);
+    void (*diagonal)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* diagonal, T* work);
     // The same rows of the Jacobian; `jacobian` is the whole.
     void (*jacobian)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T scale, T* jacobian, T* work);
 };

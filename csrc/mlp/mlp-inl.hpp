@@ -161,11 +161,12 @@ struct Block {
         return to;
     }
 
-    // to = the packed tiles of a matrix times from.
-    void multiply(const T* tiles, int64_t outputs, int64_t inputs, const Units<T>& from, const Units<T>& to) const {
+    // to = the packed tiles of a matrix times from, or to += with `add`.
+    void multiply(const T* tiles, int64_t outputs, int64_t inputs, const Units<T>& from, const Units<T>& to,
+                  bool add = false) const {
         const int64_t count = (outputs + kTileRows - 1) / kTileRows;
         multiply_panels<T>(count, panels, 1, inputs, LeftTiles<T>::packed(tiles, inputs), {from.data, from.panel, 0},
-                           false, {to.data, kPanel<T>, to.panel, count * kTileRows, panels * kPanel<T>});
+                           add, {to.data, kPanel<T>, to.panel, count * kTileRows, panels * kPanel<T>});
     }
 
     // apply(vector of unit u, u) for every vector of rows.
@@ -196,6 +197,33 @@ struct Block {
             });
             tiles += forward_size(now) + round_up_to(now.inputs, kTileRows) * now.outputs;
         }
+    }
+
+    // ȧ of the last layer. `direction` is the network of v; tangent, next: memory for the widest layer each.
+    Units<T> forward_tangent(const MlpNetwork<T>& direction, const Units<T>* activations, Units<T> tangent,
+                             Units<T> next) const {
+        const T* tiles = network.packed;
+        const T* tangent_tiles = direction.packed;
+        for (int64_t l = 0; l < network.count; ++l) {
+            const MlpLayer& now = layer(l);
+            next.panel = activations[l + 1].panel;
+            multiply(tangent_tiles, now.outputs, now.inputs, activations[l], next);
+            if (l > 0) {
+                multiply(tiles, now.outputs, now.inputs, tangent, next, true);
+            }
+            const T* bias = direction.parameters + now.bias_at();
+            each(now.outputs, next, [&](T* at, int64_t offset, int64_t u) {
+                const Vec<T> z = now.biased ? load<T>(at) + bias[u] : load<T>(at);
+                store<T>(at, z * slope<T>(now.activation, load<T>(activations[l + 1].data + offset)));
+            });
+            const int64_t size = forward_size(now) + round_up_to(now.inputs, kTileRows) * now.outputs;
+            tiles += size;
+            tangent_tiles += size;
+            T* const free = tangent.data;
+            tangent = next;
+            next.data = free;
+        }
+        return tangent;
     }
 
     // to = δ of layer l − 1 from δ of layer l; `tiles` are those of layer l, for the way back.
@@ -293,6 +321,22 @@ inline void add_layer_gradient(const MlpLayer& layer, int64_t panels, const Unit
     }
 }
 
+// gradient += Jᵀ of the cotangent whose δ of the last layer is given; next: memory for the widest layer.
+template <class T>
+inline void add_backward(const Block<T>& block, const Units<T>* activations, Units<T> delta, Units<T> next,
+                         T* gradient) {
+    for (int64_t l = block.network.count - 1; l >= 0; --l) {
+        add_layer_gradient<T>(block.layer(l), block.panels, delta, activations[l], gradient);
+        if (l > 0) {
+            next.panel = activations[l].panel;
+            block.step_back(l, block.back_tiles(l), activations[l], delta, next);
+            T* const free = delta.data;
+            delta = next;
+            next.data = free;
+        }
+    }
+}
+
 template <class T>
 inline double mlp_gradient_rows(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* gradient, T* work) {
     Block<T> block(network, begin, rows, work);
@@ -322,23 +366,81 @@ inline double mlp_gradient_rows(const MlpNetwork<T>& network, int64_t begin, int
     }
     const int64_t widest = widest_layer(network.layers, count);
     Units<T> delta = block.take(widest);
-    Units<T> next = block.take(widest);
+    const Units<T> next = block.take(widest);
     delta.panel = y.panel;
     block.each(last.outputs, delta, [&](T* at, int64_t offset, int64_t) {
         const Vec<T> twice = load<T>(y.data + offset) * T(2);
         store<T>(at, twice * slope<T>(last.activation, load<T>(outputs.data + offset)));
     });
-    for (int64_t l = count - 1; l >= 0; --l) {
-        add_layer_gradient<T>(block.layer(l), block.panels, delta, activations[l], gradient);
-        if (l > 0) {
+    add_backward<T>(block, activations, delta, next, gradient);
+    return loss;
+}
+
+template <class T>
+inline void mlp_product_rows(const MlpNetwork<T>& network, const MlpNetwork<T>& direction, int64_t begin, int64_t rows,
+                             T* product, T* work) {
+    Block<T> block(network, begin, rows, work);
+    Units<T> activations[kMostMlpLayers + 1];
+    block.forward(activations);
+    const MlpLayer& last = block.last();
+    const int64_t widest = widest_layer(network.layers, network.count);
+    const Units<T> first = block.take(widest);
+    const Units<T> second = block.take(widest);
+    const Units<T> delta = block.forward_tangent(direction, activations, first, second);
+    const Units<T> outputs = activations[network.count];
+    block.each(last.outputs, delta, [&](T* at, int64_t offset, int64_t) {
+        const Vec<T> twice = load<T>(at) * T(2);
+        store<T>(at, twice * slope<T>(last.activation, load<T>(outputs.data + offset)));
+    });
+    block.clear_padding(last.outputs, delta);
+    add_backward<T>(block, activations, delta, delta.data == first.data ? second : first, product);
+}
+
+// δ of the last layer for one output, times `scale`.
+template <class T>
+inline void start_at_output(const Block<T>& block, const Units<T>& outputs, int64_t output, T scale,
+                            const Units<T>& delta) {
+    const MlpLayer& last = block.last();
+    block.each(last.outputs, delta, [&](T* at, int64_t offset, int64_t u) {
+        const Vec<T> of_output = slope<T>(last.activation, load<T>(outputs.data + offset)) * scale;
+        store<T>(at, u == output ? of_output : Vec<T>{});
+    });
+    block.clear_padding(last.outputs, delta);
+}
+
+template <class T>
+inline void square_units(const Block<T>& block, int64_t units, const Units<T>& values) {
+    block.each(units, values, [](T* at, int64_t, int64_t) { store<T>(at, load<T>(at) * load<T>(at)); });
+}
+
+template <class T>
+inline void mlp_diagonal_rows(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* diagonal, T* work) {
+    Block<T> block(network, begin, rows, work);
+    Units<T> activations[kMostMlpLayers + 1];
+    const int64_t count = network.count;
+    const int64_t widest = widest_layer(network.layers, count);
+    for (int64_t output = 0; output < block.last().outputs; ++output) {
+        // Squares take the place of what they are made of.
+        block.work = work;
+        block.forward(activations);
+        Units<T> delta = block.take(widest);
+        Units<T> next = block.take(widest);
+        delta.panel = activations[count].panel;
+        start_at_output<T>(block, activations[count], output, square_root(T(2)), delta);
+        for (int64_t l = count - 1; l >= 0; --l) {
+            const MlpLayer& layer = block.layer(l);
             next.panel = activations[l].panel;
-            block.step_back(l, block.back_tiles(l), activations[l], delta, next);
+            if (l > 0) {
+                block.step_back(l, block.back_tiles(l), activations[l], delta, next);
+            }
+            square_units<T>(block, layer.outputs, delta);
+            square_units<T>(block, layer.inputs, activations[l]);
+            add_layer_gradient<T>(layer, block.panels, delta, activations[l], diagonal);
             T* const free = delta.data;
             delta = next;
             next.data = free;
         }
     }
-    return loss;
 }
 
 // Panel q of `units` by rows: to[row][unit].
@@ -369,10 +471,7 @@ inline void mlp_jacobian_rows(const MlpNetwork<T>& network, int64_t begin, int64
         Units<T> delta = first;
         Units<T> next = second;
         delta.panel = activations[count].panel;
-        block.each(last.outputs, delta, [&](T* at, int64_t offset, int64_t u) {
-            const Vec<T> of_output = slope<T>(last.activation, load<T>(activations[count].data + offset)) * scale;
-            store<T>(at, u == output ? of_output : Vec<T>{});
-        });
+        start_at_output<T>(block, activations[count], output, scale, delta);
         for (int64_t l = count - 1; l >= 0; --l) {
             const MlpLayer& layer = block.layer(l);
             for (int64_t q = 0; q < block.panels; ++q) {

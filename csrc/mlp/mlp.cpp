@@ -1,6 +1,7 @@
 #include "mlp/mlp.hpp"
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -52,6 +53,34 @@ struct Call {
         work = kernel.work(layers, count, rows);
     }
 
+    // result (or nothing, if null) = Σ rows(begin, count, partial result, work) over all blocks; returns the sum of
+    // what those return. `size` elements.
+    template <class Rows>
+    Status sum(int64_t size, T* result, double* returned, const Rows& add_rows) const {
+        const int64_t affordable = kMostPartialBytes / std::max<int64_t>(size * static_cast<int64_t>(sizeof(T)), 1);
+        const int64_t pieces = std::min({kPieces, std::max<int64_t>(affordable, 1), blocks});
+        std::vector<T> partial(static_cast<size_t>(result == nullptr ? 0 : pieces * size));
+        std::vector<double> sums(static_cast<size_t>(pieces));
+        auto body = [&](int64_t piece) {
+            Scratch scratch(work_bytes());
+            T* memory = scratch.take<T>(work);
+            T* to = result == nullptr ? nullptr : partial.data() + piece * size;
+            for (int64_t block = piece * blocks / pieces; block < (piece + 1) * blocks / pieces; ++block) {
+                sums[static_cast<size_t>(piece)] += add_rows(block * rows, rows_of(block), to, memory);
+            }
+        };
+        const Status status = parallel_for(pieces, 1, body);
+        *returned = std::accumulate(sums.begin(), sums.end(), 0.0);
+        for (int64_t at = 0; result != nullptr && at < size; ++at) {
+            double total = 0.0;
+            for (int64_t piece = 0; piece < pieces; ++piece) {
+                total += static_cast<double>(partial[static_cast<size_t>(piece * size + at)]);
+            }
+            result[at] = static_cast<T>(total);
+        }
+        return status;
+    }
+
     int64_t rows_of(int64_t block) const { return std::min(rows, args.n - block * rows); }
     int64_t work_bytes() const { return Scratch::bytes_for<T>(work); }
 };
@@ -61,33 +90,30 @@ struct Call {
 template <class T>
 Status mlp_gradient(const MlpGradientArgs<T>& args) {
     const Call<T> call(args.network, args.y);
-    const int64_t size = args.gradient == nullptr ? 0 : args.network.size();
-    const int64_t affordable = kMostPartialBytes / std::max<int64_t>(size * static_cast<int64_t>(sizeof(T)), 1);
-    const int64_t pieces = std::min({kPieces, std::max<int64_t>(affordable, 1), call.blocks});
-    std::vector<T> partial(static_cast<size_t>(pieces * size));
-    std::vector<double> losses(static_cast<size_t>(pieces));
-    auto body = [&](int64_t piece) {
-        Scratch scratch(call.work_bytes());
-        T* work = scratch.take<T>(call.work);
-        T* gradient = size == 0 ? nullptr : partial.data() + piece * size;
-        for (int64_t block = piece * call.blocks / pieces; block < (piece + 1) * call.blocks / pieces; ++block) {
-            losses[static_cast<size_t>(piece)] +=
-                call.kernel.gradient(call.network, block * call.rows, call.rows_of(block), gradient, work);
-        }
-    };
-    const Status status = parallel_for(pieces, 1, body);
-    *args.loss = 0.0;
-    for (const double loss : losses) {
-        *args.loss += loss;
+    return call.sum(args.network.size(), args.gradient, args.loss,
+                    [&](int64_t begin, int64_t rows, T* gradient, T* work) {
+                        return call.kernel.gradient(call.network, begin, rows, gradient, work);
+                    });
+}
+
+template <class T>
+Status mlp_product(const MlpProductArgs<T>& args) {
+    const Call<T> call(args.network, {});
+    double unused = 0.0;
+    if (args.v == nullptr) {
+        return call.sum(args.network.size(), args.product, &unused,
+                        [&](int64_t begin, int64_t rows, T* diagonal, T* work) {
+                            call.kernel.diagonal(call.network, begin, rows, diagonal, work);
+                            return 0.0;
+                        });
     }
-    for (int64_t at = 0; at < size; ++at) {
-        double sum = 0.0;
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-            sum += static_cast<double>(partial[static_cast<size_t>(piece * size + at)]);
-        }
-        args.gradient[at] = static_cast<T>(sum);
-    }
-    return status;
+    MlpArgs<T> along = args.network;
+    along.parameters = args.v;
+    const Call<T> direction(along, {});
+    return call.sum(args.network.size(), args.product, &unused, [&](int64_t begin, int64_t rows, T* product, T* work) {
+        call.kernel.product(call.network, direction.network, begin, rows, product, work);
+        return 0.0;
+    });
 }
 
 template <class T>
@@ -103,6 +129,8 @@ Status mlp_jacobian(const MlpJacobianArgs<T>& args) {
 
 template Status mlp_gradient<float>(const MlpGradientArgs<float>&);
 template Status mlp_gradient<double>(const MlpGradientArgs<double>&);
+template Status mlp_product<float>(const MlpProductArgs<float>&);
+template Status mlp_product<double>(const MlpProductArgs<double>&);
 template Status mlp_jacobian<float>(const MlpJacobianArgs<float>&);
 template Status mlp_jacobian<double>(const MlpJacobianArgs<double>&);
 

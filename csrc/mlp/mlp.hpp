@@ -1,7 +1,9 @@
 // Multilayer perceptrons under squared error: a₀ = x, z_l = W_l a_{l−1} + b_l, a_l = φ_l(z_l), for the rows of a table.
 //   loss      L = Σ ‖a_count − y‖²
 //   gradient  δ_count = 2 (a_count − y)∘φ′, δ_{l−1} = W_lᵀδ_l ∘ φ′; ∂W_l = Σ δ_l a_{l−1}ᵀ, ∂b_l = Σ δ_l
-//   Jacobian  of scale · a_count: the same from a unit δ for each output (Rumelhart, Hinton, Williams 1986)
+//   Jacobian  J of scale · a_count: the same from a unit δ for each output (Rumelhart, Hinton, Williams 1986)
+//   product   2 JᵀJ v, the Gauss-Newton matrix's: ȧ_l = (V_l a_{l−1} + v_l + W_l ȧ_{l−1})∘φ′, then the gradient's way
+//             back from δ_count = 2 ȧ_count∘φ′ (Schraudolph 2002); its diagonal from squared δ and a, output by output
 // Rows pass through all layers while they are in cache; no activations are kept. Layers are meant to be narrow.
 //
 // Parameters are one vector: W_1 (row-major, outputs × inputs), b_1, W_2, ... x and y are read in place through their
@@ -62,12 +64,23 @@ struct MlpJacobianArgs {
 template <class T>
 Status mlp_jacobian(const MlpJacobianArgs<T>& args);
 
+template <class T>
+struct MlpProductArgs {
+    MlpArgs<T> network;
+    const T* v = nullptr;  // as parameters; null: the diagonal is wanted
+    T* product = nullptr;  // as parameters
+};
+template <class T>
+Status mlp_product(const MlpProductArgs<T>& args);
+
 // The same functions as plain loops: what the tests hold the tuned kernels against.
 namespace reference {
 template <class T>
 Status mlp_gradient(const MlpGradientArgs<T>& args);
 template <class T>
 Status mlp_jacobian(const MlpJacobianArgs<T>& args);
+template <class T>
+Status mlp_product(const MlpProductArgs<T>& args);
 }  // namespace reference
 
 }  // namespace onestep

@@ -1,4 +1,5 @@
 // Plain loops: the oracle that the tests hold the tuned kernels against.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -126,8 +127,31 @@ Status mlp_jacobian(const MlpJacobianArgs<T>& args) {
     return Status::ok;
 }
 
+// By the Jacobian's rows.
+template <class T>
+Status mlp_product(const MlpProductArgs<T>& args) {
+    const MlpArgs<T>& network = args.network;
+    const int64_t size = network.size();
+    std::vector<T> jacobian(static_cast<size_t>(network.n * network.outputs() * size));
+    reference::mlp_jacobian(MlpJacobianArgs<T>{network, T(1), jacobian.data()});
+    std::fill_n(args.product, size, T(0));
+    for (int64_t row = 0; row < network.n * network.outputs(); ++row) {
+        const T* from = jacobian.data() + row * size;
+        T along = T(0);
+        for (int64_t at = 0; args.v != nullptr && at < size; ++at) {
+            along += from[at] * args.v[at];
+        }
+        for (int64_t at = 0; at < size; ++at) {
+            args.product[at] += T(2) * from[at] * (args.v != nullptr ? along : from[at]);
+        }
+    }
+    return Status::ok;
+}
+
 template Status mlp_gradient<float>(const MlpGradientArgs<float>&);
 template Status mlp_gradient<double>(const MlpGradientArgs<double>&);
+template Status mlp_product<float>(const MlpProductArgs<float>&);
+template Status mlp_product<double>(const MlpProductArgs<double>&);
 template Status mlp_jacobian<float>(const MlpJacobianArgs<float>&);
 template Status mlp_jacobian<double>(const MlpJacobianArgs<double>&);
 

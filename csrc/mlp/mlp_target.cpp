@@ -5,7 +5,8 @@ namespace onestep::ONESTEP_NS {
 
 template <class T>
 constexpr MlpKernels<T> mlp_kernels() {
-    return {kPanel<T>, mlp_packed_size, mlp_pack<T>, mlp_work<T>, mlp_gradient_rows<T>, mlp_jacobian_rows<T>};
+    return {kPanel<T>,           mlp_packed_size,      mlp_pack<T>,         mlp_work<T>, mlp_gradient_rows<T>,
+            mlp_product_rows<T>, mlp_diagonal_rows<T>, mlp_jacobian_rows<T>};
 }
 
 extern const MlpKernels<float> mlp_f32 = mlp_kernels<float>();

@@ -200,6 +200,20 @@ def mlp_gradient_f32(
 
 mlp_gradient_f64 = mlp_gradient_f32
 
+def mlp_product_f32(
+    widths: Sequence[int],
+    activations: Sequence[int],
+    biased: Sequence[bool],
+    n: int,
+    x: _Operand,
+    parameters: int,
+    v: int,
+    product: int,
+    /,
+) -> None: ...
+
+mlp_product_f64 = mlp_product_f32
+
 def mlp_jacobian_f32(
     widths: Sequence[int],
     activations: Sequence[int],

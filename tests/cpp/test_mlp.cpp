@@ -18,7 +18,7 @@ struct Network {
 template <class T>
 struct Results {
     std::vector<double> loss;
-    std::vector<T> gradient, jacobian;
+    std::vector<T> gradient, jacobian, product, diagonal;
 };
 
 template <class T>
@@ -65,13 +65,22 @@ Results<T> run(const Inputs<T>& in) {
     MlpGradientArgs<T> gradient{network, in.y.view.at(BatchShape{}, 0), out.loss.data(), out.gradient.data()};
     MlpGradientArgs<T> loss{network, gradient.y, out.loss.data() + 1, nullptr};
     MlpJacobianArgs<T> jacobian{network, T(0.7), out.jacobian.data()};
+    out.product.resize(out.gradient.size());
+    out.diagonal.resize(out.gradient.size());
+    // Any vector will do: the parameters from the last to the first.
+    const std::vector<T> v(in.parameters.rbegin(), in.parameters.rend());
+    MlpProductArgs<T> product{network, v.data(), out.product.data()};
+    MlpProductArgs<T> diagonal{network, nullptr, out.diagonal.data()};
     if constexpr (Tuned) {
         check(mlp_gradient(gradient) == Status::ok && mlp_gradient(loss) == Status::ok, "gradient's status");
         check(mlp_jacobian(jacobian) == Status::ok, "jacobian's status");
+        check(mlp_product(product) == Status::ok && mlp_product(diagonal) == Status::ok, "product's status");
     } else {
         check(reference::mlp_gradient(gradient) == Status::ok, "reference");
         check(reference::mlp_gradient(loss) == Status::ok, "reference");
         check(reference::mlp_jacobian(jacobian) == Status::ok, "reference");
+        check(reference::mlp_product(product) == Status::ok, "reference");
+        check(reference::mlp_product(diagonal) == Status::ok, "reference");
     }
     return out;
 }
@@ -90,11 +99,14 @@ void test_case(std::mt19937& random, int64_t n, const Network& network, typename
     check(difference(serial.loss, expected.loss) < tolerance, "loss " + label);
     check(difference(serial.gradient, expected.gradient) < tolerance, "gradient " + label);
     check(difference(serial.jacobian, expected.jacobian) < tolerance, "jacobian " + label);
+    check(difference(serial.product, expected.product) < tolerance, "product " + label);
+    check(difference(serial.diagonal, expected.diagonal) < tolerance, "diagonal " + label);
     set_parallel_for(three_threads);
     const Results<T> threaded = run<true>(in);
     set_parallel_for(nullptr);
     check(identical(threaded.loss, serial.loss) && identical(threaded.gradient, serial.gradient) &&
-              identical(threaded.jacobian, serial.jacobian),
+              identical(threaded.jacobian, serial.jacobian) && identical(threaded.product, serial.product) &&
+              identical(threaded.diagonal, serial.diagonal),
           "threads " + label);
 }
 

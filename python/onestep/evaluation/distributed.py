@@ -95,31 +95,33 @@ def summed_by_piece(
         terms: makes them; changed by the sum.
     """
 
-    def local() -> dict[int, tuple[Tensor, Tensor]]:
-        sums: dict[int, tuple[Tensor, Tensor]] = {}
+    def local() -> dict[int, tuple[Tensor, list[float]]]:
+        sums: dict[int, tuple[Tensor, list[float]]] = {}
         for piece, tensor, numbers in terms():
-            values = torch.tensor(numbers, dtype=torch.float64)
             if piece in sums:
-                for total, term in zip(sums[piece], (tensor, values), strict=True):
-                    total.add_(term)
+                total, so_far = sums[piece]
+                sums[piece] = total.add_(tensor), [a + b for a, b in zip(so_far, numbers, strict=True)]
             else:
-                sums[piece] = tensor, values
+                sums[piece] = tensor, numbers
         return sums
 
     sums = together(local)
-    totals = torch.zeros_like(like[0]), torch.zeros(like[1], dtype=torch.float64)
+    spread = share().size > 1
+    total, counts = torch.zeros_like(like[0]), [0.0] * like[1]
     for piece in range(pieces):
-        parts = sums.pop(piece, None)
-        if share().size > 1:
+        part = sums.pop(piece, None)
+        if spread:
             # All but one process have zeros, which change nothing.
-            parts = parts or (torch.zeros_like(totals[0]), torch.zeros_like(totals[1]))
-            for part in parts:
-                if part.numel():
-                    _collective(dist.all_reduce, part)
-        if parts is not None:
-            totals[0].add_(parts[0])
-            totals[1].add_(parts[1])
-    return totals[0], totals[1].tolist()
+            tensor, numbers = part or (torch.zeros_like(total), [0.0] * like[1])
+            values = torch.tensor(numbers, dtype=torch.float64)
+            for summand in (tensor, values):
+                if summand.numel():
+                    _collective(dist.all_reduce, summand)
+            part = tensor, values.tolist()
+        if part is not None:
+            total.add_(part[0])
+            counts = [a + b for a, b in zip(counts, part[1], strict=True)]
+    return total, counts
 
 
 def same_everywhere(tensors: list[Tensor]) -> None:

@@ -120,7 +120,7 @@ def call(name: str, *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0 or records_derivatives(args):
         return getattr(torch.ops.onestep, name).default(*args)
     for arg in args:
-        if isinstance(arg, Tensor) and not (arg.is_cpu and type(arg) in _PLAIN):
+        if isinstance(arg, Tensor) and not (arg.is_cpu and type(arg) in _PLAIN and not arg.is_neg()):
             return getattr(torch.ops.onestep, name).default(*args)
     return _CPU_KERNELS[name](*args)
 

@@ -1,4 +1,5 @@
-"""Ops on multilayer perceptrons: ``mlp_gradient`` (squared error and its gradient) and ``mlp_jacobian``.
+"""Ops on multilayer perceptrons under squared error: ``mlp_gradient``, ``mlp_product`` (of the Gauss-Newton matrix,
+or its diagonal) and ``mlp_jacobian``.
 
 A network is its ``widths`` (inputs, then each layer's outputs), a code of ``ACTIVATIONS`` a layer, and whether each
 layer is ``biased``; its parameters are one vector: W₁ (outputs × inputs, by rows), b₁, W₂, ... ``onestep.fit`` takes
@@ -22,6 +23,7 @@ ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2, "sigmoid": 3}
 MOST_LAYERS = 32
 
 _GRADIENT = {torch.float32: _native.mlp_gradient_f32, torch.float64: _native.mlp_gradient_f64}
+_PRODUCT = {torch.float32: _native.mlp_product_f32, torch.float64: _native.mlp_product_f64}
 _JACOBIAN = {torch.float32: _native.mlp_jacobian_f32, torch.float64: _native.mlp_jacobian_f64}
 
 
@@ -99,6 +101,53 @@ define(
 )
 
 
+def _product_fake(
+    X: Tensor,
+    parameters: Tensor,
+    v: Tensor | None,
+    widths: Sequence[int],
+    activations: Sequence[int],
+    biased: Sequence[bool],
+) -> Tensor:
+    _check(X, parameters, widths, activations, biased)
+    if v is not None:
+        check_like("v", v, X)
+        if v.shape != parameters.shape:
+            raise ValueError(f"v has shape {tuple(v.shape)}; expected {tuple(parameters.shape)}, as parameters")
+    return torch.empty_like(parameters, memory_format=torch.contiguous_format)
+
+
+def _product_cpu(
+    X: Tensor,
+    parameters: Tensor,
+    v: Tensor | None,
+    widths: Sequence[int],
+    activations: Sequence[int],
+    biased: Sequence[bool],
+) -> Tensor:
+    product = _product_fake(X, parameters, v, widths, activations, biased)
+    parameters = parameters.contiguous()
+    v = None if v is None else v.contiguous()
+    _PRODUCT[X.dtype](
+        widths,
+        activations,
+        biased,
+        X.shape[0],
+        (X.data_ptr(), X.stride(), X),
+        parameters.data_ptr(),
+        0 if v is None else v.data_ptr(),
+        product.data_ptr(),
+    )
+    return product
+
+
+define(
+    "mlp_product(Tensor X, Tensor parameters, Tensor? v, int[] widths, int[] activations, bool[] biased) -> Tensor",
+    cpu=_product_cpu,
+    fake=_product_fake,
+)
+
+
 def _jacobian_fake(
     X: Tensor,
     parameters: Tensor,
@@ -140,5 +189,5 @@ define(
     fake=_jacobian_fake,
 )
 
-for _name in ("mlp_gradient", "mlp_jacobian"):
+for _name in ("mlp_gradient", "mlp_product", "mlp_jacobian"):
     register_not_differentiable(_name, "write the network in torch's ops where derivatives of it are wanted")

@@ -75,6 +75,8 @@ class QuadraticModel:
     """The loss near the present parameters: loss + gᵀs + ½ sᵀBs."""
 
     without_influence = 0
+    # A lower bound of the decrement, where one is known.
+    promise = -math.inf
 
     def decrement(self) -> float:
         """The reduction by the undamped minimiser, or infinity if that is not known."""
@@ -236,7 +238,7 @@ class DampedOptimizer(torch.optim.Optimizer):
 
         def report(new_loss: float, step_norm: float, gain: float, *, accepted: bool) -> StepReport:
             # Only near the end is it worth a factorisation to know how near.
-            near = not accepted or predicted <= _NEAR * abs(loss)
+            near = not accepted or max(predicted, model.promise) <= _NEAR * abs(loss)
             return StepReport(
                 loss=loss,
                 new_loss=new_loss,

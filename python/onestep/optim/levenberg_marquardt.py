@@ -108,7 +108,8 @@ class _MatrixModel(QuadraticModel):
         self, gradient: Tensor, diagonal: Tensor, scale: Tensor, dtype: torch.dtype, carried: Tensor | None
     ) -> None:
         self.gradient, self.diagonal, self.dtype, self.carried = gradient, diagonal, dtype, carried
-        self.without_influence = int((diagonal <= torch.finfo(diagonal.dtype).eps * scale).sum())
+        least = torch.finfo(torch.float64).eps * scale.double()
+        self.without_influence = int((diagonal.double() <= least).sum())
 
     def undamped(self) -> _Scaled:
         """The system in the scale that A has now."""
@@ -200,6 +201,7 @@ class _SampledModel(_MatrixModel):
         solution, products = self._solve(damping)
         if solution is None:
             return None
+        self.promise = max(self.promise, -0.5 * torch.dot(self.scaled_gradient, solution).item())
         added = self.with_momentum(solution * self.inverse_root)
         step = added / self.inverse_root
         predicted = -torch.dot(self.scaled_gradient + 0.5 * self.multiply(step), step).item()
@@ -220,6 +222,9 @@ class _SampledModel(_MatrixModel):
     def _conjugate_gradients(self, damping: float) -> tuple[Tensor | None, int]:
         """The solution to the accuracy that a sample is worth, or None if that takes too many products."""
         inverse: Tensor | None = self.kept.get("inverse")
+        if inverse is not None and len(inverse) != len(self.scaled_gradient):
+            # Other parameters are trained now.
+            inverse = None
         b = -self.scaled_gradient
         solve = conjugate_gradient(
             lambda v: self.multiply(v).add_(v, alpha=damping),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from torch.func import grad, jacrev, vjp, vmap
 from torch.utils._pytree import tree_map_only
 
 import onestep.linalg as linalg
-from onestep.curvature import hvp
+from onestep.curvature import glm, hvp
 from onestep.curvature._kernels import differentiable_kernels
 from onestep.curvature._products import gauss_newton_products
 from onestep.evaluation.data import Chunk
@@ -28,6 +29,7 @@ from onestep.training.kronecker import Factors
 # Rows of the Jacobian are formed this many bytes at a time, and up to so many are kept for products.
 _JACOBIAN_BYTES = 64 * 2**20
 _ROOT_BYTES = 64 * 2**20
+_SQUARED_ROWS = 128
 
 
 def jacobian_parts(chunk: Chunk, row_bytes: int) -> Iterator[Chunk]:
@@ -37,30 +39,61 @@ def jacobian_parts(chunk: Chunk, row_bytes: int) -> Iterator[Chunk]:
         yield chunk.rows(slice(begin, begin + size))
 
 
-class _SampledRoot(CurvatureRoot):
-    """Rows of the Jacobian by pieces of the batch, whose sums are added up in their order."""
+class SummedRoot(CurvatureRoot):
+    """Terms of the pieces of a sample, added up in the pieces' order, over ``count`` elements of the loss."""
 
-    def __init__(self, parts: list[tuple[int, Tensor]], p: int, pieces: int, count: int) -> None:
-        self.parts, self.pieces, self.count = parts, pieces, count
-        self.like = parts[0][1].new_empty(p) if parts else torch.empty(p)
+    def __init__(self, like: Tensor, pieces: int, count: int) -> None:
+        self.like, self.pieces, self.count = like, pieces, count
 
-    def _sum(self, like: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
-        def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
-            for piece, rows in self.parts:
-                yield piece, term(rows), []
+    @abstractmethod
+    def diagonals(self) -> Iterator[tuple[int, Tensor]]:
+        """The summands of the diagonal (p,), each with its piece."""
 
-        return summed_by_piece(self.pieces, (like, 0), terms)[0].div_(self.count)
+    @abstractmethod
+    def products(self, v: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The summands of Av (p,)."""
+
+    @abstractmethod
+    def matrices(self) -> Iterator[tuple[int, Tensor]]:
+        """The summands of A (p,p)."""
+
+    def _sum(self, like: Tensor, terms: Iterator[tuple[int, Tensor]]) -> Tensor:
+        with torch.no_grad():
+            total, _ = summed_by_piece(self.pieces, (like, 0), lambda: ((piece, term, []) for piece, term in terms))
+        return total.div_(self.count)
 
     @cached_property
     def diagonal(self) -> Tensor:
-        return self._sum(self.like, lambda rows: rows.new_ones(len(rows)) @ rows.square())
+        return self._sum(self.like, self.diagonals())
 
     def multiply(self, v: Tensor) -> Tensor:
-        return self._sum(self.like, lambda rows: (rows @ v) @ rows)
+        return self._sum(self.like, self.products(v))
 
     def matrix(self) -> Tensor:
-        p = len(self.like)
-        return self._sum(self.like.new_empty(p, p), lambda rows: linalg.gram(rows)[0])
+        return self._sum(self.like.new_empty(2 * self.like.shape), self.matrices())
+
+
+class _KeptRoot(SummedRoot):
+    """By rows of the Jacobian that are kept."""
+
+    def __init__(self, parts: list[tuple[int, Tensor]], like: Tensor, pieces: int, count: int) -> None:
+        super().__init__(like, pieces, count)
+        self.parts = parts
+        # RᵀRv is the Hessian-vector product of linear regression on R, which reads it once.
+        self.regressions = [
+            (piece, glm(rows, rows.new_zeros(len(rows)), torch.zeros_like(like), "gaussian")) for piece, rows in parts
+        ]
+
+    def diagonals(self) -> Iterator[tuple[int, Tensor]]:
+        # Squares of a few rows at a time stay in cache.
+        blocks = ((piece, block) for piece, rows in self.parts for block in rows.split(_SQUARED_ROWS))
+        return ((piece, block.square().sum(0)) for piece, block in blocks)
+
+    def products(self, v: Tensor) -> Iterator[tuple[int, Tensor]]:
+        return ((piece, regression.hvp(v)) for piece, regression in self.regressions)
+
+    def matrices(self) -> Iterator[tuple[int, Tensor]]:
+        return ((piece, linalg.gram(rows)[0]) for piece, rows in self.parts)
 
 
 class DataObjective(Objective):
@@ -202,20 +235,22 @@ class DataObjective(Objective):
         parts: list[tuple[int, Tensor]] = []
 
         def local() -> tuple[Tensor, list[float]]:
-            count, numbers, fits = 0, 0, True
+            count, size = 0, 0
             with torch.no_grad(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     count += self._elements(chunk)
-                    for rows in self.root_jacobian(parameters, chunk) if fits else ():
-                        numbers += rows.numel() * rows.element_size()
-                        fits = numbers <= _ROOT_BYTES
+                    for rows in self.root_jacobian(parameters, chunk):
                         parts.append((chunk.piece, rows))
-            return torch.empty(0), [count, not fits]
+                        size += rows.numel() * rows.element_size()
+                        if size > _ROOT_BYTES:
+                            return torch.empty(0), [count, size]
+            return torch.empty(0), [count, size]
 
-        _, (count, failed) = summed(local)
-        if failed or not count:
+        # What all processes have counts, so that any number of them goes the same way.
+        _, (count, size) = summed(local)
+        if size > _ROOT_BYTES or not count:
             return None
-        return _SampledRoot(parts, len(parameters), self.pieces, int(count))
+        return _KeptRoot(parts, parameters.read(), self.pieces, int(count))
 
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
         p = len(parameters)

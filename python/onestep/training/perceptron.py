@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import onestep.linalg as linalg
 from onestep.evaluation.data import Chunk
+from onestep.evaluation.distributed import summed
 from onestep.evaluation.losses import Loss, like_outputs
 from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.ops._library import call
 from onestep.ops.mlp import ACTIVATIONS, MOST_LAYERS
+from onestep.optim._objective import CurvatureRoot
 from onestep.training.head import is_plain, is_untouched
-from onestep.training.objective import DataObjective, jacobian_parts
+from onestep.training.objective import DataObjective, SummedRoot, jacobian_parts
 
 _CODES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 # What does nothing in eval mode.
@@ -84,24 +87,29 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class PerceptronObjective(DataObjective):
-    """The squared error of a perceptron; products with its curvature are torch's."""
+    """The squared error of a perceptron; products with its Hessian are torch's."""
 
     def __init__(self, *args: Any, network: Perceptron, **options: Any) -> None:
         super().__init__(*args, **options)
         self.network = network
         self.shape = network.widths, network.activations, network.biased
+        self.tensors = network.tensors()
+        self.ids = [id(t) for t in self.tensors]
 
     def _operands(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         X = chunk.inputs
         y = like_outputs(X.new_empty(()).expand(len(X), self.network.widths[-1]), chunk.target)
-        return X, y, flatten([t.detach() for t in self.network.tensors()])
+        return X, y, flatten([t.detach() for t in self.tensors])
+
+    def _is_all(self, parameters: ParameterVector) -> bool:
+        """Whether the optimiser's parameters are the network's, in the kernels' order."""
+        return self.ids == [id(t) for t in parameters.tensors]
 
     def _trained(self, vector: Tensor, parameters: ParameterVector) -> Tensor:
         """Those elements (…,p) that are the optimiser's parameters, in its order."""
-        tensors = self.network.tensors()
-        if [id(t) for t in tensors] == [id(t) for t in parameters.tensors]:
+        if self._is_all(parameters):
             return vector
-        parts = dict(zip(map(id, tensors), vector.split([t.numel() for t in tensors], dim=-1), strict=True))
+        parts = dict(zip(self.ids, vector.split([t.numel() for t in self.tensors], dim=-1), strict=True))
         return torch.cat([parts[id(t)] for t in parameters.tensors], dim=-1)
 
     def chunk_gradient(self, chunk: Chunk, parameters: ParameterVector) -> tuple[float, Tensor]:
@@ -117,9 +125,75 @@ class PerceptronObjective(DataObjective):
         loss: Tensor = call("mlp_gradient", *self._operands(chunk), *self.shape, False)[0]
         return loss
 
+    def _direction(self, v: Tensor, parameters: ParameterVector) -> Tensor:
+        """A vector (p,) as the kernels take it, with zeros for what is not trained."""
+        if self._is_all(parameters):
+            return v
+        parts = dict(zip(map(id, parameters.tensors), parameters.split(v), strict=True))
+        return flatten([parts.get(id(t), t.new_zeros(()).expand(t.shape)) for t in self.tensors])
+
+    def multiplier(
+        self, parameters: ParameterVector, point: Tensor, chunk: Chunk, *, hessian: bool
+    ) -> Callable[[Tensor], Tensor]:
+        """2 JᵀJ v in one pass over the chunk's rows; the Hessian by torch."""
+        if hessian:
+            return super().multiplier(parameters, point, chunk, hessian=True)
+        # Whatever is not trained has its present values.
+        values = dict(zip(map(id, parameters.tensors), parameters.split(point), strict=True))
+        at = flatten([values.get(id(t), t.detach()) for t in self.tensors])
+
+        def product(v: Tensor) -> Tensor:
+            along = self._direction(v, parameters)
+            return self._trained(call("mlp_product", chunk.inputs, at, along, *self.shape), parameters)
+
+        return product
+
+    def curvature_root(self, parameters: ParameterVector) -> CurvatureRoot | None:
+        """Products cost so little that no rows of the Jacobian are kept."""
+        if not self.sampled:
+            return None
+        chunks: list[Chunk] = []
+
+        def local() -> tuple[Tensor, list[float]]:
+            chunks.extend(self.curvature_chunks())
+            return torch.empty(0), [sum(map(self._elements, chunks))]
+
+        count = int(summed(local)[1][0])
+        return _PerceptronRoot(self, chunks, parameters, count) if count else None
+
     def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
         """Rows R with RᵀR the sum of 2 JᵀJ over rows of the chunk, a piece at a time."""
+        yield from self.jacobian_at(flatten([t.detach() for t in self.tensors]), parameters, chunk)
+
+    def jacobian_at(self, vector: Tensor, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
+        """The same where the network's parameters have other values."""
         for part in jacobian_parts(chunk, self.network.widths[-1] * len(parameters) * chunk.inputs.element_size()):
-            X, _, vector = self._operands(part)
-            J = call("mlp_jacobian", X, vector, *self.shape, math.sqrt(2.0))
+            J = call("mlp_jacobian", part.inputs, vector, *self.shape, math.sqrt(2.0))
             yield self._trained(J, parameters).reshape(-1, len(parameters))
+
+
+class _PerceptronRoot(SummedRoot):
+    """By the kernels, at the present parameters."""
+
+    def __init__(
+        self, objective: PerceptronObjective, chunks: list[Chunk], parameters: ParameterVector, count: int
+    ) -> None:
+        point = parameters.read()
+        super().__init__(point, objective.pieces, count)
+        self.objective, self.chunks, self.parameters = objective, chunks, parameters
+        self.at = flatten([t.detach() for t in objective.tensors])
+        self.multipliers = [objective.multiplier(parameters, point, chunk, hessian=False) for chunk in chunks]
+
+    def diagonals(self) -> Iterator[tuple[int, Tensor]]:
+        for chunk in self.chunks:
+            diagonal = call("mlp_product", chunk.inputs, self.at, None, *self.objective.shape)
+            yield chunk.piece, self.objective._trained(diagonal, self.parameters)
+
+    def products(self, v: Tensor) -> Iterator[tuple[int, Tensor]]:
+        return ((chunk.piece, product(v)) for chunk, product in zip(self.chunks, self.multipliers, strict=True))
+
+    def matrices(self) -> Iterator[tuple[int, Tensor]]:
+        for chunk in self.chunks:
+            # The parameters may have moved on since.
+            for rows in self.objective.jacobian_at(self.at, self.parameters, chunk):
+                yield chunk.piece, linalg.gram(rows)[0]
