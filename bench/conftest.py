@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-ROUNDS = 9
-WARMUP_ROUNDS = 2
+ROUNDS = 7
+WARMUP_ROUNDS = 1
 
 
 @pytest.fixture(autouse=True, scope="session")

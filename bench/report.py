@@ -134,26 +134,11 @@ def run(path: Path, options: list[str]) -> tuple[list[dict[str, Any]], bool]:
     return found, status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
-def main() -> int:
-    """File by file, so that one which crashes does not take the results of all others with it."""
-    RESULTS.mkdir(exist_ok=True)
-    results = {path.name: run(path, sys.argv[1:]) for path in sorted(HERE.glob("test_speed_*.py"))}
-    failed = [name for name, (_, passed) in results.items() if not passed]
-    benchmarks = [benchmark for found, _ in results.values() for benchmark in found]
-    torch.set_num_threads(2)
-    limits, where = physical_limits(), machine()
+def store(benchmarks: list[dict[str, Any]], limits: dict[str, float], where: dict[str, Any]) -> list[list[str]]:
+    """Writes table and plot, and returns the table's rows."""
     rows = [row(benchmark, limits) for benchmark in benchmarks]
-
-    table = Table(title="peer and onestep in turn, ratio of medians")
-    for name in HEADER:
-        table.add_column(name)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=190).print(table)
     facts = ", ".join(f"{name} {value}" for name, value in where.items())
     limit_line = f"GEMM peak {limits['gemm_gflops']:.0f} GFLOP/s, read bandwidth {limits['read_gbps']:.1f} GB/s"
-    print(f"{facts}\n{limit_line}")
-
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
     (RESULTS / "table.md").write_text("\n".join([*lines, "", facts, "", limit_line, ""]))
     kept = [{"group": b["group"], "median_seconds": b["stats"]["median"], **b["extra_info"]} for b in benchmarks]
@@ -161,7 +146,32 @@ def main() -> int:
         json.dumps({"machine": where, "limits": limits, "results": kept}, indent=2) + "\n"
     )
     plot(benchmarks, RESULTS / "ratios.png")
-    print(f"stored under {RESULTS}")
+    print(f"{facts}\n{limit_line}\nstored under {RESULTS}", flush=True)
+    return rows
+
+
+def main() -> int:
+    """File by file, so that one which crashes, or Ctrl-C, does not take the results of those before with it."""
+    RESULTS.mkdir(exist_ok=True)
+    torch.set_num_threads(2)
+    limits, where = physical_limits(), machine()
+    benchmarks: list[dict[str, Any]] = []
+    failed: list[str] = []
+    rows: list[list[str]] = []
+    for path in sorted(HERE.glob("test_speed_*.py")):
+        found, passed = run(path, sys.argv[1:])
+        benchmarks += found
+        if not passed:
+            failed.append(path.name)
+        if found:
+            rows = store(benchmarks, limits, where)
+
+    table = Table(title="peer and onestep in turn, ratio of medians")
+    for name in HEADER:
+        table.add_column(name)
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=190).print(table)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

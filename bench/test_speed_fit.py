@@ -60,7 +60,6 @@ def test_levenberg_marquardt(compare: Callable[..., float]) -> None:
     compare(
         lambda: levenberg_marquardt(steps),
         lambda: adam(X, y, rate, epochs),
-        rounds=3,
         case=f"10-64-1 network, 20,000 rows: {steps} steps to {target:.5f} (reached {min(trial[:steps]):.5f}), "
         f"Adam {epochs} epochs at {rate:g}",
         bar=20.0,
