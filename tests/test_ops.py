@@ -210,13 +210,14 @@ OPS = [
 SAMPLES = [(name, label) for name in OPS for label in samples_of(name, Make(torch.float64))]
 
 
-# Those of tests/test_attention.py.
-ATTENTION = ["attention", "attention_backward", "attention_backward_jvp", "attention_jvp"]
+# Those of tests/test_attention.py and tests/test_mlp.py.
+ELSEWHERE = ["attention", "attention_backward", "attention_backward_jvp", "attention_jvp"]
+ELSEWHERE += ["mlp_gradient", "mlp_jacobian", "mlp_product"]
 
 
 def test_every_op_is_tested():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("onestep::")}
-    assert registered == {f"onestep::{name}" for name in OPS + ATTENTION}
+    assert registered == {f"onestep::{name}" for name in OPS + ELSEWHERE}
 
 
 # -------------------------------------------------------------------------------------------------------------- opcheck
