@@ -41,7 +41,8 @@ class LevenbergMarquardt(DampedOptimizer):
         damping: initial damping, relative to D. It is then set by the gain ratio.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         momentum: the part of the last step that is added to each (heavy ball, Polyak 1964). It carries a fit on where
-            curvature comes from a sample of the rows or the model has kinks; 0 is the classical method.
+            curvature comes from a sample of the rows or the model has kinks; damping then follows the gain more
+            slowly. 0 is the classical method.
 
     Examples:
         >>> import torch
