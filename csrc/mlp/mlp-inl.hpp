@@ -81,10 +81,12 @@ ONESTEP_INLINE Vec<T> slope(MlpActivation activation, Vec<T> a) {
 // W in tiles of rows for the way there, and behind it of columns for the way back, layer by layer.
 inline int64_t forward_size(const MlpLayer& layer) { return round_up_to(layer.outputs, kTileRows) * layer.inputs; }
 
+inline int64_t back_size(const MlpLayer& layer) { return round_up_to(layer.inputs, kTileRows) * layer.outputs; }
+
 inline int64_t mlp_packed_size(const MlpLayer* layers, int64_t count) {
     int64_t size = 0;
     for (int64_t l = 0; l < count; ++l) {
-        size += forward_size(layers[l]) + round_up_to(layers[l].inputs, kTileRows) * layers[l].outputs;
+        size += forward_size(layers[l]) + back_size(layers[l]);
     }
     return size;
 }
@@ -97,7 +99,7 @@ inline void mlp_pack(const MlpNetwork<T>& network, T* to) {
         pack_rows<kTileRows, T>(rows, 0, layer.outputs, 1, 0, layer.inputs, to);
         to += forward_size(layer);
         pack_columns_of_rows<kTileRows, T>(rows, 0, layer.outputs, 1, 0, layer.inputs, to);
-        to += round_up_to(layer.inputs, kTileRows) * layer.outputs;
+        to += back_size(layer);
     }
 }
 
@@ -109,6 +111,13 @@ struct Units {
 
     static int64_t padded(int64_t units) { return round_up_to(units, kTileRows) * kPanel<T>; }
     T* at(int64_t q, int64_t unit) const { return data + q * panel + unit * kPanel<T>; }
+
+    // Takes what `next` holds, and leaves it the memory.
+    void become(Units& next) {
+        T* const free = data;
+        *this = next;
+        next.data = free;
+    }
 };
 
 inline int64_t widest_layer(const MlpLayer* layers, int64_t count) {
@@ -195,7 +204,7 @@ struct Block {
                 const Vec<T> z = now.biased ? load<T>(at) + bias[u] : load<T>(at);
                 store<T>(at, activate<T>(now.activation, z));
             });
-            tiles += forward_size(now) + round_up_to(now.inputs, kTileRows) * now.outputs;
+            tiles += forward_size(now) + back_size(now);
         }
     }
 
@@ -216,12 +225,10 @@ struct Block {
                 const Vec<T> z = now.biased ? load<T>(at) + bias[u] : load<T>(at);
                 store<T>(at, z * slope<T>(now.activation, load<T>(activations[l + 1].data + offset)));
             });
-            const int64_t size = forward_size(now) + round_up_to(now.inputs, kTileRows) * now.outputs;
+            const int64_t size = forward_size(now) + back_size(now);
             tiles += size;
             tangent_tiles += size;
-            T* const free = tangent.data;
-            tangent = next;
-            next.data = free;
+            tangent.become(next);
         }
         return tangent;
     }
@@ -330,9 +337,7 @@ inline void add_backward(const Block<T>& block, const Units<T>* activations, Uni
         if (l > 0) {
             next.panel = activations[l].panel;
             block.step_back(l, block.back_tiles(l), activations[l], delta, next);
-            T* const free = delta.data;
-            delta = next;
-            next.data = free;
+            delta.become(next);
         }
     }
 }
@@ -436,9 +441,7 @@ inline void mlp_diagonal_rows(const MlpNetwork<T>& network, int64_t begin, int64
             square_units<T>(block, layer.outputs, delta);
             square_units<T>(block, layer.inputs, activations[l]);
             add_layer_gradient<T>(layer, block.panels, delta, activations[l], diagonal);
-            T* const free = delta.data;
-            delta = next;
-            next.data = free;
+            delta.become(next);
         }
     }
 }
@@ -496,9 +499,7 @@ inline void mlp_jacobian_rows(const MlpNetwork<T>& network, int64_t begin, int64
             if (l > 0) {
                 next.panel = activations[l].panel;
                 block.step_back(l, block.back_tiles(l), activations[l], delta, next);
-                T* const free = delta.data;
-                delta = next;
-                next.data = free;
+                delta.become(next);
             }
         }
     }
