@@ -76,25 +76,37 @@ inline void pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_t st
     }
 }
 
+template <int Count, class S, class T>
+ONESTEP_INLINE void copy_widened(const S* from, T* to) {
+    if constexpr (std::is_same_v<S, T>) {
+        __builtin_memcpy(to, from, sizeof(T) * Count);
+    } else {
+#pragma GCC unroll 48
+        for (int j = 0; j < Count; ++j) {
+            to[j] = widen(from[j]);
+        }
+    }
+}
+
 // The same of the transposed matrix: to[c / Width][p][c % Width] = row(begin + p)[first + c], c in [0, count).
 template <int Width, class T, class Rows>
 inline void pack_columns_of_rows(const Rows& rows, int64_t begin, int64_t depth, int64_t step, int64_t first,
                                  int64_t count, T* to) {
-    // Several panels at a time, so that a cache line of a row is read once.
+    // Several panels at a time, so that a cache line of a row is read once; rows lie pages apart, where the hardware
+    // does not prefetch.
     constexpr int64_t kGroup = Width >= 16 ? Width : 16 / Width * Width;
+    constexpr int64_t kAhead = 16;
     for (int64_t group = 0; group < count; group += kGroup) {
         const int64_t end = minimum(group + kGroup, count);
+        const int64_t whole = step == 1 ? group + (end - group) / Width * Width : group;
         for (int64_t p = 0; p < depth; ++p) {
             const auto* from = rows(begin + p) + first * step;
+            __builtin_prefetch(rows(begin + minimum(p + kAhead, depth - 1)) + (first + group) * step);
             T* at = to + p * Width;
-            for (int64_t c = group; c < end; c += Width) {
-                if (step == 1 && c + Width <= count) {
-#pragma GCC unroll 48
-                    for (int j = 0; j < Width; ++j) {
-                        at[c * depth + j] = widen(from[c + j]);
-                    }
-                    continue;
-                }
+            for (int64_t c = group; c < whole; c += Width) {
+                copy_widened<Width>(from + c, at + c * depth);
+            }
+            for (int64_t c = whole; c < end; c += Width) {
                 for (int64_t j = 0; j < Width; ++j) {
                     at[c * depth + j] = c + j < count ? widen(from[(c + j) * step]) : T(0);
                 }

@@ -162,6 +162,21 @@ ONESTEP_INLINE void transpose_steps(Vec<T>* rows) {
     }
 }
 
+// The sums of kLanes vectors, one in each lane: S = half the lanes first. Their contents are lost.
+template <class T, int S = kLanes<T> / 2>
+ONESTEP_INLINE Vec<T> sums_across(Vec<T>* vectors) {
+    if constexpr (S > 0) {
+#pragma GCC unroll 8
+        for (int r = 0; r < S; ++r) {
+            exchange<T, S>(vectors[r], vectors[r + S], std::make_integer_sequence<int, kLanes<T>>{});
+            vectors[r] += vectors[r + S];
+        }
+        return sums_across<T, S / 2>(vectors);
+    } else {
+        return vectors[0];
+    }
+}
+
 // Transposes the square of kLanes vectors in place.
 template <class T>
 ONESTEP_INLINE void transpose(Vec<T>* rows) {

@@ -73,9 +73,9 @@ inline void copy_tile(const GlmData<X, T>& data, int64_t begin, int64_t rows, T*
 }
 
 template <class X, class T>
-inline GlmTile<T> take_tile(const GlmData<X, T>& data, int64_t begin, int64_t rows, T* copy) {
+ONESTEP_INLINE GlmTile<T> take_tile(const GlmData<X, T>& data, int64_t begin, int64_t rows, bool in_place, T* copy) {
     if constexpr (kSameType<X, T>) {
-        if (read_in_place(data)) {
+        if (in_place) {
             return {data.x.data + begin * data.x.row, data.x.row, rows};
         }
     }
@@ -96,99 +96,146 @@ struct RowVectors {
           last(read_in_place(data) ? data.d - kLanes<T> : (count - 1) * kLanes<T>) {}
 
     int64_t offset(int64_t vector) const { return vector == count - 1 ? last : vector * kLanes<T>; }
+    // Vectors in front of an overlapping one.
+    int64_t apart() const { return overlap() == 0 ? count : count - 1; }
     // Elements at the front of the last vector that belong to the one before.
     int64_t overlap() const { return (count - 1) * kLanes<T> - last; }
 };
 
-// How far ahead of the row that is read memory is asked for the next ones.
-inline constexpr int64_t kAheadBytes = 2048;
+// Rows of one block: they are multiplied both ways before the next ones are read.
+template <class T>
+inline constexpr int kBlockRows = kLanes<T> < 8 ? 8 : kLanes<T>;
 
-// x · v, a row in memory's order: that is what its prefetchers are made for.
-template <class X, class T>
-ONESTEP_INLINE Vec<T> multiply_row(const RowVectors<X, T>& vectors, const T* row, const T* v) {
-    constexpr int64_t lanes = kLanes<T>;
-    constexpr int64_t chains = 4;
-    const int64_t whole_vectors = vectors.overlap() == 0 ? vectors.count : vectors.count - 1;
-    Vec<T> sum[chains] = {};
-    int64_t q = 0;
-    for (; q + chains <= whole_vectors; q += chains) {
-        const auto* ahead = reinterpret_cast<const char*>(row + q * lanes) + kAheadBytes;
-        for (int64_t byte = 0; byte < chains * ONESTEP_VECTOR_BYTES; byte += 64) {
-            __builtin_prefetch(ahead + byte);
+// The rows of a block; past its end the last one is repeated. Meanwhile the next block is asked for in memory's order,
+// half of it on the way there and half on the way back, so that memory never waits for arithmetic.
+template <class T>
+struct BlockRows {
+    static constexpr int64_t kAskedPerVector = kBlockRows<T> * ONESTEP_VECTOR_BYTES / 2;
+
+    const T* row[kBlockRows<T>];
+    const char* next;
+    int64_t asked;
+
+    // `contiguous`: the next block follows in memory.
+    BlockRows(const GlmTile<T>& tile, bool contiguous) {
+        row[0] = tile.data;
+        for (int r = 1; r < kBlockRows<T>; ++r) {
+            row[r] = row[r - 1] + (r < tile.rows ? tile.row : 0);
         }
+        next = reinterpret_cast<const char*>(contiguous ? tile.data + kBlockRows<T> * tile.row : tile.data);
+        asked = contiguous ? kAskedPerVector : 0;
+    }
+
+    ONESTEP_INLINE void ask() {
+#pragma GCC unroll 8
+        for (int64_t byte = 0; byte < kAskedPerVector; byte += 64) {
+            __builtin_prefetch(next + byte);
+        }
+        next += asked;
+    }
+};
+
+// z[i] = x_i · v.
+template <class X, class T>
+ONESTEP_INLINE void multiply_rows(const RowVectors<X, T>& vectors, BlockRows<T>& block, const T* v, T intercept, T* z) {
+    constexpr int lanes = kLanes<T>;
+    constexpr int rows = kBlockRows<T>;
+    Vec<T> sum[rows] = {};
+    const auto add = [&](int64_t q, int64_t at) {
+        const Vec<T> right = load<T>(v + q * lanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+            sum[r] += load<T>(block.row[r] + at) * right;
+        }
+    };
+    for (int64_t q = 0; q < vectors.apart(); ++q) {
+        block.ask();
+        add(q, q * lanes);
+    }
+    if (vectors.apart() < vectors.count) {
+        add(vectors.count - 1, vectors.last);
+    }
 #pragma GCC unroll 4
-        for (int64_t c = 0; c < chains; ++c) {
-            sum[c] += load<T>(row + (q + c) * lanes) * load<T>(v + (q + c) * lanes);
-        }
+    for (int r = 0; r < rows; r += lanes) {
+        store<T>(z + r, sums_across<T>(sum + r) + intercept);
     }
-    for (; q < vectors.count; ++q) {
-        sum[0] += load<T>(row + vectors.offset(q)) * load<T>(v + q * lanes);
-    }
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// z[i] = x_i · v for kLanes rows at a time; rows past the end repeat the last one.
+// out += Σ_i z[i] x_i in the layout of v.
 template <class X, class T>
-inline void multiply_rows(const RowVectors<X, T>& vectors, const GlmTile<T>& tile, const T* v, T intercept, T* z) {
-    constexpr int lanes = kLanes<T>;
-    for (int64_t i = 0; i < tile.rows; i += lanes) {
-        Vec<T> sum[lanes];
-        for (int r = 0; r < lanes; ++r) {
-            sum[r] = multiply_row<X, T>(vectors, tile.data + minimum(i + r, tile.rows - 1) * tile.row, v);
-        }
-        transpose<T>(sum);
-        Vec<T> total = broadcast<T>(intercept);
+ONESTEP_INLINE void add_rows(const RowVectors<X, T>& vectors, BlockRows<T>& block, const T* z, T* out) {
+    constexpr int rows = kBlockRows<T>;
+    Vec<T> scale[rows];
 #pragma GCC unroll 16
-        for (int r = 0; r < lanes; ++r) {
-            total += sum[r];
-        }
-        store<T>(z + i, total);
+    for (int r = 0; r < rows; ++r) {
+        scale[r] = broadcast<T>(z[r]);
     }
-}
-
-// out += Σ_i z[i] x_i in the layout of v; z holds zeros past the last row.
-template <class X, class T>
-inline void add_rows(const RowVectors<X, T>& vectors, const GlmTile<T>& tile, const T* z, T* out) {
-    constexpr int lanes = kLanes<T>;
-    for (int64_t i = 0; i < tile.rows; i += lanes) {
-        const T* row[lanes];
-        Vec<T> scale[lanes];
-        for (int r = 0; r < lanes; ++r) {
-            row[r] = tile.data + minimum(i + r, tile.rows - 1) * tile.row;
-            scale[r] = broadcast<T>(i + r < tile.rows ? z[i + r] : T(0));
-        }
-        for (int64_t q = 0; q < vectors.count; ++q) {
-            const int64_t at = vectors.offset(q);
-            Vec<T> sum = load<T>(out + q * lanes);
+    const auto add = [&](int64_t q, int64_t at) {
+        Vec<T> sums[2] = {load<T>(out + q * kLanes<T>), Vec<T>{}};
 #pragma GCC unroll 16
-            for (int r = 0; r < lanes; ++r) {
-                sum += scale[r] * load<T>(row[r] + at);
-            }
-            store<T>(out + q * lanes, sum);
+        for (int r = 0; r < rows; ++r) {
+            sums[r % 2] += scale[r] * load<T>(block.row[r] + at);
         }
+        store<T>(out + q * kLanes<T>, sums[0] + sums[1]);
+    };
+    for (int64_t q = 0; q < vectors.apart(); ++q) {
+        block.ask();
+        add(q, q * kLanes<T>);
+    }
+    if (vectors.apart() < vectors.count) {
+        add(vectors.count - 1, vectors.last);
     }
 }
 
-// product[j] += out, from the layout of v; and its last row, the intercept's, += Σ z.
+// product[j] += out, from the layout of v.
 template <class X, class T>
-inline void add_single(const GlmData<X, T>& data, const RowVectors<X, T>& vectors, const GlmTile<T>& tile, const T* z,
-                       T* out, T* product) {
-    for (int64_t q = 0; q < vectors.count; ++q) {
-        store<T>(out + q * kLanes<T>, Vec<T>{});
-    }
-    add_rows<X, T>(vectors, tile, z, out);
+inline void add_single(const GlmData<X, T>& data, const RowVectors<X, T>& vectors, const T* out, T* product) {
     for (int64_t q = 0; q < vectors.count; ++q) {
         const int64_t skipped = q == vectors.count - 1 ? vectors.overlap() : 0;
         for (int64_t lane = skipped; lane < minimum(kLanes<T>, data.d - vectors.offset(q)); ++lane) {
             product[vectors.offset(q) + lane] += out[q * kLanes<T> + lane];
         }
     }
-    if (data.intercept) {
-        T sum = T(0);
-        for (int64_t i = 0; i < tile.rows; ++i) {
-            sum += z[i];
+}
+
+// For rows [begin, end): z = Xv, which change(first, rows, z) makes to what is multiplied back and added to the
+// product, unless that is null. Sums of kMostTileRows rows are added up, for the sake of their rounding. `z` and `out`
+// are work memory, as is `copy`, where X is not read in place.
+template <class X, class T, class Change>
+inline void single_rows(const GlmData<X, T>& data, int64_t begin, int64_t end, const T* packed, T* product, T* copy,
+                        T* z, T* out, const Change& change) {
+    const RowVectors<X, T> vectors(data);
+    const bool in_place = read_in_place(data);
+    const bool contiguous = in_place && data.x.row == data.d;
+    const T intercept = packed[vectors.count * kLanes<T>];
+    for (int64_t tile = begin; tile < end; tile += kMostTileRows) {
+        const int64_t tile_end = minimum(tile + kMostTileRows, end);
+        for (int64_t q = 0; q < vectors.count; ++q) {
+            store<T>(out + q * kLanes<T>, Vec<T>{});
         }
-        product[data.d] += sum;
+        Vec<T> ones = {};
+        for (int64_t at = tile; at < tile_end; at += kBlockRows<T>) {
+            const int64_t rows = minimum(kBlockRows<T>, tile_end - at);
+            BlockRows<T> block(take_tile<X, T>(data, at, rows, in_place, copy), contiguous);
+            multiply_rows<X, T>(vectors, block, packed, intercept, z);
+            change(at, rows, z);
+            if (product == nullptr) {
+                continue;
+            }
+            for (int64_t r = rows; r < kBlockRows<T>; ++r) {
+                z[r] = T(0);
+            }
+            for (int r = 0; r < kBlockRows<T>; r += kLanes<T>) {
+                ones += load<T>(z + r);
+            }
+            add_rows<X, T>(vectors, block, z, out);
+        }
+        if (product != nullptr) {
+            add_single<X, T>(data, vectors, out, product);
+            if (data.intercept) {
+                product[data.d] += sum_across<T>(ones);
+            }
+        }
     }
 }
 
@@ -391,19 +438,19 @@ inline double evaluate_row(const GlmPointArgs<X, T>& args, const GlmColumns& col
 template <class T>
 struct GlmWork {
     int64_t sizes[4];
-    T* copy;  // a tile of X, where it is not read in place
+    T* copy;  // a tile (a block, for a single right-hand side) of X, where it is not read in place
     T* z;     // the tile times the right-hand sides
-    T* y;     // y, weight and curvature of the tile's rows, or of one row
+    T* y;     // y, weight and curvature of the block's rows, or of one row
     T* weight;
     T* curvature;
     T* out;  // the tile's result for a single right-hand side
 
     template <class X>
     GlmWork(const GlmData<X, T>& data, const GlmColumns& columns) {
-        const int64_t rows = tile_rows(data);
+        const int64_t rows = columns.ld == 1 ? kBlockRows<T> : tile_rows(data);
         sizes[0] = read_in_place(data) ? 0 : rows * whole(data.d, kLanes<T>);
         sizes[1] = rows * columns.ld;
-        sizes[2] = maximum(rows, columns.stride);
+        sizes[2] = columns.ld == 1 ? rows : columns.stride;
         sizes[3] = whole(data.d, kLanes<T>);
     }
 
@@ -467,30 +514,27 @@ inline double glm_point_rows(const GlmPointArgs<X, T>& args, const GlmColumns& c
                              const T* packed, T* gradient, T* work) {
     const GlmData<X, T>& data = args.data;
     const GlmWork<T> buffer(data, columns, work);
-    const RowVectors<X, T> vectors(data);
     double loss = 0.0;
+    if (columns.ld == 1) {
+        single_rows<X, T>(
+            data, begin, end, packed, gradient, buffer.copy, buffer.z, buffer.out, [&](int64_t at, int64_t rows, T* z) {
+                for (int64_t i = 0; i < rows; ++i) {
+                    buffer.y[i] = data.y.data[(at + i) * data.y.row];
+                    buffer.weight[i] = weight_of(data, at + i);
+                }
+                for (int64_t i = rows; i < kBlockRows<T>; ++i) {
+                    z[i] = buffer.y[i] = buffer.weight[i] = T(0);
+                }
+                loss += evaluate_family<T>(data.family, kBlockRows<T>, z, buffer.y, buffer.weight, buffer.curvature);
+                for (int64_t i = 0; i < rows && args.curvature != nullptr; ++i) {
+                    args.curvature[at + i] = buffer.curvature[i];
+                }
+            });
+        return loss;
+    }
     for (int64_t at = begin; at < end; at += tile_rows(data)) {
         const int64_t rows = minimum(tile_rows(data), end - at);
-        const GlmTile<T> tile = take_tile<X, T>(data, at, rows, buffer.copy);
-        if (columns.ld == 1) {
-            const int64_t padded = whole(rows, kLanes<T>);
-            multiply_rows<X, T>(vectors, tile, packed, packed[vectors.count * kLanes<T>], buffer.z);
-            for (int64_t i = 0; i < rows; ++i) {
-                buffer.y[i] = data.y.data[(at + i) * data.y.row];
-                buffer.weight[i] = weight_of(data, at + i);
-            }
-            for (int64_t i = rows; i < padded; ++i) {
-                buffer.z[i] = buffer.y[i] = buffer.weight[i] = T(0);
-            }
-            loss += evaluate_family<T>(data.family, padded, buffer.z, buffer.y, buffer.weight, buffer.curvature);
-            for (int64_t i = 0; i < rows && args.curvature != nullptr; ++i) {
-                args.curvature[at + i] = buffer.curvature[i];
-            }
-            if (gradient != nullptr) {
-                add_single<X, T>(data, vectors, tile, buffer.z, buffer.out, gradient);
-            }
-            continue;
-        }
+        const GlmTile<T> tile = take_tile<X, T>(data, at, rows, read_in_place(data), buffer.copy);
         multiply_block<X, T>(data, columns, tile, packed, buffer.z);
         for (int64_t i = 0; i < rows; ++i) {
             loss += evaluate_row<X, T>(args, columns, at + i, buffer.z + i * columns.ld, buffer.y, buffer.weight,
@@ -536,19 +580,19 @@ inline void glm_product_rows(const GlmProductArgs<X, T>& args, const GlmColumns&
                              const T* packed, T* product, T* work) {
     const GlmData<X, T>& data = args.data;
     const GlmWork<T> buffer(data, columns, work);
-    const RowVectors<X, T> vectors(data);
+    if (columns.ld == 1) {
+        single_rows<X, T>(data, begin, end, packed, product, buffer.copy, buffer.z, buffer.out,
+                          [&](int64_t at, int64_t, T* z) {
+                              for (int r = 0; r < kBlockRows<T>; r += kLanes<T>) {
+                                  store<T>(z + r, load<T>(z + r) * load<T>(args.curvature + at + r));
+                              }
+                          });
+        return;
+    }
     for (int64_t at = begin; at < end; at += tile_rows(data)) {
         const int64_t rows = minimum(tile_rows(data), end - at);
-        const GlmTile<T> tile = take_tile<X, T>(data, at, rows, buffer.copy);
+        const GlmTile<T> tile = take_tile<X, T>(data, at, rows, read_in_place(data), buffer.copy);
         const T* curvature = args.curvature + at * data.k;
-        if (columns.ld == 1) {
-            multiply_rows<X, T>(vectors, tile, packed, packed[vectors.count * kLanes<T>], buffer.z);
-            for (int64_t i = 0; i < rows; i += kLanes<T>) {
-                store<T>(buffer.z + i, load<T>(buffer.z + i) * load<T>(curvature + i));
-            }
-            add_single<X, T>(data, vectors, tile, buffer.z, buffer.out, product);
-            continue;
-        }
         multiply_block<X, T>(data, columns, tile, packed, buffer.z);
         for (int64_t i = 0; i < rows; ++i) {
             scale_row<X, T>(data, columns, at + i, curvature + i * data.k, buffer.z + i * columns.ld);
