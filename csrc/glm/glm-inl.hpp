@@ -208,14 +208,20 @@ inline void single_rows(const GlmData<X, T>& data, int64_t begin, int64_t end, c
     const bool in_place = read_in_place(data);
     const bool contiguous = in_place && data.x.row == data.d;
     const T intercept = packed[vectors.count * kLanes<T>];
-    for (int64_t tile = begin; tile < end; tile += kMostTileRows) {
-        const int64_t tile_end = minimum(tile + kMostTileRows, end);
+    const int64_t half = (end - begin + 2 * kBlockRows<T> - 1) / (2 * kBlockRows<T>);
+    constexpr int64_t kPairs = kMostTileRows / kBlockRows<T> / 2;
+    for (int64_t first = 0; first < half; first += kPairs) {
         for (int64_t q = 0; q < vectors.count; ++q) {
             store<T>(out + q * kLanes<T>, Vec<T>{});
         }
         Vec<T> ones = {};
-        for (int64_t at = tile; at < tile_end; at += kBlockRows<T>) {
-            const int64_t rows = minimum(kBlockRows<T>, tile_end - at);
+        const int64_t last = 2 * minimum(first + kPairs, half);
+        for (int64_t index = 2 * first; index < last; ++index) {
+            const int64_t at = begin + (index / 2 + index % 2 * half) * kBlockRows<T>;
+            if (at >= end) {
+                continue;
+            }
+            const int64_t rows = minimum(kBlockRows<T>, end - at);
             BlockRows<T> block(take_tile<X, T>(data, at, rows, in_place, copy), contiguous);
             multiply_rows<X, T>(vectors, block, packed, intercept, z);
             change(at, rows, z);
