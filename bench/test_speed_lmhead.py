@@ -37,7 +37,7 @@ def test_gradient(compare: Callable[..., float]) -> None:
     compare(
         lambda: WAYS["onestep gradient"](head),
         lambda: WAYS["torch gradient"](head),
-        rounds=7,
+        rounds=5,
         case=f"forward + backward, {CASE}",
         bar=1.0,
         flops=3 * PRODUCT,
@@ -66,7 +66,7 @@ def test_hvp(compare: Callable[..., float], way: str, products: int, bar: float 
     compare(
         lambda: WAYS[way](head),
         lambda: WAYS[peer](head),
-        rounds=7,
+        rounds=5,
         case=f"HVP by {way.removeprefix('onestep ')}, {CASE}; peer: {peer}",
         bar=bar,
         flops=products * PRODUCT,
@@ -87,7 +87,7 @@ def test_bfloat16_hvp(compare: Callable[..., float]) -> None:
     compare(
         lambda: WAYS[way](half),
         lambda: WAYS[peer](head),
-        rounds=7,
+        rounds=5,
         case=f"HVP by linear_cross_entropy_hvp, {N} × {D} × {V} bf16 on AMX; peer: {peer}, fp32",
         bar=4.0,
         flops=7 * PRODUCT,
