@@ -458,18 +458,67 @@ def op_arguments():
     return {
         "attention": (q, k, v, mask, 0.5, False),
         "attention_jvp": (q, k, v, mask, out, lse, *tangents, 0.5, False),
+        "attention_and_jvp": (q, k, v, mask, *tangents, 0.5, False),
         "attention_backward": (*primal, 0.5, False, True),
         "attention_backward_jvp": (*primal, *grads, *tangents, dout, dlse, 0.5, False, True),
+        "attention_backward_and_jvp": (*primal, *grads, *tangents, dout, dlse, 0.5, False, True),
     }
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_jvp", "attention_backward", "attention_backward_jvp"])
+@pytest.mark.parametrize("name", op_arguments())
 def test_opcheck(name):
     arguments = op_arguments()[name]
     torch.library.opcheck(getattr(ops, name).default, arguments)
-    if name in ("attention", "attention_jvp"):
+    if name in ("attention", "attention_jvp", "attention_and_jvp"):
         differentiable = [x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
         torch.library.opcheck(getattr(ops, name).default, tuple(differentiable))
+
+
+@pytest.mark.parametrize("name", ["attention_and_jvp", "attention_backward_and_jvp"])
+def test_values_and_tangents_where_a_derivative_is_wanted(name):
+    """These levels get what the two ops give one after the other."""
+    arguments = op_arguments()[name]
+    places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
+    apart = {
+        "attention_and_jvp": lambda *x: (*(o := ops.attention(*x[:4], *x[8:])), *ops.attention_jvp(*x[:4], *o, *x[4:])),
+        "attention_backward_and_jvp": lambda *x: (
+            *ops.attention_backward(*x[:8], *x[16:]),
+            *ops.attention_backward_jvp(*x),
+        ),
+    }[name]
+
+    def weighed(op, tensors):
+        given = list(arguments)
+        for place, tensor in zip(places, tensors, strict=True):
+            given[place] = tensor
+        return sum((result * (i + 1)).cos().sum() for i, result in enumerate(op(*given)))
+
+    tensors = tuple(arguments[place] for place in places)
+    together = getattr(ops, name).default
+    wanted = range(len(tensors)) if name == "attention_and_jvp" else [i for i, p in enumerate(places) if p < 6]
+    for got, expected in zip(
+        func.grad(lambda *x: weighed(together, x), tuple(wanted))(*tensors),
+        func.grad(lambda *x: weighed(apart, x), tuple(wanted))(*tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_vmap_of_tangents_computes_values_once(monkeypatch):
+    q, k, v = normal(2, 5, 3), normal(2, 6, 3), normal(2, 6, 3)
+    directions = tuple(torch.randn(4, *x.shape, dtype=x.dtype) for x in (q, k, v))
+
+    def product(*direction):
+        loss = func.grad(lambda *x: scaled_dot_product_attention(*x).sin().sum(), (0, 1, 2))
+        return func.jvp(loss, (q, k, v), direction)[1]
+
+    expected = [product(*(t[i] for t in directions)) for i in range(4)]
+    values = count_calls(monkeypatch), count_calls(monkeypatch, "backward")
+    both = count_calls(monkeypatch, "forward_and_jvp"), count_calls(monkeypatch, "backward_and_jvp")
+    got = func.vmap(product)(*directions)
+    assert [len(calls) for calls in (*values, *both)] == [1, 1, 0, 0]
+    for results, *each in zip(got, *expected, strict=True):
+        torch.testing.assert_close(results, torch.stack(each))
 
 
 @pytest.mark.parametrize("option", ["causal", "boolean", "additive"])
@@ -513,15 +562,13 @@ def test_compiled_forward_mode(name, backend):
 # --------------------------------------------------------------------------------------------- modules and curvature
 
 
-def count_calls(monkeypatch):
-    """Counts how often the forward kernel runs."""
+def count_calls(monkeypatch, name="forward"):
+    """Counts how often a kernel runs."""
     from onestep.ops import attention as family
 
     calls = []
-    kernel = family._KERNELS["forward", torch.float64]
-    monkeypatch.setitem(
-        family._KERNELS, ("forward", torch.float64), lambda *args: (calls.append(None), kernel(*args))[1]
-    )
+    kernel = family._KERNELS[name, torch.float64]
+    monkeypatch.setitem(family._KERNELS, (name, torch.float64), lambda *args: (calls.append(None), kernel(*args))[1])
     return calls
 
 
@@ -548,7 +595,7 @@ def test_replace_attention_leaves_what_it_does_not_take():
 
 
 def test_curvature_products_run_on_the_kernel(monkeypatch):
-    calls = count_calls(monkeypatch)
+    calls = count_calls(monkeypatch, "forward_and_jvp")
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
     x = normal(2, 5, 8)
     params = {name: p.detach() for name, p in layer.named_parameters()}

@@ -211,7 +211,8 @@ SAMPLES = [(name, label) for name in OPS for label in samples_of(name, Make(torc
 
 
 # Those of tests/test_attention.py and tests/test_mlp.py.
-ELSEWHERE = ["attention", "attention_backward", "attention_backward_jvp", "attention_jvp"]
+ELSEWHERE = ["attention", "attention_and_jvp", "attention_jvp"]
+ELSEWHERE += ["attention_backward", "attention_backward_and_jvp", "attention_backward_jvp"]
 ELSEWHERE += ["mlp_gradient", "mlp_jacobian", "mlp_product"]
 
 

@@ -129,18 +129,29 @@ struct Call {
     }
 };
 
+// What a pass computes: values, their tangents, or both.
+enum class Pass { values, tangents, both };
+
 template <class T>
-Status by_queries(const AttentionArgs<T>& args, bool tangent) {
-    const Call<T> call(args);
+Status by_queries(const Call<T>& call, Pass pass) {
+    const AttentionArgs<T>& args = call.args;
     const int64_t tiles = call.query_tiles;
     return call.run(call.all_heads * tiles, call.tile * args.keys * args.d, [&](int64_t index, T* work) {
         // With a causal mask the last queries see the most keys: they go first.
         const int64_t query_tile = tiles - 1 - index % tiles;
         const int64_t at = index / tiles * args.queries;
-        T* out = args.out + at * args.dv;
-        double* lse = args.lse != nullptr ? args.lse + at : nullptr;
-        const auto kernel = tangent ? call.kernel.jvp : call.kernel.forward;
-        kernel(call.head(index / tiles), query_tile * call.tile, call.rows(query_tile), out, lse, work);
+        const auto rows_of = [&](const AttentionResults<T>& results) {
+            return AttentionRows<T>{results.out + at * args.dv, results.lse != nullptr ? results.lse + at : nullptr};
+        };
+        const AttentionHead<T> head = call.head(index / tiles);
+        const int64_t begin = query_tile * call.tile;
+        const int64_t rows = call.rows(query_tile);
+        const AttentionRows<T> to = rows_of(args);
+        if (pass == Pass::both) {
+            call.kernel.forward_and_jvp(head, begin, rows, to, rows_of(args.tangents), work);
+        } else {
+            (pass == Pass::values ? call.kernel.forward : call.kernel.jvp)(head, begin, rows, to.out, to.lse, work);
+        }
     });
 }
 
@@ -170,11 +181,19 @@ std::vector<int64_t> cut_keys(const Call<T>& call, int64_t kv_heads, int64_t par
     return cuts;
 }
 
+// Row statistics of one query head out of those of all.
+template <class T>
+AttentionDeltas<T> deltas_of(const AttentionDeltas<T>& deltas, int64_t first_row) {
+    return {deltas.primal + first_row, deltas.tangent != nullptr ? deltas.tangent + first_row : nullptr};
+}
+
 // q, k and v gradients. The keys of a head are cut into pieces that depend on the problem alone; their summands of the
 // gradient of q are added up in the order of the keys.
 template <class T>
-Status grads_by_keys(const Call<T>& call, const AttentionDeltas<T>& deltas, bool tangent) {
+Status grads_by_keys(const Call<T>& call, const AttentionDeltas<T>& deltas, Pass pass) {
     const AttentionArgs<T>& args = call.args;
+    const AttentionResults<T>* const results[2] = {&args, &args.tangents};
+    const int64_t kinds = pass == Pass::both ? 2 : 1;
     const int64_t kv_heads = args.batch.count() * args.kv_heads;
     const int64_t group = args.heads / args.kv_heads;
     const int64_t q_row = ceil_div(args.d, call.kernel.lanes) * call.kernel.lanes;
@@ -183,8 +202,11 @@ Status grads_by_keys(const Call<T>& call, const AttentionDeltas<T>& deltas, bool
     const auto pieces = static_cast<int64_t>(cuts.size()) - 1;
     const bool direct = pieces == 1 && q_row == args.d;
     // Plain new: what no piece touches takes no memory.
-    std::unique_ptr<T[]> partial(direct ? nullptr : new T[static_cast<size_t>(pieces * call.all_heads * q_size)]);
-    T* sums = direct ? args.q_grad : partial.get();
+    const int64_t kind_size = direct ? 0 : pieces * call.all_heads * q_size;
+    std::unique_ptr<T[]> partial(direct ? nullptr : new T[static_cast<size_t>(kinds * kind_size)]);
+    const auto sums_of = [&](int64_t kind) {
+        return direct ? results[kind]->q_grad : partial.get() + kind * kind_size;
+    };
 
     const auto unit = [&](int64_t index, T* work) {
         const int64_t kv_head = index / pieces;
@@ -193,18 +215,23 @@ Status grads_by_keys(const Call<T>& call, const AttentionDeltas<T>& deltas, bool
         const int64_t end = cuts[static_cast<size_t>(piece) + 1];
         for (int64_t member = 0; member < group; ++member) {
             const int64_t head = kv_head * group + member;
-            AttentionGrads<T> grads;
-            grads.q = sums + (piece * call.all_heads + head) * q_size;
-            grads.q_row = q_row;
-            grads.k = args.k_grad + kv_head * args.keys * args.d;
-            grads.v = args.v_grad + kv_head * args.keys * args.dv;
-            grads.add = member > 0;
             const int64_t first_row = args.causal ? std::min(begin, args.queries) : 0;
-            std::fill(grads.q + first_row * q_row, grads.q + q_size, T(0));
-            const AttentionDeltas<T> own = {deltas.primal + head * args.queries,
-                                            tangent ? deltas.tangent + head * args.queries : nullptr};
-            const auto kernel = tangent ? call.kernel.backward_jvp : call.kernel.backward;
-            kernel(call.head(head), own, begin, end, grads, work);
+            AttentionGrads<T> grads[2];
+            for (int64_t kind = 0; kind < kinds; ++kind) {
+                grads[kind].q = sums_of(kind) + (piece * call.all_heads + head) * q_size;
+                grads[kind].q_row = q_row;
+                grads[kind].k = results[kind]->k_grad + kv_head * args.keys * args.d;
+                grads[kind].v = results[kind]->v_grad + kv_head * args.keys * args.dv;
+                grads[kind].add = member > 0;
+                std::fill(grads[kind].q + first_row * q_row, grads[kind].q + q_size, T(0));
+            }
+            const AttentionDeltas<T> own = deltas_of(deltas, head * args.queries);
+            if (pass == Pass::both) {
+                call.kernel.backward_and_jvp(call.head(head), own, begin, end, grads[0], grads[1], work);
+            } else {
+                const auto kernel = pass == Pass::values ? call.kernel.backward : call.kernel.backward_jvp;
+                kernel(call.head(head), own, begin, end, grads[0], work);
+            }
         }
     };
     Status status = call.run(kv_heads * pieces, group * args.queries * args.keys * args.d / pieces, unit);
@@ -212,10 +239,12 @@ Status grads_by_keys(const Call<T>& call, const AttentionDeltas<T>& deltas, bool
         return status;
     }
     auto reduce = [&](int64_t index) {
-        const int64_t head = index / call.query_tiles;
+        const int64_t kind = index / (call.all_heads * call.query_tiles);
+        const T* sums = sums_of(kind);
+        const int64_t head = index / call.query_tiles % call.all_heads;
         const int64_t first = index % call.query_tiles * call.tile;
         for (int64_t row = first; row < std::min(first + call.tile, args.queries); ++row) {
-            T* to = args.q_grad + (head * args.queries + row) * args.d;
+            T* to = results[kind]->q_grad + (head * args.queries + row) * args.d;
             std::copy_n(sums + head * q_size + row * q_row, args.d, to);
             for (int64_t piece = 1; piece < pieces; ++piece) {
                 if (args.causal && row < cuts[static_cast<size_t>(piece)]) {
@@ -226,15 +255,18 @@ Status grads_by_keys(const Call<T>& call, const AttentionDeltas<T>& deltas, bool
             }
         }
     };
-    return parallel_for(call.all_heads * call.query_tiles, 16, reduce);
+    return parallel_for(kinds * call.all_heads * call.query_tiles, 16, reduce);
 }
 
 // The mask's gradient: dS, summed over what the mask is broadcast over. One unit of work is a tile of the mask, or a
 // stripe of tiles where a row or a column of the mask serves all.
 template <class T>
-Status grad_of_mask(const Call<T>& call, const AttentionDeltas<T>& deltas, bool tangent) {
+Status grad_of_mask(const Call<T>& call, const AttentionDeltas<T>& deltas, const AttentionMaskGrad<T>& grad,
+                    bool tangent) {
+    if (grad.data == nullptr) {
+        return Status::ok;
+    }
     const AttentionArgs<T>& args = call.args;
-    const AttentionMaskGrad<T>& grad = args.mask_grad;
     // Batch dimensions and heads that the mask has of its own, and those that it is broadcast over.
     const int dims = args.batch.dims + 1;
     const auto size = [&](int dim) { return dim < args.batch.dims ? args.batch.size[dim] : args.heads; };
@@ -271,8 +303,7 @@ Status grad_of_mask(const Call<T>& call, const AttentionDeltas<T>& deltas, bool 
                 unit_stride *= size(dim);
             }
             const AttentionHead<T> this_head = call.head(head);
-            const AttentionDeltas<T> rows = {deltas.primal + head * args.queries,
-                                             tangent ? deltas.tangent + head * args.queries : nullptr};
+            const AttentionDeltas<T> rows = deltas_of(deltas, head * args.queries);
             const auto kernel = tangent ? call.kernel.score_grad_jvp : call.kernel.score_grad;
             for (int64_t i = row_unit; i < (row_each ? row_unit + 1 : call.query_tiles); ++i) {
                 for (int64_t j = col_unit; j < (col_each ? col_unit + 1 : call.key_tiles); ++j) {
@@ -297,56 +328,107 @@ Status grad_of_mask(const Call<T>& call, const AttentionDeltas<T>& deltas, bool 
 }
 
 template <class T>
-Status backward(const AttentionArgs<T>& args, bool tangent) {
-    const Call<T> call(args);
+Status backward(const Call<T>& call, Pass pass) {
+    const AttentionArgs<T>& args = call.args;
     const int64_t count = call.all_heads * args.queries;
+    const bool tangent = pass != Pass::values;
     std::unique_ptr<T[]> memory(new T[static_cast<size_t>((tangent ? 2 : 1) * count)]);
     const AttentionDeltas<T> deltas = {memory.get(), tangent ? memory.get() + count : nullptr};
     Status status = call.run(call.all_heads * call.query_tiles, call.tile * args.dv * 3, [&](int64_t index, T* work) {
         const int64_t head = index / call.query_tiles;
         const int64_t query_tile = index % call.query_tiles;
-        const AttentionDeltas<T> rows = {deltas.primal + head * args.queries,
-                                         tangent ? deltas.tangent + head * args.queries : nullptr};
+        const AttentionDeltas<T> rows = deltas_of(deltas, head * args.queries);
         call.kernel.deltas(call.head(head), query_tile * call.tile, call.rows(query_tile), rows, work);
     });
     if (status == Status::ok) {
-        status = grads_by_keys(call, deltas, tangent);
+        status = grads_by_keys(call, deltas, pass);
     }
-    if (status == Status::ok && args.mask_grad.data != nullptr) {
-        status = grad_of_mask(call, deltas, tangent);
+    if (status == Status::ok) {
+        status = grad_of_mask(call, deltas, args.mask_grad, pass == Pass::tangents);
+    }
+    if (status == Status::ok && pass == Pass::both) {
+        status = grad_of_mask(call, deltas, args.tangents.mask_grad, true);
     }
     return status;
+}
+
+// The arguments of the pass that computes tangents alone.
+template <class T>
+AttentionArgs<T> for_tangents(const AttentionArgs<T>& args) {
+    AttentionArgs<T> result = args;
+    static_cast<AttentionResults<T>&>(result) = args.tangents;
+    return result;
+}
+
+// A result as the input of the next pass: contiguous, (batch…, heads, queries, cols).
+template <class T>
+AttentionInput contiguous(const AttentionArgs<T>& args, const void* data, int64_t cols) {
+    AttentionInput result;
+    result.data = data;
+    result.col = 1;
+    result.row = cols;
+    result.head = args.queries * cols;
+    int64_t stride = args.heads * result.head;
+    for (int dim = args.batch.dims - 1; dim >= 0; --dim) {
+        result.batch[dim] = stride;
+        stride *= args.batch.size[dim];
+    }
+    return result;
 }
 
 }  // namespace
 
 template <class T>
 Status attention_forward(const AttentionArgs<T>& args) {
-    return by_queries(args, false);
+    return by_queries(Call<T>(args), Pass::values);
 }
 
 template <class T>
 Status attention_jvp(const AttentionArgs<T>& args) {
-    return by_queries(args, true);
+    return by_queries(Call<T>(args), Pass::tangents);
+}
+
+template <class T>
+Status attention_forward_and_jvp(const AttentionArgs<T>& args) {
+    const Call<T> call(args);
+    if (call.kernel.forward_and_jvp != nullptr) {
+        return by_queries(call, Pass::both);
+    }
+    const Status status = attention_forward(args);
+    AttentionArgs<T> tangents = for_tangents(args);
+    tangents.primal.out = contiguous(args, args.out, args.dv);
+    tangents.primal.lse = contiguous(args, args.lse, 1);
+    return status == Status::ok ? attention_jvp(tangents) : status;
 }
 
 template <class T>
 Status attention_backward(const AttentionArgs<T>& args) {
-    return backward(args, false);
+    return backward(Call<T>(args), Pass::values);
 }
 
 template <class T>
 Status attention_backward_jvp(const AttentionArgs<T>& args) {
-    return backward(args, true);
+    return backward(Call<T>(args), Pass::tangents);
 }
 
-template Status attention_forward(const AttentionArgs<float>&);
-template Status attention_forward(const AttentionArgs<double>&);
-template Status attention_jvp(const AttentionArgs<float>&);
-template Status attention_jvp(const AttentionArgs<double>&);
-template Status attention_backward(const AttentionArgs<float>&);
-template Status attention_backward(const AttentionArgs<double>&);
-template Status attention_backward_jvp(const AttentionArgs<float>&);
-template Status attention_backward_jvp(const AttentionArgs<double>&);
+template <class T>
+Status attention_backward_and_jvp(const AttentionArgs<T>& args) {
+    const Call<T> call(args);
+    if (call.kernel.backward_and_jvp != nullptr) {
+        return backward(call, Pass::both);
+    }
+    const Status status = attention_backward(args);
+    return status == Status::ok ? attention_backward_jvp(for_tangents(args)) : status;
+}
+
+#define ONESTEP_INSTANTIATE(T)                                          \
+    template Status attention_forward(const AttentionArgs<T>&);         \
+    template Status attention_jvp(const AttentionArgs<T>&);             \
+    template Status attention_forward_and_jvp(const AttentionArgs<T>&); \
+    template Status attention_backward(const AttentionArgs<T>&);        \
+    template Status attention_backward_jvp(const AttentionArgs<T>&);    \
+    template Status attention_backward_and_jvp(const AttentionArgs<T>&);
+ONESTEP_INSTANTIATE(float)
+ONESTEP_INSTANTIATE(double)
 
 }  // namespace onestep

@@ -44,8 +44,20 @@ struct AttentionMaskGrad {
     int64_t col = 0;
 };
 
+// Where results go.
 template <class T>
-struct AttentionArgs {
+struct AttentionResults {
+    T* out = nullptr;
+    double* lse = nullptr;  // may be null
+    T* q_grad = nullptr;
+    T* k_grad = nullptr;
+    T* v_grad = nullptr;
+    AttentionMaskGrad<T> mask_grad;  // null data: not wanted
+};
+
+// The results of the function itself: tangents in the functions that compute nothing else.
+template <class T>
+struct AttentionArgs : AttentionResults<T> {
     BatchShape batch;
     int64_t heads = 0, kv_heads = 0, queries = 0, keys = 0, d = 0, dv = 0;
     T scale = T(1);
@@ -53,15 +65,7 @@ struct AttentionArgs {
     bool boolean_mask = false;  // mask holds bytes: 0 hides the key
     AttentionInputs primal;
     AttentionInputs tangent;
-
-    // attention_forward: O and L. attention_jvp: their tangents. L may be null.
-    T* out = nullptr;
-    double* lse = nullptr;
-    // attention_backward: the gradients. attention_backward_jvp: their tangents.
-    T* q_grad = nullptr;
-    T* k_grad = nullptr;
-    T* v_grad = nullptr;
-    AttentionMaskGrad<T> mask_grad;  // null data: not wanted
+    AttentionResults<T> tangents;  // of the functions that compute both
 };
 
 // O and L from q, k, v, mask. A query that sees no key gives O = 0 and L = −∞.
@@ -80,6 +84,13 @@ Status attention_backward(const AttentionArgs<T>& args);
 // dṠ = Ṗ∘(dP − δ) + P∘(dṖ − δ̇), dQ̇ = s(dṠK + dSK̇), dK̇ = s(dṠᵀQ + dSᵀQ̇), dV̇ = ṖᵀG + PᵀĠ. Ȯ and L̇ are read.
 template <class T>
 Status attention_backward_jvp(const AttentionArgs<T>& args);
+
+// Values and tangents together, with one recompute of the scores: attention_forward and attention_jvp, and
+// attention_backward and attention_backward_jvp, in 6 and 15 matrix products where one after the other takes 7 and 17.
+template <class T>
+Status attention_forward_and_jvp(const AttentionArgs<T>& args);
+template <class T>
+Status attention_backward_and_jvp(const AttentionArgs<T>& args);
 
 // The same functions as plain loops: what the tests hold the tuned kernels against.
 namespace reference {

@@ -10,9 +10,11 @@ extern const AttentionKernels<float> attention_f32 = {
     bfloat16_work,
     bfloat16_forward,
     bfloat16_jvp,
+    nullptr,
     bfloat16_deltas,
     bfloat16_backward<false>,
     bfloat16_backward<true>,
+    nullptr,
     bfloat16_score_grad<false>,
     bfloat16_score_grad<true>,
 };

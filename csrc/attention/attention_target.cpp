@@ -13,9 +13,11 @@ constexpr AttentionKernels<T> attention_kernels() {
         attention_work<T>,
         attention_forward<T>,
         attention_jvp<T>,
+        forward_rows<T, true>,
         row_deltas<T>,
-        backward_keys<T, false>,
-        backward_keys<T, true>,
+        attention_backward<T>,
+        attention_backward_jvp<T>,
+        backward_keys<T, true, true>,
         score_grad<T, false>,
         score_grad<T, true>,
     };

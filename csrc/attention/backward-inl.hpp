@@ -187,46 +187,104 @@ inline void put_rows(const T* sums, int64_t rows, int64_t cols, T factor, bool a
     }
 }
 
+// The gradients that a tile of keys and one of queries contribute to each other, on the way to AttentionGrads.
+template <class T>
+struct GradSums {
+    T *k, *v;
+};
+
+template <class T>
+inline GradSums<T> take_sums(const AttentionHead<T>& head, bool wanted, Work<T>& work) {
+    return wanted ? GradSums<T>{work.take(head.tile * whole_vectors<T>(head.d)),
+                                work.take(head.tile * whole_vectors<T>(head.dv))}
+                  : GradSums<T>{};
+}
+
+template <class T>
+inline void clear_sums(const AttentionHead<T>& head, int64_t keys, const GradSums<T>& sums) {
+    __builtin_memset(sums.k, 0, static_cast<size_t>(keys * whole_vectors<T>(head.d)) * sizeof(T));
+    __builtin_memset(sums.v, 0, static_cast<size_t>(keys * whole_vectors<T>(head.dv)) * sizeof(T));
+}
+
 template <class T, bool Tangent>
-inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
-                          const AttentionGrads<T>& grads, T* memory) {
+inline void add_grads(const AttentionHead<T>& head, const KeyTile<T>& keys, const QueryTile<T>& queries,
+                      const ScoreTile<T>& scores, const GradSums<T>& sums, const AttentionGrads<T>& grads) {
     const int64_t d_row = whole_vectors<T>(head.d);
     const int64_t dv_row = whole_vectors<T>(head.dv);
+    Products<T> for_v(queries.count, dv_row);
+    Products<T> for_k(queries.count, d_row);
+    Products<T> for_q(keys.count, d_row);
+    if constexpr (Tangent) {
+        for_v.add({scores.p_tangent, 1, keys.width}, queries.g);
+        for_v.add({scores.p, 1, keys.width}, queries.dg);
+        for_k.add({scores.ds_tangent, 1, keys.width}, queries.q);
+        for_k.add({scores.ds, 1, keys.width}, queries.dq);
+        for_q.add({scores.ds_tangent, keys.width, 1}, keys.k);
+        for_q.add({scores.ds, keys.width, 1}, keys.dk);
+    } else {
+        for_v.add({scores.p, 1, keys.width}, queries.g);
+        for_k.add({scores.ds, 1, keys.width}, queries.q);
+        for_q.add({scores.ds, keys.width, 1}, keys.k);
+    }
+    multiply<T, true>(keys.count, dv_row / kLanes<T>, for_v, sums.v, dv_row);
+    multiply<T, true>(keys.count, d_row / kLanes<T>, for_k, sums.k, d_row);
+    multiply<T, true>(queries.count, d_row / kLanes<T>, for_q, grads.q + queries.begin * grads.q_row, grads.q_row);
+}
+
+template <class T>
+inline void put_sums(const AttentionHead<T>& head, const KeyTile<T>& keys, const GradSums<T>& sums,
+                     const AttentionGrads<T>& grads) {
+    put_rows<T>(sums.k, keys.count, head.d, head.scale, grads.add, grads.k + keys.begin * head.d);
+    put_rows<T>(sums.v, keys.count, head.dv, T(1), grads.add, grads.v + keys.begin * head.dv);
+}
+
+// `Gradient`, `Tangent`: which of the two are wanted.
+template <class T, bool Gradient, bool Tangent>
+inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
+                          const AttentionGrads<T>& grads, const AttentionGrads<T>& tangents, T* memory) {
     Work<T> outer{memory};
-    T* k_sums = outer.take(head.tile * d_row);
-    T* v_sums = outer.take(head.tile * dv_row);
+    const GradSums<T> sums = take_sums<T>(head, Gradient, outer);
+    const GradSums<T> sum_tangents = take_sums<T>(head, Tangent, outer);
     const ScoreTile<T> scores = take_scores<T>(head.tile * head.tile, Tangent, outer);
     for (int64_t j = begin; j < end; j += head.tile) {
         Work<T> middle = outer;
         const KeyTile<T> keys = pack_keys<T, Tangent>(head, j, end, middle);
-        __builtin_memset(k_sums, 0, static_cast<size_t>(keys.count * d_row) * sizeof(T));
-        __builtin_memset(v_sums, 0, static_cast<size_t>(keys.count * dv_row) * sizeof(T));
+        if constexpr (Gradient) {
+            clear_sums<T>(head, keys.count, sums);
+        }
+        if constexpr (Tangent) {
+            clear_sums<T>(head, keys.count, sum_tangents);
+        }
         for (int64_t i = head.causal ? j : 0; i < head.queries; i += head.tile) {
             Work<T> inner = middle;
             const QueryTile<T> queries = pack_queries<T, Tangent>(head, i, inner);
             compute_scores<T, Tangent>(head, deltas, keys, queries, scores);
-            Products<T> for_v(queries.count, dv_row);
-            Products<T> for_k(queries.count, d_row);
-            Products<T> for_q(keys.count, d_row);
-            if constexpr (Tangent) {
-                for_v.add({scores.p_tangent, 1, keys.width}, queries.g);
-                for_v.add({scores.p, 1, keys.width}, queries.dg);
-                for_k.add({scores.ds_tangent, 1, keys.width}, queries.q);
-                for_k.add({scores.ds, 1, keys.width}, queries.dq);
-                for_q.add({scores.ds_tangent, keys.width, 1}, keys.k);
-                for_q.add({scores.ds, keys.width, 1}, keys.dk);
-            } else {
-                for_v.add({scores.p, 1, keys.width}, queries.g);
-                for_k.add({scores.ds, 1, keys.width}, queries.q);
-                for_q.add({scores.ds, keys.width, 1}, keys.k);
+            if constexpr (Gradient) {
+                add_grads<T, false>(head, keys, queries, scores, sums, grads);
             }
-            multiply<T, true>(keys.count, dv_row / kLanes<T>, for_v, v_sums, dv_row);
-            multiply<T, true>(keys.count, d_row / kLanes<T>, for_k, k_sums, d_row);
-            multiply<T, true>(queries.count, d_row / kLanes<T>, for_q, grads.q + i * grads.q_row, grads.q_row);
+            if constexpr (Tangent) {
+                add_grads<T, true>(head, keys, queries, scores, sum_tangents, tangents);
+            }
         }
-        put_rows<T>(k_sums, keys.count, head.d, head.scale, grads.add, grads.k + j * head.d);
-        put_rows<T>(v_sums, keys.count, head.dv, T(1), grads.add, grads.v + j * head.dv);
+        if constexpr (Gradient) {
+            put_sums<T>(head, keys, sums, grads);
+        }
+        if constexpr (Tangent) {
+            put_sums<T>(head, keys, sum_tangents, tangents);
+        }
     }
+}
+
+template <class T>
+inline void attention_backward(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin,
+                               int64_t end, const AttentionGrads<T>& grads, T* memory) {
+    backward_keys<T, true, false>(head, deltas, begin, end, grads, {}, memory);
+}
+
+template <class T>
+inline void attention_backward_jvp(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin,
+                                   int64_t end, const AttentionGrads<T>& tangents, T* memory) {
+    backward_keys<T, false, true>(head, deltas, begin, end, {}, tangents, memory);
 }
 
 template <class T>

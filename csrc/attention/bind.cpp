@@ -70,24 +70,57 @@ py::object bind_outputs(const Inputs& primal, const Inputs& tangent, const Sizes
     return bindings::run([&] { return Kernel(args); });
 }
 
-// attention_backward and attention_backward_jvp. mask_grad: as an input, or None.
+// attention_forward_and_jvp.
+template <class T>
+py::object bind_outputs_and_tangents(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
+                                     const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
+                                     Address out, Address lse, Address out_tangent, Address lse_tangent) {
+    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
+    args.out = bindings::pointer<T>(out);
+    args.lse = bindings::pointer<double>(lse);
+    args.tangents.out = bindings::pointer<T>(out_tangent);
+    args.tangents.lse = bindings::pointer<double>(lse_tangent);
+    return bindings::run([&] { return attention_forward_and_jvp(args); });
+}
+
+// q, k and v gradients, and the mask's as an input, or None.
+using Grads = std::tuple<Address, Address, Address, Input>;
+
+template <class T>
+void take_grads(const Grads& grads, int dims, AttentionResults<T>& to) {
+    to.q_grad = bindings::pointer<T>(std::get<0>(grads));
+    to.k_grad = bindings::pointer<T>(std::get<1>(grads));
+    to.v_grad = bindings::pointer<T>(std::get<2>(grads));
+    const Input& mask_grad = std::get<3>(grads);
+    if (mask_grad.has_value()) {
+        const AttentionInput strides = input(mask_grad, dims);
+        to.mask_grad.data = bindings::pointer<T>(std::get<0>(*mask_grad));
+        std::copy_n(strides.batch, kMaxBatchDims, to.mask_grad.batch);
+        to.mask_grad.head = strides.head;
+        to.mask_grad.row = strides.row;
+        to.mask_grad.col = strides.col;
+    }
+}
+
+// attention_backward and attention_backward_jvp.
 template <class T, Status (*Kernel)(const AttentionArgs<T>&)>
 py::object bind_grads(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
-                      const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask, Address q_grad,
-                      Address k_grad, Address v_grad, const Input& mask_grad) {
+                      const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
+                      const Grads& grads) {
     AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
-    args.q_grad = bindings::pointer<T>(q_grad);
-    args.k_grad = bindings::pointer<T>(k_grad);
-    args.v_grad = bindings::pointer<T>(v_grad);
-    if (mask_grad.has_value()) {
-        const AttentionInput strides = input(mask_grad, args.batch.dims);
-        args.mask_grad.data = bindings::pointer<T>(std::get<0>(*mask_grad));
-        std::copy_n(strides.batch, kMaxBatchDims, args.mask_grad.batch);
-        args.mask_grad.head = strides.head;
-        args.mask_grad.row = strides.row;
-        args.mask_grad.col = strides.col;
-    }
+    take_grads<T>(grads, args.batch.dims, args);
     return bindings::run([&] { return Kernel(args); });
+}
+
+// attention_backward_and_jvp.
+template <class T>
+py::object bind_grads_and_tangents(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
+                                   const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
+                                   const Grads& grads, const Grads& tangents) {
+    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
+    take_grads<T>(grads, args.batch.dims, args);
+    take_grads<T>(tangents, args.batch.dims, args.tangents);
+    return bindings::run([&] { return attention_backward_and_jvp(args); });
 }
 
 }  // namespace
@@ -97,10 +130,14 @@ void register_attention(py::module_& module) {
     module.def("attention_forward_f64", bind_outputs<double, attention_forward<double>>);
     module.def("attention_jvp_f32", bind_outputs<float, attention_jvp<float>>);
     module.def("attention_jvp_f64", bind_outputs<double, attention_jvp<double>>);
+    module.def("attention_forward_and_jvp_f32", bind_outputs_and_tangents<float>);
+    module.def("attention_forward_and_jvp_f64", bind_outputs_and_tangents<double>);
     module.def("attention_backward_f32", bind_grads<float, attention_backward<float>>);
     module.def("attention_backward_f64", bind_grads<double, attention_backward<double>>);
     module.def("attention_backward_jvp_f32", bind_grads<float, attention_backward_jvp<float>>);
     module.def("attention_backward_jvp_f64", bind_grads<double, attention_backward_jvp<double>>);
+    module.def("attention_backward_and_jvp_f32", bind_grads_and_tangents<float>);
+    module.def("attention_backward_and_jvp_f64", bind_grads_and_tangents<double>);
 }
 
 }  // namespace onestep

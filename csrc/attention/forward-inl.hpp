@@ -99,48 +99,6 @@ inline void put_outputs(const AttentionHead<T>& head, int64_t begin, int64_t row
     }
 }
 
-template <class T>
-inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse,
-                              T* memory) {
-    const int64_t tile = head.tile;
-    const int64_t d = head.d;
-    const int64_t width = whole_vectors<T>(rows);
-    const int64_t k_row = whole_vectors<T>(d);
-    const int64_t v_row = whole_vectors<T>(head.dv);
-    Work<T> work{memory};
-    T* qt = work.take(d * width);
-    T* k = work.take(tile * k_row);
-    T* v = work.take(tile * v_row);
-    T* sums = work.take(rows * v_row);
-    T* scores = work.take(tile * width);
-    const MaskTile<T> mask = take_mask<T>(rows, tile, work);
-    const SoftmaxRows<T> state = take_softmax<T>(width, work);
-    __builtin_memset(sums, 0, static_cast<size_t>(rows * v_row) * sizeof(T));
-    pack_columns<T>(head.primal.q, begin, 0, rows, d, head.scale, qt, width);
-    const int64_t end = keys_seen<T>(head, begin, rows);
-    for (int64_t j = 0; j < end; j += tile) {
-        const int64_t keys = minimum(tile, end - j);
-        pack_rows<T>(head.primal.k, j, 0, keys, d, T(1), k, k_row);
-        pack_rows<T>(head.primal.v, j, 0, keys, head.dv, T(1), v, v_row);
-        Products<T> s(d, width);
-        s.add({k, k_row, 1}, qt);
-        multiply<T, false>(keys, width / kLanes<T>, s, scores, width);
-        add_to_softmax<T>(head, begin, rows, j, keys, width, scores, mask, state);
-        for (int64_t i = 0; j > 0 && i < rows; ++i) {
-            if (state.decay[i] != T(1)) {
-                for (int64_t c = 0; c < v_row; c += kLanes<T>) {
-                    T* at = sums + i * v_row + c;
-                    store<T>(at, load<T>(at) * state.decay[i]);
-                }
-            }
-        }
-        Products<T> pv(keys, v_row);
-        pv.add({scores, 1, width}, v);
-        multiply<T, true>(rows, v_row / kLanes<T>, pv, sums, v_row);
-    }
-    put_outputs<T>(head, begin, rows, state, sums, v_row, out, lse);
-}
-
 // Per query: L as Shift, and the sum of P∘Ṡ.
 template <class T>
 struct TangentRows {
@@ -171,15 +129,21 @@ inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, 
     }
 }
 
+template <class T>
+inline void add_mask_tangent(const AttentionHead<T>& head, int64_t begin, int64_t rows, int64_t j, int64_t keys,
+                             int64_t width, const MaskTile<T>& mask, T* tangents) {
+    if (head.tangent.mask.data != nullptr) {
+        pack_columns<T>(head.tangent.mask, begin, j, rows, keys, T(1), mask.columns, width);
+        add_tile<T>(keys * width, mask.columns, tangents);
+    }
+}
+
 // The same for the keys [j, j + keys), with the mask and its tangent.
 template <class T>
 inline void weigh_masked_tangents(const AttentionHead<T>& head, int64_t begin, int64_t rows, int64_t j, int64_t keys,
                                   int64_t width, T* scores, T* tangents, const MaskTile<T>& mask,
                                   const TangentRows<T>& state) {
-    if (head.tangent.mask.data != nullptr) {
-        pack_columns<T>(head.tangent.mask, begin, j, rows, keys, T(1), mask.columns, width);
-        add_tile<T>(keys * width, mask.columns, tangents);
-    }
+    add_mask_tangent<T>(head, begin, rows, j, keys, width, mask, tangents);
     if (is_masked<T>(head, begin, j, keys)) {
         pack_mask_columns<T>(head, begin, j, rows, keys, mask.columns, width, mask.rows);
         weigh_tangents<T, true>(keys, width, scores, tangents, mask.columns, state);
@@ -216,60 +180,204 @@ inline void put_output_tangents(const AttentionHead<T>& head, int64_t begin, int
     }
 }
 
+// What moves of the operands, the queries' part transposed; absent tangents are null.
+template <class T>
+struct KeyRows {
+    T *qt, *k, *v;
+    T *dqt, *dk, *dv;
+};
+
+template <class T>
+inline KeyRows<T> take_key_rows(const AttentionHead<T>& head, int64_t begin, int64_t rows, bool tangent,
+                                Work<T>& work) {
+    const auto take_if = [&](bool wanted, int64_t count) { return wanted ? work.take(count) : nullptr; };
+    const int64_t width = whole_vectors<T>(rows);
+    const int64_t k_size = head.tile * whole_vectors<T>(head.d);
+    const int64_t v_size = head.tile * whole_vectors<T>(head.dv);
+    KeyRows<T> operands = {};
+    operands.qt = work.take(head.d * width);
+    operands.k = work.take(k_size);
+    operands.v = work.take(v_size);
+    pack_columns<T>(head.primal.q, begin, 0, rows, head.d, head.scale, operands.qt, width);
+    if (tangent) {
+        operands.dqt = take_if(head.tangent.q.data != nullptr, head.d * width);
+        operands.dk = take_if(head.tangent.k.data != nullptr, k_size);
+        operands.dv = take_if(head.tangent.v.data != nullptr, v_size);
+        if (operands.dqt != nullptr) {
+            pack_columns<T>(head.tangent.q, begin, 0, rows, head.d, head.scale, operands.dqt, width);
+        }
+    }
+    return operands;
+}
+
+template <class T>
+inline void pack_key_rows(const AttentionHead<T>& head, int64_t j, int64_t keys, const KeyRows<T>& operands) {
+    const auto pack = [&](const AttentionSlice& slice, int64_t cols, T* to) {
+        if (to != nullptr) {
+            pack_rows<T>(slice, j, 0, keys, cols, T(1), to, whole_vectors<T>(cols));
+        }
+    };
+    pack(head.primal.k, head.d, operands.k);
+    pack(head.primal.v, head.dv, operands.v);
+    pack(head.tangent.k, head.d, operands.dk);
+    pack(head.tangent.v, head.dv, operands.dv);
+}
+
+template <class T>
+inline void multiply_scores(const AttentionHead<T>& head, int64_t keys, int64_t width, const KeyRows<T>& operands,
+                            T* scores) {
+    Products<T> s(head.d, width);
+    s.add({operands.k, whole_vectors<T>(head.d), 1}, operands.qt);
+    multiply<T, false>(keys, width / kLanes<T>, s, scores, width);
+}
+
+template <class T>
+inline void multiply_score_tangents(const AttentionHead<T>& head, int64_t keys, int64_t width,
+                                    const KeyRows<T>& operands, T* tangents) {
+    const int64_t k_row = whole_vectors<T>(head.d);
+    Products<T> ds(head.d, width);
+    ds.add({operands.k, k_row, 1}, operands.dqt);
+    ds.add({operands.dk, k_row, 1}, operands.qt);
+    multiply<T, false>(keys, width / kLanes<T>, ds, tangents, width);
+}
+
+// sums += pᵀ v, and its tangent from weighed = P∘Ṡ: weighedᵀ v + pᵀ v̇.
+template <class T>
+inline void add_values(int64_t rows, int64_t keys, int64_t width, int64_t v_row, const T* p, const T* v, T* sums) {
+    Products<T> pv(keys, v_row);
+    pv.add({p, 1, width}, v);
+    multiply<T, true>(rows, v_row / kLanes<T>, pv, sums, v_row);
+}
+
+template <class T>
+inline void add_value_tangents(int64_t rows, int64_t keys, int64_t width, int64_t v_row, const T* p, const T* weighed,
+                               const KeyRows<T>& operands, T* sums) {
+    Products<T> pv(keys, v_row);
+    pv.add({weighed, 1, width}, operands.v);
+    pv.add({p, 1, width}, operands.dv);
+    multiply<T, true>(rows, v_row / kLanes<T>, pv, sums, v_row);
+}
+
+// What earlier tiles left, for the largest scores that are known now.
+template <class T>
+inline void decay_rows(int64_t rows, int64_t ld, const T* decay, T* sums) {
+    for (int64_t i = 0; i < rows; ++i) {
+        if (decay[i] != T(1)) {
+            for (int64_t c = 0; c < ld; c += kLanes<T>) {
+                T* at = sums + i * ld + c;
+                store<T>(at, load<T>(at) * decay[i]);
+            }
+        }
+    }
+}
+
+// tangents become exp(S − top)∘Ṡ; their sums per query are added to `mean` after its decay.
+template <class T>
+inline void weigh_online(int64_t keys, int64_t width, const T* scores, const T* decay, T* tangents, T* mean) {
+    for (int64_t v = 0; v < width; v += kLanes<T>) {
+        Vec<T> total = load<T>(mean + v) * load<T>(decay + v);
+        for (int64_t at = v; at < keys * width; at += width) {
+            const Vec<T> weighed = load<T>(scores + at) * load<T>(tangents + at);
+            store<T>(tangents + at, weighed);
+            total += weighed;
+        }
+        store<T>(mean + v, total);
+    }
+}
+
+// Ȯ from rows of `ld` sums of exp(S − top)(Ṡ V + V̇), and L̇.
+template <class T>
+inline void put_online_tangents(const AttentionHead<T>& head, int64_t begin, int64_t rows, const SoftmaxRows<T>& state,
+                                const T* mean, const T* sums, int64_t ld, const T* out,
+                                const AttentionRows<T>& tangents) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const T inverse = state.sum[i] == T(0) ? T(0) : T(1) / state.sum[i];
+        const T moved = mean[i] * inverse;
+        tangents.lse[begin + i] = static_cast<double>(moved);
+        const int64_t row = (begin + i) * head.dv;
+        for (int64_t c = 0; c < head.dv; ++c) {
+            tangents.out[row + c] = sums[i * ld + c] * inverse - moved * out[row + c];
+        }
+    }
+}
+
+template <class T, bool Tangent>
+inline void forward_rows(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionRows<T>& values,
+                         const AttentionRows<T>& tangents, T* memory) {
+    const int64_t tile = head.tile;
+    const int64_t width = whole_vectors<T>(rows);
+    const int64_t v_row = whole_vectors<T>(head.dv);
+    Work<T> work{memory};
+    const KeyRows<T> operands = take_key_rows<T>(head, begin, rows, Tangent, work);
+    T* sums = work.take(rows * v_row);
+    T* scores = work.take(tile * width);
+    T* sum_tangents = Tangent ? work.take(rows * v_row) : nullptr;
+    T* score_tangents = Tangent ? work.take(tile * width) : nullptr;
+    T* mean = Tangent ? work.take(width) : nullptr;
+    const MaskTile<T> mask = take_mask<T>(rows, tile, work);
+    const SoftmaxRows<T> state = take_softmax<T>(width, work);
+    __builtin_memset(sums, 0, static_cast<size_t>(rows * v_row) * sizeof(T));
+    if constexpr (Tangent) {
+        __builtin_memset(sum_tangents, 0, static_cast<size_t>(rows * v_row) * sizeof(T));
+        __builtin_memset(mean, 0, static_cast<size_t>(width) * sizeof(T));
+    }
+    const int64_t end = keys_seen<T>(head, begin, rows);
+    for (int64_t j = 0; j < end; j += tile) {
+        const int64_t keys = minimum(tile, end - j);
+        pack_key_rows<T>(head, j, keys, operands);
+        multiply_scores<T>(head, keys, width, operands, scores);
+        if constexpr (Tangent) {
+            multiply_score_tangents<T>(head, keys, width, operands, score_tangents);
+            add_mask_tangent<T>(head, begin, rows, j, keys, width, mask, score_tangents);
+        }
+        add_to_softmax<T>(head, begin, rows, j, keys, width, scores, mask, state);
+        if (j > 0) {
+            decay_rows<T>(rows, v_row, state.decay, sums);
+        }
+        add_values<T>(rows, keys, width, v_row, scores, operands.v, sums);
+        if constexpr (Tangent) {
+            weigh_online<T>(keys, width, scores, state.decay, score_tangents, mean);
+            if (j > 0) {
+                decay_rows<T>(rows, v_row, state.decay, sum_tangents);
+            }
+            add_value_tangents<T>(rows, keys, width, v_row, scores, score_tangents, operands, sum_tangents);
+        }
+    }
+    put_outputs<T>(head, begin, rows, state, sums, v_row, values.out, values.lse);
+    if constexpr (Tangent) {
+        put_online_tangents<T>(head, begin, rows, state, mean, sum_tangents, v_row, values.out, tangents);
+    }
+}
+
+template <class T>
+inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse,
+                              T* memory) {
+    forward_rows<T, false>(head, begin, rows, {out, lse}, {}, memory);
+}
+
 template <class T>
 inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* memory) {
-    const AttentionSlices& primal = head.primal;
-    const AttentionSlices& tangent = head.tangent;
     const int64_t tile = head.tile;
-    const int64_t d = head.d;
     const int64_t width = whole_vectors<T>(rows);
-    const int64_t k_row = whole_vectors<T>(d);
     const int64_t v_row = whole_vectors<T>(head.dv);
-    const bool q_moves = tangent.q.data != nullptr;
-    const bool k_moves = tangent.k.data != nullptr;
-    const bool v_moves = tangent.v.data != nullptr;
     Work<T> work{memory};
-    T* qt = work.take(d * width);
-    T* dqt = q_moves ? work.take(d * width) : nullptr;
-    T* k = work.take(tile * k_row);
-    T* dk = k_moves ? work.take(tile * k_row) : nullptr;
-    T* v = work.take(tile * v_row);
-    T* dv = v_moves ? work.take(tile * v_row) : nullptr;
+    const KeyRows<T> operands = take_key_rows<T>(head, begin, rows, true, work);
     T* sums = work.take(rows * v_row);
     T* scores = work.take(tile * width);
     T* tangents = work.take(tile * width);
     const MaskTile<T> mask = take_mask<T>(rows, tile, work);
     const TangentRows<T> state = take_tangent_rows<T>(head, begin, rows, work);
     __builtin_memset(sums, 0, static_cast<size_t>(rows * v_row) * sizeof(T));
-    pack_columns<T>(primal.q, begin, 0, rows, d, head.scale, qt, width);
-    if (q_moves) {
-        pack_columns<T>(tangent.q, begin, 0, rows, d, head.scale, dqt, width);
-    }
     const int64_t end = keys_seen<T>(head, begin, rows);
     for (int64_t j = 0; j < end; j += tile) {
         const int64_t keys = minimum(tile, end - j);
-        pack_rows<T>(primal.k, j, 0, keys, d, T(1), k, k_row);
-        pack_rows<T>(primal.v, j, 0, keys, head.dv, T(1), v, v_row);
-        if (k_moves) {
-            pack_rows<T>(tangent.k, j, 0, keys, d, T(1), dk, k_row);
-        }
-        if (v_moves) {
-            pack_rows<T>(tangent.v, j, 0, keys, head.dv, T(1), dv, v_row);
-        }
-        Products<T> s(d, width);
-        s.add({k, k_row, 1}, qt);
-        multiply<T, false>(keys, width / kLanes<T>, s, scores, width);
-        Products<T> ds(d, width);
-        ds.add({k, k_row, 1}, dqt);
-        ds.add({dk, k_row, 1}, qt);
-        multiply<T, false>(keys, width / kLanes<T>, ds, tangents, width);
+        pack_key_rows<T>(head, j, keys, operands);
+        multiply_scores<T>(head, keys, width, operands, scores);
+        multiply_score_tangents<T>(head, keys, width, operands, tangents);
         weigh_masked_tangents<T>(head, begin, rows, j, keys, width, scores, tangents, mask, state);
-        Products<T> pv(keys, v_row);
-        pv.add({tangents, 1, width}, v);
-        pv.add({scores, 1, width}, dv);
-        multiply<T, true>(rows, v_row / kLanes<T>, pv, sums, v_row);
+        add_value_tangents<T>(rows, keys, width, v_row, scores, tangents, operands, sums);
     }
-    put_output_tangents<T>(head, begin, rows, state, sums, v_row, v, out, lse);
+    put_output_tangents<T>(head, begin, rows, state, sums, v_row, operands.v, out, lse);
 }
 
 }  // namespace onestep::ONESTEP_NS

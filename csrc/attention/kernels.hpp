@@ -28,6 +28,13 @@ struct AttentionHead {
     AttentionSlices primal, tangent;
 };
 
+// Where O and L of one query head go, or their tangents: rows of dv and 1, from its first query on.
+template <class T>
+struct AttentionRows {
+    T* out = nullptr;
+    double* lse = nullptr;
+};
+
 // Row statistics that the backward passes share: δ and its tangent, `queries` of each.
 template <class T>
 struct AttentionDeltas {
@@ -60,6 +67,9 @@ struct AttentionKernels {
     // tangents.
     void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
     void (*jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
+    // Both at once, O and L not being read; null: the target has but the two.
+    void (*forward_and_jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionRows<T>& values,
+                            const AttentionRows<T>& tangents, T* work);
 
     // δ, and δ̇ if deltas.tangent is given, of the queries [begin, begin + rows).
     void (*deltas)(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionDeltas<T>& deltas,
@@ -70,6 +80,9 @@ struct AttentionKernels {
                      const AttentionGrads<T>& grads, T* work);
     void (*backward_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
                          const AttentionGrads<T>& grads, T* work);
+    // Both at once; null: the target has but the two.
+    void (*backward_and_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
+                             const AttentionGrads<T>& grads, const AttentionGrads<T>& tangents, T* work);
 
     // sum += dS (or dṠ) of the tile that starts at query i and key j; rows of `tile` elements.
     void (*score_grad)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t i, int64_t j, T* sum,

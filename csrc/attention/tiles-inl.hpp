@@ -258,7 +258,7 @@ ONESTEP_INLINE Shift<T> shift_of(const AttentionSlice& slice, int64_t row) {
 // Scratch of any kernel of the family; see backward_keys, which takes the most.
 template <class T>
 inline int64_t attention_work(int64_t d, int64_t dv, int64_t tile) {
-    const int64_t features = 7 * whole_vectors<T>(d) + 6 * whole_vectors<T>(dv);
+    const int64_t features = 8 * whole_vectors<T>(d) + 7 * whole_vectors<T>(dv);
     return tile * (features + 6 * tile + 6) + 32 * Work<T>::rounded(1);
 }
 

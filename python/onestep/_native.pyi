@@ -230,6 +230,8 @@ mlp_jacobian_f64 = mlp_jacobian_f32
 
 _AttentionInput = tuple[int, Sequence[int], bool, object] | None
 _AttentionInputs = Sequence[_AttentionInput]
+# Addresses of the gradients of q, k and v, and that of the mask.
+_AttentionGrads = tuple[int, int, int, _AttentionInput]
 
 def attention_forward_f32(
     primal: _AttentionInputs,
@@ -261,6 +263,23 @@ def attention_jvp_f32(
 
 attention_jvp_f64 = attention_jvp_f32
 
+def attention_forward_and_jvp_f32(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    out: int,
+    lse: int,
+    out_tangent: int,
+    lse_tangent: int,
+    /,
+) -> None: ...
+
+attention_forward_and_jvp_f64 = attention_forward_and_jvp_f32
+
 def attention_backward_f32(
     primal: _AttentionInputs,
     tangent: _AttentionInputs,
@@ -269,10 +288,7 @@ def attention_backward_f32(
     scale: float,
     causal: bool,
     boolean_mask: bool,
-    q_grad: int,
-    k_grad: int,
-    v_grad: int,
-    mask_grad: _AttentionInput,
+    grads: _AttentionGrads,
     /,
 ) -> None: ...
 
@@ -286,11 +302,23 @@ def attention_backward_jvp_f32(
     scale: float,
     causal: bool,
     boolean_mask: bool,
-    q_grad: int,
-    k_grad: int,
-    v_grad: int,
-    mask_grad: _AttentionInput,
+    grads: _AttentionGrads,
     /,
 ) -> None: ...
 
 attention_backward_jvp_f64 = attention_backward_jvp_f32
+
+def attention_backward_and_jvp_f32(
+    primal: _AttentionInputs,
+    tangent: _AttentionInputs,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    causal: bool,
+    boolean_mask: bool,
+    grads: _AttentionGrads,
+    tangents: _AttentionGrads,
+    /,
+) -> None: ...
+
+attention_backward_and_jvp_f64 = attention_backward_and_jvp_f32

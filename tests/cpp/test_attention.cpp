@@ -190,9 +190,13 @@ AttentionInput contiguous(const std::vector<T>& data, int64_t heads, int64_t row
     return view;
 }
 
-// Runs the whole family; `Tuned` chooses between the kernels and the reference.
-template <bool Tuned, class T>
+// Which functions give values and tangents.
+enum class Way { reference, apart, together };
+
+// Runs the whole family.
+template <Way way, class T>
 Results<T> run(const Inputs<T>& in) {
+    constexpr bool tuned = way != Way::reference;
     const Case& c = in.c;
     Results<T> results;
     AttentionArgs<T> args = in.args;
@@ -202,37 +206,52 @@ Results<T> run(const Inputs<T>& in) {
         return to.data();
     };
     const int64_t all_heads = c.problems * c.heads;
+    constexpr bool together = way == Way::together;
+    const auto succeeded = [&](Status status, const char* what) {
+        check(status == Status::ok, c.name() + " " + what + " status");
+    };
     args.out = take(results.out, all_heads * c.queries * c.dv);
     args.lse = take(results.lse, all_heads * c.queries);
-    const Status forward = Tuned ? attention_forward(args) : reference::attention_forward(args);
-    check(forward == Status::ok, c.name() + " forward status");
-    args.primal.out = contiguous(results.out, c.heads, c.queries, c.dv);
-    args.primal.lse = contiguous(results.lse, c.heads, c.queries, 1);
-    args.out = take(results.out_tangent, all_heads * c.queries * c.dv);
-    args.lse = take(results.lse_tangent, all_heads * c.queries);
-    const Status jvp = Tuned ? attention_jvp(args) : reference::attention_jvp(args);
-    check(jvp == Status::ok, c.name() + " jvp status");
+    args.tangents.out = take(results.out_tangent, all_heads * c.queries * c.dv);
+    args.tangents.lse = take(results.lse_tangent, all_heads * c.queries);
+    const AttentionInput out = contiguous(results.out, c.heads, c.queries, c.dv);
+    const AttentionInput lse = contiguous(results.lse, c.heads, c.queries, 1);
+    if (together) {
+        succeeded(attention_forward_and_jvp(args), "forward and jvp");
+    } else {
+        succeeded(tuned ? attention_forward(args) : reference::attention_forward(args), "forward");
+        AttentionArgs<T> moved = args;
+        moved.primal.out = out;
+        moved.primal.lse = lse;
+        moved.out = args.tangents.out;
+        moved.lse = args.tangents.lse;
+        succeeded(tuned ? attention_jvp(moved) : reference::attention_jvp(moved), "jvp");
+    }
+    args.primal.out = out;
+    args.primal.lse = lse;
     args.tangent.out = contiguous(results.out_tangent, c.heads, c.queries, c.dv);
     args.tangent.lse = contiguous(results.lse_tangent, c.heads, c.queries, 1);
-    for (const bool tangent : {false, true}) {
-        auto* grads = tangent ? results.grad_tangents : results.grads;
-        args.q_grad = take(grads[0], all_heads * c.queries * c.d);
-        args.k_grad = take(grads[1], c.problems * c.kv_heads * c.keys * c.d);
-        args.v_grad = take(grads[2], c.problems * c.kv_heads * c.keys * c.dv);
+    const auto take_grads = [&](auto* grads, AttentionResults<T>& to) {
+        to.q_grad = take(grads[0], all_heads * c.queries * c.d);
+        to.k_grad = take(grads[1], c.problems * c.kv_heads * c.keys * c.d);
+        to.v_grad = take(grads[2], c.problems * c.kv_heads * c.keys * c.dv);
         if (c.mask == MaskKind::additive || c.mask == MaskKind::per_key) {
             const bool per_key = c.mask == MaskKind::per_key;
-            args.mask_grad.data = take(grads[3], per_key ? c.keys : c.heads * c.queries * c.keys);
-            args.mask_grad.col = 1;
-            args.mask_grad.row = per_key ? 0 : c.keys;
-            args.mask_grad.head = per_key ? 0 : c.queries * c.keys;
+            to.mask_grad.data = take(grads[3], per_key ? c.keys : c.heads * c.queries * c.keys);
+            to.mask_grad.col = 1;
+            to.mask_grad.row = per_key ? 0 : c.keys;
+            to.mask_grad.head = per_key ? 0 : c.queries * c.keys;
         }
-        Status status = Status::ok;
-        if (tangent) {
-            status = Tuned ? attention_backward_jvp(args) : reference::attention_backward_jvp(args);
-        } else {
-            status = Tuned ? attention_backward(args) : reference::attention_backward(args);
-        }
-        check(status == Status::ok, c.name() + " backward status");
+    };
+    take_grads(results.grads, args);
+    take_grads(results.grad_tangents, args.tangents);
+    if (together) {
+        succeeded(attention_backward_and_jvp(args), "backward and jvp");
+    } else {
+        succeeded(tuned ? attention_backward(args) : reference::attention_backward(args), "backward");
+        AttentionArgs<T> moved = args;
+        static_cast<AttentionResults<T>&>(moved) = args.tangents;
+        succeeded(tuned ? attention_backward_jvp(moved) : reference::attention_backward_jvp(moved), "backward jvp");
     }
     return results;
 }
@@ -255,17 +274,18 @@ double difference(const std::vector<T>& a, const std::vector<T>& b, double scale
     return most / scale;
 }
 
-template <class T>
-void compare(std::mt19937& random, const Case& c) {
-    const Inputs<T> in(random, c);
-    Results<T> expected = run<false>(in);
-    Results<T> got = run<true>(in);
+template <Way way, class T>
+void compare_with(const Results<T>& reference, const Inputs<T>& in) {
+    const Case& c = in.c;
+    Results<T> expected = reference;
+    Results<T> got = run<way>(in);
     set_parallel_for(three_threads);
-    Results<T> threaded = run<true>(in);
+    Results<T> threaded = run<way>(in);
     set_parallel_for(nullptr);
     const auto wanted = expected.all();
     const auto tuned = got.all();
     const auto shared = threaded.all();
+    const std::string name = c.name() + (way == Way::together ? " together" : "");
     // Two planes of bfloat16 are exact to 2⁻¹⁶ of the summands. Where a query sees few keys these cancel: they are
     // about 1, and in tangents 1.5 times the tangents of scores, which reach √d.
     const bool planes = c.half != Half::none && active_target() == Target::amx;
@@ -274,16 +294,24 @@ void compare(std::mt19937& random, const Case& c) {
         const double summands = tangent ? std::max(1.0, 1.5 * std::sqrt(static_cast<double>(c.d))) : 1.0;
         const double error = difference(result, oracle, planes ? summands : 1e-3);
         const double bound = planes ? 0x1p-14 : 200.0 * static_cast<double>(std::numeric_limits<T>::epsilon());
-        check(error <= bound, c.name() + " " + what + ": error " + std::to_string(error));
+        check(error <= bound, name + " " + what + ": error " + std::to_string(error));
         const size_t bytes = result.size() * sizeof(*result.data());
         const bool same = bytes == 0 || std::memcmp(result.data(), with_threads.data(), bytes) == 0;
-        check(same, c.name() + " " + what + " with threads: not bitwise the same");
+        check(same, name + " " + what + " with threads: not bitwise the same");
     };
     for (size_t i = 0; i < wanted.size(); ++i) {
         judge(*tuned[i], *wanted[i], *shared[i], "result " + std::to_string(i), i == 1 || i >= 6);
     }
     judge(got.lse, expected.lse, threaded.lse, "lse", false);
     judge(got.lse_tangent, expected.lse_tangent, threaded.lse_tangent, "lse tangent", true);
+}
+
+template <class T>
+void compare(std::mt19937& random, const Case& c) {
+    const Inputs<T> in(random, c);
+    const Results<T> expected = run<Way::reference>(in);
+    compare_with<Way::apart>(expected, in);
+    compare_with<Way::together>(expected, in);
 }
 
 template <class T>
@@ -341,7 +369,7 @@ void test_one_key(Half half) {
     for (const int64_t dv : {1, 7, 33, 64}) {
         Inputs<T> in(random, {1, 2, 1, 37, 1, 5, dv, MaskKind::none, Layout::rows, half});
         in.args.primal.grad_lse = {};
-        const Results<T> results = run<true>(in);
+        const Results<T> results = run<Way::together>(in);
         for (const auto& grad : {results.grads[0], results.grads[1]}) {
             const bool zero = std::all_of(grad.begin(), grad.end(), [](T value) { return value == T(0); });
             check(zero, in.c.name() + " one key: scores have a gradient");

@@ -32,6 +32,7 @@ def define(
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
     own_dims: Sequence[int] | None = None,
+    vmap: Callable[..., Any] | None = None,
 ) -> None:
     """Defines one op.
 
@@ -41,6 +42,7 @@ def define(
         fake: the same on shapes alone.
         own_dims: for each tensor argument, how many trailing dimensions are not batch dimensions. None: the op has no
             batch dimensions, and vmap calls it once per element.
+        vmap: a rule of its own, as ``torch.library.register_vmap`` takes it.
     """
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
@@ -49,13 +51,13 @@ def define(
     torch.library.register_fake(f"onestep::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.onestep, name).default
 
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if own_dims is None:
             return _loop_over_batch(op, info.batch_size, in_dims, args)
-        result = op(*_align_batches(args, in_dims, own_dims))
+        result = call_batched(op, args, in_dims, own_dims)
         return result, (0,) * len(result) if isinstance(result, tuple) else 0
 
-    torch.library.register_vmap(f"onestep::{name}", vmap, lib=LIBRARY)
+    torch.library.register_vmap(f"onestep::{name}", vmap or rule, lib=LIBRARY)
 
 
 def _loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -70,6 +72,11 @@ def _loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: 
     results = zip(*(op(*element(index)) for index in range(size)), strict=True)
     stacked = tuple(torch.stack(result) for result in results)
     return stacked, (0,) * len(stacked)
+
+
+def call_batched(op: Any, args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_dims: Sequence[int]) -> Any:
+    """The op with the mapped dimension as its first batch dimension, which the results get."""
+    return op(*_align_batches(args, in_dims, own_dims))
 
 
 def _align_batches(args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_dims: Sequence[int]) -> list[Any]:
@@ -110,6 +117,16 @@ def carries_tangents(args: tuple[Any, ...]) -> bool:
 
 # A third of the time of forward_ad.unpack_dual.
 _unpack_dual = torch._VF._unpack_dual
+_make_dual = torch._VF._make_dual
+
+
+def _in_legacy_vmap() -> bool:
+    """Whether this is in the vmap of gradcheck and torch.autograd.functional, which has no rule for _make_dual."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP_MODE)
+
+
+# Not among the names of torch._C.DispatchKey.
+_LEGACY_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 
 
 def call(name: str, *args: Any) -> Any:
@@ -145,6 +162,10 @@ class OpFunction(_SingleLevelFunction):
     # What runs instead, in differentiable ops, where an argument carries a tangent; None: ``jvp`` has the derivative.
     forward_composite: ClassVar[Callable[..., Any] | None] = None
 
+    # (arguments, their tangents or None) → (results, their tangents or None) in one op; what runs instead of the op and
+    # ``jvp`` where no gradient of this level is recorded. None: there is no such op.
+    forward_and_jvp: ClassVar[Callable[..., tuple[Any, Any]] | None] = None
+
     @classmethod
     def call(cls, *args: Any) -> Any:
         """The op's Autograd kernel, which torch.func calls at every level, most of which want no derivative of it."""
@@ -157,6 +178,8 @@ class OpFunction(_SingleLevelFunction):
                         return cls.op(*args)
             elif cls.forward_composite is not None:
                 return cls.forward_composite(*args)
+            elif cls.forward_and_jvp is not None and not _in_legacy_vmap():
+                return cls.call_dual(*args)
         outer = getattr(_modes, "value", None)
         _modes.value = reverse, torch._C._is_fwd_grad_enabled()
         allowed = get_single_level_autograd_function_allowed()
@@ -166,6 +189,20 @@ class OpFunction(_SingleLevelFunction):
         finally:
             set_single_level_autograd_function_allowed(allowed)
             _modes.value = outer
+
+    @classmethod
+    def call_dual(cls, *args: Any) -> Any:
+        """``forward_and_jvp`` of dual numbers; its op is one for the other levels, which may want derivatives of it."""
+        assert cls.forward_and_jvp is not None
+        duals = [_unpack_dual(arg, level=0) if isinstance(arg, Tensor) else (arg, None) for arg in args]
+        with torch._C._AutoDispatchBelowAutograd():
+            results, tangents = cls.forward_and_jvp(
+                tuple(primal for primal, _ in duals), tuple(tangent for _, tangent in duals)
+            )
+        return tuple(
+            result if tangent is None else _make_dual(result, tangent, level=0)
+            for result, tangent in zip(results, tangents, strict=True)
+        )
 
     @classmethod
     def run_below(cls, *args: Any) -> Any:
@@ -236,6 +273,20 @@ def register_composite_derivative(name: str, composite: Callable[..., Any]) -> N
 
     def autograd_kernel(*args: Any) -> Any:
         if records_derivatives(args) or carries_tangents(args):
+            return composite(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    LIBRARY.impl(name, autograd_kernel, "Autograd")
+
+
+def register_values_and_tangents(name: str, composite: Callable[..., Any]) -> None:
+    """Attaches to an op of values and tangents ``composite``, made of two ops: it runs where a derivative is wanted."""
+    op = getattr(torch.ops.onestep, name).default
+
+    def autograd_kernel(*args: Any) -> Any:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if recorded or carries_tangents(args):
             return composite(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

@@ -9,6 +9,8 @@ arguments of their own. All products run at O(T) extra memory:
 ``attention_backward``     gradients of ⟨G, O⟩ + ⟨g, L⟩
 ``attention_backward_jvp`` tangents of these gradients, which are also their gradients, since
                            the Hessian of ⟨G, O⟩ + ⟨g, L⟩ is symmetric
+``attention_and_jvp``,     an op and its tangents with one recompute of the scores: what forward
+``..._backward_and_jvp``   mode calls
 =========================  ==================================================================
 
 Beyond these (forward mode twice, order three) derivatives are those of the same formulas in torch's ops, at O(T²)
@@ -24,7 +26,13 @@ import torch
 from torch import Tensor
 
 from onestep import _native
-from onestep.ops._library import OpFunction, define, register_derivatives
+from onestep.ops._library import (
+    OpFunction,
+    call_batched,
+    define,
+    register_derivatives,
+    register_values_and_tangents,
+)
 from onestep.ops._operands import MOST_BATCH_DIMS, broadcast_batch, check_dims, check_like, check_size
 
 Batch = tuple[int, ...]
@@ -37,7 +45,7 @@ COMPUTE_DTYPES = {torch.float32: torch.float32, torch.float64: torch.float64, to
 _KERNELS: dict[tuple[str, torch.dtype], Callable[..., None]] = {
     (name, dtype): getattr(_native, f"attention_{name}_{suffix}")
     for dtype, suffix in ((torch.float32, "f32"), (torch.float64, "f64"))
-    for name in ("forward", "jvp", "backward", "backward_jvp")
+    for name in ("forward", "jvp", "forward_and_jvp", "backward", "backward_jvp", "backward_and_jvp")
 }
 
 
@@ -341,6 +349,11 @@ define(
 
 class _Attention(OpFunction):
     @staticmethod
+    def forward_and_jvp(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        out, lse, dout, dlse = torch.ops.onestep.attention_and_jvp.default(*args[:4], *tangents[:4], *args[4:])
+        return (out, lse), (dout, dlse)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.scale, ctx.causal = inputs
         ctx.save_for_backward(*tensors, *output)
@@ -375,6 +388,9 @@ def _operand_grads(grads: Any, operands: tuple[Any, ...], mask_grad: bool) -> tu
 
 
 # -------------------------------------------------------------------------------------------------------- attention_jvp
+
+
+_JVP_DIMS = (3, 3, 3, 3, 3, 2, 3, 3, 3, 3)
 
 
 def _jvp_fake(
@@ -425,7 +441,7 @@ define(
     "Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, float scale, bool causal) -> (Tensor, Tensor)",
     cpu=_jvp_cpu,
     fake=_jvp_fake,
-    own_dims=(3, 3, 3, 3, 3, 2, 3, 3, 3, 3),
+    own_dims=_JVP_DIMS,
 )
 
 
@@ -468,6 +484,54 @@ class _AttentionJvp(OpFunction):
         return *by_operands, None, None, *by_tangents, None, None
 
 
+# ---------------------------------------------------------------------------------------------------- attention_and_jvp
+
+
+def _and_jvp_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = _check(*args[:8])
+    return *_empty_outputs(sizes, args[0]), *_empty_outputs(sizes, args[0])
+
+
+def _and_jvp_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, mask, dq, dk, dv, dmask, scale, causal = args
+    sizes = _check(q, k, v, mask, dq, dk, dv, dmask)
+    results = *_empty_outputs(sizes, q), *_empty_outputs(sizes, q)
+    _KERNELS["forward_and_jvp", sizes.dtype](
+        _inputs(sizes, q, k, v, mask),
+        _inputs(sizes, dq, dk, dv, dmask),
+        *_arguments(sizes, mask, scale, causal),
+        *(result.data_ptr() for result in results),
+    )
+    return results
+
+
+def _and_jvp_apart(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, mask, dq, dk, dv, dmask, scale, causal = args
+    out, lse = torch.ops.onestep.attention.default(q, k, v, mask, scale, causal)
+    tangents = torch.ops.onestep.attention_jvp.default(q, k, v, mask, out, lse, dq, dk, dv, dmask, scale, causal)
+    return out, lse, *tangents
+
+
+def _and_jvp_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """Where tangents alone are mapped, the value is computed once."""
+    if any(dim is not None for dim in in_dims[:4]):
+        return call_batched(torch.ops.onestep.attention_and_jvp.default, args, in_dims, (3,) * 8), (0,) * 4
+    out, lse = torch.ops.onestep.attention.default(*args[:4], *args[8:])
+    jvp_dims = (*in_dims[:4], None, None, *in_dims[4:])
+    jvp_args = (*args[:4], out, lse, *args[4:])
+    tangents = call_batched(torch.ops.onestep.attention_jvp.default, jvp_args, jvp_dims, _JVP_DIMS)
+    return (out, lse, *tangents), (None, None, 0, 0)
+
+
+define(
+    "attention_and_jvp(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, "
+    "float scale, bool causal) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_and_jvp_cpu,
+    fake=_and_jvp_fake,
+    vmap=_and_jvp_vmap,
+)
+
+
 # --------------------------------------------------------------------------------------------------- attention_backward
 
 
@@ -499,6 +563,13 @@ def _grads_cpu(
     mask_grad: bool,
 ) -> Grads:
     grads = _grads_fake(sizes, q, mask, mask_grad)
+    arguments = _arguments(sizes, mask, scale, causal)
+    _KERNELS[name, sizes.dtype](primal, tangent, *arguments, _native_grads(sizes, grads, mask_grad))
+    return grads
+
+
+def _native_grads(sizes: _Sizes, grads: Grads, mask_grad: bool) -> tuple[int, int, int, Any]:
+    """The gradients as the kernels take them."""
     native_mask_grad = None
     if mask_grad:
         by_mask = grads[3]
@@ -507,14 +578,8 @@ def _grads_cpu(
         shape_and_strides = zip(by_mask.shape, by_mask.stride(), strict=True)
         strides = tuple(0 if size == 1 else stride for size, stride in shape_and_strides)
         native_mask_grad = by_mask.data_ptr(), strides, False, by_mask
-    _KERNELS[name, sizes.dtype](
-        primal,
-        tangent,
-        *_arguments(sizes, mask, scale, causal),
-        *(grad.data_ptr() for grad in grads[:3]),
-        native_mask_grad,
-    )
-    return grads
+    q, k, v = (grad.data_ptr() for grad in grads[:3])
+    return q, k, v, native_mask_grad
 
 
 def _backward_fake(
@@ -565,6 +630,19 @@ define(
 
 
 class _AttentionBackward(OpFunction):
+    @staticmethod
+    def forward_and_jvp(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        dgrad, dgrad_lse, *moves, dout, dlse = tangents[:8]
+        q, k, v, mask, out, lse, scale, causal, mask_grad = args[2:]
+        if all(moved is None for moved in moves):
+            dout = dlse = None
+        elif dout is None or dlse is None:
+            dout, dlse = torch.ops.onestep.attention_jvp.default(q, k, v, mask, out, lse, *moves, scale, causal)
+        results = torch.ops.onestep.attention_backward_and_jvp.default(
+            *args[:8], dgrad, dgrad_lse, *moves, dout, dlse, scale, causal, mask_grad
+        )
+        return results[:4], (*results[4:7], results[7] if mask_grad else None)
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.scale, ctx.causal, ctx.mask_grad = inputs
@@ -632,6 +710,9 @@ class _AttentionBackward(OpFunction):
 # ----------------------------------------------------------------------------------------------- attention_backward_jvp
 
 
+_BACKWARD_JVP_DIMS = (3, 2, 3, 3, 3, 3, 3, 2, 3, 2, 3, 3, 3, 3, 3, 2)
+
+
 def _backward_jvp_sizes(tensors: tuple[Any, ...]) -> _Sizes:
     grad, grad_lse, q, k, v, mask, out, _, dgrad, dgrad_lse, dq, dk, dv, dmask, dout, _ = tensors
     others = (out, grad, _column(grad_lse), dgrad, _column(dgrad_lse), dq, dk, dv, dmask, dout)
@@ -657,7 +738,7 @@ define(
     "Tensor? dlse, float scale, bool causal, bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_backward_jvp_cpu,
     fake=_backward_jvp_fake,
-    own_dims=(3, 2, 3, 3, 3, 3, 3, 2, 3, 2, 3, 3, 3, 3, 3, 2),
+    own_dims=_BACKWARD_JVP_DIMS,
 )
 
 
@@ -686,6 +767,60 @@ class _AttentionBackwardJvp(OpFunction):
         return *pulled[:6], None, None, *pulled[6:], None, None, None, None, None
 
 
+# ------------------------------------------------------------------------------------------- attention_backward_and_jvp
+
+EightGrads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _backward_and_jvp_fake(*args: Any) -> EightGrads:
+    return *_backward_jvp_fake(*args), *_backward_jvp_fake(*args)
+
+
+def _backward_and_jvp_cpu(*args: Any) -> EightGrads:
+    grad, grad_lse, q, k, v, mask, out, lse, dgrad, dgrad_lse, dq, dk, dv, dmask, dout, dlse, *options = args
+    scale, causal, mask_grad = options
+    sizes = _backward_jvp_sizes(args[:16])
+    grads = _grads_fake(sizes, q, mask, mask_grad)
+    tangents = _grads_fake(sizes, q, mask, mask_grad)
+    _KERNELS["backward_and_jvp", sizes.dtype](
+        _inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse),
+        _inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse),
+        *_arguments(sizes, mask, scale, causal),
+        _native_grads(sizes, grads, mask_grad),
+        _native_grads(sizes, tangents, mask_grad),
+    )
+    return *grads, *tangents
+
+
+def _backward_and_jvp_apart(*args: Any) -> EightGrads:
+    grads = torch.ops.onestep.attention_backward.default(*args[:8], *args[16:])
+    return *grads, *torch.ops.onestep.attention_backward_jvp.default(*args)
+
+
+def _backward_and_jvp_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """Where tangents alone are mapped, the gradients are computed once."""
+    ops = torch.ops.onestep
+    if any(dim is not None for dim in in_dims[:8]):
+        results = call_batched(ops.attention_backward_and_jvp.default, args, in_dims, _BACKWARD_JVP_DIMS)
+        return results, (0,) * 8
+    grads = ops.attention_backward.default(*args[:8], *args[16:])
+    tangents = call_batched(ops.attention_backward_jvp.default, args, in_dims, _BACKWARD_JVP_DIMS)
+    return (*grads, *tangents), (None,) * 4 + (0,) * 4
+
+
+define(
+    "attention_backward_and_jvp(Tensor? grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, "
+    "Tensor out, Tensor lse, Tensor? dgrad, Tensor? dgrad_lse, Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, "
+    "Tensor? dout, Tensor? dlse, float scale, bool causal, bool mask_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_backward_and_jvp_cpu,
+    fake=_backward_and_jvp_fake,
+    vmap=_backward_and_jvp_vmap,
+)
+
+
+register_values_and_tangents("attention_and_jvp", _and_jvp_apart)
+register_values_and_tangents("attention_backward_and_jvp", _backward_and_jvp_apart)
 register_derivatives("attention", _Attention)
 register_derivatives("attention_jvp", _AttentionJvp)
 register_derivatives("attention_backward", _AttentionBackward)
