@@ -392,3 +392,40 @@ def test_recurrent_networks_are_fitted(method: str, kind: type[nn.RNNBase], dtyp
     result = onestep.fit(model, (x, y), "cross_entropy", method=method, max_steps=4, progress=False)
     assert result.loss < 0.9 * result.initial_loss
     assert max(record.cg_iterations for record in result.history) > 1
+
+
+# Functions whose gradient torch computes by another kernel where the gradient's own graph is not recorded.
+TWO_GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "torch._C._nn.silu": torch._C._nn.silu,
+    "aten.silu": torch.ops.aten.silu.default,
+    "mish": F.mish,
+    "group_norm": lambda x: F.group_norm(x, 2),
+    "native_group_norm": lambda x: torch.native_group_norm(x, None, None, 5, 4, 3, 2, 1e-5)[0],
+}
+
+
+@pytest.mark.parametrize("name", TWO_GRADIENTS)
+@pytest.mark.parametrize("error", ["cross_entropy", "mse"])
+def test_products_without_a_graph_of_the_gradient(name: str, error: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, v, x = (torch.randn(12, 12, dtype=torch.float64, generator=generator) for _ in range(3))
+
+    def loss(W: Tensor) -> Tensor:
+        z = TWO_GRADIENTS[name]((x[:5] @ W).reshape(5, 4, 3))
+        return (
+            cross_entropy(z, torch.arange(15).reshape(5, 3) % 4)
+            if error == "cross_entropy"
+            else mse_loss(z, z.new_ones(z.shape))
+        )
+
+    def slope(W: Tensor) -> Tensor:
+        leaf = W.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+    expected = (slope(W + 1e-6 * v) - slope(W - 1e-6 * v)) / 2e-6
+    torch.testing.assert_close(hvp(loss, W, v), expected, rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(hvp(loss, W, v), expected, rtol=1e-6, atol=1e-7)

@@ -18,7 +18,7 @@ from onestep.functional import replace_attention
 
 
 @contextmanager
-def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[None]:
+def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[Kernels]:
     """Attention by onestep, LSTMs outside oneDNN, and norms made of elementary functions if asked for.
 
     What onestep's attention does not take runs in torch's mathematical form.
@@ -30,9 +30,9 @@ def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        substitutes = _SUBSTITUTES if composed_norms else {torch.lstm: _lstm}
-        with sdpa_kernel(SDPBackend.MATH), _Substitutes(substitutes), replace_attention():
-            yield
+        kernels = Kernels(_SUBSTITUTES if composed_norms else {torch.lstm: _lstm})
+        with sdpa_kernel(SDPBackend.MATH), kernels, replace_attention():
+            yield kernels
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
@@ -43,14 +43,22 @@ def may_be_differentiated() -> bool:
     return torch.is_grad_enabled() or any(level.key() != TransformType.Vmap for level in levels)
 
 
-class _Substitutes(TorchFunctionMode):
-    """Calls other functions in place of some of torch's."""
+class Kernels(TorchFunctionMode):
+    """Calls other functions in place of some of torch's.
+
+    Attributes:
+        recorded_gradient: whether a function was called whose backward kernel has no forward mode; torch takes
+            elementary functions instead where the gradient's own graph is recorded.
+    """
 
     def __init__(self, substitutes: dict[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self.substitutes = substitutes
+        self.recorded_gradient = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RECORDED:
+            self.recorded_gradient = True
         return self.substitutes.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -142,6 +150,8 @@ def _normalised(input: Tensor, dims: Sequence[int], weight: Tensor | None, bias:
     x = x if bias is None else x + bias
     return x.to(input.dtype)
 
+
+_RECORDED = {F.silu, torch._C._nn.silu, F.mish, torch._C._nn.mish, F.group_norm, torch.group_norm}
 
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.lstm: _lstm,

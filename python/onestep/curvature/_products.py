@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from onestep.curvature._kernels import differentiable_kernels, may_be_differentiated
+from onestep.curvature._kernels import Kernels, differentiable_kernels, may_be_differentiated
 
 # A tensor, or a mapping of names to tensors.
 Parameters = TypeVar("Parameters", Tensor, dict[str, Tensor])
@@ -41,6 +42,21 @@ def _tangent(params: Any, v: Any) -> Any:
     return type(params)((name, v[name]) for name in params)  # type: ignore[call-arg]
 
 
+def _gradient_of(scalar: Callable[[Parameters], Tensor], kernels: Kernels) -> Callable[[Parameters], Parameters]:
+    """params → the gradient of a scalar. Its graph, half of the memory, is recorded only where it is needed."""
+    if may_be_differentiated():
+        return grad(scalar)
+
+    def gradient(params: Parameters) -> Parameters:
+        linearized: tuple[Tensor, Any] = vjp(scalar, params)  # type: ignore[assignment]
+        loss, pullback = linearized
+        recorded = kernels.recorded_gradient
+        result: Parameters = pullback(torch.ones_like(loss), retain_graph=recorded, create_graph=recorded)[0]
+        return result
+
+    return gradient
+
+
 def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Parameters:
     """Computes Hv, H = ∂²loss/∂params², by forward mode over reverse mode (Pearlmutter, Neural Computation 6, 1994).
 
@@ -68,10 +84,24 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
             raise ValueError(f"loss_fn returned shape {tuple(loss.shape)}; expected a scalar")
         return loss
 
-    with differentiable_kernels(composed_norms=may_be_differentiated()):
+    def push(kernels: Kernels) -> Parameters:
+        gradient = _gradient_of(scalar, kernels)
+        pushed: tuple[Parameters, Parameters] = jvp(gradient, (params,), (v,))  # type: ignore[assignment]
+        return pushed[1]
+
+    def push_or_record(kernels: Kernels) -> Parameters:
         try:
-            pushed: tuple[Parameters, Parameters] = jvp(grad(scalar), (params,), (v,))  # type: ignore[assignment]
-            return pushed[1]
+            return push(kernels)
+        except NotImplementedError:
+            # A backward kernel without forward mode that Kernels does not know of.
+            if kernels.recorded_gradient or may_be_differentiated():
+                raise
+            kernels.recorded_gradient = True
+            return push(kernels)
+
+    with differentiable_kernels(composed_norms=may_be_differentiated()) as kernels:
+        try:
+            return push_or_record(kernels)
         except RuntimeError as error:
             # Forward mode of mse_loss' gradient trips over a zero tensor that torch 2.13 makes itself. Elsewhere
             # reverse mode twice may be silently wrong, as it is for torch 2.13's weight_norm.

@@ -546,7 +546,7 @@ class _OuterProductOperator(CurvatureOperator):
 
             with differentiable_kernels():
                 outputs, pullback, tangent = vjp(pushed, point, has_aux=True)  # type: ignore[misc]
-                result: Named = pullback(outer(outputs, tangent))[0]
+                result: Named = pullback(outer(outputs, tangent), retain_graph=False)[0]
             return result
 
         return product
