@@ -403,6 +403,8 @@ TWO_GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "aten.silu": torch.ops.aten.silu.default,
     "mish": F.mish,
     "group_norm": lambda x: F.group_norm(x, 2),
+    "logit": lambda x: torch.logit(torch.sigmoid(x)),
+    "aten.logit": lambda x: torch.ops.aten.logit.default(torch.sigmoid(x)),
     "native_group_norm": lambda x: torch.native_group_norm(x, None, None, 5, 4, 3, 2, 1e-5)[0],
 }
 
@@ -429,3 +431,28 @@ def test_products_without_a_graph_of_the_gradient(name: str, error: str) -> None
     torch.testing.assert_close(hvp(loss, W, v), expected, rtol=1e-6, atol=1e-7)
     with torch.no_grad():
         torch.testing.assert_close(hvp(loss, W, v), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_loss_is_computed_once(graph: bool) -> None:
+    """Also where a gradient has to be computed again: a second loss would draw other random numbers."""
+    calls = []
+    W = torch.randn(4, dtype=torch.float64)
+
+    def loss(W: Tensor) -> Tensor:
+        calls.append(None)
+        return torch.ops.aten.silu.default(W).sum()
+
+    with torch.set_grad_enabled(graph):
+        hvp(loss, W, W)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize(
+    ("loss", "dtype"), [(lambda W: (W > 0).sum(), "int64"), (lambda W: (W * 1j).square().sum(), "complex128")]
+)
+def test_losses_that_are_not_real(graph: bool, loss: Callable[[Tensor], Tensor], dtype: str) -> None:
+    W = torch.randn(4, dtype=torch.float64)
+    with torch.set_grad_enabled(graph), pytest.raises(TypeError, match=dtype):
+        hvp(loss, W, W)

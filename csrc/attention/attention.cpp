@@ -108,8 +108,8 @@ struct Call {
 
     int64_t rows(int64_t query_tile) const { return std::min(tile, args.queries - query_tile * tile); }
 
-    // unit(i, work) for every i in [0, count): threads take the next one when they are done with one, in no fixed
-    // order.
+    // unit(i, work) for every i in [0, count), in no fixed order. A body takes units until none is left, so that a
+    // thread takes its work memory once.
     template <class Unit>
     Status run(int64_t count, int64_t products_each, const Unit& unit) const {
         const int64_t elements = kernel.work(args.d, args.dv, tile);

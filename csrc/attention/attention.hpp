@@ -48,7 +48,7 @@ struct AttentionMaskGrad {
 template <class T>
 struct AttentionResults {
     T* out = nullptr;
-    double* lse = nullptr;  // may be null
+    double* lse = nullptr;  // may be null in attention_jvp
     T* q_grad = nullptr;
     T* k_grad = nullptr;
     T* v_grad = nullptr;

@@ -29,7 +29,7 @@ struct Loop {
 void run_claims(int64_t, int64_t, void* context) {
     auto* loop = static_cast<Loop*>(context);
     try {
-        for (;;) {
+        while (!loop->out_of_memory.load(std::memory_order_relaxed)) {
             const int64_t begin = loop->next.fetch_add(loop->step, std::memory_order_relaxed);
             if (begin >= loop->count) {
                 return;
@@ -60,7 +60,7 @@ ThreadSource thread_source() {
 }
 
 Status parallel_for_indices(int64_t count, int64_t grain, void (*fn)(void*, int64_t), void* context) {
-    Loop loop{count, std::max({grain, count / kMostClaims, int64_t{1}}), fn, context};
+    Loop loop{count, std::max({grain, (count + kMostClaims - 1) / kMostClaims, int64_t{1}}), fn, context};
     const ParallelForFunction function = pool.load(std::memory_order_relaxed);
     if (function == nullptr || count <= grain || forked.load(std::memory_order_relaxed)) {
         run_claims(0, count, &loop);

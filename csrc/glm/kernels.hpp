@@ -5,7 +5,8 @@
 
 namespace onestep {
 
-// Rows are taken in tiles whose part of X fits into kTileBytes, at most kMostTileRows.
+// Rows are taken in tiles of at most kMostTileRows, whose part of X fits into kTileBytes unless there is one right-hand
+// side.
 inline constexpr int64_t kTileBytes = int64_t{64} << 10;
 inline constexpr int64_t kMostTileRows = 64;
 

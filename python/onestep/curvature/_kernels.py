@@ -47,8 +47,7 @@ class Kernels(TorchFunctionMode):
     """Calls other functions in place of some of torch's.
 
     Attributes:
-        recorded_gradient: whether a function was called whose backward kernel has no forward mode; torch takes
-            elementary functions instead where the gradient's own graph is recorded.
+        recorded_gradient: whether a function of ``_RECORDED`` was called.
     """
 
     def __init__(self, substitutes: dict[Any, Callable[..., Any]]) -> None:
@@ -151,7 +150,10 @@ def _normalised(input: Tensor, dims: Sequence[int], weight: Tensor | None, bias:
     return x.to(input.dtype)
 
 
+# Their backward kernels have no forward mode; where the gradient's own graph is recorded torch takes elementary
+# functions.
 _RECORDED = {F.silu, torch._C._nn.silu, F.mish, torch._C._nn.mish, F.group_norm, torch.group_norm}
+_RECORDED |= {torch.logit, Tensor.logit, torch.special.logit}
 
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.lstm: _lstm,

@@ -50,9 +50,18 @@ def _gradient_of(scalar: Callable[[Parameters], Tensor], kernels: Kernels) -> Ca
     def gradient(params: Parameters) -> Parameters:
         linearized: tuple[Tensor, Any] = vjp(scalar, params)  # type: ignore[assignment]
         loss, pullback = linearized
-        recorded = kernels.recorded_gradient
-        result: Parameters = pullback(torch.ones_like(loss), retain_graph=recorded, create_graph=recorded)[0]
-        return result
+
+        def pull(recorded: bool) -> Parameters:
+            result: Parameters = pullback(torch.ones_like(loss), create_graph=recorded)[0]
+            return result
+
+        try:
+            return pull(kernels.recorded_gradient)
+        except NotImplementedError:
+            # A backward kernel without forward mode that Kernels does not know of. The loss is not computed again.
+            if kernels.recorded_gradient:
+                raise
+            return pull(True)
 
     return gradient
 
@@ -60,7 +69,8 @@ def _gradient_of(scalar: Callable[[Parameters], Tensor], kernels: Kernels) -> Ca
 def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Parameters:
     """Computes Hv, H = ∂²loss/∂params², by forward mode over reverse mode (Pearlmutter, Neural Computation 6, 1994).
 
-    Costs about two gradients and one gradient's memory twice, whatever the number of parameters. torch's attention
+    Costs about two gradients, and one gradient's memory twice, or less under ``torch.no_grad``, whatever the number of
+    parameters. torch's attention
     inside ``loss_fn`` is replaced by onestep's, which has second derivatives at O(T) memory, or by torch's mathematical
     form where onestep's does not take the operands (see ``onestep.functional.replace_attention``). Where the product
     may be differentiated itself, which ``torch.no_grad`` rules out, norms are composed of elementary functions.
@@ -82,26 +92,15 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
         loss = loss_fn(p)
         if loss.dim() != 0:
             raise ValueError(f"loss_fn returned shape {tuple(loss.shape)}; expected a scalar")
+        if not loss.is_floating_point():
+            raise TypeError(f"loss_fn returned dtype {loss.dtype}; expected a real floating-point scalar")
         return loss
 
-    def push(kernels: Kernels) -> Parameters:
-        gradient = _gradient_of(scalar, kernels)
-        pushed: tuple[Parameters, Parameters] = jvp(gradient, (params,), (v,))  # type: ignore[assignment]
-        return pushed[1]
-
-    def push_or_record(kernels: Kernels) -> Parameters:
-        try:
-            return push(kernels)
-        except NotImplementedError:
-            # A backward kernel without forward mode that Kernels does not know of.
-            if kernels.recorded_gradient or may_be_differentiated():
-                raise
-            kernels.recorded_gradient = True
-            return push(kernels)
-
     with differentiable_kernels(composed_norms=may_be_differentiated()) as kernels:
+        gradient = _gradient_of(scalar, kernels)
         try:
-            return push_or_record(kernels)
+            pushed: tuple[Parameters, Parameters] = jvp(gradient, (params,), (v,))  # type: ignore[assignment]
+            return pushed[1]
         except RuntimeError as error:
             # Forward mode of mse_loss' gradient trips over a zero tensor that torch 2.13 makes itself. Elsewhere
             # reverse mode twice may be silently wrong, as it is for torch 2.13's weight_norm.

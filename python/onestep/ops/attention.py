@@ -629,15 +629,23 @@ define(
 )
 
 
+def _moved_outputs(
+    primals: Any, moves: Any, dout: Optional, dlse: Optional, scale: float, causal: bool
+) -> tuple[Optional, Optional]:
+    """The tangents of O and L that belong to those of q, k, v and mask, computed where they are not given."""
+    if all(moved is None for moved in moves):
+        return None, None
+    if dout is None or dlse is None:
+        dout, dlse = torch.ops.onestep.attention_jvp.default(*primals, *moves, scale, causal)
+    return dout, dlse
+
+
 class _AttentionBackward(OpFunction):
     @staticmethod
     def forward_and_jvp(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         dgrad, dgrad_lse, *moves, dout, dlse = tangents[:8]
-        q, k, v, mask, out, lse, scale, causal, mask_grad = args[2:]
-        if all(moved is None for moved in moves):
-            dout = dlse = None
-        elif dout is None or dlse is None:
-            dout, dlse = torch.ops.onestep.attention_jvp.default(q, k, v, mask, out, lse, *moves, scale, causal)
+        *_, scale, causal, mask_grad = args
+        dout, dlse = _moved_outputs(args[2:8], moves, dout, dlse, scale, causal)
         results = torch.ops.onestep.attention_backward_and_jvp.default(
             *args[:8], dgrad, dgrad_lse, *moves, dout, dlse, scale, causal, mask_grad
         )
@@ -692,15 +700,10 @@ class _AttentionBackward(OpFunction):
         dlse: Optional,
         *unused: Any,
     ) -> tuple[Any, ...]:
-        _, _, q, k, v, mask, out, lse = ctx.saved_tensors
         options = ctx.scale, ctx.causal
-        moved = not (dq is None and dk is None and dv is None and dmask is None)
-        if moved and (dout is None or dlse is None):
-            dout, dlse = torch.ops.onestep.attention_jvp.default(q, k, v, mask, out, lse, dq, dk, dv, dmask, *options)
-        if not moved:
-            dout = dlse = None
-            if dgrad is None and dgrad_lse is None:
-                return (None,) * 4
+        dout, dlse = _moved_outputs(ctx.saved_tensors[2:], (dq, dk, dv, dmask), dout, dlse, *options)
+        if dout is None and dgrad is None and dgrad_lse is None:
+            return (None,) * 4
         grads = torch.ops.onestep.attention_backward_jvp.default(
             *ctx.saved_tensors, dgrad, dgrad_lse, dq, dk, dv, dmask, dout, dlse, *options, ctx.mask_grad
         )
