@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,30 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import TransformType
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from onestep.curvature._lstm import lstm
+from onestep.evaluation.exclusive import exclusive
 from onestep.functional import replace_attention
 
 
 @contextmanager
 def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[Kernels]:
-    """Attention by onestep, LSTMs outside oneDNN, and norms made of elementary functions if asked for.
+    """Attention by onestep, LSTMs made of elementary functions, and norms too if asked for: in this thread, alone.
 
-    What onestep's attention does not take runs in torch's mathematical form.
+    What onestep's attention does not take runs in torch's mathematical form. While a torch function mode is on, as
+    here, torch.nn's encoder layers do not take their fused path.
 
     torch 2.13's flash attention, fused encoder layers and oneDNN LSTM have no forward mode, and the LSTM's graph can be
     gone through only once. The forward mode of its layer, batch and instance norm takes mean and deviation for
     constants when it is differentiated again: derivatives of a product would be wrong without a word.
+
+    Only one thread is inside at a time (see ``exclusive``): what is computed here may use forward mode.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        kernels = Kernels(_SUBSTITUTES if composed_norms else {torch.lstm: _lstm})
-        with sdpa_kernel(SDPBackend.MATH), kernels, replace_attention():
-            yield kernels
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    kernels = Kernels(_SUBSTITUTES | _NORMS if composed_norms else _SUBSTITUTES)
+    with exclusive(), kernels, replace_attention():
+        yield kernels
 
 
 def may_be_differentiated() -> bool:
@@ -61,12 +59,29 @@ class Kernels(TorchFunctionMode):
         return self.substitutes.get(func, func)(*args, **(kwargs or {}))
 
 
-def _lstm(*args: Any, **kwargs: Any) -> Any:
-    with warnings.catch_warnings():
-        # torch 2.13 warns of Intel GPUs when it restores its own settings.
-        warnings.simplefilter("ignore", UserWarning)
-        with torch.backends.mkldnn.flags(enabled=False):
-            return torch.lstm(*args, **kwargs)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's attention in its mathematical form, which has derivatives of every order."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = query.new_full((), -torch.inf)
+        attn_mask = torch.where(attn_mask, query.new_zeros(()), hidden)
+    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )[0]
+    return out
 
 
 def _layer_norm(
@@ -156,7 +171,11 @@ _RECORDED = {F.silu, torch._C._nn.silu, F.mish, torch._C._nn.mish, F.group_norm,
 _RECORDED |= {torch.logit, Tensor.logit, torch.special.logit}
 
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
-    torch.lstm: _lstm,
+    torch.lstm: lstm,
+    F.scaled_dot_product_attention: _attention,
+}
+
+_NORMS: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,

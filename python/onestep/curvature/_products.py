@@ -70,10 +70,11 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
     """Computes Hv, H = ∂²loss/∂params², by forward mode over reverse mode (Pearlmutter, Neural Computation 6, 1994).
 
     Costs about two gradients, and one gradient's memory twice, or less under ``torch.no_grad``, whatever the number of
-    parameters. torch's attention
-    inside ``loss_fn`` is replaced by onestep's, which has second derivatives at O(T) memory, or by torch's mathematical
-    form where onestep's does not take the operands (see ``onestep.functional.replace_attention``). Where the product
-    may be differentiated itself, which ``torch.no_grad`` rules out, norms are composed of elementary functions.
+    parameters. torch's attention inside ``loss_fn`` is replaced by onestep's, which has second derivatives at O(T)
+    memory, or by torch's mathematical form where onestep's does not take the operands (see
+    ``onestep.functional.replace_attention``). Where the product may be differentiated itself, which ``torch.no_grad``
+    rules out, norms are composed of elementary functions. Python threads take turns: torch's forward mode serves one at
+    a time.
 
     Args:
         loss_fn: params → a scalar. For a module: ``lambda p: loss(functional_call(model, p, (x,)), y)``.

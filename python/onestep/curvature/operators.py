@@ -20,6 +20,7 @@ from onestep.curvature._products import hvp
 from onestep.evaluation.data import Chunk, as_source
 from onestep.evaluation.distributed import equal_everywhere, share, summed, together
 from onestep.evaluation.errors import NonFiniteError
+from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss, as_loss, drawn_slope
 from onestep.evaluation.module import (
     autograd_gradient,
@@ -188,9 +189,7 @@ class CurvatureOperator(ABC):
         """The loss over all data, and its gradient (p,): ``solve(-gradient, damping)`` is a damped Newton step."""
         with eval_mode(self.model):
             loss, gradient, elements = summed_gradient(
-                lambda chunk: autograd_gradient(
-                    lambda: self._loss.sum(call_model(self.model, chunk.inputs), chunk.target), self._parameters
-                ),
+                lambda chunk: autograd_gradient(lambda: self._chunk_loss(chunk), self._parameters),
                 lambda chunk: self._loss.elements(chunk.target, len(chunk)),
                 self._chunks,
                 self._parameters,
@@ -395,13 +394,18 @@ class CurvatureOperator(ABC):
         for chunk in self._source.all():
             yield Chunk(*tree_map_only(Tensor, lambda t: t.to(self.device), tuple(chunk)))
 
+    def _chunk_loss(self, chunk: Chunk) -> Tensor:
+        """The loss summed over a chunk, at the model's own parameters."""
+        with exclusive():
+            return self._loss.sum(call_model(self.model, chunk.inputs), chunk.target)
+
     def _look_at_rows(self) -> int:
         """How many rows keep as much for a backward pass as may be kept."""
         self._source.chunk_size = _FEW
         first = next(self._chunks(), None)
         if first is None:
             raise ValueError("data gives this process no rows; expected at least one for each process")
-        with eval_mode(self.model):
+        with eval_mode(self.model), exclusive():
             return chunk_rows(self.model, self._loss, first)
 
     def _check_deterministic(self) -> None:
@@ -409,7 +413,7 @@ class CurvatureOperator(ABC):
             found = []
             with torch.no_grad(), eval_mode(self.model):
                 for number, chunk in enumerate(self._chunks()):
-                    loss = self._loss.sum(call_model(self.model, chunk.inputs), chunk.target).item()
+                    loss = self._chunk_loss(chunk).item()
                     if not math.isfinite(loss):
                         raise NonFiniteError(explain(chunk, number, f"the loss is {loss}"))
                     found.append(loss)
@@ -450,13 +454,15 @@ class CurvatureOperator(ABC):
                 ) as bar,
             ):
                 for number, chunk in enumerate(self._chunks()):
-                    product = self._product(chunk, number, point)
                     at_once = max(1, self._affordable_rows // len(chunk))
-                    for begin in range(0, V.shape[1], at_once):
-                        some = slice(begin, begin + at_once)
-                        results = self._of_each(product, {name: part[some] for name, part in tangents.items()})
-                        for name, result in results.items():
-                            parts[name][some].add_(result)
+                    # The parameters are swapped inside a module that other threads may use.
+                    with exclusive():
+                        product = self._product(chunk, number, point)
+                        for begin in range(0, V.shape[1], at_once):
+                            some = slice(begin, begin + at_once)
+                            results = self._of_each(product, {name: part[some] for name, part in tangents.items()})
+                            for name, result in results.items():
+                                parts[name][some].add_(result)
                     if not _all_finite(total):
                         raise NonFiniteError(explain(chunk, number, "the product is NaN or infinite"))
                     elements += self._loss.elements(chunk.target, len(chunk))

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from onestep.evaluation.exclusive import exclusive
+
 
 class Chunk(NamedTuple):
     """Rows that are computed together: what the model takes, what the loss compares with, and their batch's piece."""
@@ -196,8 +198,9 @@ class LoaderSource(Source):
         sampler = getattr(self.loader, "sampler", None)
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(number)
-        # A sampler draws its order, or the seed of it, when it is asked for the first batch.
-        with torch.random.fork_rng(devices=[]):
+        # A sampler draws its order, or the seed of it, when it is asked for the first batch. Other threads must not
+        # draw from the process's random numbers, or set them, meanwhile.
+        with exclusive(), torch.random.fork_rng(devices=[]):
             seed = self.seed * 1_000_003 + number
             torch.manual_seed(seed)
             batched = getattr(self.loader, "batch_sampler", None)

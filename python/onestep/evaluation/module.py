@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.errors import NonFiniteError
+from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss
 from onestep.evaluation.parameters import ParameterVector, flatten
 
@@ -41,16 +43,30 @@ def parameter_names(module: nn.Module, parameters: ParameterVector) -> list[str]
     return [by_identity[id(tensor)] for tensor in parameters.tensors]
 
 
+# How often eval_mode has been entered for a module and not left, and the mode that it had before.
+_held: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Everything in eval mode, and afterwards in the modes that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Everything in eval mode, and afterwards in the modes that it had; the last thread that leaves puts it back."""
+    modules = list(model.modules())
+    with exclusive():
+        for module in modules:
+            count, training = _held.get(module, (0, module.training))
+            _held[module] = count + 1, training
+        model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with exclusive():
+            for module in modules:
+                count, training = _held[module]
+                if count > 1:
+                    _held[module] = count - 1, training
+                else:
+                    del _held[module]
+                    module.training = training
 
 
 def warn_of_eval_mode(model: nn.Module, caller: str, stacklevel: int) -> None:
