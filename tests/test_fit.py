@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import onestep
 from onestep.optim import NonFiniteError
-from onestep.training.fit import _Session
+from onestep.training import loop
 
 METHODS = ["levenberg_marquardt", "gauss_newton", "newton_cg", "gradient_descent"]
 
@@ -187,7 +187,7 @@ def test_interrupt_returns_what_was_reached() -> None:
 
 def test_interrupt_between_a_step_and_its_record_takes_the_step_back(monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = table()
-    record, calls = _Session._record, 0
+    record, calls = loop.record_step, 0
 
     def interrupted(*arguments: Any) -> None:
         nonlocal calls
@@ -196,7 +196,7 @@ def test_interrupt_between_a_step_and_its_record_takes_the_step_back(monkeypatch
             raise KeyboardInterrupt
         record(*arguments)
 
-    monkeypatch.setattr(_Session, "_record", interrupted)
+    monkeypatch.setattr(loop, "record_step", interrupted)
     model = network()
     result = onestep.fit(model, (X, y), method="gauss_newton", progress=False)
     assert (result.reason, len(result.history)) == ("interrupted", 2)

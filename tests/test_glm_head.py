@@ -11,10 +11,11 @@ import onestep
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import as_loss
 from onestep.evaluation.parameters import ParameterVector
-from onestep.training import glm_head
-from onestep.training.glm_head import HeadObjective
-from onestep.training.head import find_head
 from onestep.training.objective import DataObjective
+from onestep.training.structures import glm_head
+from onestep.training.structures.affine_head import Head, find_head
+from onestep.training.structures.base import Mismatch
+from onestep.training.structures.glm_head import HeadObjective
 
 HEADS = {
     "linear": (lambda: nn.Linear(6, 4), (30, 5), "cross_entropy"),
@@ -48,7 +49,7 @@ def objectives(name: str) -> tuple[ParameterVector, DataObjective, HeadObjective
     chunk = Chunk(inputs, target)
     parts = [chunk.rows(slice(0, 5)), chunk.rows(slice(5, None))]
     head = find_head(model, parameters, chunk)
-    assert head is not None
+    assert isinstance(head, Head), head
     arguments = model, as_loss(loss), lambda: parts, lambda: parts
     return parameters, DataObjective(*arguments, fixed=True), HeadObjective(*arguments, fixed=True, head=head)
 
@@ -88,7 +89,7 @@ def test_a_changed_layer_is_fitted_as_it_is(name: str, change: str) -> None:
     CHANGES[change](model[2])
     model.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert find_head(model, ParameterVector(trained), Chunk(inputs, target)) is None
+    assert isinstance(find_head(model, ParameterVector(trained), Chunk(inputs, target)), Mismatch)
     result = onestep.fit(model, (inputs, target), loss, method="newton_cg", weight_decay=1e-3, progress=False)
     value = as_loss(loss).sum(model(inputs), target) / as_loss(loss).elements(target, len(inputs))
     assert result.loss == pytest.approx((value + 5e-4 * sum(p.square().sum() for p in trained)).item(), rel=1e-10)

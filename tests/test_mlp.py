@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any
 
 import pytest
@@ -19,7 +18,9 @@ from onestep.evaluation.parameters import ParameterVector
 from onestep.ops.mlp import ACTIVATIONS
 from onestep.optim import LevenbergMarquardt, levenberg_marquardt
 from onestep.training.objective import DataObjective
-from onestep.training.perceptron import PerceptronObjective, find_perceptron
+from onestep.training.structures import perceptron
+from onestep.training.structures.base import Mismatch
+from onestep.training.structures.perceptron import PerceptronObjective, find_perceptron
 
 MSE = LOSSES["mse"]
 LAYERS = {"identity": nn.Identity, "relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
@@ -187,10 +188,10 @@ def test_which_modules_are_perceptrons() -> None:
         nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.Dropout(), nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2)
     )
     found = find_perceptron(plain, MSE, chunk_of())
-    assert found is not None
+    assert not isinstance(found, Mismatch), found
     assert found.widths == [3, 4, 4, 2]
     assert found.activations == [ACTIVATIONS[name] for name in ("relu", "tanh", "identity")]
-    assert find_perceptron(nn.Linear(3, 2), MSE, chunk_of()) is not None
+    assert not isinstance(find_perceptron(nn.Linear(3, 2), MSE, chunk_of()), Mismatch)
     others = [
         nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)),
         nn.Sequential(nn.ReLU(), nn.Linear(3, 2)),
@@ -204,10 +205,11 @@ def test_which_modules_are_perceptrons() -> None:
         nn.Sequential(),
     ]
     for model in others:
-        assert find_perceptron(model, MSE, chunk_of()) is None, model
-    assert find_perceptron(nn.Linear(3, 2), LOSSES["poisson"], chunk_of()) is None
-    assert find_perceptron(nn.Linear(3, 2), MSE, Chunk((torch.randn(5, 3),), torch.randn(5, 2))) is None
-    assert find_perceptron(nn.Linear(3, 2), MSE, Chunk(torch.randn(5, 4, 3), torch.randn(5, 4, 2))) is None
+        assert isinstance(find_perceptron(model, MSE, chunk_of()), Mismatch), model
+    layer = nn.Linear(3, 2)
+    assert find_perceptron(layer, LOSSES["poisson"], chunk_of()) == Mismatch("the loss is 'poisson', not 'mse'")
+    assert isinstance(find_perceptron(layer, MSE, Chunk((torch.randn(5, 3),), torch.randn(5, 2))), Mismatch)
+    assert isinstance(find_perceptron(layer, MSE, Chunk(torch.randn(5, 4, 3), torch.randn(5, 4, 2))), Mismatch)
 
 
 @pytest.mark.parametrize("frozen", ["", "0.weight", "2.bias", "0.bias"])
@@ -218,7 +220,7 @@ def test_objective_is_the_one_by_torch(frozen: str) -> None:
         model.get_parameter(frozen).requires_grad_(False)
     chunk = Chunk(torch.randn(50, 3, dtype=torch.float64), torch.randn(50, dtype=torch.float64))
     found = find_perceptron(model, MSE, chunk)
-    assert found is not None
+    assert not isinstance(found, Mismatch), found
     # An order that is not the module's.
     parameters = ParameterVector([p for p in reversed(list(model.parameters())) if p.requires_grad])
     sources: Any = (model, MSE, lambda: [chunk], lambda: [chunk])
@@ -242,7 +244,7 @@ def test_steps_on_a_sample_solve_its_system(by_kernels: bool, decay: float, monk
     X, y = torch.randn(101, 3, dtype=torch.float64), torch.randn(101, 2, dtype=torch.float64)
     chunks = [Chunk(X[:60], y[:60], 0), Chunk(X[60:], y[60:], 1)]
     found = find_perceptron(model, MSE, chunks[0])
-    assert found is not None
+    assert not isinstance(found, Mismatch), found
     sources: Any = (model, MSE, lambda: chunks, lambda: chunks)
     options: dict[str, Any] = {"fixed": True, "pieces": 2}
 
@@ -284,7 +286,7 @@ def test_fit_ends_where_it_does_by_torch(method: str, monkeypatch: pytest.Monkey
         for p in model.parameters():
             nn.init.normal_(p)
         if not by_kernels:
-            monkeypatch.setattr(sys.modules["onestep.training.fit"], "find_perceptron", lambda *args: None)
+            monkeypatch.setattr(perceptron, "find_perceptron", lambda *args: Mismatch("switched off"))
         result = onestep.fit(model, (X, y), method=method, max_steps=3, progress=False)
         losses.append([record.loss for record in result.history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-7)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import onestep
-from onestep.training import softmax_head
+from onestep.training.methods import softmax_estimate as softmax_head
 
 ROWS, FEATURES, CLASSES = 6_000, 8, 4
 

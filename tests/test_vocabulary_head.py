@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -18,7 +17,9 @@ from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import LOSSES
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.objective import DataObjective
-from onestep.training.vocabulary_head import VocabularyObjective, find_vocabulary_head
+from onestep.training.structures import vocabulary_head
+from onestep.training.structures.base import Mismatch
+from onestep.training.structures.vocabulary_head import VocabularyObjective, find_vocabulary_head
 
 WORDS, WIDTH, ROWS, CONTEXT = 1100, 12, 6, 5
 CROSS_ENTROPY = LOSSES["cross_entropy"]
@@ -62,7 +63,7 @@ def chunk() -> Chunk:
 
 def both(model: nn.Module, chunk: Chunk) -> tuple[VocabularyObjective, DataObjective, ParameterVector]:
     layer = find_vocabulary_head(model, CROSS_ENTROPY, chunk)
-    assert layer is not None
+    assert not isinstance(layer, Mismatch), layer
     arguments: Any = (model, CROSS_ENTROPY, lambda: [chunk], lambda: [chunk])
     ours = VocabularyObjective(*arguments, fixed=True, layer=layer, kept_rows=ROWS)
     parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
@@ -114,13 +115,13 @@ def test_no_scores_in_memory() -> None:
 
 
 def test_found_only_where_it_ends_the_model(chunk: Chunk) -> None:
-    assert find_vocabulary_head(LanguageModel(), CROSS_ENTROPY, chunk) is not None
-    assert find_vocabulary_head(LanguageModel(), LOSSES["mse"], chunk) is None
-    assert find_vocabulary_head(Shifted(), CROSS_ENTROPY, chunk) is None
-    assert find_vocabulary_head(ClassesSecond(), CROSS_ENTROPY, chunk) is None
+    assert not isinstance(find_vocabulary_head(LanguageModel(), CROSS_ENTROPY, chunk), Mismatch)
+    assert isinstance(find_vocabulary_head(LanguageModel(), LOSSES["mse"], chunk), Mismatch)
+    assert isinstance(find_vocabulary_head(Shifted(), CROSS_ENTROPY, chunk), Mismatch)
+    assert isinstance(find_vocabulary_head(ClassesSecond(), CROSS_ENTROPY, chunk), Mismatch)
     hooked = LanguageModel()
     hooked.head.register_forward_hook(lambda _layer, _args, scores: 2 * scores)
-    assert find_vocabulary_head(hooked, CROSS_ENTROPY, chunk) is None
+    assert isinstance(find_vocabulary_head(hooked, CROSS_ENTROPY, chunk), Mismatch)
 
 
 @pytest.mark.parametrize("method", ["gauss_newton", "newton_cg", "gradient_descent"])
@@ -139,7 +140,7 @@ def test_fit(chunk: Chunk, method: str, monkeypatch: pytest.MonkeyPatch) -> None
         options["cg_iterations"] = 4
     result = onestep.fit(model, data, "cross_entropy", **options)
     assert calls
-    monkeypatch.setattr(sys.modules["onestep.training.fit"], "find_vocabulary_head", lambda *args: None)
+    monkeypatch.setattr(vocabulary_head, "find_vocabulary_head", lambda *args: Mismatch("switched off"))
     expected = onestep.fit(other, data, "cross_entropy", **options)
     assert result.loss < math.log(WORDS)
     assert result.loss == pytest.approx(expected.loss, rel=1e-7)

@@ -48,6 +48,7 @@ class FitResult:
         reason: why it stopped.
         history: a ``Record`` for each step.
         initial_loss: before the first step.
+        reasons: why methods and structures that might have been faster do not apply.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class FitResult:
     reason: str
     initial_loss: float
     history: list[Record] = field(default_factory=list)
+    reasons: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return (

@@ -15,9 +15,12 @@ from onestep.evaluation.distributed import share, summed, together
 from onestep.evaluation.losses import IGNORED, scores_and_classes
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim import NonFiniteError
-from onestep.training.closed_form import NotAffineError, Solution, is_affine
-from onestep.training.head import Head, columns, features_and_outputs, find_head
+from onestep.training.methods.affine_equations import NotAffineError, Solution
 from onestep.training.objective import DataObjective
+from onestep.training.structures.affine import why_not_affine
+from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
+from onestep.training.structures.base import Mismatch
+from onestep.training.structures.layers import columns
 
 # Rows of the pilot estimate and of the final one, of all processes together, and the rows out of which the pilot's are
 # drawn; data that has no more than those is solved for as it is.
@@ -126,7 +129,7 @@ class _Estimate:
             if self.head is None:
                 self._find_head(chunk)
             assert self.head is not None
-            found = features_and_outputs(self.head, self.objective, chunk)
+            found = features_and_outputs(self.head, self.objective.module, chunk)
             if found is None:
                 raise NotAffineError
             features, result = found
@@ -140,10 +143,12 @@ class _Estimate:
             yield from map(Rows, X.split(_KEPT), y.split(_KEPT))
 
     def _find_head(self, chunk: Chunk) -> None:
-        if is_affine(self.objective.module, self.parameters, chunk):
-            self.head = find_head(self.objective.module, self.parameters, chunk)
-        if self.head is None:
+        if why_not_affine(self.objective.module, self.parameters, chunk):
             raise NotAffineError
+        head = find_head(self.objective.module, self.parameters, chunk)
+        if isinstance(head, Mismatch):
+            raise NotAffineError
+        self.head = head
         self.classes, self.with_bias = len(self.head.weight), self.head.bias is not None
 
     def _first(self, pieces: Iterator[Rows]) -> tuple[Rows, bool]:

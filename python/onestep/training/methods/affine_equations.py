@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import share, summed, together
@@ -16,8 +16,11 @@ from onestep.evaluation.module import call_model
 from onestep.evaluation.parameters import ParameterVector
 from onestep.linalg import NormalEquations
 from onestep.optim import NonFiniteError
-from onestep.training.head import Head, columns, features_and_outputs, find_head, spread
 from onestep.training.objective import DataObjective
+from onestep.training.structures.affine import is_affine_between, why_not_affine
+from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
+from onestep.training.structures.base import Mismatch
+from onestep.training.structures.layers import columns, spread
 
 # Up to this many parameters a general affine model's normal equations are formed; a linear head has no such limit.
 MOST_PARAMETERS = 4096
@@ -41,39 +44,6 @@ class Solution(NamedTuple):
     initial_loss: float
     loss: float
     note: str
-
-
-def is_affine(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> bool:
-    """Whether outputs are affine in the parameters: f(θ + a u + b v) = f(θ) + a (f(θ+u) - f(θ)) + b (f(θ+v) - f(θ)).
-
-    Tested on a few rows in random directions at two scales; ``solve`` tests all rows. NaN or infinity tells nothing
-    against it: whoever reads the rows finds that.
-    """
-    start = parameters.read()
-    few = spread(chunk)
-    generator = torch.Generator().manual_seed(0)
-    size = start.square().mean().sqrt().clamp_min(0.1)
-
-    def outputs(vector: Tensor) -> Tensor:
-        parameters.write(vector)
-        return call_model(module, few.inputs).double()
-
-    try:
-        with torch.no_grad():
-            base = outputs(start)
-            if not base.isfinite().all():
-                return True
-            for scale in (1.0, 30.0):
-                u, v = (torch.randn(2, len(start), generator=generator).to(start) * (scale * size)).unbind()
-                along_u, along_v = outputs(start + u) - base, outputs(start + v) - base
-                combined = outputs(start + 0.5 * u - 2.0 * v) - base
-                largest = torch.stack([t.abs().max() for t in (base, along_u, along_v)]).max()
-                error = (combined - (0.5 * along_u - 2.0 * along_v)).abs().max()
-                if not error <= 1e3 * torch.finfo(parameters.dtype).eps * largest:
-                    return False
-    finally:
-        parameters.write(start)
-    return True
 
 
 class _Equations:
@@ -125,7 +95,7 @@ class _HeadEquations:
         self.equations = _Equations(d + self.augmented, k, intercept=intercept, dtype=head.weight.dtype)
 
     def add(self, objective: DataObjective, chunk: Chunk, number: int) -> None:
-        found = features_and_outputs(self.head, objective, chunk)
+        found = features_and_outputs(self.head, objective.module, chunk)
         if found is None:
             raise NotAffineError
         features, result = found
@@ -201,7 +171,7 @@ def solve(
             equations, first = _added_up(objective, parameters, chunks, weight_decay)
             before = call_model(objective.module, first.inputs)
             solution = equations.solve(weight_decay)
-            _agree(_is_affine_between(objective, parameters, first, start, before))
+            _agree(is_affine_between(objective.module, parameters, first, start, before))
     except BaseException:
         parameters.write(start)
         raise
@@ -220,10 +190,13 @@ def _added_up(
             for number, chunk in enumerate(chunks):
                 if equations is None:
                     first = spread(chunk)
-                    if not is_affine(objective.module, parameters, first):
+                    if why_not_affine(objective.module, parameters, first):
                         return None
                     head = find_head(objective.module, parameters, first)
-                    equations = _HeadEquations(head, weight_decay) if head else _GeneralEquations(parameters)
+                    if isinstance(head, Mismatch):
+                        equations = _GeneralEquations(parameters)
+                    else:
+                        equations = _HeadEquations(head, weight_decay)
                 equations.add(objective, chunk, number)
         except NotAffineError:
             return None
@@ -241,17 +214,3 @@ def _agree(affine: bool) -> None:
     """Raises in all processes what one has found."""
     if summed(lambda: (torch.empty(0), [float(not affine)]))[1][0]:
         raise NotAffineError
-
-
-def _is_affine_between(
-    objective: DataObjective, parameters: ParameterVector, chunk: Chunk, start: Tensor, before: Tensor
-) -> bool:
-    """Whether the outputs halfway from start to the present parameters are the mean of those at both ends."""
-    end = parameters.read()
-    after = call_model(objective.module, chunk.inputs)
-    parameters.write(torch.lerp(start, end, 0.5))
-    halfway = call_model(objective.module, chunk.inputs)
-    parameters.write(end)
-    scale = torch.stack([before.abs().max(), after.abs().max()]).max().clamp_min(torch.finfo(after.dtype).tiny)
-    error = (halfway - (before + after) / 2).abs().max()
-    return bool(error <= 1e3 * torch.finfo(after.dtype).eps * scale)

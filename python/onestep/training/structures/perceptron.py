@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,12 @@ from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.ops._library import call
 from onestep.ops.mlp import ACTIVATIONS, MOST_LAYERS
 from onestep.optim._objective import CurvatureRoot
-from onestep.training.head import is_plain, is_untouched
 from onestep.training.objective import DataObjective, SummedRoot, jacobian_parts
+from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
+from onestep.training.structures.layers import is_plain, is_untouched
+
+if TYPE_CHECKING:
+    from onestep.training.facts import Facts
 
 _CODES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 # What does nothing in eval mode.
@@ -49,11 +54,13 @@ class Perceptron(NamedTuple):
         return [p for layer in self.layers for p in layer.parameters(recurse=False)]
 
 
-def find_perceptron(module: nn.Module, loss: Loss, chunk: Chunk) -> Perceptron | None:
-    """The module as linear layers with activations between, under squared error; None if it is anything else."""
+def find_perceptron(module: nn.Module, loss: Loss, chunk: Chunk) -> Perceptron | Mismatch:
+    """The module as linear layers with activations between, under squared error; or why it is anything else."""
     X, y = chunk.inputs, chunk.target
-    if loss.name != "mse" or not (isinstance(X, Tensor) and isinstance(y, Tensor)) or X.dim() != 2:
-        return None
+    if loss.name != "mse":
+        return Mismatch(f"the loss is {loss.name!r}, not 'mse'")
+    if not (isinstance(X, Tensor) and isinstance(y, Tensor)) or X.dim() != 2:
+        return Mismatch("the data is not a matrix of inputs with a tensor of targets")
     layers: list[nn.Linear] = []
     activations: list[int] = []
     for part in _parts(module):
@@ -63,18 +70,35 @@ def find_perceptron(module: nn.Module, loss: Loss, chunk: Chunk) -> Perceptron |
         elif type(part) in _CODES and layers and activations[-1] == ACTIVATIONS["identity"]:
             activations[-1] = ACTIVATIONS[_CODES[type(part)]]
         elif type(part) not in _SILENT:
-            return None
+            return Mismatch(f"the model is not nn.Sequential of nn.Linear, ReLU, Tanh, Sigmoid: {type(part).__name__}")
         if not is_untouched(part):
-            return None
+            return Mismatch(f"a hook or a patch changes what {type(part).__name__} computes")
     found = Perceptron(layers, activations)
-    if not 1 <= len(layers) <= MOST_LAYERS or max(found.widths) > _WIDEST:
-        return None
+    if not 1 <= len(layers) <= MOST_LAYERS:
+        return Mismatch(f"the model has {len(layers)} linear layers, not 1 to {MOST_LAYERS}")
+    if max(found.widths) > _WIDEST:
+        return Mismatch(f"a layer is {max(found.widths)} wide, more than {_WIDEST}")
     tensors = [X, y, *found.tensors()]
-    plain = all(t.is_cpu and t.dtype == X.dtype for t in tensors) and all(map(is_plain, layers))
-    shared = len({id(t) for t in tensors}) < len(tensors)
-    fits = X.shape[1] == found.widths[0] and y.numel() == len(X) * found.widths[-1]
-    chained = all(a.out_features == b.in_features for a, b in pairwise(layers))
-    return found if plain and not shared and fits and chained and X.dtype in (torch.float32, torch.float64) else None
+    if X.dtype not in (torch.float32, torch.float64) or not all(t.is_cpu and t.dtype == X.dtype for t in tensors):
+        return Mismatch("data and parameters are not all on a CPU in float32, or all in float64")
+    if len({id(t) for t in tensors}) < len(tensors) or not all(map(is_plain, layers)):
+        return Mismatch("layers share parameters, or hold other ones than weight and bias")
+    if X.shape[1] != found.widths[0] or y.numel() != len(X) * found.widths[-1]:
+        return Mismatch("inputs or target have another number of columns than the layers")
+    if not all(a.out_features == b.in_features for a, b in pairwise(layers)):
+        return Mismatch("layers do not fit on each other")
+    return found
+
+
+class SmallPerceptron(Structure):
+    """Linear layers of at most 256 outputs with activations between, under squared error."""
+
+    name: ClassVar[str] = "perceptron"
+
+    def objective(self, facts: Facts, method: str) -> ObjectiveType | Mismatch:
+        """Loss, gradient, Jacobian and Gauss-Newton products by the ``mlp`` kernels."""
+        network = find_perceptron(facts.model, facts.loss, facts.first)
+        return network if isinstance(network, Mismatch) else partial(PerceptronObjective, network=network)
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:

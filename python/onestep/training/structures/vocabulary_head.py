@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,12 @@ from onestep.evaluation.losses import IGNORED, Loss
 from onestep.evaluation.module import call_model
 from onestep.evaluation.parameters import ParameterVector
 from onestep.functional import linear_cross_entropy, linear_cross_entropy_ggnvp
-from onestep.training.head import is_plain, last_linear
 from onestep.training.objective import DataObjective
+from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
+from onestep.training.structures.layers import ends_model, is_plain, layer_calls, spread
+
+if TYPE_CHECKING:
+    from onestep.training.facts import Facts
 
 # With fewer classes torch's own cross-entropy is faster, and the scores are small.
 _LEAST_CLASSES = 1024
@@ -30,19 +35,38 @@ class HeadOperands(NamedTuple):
     bias: Tensor | None
 
 
-def find_vocabulary_head(module: nn.Module, loss: Loss, chunk: Chunk) -> nn.Linear | None:
-    """The linear layer of many classes whose outputs are the model's, under cross-entropy; None if there is none."""
+def find_vocabulary_head(module: nn.Module, loss: Loss, chunk: Chunk) -> nn.Linear | Mismatch:
+    """The linear layer of many classes whose outputs are the model's, under cross-entropy; or why there is none."""
     if loss.name != "cross_entropy":
-        return None
+        return Mismatch(f"the loss is {loss.name!r}, not 'cross_entropy'")
+    why = f"no plain linear layer has {_LEAST_CLASSES} outputs or more"
     for layer in module.modules():
         if type(layer) is not nn.Linear or layer.out_features < _LEAST_CLASSES or not is_plain(layer):
             continue
         if not layer.weight.is_cpu or layer.weight.dtype not in (torch.float32, torch.float64):
+            why = "its layer is not on a CPU in float32 or float64"
             continue
-        outputs = last_linear(module, layer, chunk)
-        if outputs is not None and outputs.shape[1:-1] == chunk.target.shape[1:]:
+        calls, outputs = layer_calls(module, layer, spread(chunk))
+        if not (ends_model(calls, outputs) and calls[0][1].shape == outputs.shape):
+            why = "the outputs are not those of a linear layer that is called once"
+        elif outputs.shape[1:-1] != chunk.target.shape[1:]:
+            why = "the target is not one class for each position of the outputs"
+        else:
             return layer
-    return None
+    return Mismatch(why)
+
+
+class VocabularyHead(Structure):
+    """A linear layer of many classes ends the model, under cross-entropy."""
+
+    name: ClassVar[str] = "vocabulary head"
+
+    def objective(self, facts: Facts, method: str) -> ObjectiveType | Mismatch:
+        """Loss and products without the scores of all classes in memory; Levenberg-Marquardt needs none of them."""
+        if method == "levenberg_marquardt":
+            return Mismatch("levenberg_marquardt forms rows of the Jacobian")
+        layer = find_vocabulary_head(facts.model, facts.loss, facts.first)
+        return layer if isinstance(layer, Mismatch) else partial(VocabularyObjective, layer=layer)
 
 
 class _ReachedError(Exception):

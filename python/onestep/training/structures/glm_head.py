@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +16,13 @@ from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.losses import IGNORED, Loss, like_outputs, scores_and_classes
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim._objective import Preconditioner
-from onestep.training.head import Head, columns, features_and_outputs
 from onestep.training.objective import DataObjective
+from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
+from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
+from onestep.training.structures.layers import columns
+
+if TYPE_CHECKING:
+    from onestep.training.facts import Facts
 
 _FAMILIES = {"cross_entropy": "softmax", "poisson": "poisson"}
 
@@ -29,6 +35,21 @@ _LEAST_DAMPING = 1e-10
 def is_glm(loss: Loss) -> bool:
     """Whether the loss of a linear layer's outputs is that of a generalised linear model with a canonical link."""
     return loss.name in _FAMILIES
+
+
+class GLMHead(Structure):
+    """The one linear layer that is trained ends the model, under a loss of a generalised linear model."""
+
+    name: ClassVar[str] = "GLM head"
+
+    def objective(self, facts: Facts, method: str) -> ObjectiveType | Mismatch:
+        """Products with the Hessian by the GLM kernels, for methods that take products."""
+        if method in ("levenberg_marquardt", "gradient_descent"):
+            return Mismatch(f"{method} takes no products with the Hessian")
+        if not is_glm(facts.loss):
+            return Mismatch(f"the loss is {facts.loss.name!r}, not one of {', '.join(map(repr, _FAMILIES))}")
+        head = find_head(facts.model, facts.parameters, facts.first)
+        return head if isinstance(head, Mismatch) else partial(HeadObjective, head=head)
 
 
 class HeadObjective(DataObjective):
@@ -56,7 +77,7 @@ class HeadObjective(DataObjective):
         return torch.cat((W[:-1].mT.reshape(-1), W[-1]))
 
     def _model(self, point: Tensor, chunk: Chunk) -> GLMPoint:
-        found = features_and_outputs(self.head, self, chunk)
+        found = features_and_outputs(self.head, self.module, chunk)
         if found is None:
             raise ValueError("the model's outputs are not those of its last layer for some rows; set another method")
         features, outputs = (columns(self.head.layer, value) for value in found)

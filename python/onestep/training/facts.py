@@ -1,0 +1,142 @@
+"""What fit is given: the arguments, and what a look at model, loss and first rows tells."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from onestep.evaluation.data import Chunk, Share, Source
+from onestep.evaluation.losses import Loss
+from onestep.evaluation.parameters import ParameterVector
+from onestep.training.objective import DataObjective
+from onestep.training.structures.affine import why_not_affine
+
+# Rows of the first chunk, which is read before it is known how many rows fit into memory.
+_FIRST_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of ``fit`` other than model, data and loss; the docstring of ``fit`` has their meaning.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
+    """
+
+    method: str
+    max_steps: int
+    tol: float
+    damping: float | None
+    weight_decay: float
+    batch_size: int | None
+    curvature_batch_size: int | None
+    chunk_size: int | None
+    cg_iterations: int | None
+    seed: int
+    progress: bool
+    checkpoint: Path | None
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "curvature_batch_size", "chunk_size", "cg_iterations"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name} is {type(value).__name__}; expected an integer")
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; expected at least 1")
+        if not 0 <= self.tol < 1:
+            raise ValueError(f"tol={self.tol}; expected a number from 0, less than 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay}; expected a finite number >= 0")
+
+
+def cut(source: Source, share: Share, chunk_rows: int) -> Source:
+    """The same rows for one process's share, in chunks of at most ``chunk_rows``. The source itself stays as it is."""
+    result = copy.copy(source)
+    result.share, result.chunk_size = share, chunk_rows
+    return result
+
+
+class FirstPass:
+    """The first chunk of a pass over the data, and the rest of that pass for methods that need no more than one.
+
+    Attributes:
+        first: at most 1,024 rows.
+    """
+
+    def __init__(self, source: Source, share: Share, *, shuffled: bool) -> None:
+        self._source = cut(source, share, _FIRST_ROWS)
+        self._chunks = self._source.shuffled() if shuffled else self._source.all()
+        first = next(self._chunks, None)
+        if first is None:
+            raise ValueError("data gives this process no rows; expected at least one for each process")
+        self.first = first
+
+    def chunks(self, chunk_rows: int) -> Iterator[Chunk]:
+        """All rows of the pass, the first chunk and then chunks of at most ``chunk_rows``; to be read once."""
+        # Sources look at their chunk size before each chunk.
+        self._source.chunk_size = chunk_rows
+        yield self.first
+        yield from self._chunks
+
+    def close(self) -> None:
+        """Ends the pass, which frees a DataLoader's workers."""
+        self._chunks.close()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What plans are made of.
+
+    Attributes:
+        model: in eval mode.
+        parameters: those that are trained.
+        loss: what is minimised, without weight decay.
+        source: all rows.
+        share: which of them are this process's.
+        first_pass: its first chunk has been read.
+        chunk_rows: how many rows keep 256 MiB for a backward pass.
+    """
+
+    model: nn.Module
+    parameters: ParameterVector
+    loss: Loss
+    source: Source
+    share: Share
+    first_pass: FirstPass
+    chunk_rows: int
+    known_not_affine: str = ""
+
+    @property
+    def first(self) -> Chunk:
+        """The first rows."""
+        return self.first_pass.first
+
+    @cached_property
+    def not_affine(self) -> str:
+        """Why the outputs are not affine in the parameters; empty if they are, as far as the first rows tell."""
+        return self.known_not_affine or why_not_affine(self.model, self.parameters, self.first)
+
+    @cached_property
+    def no_jacobian(self) -> str:
+        """Why rows of the Jacobian cannot be had, if so: torch.func.vmap cannot run every module, such as nn.LSTM."""
+        few = self.first.rows(slice(0, 2))
+        objective = DataObjective(self.model, self.loss, lambda: [few], lambda: [few], fixed=True)
+        try:
+            with torch.no_grad():
+                next(objective.root_jacobian(self.parameters, few))
+        except Exception as error:
+            return f"differentiates the model row by row, which fails here ({explained(error)})"
+        return ""
+
+
+def explained(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines and lines[0].strip() else type(error).__name__

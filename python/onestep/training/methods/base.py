@@ -1,0 +1,128 @@
+"""The protocol of methods: what planning asks of one, and what the loop asks of a run of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from onestep.training.structures import OBJECTIVES
+from onestep.training.structures.base import Mismatch, ObjectiveType
+
+if TYPE_CHECKING:
+    from onestep.training.facts import Facts, Settings
+    from onestep.training.plan import FitPlan
+
+
+class Cut(NamedTuple):
+    """How a method wants the rows.
+
+    Attributes:
+        chunk_rows: at most so many are computed together.
+        curvature_rows: over how many curvature is taken; None for all of the step.
+        pieces: how many pieces a batch is cut into, at least one for each process.
+        least: rows that a piece has at least.
+    """
+
+    chunk_rows: int
+    curvature_rows: int | None = None
+    pieces: int = 1
+    least: int = 1
+
+
+class Taken(NamedTuple):
+    """What one step did, for history and progress.
+
+    Attributes:
+        before: the loss before it, weight decay included.
+        loss: after it, on the rows that judge it.
+        grad_norm: ‖∇loss‖₂ before it; NaN if the method does not know.
+        step_norm: ‖step‖₂; 0 if none was accepted.
+        damping: with which it was solved for; 0 without any.
+        accepted: whether the parameters changed.
+        cg_iterations: products with the curvature matrix.
+    """
+
+    before: float
+    loss: float
+    grad_norm: float
+    step_norm: float
+    damping: float = 0.0
+    accepted: bool = True
+    cg_iterations: int = 0
+
+
+class Verdict(NamedTuple):
+    """Whether to stop after a step.
+
+    Attributes:
+        reason: why to stop; empty to go on.
+        converged: whether the tolerance was reached.
+    """
+
+    reason: str = ""
+    converged: bool = False
+
+
+class Run(ABC):
+    """One fit by a method, between its first and its last step."""
+
+    @abstractmethod
+    def step(self, number: int) -> Taken:
+        """Takes the step of this number, from 0. The parameters change only if it returns.
+
+        Raises:
+            NonFiniteError: NaN or infinity, with the step's number in the message.
+        """
+
+    @abstractmethod
+    def verdict(self) -> Verdict:
+        """Whether to stop after the step just taken."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run, besides the model and the place in the data."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from ``state``.
+
+        Raises:
+            ValueError, RuntimeError: it is of other parameters.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, the checkpoint has {sorted(state)}")
+
+
+class Method(ABC):
+    """A way to fit. It holds no state: that is in the runs that ``setup`` makes."""
+
+    name: ClassVar[str]
+    # The greatest number of steps that makes sense; None for as many as are asked for.
+    most_steps: ClassVar[int | None] = None
+    # Whether the first pass over the data is all that the method reads.
+    one_pass: ClassVar[bool] = False
+
+    @abstractmethod
+    def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
+        """Why ``method="auto"`` may take this method, or why not. The first method of the table that suits is taken."""
+
+    def refusal(self, facts: Facts, settings: Settings) -> str:
+        """Why the method cannot do what is asked, as a whole error message; empty if it can."""
+        return ""
+
+    def cut(self, facts: Facts, settings: Settings) -> Cut:
+        """How many rows the method computes together, and takes curvature over."""
+        return Cut(settings.chunk_size or facts.chunk_rows, settings.curvature_batch_size)
+
+    def objective(self, facts: Facts) -> tuple[ObjectiveType | None, tuple[str, ...]]:
+        """The objective of the first structure that is found, or None; and why those before it were not."""
+        reasons: list[str] = []
+        for structure in OBJECTIVES:
+            found = structure.objective(facts, self.name)
+            if not isinstance(found, Mismatch):
+                return found, tuple(reasons)
+            reasons.append(f"no {structure.name}: {found.why}")
+        return None, tuple(reasons)
+
+    @abstractmethod
+    def setup(self, plan: FitPlan) -> Run:
+        """A run at its first step."""

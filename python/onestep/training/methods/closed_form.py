@@ -1,0 +1,82 @@
+"""Models that one pass over the data solves for, or estimates."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from onestep.training.facts import Facts, Settings
+from onestep.training.methods import affine_equations, softmax_estimate
+from onestep.training.methods.base import Method, Run, Taken, Verdict
+from onestep.training.plan import FitPlan
+from onestep.training.structures.affine_head import find_head
+from onestep.training.structures.base import Mismatch, ObjectiveType
+
+_ESTIMATED = "estimated in one pass; method='newton_cg' from here ends at the minimum"
+
+
+class ClosedForm(Method):
+    """Squared error exactly, where outputs are affine in the parameters; a head under cross-entropy by an estimate."""
+
+    name: ClassVar[str] = "closed_form"
+    most_steps: ClassVar[int | None] = 1
+    one_pass: ClassVar[bool] = True
+
+    def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
+        """Only where the result is exact."""
+        if facts.loss.name != "mse":
+            return Mismatch(f"the loss is {facts.loss.name!r}, not 'mse'")
+        if settings.batch_size is not None:
+            return Mismatch("batch_size is given")
+        if facts.not_affine:
+            return Mismatch(facts.not_affine)
+        few = len(facts.parameters) <= affine_equations.MOST_PARAMETERS
+        if not few or facts.no_jacobian:
+            head = find_head(facts.model, facts.parameters, facts.first)
+            if isinstance(head, Mismatch):
+                return head if not few else Mismatch(facts.no_jacobian)
+        return "outputs are affine in the parameters and the loss is quadratic"
+
+    def refusal(self, facts: Facts, settings: Settings) -> str:
+        """For losses that it does not know, and for mini-batches."""
+        if facts.loss.name not in ("mse", "cross_entropy"):
+            return (
+                "method='closed_form' solves loss='mse' and estimates a head for 'cross_entropy'; for "
+                f"{facts.loss.name!r} use method='newton_cg'"
+            )
+        if settings.batch_size is not None:
+            return "method='closed_form' reads all data once; batch_size must be None"
+        return ""
+
+    def objective(self, facts: Facts) -> tuple[ObjectiveType | None, tuple[str, ...]]:
+        """The general one, whose Jacobian is the model's."""
+        return None, ()
+
+    def setup(self, plan: FitPlan) -> Run:
+        """The one step."""
+        return _OnePass(plan)
+
+
+class _OnePass(Run):
+    def __init__(self, plan: FitPlan) -> None:
+        self.plan = plan
+        self.exact = plan.loss.name == "mse"
+        self.note = ""
+
+    def step(self, number: int) -> Taken:
+        """Solves; the loss before is that of the same pass."""
+        plan = self.plan
+        start = plan.parameters.read()
+        objective, decay = plan.objective(plan.source.all, plan.source.all, fixed=True), plan.settings.weight_decay
+        if self.exact:
+            solution = affine_equations.solve(objective, plan.parameters, plan.first_pass(), decay)
+        else:
+            solution = softmax_estimate.solve(objective, plan.parameters, plan.first_pass(), decay, plan.settings.seed)
+        self.note = solution.note
+        step_norm = (plan.parameters.read() - start).norm().item()
+        return Taken(solution.initial_loss, solution.loss, float("nan"), step_norm)
+
+    def verdict(self) -> Verdict:
+        """It is solved for, or estimated."""
+        if self.exact:
+            return Verdict(f"solved exactly in one pass{self.note}", converged=True)
+        return Verdict(_ESTIMATED)

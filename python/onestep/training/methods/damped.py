@@ -1,0 +1,314 @@
+"""Methods whose step is one of a damped optimiser: Levenberg-Marquardt, Newton, Gauss-Newton, gradient descent."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.distributed import together
+from onestep.evaluation.module import call_model
+from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError, StepReport
+from onestep.optim._gradient_descent import GradientDescent
+from onestep.optim._optimizer import DampedOptimizer
+from onestep.training.facts import Facts, Settings
+from onestep.training.methods.base import Cut, Method, Run, Taken, Verdict
+from onestep.training.objective import DataObjective
+from onestep.training.plan import FitPlan
+from onestep.training.structures.base import Mismatch
+
+# Up to this many parameters "auto" forms the Gauss-Newton matrix.
+_MOST_DENSE = 2048
+# Levenberg-Marquardt takes curvature over this many rows for each parameter,
+_ROWS_PER_PARAMETER = 4
+# or over more, if forming the matrix then still takes no more than this many floating-point operations.
+_CHEAP_FLOPS = 1e9
+# With curvature from a sample of the rows, a step keeps this part of the last one,
+_MOMENTUM = 0.7
+# and the first step has this much damping.
+_DAMPING = 1.0
+# Forward over reverse mode keeps about this many times the memory of a gradient.
+_HESSIAN_MEMORY = 4
+# Matrix-free methods cut each batch into this many pieces, so that the number of processes does not change a bit.
+_PIECES = 4
+# A piece has at least this part of a chunk: less is not worth a call of its own.
+_LEAST_PIECE = 32
+# A loss whose root is under this many ε of the first one's is zero, and so small a part of a loss is noise.
+_ROUNDINGS = 10
+# After this many mini-batches in a row that gave no step, fit gives up.
+_MOST_FAILURES = 10
+
+
+class DampedMethod(Method):
+    """Steps of an optimiser until the loss can be lowered no further."""
+
+    optimizer: ClassVar[type[DampedOptimizer]]
+    # How many times the memory of a gradient a chunk needs.
+    memory: ClassVar[int] = 1
+    takes_cg_iterations: ClassVar[bool] = False
+
+    def cut(self, facts: Facts, settings: Settings) -> Cut:
+        """Pieces whose sums do not depend on the number of processes."""
+        chunk_rows = settings.chunk_size or facts.chunk_rows
+        pieces, least = max(_PIECES, facts.share.size), max(1, chunk_rows // _LEAST_PIECE)
+        if settings.chunk_size is None:
+            chunk_rows = max(1, chunk_rows // self.memory)
+        return Cut(chunk_rows, settings.curvature_batch_size, pieces, least)
+
+    def options(self, plan: FitPlan) -> dict[str, Any]:
+        """The optimiser's arguments."""
+        settings = plan.settings
+        options: dict[str, Any] = {"weight_decay": settings.weight_decay}
+        if settings.damping is not None:
+            options["damping"] = settings.damping
+        if settings.cg_iterations is not None and self.takes_cg_iterations:
+            options["cg_iterations"] = settings.cg_iterations
+        return options
+
+    def setup(self, plan: FitPlan) -> Run:
+        """At the first step."""
+        return DampedRun(plan, self.optimizer(plan.parameters.tensors, **self.options(plan)))
+
+
+class LevenbergMarquardtMatrix(DampedMethod):
+    """The Gauss-Newton matrix, formed and factored."""
+
+    name: ClassVar[str] = "levenberg_marquardt"
+    optimizer: ClassVar[type[DampedOptimizer]] = LevenbergMarquardt
+
+    def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
+        """While there are few parameters."""
+        p = len(facts.parameters)
+        if p > _MOST_DENSE:
+            return Mismatch(f"{p} parameters are too many for a matrix")
+        if facts.no_jacobian:
+            return Mismatch(facts.no_jacobian)
+        return f"{p} parameters: their Gauss-Newton matrix can be factored"
+
+    def refusal(self, facts: Facts, settings: Settings) -> str:
+        """Where rows of the Jacobian cannot be had."""
+        if not facts.no_jacobian:
+            return ""
+        return f"method='levenberg_marquardt' {facts.no_jacobian}: use method='gauss_newton'"
+
+    def cut(self, facts: Facts, settings: Settings) -> Cut:
+        """All rows in one piece for each process, or pieces of a sample."""
+        rows = settings.curvature_batch_size or self._enough_rows(facts, settings)
+        if rows is None:
+            return Cut(settings.chunk_size or facts.chunk_rows, None, facts.share.size)
+        return super().cut(facts, settings)._replace(curvature_rows=rows)
+
+    def _enough_rows(self, facts: Facts, settings: Settings) -> int | None:
+        """How many rows the matrix needs, or None for all."""
+        with torch.no_grad():
+            outputs = call_model(facts.model, facts.first.rows(slice(0, 1)).inputs).numel()
+        p, rows = len(facts.parameters), settings.batch_size or facts.source.known_rows
+        enough = max(_ROWS_PER_PARAMETER * p // outputs, int(_CHEAP_FLOPS / (p * p * outputs)), 1)
+        return None if rows is not None and rows <= enough else enough
+
+    def options(self, plan: FitPlan) -> dict[str, Any]:
+        """With momentum where curvature is of a sample."""
+        sampled = {} if plan.curvature_rows is None else {"momentum": _MOMENTUM, "damping": _DAMPING}
+        return sampled | super().options(plan)
+
+
+class NewtonCGSteps(DampedMethod):
+    """Newton steps by conjugate gradients."""
+
+    name: ClassVar[str] = "newton_cg"
+    optimizer: ClassVar[type[DampedOptimizer]] = NewtonCG
+    memory: ClassVar[int] = _HESSIAN_MEMORY
+    takes_cg_iterations: ClassVar[bool] = True
+
+    def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
+        """For convex losses of affine outputs, whose Hessian is the Gauss-Newton matrix."""
+        if facts.loss.name not in ("cross_entropy", "poisson"):
+            return Mismatch(f"the loss is {facts.loss.name!r}, not 'cross_entropy' or 'poisson'")
+        if facts.not_affine:
+            return Mismatch(facts.not_affine)
+        return "outputs are affine in the parameters and the loss is convex"
+
+
+class GaussNewtonCG(DampedMethod):
+    """Gauss-Newton steps by conjugate gradients."""
+
+    name: ClassVar[str] = "gauss_newton"
+    optimizer: ClassVar[type[DampedOptimizer]] = GaussNewton
+    takes_cg_iterations: ClassVar[bool] = True
+
+    def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
+        """For everything."""
+        p = len(facts.parameters)
+        if p > _MOST_DENSE:
+            return f"{p} parameters: too many for a matrix"
+        return f"levenberg_marquardt {facts.no_jacobian}"
+
+
+class GradientDescentBaseline(DampedMethod):
+    """The baseline."""
+
+    name: ClassVar[str] = "gradient_descent"
+    optimizer: ClassVar[type[DampedOptimizer]] = GradientDescent
+
+    def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
+        """Never by itself."""
+        return Mismatch("it is there for comparisons")
+
+
+class DampedRun(Run):
+    """Steps of one optimiser over the rows of a plan.
+
+    Attributes:
+        report: of the step just taken.
+    """
+
+    def __init__(self, plan: FitPlan, optimizer: DampedOptimizer) -> None:
+        self.plan, self.optimizer = plan, optimizer
+        self.whole = self._all_rows() if plan.settings.batch_size is None else None
+        self.report: StepReport | None = None
+        self.failures = 0
+        self.first_gradient = self.first_loss = math.nan
+
+    def _all_rows(self) -> DataObjective:
+        return self.plan.objective(self.plan.source.all, self.plan.source.all, fixed=True)
+
+    def _batch(self, step: int, size: int) -> DataObjective:
+        """The mean loss over the rows of a step."""
+        source, rows = self.plan.source, self.plan.curvature_rows
+        batch = source.batch(step, size)
+        whole = min(size, source.known_rows or size)
+        curvature = batch if rows is None else _leading(batch, rows, whole)
+        # A step fits the noise of its own rows too, so others judge it.
+        trial = source.others(step, size)
+        return self.plan.objective(_again(batch), _again(curvature), fixed=False, trial_chunks=_again(trial))
+
+    def _objective(self, step: int) -> DataObjective:
+        size, rows = self.plan.settings.batch_size, self.plan.curvature_rows
+        if size is not None:
+            return together(partial(self._batch, step, size))
+        assert self.whole is not None
+        if rows is not None:
+            sample = together(partial(self.plan.source.sample, step, rows))
+            self.whole.curvature_chunks = _again(sample)
+        return self.whole
+
+    def step(self, number: int) -> Taken:
+        """One damped step, on all rows or on those of the step."""
+        self.objective = self._objective(number)
+        try:
+            self.optimizer.step(self.objective)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {number + 1}, {error}") from error
+        report = self.optimizer.report
+        assert report is not None
+        self.report = report
+        if math.isnan(self.first_loss):
+            self.first_loss, self.first_gradient = abs(report.loss), report.grad_norm
+        failed = not report.accepted and report.grad_norm > 0
+        self.failures = self.failures + 1 if failed else 0
+        return Taken(
+            before=report.loss,
+            loss=report.new_loss,
+            grad_norm=report.grad_norm,
+            step_norm=report.step_norm,
+            damping=report.damping,
+            accepted=report.accepted,
+            cg_iterations=report.cg_iterations,
+        )
+
+    def verdict(self) -> Verdict:
+        """At a minimum, as far as the quadratic model tells, or where no step lowers the loss."""
+        report, tol = self.report, self.plan.settings.tol
+        assert report is not None
+        eps = torch.finfo(self.plan.parameters.dtype).eps
+        if self.plan.settings.batch_size is not None:
+            if self.failures >= _MOST_FAILURES:
+                return Verdict(f"no step lowered the loss on {_MOST_FAILURES} batches in a row")
+            return Verdict()
+        zero = (_ROUNDINGS * eps) ** 2 * min(1.0, self.first_loss)
+        if self.plan.loss.name in ("mse", "cross_entropy") and report.new_loss <= zero:
+            return Verdict("the loss is zero to rounding", converged=True)
+        test = self._test(report, tol, eps)
+        if not test and self.failures:
+            return Verdict("no step lowers the loss, although it may not be at a minimum")
+        if not test:
+            return Verdict()
+        lost = report.without_influence
+        if lost and isinstance(self.optimizer, LevenbergMarquardt):
+            lost -= self._of_no_use(self.optimizer.never_used(self.plan.parameters))
+        if lost:
+            count = f"{lost} of {len(self.plan.parameters)} parameters have"
+            return Verdict(f"{test}, but {count} no influence on the outputs here: not necessarily a minimum")
+        return Verdict(test, converged=True)
+
+    def _test(self, report: StepReport, tol: float, eps: float) -> str:
+        """Which test for a minimum is met, if one is."""
+        least = max(tol**2, eps if report.accepted else _ROUNDINGS * eps)
+        # From a start far away the first gradient is no measure, so the step must promise little as well. Where the
+        # decrement is always known there is no need for either.
+        small = report.grad_norm <= tol * self.first_gradient
+        small = small and report.predicted <= tol * abs(report.loss)
+        if report.grad_norm == 0:
+            return "the gradient is zero"
+        if report.decrement <= least * abs(report.new_loss):
+            return f"the loss can be lowered by no more than {least:.0e} of itself"
+        if report.decrement <= report.resolution:
+            return "the loss can be lowered by no more than rounding the parameters changes it"
+        if small and not isinstance(self.optimizer, LevenbergMarquardt):
+            return f"the gradient norm is under tol={tol:g} of the first"
+        return ""
+
+    def _of_no_use(self, candidates: Tensor) -> int:
+        """How many parameters those are, if changing them all changes nothing, as for a feature that is always zero."""
+        parameters = self.plan.parameters
+        start = parameters.read()
+        noise = torch.randn(len(start), generator=torch.Generator().manual_seed(0)).to(start)
+        noise *= candidates * start.square().mean().sqrt().clamp_min(1.0)
+        losses = set()
+        try:
+            for sign in (0, 1, -1):
+                parameters.write(start + sign * noise)
+                losses.add(self.objective.value(parameters))
+        finally:
+            parameters.write(start)
+        return int(candidates.sum()) if len(losses) == 1 else 0
+
+    def state(self) -> dict[str, Any]:
+        """The optimiser's, and what the tests compare with."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "failures": self.failures,
+            "first_gradient": self.first_gradient,
+            "first_loss": self.first_loss,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from ``state``."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.failures = state["failures"]
+        self.first_gradient, self.first_loss = state["first_gradient"], state["first_loss"]
+
+
+def _again(chunks: list[Chunk]) -> Callable[[], list[Chunk]]:
+    return lambda: chunks
+
+
+def _leading(batch: list[Chunk], rows: int, whole: int) -> list[Chunk]:
+    """The first rows of each piece of a batch, ``rows`` of ``whole`` ones."""
+    lengths: Counter[int] = Counter()
+    for chunk in batch:
+        lengths[chunk.piece] += len(chunk)
+    left = {piece: -(-length * rows // whole) for piece, length in lengths.items()}
+    chunks = []
+    for chunk in batch:
+        part = chunk.rows(slice(0, left[chunk.piece]))
+        left[chunk.piece] -= len(part)
+        if len(part):
+            chunks.append(part)
+    return chunks

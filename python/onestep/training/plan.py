@@ -1,0 +1,119 @@
+"""From what fit is given to what it will do: a look at the data and the model, and a plan that does not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from onestep.evaluation.data import Chunk, Source, as_source
+from onestep.evaluation.distributed import from_first, share, together
+from onestep.evaluation.losses import Loss
+from onestep.evaluation.module import chunk_rows
+from onestep.evaluation.parameters import ParameterVector
+from onestep.training.facts import Facts, FirstPass, Settings, cut
+from onestep.training.objective import DataObjective
+from onestep.training.structures.base import Mismatch
+
+if TYPE_CHECKING:
+    from onestep.training.methods.base import Method
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What the loop runs.
+
+    Attributes:
+        method: of the table ``onestep.training.methods.METHODS``.
+        why: why that method.
+        reasons: why methods and structures that might have been faster do not apply, each a clause.
+        model, parameters, loss, settings: as fit was given them.
+        source: this process's share of the rows, in pieces and chunks as the method wants them. It keeps the place in
+            the data, the only thing in a plan that moves.
+        curvature_rows: over how many rows curvature is taken; None for all of the step.
+        objective: makes the loss over some rows, from chunks and the other arguments of ``DataObjective``.
+        first_pass: gives the rows of the pass that has begun; to be read once, by methods that read all data once.
+    """
+
+    method: Method
+    why: str
+    reasons: tuple[str, ...]
+    model: nn.Module
+    parameters: ParameterVector
+    loss: Loss
+    settings: Settings
+    source: Source
+    curvature_rows: int | None
+    objective: Callable[..., DataObjective]
+    first_pass: Callable[[], Iterator[Chunk]]
+
+
+def look(model: nn.Module, parameters: ParameterVector, loss: Loss, data: Any, settings: Settings) -> Facts:
+    """Reads the first rows, and runs the model on them to know what a chunk may hold."""
+    source, own = as_source(data, settings.seed), share()
+    # The estimate of a softmax head wants rows in random order.
+    shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
+    first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))
+    measured = settings.chunk_size or from_first(lambda: chunk_rows(model, loss, first_pass.first))
+    return Facts(model, parameters, loss, source, own, first_pass, measured)
+
+
+def make_plan(facts: Facts, settings: Settings, *, without: Collection[str] = ()) -> FitPlan:
+    """The plan for these facts.
+
+    Args:
+        without: methods that "auto" may not take.
+
+    Raises:
+        ValueError: the method that was asked for cannot do this.
+    """
+    from onestep.training.methods import METHODS
+
+    name, why, declined = from_first(lambda: _choose(facts, settings, without))
+    method = METHODS[name]
+    objective, unstructured = method.objective(facts)
+    chunk_rows, curvature_rows, pieces, least = method.cut(facts, settings)
+    if not method.one_pass:
+        facts.first_pass.close()
+    own = facts.share._replace(pieces=max(pieces, facts.share.size), least=least)
+    return FitPlan(
+        method=method,
+        why=why,
+        reasons=(*declined, *unstructured),
+        model=facts.model,
+        parameters=facts.parameters,
+        loss=facts.loss,
+        settings=settings,
+        source=cut(facts.source, own, chunk_rows),
+        curvature_rows=curvature_rows,
+        objective=partial(
+            objective or DataObjective,
+            facts.model,
+            facts.loss,
+            pieces=own.pieces,
+            kept_rows=chunk_rows,
+            sampled=curvature_rows is not None,
+        ),
+        first_pass=partial(facts.first_pass.chunks, chunk_rows),
+    )
+
+
+def _choose(facts: Facts, settings: Settings, without: Collection[str]) -> tuple[str, str, tuple[str, ...]]:
+    """The method's name, why it is taken, and why those before it in the table are not."""
+    from onestep.training.methods import METHODS
+
+    if settings.method != "auto":
+        refusal = METHODS[settings.method].refusal(facts, settings)
+        if refusal:
+            raise ValueError(refusal)
+        return settings.method, "as asked", ()
+    declined: list[str] = []
+    for name, method in METHODS.items():
+        suits = method.suits(facts, settings) if name not in without else Mismatch("it has been tried")
+        if not isinstance(suits, Mismatch):
+            return name, suits, tuple(declined)
+        declined.append(f"not {name}: {suits.why}")
+    raise AssertionError("gauss_newton suits everything")
