@@ -7,13 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP_BUILD := build/cpp-sanitize
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
-CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp')
+CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 
 # Two test processes share two cores: OpenMP's threads must not spin while they wait.
 QUIET_THREADS := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test test-python test-targets test-cpp bench lint clean
+.PHONY: demo test test-python test-targets test-cpp bench lint lint-cuda clean
 
 # The environment first, so that a change of our sources rebuilds the package alone.
 $(VENV)/.environment: constraints.txt pyproject.toml
@@ -44,7 +44,8 @@ test-targets: $(VENV)/.package
 # emulated.
 test-cpp: $(VENV)/.environment
 	$(BIN)/cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_PYTHON=OFF \
-	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=ON -DONESTEP_EMULATE=ON -DONESTEP_WERROR=$(WERROR) > /dev/null
+	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=ON -DONESTEP_EMULATE=ON -DONESTEP_CUDA=OFF -DONESTEP_CUDA_EMULATE=ON \
+	    -DONESTEP_WERROR=$(WERROR) > /dev/null
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
 
@@ -56,6 +57,10 @@ lint: $(VENV)/.environment
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+# Compiles the CUDA kernels for both architectures with warnings as errors, and records their registers and spills.
+lint-cuda: $(VENV)/.environment
+	$(BIN)/python bench/cuda_resources.py
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks examples/output

@@ -9,6 +9,7 @@ enum class Status : int {
     thread_pool_error = 2,
     negative_weight = 3,
     negative_ridge = 4,
+    device_error = 5,  // a CUDA launch; see base/cuda/runtime.hpp for its text
 };
 
 }  // namespace onestep

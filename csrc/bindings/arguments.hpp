@@ -75,6 +75,8 @@ pybind11::object run(const Kernel& kernel) {
             throw pybind11::value_error("weight has negative values; expected values >= 0");
         case Status::negative_ridge:
             throw pybind11::value_error("ridge has negative values; expected values >= 0");
+        case Status::device_error:
+            throw std::runtime_error("a CUDA kernel could not be launched");
     }
     return pybind11::none();
 }

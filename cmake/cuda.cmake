@@ -1,0 +1,110 @@
+# The CUDA half of the build. The same kernel sources (csrc/<family>/cuda/*.cu) are compiled by nvcc into _native_cuda,
+# and as host C++ against the emulator in tests/cpp/simt into _native_cuda_emulated and the C++ tests.
+
+set(ONESTEP_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF, or AUTO (where nvcc and a GPU are found)")
+set_property(CACHE ONESTEP_CUDA PROPERTY STRINGS AUTO ON OFF)
+option(ONESTEP_CUDA_EMULATE "Build the CUDA kernels for the emulator: a Python module and C++ tests" OFF)
+
+# Families with CUDA kernels. A family's folder csrc/<family>/cuda holds its *.cu and bind.cpp, and tests/cpp/cuda its
+# test_<family>.cpp.
+set(ONESTEP_CUDA_FAMILIES)
+
+if(ONESTEP_CUDA STREQUAL "AUTO")
+  find_program(ONESTEP_NVCC nvcc PATHS /usr/local/cuda/bin)
+  find_program(ONESTEP_NVIDIA_SMI nvidia-smi)
+  set(onestep_cuda FALSE)
+  if(ONESTEP_NVCC AND ONESTEP_NVIDIA_SMI)
+    execute_process(COMMAND ${ONESTEP_NVIDIA_SMI} -L OUTPUT_VARIABLE onestep_gpus ERROR_QUIET)
+    if(onestep_gpus MATCHES "GPU 0")
+      set(onestep_cuda TRUE)
+    endif()
+  endif()
+else()
+  set(onestep_cuda ${ONESTEP_CUDA})
+endif()
+
+if(NOT onestep_cuda AND NOT ONESTEP_CUDA_EMULATE)
+  return()
+endif()
+
+set(onestep_families_text "")
+foreach(family IN LISTS ONESTEP_CUDA_FAMILIES)
+  string(APPEND onestep_families_text "ONESTEP_CUDA_FAMILY(${family})\n")
+  file(GLOB onestep_${family}_kernels CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${family}/cuda/*.cu)
+  list(APPEND ONESTEP_CUDA_KERNELS ${onestep_${family}_kernels})
+  list(APPEND ONESTEP_CUDA_BINDINGS ${CMAKE_SOURCE_DIR}/csrc/${family}/cuda/bind.cpp)
+endforeach()
+file(CONFIGURE OUTPUT ${CMAKE_BINARY_DIR}/cuda/cuda_families.inc CONTENT "${onestep_families_text}")
+
+# Kernels and bindings find base/…, normal/… as all sources do.
+add_library(onestep_cuda_options INTERFACE)
+target_include_directories(onestep_cuda_options INTERFACE csrc ${CMAKE_BINARY_DIR}/cuda)
+
+if(onestep_cuda)
+  # Machine code for A100 (and, of the same major version, 8.6 and 8.9) and H100; PTX of the latter for what comes after.
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+  endif()
+  if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX} AND EXISTS /usr/local/cuda/bin/nvcc)
+    set(CMAKE_CUDA_COMPILER /usr/local/cuda/bin/nvcc)
+  endif()
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
+  add_library(onestep_cuda STATIC csrc/base/cuda/runtime.cpp ${ONESTEP_CUDA_KERNELS})
+  set_target_properties(onestep_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
+  target_compile_options(
+    onestep_cuda
+    PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --extra-device-vectorization -Xptxas=-v>
+            $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${ONESTEP_WERROR}>>:-Werror=all-warnings
+            -Xcompiler=-Wall,-Wextra,-Werror,-Wno-unknown-pragmas>
+            $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${ONESTEP_WERROR}>>:-Wall;-Wextra;-Werror>)
+  target_link_libraries(onestep_cuda PUBLIC onestep_cuda_options CUDA::cudart_static)
+  if(ONESTEP_PYTHON)
+    pybind11_add_module(_native_cuda NO_EXTRAS csrc/base/cuda/module.cpp ${ONESTEP_CUDA_BINDINGS})
+    list(JOIN CMAKE_CUDA_ARCHITECTURES " " onestep_architectures)
+    target_compile_definitions(_native_cuda PRIVATE ONESTEP_CUDA_ARCHITECTURES="${onestep_architectures}")
+    set_target_properties(_native_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+    target_link_libraries(_native_cuda PRIVATE onestep_cuda)
+    install(TARGETS _native_cuda DESTINATION onestep)
+  endif()
+endif()
+
+if(ONESTEP_CUDA_EMULATE)
+  # nvcc's file names are not a C++ compiler's: each kernel file is included by a .cpp of its own.
+  foreach(kernel IN LISTS ONESTEP_CUDA_KERNELS)
+    file(RELATIVE_PATH name ${CMAKE_SOURCE_DIR}/csrc ${kernel})
+    string(REPLACE "/" "_" name ${name})
+    set(wrapper ${CMAKE_BINARY_DIR}/cuda/emulated_${name}.cpp)
+    file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${kernel}\"\n")
+    list(APPEND ONESTEP_EMULATED_KERNELS ${wrapper})
+  endforeach()
+  add_library(onestep_cuda_emulated STATIC csrc/base/cuda/runtime.cpp tests/cpp/simt/simt.cpp tests/cpp/simt/fiber.cpp
+                                           ${ONESTEP_EMULATED_KERNELS})
+  target_compile_definitions(onestep_cuda_emulated PUBLIC ONESTEP_SIMT)
+  target_include_directories(onestep_cuda_emulated PUBLIC tests/cpp/simt)
+  # `#pragma unroll` is nvcc's.
+  target_compile_options(onestep_cuda_emulated PUBLIC -Wno-unknown-pragmas PRIVATE -O2)
+  target_link_libraries(onestep_cuda_emulated PUBLIC onestep_options onestep_cuda_options)
+  if(ONESTEP_PYTHON)
+    pybind11_add_module(_native_cuda_emulated NO_EXTRAS csrc/base/cuda/module.cpp ${ONESTEP_CUDA_BINDINGS})
+    target_link_libraries(_native_cuda_emulated PRIVATE onestep_cuda_emulated)
+  endif()
+  if(ONESTEP_TESTS)
+    add_executable(test_simt tests/cpp/simt/test_simt.cpp)
+    target_link_libraries(test_simt PRIVATE onestep_cuda_emulated)
+    add_test(NAME simt COMMAND test_simt)
+    if(ONESTEP_SANITIZE)
+      # A store past the end of shared memory must end the program.
+      add_test(NAME simt_out_of_bounds COMMAND test_simt out-of-bounds)
+      set_tests_properties(simt_out_of_bounds PROPERTIES PASS_REGULAR_EXPRESSION "heap-buffer-overflow")
+    endif()
+    foreach(family IN LISTS ONESTEP_CUDA_FAMILIES)
+      add_executable(test_cuda_${family} tests/cpp/cuda/test_${family}.cpp)
+      target_link_libraries(test_cuda_${family} PRIVATE onestep_cuda_emulated onestep_core)
+      add_test(NAME cuda_${family} COMMAND test_cuda_${family})
+    endforeach()
+  endif()
+endif()
