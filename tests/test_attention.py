@@ -430,7 +430,6 @@ def test_nan_reaches_its_row_alone():
         ({"attn_mask": torch.ones(5, 7, dtype=torch.int32)}, TypeError, "attn_mask has dtype torch.int32"),
         ({"attn_mask": torch.ones(4, 7)}, ValueError, "mask has shape"),
         ({"attn_mask": torch.ones(1, 2, 5, 7)}, ValueError, "at most as many dimensions"),
-        ({"attn_mask": torch.ones(5, 7), "is_causal": True}, ValueError, "exclude each other"),
     ],
 )
 def test_bad_input(change, error, message):
@@ -619,6 +618,26 @@ def test_curvature_products_run_on_the_kernel(monkeypatch):
     got = onestep.curvature.ggnvp(outputs, loss, params, v)
     for name in params:
         torch.testing.assert_close(got[name], gauss_newton[name])
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("composition", UP_TO_SECOND_ORDER)
+def test_causal_and_mask_together(composition, additive):
+    """Both hold, as in torch: here against the one mask that says the same."""
+    both, one = Problem("causal", SIZES["tiny"]), Problem("none", SIZES["tiny"])
+    for name in ("operands", "tangents", "others", "cotangent"):
+        setattr(one, name, getattr(both, name))
+    queries, keys = 5, 7
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril()
+    mask = normal(queries, keys) if additive else (torch.rand(queries, keys) > 0.4) | torch.eye(queries, keys).bool()
+    both.options["attn_mask"] = mask
+    one.options["attn_mask"] = mask.masked_fill(~seen, -torch.inf) if additive else mask & seen
+    got = COMPOSITIONS[composition](both, scaled_dot_product_attention)
+    expected = COMPOSITIONS[composition](one, F.scaled_dot_product_attention)
+    assert worst(got, expected) < 1e-12
+    with onestep.functional.replace_attention():
+        out = F.scaled_dot_product_attention(*both.operands, **both.options)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*one.operands, **one.options))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

@@ -93,7 +93,7 @@ def scaled_dot_product_attention(
         value: (..., H, S, Ev).
         attn_mask: broadcasts to (..., Hq, T, S). bool: False hides the key; float: added to the scores, differentiable.
         dropout_p: 0.
-        is_causal: the query at position i sees the keys 0 to i.
+        is_causal: the query at position i sees the keys 0 to i, of those that ``attn_mask`` leaves.
         scale: what the products are multiplied by; 1/√E by default.
         enable_gqa: grouped queries: query head h reads key and value head h // (Hq / H), without copies.
 
@@ -105,8 +105,7 @@ def scaled_dot_product_attention(
         NotImplementedError: ``dropout_p`` > 0.
     """
     _check(query, key, value, attn_mask, dropout_p)
-    if is_causal and attn_mask is not None:
-        raise ValueError("is_causal=True and attn_mask exclude each other: put the causal part into the mask")
+
     q, k, v = _shared_heads(_with_heads(query), _with_heads(key), _with_heads(value), enable_gqa)
     most_dims = max(q.dim(), k.dim(), v.dim())
     mask = attn_mask

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from onestep.functional import scaled_dot_product_attention
@@ -17,10 +18,44 @@ NAME = "onestep"
 def register_attention() -> None:
     """Makes ``attn_implementation="onestep"`` known to transformers, for ``from_pretrained`` and ``from_config``.
 
-    Masks are those of transformers' "sdpa": boolean, or none where a causal mask says it all.
+    Masks are those of transformers' "sdpa": boolean, or none where a causal mask says it all. So an architecture that
+    transformers refuses for "sdpa" is refused here, too, with a ValueError in transformers' words: it does not read
+    such masks, or does not call the attention that is registered.
     """
     AttentionInterface.register(NAME, _attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    if not hasattr(PreTrainedModel.get_correct_attn_implementation, _CHECKS_ONESTEP):
+        PreTrainedModel.get_correct_attn_implementation = _checked(PreTrainedModel.get_correct_attn_implementation)
+
+
+# Marks transformers' check once it is wrapped, so that registering twice does not wrap it twice.
+_CHECKS_ONESTEP = "_checks_onestep"
+
+
+def _checked(get_correct_attn_implementation: Any) -> Any:
+    """transformers' check of the implementation that a model is asked for, which lets any registered name pass."""
+
+    @functools.wraps(get_correct_attn_implementation)
+    def check(self: Any, requested_attention: str | None, is_init_check: bool = False) -> Any:
+        if requested_attention == NAME:
+            _check_supports_masks(self, is_init_check)
+        return get_correct_attn_implementation(self, requested_attention, is_init_check)
+
+    setattr(check, _CHECKS_ONESTEP, True)
+    return check
+
+
+def _check_supports_masks(model: Any, is_init_check: bool) -> None:
+    try:
+        model.get_correct_attn_implementation("sdpa", is_init_check)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f'attn_implementation="{NAME}" works where "sdpa" does: {error}') from None
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f'{type(model).__name__} does not take attn_implementation="{NAME}": its attention does not go through '
+            'transformers\' AttentionInterface. Use attn_implementation="sdpa" within '
+            "onestep.functional.replace_attention() instead."
+        )
 
 
 def _with_bias(position_bias: Tensor, attention_mask: Tensor | None) -> Tensor:
