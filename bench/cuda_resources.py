@@ -116,9 +116,8 @@ def main() -> None:
     demangle(kernels)
     if options.family:
         for k in kernels:
-            print(
-                f"{k.architecture} {k.registers:4d} regs {k.shared:6d} smem {k.stack:5d} stack {k.spills:5d} spills  {k.name}"
-            )
+            use = f"{k.registers:4d} regs {k.shared:6d} smem {k.stack:5d} stack {k.spills:5d} spills"
+            print(f"{k.architecture} {use}  {k.name}")
     else:
         write(kernels)
     spilled = [f"{k.name} ({k.architecture}): {k.spills} bytes" for k in kernels if k.spills and k.family in NO_SPILLS]
