@@ -64,13 +64,12 @@ def registered():
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """How often attention runs on the kernel."""
-    from onestep.ops import attention
+    from onestep.ops.attention import cpu
 
     calls = []
-    kernel = attention._KERNELS["forward", torch.float64]
-    monkeypatch.setitem(
-        attention._KERNELS, ("forward", torch.float64), lambda *args: (calls.append(None), kernel(*args))[1]
-    )
+    entries = cpu._FORWARD
+    kernel = entries[torch.float64]
+    monkeypatch.setitem(entries, torch.float64, lambda *args, **named: (calls.append(None), kernel(*args, **named))[1])
     return calls
 
 

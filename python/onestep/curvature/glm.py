@@ -9,8 +9,8 @@ from torch import Tensor
 
 from onestep.linalg import gram
 from onestep.linalg._arguments import check_dense
-from onestep.ops._library import call, records_derivatives
-from onestep.ops.glm import FAMILIES, parameter_dtype
+from onestep.ops import records_derivatives
+from onestep.ops.glm import FAMILIES, glm_point, glm_product, parameter_dtype
 
 # Rows of a bfloat16 X that are widened at a time for the Gram kernel.
 _WIDENED_ROWS = 65536
@@ -34,7 +34,7 @@ class GLMPoint:
         self.W = W
         self._X, self._weight, self._family, self._intercept = X, weight, family, intercept
         self._matrix = W.unsqueeze(-1) if W.dim() == 1 else W
-        self.loss, grad, self._curvature = call("glm_point", X, y, self._matrix, weight, FAMILIES[family], intercept)
+        self.loss, grad, self._curvature = glm_point(X, y, self._matrix, weight, FAMILIES[family], intercept)
         self.grad: Tensor = grad.reshape(W.shape)
 
     def hvp(self, V: Tensor) -> Tensor:
@@ -56,8 +56,7 @@ class GLMPoint:
                 f"V has shape {tuple(V.shape)}; expected {shape}, W's, or (m, {', '.join(map(str, shape))})"
             )
         block = V.reshape(V.shape[0] if V.dim() > len(shape) else 1, *self._matrix.shape)
-        product: Tensor = call(
-            "glm_product",
+        product: Tensor = glm_product(
             block,
             self._X,
             self._matrix,

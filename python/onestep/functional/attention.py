@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from onestep.ops._library import call
-from onestep.ops.attention import COMPUTE_DTYPES
+from onestep.ops.attention import COMPUTE_DTYPES, attention
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
@@ -118,7 +117,7 @@ def scaled_dot_product_attention(
         if mask.dtype != torch.bool and query.dtype == torch.float64:
             mask = mask.double()
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    out: Tensor = call("attention", q, k, v, mask, factor, is_causal)[0]
+    out: Tensor = attention(q, k, v, mask, factor, is_causal)[0]
     if out.dtype != query.dtype:
         out = out.to(query.dtype)
     return out.squeeze(0) if max(query.dim(), key.dim(), value.dim()) == 2 and out.dim() == 3 else out

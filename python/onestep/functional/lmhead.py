@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestep.ops._library import call
+from onestep.ops import lmhead
 from onestep.ops.lmhead import accumulation_dtype
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -69,11 +69,11 @@ def linear_cross_entropy(
     scale = _row_scale(input, target, ignore_index, reduction)
     operands = (scale.expand(target.shape), input, weight, bias, target, ignore_index, float(label_smoothing))
     if reduction == "none":
-        losses: Tensor = call("linear_cross_entropy", *operands, (False, False, False))[1]
+        losses: Tensor = lmhead.linear_cross_entropy(*operands, (False, False, False))[1]
         return losses
     recorded = torch.is_grad_enabled()
     wanted = tuple(recorded and like is not None and like.requires_grad for like in (input, weight, bias))
-    value: Tensor = call("linear_cross_entropy", *operands, wanted)[0]
+    value: Tensor = lmhead.linear_cross_entropy(*operands, wanted)[0]
     # NaN for the mean of nothing, as torch has it.
     return value + 0 * scale if reduction == "mean" else value
 
@@ -147,6 +147,6 @@ def _product(
         raise ValueError(f"vector has {len(wanted)} parts; expected 3: for input, weight and bias")
     scale = _row_scale(input, target, ignore_index, reduction).expand(target.shape)
     options = (ignore_index, float(label_smoothing), gauss_newton, wanted)
-    results = call("linear_cross_entropy_tangent", scale, None, input, weight, bias, target, *vector, *options)[2:]
+    results = lmhead.linear_cross_entropy_tangent(scale, None, input, weight, bias, target, *vector, *options)[2:]
     of_input, of_weight, of_bias = (of if wants else None for of, wants in zip(results, wanted, strict=True))
     return of_input, of_weight, of_bias

@@ -14,7 +14,7 @@ from torch import Tensor
 from onestep.linalg._arguments import floating
 from onestep.linalg._cholesky import cholesky_ex, cholesky_solve
 from onestep.linalg._normal import Moments, moments
-from onestep.ops._operands import LinAlgError
+from onestep.ops.operands import LinAlgError
 
 _EPS = torch.finfo(torch.float64).eps
 _DTYPES = (torch.float32, torch.float64)

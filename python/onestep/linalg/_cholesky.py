@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from onestep.linalg._arguments import as_columns, floating
-from onestep.ops._library import call
+from onestep.ops import cholesky as family
 
 
 def _matrix(name: str, A: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def cholesky(A: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: a matrix is not positive definite, or holds NaN or Inf.
     """
-    factor: Tensor = call("cholesky", _matrix("A", A), True)[0]
+    factor: Tensor = family.cholesky(_matrix("A", A), True)[0]
     return factor
 
 
@@ -38,7 +38,7 @@ def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
         L (…,d,d), NaN for a matrix that failed, with zero gradients; and info (…) int32: 0, or the 1-based order of the
         leading minor that is not positive definite.
     """
-    factor, info = call("cholesky", _matrix("A", A))
+    factor, info = family.cholesky(_matrix("A", A))
     return factor, info
 
 
@@ -54,7 +54,7 @@ def cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
     """
     L = _matrix("L", L)
     columns, is_vector = as_columns("B", floating("B", B, L), L, L.shape[-1])
-    solution: Tensor = call("cholesky_solve", columns, L)
+    solution: Tensor = family.cholesky_solve(columns, L)
     return solution.squeeze(-1) if is_vector else solution
 
 
@@ -82,5 +82,5 @@ def solve_spd_ex(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def _solve_spd(A: Tensor, B: Tensor, check: bool) -> tuple[Tensor, Tensor]:
     A = _matrix("A", A)
     columns, is_vector = as_columns("B", floating("B", B, A), A, A.shape[-1])
-    solution, _, info = call("solve_spd", A, columns, check)
+    solution, _, info = family.solve_spd(A, columns, check)
     return solution.squeeze(-1) if is_vector else solution, info

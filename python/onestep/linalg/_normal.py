@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from onestep.linalg._arguments import as_columns, floating, number, ridge_per_feature, steps, values_are_known
-from onestep.ops._library import call
-from onestep.ops._operands import broadcast_batch
+from onestep.ops import normal
+from onestep.ops.operands import broadcast_batch
 
 # Up to this many features the kernel solves a problem per vector lane, which no dual form beats.
 _PACKED_FEATURES = 32
@@ -117,8 +117,8 @@ def solve_normal(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
     """
     p = _problem(X, Y, weight, ridge)
-    solution: Tensor = call(
-        "solve_normal", p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, steps("refine", refine), p.dual, True
+    solution: Tensor = normal.solve_normal(
+        p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, steps("refine", refine), p.dual, True
     )[0]
     return solution.squeeze(-1) if p.is_vector else solution
 
@@ -153,8 +153,7 @@ def solve_normal_ex(
     if p.dual and jitter is not None:
         solution, info, rcond, added = _dual_with_jitter(p, steps("refine", refine), jitter)
     else:
-        solution, _, info, rcond, added = call(
-            "solve_normal_ex",
+        solution, _, info, rcond, added = normal.solve_normal_ex(
             p.X,
             p.Y,
             p.weight,
@@ -176,7 +175,7 @@ def _dual_with_jitter(p: _Problem, refine: int, jitter: float) -> tuple[Tensor, 
     attempt = 0
     while True:
         ridge = p.ridge + added.unsqueeze(-1)
-        solution, _, info, rcond, _ = call("solve_normal_ex", p.X, p.Y, p.weight, ridge, 0.0, refine, 0.0, True)
+        solution, _, info, rcond, _ = normal.solve_normal_ex(p.X, p.Y, p.weight, ridge, 0.0, refine, 0.0, True)
         retry = (info > 0) & (info <= p.X.shape[-1]) & mean_diagonal.isfinite() & (added < mean_diagonal)
         if not values_are_known(info) or not retry.any():
             failed = (info > 0) & (info <= p.X.shape[-1])
@@ -202,7 +201,7 @@ def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) ->
     columns, is_vector = (X[..., :0], False) if Y is None else as_columns("Y", floating("Y", Y, X), X, X.shape[-2])
     if weight is not None:
         weight = floating("weight", weight, X)
-    products, cross = call("gram", X, columns, weight)
+    products, cross = normal.gram(X, columns, weight)
     return products, cross.squeeze(-1) if is_vector else cross
 
 
@@ -221,6 +220,6 @@ def moments(X: Tensor, Y: Tensor, *, weight: Tensor | None = None, center: bool 
     X = floating("X", X)
     if weight is not None:
         weight = floating("weight", weight, X)
-    products, cross, mean, weight_sum = call("moments", X, floating("Y", Y, X), weight, center)
+    products, cross, mean, weight_sum = normal.moments(X, floating("Y", Y, X), weight, center)
     d = X.shape[-1]
     return Moments(products, cross, mean[:d], mean[d:], weight_sum)

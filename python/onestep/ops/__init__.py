@@ -1,5 +1,12 @@
-"""``torch.ops.onestep.*``: one op per kernel entry, with its schema, fake, vmap rule and derivatives."""
+"""``torch.ops.onestep.*``: one op per kernel entry, with its schema, fake, vmap rule, kernels and derivatives.
+
+A family is a folder: ``schema.py`` (schema, checks of operands, shapes of results, vmap rule), ``cpu.py`` and
+``cuda.py`` (the kernels of a device), ``derivatives.py``.
+"""
 
 from onestep.ops import attention, cholesky, glm, lmhead, mlp, normal
+from onestep.ops._library import install_kernels, records_derivatives
 
-__all__ = ["attention", "cholesky", "glm", "lmhead", "mlp", "normal"]
+install_kernels()
+
+__all__ = ["attention", "cholesky", "glm", "lmhead", "mlp", "normal", "records_derivatives"]

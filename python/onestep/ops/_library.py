@@ -1,55 +1,101 @@
 """The ``onestep`` operator library: how kernels become ``torch.ops.onestep.*``.
 
-An op is a schema, a CPU kernel, a fake (shapes only, for torch.compile), a vmap rule and, in most cases, derivatives.
-Derivatives are attached at the op's Autograd key, so that a bare ``torch.ops.onestep.*`` call is differentiable in
-eager autograd, forward mode, every ``torch.func`` transform and torch.compile alike, or raises; see
-CONTRIBUTING.md, Decisions.
+An op is a schema, a fake (shapes only, for torch.compile), a vmap rule, one kernel per device and, in most cases,
+derivatives. ``define`` makes an ``Op`` of a schema (``ops/<family>/schema.py``), ``register`` gives it the kernel of
+one device (``cpu.py``, ``cuda.py``), and ``ops/_derivatives.py`` attaches derivatives (``derivatives.py``). When all
+families are imported, ``install_kernels`` hands the kernels to torch's dispatcher.
 """
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, TypeVar
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C._functorch import (
-    get_single_level_autograd_function_allowed,
-    set_single_level_autograd_function_allowed,
-)
-from torch.autograd.function import _SingleLevelFunction
+
+from onestep.ops import _cuda
+from onestep.ops._torch_private import any_requires_grad, dispatch_modes, forward_level, transforms_active
 
 LIBRARY = torch.library.Library("onestep", "DEF")
 
-_CPU_KERNELS: dict[str, Callable[..., Any]] = {}
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+# Device types that an op may have kernels for, with their dispatch keys.
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+# Device types of torch on which an op without a kernel says so itself; the dispatcher's own message does not help.
+_OTHER_KEYS = {"mps": "MPS", "xpu": "XPU", "hpu": "HPU", "mtia": "MTIA"}
+
+
+class Op:
+    """One op. Calling it calls its kernel for the operands' device.
+
+    ``op(*args)`` is ``torch.ops.onestep.<name>(*args)``, past torch's dispatcher where the dispatcher would only find
+    the kernel: no derivative is recorded, and no transform, mode, tensor subclass or tracing wants to see the call.
+    That saves about 20 µs, which is more than a small problem takes. ``op.dispatched(*args)`` always goes through the
+    dispatcher; derivative formulas and compositions use it.
+
+    Attributes:
+        name: the op's name, without the namespace.
+        dispatched: ``torch.ops.onestep.<name>.default``.
+        kernels: device type → kernel.
+    """
+
+    __slots__ = ("_cpu", "dispatched", "kernels", "name")
+
+    def __init__(self, name: str, dispatched: Any) -> None:
+        self.name = name
+        self.dispatched = dispatched
+        self.kernels: dict[str, Callable[..., Any]] = {}
+        # kernels["cpu"], which is looked up faster as an attribute.
+        self._cpu: Callable[..., Any] = functools.partial(_raise_without_kernel, self, "cpu")
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or dispatch_modes() != 0 or records_derivatives(args):
+            return self.dispatched(*args)
+        for arg in args:
+            if isinstance(arg, Tensor) and not (arg.is_cpu and type(arg) in _PLAIN and not arg.is_neg()):
+                return self._call_elsewhere(args)
+        return self._cpu(*args)
+
+    def _call_elsewhere(self, args: tuple[Any, ...]) -> Any:
+        """The call where not all tensors are plain CPU tensors."""
+        device = None
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if type(arg) not in _PLAIN or arg.is_neg() or device not in (None, arg.device.type):
+                    return self.dispatched(*args)
+                device = arg.device.type
+        kernel = self.kernels.get(str(device))
+        return self.dispatched(*args) if kernel is None else kernel(*args)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+_OPS: dict[str, Op] = {}
 
 
 def define(
     schema: str,
     *,
-    cpu: Callable[..., Any],
     fake: Callable[..., Any],
     own_dims: Sequence[int] | None = None,
     vmap: Callable[..., Any] | None = None,
-) -> None:
+) -> Op:
     """Defines one op.
 
     Args:
-        schema: the op's schema, named parameters first tensors, then plain values.
-        cpu: its CPU kernel.
-        fake: the same on shapes alone.
+        schema: the op's schema, tensors first, then plain values.
+        fake: what a kernel does, on shapes alone: checks the operands and returns empty results.
         own_dims: for each tensor argument, how many trailing dimensions are not batch dimensions. None: the op has no
             batch dimensions, and vmap calls it once per element.
         vmap: a rule of its own, as ``torch.library.register_vmap`` takes it.
     """
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
-    _CPU_KERNELS[name] = cpu
-    LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"onestep::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.onestep, name).default
+    op = _OPS[name] = Op(name, getattr(torch.ops.onestep, name).default)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if own_dims is None:
@@ -58,25 +104,84 @@ def define(
         return result, (0,) * len(result) if isinstance(result, tuple) else 0
 
     torch.library.register_vmap(f"onestep::{name}", vmap or rule, lib=LIBRARY)
+    return op
 
 
-def _loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """vmap of an op with several results, one call after the other."""
+def register(op: Op, *, device: str) -> Callable[[Kernel], Kernel]:
+    """Decorates the op's kernel for a device type: allocate the results, call the native entry, return the results.
 
-    def element(index: int) -> list[Any]:
-        return [
-            arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
+    The kernel gets the op's arguments by position; trailing ones that have their defaults may be missing. Where a
+    composition of torch's ops is all that a device needs, that is registered in the same way.
+    """
+    assert device in _KEYS, device
 
-    results = zip(*(op(*element(index)) for index in range(size)), strict=True)
-    stacked = tuple(torch.stack(result) for result in results)
+    def decorate(kernel: Kernel) -> Kernel:
+        assert device not in op.kernels, f"onestep::{op.name} has two kernels for {device}"
+        op.kernels[device] = kernel if device == "cpu" or _cuda.EMULATED else _on_device_of_operands(kernel)
+        return kernel
+
+    return decorate
+
+
+def _on_device_of_operands(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel with the CUDA device of its first tensor as the current one."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device(first.device):
+            return kernel(*args)
+
+    return run
+
+
+def install_kernels() -> None:
+    """Hands every op's kernels to torch's dispatcher; on a device without a kernel the op raises.
+
+    In emulation an op's CUDA implementation takes the place of its CPU kernel.
+    """
+    for op in _OPS.values():
+        if _cuda.EMULATED and "cuda" in op.kernels:
+            op.kernels["cpu"] = op.kernels.pop("cuda")
+        op._cpu = op.kernels["cpu"]
+        for device, key in (_KEYS | _OTHER_KEYS).items():
+            kernel = op.kernels.get(device, functools.partial(_raise_without_kernel, op, device))
+            LIBRARY.impl(op.name, kernel, key)
+
+
+def _raise_without_kernel(op: Op, device: str, *args: Any) -> None:
+    remedy = "move the operands to the CPU with .cpu()"
+    if device != "cuda":
+        reason = f"onestep has kernels for {' and '.join(_KEYS)}"
+    elif _cuda.native is None:
+        reason = f"this build's CUDA kernels: {_cuda.status}"
+        remedy += ", or build onestep with -DONESTEP_CUDA=ON"
+    else:
+        reason = "it has a CPU kernel alone"
+    raise NotImplementedError(f"onestep::{op.name} has no kernel for {device} tensors ({reason}): {remedy}")
+
+
+def _loop_over_batch(op: Op, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """vmap of an op without batch dimensions, one call after the other."""
+
+    def element(index: int) -> Any:
+        return op.dispatched(
+            *(
+                arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+        )
+
+    results = [element(index) for index in range(size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
 
 
-def call_batched(op: Any, args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_dims: Sequence[int]) -> Any:
+def call_batched(op: Op, args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_dims: Sequence[int]) -> Any:
     """The op with the mapped dimension as its first batch dimension, which the results get."""
-    return op(*_align_batches(args, in_dims, own_dims))
+    return op.dispatched(*_align_batches(args, in_dims, own_dims))
 
 
 def _align_batches(args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_dims: Sequence[int]) -> list[Any]:
@@ -100,208 +205,6 @@ def _align_batches(args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_d
 
 def records_derivatives(args: tuple[Any, ...]) -> bool:
     """Whether eager autograd, a forward-mode level or a torch.func transform may want a derivative of this call."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transforms_active() or forward_level() >= 0:
         return True
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-
-
-def carries_tangents(args: tuple[Any, ...]) -> bool:
-    """Whether an Autograd kernel's argument has a tangent at the level that is being computed.
-
-    The tensors are asked: graphs of torch.compile enter forward-mode levels that forward_ad does not know of.
-    """
-    if not torch._C._is_fwd_grad_enabled():
-        return False
-    return any(isinstance(arg, Tensor) and _unpack_dual(arg, level=0)[1] is not None for arg in args)
-
-
-# A third of the time of forward_ad.unpack_dual.
-_unpack_dual = torch._VF._unpack_dual
-_make_dual = torch._VF._make_dual
-
-
-def _in_legacy_vmap() -> bool:
-    """Whether this is in the vmap of gradcheck and torch.autograd.functional, which has no rule for _make_dual."""
-    return torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP_MODE)
-
-
-# Not among the names of torch._C.DispatchKey.
-_LEGACY_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
-
-
-def call(name: str, *args: Any) -> Any:
-    """``torch.ops.onestep.<name>(*args)``, past the dispatcher where it would do nothing but find the CPU kernel.
-
-    That saves about 20 µs of a call, which is more than a small problem takes.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0 or records_derivatives(args):
-        return getattr(torch.ops.onestep, name).default(*args)
-    for arg in args:
-        if isinstance(arg, Tensor) and not (arg.is_cpu and type(arg) in _PLAIN and not arg.is_neg()):
-            return getattr(torch.ops.onestep, name).default(*args)
-    return _CPU_KERNELS[name](*args)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-# The derivative modes (reverse, forward) of the op call that this thread is in.
-_modes = threading.local()
-
-
-class OpFunction(_SingleLevelFunction):
-    """Derivatives of one op: a subclass names the op and has ``setup_context``, ``backward`` and ``jvp``.
-
-    It is a single-level autograd.Function, applied inside the op's Autograd kernel: torch.func calls that kernel once
-    per transform level, with the tensors of that level, exactly as it does for torch's own ops. ``backward`` and
-    ``jvp`` are written in differentiable ops, which gives derivatives of every order.
-    """
-
-    op: ClassVar[Any]
-
-    # What runs instead, in differentiable ops, where an argument carries a tangent; None: ``jvp`` has the derivative.
-    forward_composite: ClassVar[Callable[..., Any] | None] = None
-
-    # (arguments, their tangents or None) → (results, their tangents or None) in one op; what runs instead of the op and
-    # ``jvp`` where no gradient of this level is recorded. None: there is no such op.
-    forward_and_jvp: ClassVar[Callable[..., tuple[Any, Any]] | None] = None
-
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        """The op's Autograd kernel, which torch.func calls at every level, most of which want no derivative of it."""
-        reverse = torch.is_grad_enabled()
-        recorded = reverse and torch._C._any_requires_grad(*args)
-        if not recorded or cls.forward_composite is not None:
-            if not carries_tangents(args):
-                if not recorded:
-                    with torch._C._AutoDispatchBelowAutograd():
-                        return cls.op(*args)
-            elif cls.forward_composite is not None:
-                return cls.forward_composite(*args)
-            elif cls.forward_and_jvp is not None and not _in_legacy_vmap():
-                return cls.call_dual(*args)
-        outer = getattr(_modes, "value", None)
-        _modes.value = reverse, torch._C._is_fwd_grad_enabled()
-        allowed = get_single_level_autograd_function_allowed()
-        set_single_level_autograd_function_allowed(True)
-        try:
-            return cls.apply(*args)  # type: ignore[attr-defined]
-        finally:
-            set_single_level_autograd_function_allowed(allowed)
-            _modes.value = outer
-
-    @classmethod
-    def call_dual(cls, *args: Any) -> Any:
-        """``forward_and_jvp`` of dual numbers; its op is one for the other levels, which may want derivatives of it."""
-        assert cls.forward_and_jvp is not None
-        duals = [_unpack_dual(arg, level=0) if isinstance(arg, Tensor) else (arg, None) for arg in args]
-        with torch._C._AutoDispatchBelowAutograd():
-            results, tangents = cls.forward_and_jvp(
-                tuple(primal for primal, _ in duals), tuple(tangent for _, tangent in duals)
-            )
-        return tuple(
-            result if tangent is None else _make_dual(result, tangent, level=0)
-            for result, tangent in zip(results, tangents, strict=True)
-        )
-
-    @classmethod
-    def run_below(cls, *args: Any) -> Any:
-        """The op for the next transform level, or its kernel if this was the last."""
-        # A Function switches both derivative modes off for its forward; the outer levels need the caller's.
-        reverse, forward = _modes.value
-        torch._C._set_grad_enabled(reverse)
-        torch._C._set_fwd_grad_enabled(forward)
-        try:
-            with torch._C._AutoDispatchBelowAutograd():
-                return cls.op(*args)
-        finally:
-            torch._C._set_grad_enabled(False)
-            torch._C._set_fwd_grad_enabled(False)
-
-
-class _Primals:
-    """The context that ``jvp`` sees, whose saved tensors carry no tangent of the level that is being computed."""
-
-    def __init__(self, ctx: Any) -> None:
-        self._ctx = ctx
-        self.saved_tensors = tuple(
-            None if saved is None else forward_ad.unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        """What ``setup_context`` left beside the tensors."""
-        return getattr(self._ctx, name)
-
-
-def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[..., Any]:
-    """``function.jvp`` as torch would run it if it supported forward mode over forward mode.
-
-    torch calls ``jvp`` with forward mode switched off, so that an outer torch.func.jvp would take the tangents for
-    constants, without an error.
-    """
-    formula = function.jvp
-
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        reverse, forward = _modes.value
-        if not forward:
-            return None if outputs == 1 else (None,) * outputs
-        torch._C._set_fwd_grad_enabled(True)
-        try:
-            if reverse and torch._C._any_requires_grad(*ctx.saved_tensors, *tangents):
-                return formula(_Primals(ctx), *tangents)
-            # Nothing of this level is recorded: the formula is one for the outer levels, which see no tangent of this.
-            with torch._C._AutoDispatchBelowAutograd():
-                return formula(ctx, *tangents)
-        finally:
-            torch._C._set_fwd_grad_enabled(False)
-
-    return jvp
-
-
-def register_derivatives(name: str, function: type[OpFunction]) -> None:
-    """Attaches ``function`` to the op ``onestep::name``."""
-    function.op = getattr(torch.ops.onestep, name).default
-    outputs = len(function.op._schema.returns)
-    function.jvp = staticmethod(_forward_over_forward(function, outputs))  # type: ignore[method-assign]
-    function.forward = staticmethod(function.run_below)  # type: ignore[method-assign]
-    LIBRARY.impl(name, function.call, "Autograd")
-
-
-def register_composite_derivative(name: str, composite: Callable[..., Any]) -> None:
-    """Where a derivative of the op is wanted, ``composite``, made of differentiable ops, runs instead of its kernel."""
-    op = getattr(torch.ops.onestep, name).default
-
-    def autograd_kernel(*args: Any) -> Any:
-        if records_derivatives(args) or carries_tangents(args):
-            return composite(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    LIBRARY.impl(name, autograd_kernel, "Autograd")
-
-
-def register_values_and_tangents(name: str, composite: Callable[..., Any]) -> None:
-    """Attaches to an op of values and tangents ``composite``, made of two ops: it runs where a derivative is wanted."""
-    op = getattr(torch.ops.onestep, name).default
-
-    def autograd_kernel(*args: Any) -> Any:
-        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if recorded or carries_tangents(args):
-            return composite(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    LIBRARY.impl(name, autograd_kernel, "Autograd")
-
-
-def register_not_differentiable(name: str, use_instead: str) -> None:
-    """Makes an op raise where a derivative of it is wanted, rather than return a silent zero."""
-    op = getattr(torch.ops.onestep, name).default
-
-    def autograd_kernel(*args: Any) -> Any:
-        if records_derivatives(args) or carries_tangents(args):
-            raise NotImplementedError(f"onestep::{name} has no derivative; {use_instead}")
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    LIBRARY.impl(name, autograd_kernel, "Autograd")
+    return torch.is_grad_enabled() and any_requires_grad(*args)

@@ -16,8 +16,7 @@ from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed
 from onestep.evaluation.losses import Loss, like_outputs
 from onestep.evaluation.parameters import ParameterVector, flatten
-from onestep.ops._library import call
-from onestep.ops.mlp import ACTIVATIONS, MOST_LAYERS
+from onestep.ops.mlp import ACTIVATIONS, MOST_LAYERS, mlp_gradient, mlp_jacobian, mlp_product
 from onestep.optim._objective import CurvatureRoot
 from onestep.training.objective import DataObjective, SummedRoot, jacobian_parts
 from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
@@ -139,14 +138,14 @@ class PerceptronObjective(DataObjective):
     def chunk_gradient(self, chunk: Chunk, parameters: ParameterVector) -> tuple[float, Tensor]:
         """The loss summed over a chunk and its gradient (p,)."""
         with torch.no_grad():
-            loss, gradient = call("mlp_gradient", *self._operands(chunk), *self.shape, True)
+            loss, gradient = mlp_gradient(*self._operands(chunk), *self.shape, True)
         return loss.item(), self._trained(gradient, parameters)
 
     def chunk_loss(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> Tensor:
         """The loss summed over a chunk."""
         if values is not None or torch.is_grad_enabled():
             return super().chunk_loss(chunk, values)
-        loss: Tensor = call("mlp_gradient", *self._operands(chunk), *self.shape, False)[0]
+        loss: Tensor = mlp_gradient(*self._operands(chunk), *self.shape, False)[0]
         return loss
 
     def _direction(self, v: Tensor, parameters: ParameterVector) -> Tensor:
@@ -168,7 +167,7 @@ class PerceptronObjective(DataObjective):
 
         def product(v: Tensor) -> Tensor:
             along = self._direction(v, parameters)
-            return self._trained(call("mlp_product", chunk.inputs, at, along, *self.shape), parameters)
+            return self._trained(mlp_product(chunk.inputs, at, along, *self.shape), parameters)
 
         return product
 
@@ -192,7 +191,7 @@ class PerceptronObjective(DataObjective):
     def jacobian_at(self, vector: Tensor, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
         """The same where the network's parameters have other values."""
         for part in jacobian_parts(chunk, self.network.widths[-1] * len(parameters) * chunk.inputs.element_size()):
-            J = call("mlp_jacobian", part.inputs, vector, *self.shape, math.sqrt(2.0))
+            J = mlp_jacobian(part.inputs, vector, *self.shape, math.sqrt(2.0))
             yield self._trained(J, parameters).reshape(-1, len(parameters))
 
 
@@ -210,7 +209,7 @@ class _PerceptronRoot(SummedRoot):
 
     def diagonals(self) -> Iterator[tuple[int, Tensor]]:
         for chunk in self.chunks:
-            diagonal = call("mlp_product", chunk.inputs, self.at, None, *self.objective.shape)
+            diagonal = mlp_product(chunk.inputs, self.at, None, *self.objective.shape)
             yield chunk.piece, self.objective._trained(diagonal, self.parameters)
 
     def products(self, v: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -1,14 +1,16 @@
-"""Checks of op arguments, and their hand-over to the native kernels as addresses and strides."""
+"""Checks of operands, and how the native kernels get them: as addresses and strides.
+
+Checks of shape, dtype and device are made on every device and on fakes. Checks of values read them, for which a GPU
+would have to be waited for: ``reads_values`` is False there, and a kernel reports bad values by ``info``, or by NaN
+where the op has no ``info``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from onestep import _native
 
 # Address, strides, and the tensor, which keeps the memory while the kernel runs.
 Operand = tuple[int, tuple[int, ...], Tensor]
@@ -19,35 +21,18 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-
 # csrc/base/batch.hpp, kMaxBatchDims
 MOST_BATCH_DIMS = 8
 
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-_KERNELS: dict[tuple[str, torch.dtype], Callable[..., None]] = {
-    (family, dtype): getattr(_native, f"{family}_{suffix}")
-    for dtype, suffix in _SUFFIX.items()
-    for family in (
-        "gram",
-        "moments",
-        "solve_normal",
-        "solve_normal_backward",
-        "solve_spd",
-        "cholesky",
-        "cholesky_solve",
-    )
-}
-
-
-def kernel(family: str, dtype: torch.dtype) -> Callable[..., None]:
-    """The native entry of a kernel family for a dtype."""
-    return _KERNELS[family, dtype]
+# The dtypes of most kernels.
+FLOATING = (torch.float32, torch.float64)
 
 
 def is_floating(tensor: Tensor) -> bool:
     """Whether the kernels read the tensor's dtype."""
-    return tensor.dtype in _SUFFIX
+    return tensor.dtype in FLOATING
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless the tensor is float32 or float64."""
-    if tensor.dtype not in _SUFFIX:
+    if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected torch.float32 or torch.float64")
 
 
@@ -116,8 +101,31 @@ def empty_factor(like: Tensor, batch: tuple[int, ...], order: int) -> Tensor:
     return like.new_empty_strided((*batch, order, order), (*strides, 1, order))
 
 
+def optional_operand(tensor: Tensor | None, batch: tuple[int, ...], own: int) -> Operand | None:
+    """``operand``, or None for None."""
+    return None if tensor is None else operand(tensor, batch, own)
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether values are checked before the kernel runs: on the CPU alone, since a GPU would have to be waited for."""
+    return tensor.is_cpu
+
+
+def check_not_negative(name: str, tensor: Tensor | None) -> None:
+    """Raises ValueError if a CPU tensor has a negative value; see ``reads_values``.
+
+    For CUDA implementations in emulation and compositions: the CPU kernels check by themselves.
+    """
+    # By numpy, since torch's own reductions hang in a forked child.
+    if tensor is not None and reads_values(tensor) and (tensor.detach().numpy() < 0).any():
+        raise ValueError(f"{name} has negative values; expected values >= 0")
+
+
 def any_failed(info: Tensor) -> bool:
-    """Whether any problem's status is not 0. By numpy, since torch's own ``any`` hangs in a forked child."""
+    """Whether any problem's status is not 0; waits for a GPU."""
+    if not info.is_cpu:
+        info = info.cpu()
+    # By numpy, since torch's own ``any`` hangs in a forked child.
     return bool(info.item() if info.numel() == 1 else info.numpy().any())
 
 

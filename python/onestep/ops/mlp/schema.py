@@ -1,5 +1,5 @@
-"""Ops on multilayer perceptrons under squared error: ``mlp_gradient``, ``mlp_product`` (of the Gauss-Newton matrix,
-or its diagonal) and ``mlp_jacobian``.
+"""Schemas of the ops on multilayer perceptrons under squared error: ``mlp_gradient``, ``mlp_product`` (of the
+Gauss-Newton matrix, or its diagonal) and ``mlp_jacobian``.
 
 A network is its ``widths`` (inputs, then each layer's outputs), a code of ``ACTIVATIONS`` a layer, and whether each
 layer is ``biased``; its parameters are one vector: W₁ (outputs × inputs, by rows), b₁, W₂, ... ``onestep.fit`` takes
@@ -13,18 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onestep import _native
-from onestep.ops._library import define, register_not_differentiable
-from onestep.ops._operands import check_dims, check_floating, check_like
+from onestep.ops._library import define
+from onestep.ops.operands import check_dims, check_floating, check_like
 
 # csrc/mlp/mlp.hpp, MlpActivation
 ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2, "sigmoid": 3}
 # csrc/mlp/mlp.hpp, kMostMlpLayers
 MOST_LAYERS = 32
-
-_GRADIENT = {torch.float32: _native.mlp_gradient_f32, torch.float64: _native.mlp_gradient_f64}
-_PRODUCT = {torch.float32: _native.mlp_product_f32, torch.float64: _native.mlp_product_f64}
-_JACOBIAN = {torch.float32: _native.mlp_jacobian_f32, torch.float64: _native.mlp_jacobian_f64}
 
 
 def _check(
@@ -52,7 +47,7 @@ def _check(
         raise ValueError(f"parameters has shape {tuple(parameters.shape)}; expected ({count},)")
 
 
-def _gradient_fake(
+def gradient_results(
     X: Tensor,
     y: Tensor,
     parameters: Tensor,
@@ -61,6 +56,7 @@ def _gradient_fake(
     biased: Sequence[bool],
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Checks the operands; returns loss () and gradient (p,), or (0,) if unwanted, empty."""
     _check(X, parameters, widths, activations, biased)
     check_like("y", y, X)
     if y.shape != (X.shape[0], widths[-1]):
@@ -68,40 +64,14 @@ def _gradient_fake(
     return X.new_empty((), dtype=torch.float64), parameters.new_empty(parameters.shape[0] if wants_gradient else 0)
 
 
-def _gradient_cpu(
-    X: Tensor,
-    y: Tensor,
-    parameters: Tensor,
-    widths: Sequence[int],
-    activations: Sequence[int],
-    biased: Sequence[bool],
-    wants_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    loss, gradient = _gradient_fake(X, y, parameters, widths, activations, biased, wants_gradient)
-    parameters = parameters.contiguous()
-    _GRADIENT[X.dtype](
-        widths,
-        activations,
-        biased,
-        X.shape[0],
-        (X.data_ptr(), X.stride(), X),
-        (y.data_ptr(), y.stride(), y),
-        parameters.data_ptr(),
-        loss.data_ptr(),
-        gradient.data_ptr() if wants_gradient else 0,
-    )
-    return loss, gradient
-
-
-define(
+mlp_gradient = define(
     "mlp_gradient(Tensor X, Tensor y, Tensor parameters, int[] widths, int[] activations, bool[] biased, "
     "bool wants_gradient) -> (Tensor, Tensor)",
-    cpu=_gradient_cpu,
-    fake=_gradient_fake,
+    fake=gradient_results,
 )
 
 
-def _product_fake(
+def product_results(
     X: Tensor,
     parameters: Tensor,
     v: Tensor | None,
@@ -109,6 +79,7 @@ def _product_fake(
     activations: Sequence[int],
     biased: Sequence[bool],
 ) -> Tensor:
+    """Checks the operands; returns the product (p,), empty."""
     _check(X, parameters, widths, activations, biased)
     if v is not None:
         check_like("v", v, X)
@@ -117,38 +88,13 @@ def _product_fake(
     return torch.empty_like(parameters, memory_format=torch.contiguous_format)
 
 
-def _product_cpu(
-    X: Tensor,
-    parameters: Tensor,
-    v: Tensor | None,
-    widths: Sequence[int],
-    activations: Sequence[int],
-    biased: Sequence[bool],
-) -> Tensor:
-    product = _product_fake(X, parameters, v, widths, activations, biased)
-    parameters = parameters.contiguous()
-    v = None if v is None else v.contiguous()
-    _PRODUCT[X.dtype](
-        widths,
-        activations,
-        biased,
-        X.shape[0],
-        (X.data_ptr(), X.stride(), X),
-        parameters.data_ptr(),
-        0 if v is None else v.data_ptr(),
-        product.data_ptr(),
-    )
-    return product
-
-
-define(
+mlp_product = define(
     "mlp_product(Tensor X, Tensor parameters, Tensor? v, int[] widths, int[] activations, bool[] biased) -> Tensor",
-    cpu=_product_cpu,
-    fake=_product_fake,
+    fake=product_results,
 )
 
 
-def _jacobian_fake(
+def jacobian_results(
     X: Tensor,
     parameters: Tensor,
     widths: Sequence[int],
@@ -156,38 +102,12 @@ def _jacobian_fake(
     biased: Sequence[bool],
     scale: float,
 ) -> Tensor:
+    """Checks the operands; returns the Jacobian (n, outputs, p), empty."""
     _check(X, parameters, widths, activations, biased)
     return X.new_empty((X.shape[0], widths[-1], parameters.shape[0]))
 
 
-def _jacobian_cpu(
-    X: Tensor,
-    parameters: Tensor,
-    widths: Sequence[int],
-    activations: Sequence[int],
-    biased: Sequence[bool],
-    scale: float,
-) -> Tensor:
-    jacobian = _jacobian_fake(X, parameters, widths, activations, biased, scale)
-    parameters = parameters.contiguous()
-    _JACOBIAN[X.dtype](
-        widths,
-        activations,
-        biased,
-        X.shape[0],
-        (X.data_ptr(), X.stride(), X),
-        parameters.data_ptr(),
-        scale,
-        jacobian.data_ptr(),
-    )
-    return jacobian
-
-
-define(
+mlp_jacobian = define(
     "mlp_jacobian(Tensor X, Tensor parameters, int[] widths, int[] activations, bool[] biased, float scale) -> Tensor",
-    cpu=_jacobian_cpu,
-    fake=_jacobian_fake,
+    fake=jacobian_results,
 )
-
-for _name in ("mlp_gradient", "mlp_product", "mlp_jacobian"):
-    register_not_differentiable(_name, "write the network in torch's ops where derivatives of it are wanted")

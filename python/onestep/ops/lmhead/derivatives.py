@@ -1,9 +1,4 @@
-"""Ops of the language-model head: ``linear_cross_entropy`` and ``linear_cross_entropy_tangent``.
-
-Two kernels close the family under every composition of order two. The first gives the losses, their weighted sum and
-that sum's gradient; the second the tangents of all of these. The gradient of a function of the gradient is, since the
-Hessian is symmetric, the second kernel along the cotangents. Formulas in csrc/lmhead/lmhead.hpp.
-"""
+"""Derivatives of the language-model head."""
 
 from __future__ import annotations
 
@@ -13,166 +8,10 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
-from onestep import _native
-from onestep.ops._library import OpFunction, define, register_derivatives
-from onestep.ops._operands import check_like, kernel_batch, operand
-
-# value, losses, and the gradients of input, weight and bias, empty where they are not wanted.
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-_KERNELS = {
-    torch.float32: _native.linear_cross_entropy_f32,
-    torch.float64: _native.linear_cross_entropy_f64,
-    torch.bfloat16: _native.linear_cross_entropy_bf16,
-}
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels compute in for an input of this dtype."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
-
-
-def _check_shape(name: str, tensor: Tensor, shape: Sequence[Any], meaning: str) -> None:
-    if tensor.shape != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}: {meaning}")
-
-
-def _check(row_weight: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
-    if input.dtype not in _KERNELS:
-        raise TypeError(f"input has dtype {input.dtype}; expected torch.float32, torch.float64 or torch.bfloat16")
-    if input.dim() < 1:
-        raise ValueError("input has shape (); expected (..., D)")
-    check_like("weight", weight, input)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (V, D) with V > 0")
-    classes, features = weight.shape
-    _check_shape("input", input, (*input.shape[:-1], features), "as many features as weight")
-    if bias is not None:
-        check_like("bias", bias, input)
-        _check_shape("bias", bias, (classes,), "one per row of weight")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target has dtype {target.dtype}; expected class indices, torch.int64")
-    if target.device != input.device:
-        raise ValueError(f"target is on device {target.device}; expected {input.device}, like input")
-    _check_shape("target", target, input.shape[:-1], "input's without the features")
-    _check_row_weight("row_weight", row_weight, input)
-
-
-def _check_row_weight(name: str, row_weight: Tensor, input: Tensor) -> None:
-    expected = accumulation_dtype(input.dtype)
-    if row_weight.dtype != expected:
-        raise TypeError(f"{name} has dtype {row_weight.dtype}; expected {expected}")
-    _check_shape(name, row_weight, input.shape[:-1], "one per row of input")
-
-
-def _check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    # By numpy, since torch's own reductions hang in a forked child.
-    values = target.numpy()
-    outside = ((values < 0) | (values >= classes)) & (values != ignore_index)
-    if outside.any():
-        raise ValueError(
-            f"target holds {values[outside][0]}; expected classes from 0 to {classes - 1}, "
-            f"or ignore_index = {ignore_index}"
-        )
-
-
-def _results(input: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype) -> Results:
-    accumulated = accumulation_dtype(input.dtype)
-    gradients = [
-        input.new_empty(like.shape if like is not None and wants else (0,), dtype=dtype)
-        for like, wants in zip((input, weight, bias), wanted, strict=True)
-    ]
-    losses = input.new_empty(input.shape[:-1], dtype=accumulated)
-    return input.new_empty((), dtype=accumulated), losses, gradients[0], gradients[1], gradients[2]
-
-
-def _run(
-    row_weight: Tensor,
-    row_weight_tangent: Tensor | None,
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    target: Tensor,
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
-    ignore_index: int,
-    label_smoothing: float,
-    tangent: bool,
-    gauss_newton: bool,
-    wanted: Sequence[bool],
-) -> Results:
-    input, weight, bias = operands
-    classes, features = weight.shape
-    _check_targets(target, classes, ignore_index)
-    rows = tuple(target.shape)
-    out = _results(input, weight, bias, wanted, row_weight.dtype)
-    _KERNELS[input.dtype](
-        operand(input, rows, 1),
-        operand(weight, (), 2),
-        None if bias is None else operand(bias, (), 1),
-        operand(target, rows, 0),
-        operand(row_weight, rows, 0),
-        kernel_batch(rows),
-        features,
-        classes,
-        ignore_index,
-        label_smoothing,
-        tangent,
-        gauss_newton,
-        None if tangents[0] is None else operand(tangents[0], rows, 1),
-        None if tangents[1] is None else operand(tangents[1], (), 2),
-        None if tangents[2] is None else operand(tangents[2], (), 1),
-        None if row_weight_tangent is None else operand(row_weight_tangent, rows, 0),
-        out[0].data_ptr(),
-        out[1].data_ptr(),
-        *(
-            gradient.data_ptr() if wants and like is not None else 0
-            for gradient, like, wants in zip(out[2:], operands, wanted, strict=True)
-        ),
-    )
-    value, losses, *gradients = out
-    grad_input, grad_weight, grad_bias = (gradient.to(input.dtype) for gradient in gradients)
-    return value, losses, grad_input, grad_weight, grad_bias
-
-
-# ------------------------------------------------------------------------------------------------ linear_cross_entropy
-
-
-def _fake(
-    row_weight: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    wanted: Sequence[bool],
-) -> Results:
-    _check(row_weight, input, weight, bias, target)
-    return _results(input, weight, bias, wanted, input.dtype)
-
-
-def _cpu(
-    row_weight: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    wanted: Sequence[bool],
-) -> Results:
-    _check(row_weight, input, weight, bias, target)
-    operands, nothing = (input, weight, bias), (None, None, None)
-    return _run(row_weight, None, operands, target, nothing, ignore_index, label_smoothing, False, False, wanted)
-
-
-define(
-    "linear_cross_entropy(Tensor row_weight, Tensor input, Tensor weight, Tensor? bias, Tensor target, "
-    "int ignore_index, float label_smoothing, bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_cpu,
-    fake=_fake,
-)
+from onestep.ops._derivatives import OpFunction, register_derivatives
+from onestep.ops._torch_private import dispatch_modes, functorch, graph_is_kept, temporarily_pop_interpreter_stack
+from onestep.ops.lmhead.schema import Results, linear_cross_entropy, linear_cross_entropy_tangent
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -184,13 +23,13 @@ def _scaled(scale: Tensor, gradient: Tensor) -> Tensor:
 
     But not if the graph is kept for another backward: the caller may change in place what it is given.
     """
-    kept = not torch.is_grad_enabled() and torch._C._autograd._get_current_graph_task_keep_graph()
+    kept = not torch.is_grad_enabled() and graph_is_kept()
     return gradient if not kept and _is_constant_one(scale) else (scale * gradient).to(gradient.dtype)
 
 
 def _is_constant_one(scale: Tensor) -> bool:
     """Whether this is the number 1, and a constant of every derivative being taken; one torch.func level a call."""
-    if type(scale) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+    if type(scale) is not Tensor or torch.compiler.is_compiling() or dispatch_modes() != 0:
         return False
     if functorch.is_batchedtensor(scale) or functorch.is_legacy_batchedtensor(scale):
         return False
@@ -234,11 +73,11 @@ class _LinearCrossEntropy(OpFunction):
             gradients = [_scaled(of_value, of) if n else None for of, n in zip(saved, needed, strict=True)]
         elif of_value is not None or of_losses is not None:
             weights = _sum(None if of_value is None else of_value * row_weight, of_losses)
-            results = torch.ops.onestep.linear_cross_entropy.default(weights, *operands, target, *options, needed)
+            results = linear_cross_entropy.dispatched(weights, *operands, target, *options, needed)
             gradients = [of if n else None for of, n in zip(results[2:], needed, strict=True)]
         along = [of if wants else None for of, wants in zip(of_gradients, ctx.wanted, strict=True)]
         if any(of is not None for of in along):
-            _, pushed, *second = torch.ops.onestep.linear_cross_entropy_tangent.default(
+            _, pushed, *second = linear_cross_entropy_tangent.dispatched(
                 row_weight, None, *operands, target, *along, *options, False, needed
             )
             of_row_weight = _sum(of_row_weight, pushed)
@@ -248,7 +87,7 @@ class _LinearCrossEntropy(OpFunction):
     @staticmethod
     def jvp(ctx: Any, d_row_weight: Any, d_input: Any, d_weight: Any, d_bias: Any, *unused: Any) -> Any:
         row_weight, *operands, target = ctx.saved_tensors
-        return torch.ops.onestep.linear_cross_entropy_tangent.default(
+        return linear_cross_entropy_tangent.dispatched(
             row_weight,
             d_row_weight,
             *operands,
@@ -261,80 +100,6 @@ class _LinearCrossEntropy(OpFunction):
             False,
             ctx.wanted,
         )
-
-
-# ----------------------------------------------------------------------------------------- linear_cross_entropy_tangent
-
-
-def _tangent_fake(
-    row_weight: Tensor,
-    row_weight_tangent: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    input_tangent: Tensor | None,
-    weight_tangent: Tensor | None,
-    bias_tangent: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    gauss_newton: bool,
-    wanted: Sequence[bool],
-) -> Results:
-    _check(row_weight, input, weight, bias, target)
-    if row_weight_tangent is not None:
-        _check_row_weight("row_weight_tangent", row_weight_tangent, input)
-    tangents = {"input": input_tangent, "weight": weight_tangent, "bias": bias_tangent}
-    for (name, tangent), of in zip(tangents.items(), (input, weight, bias), strict=True):
-        if tangent is None:
-            continue
-        if of is None:
-            raise ValueError(f"{name}_tangent is given, but {name} is None")
-        check_like(f"{name}_tangent", tangent, input)
-        _check_shape(f"{name}_tangent", tangent, of.shape, f"as {name}")
-    return _results(input, weight, bias, wanted, input.dtype)
-
-
-def _tangent_cpu(
-    row_weight: Tensor,
-    row_weight_tangent: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    input_tangent: Tensor | None,
-    weight_tangent: Tensor | None,
-    bias_tangent: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    gauss_newton: bool,
-    wanted: Sequence[bool],
-) -> Results:
-    tangents = (input_tangent, weight_tangent, bias_tangent)
-    options = (ignore_index, label_smoothing, gauss_newton)
-    _tangent_fake(row_weight, row_weight_tangent, input, weight, bias, target, *tangents, *options, (False,) * 3)
-    return _run(
-        row_weight,
-        row_weight_tangent,
-        (input, weight, bias),
-        target,
-        tangents,
-        ignore_index,
-        label_smoothing,
-        True,
-        gauss_newton,
-        wanted,
-    )
-
-
-define(
-    "linear_cross_entropy_tangent(Tensor row_weight, Tensor? row_weight_tangent, Tensor input, Tensor weight, "
-    "Tensor? bias, Tensor target, Tensor? input_tangent, Tensor? weight_tangent, Tensor? bias_tangent, "
-    "int ignore_index, float label_smoothing, bool gauss_newton, bool[3] wanted) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_tangent_cpu,
-    fake=_tangent_fake,
-)
 
 
 def _composite_tangent(
@@ -432,10 +197,8 @@ class _LinearCrossEntropyTangent(OpFunction):
         options = ctx.ignore_index, ctx.label_smoothing
         weights = _sum(None if of_value is None else of_value * row_weight, of_losses)
         d_weights = None if of_value is None or d_row_weight is None else of_value * d_row_weight
-        _, losses, *of_directions = torch.ops.onestep.linear_cross_entropy.default(
-            weights, *operands, target, *options, needed[6:9]
-        )
-        gradients: Sequence[Any] = torch.ops.onestep.linear_cross_entropy_tangent.default(
+        _, losses, *of_directions = linear_cross_entropy.dispatched(weights, *operands, target, *options, needed[6:9])
+        gradients: Sequence[Any] = linear_cross_entropy_tangent.dispatched(
             weights, d_weights, *operands, target, *directions, *options, False, needed[2:5]
         )[2:]
         of_row_weight = None if of_value is None else of_value * loss_tangents
@@ -472,5 +235,5 @@ def _third_order_backward(ctx: Any, tensors: Sequence[Any], cotangents: tuple[An
     return tuple(gradients)
 
 
-register_derivatives("linear_cross_entropy", _LinearCrossEntropy)
-register_derivatives("linear_cross_entropy_tangent", _LinearCrossEntropyTangent)
+register_derivatives(linear_cross_entropy, _LinearCrossEntropy)
+register_derivatives(linear_cross_entropy_tangent, _LinearCrossEntropyTangent)

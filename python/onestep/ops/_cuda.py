@@ -1,0 +1,54 @@
+"""The CUDA kernels: an optional native module, and where its kernels run.
+
+``onestep._native_cuda`` is built with ``-DONESTEP_CUDA=ON``. Without it the package works on the CPU, and an op on a
+CUDA tensor raises NotImplementedError.
+
+With ``ONESTEP_CUDA_EMULATE=1`` the module is ``onestep._native_cuda_emulated``: the same CUDA sources, compiled for the
+CPU against the emulator in tests/cpp/simt. The implementations in ``ops/<family>/cuda.py`` are then registered for CPU
+tensors in place of the CPU kernels, so that the Python tests run them. Import fails if the module is missing: a test
+run that was meant for the emulator must not pass on the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+EMULATE_VARIABLE = "ONESTEP_CUDA_EMULATE"
+
+#: Whether CUDA kernels run on the CPU, on CPU tensors.
+EMULATED = os.environ.get(EMULATE_VARIABLE, "0") not in ("", "0")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The native module or None, and in words what was found."""
+    if EMULATED:
+        try:
+            return importlib.import_module("onestep._native_cuda_emulated"), "emulated on the CPU"
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"{EMULATE_VARIABLE} is set, but onestep._native_cuda_emulated is not built; "
+                "build it with -DONESTEP_CUDA_EMULATE=ON"
+            ) from error
+    try:
+        return importlib.import_module("onestep._native_cuda"), "built"
+    except ModuleNotFoundError as error:
+        if error.name != "onestep._native_cuda":
+            raise
+        return None, "none (CPU kernels only)"
+    except ImportError as error:
+        # The CUDA runtime's libraries are not there: a CUDA build on a machine without CUDA.
+        return None, f"built, but it cannot be loaded: {error}"
+
+
+#: The native module of CUDA kernels, or None; and in words what was found.
+native, status = _load()
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The address of torch's current stream on the tensor's device, on which its kernels run; 0 in emulation."""
+    return 0 if EMULATED else torch.cuda.current_stream(tensor.device).cuda_stream

@@ -1,0 +1,216 @@
+"""CPU kernels of scaled dot-product attention: allocate the results and call csrc/attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep import _native
+from onestep.ops._library import register
+from onestep.ops.attention import schema
+from onestep.ops.attention.schema import Batch, EightGrads, Grads, Optional, Sizes
+
+Entries = dict[torch.dtype, Callable[..., None]]
+
+_FORWARD: Entries = {torch.float32: _native.attention_forward_f32, torch.float64: _native.attention_forward_f64}
+_JVP: Entries = {torch.float32: _native.attention_jvp_f32, torch.float64: _native.attention_jvp_f64}
+_FORWARD_AND_JVP: Entries = {
+    torch.float32: _native.attention_forward_and_jvp_f32,
+    torch.float64: _native.attention_forward_and_jvp_f64,
+}
+_BACKWARD: Entries = {torch.float32: _native.attention_backward_f32, torch.float64: _native.attention_backward_f64}
+_BACKWARD_JVP: Entries = {
+    torch.float32: _native.attention_backward_jvp_f32,
+    torch.float64: _native.attention_backward_jvp_f64,
+}
+_BACKWARD_AND_JVP: Entries = {
+    torch.float32: _native.attention_backward_and_jvp_f32,
+    torch.float64: _native.attention_backward_and_jvp_f64,
+}
+
+
+def _input(name: str, tensor: Optional, shape: Batch, dtype: torch.dtype, more_strides: Batch = ()) -> Any:
+    """A tensor as the kernels take it (address, strides, whether it is bfloat16, what keeps the memory), or None."""
+    if tensor is None:
+        return None
+    half = False
+    if tensor.dtype != dtype:
+        half = tensor.dtype == torch.bfloat16 and dtype == torch.float32
+        if not half and tensor.dtype != torch.bool:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {dtype}")
+    if tensor.shape != shape:
+        try:
+            tensor = tensor.expand(shape)
+        except RuntimeError:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}") from None
+    return tensor.data_ptr(), tensor.stride() + more_strides, half, tensor
+
+
+def _inputs(
+    sizes: Sizes,
+    q: Optional,
+    k: Optional,
+    v: Optional,
+    mask: Optional,
+    out: Optional = None,
+    lse: Optional = None,
+    grad: Optional = None,
+    grad_lse: Optional = None,
+) -> tuple[Any, ...]:
+    """The native AttentionInputs."""
+    batch, heads, kv_heads, queries, keys, d, dv, dtype = sizes
+    rows = (*batch, heads, queries)
+    key_rows = (*batch, kv_heads, keys)
+    out_shape = (*rows, dv)
+    return (
+        _input("q", q, (*rows, d), dtype),
+        _input("k", k, (*key_rows, d), dtype),
+        _input("v", v, (*key_rows, dv), dtype),
+        _input("mask", mask, (*rows, keys), dtype),
+        _input("out", out, out_shape, dtype),
+        _input("lse", lse, rows, torch.float64, (0,)),
+        _input("grad", grad, out_shape, dtype),
+        _input("grad_lse", grad_lse, rows, torch.float64, (0,)),
+    )
+
+
+_NO_INPUTS = (None,) * 8
+
+
+def _arguments(sizes: Sizes, mask: Optional, scale: float, causal: bool) -> tuple[Any, ...]:
+    """The plain arguments that all kernels share."""
+    return sizes.batch, sizes[1:7], scale, causal, mask is not None and mask.dtype == torch.bool
+
+
+@register(schema.attention, device="cpu")
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    sizes = schema.check_operands(q, k, v, mask)
+    out, lse = schema.empty_outputs(sizes, q)
+    _FORWARD[sizes.dtype](
+        _inputs(sizes, q, k, v, mask),
+        _NO_INPUTS,
+        *_arguments(sizes, mask, scale, causal),
+        out.data_ptr(),
+        lse.data_ptr(),
+    )
+    return out, lse
+
+
+@register(schema.attention_jvp, device="cpu")
+def _attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Optional,
+    out: Tensor,
+    lse: Tensor,
+    dq: Optional,
+    dk: Optional,
+    dv: Optional,
+    dmask: Optional,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    sizes = schema.check_operands(q, k, v, mask, out, dq, dk, dv, dmask)
+    dout, dlse = schema.empty_outputs(sizes, q)
+    _JVP[sizes.dtype](
+        _inputs(sizes, q, k, v, mask, out, lse),
+        _inputs(sizes, dq, dk, dv, dmask),
+        *_arguments(sizes, mask, scale, causal),
+        dout.data_ptr(),
+        dlse.data_ptr(),
+    )
+    return dout, dlse
+
+
+@register(schema.attention_and_jvp, device="cpu")
+def _attention_and_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, mask, dq, dk, dv, dmask, scale, causal = args
+    sizes = schema.check_operands(q, k, v, mask, dq, dk, dv, dmask)
+    results = *schema.empty_outputs(sizes, q), *schema.empty_outputs(sizes, q)
+    _FORWARD_AND_JVP[sizes.dtype](
+        _inputs(sizes, q, k, v, mask),
+        _inputs(sizes, dq, dk, dv, dmask),
+        *_arguments(sizes, mask, scale, causal),
+        *(result.data_ptr() for result in results),
+    )
+    return results
+
+
+def _run_backward(
+    kernels: Entries,
+    sizes: Sizes,
+    primal: tuple[Any, ...],
+    tangent: tuple[Any, ...],
+    q: Tensor,
+    mask: Optional,
+    scale: float,
+    causal: bool,
+    mask_grad: bool,
+) -> Grads:
+    grads = schema.empty_grads(sizes, q, mask, mask_grad)
+    arguments = _arguments(sizes, mask, scale, causal)
+    kernels[sizes.dtype](primal, tangent, *arguments, _native_grads(sizes, grads, mask_grad))
+    return grads
+
+
+def _native_grads(sizes: Sizes, grads: Grads, mask_grad: bool) -> tuple[int, int, int, Any]:
+    """The gradients as the kernels take them."""
+    native_mask_grad = None
+    if mask_grad:
+        by_mask = grads[3]
+        if sizes.queries == 0 or sizes.keys == 0:
+            by_mask.zero_()
+        shape_and_strides = zip(by_mask.shape, by_mask.stride(), strict=True)
+        strides = tuple(0 if size == 1 else stride for size, stride in shape_and_strides)
+        native_mask_grad = by_mask.data_ptr(), strides, False, by_mask
+    q, k, v = (grad.data_ptr() for grad in grads[:3])
+    return q, k, v, native_mask_grad
+
+
+@register(schema.attention_backward, device="cpu")
+def _attention_backward(
+    grad: Optional,
+    grad_lse: Optional,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Optional,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    mask_grad: bool,
+) -> Grads:
+    sizes = schema.check_operands(q, k, v, mask, out, grad, schema.column(grad_lse))
+    primal = _inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse)
+    return _run_backward(_BACKWARD, sizes, primal, _NO_INPUTS, q, mask, scale, causal, mask_grad)
+
+
+@register(schema.attention_backward_jvp, device="cpu")
+def _attention_backward_jvp(*args: Any) -> Grads:
+    grad, grad_lse, q, k, v, mask, out, lse, dgrad, dgrad_lse, dq, dk, dv, dmask, dout, dlse, *options = args
+    sizes = schema.backward_jvp_sizes(args[:16])
+    primal = _inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse)
+    tangent = _inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse)
+    return _run_backward(_BACKWARD_JVP, sizes, primal, tangent, q, mask, *options)
+
+
+@register(schema.attention_backward_and_jvp, device="cpu")
+def _attention_backward_and_jvp(*args: Any) -> EightGrads:
+    grad, grad_lse, q, k, v, mask, out, lse, dgrad, dgrad_lse, dq, dk, dv, dmask, dout, dlse, *options = args
+    scale, causal, mask_grad = options
+    sizes = schema.backward_jvp_sizes(args[:16])
+    grads = schema.empty_grads(sizes, q, mask, mask_grad)
+    tangents = schema.empty_grads(sizes, q, mask, mask_grad)
+    _BACKWARD_AND_JVP[sizes.dtype](
+        _inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse),
+        _inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse),
+        *_arguments(sizes, mask, scale, causal),
+        _native_grads(sizes, grads, mask_grad),
+        _native_grads(sizes, tangents, mask_grad),
+    )
+    return *grads, *tangents

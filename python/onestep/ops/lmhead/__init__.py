@@ -1,0 +1,12 @@
+"""The language-model head: ``linear_cross_entropy`` and ``linear_cross_entropy_tangent``."""
+
+from onestep.ops.lmhead import cpu, derivatives
+from onestep.ops.lmhead.schema import accumulation_dtype, linear_cross_entropy, linear_cross_entropy_tangent
+
+__all__ = [
+    "accumulation_dtype",
+    "cpu",
+    "derivatives",
+    "linear_cross_entropy",
+    "linear_cross_entropy_tangent",
+]

@@ -1,0 +1,182 @@
+"""CPU kernels of the normal-equations ops: allocate the results and call csrc/normal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from onestep import _native
+from onestep.ops._library import register
+from onestep.ops.cholesky.schema import cholesky_solve
+from onestep.ops.normal import schema
+from onestep.ops.normal.dual import apply_dual, solve_dual
+from onestep.ops.normal.formulas import solve_normal_vjp
+from onestep.ops.operands import kernel_batch, operand, optional_operand
+
+Entries = dict[torch.dtype, Callable[..., None]]
+
+_GRAM: Entries = {torch.float32: _native.gram_f32, torch.float64: _native.gram_f64}
+_MOMENTS: Entries = {torch.float32: _native.moments_f32, torch.float64: _native.moments_f64}
+_SOLVE: Entries = {torch.float32: _native.solve_normal_f32, torch.float64: _native.solve_normal_f64}
+_BACKWARD: Entries = {
+    torch.float32: _native.solve_normal_backward_f32,
+    torch.float64: _native.solve_normal_backward_f64,
+}
+
+
+@register(schema.gram, device="cpu")
+def _gram(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    gram, cross = schema.gram_results(X, Y, weight)
+    batch = tuple(gram.shape[:-2])
+    _GRAM[X.dtype](
+        operand(X, batch, 2),
+        operand(Y, batch, 2),
+        optional_operand(weight, batch, 1),
+        kernel_batch(batch),
+        X.shape[-2],
+        X.shape[-1],
+        Y.shape[-1],
+        gram.data_ptr(),
+        cross.data_ptr(),
+    )
+    return gram, cross
+
+
+@register(schema.moments, device="cpu")
+def _moments(X: Tensor, Y: Tensor, weight: Tensor | None = None, center: bool = False) -> schema.Moments:
+    out = schema.moments_results(X, Y, weight)
+    _MOMENTS[X.dtype](
+        operand(X, (), 2),
+        operand(Y, (), 2),
+        optional_operand(weight, (), 1),
+        X.shape[-2],
+        X.shape[-1],
+        Y.shape[-1],
+        center,
+        *(tensor.data_ptr() for tensor in out),
+    )
+    return out
+
+
+def _run_solve(
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None,
+    ridge: Tensor | None,
+    uniform_ridge: float,
+    refine: int,
+    jitter: float,
+    out: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None],
+) -> None:
+    schema.check_numbers(uniform_ridge, refine, jitter)
+    solution, L, info, rcond, jittered = out
+    batch = tuple(info.shape)
+    n, d = X.shape[-2:]
+    _SOLVE[X.dtype](
+        operand(X, batch, 2),
+        operand(Y, batch, 2),
+        None if weight is None else operand(weight, batch, 1),
+        None if ridge is None else operand(ridge, batch, 1),
+        uniform_ridge,
+        kernel_batch(batch),
+        n,
+        d,
+        solution.shape[-1],
+        refine,
+        jitter,
+        solution.data_ptr(),
+        0 if L is None else L.data_ptr(),
+        info.data_ptr(),
+        0 if rcond is None else rcond.data_ptr(),
+        0 if jittered is None else jittered.data_ptr(),
+    )
+
+
+@register(schema.solve_normal, device="cpu")
+def _solve_normal(
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None = None,
+    ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
+    refine: int = 0,
+    dual: bool = False,
+    check: bool = False,
+) -> tuple[Tensor, Tensor]:
+    solution, info = schema.solve_results(X, Y, weight, ridge, dual=dual)
+    if dual:
+        solve_dual(X, Y, weight, ridge, refine, (solution, None, info, None))
+    else:
+        _run_solve(X, Y, weight, ridge, uniform_ridge, refine, 0.0, (solution, None, info, None, None))
+    if check:
+        schema.raise_if_failed(info, X.shape[-1])
+    return solution, info
+
+
+@register(schema.solve_normal_ex, device="cpu")
+def _solve_normal_ex(
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None = None,
+    ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
+    refine: int = 0,
+    jitter: float = 0.0,
+    dual: bool = False,
+    rcond: bool = True,
+    check: bool = False,
+) -> schema.Solved:
+    out = schema.solve_ex_results(X, Y, weight, ridge, dual=dual, rcond=rcond)
+    solution, L, info, condition, jittered = out
+    if dual:
+        solve_dual(X, Y, weight, ridge, refine, (solution, L, info, condition if rcond else None))
+        jittered.zero_()
+    else:
+        results = (solution, L, info, condition if rcond else None, jittered)
+        _run_solve(X, Y, weight, ridge, uniform_ridge, refine, jitter, results)
+    if check:
+        schema.raise_if_failed(info, X.shape[-1])
+    return out
+
+
+@register(schema.solve_normal_backward, device="cpu")
+def _solve_normal_backward(
+    grad: Tensor,
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None,
+    ridge: Tensor | None,
+    solution: Tensor,
+    L: Tensor,
+    info: Tensor,
+) -> schema.Gradients:
+    if L.shape[-1] != X.shape[-1]:
+        return solve_normal_vjp(grad, X, Y, weight, ridge, solution, L, info)
+    out = schema.backward_results(grad, X, Y, weight, ridge, solution, L, info)
+    batch = tuple(out[0].shape[:-2])
+    _BACKWARD[X.dtype](
+        operand(grad, batch, 2),
+        operand(X, batch, 2),
+        operand(Y, batch, 2),
+        optional_operand(weight, batch, 1),
+        operand(solution, batch, 2),
+        operand(L.mT, batch, 2),
+        operand(info, batch, 0),
+        kernel_batch(batch),
+        X.shape[-2],
+        X.shape[-1],
+        Y.shape[-1],
+        *(tensor.data_ptr() for tensor in out),
+    )
+    return out
+
+
+@register(schema.apply_normal_inverse, device="cpu")
+def _apply_normal_inverse(B: Tensor, X: Tensor, weight: Tensor | None, ridge: Tensor | None, L: Tensor) -> Tensor:
+    if L.shape[-1] == X.shape[-1]:
+        solution: Tensor = cholesky_solve.dispatched(B, L)
+        return solution
+    assert ridge is not None
+    return apply_dual(B, X, weight, ridge, L).contiguous()

@@ -1,0 +1,242 @@
+"""Schemas of the normal-equations ops: their operands' checks, their results' shapes, their vmap rules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from onestep.ops._library import define
+from onestep.ops.operands import (
+    LinAlgError,
+    any_failed,
+    broadcast_batch,
+    check_dims,
+    check_floating,
+    check_like,
+    check_size,
+    describe_failures,
+    empty_factor,
+    is_floating,
+)
+
+Batch = tuple[int, ...]
+Moments = tuple[Tensor, Tensor, Tensor, Tensor]
+# solution, L, info, rcond, jitter
+Solved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# ``info`` of a problem whose weight or ridge (the ops' third and fourth arguments, counted as LAPACK does) has a
+# negative value, on devices where values are not checked before the kernel runs.
+NEGATIVE_WEIGHT, NEGATIVE_RIDGE = -3, -4
+
+
+def check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
+    """Checks X (…,n,d), Y (…,n,k), weight (…,n); returns their batch shapes."""
+    x_shape, y_shape = X.shape, Y.shape
+    # The good case is one expression, since this is a large part of what a small problem takes.
+    if not (
+        is_floating(X)
+        and Y.dtype == X.dtype
+        and Y.is_cpu
+        and X.is_cpu
+        and len(x_shape) >= 2
+        and len(y_shape) >= 2
+        and x_shape[-2] == y_shape[-2]
+    ):
+        check_floating("X", X)
+        check_like("Y", Y, X)
+        check_dims("X", X, 2, "(..., n, d)")
+        check_dims("Y", Y, 2, "(..., n, k)")
+        check_size("Y", Y, -2, x_shape[-2], f"(..., {x_shape[-2]}, k): as many rows as X")
+    batches: list[Batch] = [x_shape[:-2], y_shape[:-2]]
+    if weight is not None:
+        n = x_shape[-2]
+        check_like("weight", weight, X)
+        check_dims("weight", weight, 1, "(..., n)")
+        check_size("weight", weight, -1, n, f"(..., {n}): one weight per row of X")
+        batches.append(weight.shape[:-1])
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------- gram
+
+
+def gram_results(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Checks the operands; returns XᵀDX (…,d,d) and XᵀDY (…,d,k), empty."""
+    batch = broadcast_batch(*check_rows(X, Y, weight))
+    d, k = X.shape[-1], Y.shape[-1]
+    return X.new_empty((*batch, d, d)), X.new_empty((*batch, d, k))
+
+
+gram = define(
+    "gram(Tensor X, Tensor Y, Tensor? weight=None) -> (Tensor, Tensor)",
+    fake=gram_results,
+    own_dims=(2, 2, 1),
+)
+
+# ------------------------------------------------------------------------------------------------------------- moments
+
+
+def moments_results(X: Tensor, Y: Tensor, weight: Tensor | None = None, center: bool = False) -> Moments:
+    """Checks the operands; returns gram (d,d), cross (d,k), means (d + k,) and the weights' sum (), empty."""
+    if any(check_rows(X, Y, weight)):
+        raise ValueError(f"moments takes one table: X {tuple(X.shape)} and Y {tuple(Y.shape)} have batch dimensions")
+    d, k = X.shape[-1], Y.shape[-1]
+
+    def empty(*shape: int) -> Tensor:
+        return X.new_empty(shape, dtype=torch.float64)
+
+    return empty(d, d), empty(d, k), empty(d + k), empty()
+
+
+moments = define(
+    "moments(Tensor X, Tensor Y, Tensor? weight=None, bool center=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=moments_results,
+    own_dims=(2, 2, 1),
+)
+
+# -------------------------------------------------------------------------------------------------------- solve_normal
+
+
+def _solve_batch(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: Tensor | None, dual: bool) -> Batch:
+    """Checks the operands of both solve ops; returns the batch shape."""
+    batches = check_rows(X, Y, weight)
+    if ridge is not None:
+        d = X.shape[-1]
+        check_like("ridge", ridge, X)
+        check_dims("ridge", ridge, 1, "(..., d)")
+        check_size("ridge", ridge, -1, d, f"(..., {d}): one penalty per feature")
+        batches.append(tuple(ridge.shape[:-1]))
+    elif dual:
+        raise ValueError("dual=True needs ridge > 0; got ridge=None")
+    return broadcast_batch(*batches)
+
+
+def check_numbers(uniform_ridge: float, refine: int, jitter: float) -> None:
+    """Raises ValueError unless the plain arguments of a solve are in range."""
+    if not (math.isfinite(uniform_ridge) and uniform_ridge >= 0):
+        raise ValueError(f"ridge={uniform_ridge}; expected a finite number >= 0")
+    if refine < 0:
+        raise ValueError(f"refine={refine}; expected a number of steps >= 0")
+    if not 0 <= jitter <= 1:
+        raise ValueError(f"jitter={jitter}; expected a fraction of the mean diagonal, above 0 and at most 1")
+
+
+def solve_results(
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None = None,
+    ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
+    refine: int = 0,
+    dual: bool = False,
+    check: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Checks the operands; returns solution (…,d,k) and info (…), empty."""
+    batch = _solve_batch(X, Y, weight, ridge, dual)
+    return X.new_empty((*batch, X.shape[-1], Y.shape[-1])), X.new_empty(batch, dtype=torch.int32)
+
+
+solve_normal = define(
+    "solve_normal(Tensor X, Tensor Y, Tensor? weight=None, Tensor? ridge=None, float uniform_ridge=0.0, "
+    "int refine=0, bool dual=False, bool check=False) -> (Tensor, Tensor)",
+    fake=solve_results,
+    own_dims=(2, 2, 1, 1),
+)
+
+
+def solve_ex_results(
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None = None,
+    ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
+    refine: int = 0,
+    jitter: float = 0.0,
+    dual: bool = False,
+    rcond: bool = True,
+    check: bool = False,
+) -> Solved:
+    """Checks the operands; returns solution (…,d,k), L, info (…), rcond (…), or (…,0) if unwanted, and jitter (…)."""
+    batch = _solve_batch(X, Y, weight, ridge, dual)
+    order = X.shape[-2] if dual else X.shape[-1]
+    return (
+        X.new_empty((*batch, X.shape[-1], Y.shape[-1])),
+        empty_factor(X, batch, order),
+        X.new_empty(batch, dtype=torch.int32),
+        X.new_empty(batch if rcond else (*batch, 0)),
+        X.new_empty(batch),
+    )
+
+
+solve_normal_ex = define(
+    "solve_normal_ex(Tensor X, Tensor Y, Tensor? weight=None, Tensor? ridge=None, float uniform_ridge=0.0, "
+    "int refine=0, float jitter=0.0, bool dual=False, bool rcond=True, bool check=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=solve_ex_results,
+    own_dims=(2, 2, 1, 1),
+)
+
+
+def raise_if_failed(info: Tensor, d: int) -> None:
+    """Raises LinAlgError if any problem failed, naming how many, the first few, and what to do. Waits for a GPU."""
+    if not any_failed(info):
+        return
+    for code, name in ((NEGATIVE_WEIGHT, "weight"), (NEGATIVE_RIDGE, "ridge")):
+        if (info == code).any():
+            raise ValueError(f"{name} has negative values; expected values >= 0")
+    raise LinAlgError(
+        f"{describe_failures(info, 'problems')}. info = i up to {d}: the leading minor of order i of X'DX + ridge is "
+        "not positive definite, because columns are linearly dependent, or X or weight holds NaN or Inf; "
+        f"info = {d + 1}: Y holds NaN or Inf, or the solution overflowed. Add ridge > 0, remove dependent "
+        "columns, clean the data, or call the _ex variant, which reports info and keeps the good solutions."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ for derivatives
+
+
+def backward_results(
+    grad: Tensor,
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None,
+    ridge: Tensor | None,
+    solution: Tensor,
+    L: Tensor,
+    info: Tensor,
+) -> Gradients:
+    """The gradients of X (…,n,d), Y (…,n,k), weight (…,n) and ridge (…,d) in the broadcast batch shape, empty."""
+    batches = [tuple(tensor.shape[:-2]) for tensor in (grad, X, Y, solution)]
+    batches += [] if weight is None else [tuple(weight.shape[:-1])]
+    batch = broadcast_batch(*batches)
+    n, d, k = X.shape[-2], X.shape[-1], Y.shape[-1]
+    return (
+        X.new_empty((*batch, n, d)),
+        X.new_empty((*batch, n, k)),
+        X.new_empty((*batch, n)),
+        X.new_empty((*batch, d)),
+    )
+
+
+solve_normal_backward = define(
+    "solve_normal_backward(Tensor grad, Tensor X, Tensor Y, Tensor? weight, Tensor? ridge, Tensor solution, Tensor L, "
+    "Tensor info) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=backward_results,
+    own_dims=(2, 2, 2, 1, 1, 2, 2, 0),
+)
+
+
+def apply_results(B: Tensor, X: Tensor, weight: Tensor | None, ridge: Tensor | None, L: Tensor) -> Tensor:
+    """A⁻¹B, in the shape of B with L's batch, empty."""
+    batch = broadcast_batch(tuple(B.shape[:-2]), tuple(L.shape[:-2]))
+    return B.new_empty((*batch, *B.shape[-2:]))
+
+
+apply_normal_inverse = define(
+    "apply_normal_inverse(Tensor B, Tensor X, Tensor? weight, Tensor? ridge, Tensor L) -> Tensor",
+    fake=apply_results,
+    own_dims=(2, 2, 1, 1, 2),
+)
