@@ -298,3 +298,17 @@ def test_fit_names_the_row_with_nan() -> None:
     model = network([3, 4, 1], ["relu", "identity"], dtype=torch.float32)
     with pytest.raises(onestep.optim.NonFiniteError, match="first in row 17"):
         onestep.fit(model, (X, y), method="levenberg_marquardt", progress=False)
+
+
+def test_vmap_of_ops_with_one_result() -> None:
+    """One call for each element, stacked: the product's rows are not taken for results."""
+    model = network([3, 4, 2], ["tanh", "identity"], dtype=torch.float64)
+    X = torch.randn(6, 3, dtype=torch.float64)
+    vector, *shape = arguments(model)
+    ops = torch.ops.onestep
+    V = torch.randn(5, vector.numel(), dtype=torch.float64)
+    batched = torch.func.vmap(lambda v: ops.mlp_product(X, vector, v, *shape))(V)
+    assert torch.equal(batched, torch.stack([ops.mlp_product(X, vector, v, *shape) for v in V]))
+    tables = torch.randn(4, 6, 3, dtype=torch.float64)
+    jacobians = torch.func.vmap(lambda x: ops.mlp_jacobian(x, vector, *shape, 1.0), in_dims=2)(tables.movedim(0, 2))
+    assert torch.equal(jacobians, torch.stack([ops.mlp_jacobian(x, vector, *shape, 1.0) for x in tables]))

@@ -1,5 +1,10 @@
 """``torch.ops.onestep.*`` as PyTorch sees them: schemas, fakes, autograd registration, and how they are called."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -8,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import onestep.functional
 import onestep.linalg
 from onestep.curvature import glm
+from onestep.ops import _cuda
+from onestep.ops._library import _raise_without_kernel
+from onestep.ops.normal import gram
 
 ops = torch.ops.onestep
 
@@ -415,3 +423,31 @@ def test_negated_views_are_read_with_their_sign():
     q = x[None]
     expected = onestep.functional.scaled_dot_product_attention(plain[None], plain[None], plain[None])
     assert torch.equal(onestep.functional.scaled_dot_product_attention(q, q, q), expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.fixture
+def without_cuda_kernel(monkeypatch):
+    """gram as it is in a build for the CPU alone."""
+    monkeypatch.delitem(gram.kernels, "cuda", raising=False)
+    monkeypatch.setattr(_cuda, "native", None)
+
+
+def test_device_without_a_kernel_is_named(without_cuda_kernel):
+    with pytest.raises(NotImplementedError, match=r"onestep::gram has no kernel for cuda tensors.*\.cpu\(\)"):
+        _raise_without_kernel(gram, "cuda")
+    for key in ("CUDA", "MPS", "XPU"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("onestep::gram", key)
+
+
+def test_emulation_without_its_module_does_not_run_on_the_cpu():
+    code = "import onestep"
+    environment = os.environ | {"ONESTEP_CUDA_EMULATE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if importlib.util.find_spec("onestep._native_cuda_emulated") is None:
+        assert done.returncode != 0
+        assert "ONESTEP_CUDA_EMULATE is set, but onestep._native_cuda_emulated is not built" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr

@@ -49,6 +49,20 @@ def _load() -> tuple[ModuleType | None, str]:
 native, status = _load()
 
 
-def stream_of(tensor: Tensor) -> int:
-    """The address of torch's current stream on the tensor's device, on which its kernels run; 0 in emulation."""
-    return 0 if EMULATED else torch.cuda.current_stream(tensor.device).cuda_stream
+def place(tensor: Tensor) -> dict[str, int]:
+    """Where the kernels of a tensor run: its ``device`` and torch's current ``stream`` there; 0 and 0 in emulation.
+
+    Every entry of the native module takes these two by keyword. It makes the device current and restores the caller's.
+    """
+    if EMULATED:
+        return {"device": 0, "stream": 0}
+    device = tensor.device
+    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
+
+
+def workspace(tensor: Tensor, size: int) -> Tensor:
+    """``size`` bytes of scratch memory on the tensor's device, from torch's allocator; keep it while the kernel is called.
+
+    It may be freed when the call returns: torch hands the memory to later work on the same stream only.
+    """
+    return tensor.new_empty(size, dtype=torch.uint8)

@@ -117,22 +117,10 @@ def register(op: Op, *, device: str) -> Callable[[Kernel], Kernel]:
 
     def decorate(kernel: Kernel) -> Kernel:
         assert device not in op.kernels, f"onestep::{op.name} has two kernels for {device}"
-        op.kernels[device] = kernel if device == "cpu" or _cuda.EMULATED else _on_device_of_operands(kernel)
+        op.kernels[device] = kernel
         return kernel
 
     return decorate
-
-
-def _on_device_of_operands(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel with the CUDA device of its first tensor as the current one."""
-
-    @functools.wraps(kernel)
-    def run(*args: Any) -> Any:
-        first = next(arg for arg in args if isinstance(arg, Tensor))
-        with torch.cuda.device(first.device):
-            return kernel(*args)
-
-    return run
 
 
 def install_kernels() -> None:
