@@ -61,7 +61,7 @@ def place(tensor: Tensor) -> dict[str, int]:
 
 
 def workspace(tensor: Tensor, size: int) -> Tensor:
-    """``size`` bytes of scratch memory on the tensor's device, from torch's allocator; keep it while the kernel is called.
+    """``size`` bytes of scratch memory on the tensor's device, from torch's allocator; keep it during the call.
 
     It may be freed when the call returns: torch hands the memory to later work on the same stream only.
     """
