@@ -84,7 +84,7 @@ class GLMPoint:
             for c, block in enumerate(blocks):
                 H[:, c, :, c] = block
             if self._family == "softmax":
-                P = self._output_curvature()
+                P = self.output_curvature()
                 for c in range(outputs - 1):
                     weights = P[:, c + 1 :].T * P[:, c]
                     off_diagonal = self._weighted_gram(weights if self._weight is None else weights * self._weight)
@@ -99,14 +99,14 @@ class GLMPoint:
             d, k = self._matrix.shape
             return self.gram().reshape(d, k, d, k).diagonal(dim1=1, dim2=3).movedim(-1, 0)
         with torch.no_grad():
-            return self._weighted_gram(self._diagonal_curvature().T)
+            return self._weighted_gram(self.diagonal_curvature().T)
 
     def gram_diagonal(self) -> Tensor:
         """Computes the diagonal of the Hessian, in the shape of W. Takes the memory of X's squares."""
         if self._records_derivatives():
             return self.gram().diagonal().reshape(self.W.shape)
         with torch.no_grad():
-            curvature = self._diagonal_curvature()
+            curvature = self.diagonal_curvature()
             squares: Tensor = self._X.to(curvature.dtype).square().T @ curvature
             if self._intercept:
                 squares = torch.cat((squares, curvature.sum(0, keepdim=True)))
@@ -116,15 +116,15 @@ class GLMPoint:
     def _records_derivatives(self) -> bool:
         return torch.compiler.is_compiling() or records_derivatives((self._X, self._matrix, self._weight))
 
-    def _output_curvature(self) -> Tensor:
+    def output_curvature(self) -> Tensor:
         """What the kernel keeps, (n,k): wℓ″, or P for softmax."""
         shape = self._X.shape[0], self._matrix.shape[1]
         curvature: Tensor = self._curvature[: shape[0] * shape[1]].view(shape)
         return curvature
 
-    def _diagonal_curvature(self) -> Tensor:
+    def diagonal_curvature(self) -> Tensor:
         """∂²loss/∂η² of each row and output with itself, (n,k)."""
-        curvature = self._output_curvature()
+        curvature = self.output_curvature()
         if self._family == "softmax":
             curvature = curvature * (1 - curvature)
             if self._weight is not None:

@@ -18,9 +18,11 @@ def encode_labels(y: Array) -> tuple[Array, Array]:
     if labels.dtype.kind in "iub" and labels.size > 0:
         least = int(labels.min())
         if int(labels.max()) - least < _COUNTED_RANGE:
-            offsets = np.subtract(labels, least, dtype=np.int64, casting="unsafe")
+            # Unsigned labels above 2⁶³ are in no signed type; differences of small signed ones are not in their own.
+            wide = np.dtype(np.uint64 if labels.dtype.kind == "u" else np.int64).type
+            offsets = np.subtract(labels, wide(least), dtype=wide, casting="unsafe").astype(np.int64)
             present = np.bincount(offsets) > 0
-            classes = (np.flatnonzero(present) + least).astype(labels.dtype)
+            classes = (np.flatnonzero(present).astype(wide) + wide(least)).astype(labels.dtype)
             return classes, offsets if present.all() else (np.cumsum(present) - 1)[offsets]
     else:
         check_classification_targets(labels)

@@ -1,24 +1,22 @@
 """Newton's method for penalised generalised linear models, on as many rows as each part of a step needs.
 
-Minimises f(W) = Σ wᵢ ℓ(xᵢW, yᵢ) / Σ wᵢ + ½ penalty ‖W‖² (without the intercept's row). Loss, gradient and
-Hessian-vector products are of all rows, a pass over X each; the Hessian that is factored is that of enough rows to come
-near, and preconditions conjugate gradients on the full one (Erdogdu and Montanari, "Convergence rates of sub-sampled
-Newton methods", 2015; Xu et al., "Newton-type methods under inexact Hessian information", 2020). With few rows it is
-the Hessian itself, and a step is a Cholesky solve.
+Loss, gradient and Hessian-vector products are of all rows, a pass over X each. The Hessian that is factored is that of
+a sample of the rows, and preconditions conjugate gradients on the full one (Erdogdu and Montanari, "Convergence rates
+of sub-sampled Newton methods", 2015; Xu et al., "Newton-type methods under inexact Hessian information", 2020). With
+few rows it is the Hessian itself, and a step is a Cholesky solve.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from onestep.curvature import GLMPoint, glm
 from onestep.curvature._conjugate_gradient import conjugate_gradient
+from onestep.estimators._problem import Point, Problem
 from onestep.linalg import cholesky_ex, cholesky_solve
 
 # Samples of the rows, the larger of these and of so many rows per parameter: the minimum of each is the start on the
@@ -44,135 +42,99 @@ _STALE_ITERATIONS = 8
 _SUFFICIENT_DECREASE = 1e-4
 _HALVINGS = 30
 
-# Peers mostly end well below the tolerance: one step more than it asks for, which squares what is left.
+# scikit-learn's solvers mostly end well below tol: one step more than it asks for, which squares what is left.
 _OVERSHOOT = 0.1
+# Slopes say little where the columns of X differ in scale or the loss is nearly zero. A step must also promise to lower
+# the loss by less than so many times tol of itself, half the squared Newton decrement (Boyd and Vandenberghe, Convex
+# Optimization, 2004, 9.5).
+_DECREMENT = 1e-6
+# Where the loss falls to zero, as along the intercept of a class without weight, it ends at so many times tol.
+_LEAST_SCALE = 0.01
+# The decrement by an earlier step's factor, between which and this one the Hessian may have changed.
+_DECREMENT_MARGIN = 4.0
 
-
-def _loss_at_zero(family: str, W: Tensor) -> float:
-    """ℓ at η = 0, which takes no pass over the rows."""
-    return 1.0 if family == "poisson" else math.log(W.shape[-1] if family == "softmax" else 2)
-
-
-def total_weight(X: Tensor, weight: Tensor | None) -> float:
-    """Σ wᵢ over the rows of X, in float64; None stands for ones."""
-    return X.shape[0] if weight is None else weight.sum(dtype=torch.float64).item()
-
-
-@dataclass(frozen=True)
-class Point:
-    """f, its gradient and its Hessian-vector product at W."""
-
-    W: Tensor
-    loss: float
-    grad: Tensor
-    model: GLMPoint
-    problem: Problem
-
-    def product(self, V: Tensor) -> Tensor:
-        return self.problem.penalised(self.model.hvp(V), V)
-
-    @property
-    def largest_slope(self) -> float:
-        return self.grad.abs().max().item()
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The rows, the family and the penalty."""
-
-    X: Tensor
-    y: Tensor
-    family: str
-    weight: Tensor | None
-    penalty: float
-    intercept: bool
-
-    @cached_property
-    def total(self) -> float:
-        return total_weight(self.X, self.weight)
-
-    def penalised(self, summed: Tensor, V: Tensor) -> Tensor:
-        """A sum over the rows as a mean, plus the penalty's part."""
-        result = summed / self.total
-        end = -1 if self.intercept else None
-        result[:end] += self.penalty * V[:end]
-        return result
-
-    def at(self, W: Tensor) -> Point:
-        model = glm(self.X, self.y, W, self.family, weight=self.weight, intercept=self.intercept)
-        weights = W[:-1] if self.intercept else W
-        loss = model.loss.item() / self.total + 0.5 * self.penalty * weights.double().square().sum().item()
-        return Point(W, loss, self.penalised(model.grad, W), model, self)
-
-    def sampled(self, rows: int) -> Problem:
-        """Every so manieth row, or the problem itself where that would spare little."""
-        step = self.X.shape[0] // rows
-        if step < 3:
-            return self
-        sample = replace(
-            self, X=self.X[::step], y=self.y[::step], weight=None if self.weight is None else self.weight[::step]
-        )
-        return sample if sample.total > 0 else self
+# A Newton step that still moves the outputs of some row so far though the slopes are small: the minimum is at infinity.
+_RUNAWAY_STEP = 0.1
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where Newton's method ended."""
+    """Where Newton's method ended; ``runaway``: there is no minimum, the loss falls for ever along a direction."""
 
     point: Point
     steps: int
     converged: bool
+    runaway: bool = False
 
 
-def minimise(problem: Problem, W: Tensor, *, tol: float, max_iter: int, warm: bool) -> Minimum:
-    """Minimises from W until no slope exceeds tol.
+def minimise(problem: Problem, shape: tuple[int, ...], warm: Tensor | None, *, tol: float, max_iter: int) -> Minimum:
+    """Minimises until slopes and Newton decrement are small, from ``warm`` or the best constant; V has given shape.
 
-    Where there are rows enough, the minimum of a sample of them is the start, unless W is better. ``warm``: W is not 0,
-    so that its loss has to be computed.
+    Where there are rows enough, the minimum of a sample of them is the start, if it is better.
     """
     levels = [problem]
     for rows in _SAMPLES:
-        sample = levels[-1].sampled(max(rows, _ROWS_PER_PARAMETER * W.numel()))
+        sample = levels[-1].sampled(max(rows, _ROWS_PER_PARAMETER * math.prod(shape)))
         if sample is not levels[-1]:
             levels.append(sample)
     sample = levels[min(1, len(levels) - 1)]
+    start, null_loss = (warm, math.inf) if warm is not None else problem.null(shape)
     if sample is problem or max_iter == 0:
-        return _newton(problem, sample, problem.at(W), tol, max_iter)
-    start, smaller = W, levels[-1]
+        return _newton(problem, sample, problem.at(start), tol, max_iter)
+    V, smaller = start, levels[-1]
     for level in reversed(levels[1:]):
-        start = _newton(level, smaller, level.at(start), _SAMPLE_TOLERANCE, _SAMPLE_STEPS).point.W
+        V = _newton(level, smaller, level.at(V), _SAMPLE_TOLERANCE, _SAMPLE_STEPS).point.V
         smaller = level
-    near = problem.at(start)
-    better = near.loss < (problem.at(W).loss if warm else _loss_at_zero(problem.family, W))
-    return _newton(problem, sample, near if better else problem.at(W), tol, max_iter)
+    near = problem.at(V)
+    better = near.loss < (null_loss if warm is None else problem.at(start).loss)
+    return _newton(problem, sample, near if better else problem.at(start), tol, max_iter)
 
 
 def _newton(problem: Problem, sample: Problem, point: Point, tol: float, max_iter: int) -> Minimum:
-    precondition, goal = None, _OVERSHOOT * tol
-    for step in range(max_iter):
-        if not math.isfinite(point.loss) or point.largest_slope <= goal:
-            return Minimum(point, step, math.isfinite(point.loss))
-        fresh = precondition is None
-        if precondition is None:
-            precondition = _preconditioner(point if sample is problem else sample.at(point.W))
-        tolerance = min(_LAST_CG_TOLERANCE, max(_CG_TOLERANCE, 0.5 * goal / point.largest_slope))
-        direction, iterations = newton_direction(point, precondition, tolerance)
+    precondition, stale = None, False
+    goal = _OVERSHOOT * tol
+    step, decrement = 0, math.inf
+    while True:
+        if not math.isfinite(point.loss):
+            return Minimum(point, step, False)
+        level = point.slope <= goal
+        target = 2 * _DECREMENT * tol * max(point.scale, _LEAST_SCALE * tol) + problem.decrement_rounding
+        if level and precondition is not None and precondition.faithful:
+            decrement = (
+                _DECREMENT_MARGIN * torch.dot(point.grad.flatten(), precondition.solve(point.grad.flatten())).item()
+            )
+            if decrement <= target:
+                return Minimum(point, step, True)
+        if step == max_iter:
+            break
+        fresh = precondition is None or stale
+        if precondition is None or stale:
+            precondition, stale = _preconditioner(point if sample is problem else sample.at(point.V)), False
+        tolerance = max(_CG_TOLERANCE, 0.5 * goal / point.slope) if point.slope > goal else _CG_TOLERANCE
+        direction, iterations = newton_direction(point, precondition, min(_LAST_CG_TOLERANCE, tolerance))
+        decrement = -torch.dot(point.grad.flatten(), direction.flatten()).item()
+        if level:
+            if decrement <= target:
+                return Minimum(point, step, True)
+            if problem.penalty == 0 and problem.movement(direction) > _RUNAWAY_STEP:
+                return Minimum(point, step, True, runaway=True)
         found = _line_search(problem, point, direction)
         if found is None and fresh:
-            return Minimum(point, step, point.largest_slope <= tol)
-        if found is None or sample is problem or iterations > _STALE_ITERATIONS:
-            precondition = None
+            break
+        stale = found is None or sample is problem or iterations > _STALE_ITERATIONS
         point = found or point
-    return Minimum(point, max_iter, point.largest_slope <= tol)
+        step += found is not None
+    # The best that the precision of X allows, or that max_iter does.
+    return Minimum(point, step, point.slope <= tol and decrement <= 2 * tol * max(point.scale, _LEAST_SCALE * tol))
 
 
 def _line_search(problem: Problem, point: Point, direction: Tensor) -> Point | None:
     """The first of the full step, its half, ... that lowers the loss enough (Armijo 1966); None if none does."""
     slope = torch.dot(point.grad.flatten(), direction.flatten()).item()
-    rounding = 4 * torch.finfo(point.W.dtype).eps * abs(point.loss)
+    rounding = 4 * torch.finfo(problem.X.dtype).eps * abs(point.loss)
     length = 1.0
     for _ in range(_HALVINGS):
-        trial = problem.at(point.W + length * direction)
+        trial = problem.at(point.V + length * direction)
         if trial.loss <= point.loss + _SUFFICIENT_DECREASE * length * slope + rounding:
             return trial
         length /= 2
@@ -181,10 +143,14 @@ def _line_search(problem: Problem, point: Point, direction: Tensor) -> Point | N
 
 @dataclass(frozen=True)
 class _Preconditioner:
-    """An approximate inverse of the Hessian on flat vectors; ``exact`` if it is the whole Hessian of its rows."""
+    """An approximate inverse of the Hessian on flat float64 vectors.
+
+    ``exact``: it is the whole Hessian of its rows; ``faithful``: at least it has all of the couplings.
+    """
 
     solve: Callable[[Tensor], Tensor]
     exact: bool
+    faithful: bool
     problem: Problem
 
 
@@ -192,62 +158,76 @@ def newton_direction(point: Point, precondition: _Preconditioner, tolerance: flo
     """-H⁻¹g, and the conjugate-gradient iterations it took (0 by a Cholesky solve)."""
     b = -point.grad.flatten()
     if precondition.exact and precondition.problem is point.problem:
-        return precondition.solve(b).view_as(point.W), 0
+        return precondition.solve(b).view_as(point.V), 0
     solved = conjugate_gradient(
-        lambda v: point.product(v.view_as(point.W)).flatten(),
+        lambda v: point.product(v.view_as(point.V)).flatten(),
         b,
         precondition=precondition.solve,
         tolerance=tolerance,
         max_iterations=_CG_ITERATIONS,
     )
-    return solved.x.view_as(point.W), solved.iterations
+    return solved.x.view_as(point.V), solved.iterations
 
 
 def _preconditioner(point: Point) -> _Preconditioner:
-    problem, W = point.problem, point.W
-    columns = W[:, None] if W.dim() == 1 else W
-    penalties = torch.full_like(columns, problem.penalty, dtype=torch.float64)
-    if problem.intercept:
-        penalties[-1] = 0
-    if W.numel() <= _LARGEST_HESSIAN:
-        L = _factor(point.model.gram().double() / problem.total, penalties.flatten())
-        return _Preconditioner(lambda v: cholesky_solve(v.double()[:, None], L)[:, 0].to(v.dtype), True, problem)
+    problem, V = point.problem, point.V
+    columns = V[:, None] if V.dim() == 1 else V
+    penalties = problem.penalties(columns).expand_as(columns)
+    if V.numel() <= _LARGEST_HESSIAN:
+        L, scale = _factor(_hessian(point, columns) / problem.total, penalties.flatten(), problem.X.dtype)
+        return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
+    curvature = point.model.diagonal_curvature()
     if columns.shape[0] <= _LARGEST_BLOCK:
-        L = _factor(point.model.gram_blocks().double() / problem.total, penalties.mT)
+        blocks = torch.stack([problem.coordinates.gram(problem.X, weight) for weight in curvature.unbind(1)])
+        L, scale = _factor(blocks / problem.total, penalties.mT, problem.X.dtype)
 
         def solve_blocks(v: Tensor) -> Tensor:
-            blocks = v.double().view(columns.shape).mT[..., None]
-            return cholesky_solve(blocks, L)[..., 0].mT.reshape(-1).to(v.dtype)
+            return (scale * cholesky_solve((v.view(columns.shape).mT * scale)[..., None], L)[..., 0]).mT.reshape(-1)
 
-        return _Preconditioner(solve_blocks, False, problem)
-    diagonal = point.model.gram_diagonal().flatten() / problem.total + penalties.flatten().to(W.dtype)
+        return _Preconditioner(solve_blocks, columns.shape[1] == 1, columns.shape[1] == 1, problem)
+    diagonal = (problem.coordinates.squares(problem.X, curvature) / problem.total + penalties).flatten()
     # A feature that is zero in the sample: whatever scale the others have.
-    diagonal = diagonal.clamp_min(diagonal.mean().item() * 1e-6 + torch.finfo(W.dtype).tiny)
-    return _Preconditioner(lambda v: v / diagonal, False, problem)
+    diagonal = diagonal.clamp_min(diagonal.mean().item() * 1e-6 + torch.finfo(torch.float64).tiny)
+    return _Preconditioner(lambda v: v / diagonal, False, False, problem)
 
 
-def _factor(H: Tensor, penalties: Tensor) -> Tensor:
-    """The Cholesky factor of H + diag(penalties), each raised as far as H's rounding, or directions in which nothing
-    bends (dependent features, the common shift of softmax), demand."""
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    scale = (diagonal + penalties).mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    raised = 1e-10
+def _hessian(point: Point, columns: Tensor) -> Tensor:
+    """The Hessian of the summed loss (p k, p k), in the order of V's elements."""
+    problem, (p, k) = point.problem, columns.shape
+    H = torch.empty(p, k, p, k, dtype=torch.float64)
+    diagonal, P = point.model.diagonal_curvature(), point.model.output_curvature()
+    for c in range(k):
+        H[:, c, :, c] = problem.coordinates.gram(problem.X, diagonal[:, c])
+        for b in range(c + 1, k):
+            weight = P[:, c] * P[:, b] if problem.weight is None else P[:, c] * P[:, b] * problem.weight
+            H[:, c, :, b] = H[:, b, :, c] = -problem.coordinates.gram(problem.X, weight)
+    return H.view(p * k, p * k)
+
+
+def _factor(H: Tensor, penalties: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cholesky factors L of S(H + diag(penalties))S, S = diag(scale) making its diagonal 1, and scale.
+
+    The diagonal is raised as far as the rounding of H (from X of `dtype`), or directions in which nothing bends
+    (dependent features, the common shift of softmax), demand.
+    """
+    diagonal = H.diagonal(dim1=-2, dim2=-1) + penalties
+    # An output that no row bends any more: in units of the others.
+    least = diagonal.amax(-1, keepdim=True) * 1e-16
+    scale = diagonal.clamp_min(torch.finfo(torch.float64).tiny).maximum(least).rsqrt()
+    scaled = (H + torch.diag_embed(penalties)) * scale[..., None] * scale[..., None, :]
+    raised = 0.01 * max(torch.finfo(dtype).eps, 1e-12)
     while True:
-        L, info = cholesky_ex(H + torch.diag_embed(penalties + raised * scale))
+        L, info = cholesky_ex(scaled + raised * torch.eye(H.shape[-1], dtype=H.dtype))
         if not info.any() or raised > 1:
-            return L
+            return L, scale
         raised *= 100
 
 
-def separating_step(point: Point) -> float:
-    """How far one more Newton step would move the outputs of any row.
+def runaway_step(point: Point) -> bool:
+    """Whether one more Newton step would still move the outputs of some row by much.
 
-    Near a minimum that is little. Where a plane separates the classes there is none: the loss falls like e⁻ᵗ along it,
-    and every step is one of about 1, however small the slopes have become.
+    Near a minimum that is little. Where a plane separates the classes, or the counts of a category are all zero, there
+    is no minimum: the loss falls like e⁻ᵗ, and every step is one of about 1, however small the slopes have become.
     """
     step, _ = newton_direction(point, _preconditioner(point), _CG_TOLERANCE)
-    X = point.problem.X
-    moved = X @ step[:-1] + step[-1] if point.problem.intercept else X @ step
-    if moved.dim() == 2:
-        moved = moved - moved.mean(1, keepdim=True)
-    return moved.abs().max().item()
+    return point.problem.movement(step) > _RUNAWAY_STEP

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,22 @@ def fold_scores(
 
 
 def choose(scores: Array, alphas: Array, k: int, *, per_target: bool) -> tuple[Tensor, Tensor]:
-    """The best penalty, the first of equals, and its score: scalars, or (k,) each if `per_target`."""
+    """The best penalty, the first of equals, and its score: scalars, or (k,) each if `per_target`.
+
+    A score that is NaN is no reason to choose a penalty: UserWarning, and it comes last.
+    """
+    if not np.isfinite(scores).all():
+        warnings.warn(
+            f"the scores of the alphas are not all finite: {scores.tolist()}; a penalty whose score is NaN is chosen "
+            "only if all are. R² of folds with a single row is undefined: pass another scoring, or larger folds",
+            UserWarning,
+            stacklevel=3,
+        )
+        known = np.where(np.isnan(scores), -np.inf, scores)
+    else:
+        known = scores
     if per_target and k > 1:
-        best = scores.argmax(axis=0)
+        best = known.argmax(axis=0)
         return to_tensor(alphas[best]), to_tensor(scores[best, np.arange(k)])
-    means = scores.mean(axis=1)
-    return torch.tensor(alphas[means.argmax()]), torch.tensor(means.max())
+    best = known.mean(axis=1).argmax()
+    return torch.tensor(alphas[best]), torch.tensor(scores[best].mean())

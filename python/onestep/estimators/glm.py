@@ -19,10 +19,8 @@ from torch import Tensor
 from onestep.estimators._arrays import check_flag, give_back, to_numpy
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
-from onestep.estimators._newton import Minimum, Problem, minimise, separating_step, total_weight
-
-# A Newton step at the end that still moves some row's log-odds so far: the minimum is at infinity.
-_SEPARATED_STEP = 0.1
+from onestep.estimators._newton import Minimum, minimise, runaway_step
+from onestep.estimators._problem import Coordinates, Problem, total_weight
 
 
 def _check_number(name: str, value: Any, *, integer: bool = False, positive: bool = False) -> Any:
@@ -43,26 +41,32 @@ class _GLM(LinearEstimator):
     tol: float
     max_iter: int
     n_iter_: Any
+    # What to say where the loss has no minimum.
+    _no_optimum: str
 
     def _minimise(self, data: FitData, y: Tensor, family: str, penalty: float, outputs: int) -> Minimum:
         intercept = check_flag("fit_intercept", self.fit_intercept)
-        problem = Problem(data.X, y, family, data.weight, penalty, intercept)
+        warm = check_flag("warm_start", self.warm_start)
+        tol, max_iter = _check_number("tol", self.tol), _check_number("max_iter", self.max_iter, integer=True)
+        weight = None
+        if data.weight is not None:
+            # Of mean 1, so that their products are in range whatever their scale.
+            weight = (data.weight.double() / (total_weight(data.X, data.weight) / len(data.X))).to(data.X.dtype)
+        coordinates = Coordinates.of(data.X, weight, intercept=intercept)
+        problem = Problem(data.X, y, family, weight, penalty, coordinates)
         shape = (data.X.shape[1] + intercept, outputs) if family == "softmax" else (data.X.shape[1] + intercept,)
-        start = self._start(data.X, shape) if check_flag("warm_start", self.warm_start) else None
-        found = minimise(
-            problem,
-            data.X.new_zeros(shape) if start is None else start,
-            tol=_check_number("tol", self.tol),
-            max_iter=_check_number("max_iter", self.max_iter, integer=True),
-            warm=start is not None,
-        )
+        start = self._start(data.X, shape) if warm else None
+        start = None if start is None else coordinates.invert(start)
+        found = minimise(problem, shape, start, tol=tol, max_iter=max_iter)
         if not math.isfinite(found.point.loss):
             self._explain_non_finite(data.X)
+        if penalty == 0 and (found.runaway or (found.converged and runaway_step(found.point))):
+            raise ValueError(self._no_optimum)
         if not found.converged:
             warnings.warn(
                 f"{type(self).__name__} stopped after {found.steps} Newton steps (max_iter={self.max_iter}) with a "
-                f"largest slope of {found.point.largest_slope:.2e}; expected at most tol={self.tol}. Raise max_iter, "
-                "scale the features, penalise more, or pass float64.",
+                f"largest slope of {found.point.slope:.2e}; expected at most tol={self.tol}, and a step that promises "
+                "little. Raise max_iter, penalise more, or pass float64.",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -125,6 +129,11 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         array(['yes'], dtype='<U3')
     """
 
+    _no_optimum = (
+        "a plane separates the classes, so that without a penalty (C=inf) the coefficients have no finite optimum; "
+        "pass a finite C"
+    )
+
     def __init__(
         self,
         C: Any = 1.0,
@@ -178,13 +187,9 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
             1.0 / (inverse_penalty * total_weight(data.X, data.weight)),
             len(classes),
         )
-        if math.isinf(inverse_penalty) and separating_step(found.point) > _SEPARATED_STEP:
-            raise ValueError(
-                "a plane separates the classes, so that without a penalty (C=inf) the coefficients have no finite "
-                "optimum; pass a finite C"
-            )
+        W = found.point.problem.coordinates.weights(found.point.V, torch.float64)
         # A shift common to all classes changes no probability; of all optima this is the symmetric one.
-        W = found.point.W if binary else found.point.W - found.point.W.mean(1, keepdim=True)
+        W = (W if binary else W - W.mean(1, keepdim=True)).to(data.X.dtype)
         coef, intercept = self._weights(W)
         self.coef_ = give_back(coef.mT.contiguous(), tensors=data.tensors)
         self.intercept_ = give_back(intercept.clone(), tensors=data.tensors)
@@ -195,6 +200,13 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
     def _weigh_classes(self, data: FitData, classes: np.ndarray, indices: np.ndarray) -> FitData:
         if self.class_weight is None:
             return data
+        if self.class_weight == "balanced" and data.weight is not None:
+            counted = np.bincount(indices, data.weight.numpy(), len(classes))
+            if not counted.all():
+                raise ValueError(
+                    "class_weight='balanced' divides by the weight of each class, and sample_weight is zero in all "
+                    f"rows of class {classes[counted == 0].tolist()[0]!r}: leave them out, or pass a dict of weights"
+                )
         weights = compute_class_weight(
             self.class_weight, classes=classes, y=classes[indices], sample_weight=to_numpy("weight", data.weight)
         )
@@ -291,6 +303,11 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         feature_names_in_: (d,) column names, where X is a data frame with them.
     """
 
+    _no_optimum = (
+        "y is zero in all rows on one side of a plane, as in a category without counts, so that without a penalty "
+        "(alpha=0) the coefficients have no finite optimum; pass alpha > 0"
+    )
+
     def __init__(
         self,
         *,
@@ -318,7 +335,8 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
             The estimator.
 
         Raises:
-            ValueError, TypeError: as for `LogisticRegression.fit`; or y is negative or zero everywhere.
+            ValueError, TypeError: as for `LogisticRegression.fit`; or y is negative or zero everywhere; or without a
+                penalty zero in all rows of a category, whose coefficient would be -infinity.
 
         Warns:
             sklearn.exceptions.ConvergenceWarning: max_iter was reached, or the precision of X's dtype.
@@ -331,7 +349,8 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         if self.fit_intercept and not (targets if data.weight is None else targets * data.weight).any():
             raise ValueError("y is zero in every row, so that the intercept has no finite optimum")
         found = self._minimise(data, targets, "poisson", penalty, 1)
-        coef, intercept = self._weights(found.point.W)
+        W = found.point.problem.coordinates.weights(found.point.V, torch.float64).to(data.X.dtype)
+        coef, intercept = self._weights(W)
         self.coef_ = give_back(coef[:, 0].clone(), tensors=data.tensors)
         self.intercept_ = give_back(intercept[0].clone(), tensors=data.tensors) if self.fit_intercept else 0.0
         self.n_iter_ = found.steps
