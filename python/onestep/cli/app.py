@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import CliError, say
+from .errors import CliError, Interrupted, say
 
 PROGRAM = "python -m onestep"
 EXTRAS = {"pandas", "rich", "safetensors", "sklearn"}
-# What a network is where the command line does not say. The penalty suits a standardised target: least squares of a few
-# hundred to a few thousand rows would follow their noise.
-HIDDEN, MAX_STEPS, NETWORK_ALPHA = 64, 50, 10.0
+# What a network is where the command line does not say.
+HIDDEN, MAX_STEPS = 64, 50
 
 EPILOG = """\
 examples:
@@ -26,14 +25,21 @@ examples:
   python -m onestep info
 """
 
-FIT_EPILOG = f"""\
+FIT_EPILOG = """\
 Columns of numbers are used as they are; columns of text become categories, one feature (0 or 1) for each level but
-the most frequent, which is the baseline. The first line of the file names the columns.
+the most frequent, which is the baseline; columns named in --dates become year, month, day and weekday. The first line
+of the file names the columns. A file named - is standard input.
+
+Currency and percent signs beside numbers are left out, with a note. Numbers with other signs in them, such as 1,037 or
+3,5, are refused until --thousands or --decimal says what they mean.
+
+A target of text or of two values is classified: the linear model is then logistic regression, the network's loss is
+cross-entropy, and predict gives a class and its probability. --task says otherwise.
 
 --model linear is solved for exactly, in one step. --model mlp is a relu network on the standardised features and
 target, by Levenberg-Marquardt where it has up to about 2,000 parameters, else by matrix-free Gauss-Newton. It
 minimises the sum of squared errors of the standardised target + alpha x the sum of squares of all weights and biases.
-No rows are set aside to choose alpha: {NETWORK_ALPHA:g} keeps a network of 64 units from following the noise of a few
+No rows are set aside to choose alpha: 10 keeps a network of 64 units from following the noise of a few
 hundred rows, and matters little for tens of thousands. If the training R² is far above the held-out one, raise it; if
 both are low, lower it. R² of the linear model on the same rows is shown beside.
 
@@ -49,8 +55,9 @@ examples:
 """
 
 PREDICT_EPILOG = """\
-Writes a CSV with one column, predicted_TARGET, and one line for each row of the file. Where the file has the
-target as well, R² and RMSE are shown on stderr.
+Writes a CSV with the column predicted_TARGET (and probability, of a class), and one line for each row of the file. A
+row with a category that the model does not know gets an empty line; how many is shown on stderr. Where the file has
+the target as well, so are R² and RMSE, or accuracy and log loss. A file named - is standard input.
 
 examples:
   python -m onestep predict model.safetensors new.csv
@@ -108,6 +115,12 @@ def _separator(text: str) -> str:
     return text
 
 
+def _mark(text: str) -> str:
+    if len(text) != 1 or text.isalnum() or text in '"\r\n':
+        raise argparse.ArgumentTypeError(f"must be one character such as ',', not {text!r}")
+    return text
+
+
 # argparse names the type in its own message for a value that does not parse.
 _penalty.__name__ = _fraction.__name__ = "number"
 _seed.__name__ = _size.__name__ = "whole number"
@@ -147,6 +160,18 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--max-steps", type=_size, metavar="N", help=f"at most so many steps for the network (default: {MAX_STEPS})"
     )
+    fit.add_argument(
+        "--task",
+        choices=["auto", "regression", "classification"],
+        default="auto",
+        help="whether the target is a number or a class (default: a class if it is text or has two values)",
+    )
+    fit.add_argument(
+        "--dates", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns that hold dates"
+    )
+    fit.add_argument(
+        "--date-format", metavar="FORMAT", help="how dates are written, such as %%d/%%m/%%Y (default: YYYY-MM-DD)"
+    )
     fit.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns to leave out")
     fit.add_argument(
         "--categorical",
@@ -166,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--alpha",
         type=_penalty,
         help="ridge penalty on the weights of the standardised columns (default: 0, ordinary least squares; "
-        f"{NETWORK_ALPHA:g} for the network)",
+        "10 for the network, 1 for classes)",
     )
     fit.add_argument(
         "--test-size",
@@ -207,6 +232,23 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="CHAR",
             help="the character between fields (default: a comma); 'tab' for tabs",
         )
+        as_fitted = "" if command is fit else "; default: as for the file that the model was fitted on"
+        command.add_argument(
+            "--thousands",
+            type=_mark,
+            metavar="CHAR",
+            help=f"the character between groups of digits, as in 1,037{as_fitted}",
+        )
+        command.add_argument(
+            "--decimal", type=_mark, metavar="CHAR", help=f"the character before decimals, as in 3,5{as_fitted}"
+        )
+        command.add_argument(
+            "--missing",
+            nargs="*",
+            metavar="TEXT",
+            help="the texts that mean a missing value, beside the empty field: --missing alone takes NA for a text "
+            f"like any other (default: NA, N/A, NaN, null, None and their like{as_fitted})",
+        )
     return parser
 
 
@@ -217,8 +259,6 @@ def _settle_model(args: argparse.Namespace) -> None:
         if value is not None and not network:
             raise CliError(f"{option} is for --model mlp")
     args.hidden, args.max_steps = args.hidden or [HIDDEN], args.max_steps or MAX_STEPS
-    if args.alpha is None:
-        args.alpha = NETWORK_ALPHA if network else 0.0
 
 
 def _dispatch(args: argparse.Namespace) -> None:
@@ -263,6 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         say("error", f"not enough memory for {args.file}")
         return 2
+    except Interrupted as kept:
+        say("note", str(kept))
+        return 130
     except KeyboardInterrupt:
         say("error", "interrupted")
         return 130

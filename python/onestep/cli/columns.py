@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .errors import CliError, count, note
+from . import numerals
+from .errors import CliError, count, listed, note
 from .table import Table
 
 MANY_LEVELS = 50
@@ -61,7 +62,63 @@ class Category:
         return hot
 
 
-Column = Number | Category
+# The parts of a date, and what pandas calls them.
+DATE_PARTS = {"year": "year", "month": "month", "day": "day", "weekday": "day_of_week"}
+
+
+def _date_part(dates: Any, part: str) -> Any:
+    return getattr(dates.dt, DATE_PARTS[part])
+
+
+@dataclass(frozen=True)
+class Date:
+    """A column of dates: one feature for each part that differs in the training rows (weekday: Monday is 0).
+
+    `format` is one of strptime, or None for ISO 8601; `fill` stands in for missing dates.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    format: str | None
+    fill: str | None
+
+    @property
+    def features(self) -> list[str]:
+        """The names of the features it makes."""
+        return [f"{self.name} {part}" for part in self.parts]
+
+    def encode(self, table: Table) -> np.ndarray:
+        """The features of each row, NaN where a date is missing and nothing may fill it."""
+        dates = _dates(self.name, table, self.format)
+        if self.fill is not None:
+            dates = dates.fillna(pd.Timestamp(self.fill))
+        return np.column_stack([_date_part(dates, part).to_numpy(dtype=np.float64) for part in self.parts])
+
+
+def _dates(name: str, table: Table, written: str | None) -> Any:
+    """A column as dates without a time zone; raises on texts that are none."""
+    values = table.frame[name]
+    texts = values.astype("string")
+    dates = pd.to_datetime(texts, format=written or "ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
+    wrong = (dates.isna() & values.notna()).to_numpy()
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise CliError(
+            f"{table.source}: column {name!r} should hold dates, but line {table.line(values.index[first])} has "
+            f"{values.iloc[first]!r}, which is not {written or 'YYYY-MM-DD'}; correct it, or say how dates are written "
+            "with --date-format, such as %d/%m/%Y"
+        )
+    return dates
+
+
+def _date(name: str, table: Table, train: np.ndarray, written: str | None, impute: bool) -> Date | None:
+    dates = _dates(name, table, written).iloc[train]
+    parts = tuple(part for part in DATE_PARTS if _date_part(dates, part).nunique() > 1)
+    fill = str(dates.quantile(0.5, interpolation="lower").isoformat()) if impute else None
+    return Date(name, parts, written, fill) if parts else None
+
+
+Column = Number | Category | Date
 
 
 def encode(columns: Sequence[Column], table: Table) -> np.ndarray:
@@ -69,7 +126,8 @@ def encode(columns: Sequence[Column], table: Table) -> np.ndarray:
     return np.hstack([column.encode(table) for column in columns])
 
 
-def _level_order(level: str) -> tuple[float, str]:
+def level_order(level: str) -> tuple[float, str]:
+    """Numbers by size, then texts by name."""
     try:
         return float(level), level
     except ValueError:
@@ -81,7 +139,7 @@ def _category(name: str, table: Table, values: Any, impute: bool) -> Category | 
     if len(counts) > MANY_LEVELS and (2 * len(counts) > len(values) or len(counts) > MOST_LEVELS):
         row = values.first_valid_index()
         raise CliError(
-            f"{table.path}: column {name!r} is text with {len(counts):,} different values in "
+            f"{table.source}: column {name!r} is text with {len(counts):,} different values in "
             f"{count(len(values), 'training row')} ({values[row]!r} on line {table.line(row)}): too many for "
             f"categories; leave it out with --ignore {name!r}"
         )
@@ -89,7 +147,7 @@ def _category(name: str, table: Table, values: Any, impute: bool) -> Category | 
         return None
     # Ties go to the first by name, so that the baseline does not depend on the order of the rows.
     most = counts.max()
-    levels = sorted(map(str, counts.index), key=_level_order)
+    levels = sorted(map(str, counts.index), key=level_order)
     baseline = next(level for level in levels if counts[level] == most)
     others = tuple(level for level in levels if level != baseline)
     return Category(name, baseline, others, baseline if impute else None)
@@ -101,7 +159,25 @@ def _number(name: str, values: np.ndarray, impute: bool) -> Number | None:
     return Number(name, float(np.nanmedian(values)) if impute else None)
 
 
-def learn_columns(table: Table, names: Sequence[str], train: np.ndarray, *, impute: bool) -> list[Column]:
+def tell_symbols(table: Table, name: str) -> None:
+    """Notes that a column's currency or percent signs are left out."""
+    signs = numerals.symbols(table.frame[name])
+    if signs:
+        values = table.frame[name].dropna().astype(str)
+        example = values[values.str.contains(signs[0], regex=False)].iloc[0]
+        read = numerals.to_numbers(pd.Series([example]), table.conventions)[0]
+        note(f"column {name!r}: {listed(signs)} is left out ({example} is read as {read:g})")
+
+
+def learn_columns(
+    table: Table,
+    names: Sequence[str],
+    train: np.ndarray,
+    *,
+    impute: bool,
+    dates: Sequence[str] = (),
+    date_format: str | None = None,
+) -> list[Column]:
     """Decides from the training rows what each named column is. One that is constant there is left out, with a note."""
     columns: list[Column] = []
     for name in names:
@@ -109,17 +185,22 @@ def learn_columns(table: Table, names: Sequence[str], train: np.ndarray, *, impu
         column: Column | None
         if values.isna().all():
             raise CliError(
-                f"{table.path}: column {name!r} has no value in the training rows; leave it out with --ignore {name!r}"
+                f"{table.source}: column {name!r} has no value in the training rows; "
+                f"leave it out with --ignore {name!r}"
             )
-        if table.is_text(name):
+        if name in dates:
+            column = _date(name, table, train, date_format, impute)
+        elif table.is_text(name):
+            table.check_text(name)
             column = _category(name, table, values, impute)
         else:
             hint = f"correct it, leave the column out with --ignore {name!r}, or pass --categorical {name!r}"
             column = _number(name, table.numbers(name, hint)[train], impute)
+            tell_symbols(table, name)
         if column is None:
             note(f"column {name!r} is constant in the training rows and is left out")
         else:
             columns.append(column)
     if not columns:
-        raise CliError(f"{table.path}: no column is left to fit on")
+        raise CliError(f"{table.source}: no column is left to fit on")
     return columns

@@ -7,6 +7,10 @@ class CliError(Exception):
     """Something the user can put right: shown as one line, without a traceback."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C, after which what had been reached was reported and saved."""
+
+
 def say(kind: str, message: str) -> None:
     """Writes one line to stderr. A cell or a path may hold line breaks: they must not split it."""
     print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)

@@ -2,32 +2,73 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from .columns import Column, encode, learn_columns
-from .errors import CliError, count, listed, note
+from .columns import encode, learn_columns, level_order, tell_symbols
+from .errors import CliError, Interrupted, count, listed, note
 from .model import LinearModel, Model, NetworkModel, check_writable, save_model
-from .report import Score, console, duration, weight_table
-from .solve import Solve, fit_linear, fit_network
+from .report import ClassScore, Score, console, duration, weight_table
+from .solve import Solve, Task, fit_linear, fit_network
+from .source import Conventions, Source
 from .table import Table, read_table
+
+# What alpha is where the command line does not say. The network's suits a standardised target: least squares of a few
+# hundred to a few thousand rows would follow their noise. The logistic one is scikit-learn's.
+NETWORK_ALPHA, LOGISTIC_ALPHA = 10.0, 1.0
+# A numeric target of so few different whole numbers may be meant as classes: that is pointed out.
+FEW_CLASSES = 10
+# A text target of more classes than this, most of them seen once, is no class.
+MANY_CLASSES = 50
 
 
 def _read(args: argparse.Namespace) -> tuple[Table, list[str]]:
     """The table and the names of the columns to fit on."""
-    table = read_table(args.file, args.sep, text=[name for name in args.categorical if name != args.target])
+    conventions = Conventions(
+        args.thousands, args.decimal or ".", None if args.missing is None else tuple(args.missing)
+    )
+    text = [name for name in args.categorical + args.dates if name != args.target]
+    if args.task == "classification":
+        text.append(args.target)
+    table = read_table(Source(args.file), args.sep, conventions, text)
     table.require(args.target, "the target")
-    for option in ("ignore", "categorical"):
+    for option in ("ignore", "categorical", "dates"):
         for name in getattr(args, option):
             table.require(name, f"in --{option}")
             if name == args.target:
                 raise CliError(f"the target {name!r} cannot also be in --{option}")
     names = [name for name in table.names if name != args.target and name not in args.ignore]
     if not names:
-        raise CliError(f"{args.file}: there is no column to fit on besides the target {args.target!r}")
+        raise CliError(f"{table.source}: there is no column to fit on besides the target {args.target!r}")
     return table, names
+
+
+def _settle_task(args: argparse.Namespace, table: Table) -> bool:
+    """Whether the target holds classes. What was not asked for is decided from its values, with a note."""
+    name, values = args.target, table.frame[args.target].dropna()
+    if args.task != "auto":
+        return bool(args.task == "classification")
+    different = int(values.nunique())
+    remedy = "pass --task regression to fit it as a number"
+    if table.is_text(name):
+        table.check_text(name)
+        if different > MANY_CLASSES and 2 * different > len(values):
+            return False  # its texts are refused as numbers
+        remedy = "one model predicts the probability of each"
+    elif different != 2:
+        whole = values.dtype.kind == "f" and bool((values % 1 == 0).all())
+        if whole and different <= FEW_CLASSES:
+            note(
+                f"the target {name!r} has {different} different values: pass --task classification if they are classes"
+            )
+        return False
+    if different >= 2:
+        note(f"the target {name!r} has {different} classes: it is classified; {remedy}")
+    return different >= 2
 
 
 def _settle_missing(table: Table, names: list[str], target: str, impute: bool) -> None:
@@ -37,23 +78,48 @@ def _settle_missing(table: Table, names: list[str], target: str, impute: bool) -
     if not impute and len(missing):
         columns = listed([f"{name} ({n:,})" for name, n in missing.items()])
         raise CliError(
-            f"{table.path} has missing values in {columns}; pass --impute median, or leave columns out with --ignore"
+            f"{table.source} has missing values in {columns}; pass --impute median, or leave columns out with --ignore"
         )
     if target in missing:
         note(f"{count(int(missing[target]), 'row')} without {target} dropped")
         table.frame = table.frame[table.frame[target].notna()]
 
 
-def _split(table: Table, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _target(table: Table, name: str, classify: bool) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The target of each row and its classes, if any: a number (NaN: missing), or a class's position (-1: missing)."""
+    if not classify:
+        return table.numbers(name, "correct it, choose another target, or pass --task classification"), ()
+    values = table.frame[name]
+    labels = values.map(lambda value: f"{value:.15g}", na_action="ignore") if values.dtype.kind == "f" else values
+    classes = sorted(map(str, labels.dropna().unique()), key=level_order)
+    if len(classes) < 2:
+        raise CliError(f"{table.source}: the target {name!r} has the one value {listed(classes)}: nothing to classify")
+    return np.asarray(pd.Index(classes).get_indexer(labels)), tuple(classes)
+
+
+def _strata(y: np.ndarray, held_out: int, classes: Sequence[str]) -> np.ndarray | None:
+    """The classes, where each can be on both sides of a split."""
+    return y if classes and np.bincount(y).min() >= 2 and len(classes) <= min(held_out, len(y) - held_out) else None
+
+
+def _split(
+    table: Table, y: np.ndarray, classes: Sequence[str], test_size: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the training and the held-out rows, as scikit-learn's train_test_split chooses them."""
     rows = np.arange(len(table.frame))
     held_out = int(np.ceil(test_size * len(rows)))
     if len(rows) - held_out < 2 or held_out == 1:
         purpose = "fit on" if test_size == 0 else f"hold out {test_size:g} of them and fit on the rest"
-        raise CliError(f"{table.path}: {count(len(rows), 'row')} with a target: too few to {purpose}")
+        raise CliError(f"{table.source}: {count(len(rows), 'row')} with a target: too few to {purpose}")
     if test_size == 0:
         return rows, rows[:0]
-    train, test = train_test_split(rows, test_size=test_size, random_state=seed)
+    strata = _strata(y, held_out, classes)
+    train, test = train_test_split(rows, test_size=test_size, random_state=seed, stratify=strata)
+    unseen = [classes[code] for code in sorted(set(y) - set(y[train]))] if classes else []
+    if unseen:
+        raise CliError(
+            f"{table.source}: no training row has the class {listed(unseen)}; hold out fewer rows with --test-size"
+        )
     return train, test
 
 
@@ -88,41 +154,48 @@ class _Data:
     """A file ready to be fitted: features and target of all its rows, and which are trained on and held out."""
 
     table: Table
-    columns: list[Column]
+    task: Task
     features: np.ndarray
     y: np.ndarray
     train: np.ndarray
     test: np.ndarray
 
     def scores(self, model: Model, rows: np.ndarray) -> str:
-        """R² and RMSE over some of the rows."""
+        """R² and RMSE, or accuracy and log loss, over some of the rows."""
+        if model.classes:
+            return ClassScore.of(self.y[rows], model.probabilities(self.features[rows])).describe()
         return Score.of(self.y[rows], model.predict(self.features[rows])).describe(model.target)
 
 
 def _load(args: argparse.Namespace) -> _Data:
     table, names = _read(args)
+    classify = _settle_task(args, table)
     # The target's own errors come before those of the columns.
-    hint = "correct it, or choose another target"
-    table.numbers(args.target, hint)
+    _target(table, args.target, classify)
+    if not classify:
+        tell_symbols(table, args.target)
     _settle_missing(table, names, args.target, args.impute is not None)
-    y = table.numbers(args.target, hint)
-    train, test = _split(table, args.test_size, args.seed)
-    columns = learn_columns(table, names, train, impute=args.impute is not None)
+    y, classes = _target(table, args.target, classify)
+    train, test = _split(table, y, classes, args.test_size, args.seed)
+    columns = learn_columns(
+        table, names, train, impute=args.impute is not None, dates=args.dates, date_format=args.date_format
+    )
     features = encode(columns, table)
     unknown = np.isnan(features[test]).any(1)
     if unknown.any():
         note(f"{count(int(unknown.sum()), 'held-out row')} with a category that no training row has: not scored")
         test = test[~unknown]
-    return _Data(table, columns, features, y, train, test)
+    return _Data(table, Task(args.target, columns, classes), features, y, train, test)
 
 
 def _fit(args: argparse.Namespace, data: _Data) -> tuple[Model, LinearModel, Solve]:
     """The model that was asked for, the linear one (the same, or the one to compare with), and how the first went."""
-    fitted = args.target, data.columns, data.features[data.train], data.y[data.train]
+    fitted = data.task, data.features[data.train], data.y[data.train]
     if args.model == "linear":
         linear, solve = fit_linear(*fitted, args.alpha, args.dtype)
         return linear, linear, solve
-    linear, _ = fit_linear(*fitted, 0.0, args.dtype)
+    # Classes that a plane separates have no least log loss without a penalty.
+    linear, _ = fit_linear(*fitted, LOGISTIC_ALPHA if data.task.classes else 0.0, args.dtype)
     network, solve = fit_network(
         *fitted, args.alpha, args.dtype, hidden=args.hidden, max_steps=args.max_steps, seed=args.seed
     )
@@ -135,22 +208,24 @@ def run(args: argparse.Namespace) -> None:
     if args.save:
         check_writable(args.save)
     data = _load(args)
+    if args.alpha is None:
+        args.alpha = NETWORK_ALPHA if args.model == "mlp" else LOGISTIC_ALPHA if data.task.classes else 0.0
     read = time.perf_counter() - begin
     model, linear, solve = _fit(args, data)
     if args.save:
-        save_model(model, args.save)
+        save_model(model, data.table.conventions, args.save)
 
     rows, features = len(data.train), len(model.features)
     if args.impute:
         _tell_filled(data.table, model)
     out = console()
     held = f"{len(data.test):,} held out" if len(data.test) else "none held out"
-    heading = f"{args.file}: {count(len(data.table.frame), 'row')}, {rows:,} to fit on, {held}"
+    heading = f"{data.table.source}: {count(len(data.table.frame), 'row')}, {rows:,} to fit on, {held}"
     how = ""
     if isinstance(model, NetworkModel):
         _tell_few_rows(model, rows)
         out.print(heading)
-        widths = "-".join(str(width) for width in (features, *args.hidden, 1))
+        widths = "-".join(str(width) for width in (features, *args.hidden, model.outputs))
         out.print(f"network:   {widths} with relu, {count(model.parameters, 'parameter')}, alpha {args.alpha:g}")
         out.print(f"method:    {solve.path}, {count(solve.steps, 'step')}: {solve.reason}")
     else:
@@ -167,3 +242,5 @@ def run(args: argparse.Namespace) -> None:
     out.print(f"time:      {duration(solve.seconds)} to solve ({shape}), {duration(read)} to read")
     if args.save:
         out.print(f"saved to {args.save}")
+    if solve.reason == "interrupted":
+        raise Interrupted(f"interrupted after {count(solve.steps, 'step')}: the network as it stood was kept")

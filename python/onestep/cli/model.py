@@ -18,30 +18,50 @@ from safetensors import SafetensorError, safe_open
 
 import onestep
 
-from .columns import Category, Column, Number
+from .columns import Category, Column, Date, Number
 from .errors import CliError
+from .source import Conventions
 
-FORMAT = 1
+FORMAT = 2
 # A network's layers between are large: so many rows are predicted together.
 ROWS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True)
 class Model(ABC):
-    """What predicts a target from columns of a file: how it is applied, and how it is kept as tensors."""
+    """What predicts a target from columns of a file: how it is applied, and how it is kept as tensors.
+
+    A target of `classes` has one output for each, whose softmax is the probability of the class; a number has one.
+    """
 
     kind: ClassVar[str]
     target: str
     columns: tuple[Column, ...]
+    classes: tuple[str, ...]
 
     @property
     def features(self) -> list[str]:
         """The names of the features, in the order of the matrix that `predict` takes."""
         return [feature for column in self.columns for feature in column.features]
 
+    @property
+    def outputs(self) -> int:
+        """How many outputs it has."""
+        return len(self.classes) or 1
+
     @abstractmethod
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """The outputs for each row of a matrix of features, (rows, outputs)."""
+
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """The prediction for each row of a matrix of features."""
+        """The number that is predicted for each row of a matrix of features."""
+        return self.scores(features)[:, 0]
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """The probability of each class, (rows, classes)."""
+        scores = self.scores(features)
+        powers = np.exp(scores - scores.max(1, keepdims=True))
+        return np.asarray(powers / powers.sum(1, keepdims=True))
 
     @abstractmethod
     def tensors(self) -> dict[str, np.ndarray]:
@@ -49,36 +69,40 @@ class Model(ABC):
 
     @classmethod
     @abstractmethod
-    def restore(cls, target: str, columns: tuple[Column, ...], tensors: dict[str, np.ndarray]) -> Model:
+    def restore(
+        cls, target: str, columns: tuple[Column, ...], classes: tuple[str, ...], tensors: dict[str, np.ndarray]
+    ) -> Model:
         """The model that `tensors` was taken from; KeyError or ValueError for tensors of anything else."""
 
 
 @dataclass(frozen=True)
 class LinearModel(Model):
-    """target = features · weight + bias, every weight in the units of its own column."""
+    """outputs = features · weightᵀ + bias, every weight in the units of its own column."""
 
     kind = "linear"
     weight: np.ndarray
-    bias: float
+    bias: np.ndarray
 
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        return np.asarray(features @ self.weight.astype(np.float64) + self.bias)
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        return np.asarray(features @ self.weight.T.astype(np.float64) + self.bias)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """`weight` (1, d) and `bias` (1,), as torch.nn.Linear(d, 1) has them."""
-        return {"weight": self.weight[None, :], "bias": np.array([self.bias], dtype=self.weight.dtype)}
+        """`weight` (outputs, d) and `bias` (outputs,), as torch.nn.Linear(d, outputs) has them."""
+        return {"weight": self.weight, "bias": self.bias}
 
     @classmethod
-    def restore(cls, target: str, columns: tuple[Column, ...], tensors: dict[str, np.ndarray]) -> LinearModel:
-        model = cls(target, columns, tensors["weight"][0], float(tensors["bias"].item()))
-        if model.weight.shape != (len(model.features),):
-            raise ValueError(f"{len(model.weight)} weights for {len(model.features)} features")
+    def restore(
+        cls, target: str, columns: tuple[Column, ...], classes: tuple[str, ...], tensors: dict[str, np.ndarray]
+    ) -> LinearModel:
+        model = cls(target, columns, classes, tensors["weight"], tensors["bias"])
+        if model.weight.shape != (model.outputs, len(model.features)) or model.bias.shape != (model.outputs,):
+            raise ValueError(f"weights of shape {model.weight.shape} for {len(model.features)} features")
         return model
 
 
 @dataclass(frozen=True)
 class NetworkModel(Model):
-    """A relu network. Its layers (weight, bias) take the raw features in and give the target in its own units."""
+    """A relu network. Its layers (weight, bias) take the raw features in and give the outputs in the target's units."""
 
     kind = "mlp"
     layers: tuple[tuple[np.ndarray, np.ndarray], ...]
@@ -88,17 +112,17 @@ class NetworkModel(Model):
         """How many weights and biases it has."""
         return sum(weight.size + bias.size for weight, bias in self.layers)
 
-    def predict(self, features: np.ndarray) -> np.ndarray:
+    def scores(self, features: np.ndarray) -> np.ndarray:
         layers = [(weight.T.astype(np.float64), bias.astype(np.float64)) for weight, bias in self.layers]
-        predicted = np.empty(len(features))
+        scores = np.empty((len(features), self.outputs))
         for begin in range(0, len(features), ROWS_AT_A_TIME):
             rows = slice(begin, begin + ROWS_AT_A_TIME)
             values = features[rows]
             for weight, bias in layers[:-1]:
                 values = np.maximum(values @ weight + bias, 0)
             weight, bias = layers[-1]
-            predicted[rows] = (values @ weight + bias)[:, 0]
-        return predicted
+            scores[rows] = values @ weight + bias
+        return scores
 
     def tensors(self) -> dict[str, np.ndarray]:
         """`0.weight`, `0.bias`, `2.weight` ..., as torch.nn.Sequential(Linear, ReLU, Linear ...) has them."""
@@ -109,13 +133,16 @@ class NetworkModel(Model):
         }
 
     @classmethod
-    def restore(cls, target: str, columns: tuple[Column, ...], tensors: dict[str, np.ndarray]) -> NetworkModel:
+    def restore(
+        cls, target: str, columns: tuple[Column, ...], classes: tuple[str, ...], tensors: dict[str, np.ndarray]
+    ) -> NetworkModel:
         # Two tensors a layer, and a relu that has none between one layer and the next.
         places = range(0, len(tensors), 2)
-        model = cls(target, columns, tuple((tensors[f"{at}.weight"], tensors[f"{at}.bias"]) for at in places))
+        layers = tuple((tensors[f"{at}.weight"], tensors[f"{at}.bias"]) for at in places)
+        model = cls(target, columns, classes, layers)
         widths = [len(model.features), *(len(bias) for _, bias in model.layers)]
         shapes = [weight.shape for weight, _ in model.layers]
-        if widths[-1] != 1 or shapes != [(after, before) for before, after in pairwise(widths)]:
+        if widths[-1] != model.outputs or shapes != [(after, before) for before, after in pairwise(widths)]:
             raise ValueError(f"layers of shapes {shapes} for {len(model.features)} features")
         return model
 
@@ -147,7 +174,7 @@ def check_writable(path: Path) -> None:
         raise CliError(f"cannot write {path}: no permission to write in {path.parent}")
 
 
-def save_model(model: Model, path: Path) -> None:
+def save_model(model: Model, conventions: Conventions, path: Path) -> None:
     """Writes the model: its tensors as a torch module's state_dict, all else as metadata."""
     metadata = {
         "format": f"onestep {FORMAT}",
@@ -155,6 +182,8 @@ def save_model(model: Model, path: Path) -> None:
         "target": model.target,
         "columns": json.dumps([{"kind": type(column).__name__.lower(), **asdict(column)} for column in model.columns]),
         "features": json.dumps(model.features),
+        "classes": json.dumps(model.classes),
+        "conventions": json.dumps(asdict(conventions)),
         "versions": json.dumps({"onestep": onestep.__version__, "numpy": np.__version__}),
     }
     with replacing(path) as file:
@@ -165,12 +194,14 @@ def _column(entry: dict[str, Any]) -> Column:
     name, fill = str(entry["name"]), entry["fill"]
     if entry["kind"] == "number":
         return Number(name, None if fill is None else float(fill))
+    if entry["kind"] == "date":
+        return Date(name, tuple(map(str, entry["parts"])), entry["format"], fill)
     levels = tuple(map(str, entry["levels"]))
     return Category(name, str(entry["baseline"]), levels, None if fill is None else str(fill))
 
 
-def load_model(path: Path) -> Model:
-    """Reads what `save_model` wrote; raises for anything else."""
+def load_model(path: Path) -> tuple[Model, Conventions]:
+    """Reads what `save_model` wrote, and how numbers were written in the file it was fitted on."""
     if path.is_dir():
         raise CliError(f"{path} is a directory, not a saved model")
     if not path.exists():
@@ -189,9 +220,13 @@ def load_model(path: Path) -> Model:
         raise CliError(f"{path} was saved by another version of onestep (format {version!r}): fit and save it again")
     try:
         columns = tuple(map(_column, json.loads(metadata["columns"])))
-        model = KINDS[metadata["model"]].restore(metadata["target"], columns, tensors)
+        classes = tuple(map(str, json.loads(metadata["classes"])))
+        model = KINDS[metadata["model"]].restore(metadata["target"], columns, classes, tensors)
+        written = json.loads(metadata["conventions"])
+        missing = None if written["missing"] is None else tuple(written["missing"])
+        conventions = Conventions(written["thousands"], written["decimal"], missing)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise CliError(f"{path} is damaged: its description of the model cannot be read ({error!r})") from None
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
         raise CliError(f"{path} is damaged: its weights are not all finite")
-    return model
+    return model, conventions

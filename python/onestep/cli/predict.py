@@ -4,13 +4,17 @@ import argparse
 import csv
 import io
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 
-from .columns import Category, encode
+from .columns import Category, Number, encode
 from .errors import CliError, count, listed, note, say
 from .model import Model, check_writable, load_model, replacing
-from .report import Score
+from .report import ClassScore, Score
+from .source import Source
 from .table import Table, read_table
 
 
@@ -26,47 +30,84 @@ def _check(table: Table, model: Model) -> None:
     unfilled = [f"{c.name} ({missing[c.name]:,})" for c in model.columns if c.fill is None and missing[c.name]]
     if unfilled:
         raise CliError(
-            f"{table.path} has missing values in {listed(unfilled)}; a model fitted with --impute median fills them"
+            f"{table.source} has missing values in {listed(unfilled)}; a model fitted with --impute median fills them"
         )
+
+
+def _tell_unknown(table: Table, model: Model) -> None:
+    """Notes the rows that get no prediction, since they hold a category that the model does not know."""
     for column in model.columns:
         if isinstance(column, Category) and (unknown := column.codes(table) < 0).any():
-            row = int(unknown.argmax())
-            raise CliError(
-                f"{table.path}: column {column.name!r} has {table.frame[column.name].iloc[row]!r} on line "
-                f"{table.line(row)}, which was not there when the model was fitted; "
-                f"it knows {listed([column.baseline, *column.levels])}"
+            first = int(unknown.argmax())
+            note(
+                f"{table.source}: {count(int(unknown.sum()), 'row')} without a prediction: column {column.name!r} has "
+                f"{table.frame[column.name].iloc[first]!r} on line {table.line(first)}, which was not there when the "
+                f"model was fitted; it knows {listed([column.baseline, *column.levels])}"
             )
 
 
-def _score(table: Table, target: str, predicted: np.ndarray) -> None:
-    try:
-        truth = table.numbers(target)
-    except CliError as error:
-        note(f"not scored: {error}")
+def _tell_score(table: Table, model: Model, features: np.ndarray, known: np.ndarray) -> None:
+    """The score of the rows that have a prediction and a target."""
+    rows, score = np.flatnonzero(known), ""
+    if model.classes:
+        values = table.frame[model.target]
+        codes = pd.Index(model.classes).get_indexer(values)
+        rows = rows[codes[rows] >= 0]
+        if len(rows):
+            score = ClassScore.of(codes[rows], model.probabilities(features[rows])).describe()
+    else:
+        try:
+            truth = table.numbers(model.target)
+        except CliError as error:
+            note(f"not scored: {error}")
+            return
+        rows = rows[~np.isnan(truth[rows])]
+        if len(rows):
+            score = Score.of(truth[rows], model.predict(features[rows])).describe(model.target)
+    if len(rows):
+        say("score", f"{score} ({count(len(rows), 'row')})")
+
+
+def _predictions(model: Model, features: np.ndarray, known: np.ndarray) -> Iterator[list[object]]:
+    """The lines of the result: a heading, then one for each row, empty where nothing could be predicted."""
+    if model.classes:
+        yield [f"predicted_{model.target}", "probability"]
+        likely = iter(model.probabilities(features[known]))
+        for has in known:
+            row = next(likely) if has else None
+            yield ["", ""] if row is None else [model.classes[int(row.argmax())], float(row.max())]
         return
-    known = ~np.isnan(truth)
-    if known.any():
-        say("score", f"{Score.of(truth[known], predicted[known]).describe(target)} ({count(int(known.sum()), 'row')})")
+    yield [f"predicted_{model.target}"]
+    predicted = iter(model.predict(features[known]).tolist())
+    for has in known:
+        yield [next(predicted) if has else ""]
 
 
 def run(args: argparse.Namespace) -> None:
     """Loads the model, reads the table, and writes the predictions."""
     if args.output:
         check_writable(args.output)
-    model = load_model(args.model)
-    text = [column.name for column in model.columns if isinstance(column, Category)]
-    table = read_table(args.file, args.sep, text=text)
+    model, conventions = load_model(args.model)
+    given = {
+        "thousands": args.thousands,
+        "decimal": args.decimal,
+        "missing": None if args.missing is None else tuple(args.missing),
+    }
+    conventions = replace(conventions, **{name: value for name, value in given.items() if value is not None})
+    text = [column.name for column in model.columns if not isinstance(column, Number)]
+    text += [model.target] if model.classes else []
+    table = read_table(Source(args.file), args.sep, conventions, text=text)
     _check(table, model)
-    predicted = model.predict(encode(model.columns, table))
+    features = encode(model.columns, table)
+    known = ~np.isnan(features).any(1)
+    _tell_unknown(table, model)
 
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([f"predicted_{model.target}"])
-    writer.writerows([value] for value in predicted.tolist())
+    csv.writer(buffer, lineterminator="\n").writerows(_predictions(model, features, known))
     if args.output:
         with replacing(args.output) as file:
             file.write(buffer.getvalue().encode())
     else:
         sys.stdout.write(buffer.getvalue())
     if model.target in table.names:
-        _score(table, model.target, predicted)
+        _tell_score(table, model, features, known)

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 import onestep
 
 from .columns import Column
-from .errors import CliError
+from .errors import CliError, note
 from .model import LinearModel, NetworkModel
 
 
@@ -57,6 +57,12 @@ class _Standard:
             raise CliError(f"the numbers are too large or too close together for {dtype}: rescale the columns")
         return cls(mean, scale, centre, spread, standard, response)
 
+    @classmethod
+    def of_classes(cls, features: np.ndarray, codes: np.ndarray, dtype: str) -> _Standard:
+        """The features alone are standardised; the target is the number of the class."""
+        data = cls.of(features, np.zeros(len(codes)), dtype)
+        return replace(data, centre=0.0, spread=1.0, target=codes)
+
     def first(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A layer (k, d), (k,) that takes the raw features, from one that takes the standardised.
 
@@ -78,12 +84,21 @@ def _cast(layers: list[tuple[np.ndarray, np.ndarray]], dtype: str) -> tuple[tupl
     return cast
 
 
-def fit_linear(
-    target: str, columns: Sequence[Column], features: np.ndarray, y: np.ndarray, alpha: float, dtype: str
-) -> tuple[LinearModel, Solve]:
-    """Fits the weights in one step."""
-    data = _Standard.of(features, y, dtype)
-    begin = time.perf_counter()
+@dataclass(frozen=True)
+class Task:
+    """What is fitted: the target's name, the columns, and the classes (none: the target is a number)."""
+
+    target: str
+    columns: Sequence[Column]
+    classes: Sequence[str] = ()
+
+    def standardise(self, features: np.ndarray, y: np.ndarray, dtype: str) -> _Standard:
+        """The features, and the target where it is a number, with mean 0 and standard deviation 1."""
+        return (_Standard.of_classes if self.classes else _Standard.of)(features, y, dtype)
+
+
+def _ridge(data: _Standard, alpha: float) -> tuple[np.ndarray, np.ndarray, str, int]:
+    """The weights (1, d), the bias (1,), the path taken and its steps."""
     try:
         with warnings.catch_warnings():
             # That the weights are not unique is told by the path, and reported by the caller.
@@ -91,11 +106,34 @@ def fit_linear(
             estimator = onestep.Ridge(alpha=alpha).fit(data.features, data.target)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise CliError(f"the fit failed ({error}); try a small penalty, such as --alpha 0.001") from None
+    layer = np.asarray(estimator.coef_).reshape(1, -1), np.asarray(estimator.intercept_).reshape(1)
+    return *layer, estimator.solver_path_, 1
+
+
+def _logistic(data: _Standard, alpha: float) -> tuple[np.ndarray, np.ndarray, str, int]:
+    """The same with one row for each class: Σ log loss + ½ alpha ‖W‖², by Newton's method."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        estimator = onestep.LogisticRegression(C=1 / alpha if alpha else np.inf, tol=1e-8, max_iter=200)
+        estimator.fit(data.features, data.target)
+    for warning in caught:
+        note(str(warning.message))
+    weight, bias = np.asarray(estimator.coef_), np.asarray(estimator.intercept_)
+    if len(weight) == 1:  # two classes: the log-odds of the second
+        weight, bias = np.vstack([0 * weight, weight]), np.concatenate([0 * bias, bias])
+    return weight, bias, "newton", int(np.max(estimator.n_iter_))
+
+
+def fit_linear(task: Task, features: np.ndarray, y: np.ndarray, alpha: float, dtype: str) -> tuple[LinearModel, Solve]:
+    """Fits the weights: in one step for a number, by Newton's method for classes."""
+    data = task.standardise(features, y, dtype)
+    begin = time.perf_counter()
+    weight, bias, path, steps = (_logistic if task.classes else _ridge)(data, alpha)
     seconds = time.perf_counter() - begin
     with np.errstate(all="ignore"):
-        layer = np.asarray(estimator.coef_).reshape(1, -1), np.asarray(estimator.intercept_).reshape(1)
-        ((weight, bias),) = _cast([data.first(*data.last(*layer))], dtype)
-    return LinearModel(target, tuple(columns), weight[0], float(bias[0])), Solve(estimator.solver_path_, seconds)
+        ((weight, bias),) = _cast([data.first(*data.last(weight, bias))], dtype)
+    model = LinearModel(task.target, tuple(task.columns), tuple(task.classes), weight, bias)
+    return model, Solve(path, seconds, steps)
 
 
 def relu_network(widths: Sequence[int], dtype: str) -> nn.Sequential:
@@ -107,8 +145,7 @@ def relu_network(widths: Sequence[int], dtype: str) -> nn.Sequential:
 
 
 def fit_network(
-    target: str,
-    columns: Sequence[Column],
+    task: Task,
     features: np.ndarray,
     y: np.ndarray,
     alpha: float,
@@ -121,16 +158,19 @@ def fit_network(
     """Fits a relu network by `onestep.fit`, from first weights drawn with `seed`.
 
     Minimises Σ(error)² + alpha ‖θ‖² of the standardised target, θ being all weights and biases: the penalty of the
-    linear model. `onestep.fit` minimises the mean of the squares plus ½ weight_decay ‖θ‖², hence 2 alpha / rows.
+    linear model. `onestep.fit` minimises the mean of the squares plus ½ weight_decay ‖θ‖², hence 2 alpha / rows. For
+    classes it is Σ log loss + ½ alpha ‖θ‖², hence alpha / rows.
     """
-    data = _Standard.of(features, y, dtype)
+    data = task.standardise(features, y, dtype)
+    decay = (1 if task.classes else 2) * alpha / len(y)
     try:
-        network = relu_network([features.shape[1], *hidden, 1], dtype)
+        network = relu_network([features.shape[1], *hidden, len(task.classes) or 1], dtype)
         result = onestep.fit(
             network,
             (torch.from_numpy(data.features), torch.from_numpy(data.target)),
+            "cross_entropy" if task.classes else "mse",
             max_steps=max_steps,
-            weight_decay=2 * alpha / len(y),
+            weight_decay=decay,
             initialize=True,
             seed=seed,
             progress=sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None,
@@ -140,10 +180,10 @@ def fit_network(
         if "allocate memory" in str(error):
             raise MemoryError from None
         raise
-    if result.reason == "interrupted":
+    if result.reason == "interrupted" and not result.history:
         raise KeyboardInterrupt
     layers = [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in network if isinstance(m, nn.Linear)]
     with np.errstate(all="ignore"):
         layers[0], layers[-1] = data.first(*layers[0]), data.last(*layers[-1])
-    model = NetworkModel(target, tuple(columns), _cast(layers, dtype))
+    model = NetworkModel(task.target, tuple(task.columns), tuple(task.classes), _cast(layers, dtype))
     return model, Solve(result.method, result.history[-1].seconds, len(result.history), result.reason)

@@ -1,4 +1,4 @@
-"""Reading a CSV file into columns of numbers and columns of text, with errors that name the line."""
+"""Reads a CSV file into columns of numbers and columns of text, with errors that name the line."""
 
 import codecs
 import csv
@@ -6,17 +6,18 @@ import difflib
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from . import numerals
 from .errors import CliError, listed, note
+from .source import Conventions, Source
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
+def _lines(path: Source) -> Iterator[str]:
+    with path.open() as file:
         for number, line in enumerate(file, 1):
             try:
                 yield line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
@@ -27,7 +28,7 @@ def _lines(path: Path) -> Iterator[str]:
                 ) from None
 
 
-def _records(path: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Source, sep: str) -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV file with the line each begins on, without the blank ones that pandas skips too."""
     reader = csv.reader(_lines(path), delimiter=sep, skipinitialspace=True)
     line = 1
@@ -45,53 +46,54 @@ def _records(path: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
         line = reader.line_num + 1
 
 
-def _header(path: Path, sep: str) -> list[str]:
+def _header(source: Source, sep: str) -> list[str]:
+    path = source.path
     if path.is_dir():
         raise CliError(f"{path} is a directory, not a CSV file")
     if not path.exists():
         raise CliError(f"no such file: {path}")
     if not path.is_file():
         raise CliError(f"{path} is not a regular file")
-    with path.open("rb") as file:
+    with source.open() as file:
         if b"\0" in file.read(1 << 16):
-            raise CliError(f"{path} is not a text file (it holds NUL bytes)")
-    records = _records(path, sep)
+            raise CliError(f"{source} is not a text file (it holds NUL bytes)")
+    records = _records(source, sep)
     _, fields = next(records, (0, []))
     if not fields:
-        raise CliError(f"{path} is empty")
+        raise CliError(f"{source} is empty")
     if next(records, None) is None:
-        raise CliError(f"{path} has a header but no rows")
+        raise CliError(f"{source} has a header but no rows")
     names = [name.strip() for name in fields]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise CliError(f"{path}: the header names a column twice: {listed(twice)}")
+        raise CliError(f"{source}: the header names a column twice: {listed(twice)}")
     if len(names) == 1 and sep == ",":
         for other, option in ((";", "';'"), ("\t", "tab")):
             if other in names[0]:
-                raise CliError(f"{path}: the fields seem to be separated by {option}; pass --sep {option}")
+                raise CliError(f"{source}: the fields seem to be separated by {option}; pass --sep {option}")
     return names
 
 
-def _check_shape(path: Path, sep: str, width: int) -> None:
+def _check_shape(path: Source, sep: str, width: int) -> None:
     for line, fields in _records(path, sep):
         if len(fields) != width:
             raise CliError(f"{path}: line {line} has {len(fields)} fields, but the header has {width}")
 
 
-def _unclosed_quote(path: Path, sep: str) -> CliError:
+def _unclosed_quote(path: Source, sep: str) -> CliError:
     last = 1
     for line, _ in _records(path, sep):
         last = line
     return CliError(f"{path}: a quotation mark in the record that begins on line {last} is never closed")
 
 
-def _parse(path: Path, sep: str, **options: Any) -> Any:
+def _parse(path: Source, sep: str, **options: Any) -> Any:
     try:
         with warnings.catch_warnings():
             # pandas only warns where it would drop fields.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             return pd.read_csv(
-                path,
+                path.path,
                 sep=sep,
                 header=0,
                 index_col=False,
@@ -117,13 +119,16 @@ class Table:
     """The columns of a CSV file: numbers as float64, all else as text, missing values as NaN.
 
     A row keeps its position in the file as its index, so that `line` can find it again after rows were dropped. The
-    columns in `text` are text by the caller's wish.
+    columns in `text` are text by the caller's wish. `inexact` has the first row of columns of whole numbers that
+    float64 cannot tell apart, with the number.
     """
 
-    path: Path
+    source: Source
     sep: str
     frame: Any
     text: frozenset[str]
+    conventions: Conventions
+    inexact: dict[str, tuple[int, str]]
 
     @property
     def names(self) -> list[str]:
@@ -135,11 +140,11 @@ class Table:
         if name not in self.frame.columns:
             close = difflib.get_close_matches(name, self.names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {listed(self.names)}"
-            raise CliError(f"{self.path} has no column {name!r} ({why}); {hint}")
+            raise CliError(f"{self.source} has no column {name!r} ({why}); {hint}")
 
     def line(self, row: int) -> int:
         """The line of the file on which a row begins (a quoted field may hold line breaks)."""
-        records = _records(self.path, self.sep)
+        records = _records(self.source, self.sep)
         next(records)
         return next(line for position, (line, _) in enumerate(records) if position == row)
 
@@ -150,47 +155,93 @@ class Table:
         values = self.frame[name]
         if values.dtype.kind == "f":
             return False
-        numbers = pd.to_numeric(values, errors="coerce").notna().sum()
+        numbers = numerals.to_numbers(values, self.conventions).notna().sum()
         return bool(2 * numbers <= values.notna().sum())
+
+    def check_text(self, name: str) -> None:
+        """Raises for a column of text most of which look like numbers or dates that are written in another way."""
+        if name in self.text:
+            return
+        values = self.frame[name].dropna()
+        number = numerals.to_numbers(values, self.conventions).notna()
+        keep = f"or keep its texts as categories with --categorical {name!r}"
+        separated = values.map(numerals.is_separated)
+        if separated.any() and 2 * (number | separated).sum() > len(values):
+            row = separated.idxmax()
+            raise CliError(
+                f"{self.source}: column {name!r} seems to hold numbers, such as {values[row]!r} on line "
+                f"{self.line(row)}; {numerals.separator_hint(values[row])}, {keep}"
+            )
+        dates = values.map(numerals.is_date)
+        if 2 * dates.sum() > len(values):
+            row = dates.idxmax()
+            raise CliError(
+                f"{self.source}: column {name!r} seems to hold dates, such as {values[row]!r} on line "
+                f"{self.line(row)}; pass --dates {name!r} for year, month, day and weekday, {keep}"
+            )
 
     def numbers(self, name: str, hint: str = "correct it") -> np.ndarray:
         """A column as float64 with NaN for missing values; raises on text and on infinite values."""
         column = self.frame[name]
-        values: np.ndarray = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+        if name in self.inexact:
+            row, number = self.inexact[name]
+            raise CliError(
+                f"{self.source}: column {name!r} holds whole numbers beyond 2^53 ({number} on line {self.line(row)}), "
+                f"of which float64 loses digits; leave it out with --ignore {name!r}, or pass --categorical {name!r}"
+            )
+        values: np.ndarray = numerals.to_numbers(column, self.conventions).to_numpy(dtype=np.float64)
         wrong = np.isnan(values) & column.notna().to_numpy()
         if wrong.any():
             first = int(wrong.argmax())
+            if numerals.is_separated(str(column.iloc[first])):
+                hint = numerals.separator_hint(column.iloc[first])
             more = f", and {int(wrong.sum()) - 1:,} more like it" if wrong.sum() > 1 else ""
             raise CliError(
-                f"{self.path}: column {name!r} should hold numbers, but line {self.line(column.index[first])} has "
+                f"{self.source}: column {name!r} should hold numbers, but line {self.line(column.index[first])} has "
                 f"{column.iloc[first]!r}{more}; {hint}"
             )
+        signs = numerals.symbols(column)
+        if len(signs) > 1:
+            raise CliError(f"{self.source}: column {name!r} mixes the units {listed(signs)}; write it in one of them")
         infinite = np.isinf(values)
         if infinite.any():
             row = column.index[int(infinite.argmax())]
-            raise CliError(f"{self.path}: column {name!r} holds an infinite value on line {self.line(row)}")
+            raise CliError(f"{self.source}: column {name!r} holds an infinite value on line {self.line(row)}")
         return values
 
 
-def read_table(path: Path, sep: str = ",", text: Collection[str] = ()) -> Table:
+def _first_inexact(strings: Any) -> tuple[int, str] | None:
+    """The first row of a column, read as text, whose whole number float64 may not hold."""
+    values = strings.dropna()
+    inexact = values.map(numerals.is_inexact)
+    return (int(inexact.idxmax()), str(values[inexact.idxmax()])) if inexact.any() else None
+
+
+def read_table(source: Source, sep: str, conventions: Conventions, text: Collection[str] = ()) -> Table:
     """Reads a CSV file; the columns named in `text` are kept as text even where they look like numbers."""
-    names = _header(path, sep)
+    names = _header(source, sep)
+    options = conventions.options()
     # pandas needs distinct names, so each is its position until the columns without a name are gone.
     keys = list(range(len(names)))
-    frame = _parse(path, sep, names=keys, dtype={key: str for key in keys if names[key] in text})
+    frame = _parse(source, sep, names=keys, dtype={key: str for key in keys if names[key] in text}, **options)
     if frame[keys[-1]].isna().any():
         # pandas fills a record that is too short with missing values.
-        _check_shape(path, sep, len(names))
+        _check_shape(source, sep, len(names))
     # Only int and float are numbers to us: what pandas made of the rest (booleans, say) is read again as it stands.
     again = [key for key in keys if frame[key].dtype.kind not in "iuf"]
-    if again:
-        strings = _parse(path, sep, names=keys, usecols=again, dtype=str)
+    large = [key for key in keys if key not in again and frame[key].abs().max() >= numerals.LARGEST_WHOLE]
+    inexact = {}
+    if again or large:
+        # Thousands separators would be taken out of texts, too.
+        strings = _parse(source, sep, names=keys, usecols=again + large, dtype=str, **{**options, "thousands": None})
         for key in again:
             stripped = strings[key].str.strip()
             frame[key] = stripped.where(stripped != "")
+        found = {names[key]: _first_inexact(strings[key].str.strip()) for key in again + large}
+        inexact = {name: first for name, first in found.items() if first is not None}
     nameless = [str(key + 1) for key in keys if not names[key]]
     if nameless:
-        note(f"{path}: column {listed(nameless)} has no name in the header and is left out")
+        note(f"{source}: column {listed(nameless)} has no name in the header and is left out")
     frame = frame[[key for key in keys if names[key]]].rename(columns=dict(enumerate(names)))
     floats = {name: np.float64 for name in frame.columns if frame[name].dtype.kind in "iu"}
-    return Table(path, sep, frame.astype(floats), frozenset(text))
+    return Table(source, sep, frame.astype(floats), frozenset(text), conventions, inexact)

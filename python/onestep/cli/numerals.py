@@ -1,0 +1,71 @@
+"""Texts that stand for numbers and dates: what is understood, and what is refused with the option that settles it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pandas as pd
+
+from .source import Conventions
+
+_CURRENCIES = "$€£¥"
+_BEFORE = re.compile(rf"^([-+]?)\s*[{_CURRENCIES}]\s*")
+_AFTER = re.compile(rf"\s*[%{_CURRENCIES}]$")
+_SYMBOL = re.compile(rf"[%{_CURRENCIES}]")
+# Digits in groups, or with decimals behind a comma: 1,037 and 1.037.000 and 3,5 and 1 037,25.
+_SEPARATED = re.compile(r"[-+]?(?:\d{1,3}(?:[,.' \u00a0\u202f]\d{3})+(?:[.,]\d+)?|\d+,\d+)")
+_DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?:[T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](?:\d{4}|\d{2})(?: .*)?")
+_WHOLE = re.compile(r"[-+]?\d{16,}")
+# From here on float64 skips whole numbers.
+LARGEST_WHOLE = 2**53
+
+
+def plain(values: Any, conventions: Conventions) -> Any:
+    """The texts as Python writes numbers: without a currency or percent sign, without thousands separators."""
+    texts = values.astype("string")
+    texts = texts.str.replace(_BEFORE, r"\1", regex=True).str.replace(_AFTER, "", regex=True)
+    if conventions.thousands:
+        grouped = re.compile(rf"(?<=\d){re.escape(conventions.thousands)}(?=\d{{3}})")
+        texts = texts.str.replace(grouped, "", regex=True)
+    if conventions.decimal != ".":
+        texts = texts.str.replace(conventions.decimal, ".", regex=False)
+    return texts
+
+
+def to_numbers(values: Any, conventions: Conventions) -> Any:
+    """The numbers that a column holds as float64, NaN where a text is not one."""
+    if values.dtype.kind in "fiu":
+        return values
+    return pd.to_numeric(plain(values, conventions), errors="coerce").astype("float64")
+
+
+def symbols(values: Any) -> list[str]:
+    """The currency and percent signs that stand beside the numbers of a column of texts."""
+    if values.dtype.kind in "fiu":
+        return []
+    return sorted(set(values.dropna().astype(str).str.extract(f"({_SYMBOL.pattern})", expand=False).dropna()))
+
+
+def is_separated(text: str) -> bool:
+    """Whether a text looks like a number with thousands separators or a decimal comma."""
+    return bool(_SEPARATED.fullmatch(_AFTER.sub("", _BEFORE.sub(r"\1", text))))
+
+
+def is_date(text: str) -> bool:
+    """Whether a text looks like a date."""
+    return bool(_DATE.fullmatch(text))
+
+
+def is_inexact(text: str) -> bool:
+    """Whether a text is a whole number that float64 may not hold."""
+    return bool(_WHOLE.fullmatch(text)) and abs(int(text)) > LARGEST_WHOLE
+
+
+def separator_hint(text: str) -> str:
+    """The options that say what the separators of a text mean."""
+    found = [c for c in text if c in ",.' \u00a0\u202f"]
+    options = [f"--thousands {found[0]!r}"]
+    if found[-1] in ",":
+        options.append(f"--decimal {found[-1]!r}")
+    return "pass " + " or ".join(options)

@@ -1,0 +1,54 @@
+"""Where a table comes from, and how it writes numbers, dates and missing values."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+STANDARD_INPUT = Path("-")
+
+
+class Source:
+    """A CSV file, or standard input, which is copied to a temporary file since it is read more than once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._name = str(path)
+        if path == STANDARD_INPUT:
+            self._name = "standard input"
+            self._copy = tempfile.NamedTemporaryFile(suffix=".csv")  # noqa: SIM115 (deleted with this object)
+            shutil.copyfileobj(sys.stdin.buffer, self._copy)
+            self._copy.flush()
+            self.path = Path(self._copy.name)
+
+    def __str__(self) -> str:
+        return self._name
+
+    def open(self) -> BinaryIO:
+        """The bytes of the file."""
+        return self.path.open("rb")
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How a file writes numbers and missing values.
+
+    thousands: the character between groups of three digits, or None.
+    decimal: the character before the decimals.
+    missing: the texts that mean a missing value beside the empty field; None: those that pandas knows (NA, null ...).
+    """
+
+    thousands: str | None = None
+    decimal: str = "."
+    missing: tuple[str, ...] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The options of pandas.read_csv that say so."""
+        options: dict[str, Any] = {"thousands": self.thousands, "decimal": self.decimal}
+        if self.missing is not None:
+            options |= {"keep_default_na": False, "na_values": ["", *self.missing]}
+        return options

@@ -1,0 +1,234 @@
+"""The command line on files as people have them: other numerals, dates, codes, classes, standard input, Ctrl-C."""
+
+import io
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_cli import small
+
+import onestep
+from onestep.cli import main
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("rich")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+linear_model = pytest.importorskip("sklearn.linear_model")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def call(*words):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes columns as a CSV file, every field quoted."""
+
+    def write(columns, name="data.csv"):
+        path = tmp_path / name
+        lines = [columns, *zip(*columns.values(), strict=True)]
+        path.write_text("".join(",".join(f'"{field}"' for field in line) + "\n" for line in lines))
+        return path
+
+    return write
+
+
+def weights(path):
+    """The weights and the bias of a saved linear model of numbers, in one vector."""
+    state = safetensors_torch.load_file(path)
+    return torch.cat([state["weight"].flatten(), state["bias"]]).numpy()
+
+
+AMOUNTS = 900 + 37 * np.arange(40)
+TARGET = 3 * AMOUNTS + 5
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "options"),
+    [
+        (lambda v: f"{v:,}", lambda v: v, ["--thousands", ","]),
+        (lambda v: f"{v:,}".replace(",", "."), lambda v: v, ["--thousands", ".", "--decimal", ","]),
+        (lambda v: f"{v:,},50".replace(",", " ", v >= 1000), lambda v: v + 0.5, ["--thousands", " ", "--decimal", ","]),
+        (lambda v: f"{v},5", lambda v: v + 0.5, ["--decimal", ","]),
+        (lambda v: f"${v}", lambda v: v, []),
+        (lambda v: f"-€ {v}.25", lambda v: -v - 0.25, []),
+        (lambda v: f"{v} %", lambda v: v, []),
+        (lambda v: f"£{v:,}", lambda v: v, ["--thousands", ","]),
+    ],
+)
+def test_numerals(run, table, tmp_path, written, value, options):
+    """Each is read as the number that it says; predict reads the same without being told."""
+    texts, y = [written(int(v)) for v in AMOUNTS], [round(4 * value(int(v)) + 5) for v in AMOUNTS]
+    path, saved = table({"amount": texts, "y": y}), tmp_path / "model.safetensors"
+    code, _, err = run("fit", path, "--target", "y", "--save", saved, *options)
+    assert code == 0, err
+    assert ("is left out" in err) == any(sign in texts[0] for sign in "$€£%")
+    np.testing.assert_allclose(weights(saved), [4, 5], rtol=1e-7)
+    code, out, _ = run("predict", saved, path)
+    np.testing.assert_allclose([float(line) for line in out.splitlines()[1:]], y, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([f"{v:,}" for v in 1000 + AMOUNTS], "such as '1,900' on line 2; pass --thousands ',' or --decimal ','"),
+        ([f"{v},5" for v in AMOUNTS], "such as '900,5' on line 2; pass --thousands ',' or --decimal ','"),
+        ([f"{v:,}" for v in AMOUNTS], "'amount' "),
+        (["5 %", "$5"] * 20, "mixes the units $, %"),
+        ([f"2021-03-{1 + v % 28:02}" for v in AMOUNTS], "dates, such as '2021-03-05' on line 2; pass --dates 'amount'"),
+        ([f"{1 + v % 28}/3/2021" for v in AMOUNTS], "seems to hold dates"),
+        ([2**53 + int(v) for v in AMOUNTS], "whole numbers beyond 2^53 (9007199254741892 on line 2)"),
+        ([2**70 + int(v) for v in AMOUNTS], "whole numbers beyond 2^53"),
+        (["", *(2**53 + int(v) for v in AMOUNTS[1:])], "whole numbers beyond 2^53"),
+    ],
+)
+def test_columns_that_say_something_else(run, table, texts, message):
+    """Refused with the column, an example and the option, rather than taken for categories or rounded."""
+    path = table({"amount": texts, "b": np.arange(40) % 7, "y": TARGET})
+    code, out, err = run("fit", path, "--target", "y", "--impute", "median")
+    assert (code, out) == (2, "") and "'amount'" in err and message in err
+    code, _, err = run("fit", path, "--target", "y", "--impute", "median", "--categorical", "amount")
+    assert code == 0 or "different values" in err
+
+
+def test_dates(run, table, tmp_path):
+    days = pd.date_range("2019-11-20", periods=120, freq="5D")
+    y = 2 * days.year + 3 * days.month - days.day + 7 * days.day_of_week
+    saved = tmp_path / "model.safetensors"
+    for form, options in (("%Y-%m-%d", []), ("%d/%m/%Y", ["--date-format", "%d/%m/%Y"])):
+        path = table({"when": days.strftime(form), "y": y})
+        code, out, err = run("fit", path, "--target", "y", "--dates", "when", "--save", saved, *options)
+        assert (code, err) == (0, "") and "when weekday" in out
+        np.testing.assert_allclose(weights(saved), [2, 3, -1, 7, 0], atol=1e-6)
+        code, out, err = run("predict", saved, path)
+        np.testing.assert_allclose([float(line) for line in out.splitlines()[1:]], y, rtol=1e-9)
+    code, _, err = run("fit", path, "--target", "y", "--dates", "when")
+    assert code == 2 and "'when' should hold dates, but line 2 has '20/11/2019'" in err and "--date-format" in err
+
+
+def test_codes_that_read_like_missing_values(run, table, tmp_path):
+    """Namibia is NA."""
+    path = table({"country": ["NA", "DE", "FR", "DE"] * 20, "y": [7.5, 3, 1, 3] * 20})
+    code, _, err = run("fit", path, "--target", "y")
+    assert code == 2 and "missing values in country (20)" in err
+    saved = tmp_path / "model.safetensors"
+    code, out, err = run("fit", path, "--target", "y", "--missing", "--save", saved)
+    assert (code, err) == (0, "") and re.search(r"country = NA +\+4\.5", out)
+    # As the file that it was fitted on.
+    assert float(run("predict", saved, path)[1].splitlines()[1]) == pytest.approx(7.5)
+    code, _, err = run(
+        "fit", table({"a": [1, 2, "gone", 5] * 20, "y": [1, 2, 3, 4] * 20}), "--target", "y", "--missing", "gone"
+    )
+    assert code == 2 and "missing values in a (20)" in err
+
+
+def test_standard_input(run, table, tmp_path, monkeypatch):
+    path, saved = table({"a": AMOUNTS, "y": TARGET}), tmp_path / "model.safetensors"
+
+    def feed(content):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    feed(path.read_bytes())
+    code, out, err = run("fit", "-", "--target", "y", "--save", saved)
+    assert (code, err) == (0, "") and out.startswith("standard input: 40 rows")
+    feed(path.read_bytes())
+    assert run("predict", saved, "-")[1] == run("predict", saved, path)[1]
+    feed(b"a,y\n1,2\n3\n")
+    assert "standard input: line 3 has 1 fields" in run("fit", "-", "--target", "y")[2]
+
+
+def test_rows_with_unknown_categories_get_an_empty_prediction(run, tmp_path):
+    data, saved = tmp_path / "data.csv", tmp_path / "model.safetensors"
+    data.write_text(small())
+    run("fit", data, "--target", "y", "--save", saved)
+    data.write_text("a,b,kind,y\n1,2,u,4\n1,2,w,4\n0,0,v,15\n0,0,x,15\n")
+    code, out, err = run("predict", saved, data)
+    assert (
+        code == 0
+        and [round(float(line), 6) for line in out.splitlines()[1::2]] == [4, 15]
+        and out.splitlines()[2::2] == ['""'] * 2
+    )
+    assert "2 rows without a prediction: column 'kind' has 'w' on line 3, which was not there" in err
+    assert "R² 1.0000" in err and "(2 rows)" in err
+
+
+def flowers(classes):
+    rng = np.random.default_rng(0)
+    labels = np.array([f"kind {code}" for code in range(classes)])
+    codes = rng.integers(classes, size=150)
+    points = rng.normal(size=(150, 2)) + 1.5 * np.stack([codes, codes % 2], 1)
+    return points, labels[codes]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_classes(run, table, tmp_path, classes):
+    """The model and its probabilities are scikit-learn's, on standardised columns."""
+    points, labels = flowers(classes)
+    path, saved = table({"a": points[:, 0], "b": 50 * points[:, 1], "kind": labels}), tmp_path / "model.safetensors"
+    code, out, err = run("fit", path, "--target", "kind", "--test-size", 0, "--save", saved)
+    assert code == 0 and f"the target 'kind' has {classes} classes: it is classified" in err
+    assert ("log-odds of kind 1" in out) == (classes == 2)
+    Z = points / points.std(0)
+    peer = linear_model.LogisticRegression(tol=1e-10, max_iter=1000).fit(Z - Z.mean(0), labels)
+    expected = peer.predict_proba(Z - Z.mean(0))
+    assert re.search(r"training:  accuracy " + f"{peer.score(Z - Z.mean(0), labels):.4f}", out)
+    code, out, err = run("predict", saved, path)
+    lines = [line.split(",") for line in out.splitlines()]
+    assert lines[0] == ["predicted_kind", "probability"]
+    assert [line[0] for line in lines[1:]] == list(peer.classes_[expected.argmax(1)])
+    np.testing.assert_allclose([float(line[1]) for line in lines[1:]], expected.max(1), atol=1e-5)
+    assert "score: accuracy" in err and "(150 rows)" in err
+    layer = torch.nn.Linear(2, classes, dtype=torch.float64)
+    layer.load_state_dict(safetensors_torch.load_file(saved))
+    scores = layer(torch.tensor(np.stack([points[:, 0], 50 * points[:, 1]], 1)))
+    np.testing.assert_allclose(scores.softmax(1).detach().numpy(), expected, atol=1e-5)
+
+
+def test_classes_by_a_network(run, table, tmp_path):
+    points, labels = flowers(3)
+    path, saved = table({"a": points[:, 0], "b": points[:, 1], "kind": labels}), tmp_path / "model.safetensors"
+    code, out, _ = run("fit", path, "--target", "kind", "--model", "mlp", "--hidden", 8, "--alpha", 1, "--save", saved)
+    assert code == 0 and "2-8-3 with relu" in out
+    accuracy = float(re.search(r"training:  accuracy ([\d.]+)", out)[1])
+    assert accuracy > 0.75
+    assert run("predict", saved, path)[1].startswith("predicted_kind,probability\nkind ")
+
+
+def test_what_counts_as_a_class(run, table):
+    binary = table({"a": AMOUNTS, "y": (AMOUNTS > 1500).astype(int)})
+    _code, out, err = run("fit", binary, "--target", "y")
+    assert "the target 'y' has 2 classes: it is classified; pass --task regression" in err and "accuracy" in out
+    assert "R²" in run("fit", binary, "--target", "y", "--task", "regression")[1]
+    stars = table({"a": AMOUNTS, "y": 1 + np.arange(40) % 5})
+    _, out, err = run("fit", stars, "--target", "y")
+    assert "pass --task classification if they are classes" in err and "R²" in out
+    assert "accuracy" in run("fit", stars, "--target", "y", "--task", "classification")[1]
+
+
+def test_an_interrupted_network_is_kept(run, table, tmp_path, monkeypatch):
+    """What fit had reached is reported and saved, and the exit code is that of an interrupt."""
+    path, saved = table({"a": AMOUNTS, "y": np.sin(AMOUNTS / 300)}), tmp_path / "model.safetensors"
+    real = onestep.fit
+
+    def interrupted(*args, **kwargs):
+        result = real(*args, **kwargs | {"max_steps": 3})
+        result.reason = "interrupted"
+        return result
+
+    monkeypatch.setattr(onestep, "fit", interrupted)
+    code, out, err = run("fit", path, "--target", "y", "--model", "mlp", "--hidden", 4, "--save", saved)
+    assert code == 130 and "interrupted after 3 steps: the network as it stood was kept" in err
+    assert "saved to" in out and saved.exists()
+    assert run("predict", saved, path)[0] == 0
