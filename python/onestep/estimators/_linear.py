@@ -9,6 +9,7 @@ import torch
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import FLOATS, Array, check_weight, give_back, to_numpy, to_tensor
 
 
@@ -57,6 +58,7 @@ class LinearEstimator:
         else:
             self.intercept_ = 0.0
 
+    @one_thread_after_fork()
     def _linear(self, X: Any) -> Any:
         """X coef_ᵀ + intercept_, in the type and kind of X."""
         check_is_fitted(self)

@@ -108,7 +108,7 @@ def choose(scores: Array, alphas: Array, k: int, *, per_target: bool) -> tuple[T
             f"the scores of the alphas are not all finite: {scores.tolist()}; a penalty whose score is NaN is chosen "
             "only if all are. R² of folds with a single row is undefined: pass another scoring, or larger folds",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         known = np.where(np.isnan(scores), -np.inf, scores)
     else:

@@ -160,5 +160,5 @@ def _warn_rank(rank: int, d: int, alpha: float, centred: bool) -> None:
         f"{what} has rank {rank} of {d} features and alpha is {alpha:g}: the solution is not unique, "
         "and the one of minimum norm is returned; set a larger alpha for a unique one",
         LinAlgWarning,
-        stacklevel=5,
+        stacklevel=6,
     )

@@ -16,6 +16,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
+from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import check_flag, give_back, to_numpy
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
@@ -68,7 +69,7 @@ class _GLM(LinearEstimator):
                 f"largest slope of {found.point.slope:.2e}; expected at most tol={self.tol}, and a step that promises "
                 "little. Raise max_iter, penalise more, or pass float64.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return found
 
@@ -151,6 +152,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         self.class_weight = class_weight
         self.warm_start = warm_start
 
+    @one_thread_after_fork()
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LogisticRegression:
         """Fit to X and the labels y.
 
@@ -245,6 +247,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         labels = classes[(scores > 0).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)]
         return torch.from_numpy(labels) if isinstance(X, Tensor) and labels.dtype.kind in "biuf" else labels
 
+    @one_thread_after_fork()
     def predict_proba(self, X: Any) -> Any:
         """The probability of each class.
 
@@ -259,6 +262,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         """
         return give_back(self._log_probabilities(X).exp(), tensors=isinstance(X, Tensor))
 
+    @one_thread_after_fork()
     def predict_log_proba(self, X: Any) -> Any:
         """The logarithm of `predict_proba`, without its underflow.
 
@@ -323,6 +327,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         self.tol = tol
         self.warm_start = warm_start
 
+    @one_thread_after_fork()
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PoissonRegressor:
         """Fit to X and the counts y.
 
@@ -356,6 +361,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         self.n_iter_ = found.steps
         return self
 
+    @one_thread_after_fork()
     def predict(self, X: Any) -> Any:
         """The expected count e^(X coef_ + intercept_).
 

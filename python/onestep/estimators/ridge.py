@@ -15,6 +15,7 @@ from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
+from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import check_alphas, check_flag, to_numpy
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._solve import Solution, solve_ridge
@@ -88,6 +89,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.alpha = alpha
         self.fit_intercept = fit_intercept
 
+    @one_thread_after_fork()
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Ridge:
         """Fit to X and y; gradients do not flow through a fit, so tensors are detached.
 
@@ -114,6 +116,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         self._solve(data, as_targets(data.y, data.X))
         return self
 
+    @one_thread_after_fork()
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Ridge:
         """Fit to these rows and to those of all earlier calls, none of which are kept.
 
@@ -145,7 +148,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
             warnings.warn(
                 "fit keeps no sums of its rows: partial_fit starts anew from the rows that it is given",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         data = self._check_fit(X, y, sample_weight, y_numeric=True, reset=first)
         self._add(data, as_targets(data.y, data.X))
@@ -209,6 +212,7 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         self.fit_intercept = fit_intercept
         self.class_weight = class_weight
 
+    @one_thread_after_fork()
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> RidgeClassifier:
         """Fit to X and the labels y.
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from onestep._fork import one_thread_after_fork
+
 _lock = threading.RLock()
 
 
@@ -19,7 +21,7 @@ def exclusive() -> Iterator[None]:
     epoch of a shuffling DataLoader is drawn from the process's random numbers. One lock serves all three, since with
     several of them two threads could wait for each other. It is held for one chunk of rows at a time.
     """
-    with _lock:
+    with _lock, one_thread_after_fork():
         yield
 
 

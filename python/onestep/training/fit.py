@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep._fork import one_thread_after_fork
 from onestep.evaluation.distributed import same_everywhere
 from onestep.evaluation.losses import as_loss
 from onestep.evaluation.module import eval_mode, warn_of_eval_mode
@@ -24,6 +25,7 @@ from onestep.training.result import FitResult
 from onestep.training.structures.affine import NOT_AFFINE
 
 
+@one_thread_after_fork()
 def fit(
     model: nn.Module,
     data: Any,
