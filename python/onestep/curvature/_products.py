@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
+from onestep._fork import one_thread_after_fork
 from onestep.curvature._kernels import Kernels, differentiable_kernels, may_be_differentiated
 
 # A tensor, or a mapping of names to tensors.
@@ -66,6 +67,7 @@ def _gradient_of(scalar: Callable[[Parameters], Tensor], kernels: Kernels) -> Ca
     return gradient
 
 
+@one_thread_after_fork()
 def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Parameters:
     """Computes Hv, H = ∂²loss/∂params², by forward mode over reverse mode (Pearlmutter, Neural Computation 6, 1994).
 
@@ -113,6 +115,7 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
             return product
 
 
+@one_thread_after_fork()
 def ggnvp(
     model_fn: Callable[[Parameters], Tensor],
     loss_fn: Callable[[Tensor], Tensor],

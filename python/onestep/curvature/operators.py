@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.utils._pytree import tree_map_only
 
+from onestep._fork import one_thread_after_fork
 from onestep.curvature._conjugate_gradient import conjugate_gradient
 from onestep.curvature._estimates import Estimate, estimate_diagonal, estimate_trace
 from onestep.curvature._kernels import differentiable_kernels
@@ -110,6 +111,7 @@ class CurvatureOperator(ABC):
     # How many frames __init__ is from the user's call, for warnings.
     _construction_depth = 2
 
+    @one_thread_after_fork()
     def __init__(
         self,
         model: nn.Module,
@@ -165,6 +167,7 @@ class CurvatureOperator(ABC):
 
     # ------------------------------------------------------------------------------------------------------ products
 
+    @one_thread_after_fork()
     def __matmul__(self, v: Vectors) -> Vectors:
         """Computes A v.
 
@@ -185,6 +188,7 @@ class CurvatureOperator(ABC):
         product: Vectors = self._like(v, self._multiply(block))
         return product
 
+    @one_thread_after_fork()
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """The loss over all data, and its gradient (p,): ``solve(-gradient, damping)`` is a damped Newton step."""
         with eval_mode(self.model):
@@ -225,6 +229,7 @@ class CurvatureOperator(ABC):
 
     # ----------------------------------------------------------------------------------------------------- estimates
 
+    @one_thread_after_fork()
     def trace(self, samples: int = 64, *, generator: torch.Generator | None = None) -> Estimate:
         """Estimates tr A by Hutchinson's method (Communications in Statistics 19, 1990).
 
@@ -238,6 +243,7 @@ class CurvatureOperator(ABC):
         """
         return estimate_trace(self.__matmul__, self._empty(), samples, generator)
 
+    @one_thread_after_fork()
     def diagonal(self, samples: int = 64, *, generator: torch.Generator | None = None) -> Estimate:
         """Estimates diag A, (p,), by z∘Az with random signs z (Bekas, Kokiopoulou and Saad 2007).
 
@@ -247,6 +253,7 @@ class CurvatureOperator(ABC):
 
     # --------------------------------------------------------------------------------------------------------- solve
 
+    @one_thread_after_fork()
     def solve(
         self,
         b: Vectors,

@@ -1,0 +1,94 @@
+"""A child that was forked after the parent used torch's threads: estimators, fit and operators run there, too."""
+
+import os
+import signal
+import time
+import traceback
+
+import numpy as np
+import pytest
+import torch
+
+import onestep
+from onestep import LogisticRegression, PoissonRegressor, Ridge, RidgeClassifier, RidgeCV
+from onestep._fork import one_thread_after_fork
+from onestep.curvature import GaussNewtonOperator, hvp
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(2000, 40))
+Y = X[:, :10] + rng.normal(size=(2000, 10))
+LABELS = Y.argmax(1)
+DEPENDENT = np.hstack([X, X[:, :5]])
+
+
+def fitted_module():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1)).double()
+    data = torch.from_numpy(X), torch.from_numpy(Y[:, :1])
+    onestep.fit(model, data, "mse", method="newton_cg", max_steps=2, progress=False)
+    return next(model.parameters()).detach().numpy()
+
+
+def operator_product():
+    model = torch.nn.Linear(40, 10).double()
+    operator = GaussNewtonOperator(model, "mse", (torch.from_numpy(X), torch.from_numpy(Y)), progress=False)
+    return (operator @ torch.ones(410, dtype=torch.float64)).numpy()
+
+
+def product():
+    inputs, targets, W = torch.from_numpy(X), torch.from_numpy(Y), torch.ones(40, 10, dtype=torch.float64)
+    return hvp(lambda w: (inputs @ w - targets).square().mean(), W, W).numpy()
+
+
+JOBS = {
+    "RidgeCV": lambda: RidgeCV().fit(X, Y).coef_,
+    "RidgeCV by folds": lambda: RidgeCV(cv=3).fit(X, Y[:, 0]).coef_,
+    "Ridge": lambda: Ridge(alpha=0.0).fit(DEPENDENT, Y).coef_,
+    "partial_fit": lambda: Ridge(alpha=0.0).partial_fit(DEPENDENT, Y).coef_,
+    "RidgeClassifier": lambda: RidgeClassifier().fit(X, LABELS).decision_function(X),
+    "LogisticRegression": lambda: LogisticRegression(tol=1e-8).fit(X, LABELS).predict_proba(X),
+    "PoissonRegressor": lambda: PoissonRegressor().fit(X, Y[:, 0].clip(0)).predict(X),
+    "fit": fitted_module,
+    "operator": operator_product,
+    "hvp": product,
+}
+
+
+@pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning", "ignore::DeprecationWarning")
+def test_forked_child(restore_threads):
+    torch.set_num_threads(2)
+    # The parent's pool exists when a region ran on it.
+    torch.ones(1_000_000).sum()
+    torch.linalg.eigh(torch.from_numpy(X.T @ X))
+    expected = {name: job() for name, job in JOBS.items()}
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            for name, job in JOBS.items():
+                os.write(writing, f"{name}, ".encode())
+                np.testing.assert_allclose(job(), expected[name], rtol=1e-6, atol=1e-9)
+            assert torch.get_num_threads() == 2
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writing)
+    deadline, ended = time.monotonic() + 120, 0
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.02)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail(f"the forked child hangs in the last of: {os.read(reading, 1000).decode()}")
+    os.close(reading)
+    assert status == 0, "see the child's traceback"
+
+
+def test_nothing_changes_outside_a_fork(restore_threads):
+    torch.set_num_threads(2)
+    with one_thread_after_fork():
+        assert torch.get_num_threads() == 2
