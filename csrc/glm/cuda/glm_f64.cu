@@ -1,0 +1,8 @@
+#include "glm/cuda/glm-inl.cuh"
+
+namespace onestep::cuda {
+
+ONESTEP_INSTANTIATE_GLM_PASSES(double, double)
+ONESTEP_INSTANTIATE_GLM_CHUNKS(double)
+
+}  // namespace onestep::cuda
