@@ -1,5 +1,6 @@
 #include "base/cuda/bind.hpp"
-#include "glm/cuda/glm_cuda.hpp"
+
+#include "glm/cuda/glm.hpp"
 
 namespace onestep {
 namespace {
@@ -67,9 +68,8 @@ void bind_product(int family, bool intercept, const Operand& x, const Operand& w
     args.m = m;
     args.v = bindings::batched<const T>(v, 2);
     args.product = pointer<T>(product);
-    bindings::run_on_device(device, [&] {
-        return cuda::glm_product(args, pointer<void>(workspace), bindings::stream_of(stream));
-    });
+    bindings::run_on_device(
+        device, [&] { return cuda::glm_product(args, pointer<void>(workspace), bindings::stream_of(stream)); });
 }
 
 template <class X, class T>

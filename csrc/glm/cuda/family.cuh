@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "base/cuda/device.cuh"
-#include "glm/cuda/glm_cuda.hpp"
+#include "glm/cuda/glm.hpp"
 
 namespace onestep::cuda::glm {
 
@@ -45,7 +45,8 @@ __device__ Terms<T> terms(GlmFamily family, T eta, T y, T weight) {
     const T t = std::exp(-std::fabs(eta));
     const T larger = T(1) / (T(1) + t);
     const T p = eta >= T(0) ? larger : t * larger;
-    return {weight * ((eta > T(0) ? eta : T(0)) + std::log1p(t) - y * eta), weight * (p - y), weight * (t * larger * larger)};
+    return {weight * ((eta > T(0) ? eta : T(0)) + std::log1p(t) - y * eta), weight * (p - y),
+            weight * (t * larger * larger)};
 }
 
 // Whether the family knows this target. NaN compares false. Of softmax it is an entry of a row of probabilities.

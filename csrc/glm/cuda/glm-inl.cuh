@@ -35,10 +35,10 @@ inline int64_t blocks_for(int64_t tiles, int64_t per_processor, int64_t least) {
 
 template <class X, class T, int lanes, int chunks, bool point>
 Pass<X, T> rows_pass(const GlmData<X, T>& data) {
-    const int64_t tile = kRowsInFlight<chunks> * (32 / lanes) * kWarps;
+    const int64_t tile = kRowsInFlight<X, chunks> * (32 / lanes) * kWarps;
     const int64_t summed_rows = kMostSummedRows * kWarps * (32 / lanes);
     return {rows_kernel<X, T, lanes, chunks, point>, rows_shared_bytes<T>(data.rows_of_w()),
-            blocks_for(ceil_div(data.n, tile), kRowsResident<T, chunks>, ceil_div(data.n, summed_rows))};
+            blocks_for(ceil_div(data.n, tile), kRowsResident<X, chunks>, ceil_div(data.n, summed_rows))};
 }
 
 template <class X>
@@ -183,8 +183,8 @@ Status glm_product(const GlmProductArgs<X, T>& args, void* workspace, cudaStream
     pass.right = {args.v.data, args.v.row, args.v.col};
     pass.right_stride = args.v.batch[0];
     pass.curvature = const_cast<T*>(args.curvature);
-    return glm::run<X, T>(glm::pass_for<X, T, false>(args.data, args.m), pass, args.product, nullptr, nullptr, workspace,
-                          stream);
+    return glm::run<X, T>(glm::pass_for<X, T, false>(args.data, args.m), pass, args.product, nullptr, nullptr,
+                          workspace, stream);
 }
 
 template <class X, class T>
@@ -209,14 +209,14 @@ Status glm_chunk_product(const GlmData<X, T>& data, int64_t m, T* outputs, const
                   outputs);
 }
 
-#define ONESTEP_INSTANTIATE_GLM_PASSES(X, T)                                                \
-    template int64_t glm_most_columns<X, T>(int64_t, bool);                                 \
-    template int64_t glm_workspace(const GlmData<X, T>&, int64_t);                          \
-    template Status glm_point(const GlmPointArgs<X, T>&, T*, void*, cudaStream_t);          \
+#define ONESTEP_INSTANTIATE_GLM_PASSES(X, T)                                       \
+    template int64_t glm_most_columns<X, T>(int64_t, bool);                        \
+    template int64_t glm_workspace(const GlmData<X, T>&, int64_t);                 \
+    template Status glm_point(const GlmPointArgs<X, T>&, T*, void*, cudaStream_t); \
     template Status glm_product(const GlmProductArgs<X, T>&, void*, cudaStream_t);
 
-#define ONESTEP_INSTANTIATE_GLM_CHUNKS(T)                                                          \
-    template Status glm_chunk_point(const GlmData<T, T>&, T*, T*, double*, int*, cudaStream_t);    \
+#define ONESTEP_INSTANTIATE_GLM_CHUNKS(T)                                                       \
+    template Status glm_chunk_point(const GlmData<T, T>&, T*, T*, double*, int*, cudaStream_t); \
     template Status glm_chunk_product(const GlmData<T, T>&, int64_t, T*, const T*, cudaStream_t);
 
 }  // namespace onestep::cuda

@@ -104,8 +104,8 @@ __device__ void softmax_row(const PassArgs<X, T>& args, int64_t row, bool valid,
     }
     const T lse = peak + std::log(sum);
     for (int c = lane; c < classes; c += lanes) {
-        const T y = data.labels.data == nullptr ? data.y.data[row * data.y.row + c * data.y.col]
-                                                : (label == c ? T(1) : T(0));
+        const T y =
+            data.labels.data == nullptr ? data.y.data[row * data.y.row + c * data.y.col] : (label == c ? T(1) : T(0));
         const T p = std::exp(z[c] - lse);
         loss += static_cast<double>(weight * y * (lse - z[c]));
         if (args.curvature != nullptr) {
@@ -175,8 +175,8 @@ __device__ void middle_row(const PassArgs<X, T>& args, int64_t row, int lane, T*
     }
 }
 
-// Adds up a block's losses and statuses, in a fixed order, and leaves them for the second kernel. `scratch` is kLossBytes
-// of shared memory that nobody else uses.
+// Adds up a block's losses and statuses, in a fixed order, and leaves them for the second kernel. `scratch` is
+// kLossBytes of shared memory that nobody else uses.
 __device__ inline void store_block_loss(double loss, int status, double* scratch, double* losses, int* statuses) {
     int* codes = reinterpret_cast<int*>(scratch + kWarps);
     for (int mask = 16; mask >= 1; mask /= 2) {

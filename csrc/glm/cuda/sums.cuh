@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(SumArgs<T> args) {
 // Rows of outputs that a block takes; a row is a warp's.
 inline constexpr int kChunkRows = 64;
 
-// Replaces the outputs (rows × m·k) of a chunk of rows by what is multiplied back by Xᵀ. A point's loss and status go to
-// this block's place in args.losses and args.statuses.
+// Replaces the outputs (rows × m·k) of a chunk of rows by what is multiplied back by Xᵀ. A point's loss and status go
+// to this block's place in args.losses and args.statuses.
 template <class X, class T, bool point>
 __global__ void __launch_bounds__(kThreads) chunk_kernel(PassArgs<X, T> args, T* outputs) {
     ONESTEP_SHARED(double, scratch, [kLossBytes / 8]);

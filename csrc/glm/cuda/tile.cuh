@@ -93,9 +93,9 @@ __global__ void __launch_bounds__(kThreads, 2) tile_kernel(PassArgs<X, T> args) 
         const int row = at / kRightRow;
         const int q = at % kRightRow;
         const int side = q / static_cast<int>(data.k);
-        right[at] = q < used ? args.right.data[side * args.right_stride + row * args.right.row +
-                                               q % data.k * args.right.col]
-                             : T(0);
+        right[at] = q < used
+                        ? args.right.data[side * args.right_stride + row * args.right.row + q % data.k * args.right.col]
+                        : T(0);
     }
     // What stands behind the features stays as it is from tile to tile.
     for (int at = threadIdx.x; at < kTileRows * static_cast<int>(stride - data.d); at += kThreads) {
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kThreads, 2) tile_kernel(PassArgs<X, T> args) 
         }
         __syncthreads();
         const int row = threadIdx.x / kRowLanes;
-        middle_row<point, kRowLanes>(args, first + row, static_cast<int>(threadIdx.x % kRowLanes), outputs + row * columns, loss,
-                          status);
+        middle_row<point, kRowLanes>(args, first + row, static_cast<int>(threadIdx.x % kRowLanes),
+                                     outputs + row * columns, loss, status);
         __syncthreads();
         if (part < parts && args.partial != nullptr) {
             for (int r = part; r < kTileRows; r += parts) {

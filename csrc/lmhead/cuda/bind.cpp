@@ -1,5 +1,6 @@
 #include "base/cuda/bind.hpp"
-#include "lmhead/cuda/lmhead_cuda.hpp"
+
+#include "lmhead/cuda/lmhead.hpp"
 
 namespace onestep {
 namespace {

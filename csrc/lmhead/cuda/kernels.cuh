@@ -1,11 +1,11 @@
-// Kernels of the language-model head; see lmhead_cuda.hpp.
+// Kernels of the language-model head; see lmhead.hpp.
 #pragma once
 
 #include <cmath>
 
 #include "base/cuda/device.cuh"
 #include "base/cuda/numbers.cuh"
-#include "lmhead/cuda/lmhead_cuda.hpp"
+#include "lmhead/cuda/lmhead.hpp"
 
 namespace onestep::cuda::lmhead {
 
@@ -157,7 +157,8 @@ __device__ void finish_row(const HeadChunk<T, Input>& chunk, int64_t row, const 
         loss_tangent -= smoothing / static_cast<T>(chunk.classes) * online.total_tangent;
     }
     T weight = element(chunk.row_weight, row);
-    T weight_tangent = tangent && chunk.row_weight_tangent.data != nullptr ? element(chunk.row_weight_tangent, row) : T(0);
+    T weight_tangent =
+        tangent && chunk.row_weight_tangent.data != nullptr ? element(chunk.row_weight_tangent, row) : T(0);
     if (ignored) {
         weight = weight_tangent = loss = loss_tangent = T(0);
     } else if (target < 0 || target >= chunk.classes) {
@@ -264,7 +265,7 @@ struct Row {
     int64_t target;
     bool ignored;
     T lse, mean, weight, weight_tangent;
-    T smoothed;  // q of a class that is not the target
+    T smoothed;   // q of a class that is not the target
     T at_target;  // what q has more there
 };
 
@@ -326,7 +327,8 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(HeadChunk<T, Input> 
 #pragma unroll
             for (int i = 0; i < kSpan; ++i) {
                 if (i < count) {
-                    const Slopes<T> both = slopes<tangent>(chunk, row, at + i, gradients[i], tangent ? tangents[i] : T(0));
+                    const Slopes<T> both =
+                        slopes<tangent>(chunk, row, at + i, gradients[i], tangent ? tangents[i] : T(0));
                     gradients[i] = both.gradient * factor;
                     tangents[i] = both.tangent * factor;
                 }

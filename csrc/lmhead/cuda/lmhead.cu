@@ -53,9 +53,9 @@ Status head_value(int64_t count, const double* values, T* value, cudaStream_t st
     return launch(lmhead::value_kernel<T>, grid(1), kBlock, 0, stream, count, values, value);
 }
 
-#define ONESTEP_INSTANTIATE(T, Input)                                                                              \
-    template Status head_statistics(const HeadChunk<T, Input>&, int64_t, int64_t, T*, double*, cudaStream_t);      \
-    template Status head_bias_gradient(const HeadChunk<T, Input>&, T*, cudaStream_t);                              \
+#define ONESTEP_INSTANTIATE(T, Input)                                                                         \
+    template Status head_statistics(const HeadChunk<T, Input>&, int64_t, int64_t, T*, double*, cudaStream_t); \
+    template Status head_bias_gradient(const HeadChunk<T, Input>&, T*, cudaStream_t);                         \
     template Status head_gradient(const HeadChunk<T, Input>&, bool, const T*, cudaStream_t);
 ONESTEP_INSTANTIATE(float, float)
 ONESTEP_INSTANTIATE(double, double)

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "base/cuda/numbers.cuh"
-#include "glm/cuda/glm_cuda.hpp"
+#include "glm/cuda/glm.hpp"
 #include "glm/glm.hpp"
 #include "testing.hpp"
 

@@ -1,5 +1,5 @@
-// The language-model head's CUDA kernels, on the emulator, against the plain loops in double: losses, sums and gradients
-// of both kinds in every type, with classes in one block and in several.
+// The language-model head's CUDA kernels, on the emulator, against the plain loops in double: losses, sums and
+// gradients of both kinds in every type, with classes in one block and in several.
 #include <cmath>
 #include <limits>
 #include <random>
@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "base/cuda/numbers.cuh"
-#include "lmhead/cuda/lmhead_cuda.hpp"
+#include "lmhead/cuda/lmhead.hpp"
 #include "lmhead/lmhead.hpp"
 #include "testing.hpp"
 

@@ -50,8 +50,8 @@ struct HeadChunk {
     T* logits = nullptr;          // rows × leading, 16-byte aligned, leading a multiple of 8: z without the bias
     T* logits_tangent = nullptr;  // the same for ż, or null: then everything is of the value, not the tangent
     int64_t leading = 0;
-    Strided<Input> bias, bias_tangent;         // classes
-    Strided<int64_t> target;                   // rows
+    Strided<Input> bias, bias_tangent;          // classes
+    Strided<int64_t> target;                    // rows
     Strided<T> row_weight, row_weight_tangent;  // rows
     int64_t ignore_index = -100;
     double label_smoothing = 0.0;
@@ -68,8 +68,8 @@ Status head_statistics(const HeadChunk<T, Input>& chunk, int64_t first, int64_t 
 template <class T, class Input>
 Status head_bias_gradient(const HeadChunk<T, Input>& chunk, T* grad_bias, cudaStream_t stream);
 
-// Replaces the logits by g: g · scale, rounded to Input, a row where the row of logits began. With a tangent, ġ replaces
-// the logits' tangent, and g the logits only if `cross`. `scale` (1) keeps float16 in range; null for 1.
+// Replaces the logits by g: g · scale, rounded to Input, a row where the row of logits began. With a tangent, ġ
+// replaces the logits' tangent, and g the logits only if `cross`. `scale` (1) keeps float16 in range; null for 1.
 template <class T, class Input>
 Status head_gradient(const HeadChunk<T, Input>& chunk, bool cross, const T* scale, cudaStream_t stream);
 

@@ -6,8 +6,8 @@
 //
 // Many columns: Python multiplies chunks of rows by torch's GEMM; glm_chunk_* do what lies between.
 //
-// Nothing here waits for the device. A bad target or a negative weight makes the results NaN and sets `info`, a number of
-// the results' type, so that it can stand behind a curvature (kCurvatureSlack).
+// Nothing here waits for the device. A bad target or a negative weight makes the results NaN and sets `info`, a number
+// of the results' type, so that it can stand behind a curvature (kCurvatureSlack).
 #pragma once
 
 #include <cstdint>
