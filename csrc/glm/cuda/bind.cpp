@@ -9,6 +9,7 @@ namespace py = pybind11;
 using bindings::Address;
 using bindings::Operand;
 using bindings::pointer;
+using py::literals::operator""_a;
 
 // Not Batched::at, which would have to know the 16-bit types.
 template <class T>
@@ -105,16 +106,23 @@ void bind_sum_losses(int64_t count, Address losses, Address statuses, Address lo
 // Passes by the type of X; what lies between two GEMMs sees only the type of the results.
 template <class X, class T>
 void register_passes(py::module_& module, const std::string& suffix) {
-    module.def(("glm_workspace_" + suffix).c_str(), bind_workspace<X, T>);
-    module.def(("glm_point_" + suffix).c_str(), bind_point<X, T>);
-    module.def(("glm_product_" + suffix).c_str(), bind_product<X, T>);
+    module.def(("glm_workspace_" + suffix).c_str(), bind_workspace<X, T>, "intercept"_a, "n"_a, "d"_a, "k"_a, "m"_a,
+               "device"_a);
+    module.def(("glm_point_" + suffix).c_str(), bind_point<X, T>, "family"_a, "intercept"_a, "x"_a, "y"_a, "labels"_a,
+               "weight"_a, "w"_a, "n"_a, "d"_a, "k"_a, "loss"_a, "gradient"_a, "curvature"_a, "info"_a, "workspace"_a,
+               "device"_a, "stream"_a);
+    module.def(("glm_product_" + suffix).c_str(), bind_product<X, T>, "family"_a, "intercept"_a, "x"_a, "weight"_a,
+               "curvature"_a, "v"_a, "m"_a, "n"_a, "d"_a, "k"_a, "product"_a, "workspace"_a, "device"_a, "stream"_a);
 }
 
 template <class T>
 void register_chunks(py::module_& module, const std::string& suffix) {
-    module.def(("glm_chunk_point_" + suffix).c_str(), bind_chunk_point<T, T>);
-    module.def(("glm_chunk_product_" + suffix).c_str(), bind_chunk_product<T, T>);
-    module.def(("glm_sum_losses_" + suffix).c_str(), bind_sum_losses<T>);
+    module.def(("glm_chunk_point_" + suffix).c_str(), bind_chunk_point<T, T>, "family"_a, "y"_a, "labels"_a, "weight"_a,
+               "n"_a, "k"_a, "outputs"_a, "curvature"_a, "losses"_a, "statuses"_a, "device"_a, "stream"_a);
+    module.def(("glm_chunk_product_" + suffix).c_str(), bind_chunk_product<T, T>, "family"_a, "weight"_a, "n"_a, "k"_a,
+               "m"_a, "outputs"_a, "curvature"_a, "device"_a, "stream"_a);
+    module.def(("glm_sum_losses_" + suffix).c_str(), bind_sum_losses<T>, "count"_a, "losses"_a, "statuses"_a, "loss"_a,
+               "info"_a, "device"_a, "stream"_a);
 }
 
 }  // namespace

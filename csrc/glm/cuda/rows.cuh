@@ -32,10 +32,13 @@ __device__ void sum_over_lanes(T (&values)[count], int lane) {
     }
 }
 
-// Rows that a group of lanes has in registers at a time: 64 registers of X, or 32 of narrow rows. Half as many of 16-bit
-// numbers, which the compiler keeps as floats.
+// Rows that a group of lanes has in registers at a time: 64 registers of X, or 32 of narrow rows. Half as many of
+// 16-bit numbers, which the compiler keeps as floats.
 template <class X, int chunks>
-inline constexpr int kRowsInFlight = (chunks >= 8 ? 2 : chunks == 4 ? 4 : 8) / (sizeof(X) == 2 && chunks > 1 ? 2 : 1);
+inline constexpr int kRowsInFlight = (chunks >= 8   ? 2
+                                      : chunks == 4 ? 4
+                                                    : 8) /
+                                     (sizeof(X) == 2 && chunks > 1 ? 2 : 1);
 
 // Blocks of a multiprocessor: one where v, its sums and X take more than 128 registers of a thread.
 template <class X, int chunks>
@@ -49,7 +52,8 @@ int64_t rows_shared_bytes(int64_t height) {
 
 // `lanes` share a row, of which each holds `chunks` chunks of 16 bytes: d is at most lanes · chunks · 16 / sizeof(X).
 template <class X, class T, int lanes, int chunks, bool point>
-__global__ void __launch_bounds__(kThreads, (kRowsResident<X, chunks>)) rows_kernel(PassArgs<X, T> args) {
+__global__ void __launch_bounds__(kThreads, (point && sizeof(X) == 2 ? 1 : kRowsResident<X, chunks>))
+    rows_kernel(PassArgs<X, T> args) {
     constexpr int kElements = Chunk<X>::size;
     constexpr int kRows = kRowsInFlight<X, chunks>;
     constexpr int kGroups = 32 / lanes;  // of lanes, in a warp

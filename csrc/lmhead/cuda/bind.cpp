@@ -9,6 +9,7 @@ namespace py = pybind11;
 using bindings::Address;
 using bindings::Operand;
 using bindings::pointer;
+using py::literals::operator""_a;
 
 template <class U>
 cuda::Strided<U> strided(const Operand& operand) {
@@ -42,26 +43,35 @@ template <class T, class Input>
 void register_chunks(py::module_& module, const std::string& suffix) {
     using Chunk = cuda::HeadChunk<T, Input>;
     py::class_<Chunk>(module, ("HeadChunk_" + suffix).c_str())
-        .def(py::init(&chunk_of<T, Input>))
-        .def("statistics",
-             [](const Chunk& chunk, int64_t first, int64_t count, Address losses, Address values, int device,
-                Address stream) {
-                 bindings::run_on_device(device, [&] {
-                     return cuda::head_statistics(chunk, first, count, pointer<T>(losses), pointer<double>(values),
-                                                  bindings::stream_of(stream));
-                 });
-             })
-        .def("bias_gradient",
-             [](const Chunk& chunk, Address grad_bias, int device, Address stream) {
-                 bindings::run_on_device(device, [&] {
-                     return cuda::head_bias_gradient(chunk, pointer<T>(grad_bias), bindings::stream_of(stream));
-                 });
-             })
-        .def("gradient", [](const Chunk& chunk, bool cross, Address scale, int device, Address stream) {
-            bindings::run_on_device(device, [&] {
-                return cuda::head_gradient(chunk, cross, pointer<const T>(scale), bindings::stream_of(stream));
-            });
-        });
+        .def(py::init(&chunk_of<T, Input>), "rows"_a, "classes"_a, "logits"_a, "logits_tangent"_a, "leading"_a,
+             "bias"_a, "bias_tangent"_a, "target"_a, "row_weight"_a, "row_weight_tangent"_a, "ignore_index"_a,
+             "label_smoothing"_a, "statistics"_a)
+        .def(
+            "statistics",
+            [](const Chunk& chunk, int64_t first, int64_t count, Address losses, Address values, int device,
+               Address stream) {
+                bindings::run_on_device(device, [&] {
+                    return cuda::head_statistics(chunk, first, count, pointer<T>(losses), pointer<double>(values),
+                                                 bindings::stream_of(stream));
+                });
+            },
+            "first"_a, "count"_a, "losses"_a, "values"_a, "device"_a, "stream"_a)
+        .def(
+            "bias_gradient",
+            [](const Chunk& chunk, Address grad_bias, int device, Address stream) {
+                bindings::run_on_device(device, [&] {
+                    return cuda::head_bias_gradient(chunk, pointer<T>(grad_bias), bindings::stream_of(stream));
+                });
+            },
+            "grad_bias"_a, "device"_a, "stream"_a)
+        .def(
+            "gradient",
+            [](const Chunk& chunk, bool cross, Address scale, int device, Address stream) {
+                bindings::run_on_device(device, [&] {
+                    return cuda::head_gradient(chunk, cross, pointer<const T>(scale), bindings::stream_of(stream));
+                });
+            },
+            "cross"_a, "scale"_a, "device"_a, "stream"_a);
 }
 
 template <class T>
@@ -78,8 +88,8 @@ void register_lmhead_cuda(py::module_& module) {
     register_chunks<double, double>(module, "f64");
     register_chunks<float, cuda::bfloat16>(module, "bf16");
     register_chunks<float, cuda::float16>(module, "f16");
-    module.def("head_value_f32", bind_value<float>);
-    module.def("head_value_f64", bind_value<double>);
+    module.def("head_value_f32", bind_value<float>, "count"_a, "values"_a, "value"_a, "device"_a, "stream"_a);
+    module.def("head_value_f64", bind_value<double>, "count"_a, "values"_a, "value"_a, "device"_a, "stream"_a);
 }
 
 }  // namespace onestep

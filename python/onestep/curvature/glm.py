@@ -37,6 +37,16 @@ class GLMPoint:
         self.loss, grad, self._curvature = glm_point(X, y, self._matrix, weight, FAMILIES[family], intercept)
         self.grad: Tensor = grad.reshape(W.shape)
 
+    @property
+    def info(self) -> Tensor:
+        """What a GPU found of y and weight, int32: 0, 1 (a target that the family does not know) or 2 (a negative weight).
+
+        Where it is not 0, loss and grad are NaN. On the CPU either raises, and this is 0.
+        """
+        n, k = self._X.shape[0], self._matrix.shape[1]
+        info: Tensor = self._curvature[n * k].to(torch.int32)
+        return info
+
     def hvp(self, V: Tensor) -> Tensor:
         """Computes XᵀC(XV), C = ∂²loss/∂η² at this point (Pearlmutter, Neural Computation 6, 1994).
 
@@ -168,9 +178,9 @@ def glm(
     Nelder, Generalized Linear Models, 1989, 2.5: for these canonical links Newton is Fisher scoring).
 
     Args:
-        X: (n,d) float32, float64 or bfloat16, any strides, read in place.
+        X: (n,d) float32, float64 or bfloat16 (on a GPU float16 too), any strides, read in place.
         y: (n,), or (n,k) beside a W of k columns; for softmax (n,) integers or (n,C) floats whose rows sum to 1.
-        W: (d,) or (d,k), the point; softmax: (d,C). float32 beside bfloat16 X, else X's dtype. With ``intercept`` one
+        W: (d,) or (d,k), the point; softmax: (d,C). float32 beside 16-bit X, else X's dtype. With ``intercept`` one
             more row at the end.
         family: "gaussian", "logistic", "softmax" or "poisson".
         weight: (n,) weights of the rows, >= 0.

@@ -49,6 +49,11 @@ def _load() -> tuple[ModuleType | None, str]:
 native, status = _load()
 
 
+def runs_on_cuda(tensor: Tensor) -> bool:
+    """Whether a tensor's ops run on the CUDA kernels: on a GPU, or in emulation."""
+    return EMULATED or tensor.is_cuda
+
+
 def place(tensor: Tensor) -> dict[str, int]:
     """Where the kernels of a tensor run: its ``device`` and torch's current ``stream`` there; 0 and 0 in emulation.
 

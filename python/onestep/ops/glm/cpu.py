@@ -35,21 +35,7 @@ def _whole_operand(tensor: Tensor | None) -> Operand | None:
 def _point(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, intercept: bool) -> schema.Point:
     batch = schema.batches((X, 2), (y, 2), (W, 2), (weight, 1))
     if batch:
-        points = [
-            _point(*operands, family, intercept)
-            for operands in zip(
-                schema.matrices(X, batch, 2),
-                schema.matrices(y, batch, 2),
-                schema.matrices(W, batch, 2),
-                schema.matrices(weight, batch, 1),
-                strict=True,
-            )
-        ]
-        if not points:
-            return schema.point_results(X, y, W, weight, family, intercept)
-        stacked = (torch.stack(parts) for parts in zip(*points, strict=True))
-        loss, gradient, curvature = (part.reshape((*batch, *part.shape[1:])) for part in stacked)
-        return loss, gradient, curvature
+        return schema.point_by_matrix(_point, batch, X, y, W, weight, family, intercept)
     loss, gradient, curvature = schema.point_results(X, y, W, weight, family, intercept)
     curvature[-schema.CURVATURE_SLACK :] = 0
     labelled = not y.is_floating_point()
@@ -76,38 +62,23 @@ def _product(
     V: Tensor, X: Tensor, W: Tensor, weight: Tensor | None, curvature: Tensor, family: int, intercept: bool
 ) -> Tensor:
     batch = schema.batches((V, 3), (X, 2), (W, 2), (weight, 1), (curvature, 1))
-    if V.shape[:-3] == batch and all(
-        t is None or t.dim() == own for t, own in ((X, 2), (W, 2), (weight, 1), (curvature, 1))
-    ):
-        # One point for the whole batch: its right-hand sides share one pass.
-        V, shape = V.reshape((math.prod(V.shape[:-2]), *V.shape[-2:])), V.shape
-        product = schema.product_results(V, X, W, weight, curvature, family, intercept)
-        # The kernel reads it as one array; vmap may hand over a strided view.
-        curvature = curvature.contiguous()
-        _PRODUCT[X.dtype](
-            family,
-            intercept,
-            _whole_operand(X),
-            _whole_operand(weight),
-            curvature.data_ptr(),
-            _whole_operand(V),
-            V.shape[0],
-            *X.shape,
-            V.shape[-1],
-            product.data_ptr(),
-        )
-        return product.reshape(shape)
-    products = [
-        _product(*operands, family, intercept)
-        for operands in zip(
-            schema.matrices(V, batch, 3),
-            schema.matrices(X, batch, 2),
-            schema.matrices(W, batch, 2),
-            schema.matrices(weight, batch, 1),
-            schema.matrices(curvature, batch, 1),
-            strict=True,
-        )
-    ]
-    if not products:
-        return schema.product_results(V, X, W, weight, curvature, family, intercept)
-    return torch.stack(products).reshape((*batch, *V.shape[-3:]))
+    if not schema.shares_one_point(batch, V, X, W, weight, curvature):
+        return schema.product_by_matrix(_product, batch, V, X, W, weight, curvature, family, intercept)
+    # One point for the whole batch: its right-hand sides share one pass.
+    V, shape = V.reshape((math.prod(V.shape[:-2]), *V.shape[-2:])), V.shape
+    product = schema.product_results(V, X, W, weight, curvature, family, intercept)
+    # The kernel reads it as one array; vmap may hand over a strided view.
+    curvature = curvature.contiguous()
+    _PRODUCT[X.dtype](
+        family,
+        intercept,
+        _whole_operand(X),
+        _whole_operand(weight),
+        curvature.data_ptr(),
+        _whole_operand(V),
+        V.shape[0],
+        *X.shape,
+        V.shape[-1],
+        product.data_ptr(),
+    )
+    return product.reshape(shape)

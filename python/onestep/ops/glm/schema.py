@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from onestep.ops._cuda import runs_on_cuda
 from onestep.ops._library import define
 from onestep.ops.operands import broadcast_batch, check_dims, check_size, reads_values
 
@@ -38,13 +40,19 @@ _SUM_TOLERANCE = 1e-3
 
 # The dtypes of X that the kernels read, and what they compute in.
 COMPUTE_DTYPES = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
+# What the CUDA kernels read beside these.
+CUDA_DTYPES = {torch.float16: torch.float32}
 
 
 def parameter_dtype(X: Tensor) -> torch.dtype:
-    """The dtype of W, V, y, weight and the results: X's own, or float32 for bfloat16."""
+    """The dtype of W, V, y, weight and the results: X's own, or float32 for bfloat16, and on a GPU for float16."""
     dtype = COMPUTE_DTYPES.get(X.dtype)
+    if dtype is None and runs_on_cuda(X):
+        dtype = CUDA_DTYPES.get(X.dtype)
     if dtype is None:
-        raise TypeError(f"X has dtype {X.dtype}; expected torch.float32, torch.float64 or torch.bfloat16")
+        raise TypeError(
+            f"X has dtype {X.dtype}; expected torch.float32, torch.float64 or torch.bfloat16, or on a GPU torch.float16"
+        )
     return dtype
 
 
@@ -154,3 +162,68 @@ glm_product = define(
     fake=product_results,
     own_dims=(3, 2, 2, 1, 1),
 )
+
+
+# ----------------------------------------------------------------------------------- batches, for kernels of one model
+
+
+def point_by_matrix(
+    kernel: Callable[..., Point],
+    batch: Batch,
+    X: Tensor,
+    y: Tensor,
+    W: Tensor,
+    weight: Tensor | None,
+    family: int,
+    intercept: bool,
+) -> Point:
+    """``glm_point`` of a batch, by a kernel of one model that is called for each."""
+    points = [
+        kernel(*operands, family, intercept)
+        for operands in zip(
+            matrices(X, batch, 2),
+            matrices(y, batch, 2),
+            matrices(W, batch, 2),
+            matrices(weight, batch, 1),
+            strict=True,
+        )
+    ]
+    if not points:
+        return point_results(X, y, W, weight, family, intercept)
+    stacked = (torch.stack(parts) for parts in zip(*points, strict=True))
+    loss, gradient, curvature = (part.reshape((*batch, *part.shape[1:])) for part in stacked)
+    return loss, gradient, curvature
+
+
+def shares_one_point(batch: Batch, V: Tensor, X: Tensor, W: Tensor, weight: Tensor | None, curvature: Tensor) -> bool:
+    """Whether the whole batch has one point, so that its right-hand sides share one pass."""
+    operands = ((X, 2), (W, 2), (weight, 1), (curvature, 1))
+    return V.shape[:-3] == batch and all(t is None or t.dim() == own for t, own in operands)
+
+
+def product_by_matrix(
+    kernel: Callable[..., Tensor],
+    batch: Batch,
+    V: Tensor,
+    X: Tensor,
+    W: Tensor,
+    weight: Tensor | None,
+    curvature: Tensor,
+    family: int,
+    intercept: bool,
+) -> Tensor:
+    """``glm_product`` of a batch of points, by a kernel of one point that is called for each."""
+    products = [
+        kernel(*operands, family, intercept)
+        for operands in zip(
+            matrices(V, batch, 3),
+            matrices(X, batch, 2),
+            matrices(W, batch, 2),
+            matrices(weight, batch, 1),
+            matrices(curvature, batch, 1),
+            strict=True,
+        )
+    ]
+    if not products:
+        return product_results(V, X, W, weight, curvature, family, intercept)
+    return torch.stack(products).reshape((*batch, *V.shape[-3:]))

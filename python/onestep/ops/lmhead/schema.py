@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestep.ops._cuda import runs_on_cuda
 from onestep.ops._library import define
 from onestep.ops.operands import check_like, reads_values
 
@@ -22,11 +23,13 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # The dtypes of input and weight that the kernels read, and what they compute in.
 COMPUTE_DTYPES = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
+# What the CUDA kernels read beside these.
+CUDA_DTYPES = {torch.float16: torch.float32}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the kernels compute in for an input of this dtype."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
+    return (COMPUTE_DTYPES | CUDA_DTYPES).get(dtype, dtype)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[Any], meaning: str) -> None:
@@ -36,8 +39,11 @@ def _check_shape(name: str, tensor: Tensor, shape: Sequence[Any], meaning: str) 
 
 def check(row_weight: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
     """Raises unless shapes, dtypes and devices of the operands fit together."""
-    if input.dtype not in COMPUTE_DTYPES:
-        raise TypeError(f"input has dtype {input.dtype}; expected torch.float32, torch.float64 or torch.bfloat16")
+    if input.dtype not in COMPUTE_DTYPES and not (runs_on_cuda(input) and input.dtype in CUDA_DTYPES):
+        raise TypeError(
+            f"input has dtype {input.dtype}; expected torch.float32, torch.float64 or torch.bfloat16, "
+            "or on a GPU torch.float16"
+        )
     if input.dim() < 1:
         raise ValueError("input has shape (); expected (..., D)")
     check_like("weight", weight, input)

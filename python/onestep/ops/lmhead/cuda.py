@@ -1,0 +1,257 @@
+"""CUDA kernels of the language-model head: torch's matrix products, and between them ours (csrc/lmhead/cuda).
+
+Rows go by chunks whose logits, and tangents of logits, fit ``_CHUNK_BYTES``; classes by blocks whose logits are taken
+into the rows' statistics while they are in the L2 cache. g and ġ then replace the logits, in the operands' dtype, and
+are multiplied back; sums over chunks are in the compute dtype. No N × V array exists, and nothing waits for the GPU: a
+target that is no class makes its row's loss NaN, and what the row adds to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep.ops._cuda import native, place
+from onestep.ops._library import register
+from onestep.ops._products import add_product, product_into
+from onestep.ops.lmhead import schema
+from onestep.ops.operands import Operand
+
+# Logits of a chunk of rows, with their tangents: rows enough that reading the weights for each chunk costs little.
+_CHUNK_BYTES = 1 << 30
+# Logits of a block of classes, with their tangents: what stays in the L2 cache until the statistics have been taken.
+_BLOCK_BYTES = 32 << 20
+# Rows of logits begin at a multiple of this many numbers; csrc/lmhead/cuda/lmhead.hpp.
+_ALIGNMENT = 8
+# csrc/lmhead/cuda/lmhead.hpp, kHeadStatistics
+_STATISTICS = 11
+
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def _vector(tensor: Tensor | None) -> Operand | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride(), tensor)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return (count + multiple - 1) // multiple * multiple
+
+
+def _in_range(row_weight: Tensor, row_weight_tangent: Tensor | None) -> Tensor:
+    """What float16 slopes are multiplied by so that they neither vanish nor overflow: 1/max|c|."""
+    largest = row_weight.abs().amax()
+    if row_weight_tangent is not None:
+        largest = torch.maximum(largest, row_weight_tangent.abs().amax())
+    return torch.where(largest.isfinite() & (largest > 0), largest.reciprocal(), 1.0)
+
+
+class _Head:
+    """One call: its operands as matrices, its buffers, and the chunks of rows in turn."""
+
+    def __init__(
+        self,
+        row_weight: Tensor,
+        row_weight_tangent: Tensor | None,
+        operands: tuple[Tensor, Tensor, Tensor | None],
+        target: Tensor,
+        tangents: tuple[Tensor | None, Tensor | None, Tensor | None] | None,
+        options: tuple[int, float, bool],
+        wanted: Sequence[bool],
+    ) -> None:
+        input, self.weight, self.bias = operands
+        self.classes, features = self.weight.shape
+        self.input = input.reshape(-1, features)
+        self.rows = self.input.shape[0]
+        self.target = target.reshape(-1)
+        self.row_weight = row_weight.reshape(-1)
+        self.row_weight_tangent = None if row_weight_tangent is None else row_weight_tangent.reshape(-1)
+        self.tangent = tangents is not None
+        input_tangent, self.weight_tangent, self.bias_tangent = tangents or (None, None, None)
+        self.input_tangent = None if input_tangent is None else input_tangent.reshape(-1, features)
+        self.ignore_index, self.label_smoothing, gauss_newton = options
+        # Whether g is multiplied by tangents.
+        has_tangents = self.input_tangent is not None or self.weight_tangent is not None
+        self.cross = self.tangent and not gauss_newton and has_tangents
+        self.wants = [wants and of is not None for wants, of in zip(wanted, operands, strict=True)]
+        self.dtype = schema.accumulation_dtype(input.dtype)
+        self.place = place(input)
+
+        arrays = 2 if self.tangent else 1
+        self.leading = _round_up(self.classes, _ALIGNMENT)
+        affordable = _CHUNK_BYTES // (arrays * self.leading * self.dtype.itemsize)
+        # Chunks of one size, of whole tiles of a matrix product.
+        chunks = -(-self.rows // max(affordable, 1))
+        self.chunk_rows = min(_round_up(-(-self.rows // max(chunks, 1)), 64), max(self.rows, 1))
+        per_class = arrays * self.chunk_rows * self.dtype.itemsize
+        self.block = max(_round_up(_BLOCK_BYTES // per_class, 256), 256)
+
+        self.losses = self._empty(self.rows)
+        self.values = self._empty(self.rows, dtype=torch.float64)
+        self.statistics = self._empty(_STATISTICS * self.chunk_rows)
+        self.logits = self._empty(self.chunk_rows, self.leading)
+        self.logits_tangent = self._empty(self.chunk_rows, self.leading) if self.tangent else None
+        self.grad_input = self._empty(self.rows, features, dtype=input.dtype) if self.wants[0] else None
+        self.grad_weight = self._zeros(self.classes, features) if self.wants[1] else None
+        self.grad_bias = self._zeros(self.classes) if self.wants[2] else None
+        self.scale = None
+        if input.dtype == torch.float16 and (self.wants[0] or self.wants[1]) and self.rows > 0:
+            self.scale = _in_range(self.row_weight, self.row_weight_tangent)
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised numbers, of the compute dtype if no other is given."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.input.device)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.input.device)
+
+    def run(self) -> schema.Results:
+        for first in range(0, self.rows, self.chunk_rows):
+            self._chunk(slice(first, min(first + self.chunk_rows, self.rows)))
+        value = self._empty()
+        entry = getattr(native, f"head_value_{_SUFFIX[self.dtype]}")
+        entry(self.rows, self.values.data_ptr(), value.data_ptr(), **self.place)
+        return value, self.losses, self._gradient(0), self._gradient(1), self._gradient(2)
+
+    def _gradient(self, index: int) -> Tensor:
+        gradient = (self.grad_input, self.grad_weight, self.grad_bias)[index]
+        if gradient is None:
+            return self._empty(0, dtype=self.input.dtype)
+        if self.scale is not None and index == 1:
+            gradient = gradient / self.scale
+        return gradient.to(self.input.dtype)
+
+    def _native_chunk(self, rows: slice) -> Any:
+        tangent = self.row_weight_tangent
+        return getattr(native, f"HeadChunk_{_SUFFIX[self.input.dtype]}")(
+            rows.stop - rows.start,
+            self.classes,
+            self.logits.data_ptr(),
+            0 if self.logits_tangent is None else self.logits_tangent.data_ptr(),
+            self.leading,
+            _vector(self.bias),
+            _vector(self.bias_tangent),
+            _vector(self.target[rows]),
+            _vector(self.row_weight[rows]),
+            None if tangent is None else _vector(tangent[rows]),
+            self.ignore_index,
+            self.label_smoothing,
+            self.statistics.data_ptr(),
+        )
+
+    def _chunk(self, rows: slice) -> None:
+        count = rows.stop - rows.start
+        chunk = self._native_chunk(rows)
+        self._score(rows, chunk)
+        if self.grad_bias is not None:
+            chunk.bias_gradient(self.grad_bias.data_ptr(), **self.place)
+        if self.grad_input is None and self.grad_weight is None:
+            return
+        chunk.gradient(self.cross, 0 if self.scale is None else self.scale.data_ptr(), **self.place)
+        main = self._slopes(self.logits if self.logits_tangent is None else self.logits_tangent, count)
+        cross = self._slopes(self.logits, count) if self.cross else None
+        if self.grad_input is not None:
+            self._back_to_input(rows, main, cross)
+        if self.grad_weight is not None:
+            add_product(self.grad_weight, main.mT, self.input[rows])
+            if cross is not None and self.input_tangent is not None:
+                add_product(self.grad_weight, cross.mT, self.input_tangent[rows])
+
+    def _score(self, rows: slice, chunk: Any) -> None:
+        """Logits and tangents of a chunk, block by block of classes, and the rows' statistics."""
+        count = rows.stop - rows.start
+        h = self.input[rows]
+        dh = None if self.input_tangent is None else self.input_tangent[rows]
+        for first in range(0, self.classes, self.block):
+            of = slice(first, min(first + self.block, self.classes))
+            product_into(self.logits[:count, of], h, self.weight[of].mT)
+            if self.logits_tangent is not None:
+                along = self.logits_tangent[:count, of]
+                products = []
+                if dh is not None:
+                    products.append((dh, self.weight[of].mT))
+                if self.weight_tangent is not None:
+                    products.append((h, self.weight_tangent[of].mT))
+                if not products:
+                    along.zero_()
+                for index, (a, b) in enumerate(products):
+                    if index == 0:
+                        product_into(along, a, b)
+                    else:
+                        add_product(along, a, b)
+            chunk.statistics(
+                first,
+                of.stop - first,
+                self.losses[rows].data_ptr(),
+                self.values[rows].data_ptr(),
+                **self.place,
+            )
+
+    def _slopes(self, logits: Tensor, count: int) -> Tensor:
+        """g or ġ, which lie where the rows of logits were, in the operands' dtype."""
+        return logits.view(self.input.dtype)[:count, : self.classes]
+
+    def _back_to_input(self, rows: slice, main: Tensor, cross: Tensor | None) -> None:
+        assert self.grad_input is not None
+        both = cross is not None and self.weight_tangent is not None
+        if not both and self.scale is None:
+            torch.mm(main, self.weight, out=self.grad_input[rows])
+            return
+        total = self._empty(rows.stop - rows.start, self.weight.shape[1])
+        product_into(total, main, self.weight)
+        if cross is not None and self.weight_tangent is not None:
+            add_product(total, cross, self.weight_tangent)
+        if self.scale is not None:
+            total /= self.scale
+        self.grad_input[rows] = total
+
+
+def _shaped(results: schema.Results, input: Tensor) -> schema.Results:
+    value, losses, of_input, *others = results
+    of_input = of_input.reshape(input.shape) if of_input.dim() == 2 else of_input
+    return value, losses.reshape(input.shape[:-1]), of_input, others[0], others[1]
+
+
+@register(schema.linear_cross_entropy, device="cuda")
+def _linear_cross_entropy(
+    row_weight: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    wanted: Sequence[bool],
+) -> schema.Results:
+    schema.check(row_weight, input, weight, bias, target)
+    schema.check_targets(target, weight.shape[0], ignore_index)
+    options = ignore_index, label_smoothing, False
+    return _shaped(_Head(row_weight, None, (input, weight, bias), target, None, options, wanted).run(), input)
+
+
+@register(schema.linear_cross_entropy_tangent, device="cuda")
+def _linear_cross_entropy_tangent(
+    row_weight: Tensor,
+    row_weight_tangent: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    input_tangent: Tensor | None,
+    weight_tangent: Tensor | None,
+    bias_tangent: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    gauss_newton: bool,
+    wanted: Sequence[bool],
+) -> schema.Results:
+    tangents = input_tangent, weight_tangent, bias_tangent
+    options = ignore_index, label_smoothing, gauss_newton
+    schema.tangent_results(
+        row_weight, row_weight_tangent, input, weight, bias, target, *tangents, *options, (False,) * 3
+    )
+    schema.check_targets(target, weight.shape[0], ignore_index)
+    head = _Head(row_weight, row_weight_tangent, (input, weight, bias), target, tangents, options, wanted)
+    return _shaped(head.run(), input)
