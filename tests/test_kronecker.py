@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import onestep
-from onestep.curvature._conjugate_gradient import conjugate_gradient
+from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import as_loss, drawn_slope
 from onestep.evaluation.parameters import ParameterVector

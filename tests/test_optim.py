@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from onestep.curvature._conjugate_gradient import conjugate_gradient
+from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError
 
 KINDS: list[Any] = [LevenbergMarquardt, GaussNewton, NewtonCG]
@@ -127,6 +127,16 @@ def test_the_second_solve_starts_from_the_last_direction_with_remembered_squares
     )
     optimizer.step(lambda: curve(x))
     torch.testing.assert_close(x.detach(), points[1] + solve.x, rtol=1e-9, atol=1e-11)
+
+
+def test_newton_leaves_a_saddle_in_a_few_steps() -> None:
+    """From 0 on z₀² - z₁² + z₁⁴/4 + z₁/1000, whose gradient is 0.001 there. SciPy's Newton-CG takes 6 steps."""
+    z = parameter(0.0, 0.0)
+    optimizer = NewtonCG([z])
+    for _ in range(10):
+        loss = optimizer.step(lambda: z[0] ** 2 - z[1] ** 2 + z[1] ** 4 / 4 + 1e-3 * z[1])
+    assert loss == pytest.approx(-1.0014143385, abs=1e-9)
+    assert optimizer.report is not None and optimizer.report.decrement < 1e-9
 
 
 def test_newton_leaves_a_saddle_for_a_minimum() -> None:
@@ -389,22 +399,92 @@ def test_negative_curvature_ends_conjugate_gradients() -> None:
     A, b = torch.diag(torch.tensor([3.0, 1.0, -2.0])).double(), torch.tensor([1.0, 1.0, 0.1]).double()
     solve = conjugate_gradient(lambda v: A @ v, b, tolerance=1e-10, max_iterations=100)
     before = conjugate_gradient(lambda v: A @ v, b, tolerance=1e-10, max_iterations=solve.iterations - 1)
-    assert solve.negative_curvature and not before.negative_curvature
+    assert solve.negative_curvature and not before.negative_curvature and not solve.converged
     assert torch.equal(solve.x, before.x)
-    # The first direction itself, if there is nothing before it.
+    # The direction comes with it, and descends from there.
+    assert solve.direction is not None and solve.image is not None
+    torch.testing.assert_close(solve.image, A @ solve.direction)
+    assert torch.dot(solve.direction, solve.image) < 0 < torch.dot(solve.direction, solve.residual)
     solve = conjugate_gradient(lambda v: -v, b, tolerance=1e-10, max_iterations=100)
-    assert (solve.negative_curvature, solve.iterations) == (True, 1)
-    torch.testing.assert_close(solve.x, b)
-    torch.testing.assert_close(solve.residual, 2 * b)
+    assert solve.negative_curvature and solve.iterations == 1 and not solve.x.any()
+    torch.testing.assert_close(solve.direction, b)
 
 
-@pytest.mark.parametrize(("iterations", "known"), [(2, False), (30, True)])
-def test_unfinished_conjugate_gradients_do_not_tell_how_near_the_minimum_is(iterations: int, known: bool) -> None:
+@pytest.mark.parametrize("size", [1e-25, 1e-3, 1e20, 1e35])
+def test_conjugate_gradients_do_not_depend_on_the_size_of_the_right_hand_side(size: float) -> None:
+    """In float32 squares of 1e-25 and 1e20 underflow and overflow."""
+    A, b = definite(12)
+    A, b = A.float() + torch.eye(12), b.float()
+    expected = torch.linalg.solve(A.double(), b.double())
+    block = torch.stack([b, -b], 1)
+    for right in (b, block):
+        solve = conjugate_gradient(
+            lambda v: A @ v, right * size, tolerance=1e-5, max_iterations=200, least_progress=0.0
+        )
+        assert solve.converged.all()
+        found = solve.x.double() / size if right is b else solve.x[:, 0].double() / size
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_block_and_a_vector_take_the_same_course() -> None:
+    """One text serves both: each column of a block is what the vector alone is, to rounding."""
+    A, _ = definite(12)
+    B = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    B[:, 1] *= 1e-30
+    diagonal = A.diagonal()
+    block = conjugate_gradient(
+        lambda V: A @ V, B, precondition=lambda V: V / diagonal[:, None], tolerance=1e-9, max_iterations=9
+    )
+    for column in range(3):
+        one = conjugate_gradient(
+            lambda v: A @ v, B[:, column], precondition=lambda v: v / diagonal, tolerance=1e-9, max_iterations=9
+        )
+        torch.testing.assert_close(block.x[:, column], one.x, rtol=1e-4, atol=1e-36)
+        assert block.converged[column] == one.converged[0]
+    least = torch.linalg.eigvalsh(A / diagonal.sqrt() / diagonal.sqrt()[:, None])[0]
+    one = conjugate_gradient(
+        lambda v: A @ v, B[:, 0], precondition=lambda v: v / diagonal, tolerance=1e-13, max_iterations=100
+    )
+    assert one.smallest_ritz_value() == pytest.approx(least.item(), rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------- how near the minimum is
+
+
+def least_squares(columns: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A (2p,p) whose columns have lengths from 1 to 1/spread, y, and the minimum of ‖Ax - y‖²."""
     generator = torch.Generator().manual_seed(0)
-    A = torch.randn(20, 12, dtype=torch.float64, generator=generator) * torch.logspace(0, 1, 12, dtype=torch.float64)
-    x = torch.ones(12, dtype=torch.float64, requires_grad=True)
-    large = torch.full((1,), 1e5, dtype=torch.float64)
-    optimizer = GaussNewton([x], damping=1e-9, cg_iterations=iterations, cg_tolerance=1e-6)
-    optimizer.step(lambda: torch.cat([A @ x, large]))
-    assert optimizer.report is not None
-    assert (optimizer.report.decrement < float("inf")) is known
+    scale = torch.logspace(0, -spread, columns, dtype=torch.float64)
+    A = torch.randn(2 * columns, columns, dtype=torch.float64, generator=generator) * scale
+    y = torch.randn(2 * columns, dtype=torch.float64, generator=generator)
+    return A, y, torch.linalg.lstsq(A, y[:, None]).solution[:, 0]
+
+
+@pytest.mark.parametrize("columns", [12, 200])
+@pytest.mark.parametrize("kind", [GaussNewton, NewtonCG])
+def test_the_decrement_knows_parameters_whose_gradient_is_small_for_their_scale_alone(kind: Any, columns: int) -> None:
+    """Off by its own size in the last parameter, whose gradient is 1e-8 of the others': not at the minimum."""
+    A, y, minimum = least_squares(columns, 5.0)
+    x = minimum.clone()
+    x[-1] += 100.0
+    x.requires_grad_()
+    optimizer = kind([x], damping=1e-4, cg_iterations=3)
+    closure = (lambda: A @ x - y) if kind is GaussNewton else (lambda: (A @ x - y).square().mean())
+    gap = ((A @ (x - minimum)).square().mean()).item()
+    # A test that would take this point for a minimum if the missing part were not seen.
+    optimizer.settled = 0.5 * gap / (A @ x - y).square().mean().item()
+    optimizer.step(closure)
+    assert optimizer.report is not None and optimizer.report.decrement == float("inf")
+    optimizer.settled *= 2.2
+    with torch.no_grad():
+        x.copy_(minimum)
+        x[-1] += 100.0
+    optimizer.step(closure)
+    assert gap <= optimizer.report.decrement * 1.001 <= 1.1 * gap * 1.01
+
+
+def test_there_is_no_decrement_at_a_saddle() -> None:
+    x = parameter(1e-9, 1e-9)
+    optimizer = NewtonCG([x], damping=10.0)
+    optimizer.step(lambda: 1 + x[0] ** 2 - x[1] ** 2)
+    assert optimizer.report is not None and optimizer.report.decrement == float("inf")

@@ -14,10 +14,10 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.utils._pytree import tree_map_only
 
 from onestep._fork import one_thread_after_fork
-from onestep.curvature._conjugate_gradient import conjugate_gradient
 from onestep.curvature._estimates import Estimate, estimate_diagonal, estimate_trace
 from onestep.curvature._kernels import differentiable_kernels
 from onestep.curvature._products import hvp
+from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.data import Chunk, as_source
 from onestep.evaluation.distributed import equal_everywhere, share, summed, together
 from onestep.evaluation.errors import NonFiniteError
@@ -310,7 +310,7 @@ class CurvatureOperator(ABC):
                 max_iterations=max_iterations - iterations,
                 least_progress=0.0,
             )
-            iterations, negative = iterations + result.iterations, negative or result.negative_curvature
+            iterations, negative = iterations + result.iterations, negative or bool(result.negative_curvature.any())
             x, before = result.x, norm
             norm = (B - damped(x)).norm(dim=0)
             far = norm > goal

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onestep.curvature._conjugate_gradient import conjugate_gradient
+from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.estimators._problem import Point, Problem
 from onestep.linalg import cholesky_ex, cholesky_solve
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onestep.evaluation.parameters import ParameterVector
+from onestep.optim._decrement import newton_decrement
 from onestep.optim._objective import Objective
 from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
 
@@ -25,12 +27,33 @@ class GradientDescent(DampedOptimizer):
         self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
         """A ball of curvature ``damping``."""
-        return _Ball(gradient)
+        return _Ball(objective, parameters, gradient, decay)
 
 
 class _Ball(QuadraticModel):
-    def __init__(self, gradient: Tensor) -> None:
-        self.gradient = gradient
+    def __init__(
+        self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
+    ) -> None:
+        self.objective, self.parameters, self.gradient, self.decay = objective, parameters, gradient, decay
+        self.point = parameters.read()
+
+    def decrement(self, enough: float) -> float:
+        """That of the Hessian at the start of the step: a small gradient does not say how far the minimum is."""
+        if self.promise > enough:
+            return math.inf
+        reached = self.parameters.read()
+        self.parameters.write(self.point)
+        try:
+            product = self.objective.curvature(self.parameters, hessian=True)
+        finally:
+            self.parameters.write(reached)
+
+        def with_decay(v: Tensor) -> Tensor:
+            return product(v) if self.decay is None else product(v).addcmul_(self.decay, v)
+
+        return newton_decrement(with_decay, self.gradient, None, enough)
 
     def propose(self, damping: float) -> Proposal:
-        return Proposal(self.gradient / -damping, 0.5 / damping * torch.dot(self.gradient, self.gradient).item())
+        predicted = 0.5 / damping * torch.dot(self.gradient, self.gradient).item()
+        self.promise = max(self.promise, predicted)
+        return Proposal(self.gradient / -damping, predicted)

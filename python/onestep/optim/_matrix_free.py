@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onestep.curvature._conjugate_gradient import conjugate_gradient
+from onestep.curvature.conjugate_gradient import Solve, conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
+from onestep.optim._decrement import newton_decrement
 from onestep.optim._objective import Objective, Preconditioner
-from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
+from onestep.optim._optimizer import LEAST_DAMPING, DampedOptimizer, Proposal, QuadraticModel
 
 # How much of the last direction the next solve starts from, and how long squared gradients are remembered
 # (Martens and Sutskever, Training deep and recurrent networks with Hessian-free optimization, 2012).
@@ -48,7 +50,8 @@ class MatrixFreeOptimizer(DampedOptimizer):
             decay,
             self.read_state("direction", parameters),
             self,
-            objective.preconditioner(parameters) or self._diagonal(parameters, gradient),
+            objective.preconditioner(parameters),
+            lambda: self._diagonal(parameters, gradient),
         )
 
     def _diagonal(self, parameters: ParameterVector, gradient: Tensor) -> Preconditioner:
@@ -79,41 +82,70 @@ class _ProductModel(QuadraticModel):
         decay: Tensor | None,
         direction: Tensor | None,
         settings: MatrixFreeOptimizer,
-        preconditioner: Preconditioner,
+        of_objective: Preconditioner | None,
+        of_gradients: Callable[[], Preconditioner],
     ) -> None:
         self.product, self.gradient, self.decay = product, gradient, decay
         self.start = None if direction is None else direction * _WARM_START
-        self.settings, self.preconditioner = settings, preconditioner
-        self.reduction: float | None = None
+        self.settings, self.of_objective = settings, of_objective
+        self.of_gradients = cache(of_gradients)
+        self.first_damping: float | None = None
+        self.concave = False
 
-    def decrement(self) -> float:
-        """What the first solve promised, if CG ended and damping was small beside the curvature along the step."""
-        return math.inf if self.reduction is None else self.reduction
+    def _undamped(self, v: Tensor) -> Tensor:
+        image = self.product(v)
+        return image if self.decay is None else image.addcmul_(self.decay, v)
+
+    def decrement(self, enough: float) -> float:
+        """By a solve of its own, without damping and to the accuracy that the answer needs."""
+        if self.concave or self.promise > enough:
+            return math.inf
+        scale = self._of_objective(self.first_damping or LEAST_DAMPING)
+        return newton_decrement(self._undamped, self.gradient, scale, enough)
+
+    def _of_objective(self, damping: float) -> Callable[[Tensor], Tensor] | None:
+        """The objective's preconditioner, unless there is none or with so little damping it cannot be factored."""
+        try:
+            return None if self.of_objective is None else self.of_objective(damping)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return None
 
     def propose(self, damping: float) -> Proposal | None:
-        def damped(v: Tensor) -> Tensor:
-            image = self.product(v).add_(v, alpha=damping)
-            return image if self.decay is None else image.addcmul_(self.decay, v)
-
         b = -self.gradient
-        solve = conjugate_gradient(
-            damped,
-            b,
-            start=self.start,
-            precondition=self.preconditioner(damping),
-            tolerance=self.settings.cg_tolerance,
-            max_iterations=self.settings.cg_iterations,
-        )
-        # xᵀ(B + damping I)x = xᵀ(b - residual): the model without damping needs no further product.
-        quadratic = torch.dot(solve.x, b - solve.residual) - damping * torch.dot(solve.x, solve.x)
-        predicted = (torch.dot(b, solve.x) - 0.5 * quadratic).item()
-        if self.reduction is None:
-            light = damping * torch.dot(solve.x, solve.x) <= quadratic and not solve.negative_curvature
-            ended = solve.iterations < self.settings.cg_iterations
-            self.reduction = predicted if light and ended and predicted > 0 else math.inf
-        products = solve.iterations + (self.start is not None)
+        precondition = self._of_objective(damping) or self.of_gradients()(damping)
+
+        def solved(start: Tensor | None) -> Solve:
+            return conjugate_gradient(
+                lambda v: self._undamped(v).add_(v, alpha=damping),
+                b,
+                start=start,
+                precondition=precondition,
+                tolerance=self.settings.cg_tolerance,
+                max_iterations=self.settings.cg_iterations,
+            )
+
+        if self.first_damping is None:
+            self.first_damping = damping
+        solve, products = solved(self.start), int(self.start is not None)
+        products += solve.iterations
+        if solve.direction is not None and self.start is not None:
+            # The last direction is no descent by itself: without it, the first direction is.
+            solve = solved(None)
+            products += solve.iterations
         # A later trial has more damping and should not start from a solution that was too long.
         self.start = None
-        if not bool(solve.x.isfinite().all()):
+        x, residual, concave = solve.x, solve.residual, False
+        if solve.direction is not None and solve.image is not None:
+            # On along the direction of negative curvature, as far as if its curvature were positive.
+            d, slope = solve.direction, torch.dot(residual, solve.direction).item()
+            curvature = max(abs(torch.dot(d, solve.image).item()), damping * torch.dot(d, d).item())
+            if slope > 0 and curvature > 0:
+                x, residual = x + (slope / curvature) * d, residual - (slope / curvature) * solve.image
+                self.concave = concave = True
+        if not bool(x.isfinite().all()):
             return None
-        return Proposal(solve.x, predicted, products)
+        # xᵀ(B + damping I)x = xᵀ(b - residual): the model without damping needs no further product.
+        quadratic = torch.dot(x, b - residual) - damping * torch.dot(x, x)
+        predicted = (torch.dot(b, x) - 0.5 * quadratic).item()
+        self.promise = max(self.promise, predicted)
+        return Proposal(x, predicted, products, concave)

@@ -22,6 +22,8 @@ from onestep.optim._objective import ClosureObjective, Objective
 _GOOD_GAIN = 0.3
 # Before a step is solved for anew with more damping, half of it is tried: behind a kink that helps, and it is cheap.
 _FRACTIONS = (1.0, 0.5)
+# So often a step along negative curvature may be doubled.
+_DOUBLINGS = 40
 # A predicted reduction under this part of the loss is near the end.
 _NEAR = 1e-4
 LEAST_DAMPING, MOST_DAMPING = 1e-15, 1e15
@@ -29,11 +31,15 @@ LEAST_DAMPING, MOST_DAMPING = 1e-15, 1e15
 
 @dataclass(frozen=True)
 class Proposal:
-    """A step (p,), the reduction that the undamped quadratic model promises for it, and the products it took."""
+    """A step (p,), the reduction that the undamped quadratic model promises for it, and the products it took.
+
+    ``concave``: whether it goes along a direction in which the model falls without end.
+    """
 
     step: Tensor
     predicted: float
     products: int = 0
+    concave: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class StepReport:
         step_norm: ‖step‖₂, 0 if none was accepted.
         predicted: the reduction that the quadratic model promised for the step, or for the first trial if all failed.
         decrement: what the quadratic model could reduce without damping; infinite where that is not known to be small.
+            A small one says that the parameters before the step were at a minimum, as far as the model tells.
         resolution: by how much rounding the parameters may change the loss, where the method can tell.
         damping: with which the step was solved for.
         gain: actual over predicted reduction.
@@ -79,8 +86,8 @@ class QuadraticModel:
     # A lower bound of the decrement, where one is known.
     promise = -math.inf
 
-    def decrement(self) -> float:
-        """The reduction by the undamped minimiser, or infinity if that is not known."""
+    def decrement(self, enough: float) -> float:
+        """The reduction by the undamped minimiser; infinity if it is not known, or not known to be at most enough."""
         return math.inf
 
     def resolution(self, point: Tensor) -> float:
@@ -102,6 +109,8 @@ class DampedOptimizer(torch.optim.Optimizer):
     takes_scalar = False
     # By what damping falls after a good step, and rises after one of which half was kept.
     falls, rises = 1 / 3, 1.3
+    # The reduction, as a part of the loss, under which it is worth its cost to know the decrement.
+    settled = 1e-9
     # Trials of one step, each with more damping, before it is given up.
     trials = 12
 
@@ -247,7 +256,7 @@ class DampedOptimizer(torch.optim.Optimizer):
                 grad_norm=gradient.norm().item(),
                 step_norm=step_norm,
                 predicted=predicted if accepted else promised_first,
-                decrement=model.decrement() if near else math.inf,
+                decrement=model.decrement(self.settled * abs(loss)) if near else math.inf,
                 resolution=model.resolution(start) if near else 0.0,
                 damping=damping,
                 gain=gain,
@@ -277,6 +286,10 @@ class DampedOptimizer(torch.optim.Optimizer):
                     new_loss, ahead = self._trial(objective, parameters, decay)
                     gain = (before - new_loss) / promised if promised > 0 else -math.inf
                     if new_loss < before and gain > 0:
+                        if proposal.concave and fraction == 1:
+                            step, new_loss, ahead = self._farther(
+                                objective, parameters, decay, start, step, new_loss, ahead
+                            )
                         if fraction < 1:
                             self.damping = damping * self.rises
                         elif gain > _GOOD_GAIN:
@@ -292,6 +305,27 @@ class DampedOptimizer(torch.optim.Optimizer):
         if objective.fixed:
             self._ahead = (objective, parameters.versions(), loss, gradient)
         return report(before, 0.0, math.nan, accepted=False)
+
+    def _farther(
+        self,
+        objective: Objective,
+        parameters: ParameterVector,
+        decay: Tensor | None,
+        start: Tensor,
+        step: Tensor,
+        loss: float,
+        gradient: Tensor | None,
+    ) -> tuple[Tensor, float, Tensor | None]:
+        """The step doubled while the loss falls: of negative curvature the model does not tell where it ends."""
+        for _ in range(_DOUBLINGS):
+            longer = 2 * step
+            parameters.write(start + longer)
+            longer_loss, longer_gradient = self._trial(objective, parameters, decay)
+            if not longer_loss < loss:
+                break
+            step, loss, gradient = longer, longer_loss, longer_gradient
+        parameters.write(start + step)
+        return step, loss, gradient
 
     def _trial(
         self, objective: Objective, parameters: ParameterVector, decay: Tensor | None

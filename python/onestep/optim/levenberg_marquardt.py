@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import onestep.linalg as linalg
-from onestep.curvature._conjugate_gradient import conjugate_gradient
+from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim._objective import CurvatureRoot, Objective
 from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
@@ -116,7 +116,7 @@ class _MatrixModel(QuadraticModel):
         """The system in the scale that A has now."""
         raise NotImplementedError
 
-    def decrement(self) -> float:
+    def decrement(self, enough: float) -> float:
         """½gᵀA⁻¹g."""
         system = self.undamped()
         step = system.solve(_UNDAMPED)
