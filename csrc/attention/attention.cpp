@@ -380,45 +380,49 @@ AttentionInput contiguous(const AttentionArgs<T>& args, const void* data, int64_
 
 template <class T>
 Status attention_forward(const AttentionArgs<T>& args) {
-    return by_queries(Call<T>(args), Pass::values);
+    return guarded([&] { return by_queries(Call<T>(args), Pass::values); });
 }
 
 template <class T>
 Status attention_jvp(const AttentionArgs<T>& args) {
-    return by_queries(Call<T>(args), Pass::tangents);
+    return guarded([&] { return by_queries(Call<T>(args), Pass::tangents); });
 }
 
 template <class T>
 Status attention_forward_and_jvp(const AttentionArgs<T>& args) {
-    const Call<T> call(args);
-    if (call.kernel.forward_and_jvp != nullptr) {
-        return by_queries(call, Pass::both);
-    }
-    const Status status = attention_forward(args);
-    AttentionArgs<T> tangents = for_tangents(args);
-    tangents.primal.out = contiguous(args, args.out, args.dv);
-    tangents.primal.lse = contiguous(args, args.lse, 1);
-    return status == Status::ok ? attention_jvp(tangents) : status;
+    return guarded([&] {
+        const Call<T> call(args);
+        if (call.kernel.forward_and_jvp != nullptr) {
+            return by_queries(call, Pass::both);
+        }
+        const Status status = attention_forward(args);
+        AttentionArgs<T> tangents = for_tangents(args);
+        tangents.primal.out = contiguous(args, args.out, args.dv);
+        tangents.primal.lse = contiguous(args, args.lse, 1);
+        return status == Status::ok ? attention_jvp(tangents) : status;
+    });
 }
 
 template <class T>
 Status attention_backward(const AttentionArgs<T>& args) {
-    return backward(Call<T>(args), Pass::values);
+    return guarded([&] { return backward(Call<T>(args), Pass::values); });
 }
 
 template <class T>
 Status attention_backward_jvp(const AttentionArgs<T>& args) {
-    return backward(Call<T>(args), Pass::tangents);
+    return guarded([&] { return backward(Call<T>(args), Pass::tangents); });
 }
 
 template <class T>
 Status attention_backward_and_jvp(const AttentionArgs<T>& args) {
-    const Call<T> call(args);
-    if (call.kernel.backward_and_jvp != nullptr) {
-        return backward(call, Pass::both);
-    }
-    const Status status = attention_backward(args);
-    return status == Status::ok ? attention_backward_jvp(for_tangents(args)) : status;
+    return guarded([&] {
+        const Call<T> call(args);
+        if (call.kernel.backward_and_jvp != nullptr) {
+            return backward(call, Pass::both);
+        }
+        const Status status = attention_backward(args);
+        return status == Status::ok ? attention_backward_jvp(for_tangents(args)) : status;
+    });
 }
 
 #define ONESTEP_INSTANTIATE(T)                                          \

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 
 namespace onestep {
 namespace {
@@ -18,29 +17,37 @@ constexpr int64_t kMostClaims = 256;
 struct Loop {
     int64_t count;
     int64_t step;
-    void (*fn)(void*, int64_t);
+    Status (*fn)(void*, int64_t);
     void* context;
     std::atomic<int64_t> next{0};
-    std::atomic<bool> out_of_memory{false};
+    std::atomic<Status> failure{Status::ok};
 };
 
-// Whatever range the pool hands to a thread, it claims steps until none is left: a static half would wait for the
-// slower of two threads. Exceptions must not travel through the C shim, so they end here as a flag.
-void run_claims(int64_t, int64_t, void* context) {
-    auto* loop = static_cast<Loop*>(context);
-    try {
-        while (!loop->out_of_memory.load(std::memory_order_relaxed)) {
-            const int64_t begin = loop->next.fetch_add(loop->step, std::memory_order_relaxed);
-            if (begin >= loop->count) {
-                return;
-            }
-            const int64_t end = std::min(begin + loop->step, loop->count);
-            for (int64_t index = begin; index < end; ++index) {
-                loop->fn(loop->context, index);
+// Claims and runs steps until none is left or one fails.
+Status run_steps(Loop& loop) {
+    while (loop.failure.load(std::memory_order_relaxed) == Status::ok) {
+        const int64_t begin = loop.next.fetch_add(loop.step, std::memory_order_relaxed);
+        if (begin >= loop.count) {
+            break;
+        }
+        const int64_t end = std::min(begin + loop.step, loop.count);
+        for (int64_t index = begin; index < end; ++index) {
+            const Status status = loop.fn(loop.context, index);
+            if (status != Status::ok) {
+                return status;
             }
         }
-    } catch (const std::bad_alloc&) {
-        loop->out_of_memory.store(true, std::memory_order_relaxed);
+    }
+    return Status::ok;
+}
+
+// Whatever range the pool hands to a thread, it claims steps until none is left: a static half would wait for the
+// slower of two threads. Exceptions must not travel through the C shim, so they end here as a status.
+void run_claims(int64_t, int64_t, void* context) {
+    auto* loop = static_cast<Loop*>(context);
+    const Status status = guarded([&] { return run_steps(*loop); });
+    if (status != Status::ok) {
+        loop->failure.store(status, std::memory_order_relaxed);
     }
 }
 
@@ -59,7 +66,7 @@ ThreadSource thread_source() {
     return forked.load() ? ThreadSource::serial_after_fork : ThreadSource::torch;
 }
 
-Status parallel_for_indices(int64_t count, int64_t grain, void (*fn)(void*, int64_t), void* context) {
+Status parallel_for_indices(int64_t count, int64_t grain, Status (*fn)(void*, int64_t), void* context) {
     Loop loop{count, std::max({grain, (count + kMostClaims - 1) / kMostClaims, int64_t{1}}), fn, context};
     const ParallelForFunction function = pool.load(std::memory_order_relaxed);
     if (function == nullptr || count <= grain || forked.load(std::memory_order_relaxed)) {
@@ -67,7 +74,7 @@ Status parallel_for_indices(int64_t count, int64_t grain, void (*fn)(void*, int6
     } else if (function(0, count, grain, run_claims, &loop) != 0) {
         return Status::thread_pool_error;
     }
-    return loop.out_of_memory.load() ? Status::out_of_memory : Status::ok;
+    return loop.failure.load();
 }
 
 }  // namespace onestep

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "base/status.hpp"
 
@@ -22,14 +23,25 @@ enum class ThreadSource : int { serial = 0, torch = 1, serial_after_fork = 2 };
 ThreadSource thread_source();
 
 // Calls fn(context, i) for every i in [0, count), `grain` consecutive ones at least on the same thread.
-Status parallel_for_indices(int64_t count, int64_t grain, void (*fn)(void* context, int64_t index), void* context);
+Status parallel_for_indices(int64_t count, int64_t grain, Status (*fn)(void* context, int64_t index), void* context);
 
-// Calls body(i) for every i in [0, count). The body must not depend on which thread runs it or in which order:
-// every result is then the same for any number of threads. A std::bad_alloc in the body ends as out_of_memory.
+// Calls body(i) for every i in [0, count); the body returns nothing or a Status. The body must not depend on which
+// thread runs it or in which order: every result is then the same for any number of threads. After the first failure
+// no further index is begun and that failure is returned; an exception of the body is one, see guarded.
 template <class Body>
 Status parallel_for(int64_t count, int64_t grain, Body& body) {
     return parallel_for_indices(
-        count, grain, [](void* context, int64_t index) { (*static_cast<Body*>(context))(index); }, &body);
+        count, grain,
+        [](void* context, int64_t index) {
+            auto& call = *static_cast<Body*>(context);
+            if constexpr (std::is_void_v<decltype(call(index))>) {
+                call(index);
+                return Status::ok;
+            } else {
+                return call(index);
+            }
+        },
+        &body);
 }
 
 }  // namespace onestep

@@ -22,7 +22,13 @@ constexpr int kBlocks = 4;
 struct Cache {
     char* block[kBlocks] = {};
     int64_t bytes[kBlocks] = {};
-    ~Cache() { std::for_each_n(block, kBlocks, release); }
+    ~Cache() { clear(); }
+
+    void clear() {
+        std::for_each_n(block, kBlocks, release);
+        std::fill_n(block, kBlocks, nullptr);
+        std::fill_n(bytes, kBlocks, 0);
+    }
 };
 
 thread_local Cache cache;
@@ -53,5 +59,7 @@ Scratch::~Scratch() {
     }
     release(block_);
 }
+
+void release_scratch() { cache.clear(); }
 
 }  // namespace onestep

@@ -46,4 +46,7 @@ class Scratch {
     int64_t bytes_;
 };
 
+// Gives the calling thread's cached blocks back to the system.
+void release_scratch();
+
 }  // namespace onestep

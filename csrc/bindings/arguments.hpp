@@ -71,6 +71,8 @@ pybind11::object run(const Kernel& kernel) {
             throw std::bad_alloc();
         case Status::thread_pool_error:
             throw std::runtime_error("torch's thread pool reported an error");
+        case Status::unexpected_exception:
+            throw std::runtime_error("a kernel threw an exception other than std::bad_alloc; please report this");
         case Status::negative_weight:
             throw pybind11::value_error("weight has negative values; expected values >= 0");
         case Status::negative_ridge:

@@ -196,45 +196,49 @@ bool any_negative_weight(const GlmData<X, T>& data) {
 
 template <class X, class T>
 Status glm_point(const GlmPointArgs<X, T>& args) {
-    if (any_negative_weight(args.data)) {
-        return Status::negative_weight;
-    }
-    const GlmKernels<X, T>& kernel = kernels<X, T>();
-    const GlmColumns columns = columns_for<X, T>(1, args.data.k);
-    Batched<const T> w;
-    w.data = args.w.data;
-    w.row = args.w.row;
-    w.col = args.w.col;
-    // One for each piece or tile of rows.
-    std::vector<double> losses(static_cast<size_t>(args.data.n / std::min(kLeastRows, kWideTileRows) + 1), 0.0);
-    const auto piece_loss = [&](const Pieces& pieces, int64_t piece, const T* packed, T* sum, T* work) {
-        losses[static_cast<size_t>(piece)] =
-            kernel.point_rows(args, columns, pieces.begin(piece), pieces.end(piece), packed, sum, work);
-    };
-    const auto tile_loss = [&](const GlmChunk<T>& chunk, int64_t first, const T* packed, T* work) {
-        losses[static_cast<size_t>((chunk.begin + first) / kWideTileRows)] =
-            kernel.wide_point(args, columns, chunk, first, packed, work);
-    };
-    const Status status = columns.wide ? run_wide(args.data, columns, w, args.gradient, tile_loss)
-                                       : run(args.data, columns, w, args.gradient, piece_loss);
-    *args.loss = std::accumulate(losses.begin(), losses.end(), 0.0);
-    return status;
+    return guarded([&] {
+        if (any_negative_weight(args.data)) {
+            return Status::negative_weight;
+        }
+        const GlmKernels<X, T>& kernel = kernels<X, T>();
+        const GlmColumns columns = columns_for<X, T>(1, args.data.k);
+        Batched<const T> w;
+        w.data = args.w.data;
+        w.row = args.w.row;
+        w.col = args.w.col;
+        // One for each piece or tile of rows.
+        std::vector<double> losses(static_cast<size_t>(args.data.n / std::min(kLeastRows, kWideTileRows) + 1), 0.0);
+        const auto piece_loss = [&](const Pieces& pieces, int64_t piece, const T* packed, T* sum, T* work) {
+            losses[static_cast<size_t>(piece)] =
+                kernel.point_rows(args, columns, pieces.begin(piece), pieces.end(piece), packed, sum, work);
+        };
+        const auto tile_loss = [&](const GlmChunk<T>& chunk, int64_t first, const T* packed, T* work) {
+            losses[static_cast<size_t>((chunk.begin + first) / kWideTileRows)] =
+                kernel.wide_point(args, columns, chunk, first, packed, work);
+        };
+        const Status status = columns.wide ? run_wide(args.data, columns, w, args.gradient, tile_loss)
+                                           : run(args.data, columns, w, args.gradient, piece_loss);
+        *args.loss = std::accumulate(losses.begin(), losses.end(), 0.0);
+        return status;
+    });
 }
 
 template <class X, class T>
 Status glm_product(const GlmProductArgs<X, T>& args) {
-    const GlmKernels<X, T>& kernel = kernels<X, T>();
-    const GlmColumns columns = columns_for<X, T>(args.m, args.data.k);
-    if (columns.wide) {
-        return run_wide(args.data, columns, args.v, args.product,
-                        [&](const GlmChunk<T>& chunk, int64_t first, const T* packed, T* work) {
-                            kernel.wide_product(args, columns, chunk, first, packed, work);
-                        });
-    }
-    return run(args.data, columns, args.v, args.product,
-               [&](const Pieces& pieces, int64_t piece, const T* packed, T* sum, T* work) {
-                   kernel.product_rows(args, columns, pieces.begin(piece), pieces.end(piece), packed, sum, work);
-               });
+    return guarded([&] {
+        const GlmKernels<X, T>& kernel = kernels<X, T>();
+        const GlmColumns columns = columns_for<X, T>(args.m, args.data.k);
+        if (columns.wide) {
+            return run_wide(args.data, columns, args.v, args.product,
+                            [&](const GlmChunk<T>& chunk, int64_t first, const T* packed, T* work) {
+                                kernel.wide_product(args, columns, chunk, first, packed, work);
+                            });
+        }
+        return run(args.data, columns, args.v, args.product,
+                   [&](const Pieces& pieces, int64_t piece, const T* packed, T* sum, T* work) {
+                       kernel.product_rows(args, columns, pieces.begin(piece), pieces.end(piece), packed, sum, work);
+                   });
+    });
 }
 
 #define ONESTEP_INSTANTIATE(X, T)                         \

@@ -305,11 +305,7 @@ class Head {
 
 template <class T, class Input>
 Status linear_cross_entropy(const LinearCrossEntropyArgs<T, Input>& args) {
-    try {
-        return Head<T, Input>(args).run();
-    } catch (const std::bad_alloc&) {
-        return Status::out_of_memory;
-    }
+    return guarded([&] { return Head<T, Input>(args).run(); });
 }
 
 template Status linear_cross_entropy<float, float>(const LinearCrossEntropyArgs<float, float>&);

@@ -89,42 +89,49 @@ struct Call {
 
 template <class T>
 Status mlp_gradient(const MlpGradientArgs<T>& args) {
-    const Call<T> call(args.network, args.y);
-    return call.sum(args.network.size(), args.gradient, args.loss,
-                    [&](int64_t begin, int64_t rows, T* gradient, T* work) {
-                        return call.kernel.gradient(call.network, begin, rows, gradient, work);
-                    });
+    return guarded([&] {
+        const Call<T> call(args.network, args.y);
+        return call.sum(args.network.size(), args.gradient, args.loss,
+                        [&](int64_t begin, int64_t rows, T* gradient, T* work) {
+                            return call.kernel.gradient(call.network, begin, rows, gradient, work);
+                        });
+    });
 }
 
 template <class T>
 Status mlp_product(const MlpProductArgs<T>& args) {
-    const Call<T> call(args.network, {});
-    double unused = 0.0;
-    if (args.v == nullptr) {
+    return guarded([&] {
+        const Call<T> call(args.network, {});
+        double unused = 0.0;
+        if (args.v == nullptr) {
+            return call.sum(args.network.size(), args.product, &unused,
+                            [&](int64_t begin, int64_t rows, T* diagonal, T* work) {
+                                call.kernel.diagonal(call.network, begin, rows, diagonal, work);
+                                return 0.0;
+                            });
+        }
+        MlpArgs<T> along = args.network;
+        along.parameters = args.v;
+        const Call<T> direction(along, {});
         return call.sum(args.network.size(), args.product, &unused,
-                        [&](int64_t begin, int64_t rows, T* diagonal, T* work) {
-                            call.kernel.diagonal(call.network, begin, rows, diagonal, work);
+                        [&](int64_t begin, int64_t rows, T* product, T* work) {
+                            call.kernel.product(call.network, direction.network, begin, rows, product, work);
                             return 0.0;
                         });
-    }
-    MlpArgs<T> along = args.network;
-    along.parameters = args.v;
-    const Call<T> direction(along, {});
-    return call.sum(args.network.size(), args.product, &unused, [&](int64_t begin, int64_t rows, T* product, T* work) {
-        call.kernel.product(call.network, direction.network, begin, rows, product, work);
-        return 0.0;
     });
 }
 
 template <class T>
 Status mlp_jacobian(const MlpJacobianArgs<T>& args) {
-    const Call<T> call(args.network, {});
-    auto body = [&](int64_t block) {
-        Scratch scratch(call.work_bytes());
-        call.kernel.jacobian(call.network, block * call.rows, call.rows_of(block), args.scale, args.jacobian,
-                             scratch.take<T>(call.work));
-    };
-    return parallel_for(call.blocks, 1, body);
+    return guarded([&] {
+        const Call<T> call(args.network, {});
+        auto body = [&](int64_t block) {
+            Scratch scratch(call.work_bytes());
+            call.kernel.jacobian(call.network, block * call.rows, call.rows_of(block), args.scale, args.jacobian,
+                                 scratch.take<T>(call.work));
+        };
+        return parallel_for(call.blocks, 1, body);
+    });
 }
 
 template Status mlp_gradient<float>(const MlpGradientArgs<float>&);

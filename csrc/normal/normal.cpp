@@ -201,7 +201,7 @@ RowsArgs<T> rows_of(const auto& args, int64_t problem) {
     return rows;
 }
 
-// Calls finish(problem, c) with every problem's Gram matrix, whichever way it was summed.
+// Calls finish(problem, c, ld), which returns a Status, with every problem's Gram matrix, whichever way it was summed.
 template <class T, class Args, class Finish>
 Status for_each_gram(const NormalKernels<T>& kernel, const Args& args, int64_t problems, const Finish& finish) {
     const GramShape<T> shape(kernel, problems, args.n, args.d, args.k);
@@ -210,7 +210,7 @@ Status for_each_gram(const NormalKernels<T>& kernel, const Args& args, int64_t p
             Scratch scratch(Scratch::bytes_for<T>(shape.size()));
             T* c = scratch.take<T>(shape.size());
             gram_of_problem(kernel, shape, rows_of<T>(args, problem), c);
-            finish(problem, c, shape.ld);
+            return finish(problem, c, shape.ld);
         };
         return parallel_for(problems, grain_for(args.n * args.d * (args.d + args.k)), body);
     }
@@ -224,22 +224,24 @@ Status for_each_gram(const NormalKernels<T>& kernel, const Args& args, int64_t p
         Scratch scratch(Scratch::bytes_for<T>(shape.size()));
         T* c = scratch.take<T>(shape.size());
         std::transform(sum, sum + shape.size(), c, [](double value) { return static_cast<T>(value); });
-        finish(problem, c, shape.ld);
+        return finish(problem, c, shape.ld);
     };
     return parallel_for(problems, 1, body);
 }
 
 // ---------------------------------------------------------------- one matrix: factor, solve, condition
 
-// Upper Cholesky factor of c in place; 0 or the order of the failed minor. The wide steps are shared among threads
-// when the caller is not itself one of several.
+// Upper Cholesky factor of c in place; `failed` is 0 or the order of the failed minor. The wide steps are shared among
+// threads when the caller is not itself one of several.
 template <class T>
-int64_t factor(const NormalKernels<T>& kernel, T* c, int64_t ld, int64_t d, const T* floor, T* inverse_diagonal) {
+Status factor(const NormalKernels<T>& kernel, T* c, int64_t ld, int64_t d, const T* floor, T* inverse_diagonal,
+              int64_t& failed) {
+    failed = 0;
     for (int64_t k0 = 0; k0 < d; k0 += kFactorRows) {
         const int64_t k1 = std::min(k0 + kFactorRows, d);
-        const int64_t failed = kernel.factor_diagonal(c, ld, k0, k1, floor, inverse_diagonal);
+        failed = kernel.factor_diagonal(c, ld, k0, k1, floor, inverse_diagonal);
         if (failed != 0 || k1 == d) {
-            return failed;
+            return Status::ok;
         }
         const int64_t first = k1 / kernel.panel;  // kFactorRows is a multiple of every panel
         const int64_t last = (d + kernel.panel - 1) / kernel.panel;
@@ -258,10 +260,15 @@ int64_t factor(const NormalKernels<T>& kernel, T* c, int64_t ld, int64_t d, cons
             const int64_t c0 = (first + turned) * kernel.panel;
             kernel.factor_update(c, ld, k0, k1, d, c0, c0 + kernel.panel);
         };
-        parallel_for(last - first, 4, panel);
-        parallel_for(last - first, 2, update);
+        Status status = parallel_for(last - first, 4, panel);
+        if (status == Status::ok) {
+            status = parallel_for(last - first, 2, update);
+        }
+        if (status != Status::ok) {
+            return status;
+        }
     }
-    return 0;
+    return Status::ok;
 }
 
 template <class T>
@@ -322,8 +329,8 @@ bool write_solution(const Source* z, int64_t ldz, int64_t d, int64_t k, bool fai
 // w += A⁻¹(XᵀD(Y − XW) − diag(ridge) W), `steps` times, with the residual in double: corrected semi-normal equations
 // (Björck, "Stability analysis of the method of seminormal equations", 1987).
 template <class T>
-void refine(const NormalKernels<T>& kernel, const RowsArgs<T>& rows, int64_t n, const double* ridge, int64_t steps,
-            const T* u, int64_t ld, const T* inverse_diagonal, double* w, int64_t ldk) {
+Status refine(const NormalKernels<T>& kernel, const RowsArgs<T>& rows, int64_t n, const double* ridge, int64_t steps,
+              const T* u, int64_t ld, const T* inverse_diagonal, double* w, int64_t ldk) {
     const int64_t d = rows.d;
     const int64_t ldz = round_up(rows.k, kernel.lanes);
     // Pieces as for Gram, so that a long problem is shared among threads and summed in a fixed order.
@@ -342,7 +349,10 @@ void refine(const NormalKernels<T>& kernel, const RowsArgs<T>& rows, int64_t n, 
                                  n / pieces * (piece + 1) + std::min(piece + 1, n % pieces), w, g, ldk,
                                  local.take<double>(kBlockRows * (d + ldk)));
         };
-        parallel_for(pieces, 1, body);
+        const Status status = parallel_for(pieces, 1, body);
+        if (status != Status::ok) {
+            return status;
+        }
         for (int64_t piece = 1; piece < pieces; ++piece) {
             const double* part = sums.get() + 2 * piece * d * ldk;
             for (int64_t e = 0; e < d * ldk; ++e) {
@@ -367,12 +377,13 @@ void refine(const NormalKernels<T>& kernel, const RowsArgs<T>& rows, int64_t n, 
             }
         }
     }
+    return Status::ok;
 }
 
 // From one problem's Gram matrix [A | R] in c to everything that is asked for.
 template <class T>
-void finish_solve_normal(const NormalKernels<T>& kernel, const SolveNormalArgs<T>& args, int64_t problem, T* c,
-                         int64_t ld) {
+Status finish_solve_normal(const NormalKernels<T>& kernel, const SolveNormalArgs<T>& args, int64_t problem, T* c,
+                           int64_t ld) {
     const int64_t d = args.d;
     const int64_t k = args.k;
     const int64_t ldz = round_up(k, kernel.lanes);
@@ -412,7 +423,10 @@ void finish_solve_normal(const NormalKernels<T>& kernel, const SolveNormalArgs<T
             floor[i] = std::max(T(0), c[i * ld + i] * (kSingularEpsilons * std::numeric_limits<T>::epsilon()));
         }
         norm = args.rcond != nullptr ? symmetric_norm1(c, ld, d, work) : T(0);
-        failed = factor(kernel, c, ld, d, floor, inverse_diagonal);
+        const Status status = factor(kernel, c, ld, d, floor, inverse_diagonal, failed);
+        if (status != Status::ok) {
+            return status;
+        }
         if (failed == 0 || !jitters || attempt == kMostJitterSteps || !std::isfinite(mean_diagonal) ||
             added >= mean_diagonal) {
             break;
@@ -435,7 +449,11 @@ void finish_solve_normal(const NormalKernels<T>& kernel, const SolveNormalArgs<T
                     w[i * ldk + col] = col < k ? static_cast<double>(z[i * ldz + col]) : 0.0;
                 }
             }
-            refine(kernel, rows_of<T>(args, problem), args.n, penalty, args.refine, c, ld, inverse_diagonal, w, ldk);
+            const Status status = refine(kernel, rows_of<T>(args, problem), args.n, penalty, args.refine, c, ld,
+                                         inverse_diagonal, w, ldk);
+            if (status != Status::ok) {
+                return status;
+            }
         }
     }
     T* solution = args.solution + problem * d * k;
@@ -452,11 +470,13 @@ void finish_solve_normal(const NormalKernels<T>& kernel, const SolveNormalArgs<T
     if (args.jittered != nullptr) {
         args.jittered[problem] = failed != 0 ? T(0) : added;
     }
+    return Status::ok;
 }
 
 // ---------------------------------------------------------------- packs
 
-// Calls fill(pack, lane, problem, real) for every lane of every pack, then run(pack, work). The lanes after the last
+// Calls fill(pack, lane, problem, real) for every lane of every pack, then run(pack, work), and after(problem), which
+// returns a Status, for every problem of it. The lanes after the last
 // problem repeat it, with `real` false: they have valid input and must get no output.
 template <class T, class Fill, class Run, class After>
 Status for_each_pack(const NormalKernels<T>& kernel, int64_t problems, int64_t d, int64_t k, int64_t flops,
@@ -476,13 +496,17 @@ Status for_each_pack(const NormalKernels<T>& kernel, int64_t problems, int64_t d
             run(pack, scratch.take<T>(work_size));
         }
         for (int64_t problem = first; problem < std::min(first + lanes, problems); ++problem) {
-            after(problem);
+            const Status status = after(problem);
+            if (status != Status::ok) {
+                return status;
+            }
         }
+        return Status::ok;
     };
     return parallel_for((problems + lanes - 1) / lanes, grain_for(flops * lanes), body);
 }
 
-constexpr auto kNothingAfter = [](int64_t) {};
+constexpr auto kNothingAfter = [](int64_t) { return Status::ok; };
 
 template <class T>
 Status solve_normal_packed(const NormalKernels<T>& kernel, const SolveNormalArgs<T>& args, int64_t problems) {
@@ -512,8 +536,9 @@ Status solve_normal_packed(const NormalKernels<T>& kernel, const SolveNormalArgs
             Scratch scratch(Scratch::bytes_for<T>(shape.size()));
             T* c = scratch.take<T>(shape.size());
             gram_of_problem(kernel, shape, rows_of<T>(args, problem), c);
-            finish_solve_normal(kernel, args, problem, c, shape.ld);
+            return finish_solve_normal(kernel, args, problem, c, shape.ld);
         }
+        return Status::ok;
     };
     return for_each_pack<T>(kernel, problems, d, k, args.n * d * (d + k) + d * d * d, fill, kernel.pack_solve_normal,
                             after);
@@ -536,304 +561,328 @@ void load_lower(const Matrix<const T>& a, int64_t d, int64_t rows_padded, T* c, 
 
 template <class T>
 Status gram(const GramArgs<T>& args) {
-    if (any_negative(args.weight, args.batch, args.n)) {
-        return Status::negative_weight;
-    }
-    const NormalKernels<T>& kernel = kernels<T>();
-    const int64_t d = args.d;
-    const int64_t k = args.k;
-    return for_each_gram(kernel, args, args.batch.count(), [&](int64_t problem, const T* c, int64_t ld) {
-        T* to = args.gram + problem * d * d;
-        for (int64_t i = 0; i < d; ++i) {
-            for (int64_t j = i; j < d; ++j) {
-                to[i * d + j] = to[j * d + i] = c[i * ld + j];
-            }
-            std::copy_n(c + i * ld + d, k, args.cross + (problem * d + i) * k);
+    return guarded([&] {
+        if (any_negative(args.weight, args.batch, args.n)) {
+            return Status::negative_weight;
         }
+        const NormalKernels<T>& kernel = kernels<T>();
+        const int64_t d = args.d;
+        const int64_t k = args.k;
+        return for_each_gram(kernel, args, args.batch.count(), [&](int64_t problem, const T* c, int64_t ld) {
+            T* to = args.gram + problem * d * d;
+            for (int64_t i = 0; i < d; ++i) {
+                for (int64_t j = i; j < d; ++j) {
+                    to[i * d + j] = to[j * d + i] = c[i * ld + j];
+                }
+                std::copy_n(c + i * ld + d, k, args.cross + (problem * d + i) * k);
+            }
+            return Status::ok;
+        });
     });
 }
 
 template <class T>
 Status moments(const MomentsArgs<T>& args) {
-    const Batched<const T> weight{args.weight.data, args.weight.row, args.weight.col, {}};
-    if (any_negative(weight, BatchShape{}, args.n)) {
-        return Status::negative_weight;
-    }
-    const NormalKernels<T>& kernel = kernels<T>();
-    const int64_t d = args.d;
-    const int64_t columns = d + 1 + args.k;
-    const GramShape<T> shape(kernel, 1, args.n, d + 1, args.k);
-    RowsArgs<T> rows;
-    rows.d = d;
-    rows.k = args.k;
-    rows.ones = true;
-    rows.x = args.x;
-    rows.y = args.y;
-    rows.weight = args.weight;
+    return guarded([&] {
+        const Batched<const T> weight{args.weight.data, args.weight.row, args.weight.col, {}};
+        if (any_negative(weight, BatchShape{}, args.n)) {
+            return Status::negative_weight;
+        }
+        const NormalKernels<T>& kernel = kernels<T>();
+        const int64_t d = args.d;
+        const int64_t columns = d + 1 + args.k;
+        const GramShape<T> shape(kernel, 1, args.n, d + 1, args.k);
+        RowsArgs<T> rows;
+        rows.d = d;
+        rows.k = args.k;
+        rows.ones = true;
+        rows.x = args.x;
+        rows.y = args.y;
+        rows.weight = args.weight;
 
-    // Provisional means, from rows spread over the table; from all of them if those happen to have no weight.
-    std::unique_ptr<T[]> shift(new T[static_cast<size_t>(shape.ld)]());
-    if (args.center) {
-        constexpr int64_t kSampleRows = 1024;
-        std::unique_ptr<double[]> sums(new double[static_cast<size_t>(columns)]());
-        const auto sample = [&](int64_t step) {
-            double total = 0.0;
-            for (int64_t row = 0; row < args.n; row += step) {
-                const double weight =
-                    args.weight.data != nullptr ? static_cast<double>(args.weight.data[row * args.weight.row]) : 1.0;
-                total += weight;
-                for (int64_t c = 0; c < columns; ++c) {
-                    if (c != d) {
-                        const Matrix<const T>& from = c < d ? args.x : args.y;
-                        const T z = from.data[row * from.row + (c < d ? c : c - d - 1) * from.col];
-                        sums[c] += weight * static_cast<double>(z);
+        // Provisional means, from rows spread over the table; from all of them if those happen to have no weight.
+        std::unique_ptr<T[]> shift(new T[static_cast<size_t>(shape.ld)]());
+        if (args.center) {
+            constexpr int64_t kSampleRows = 1024;
+            std::unique_ptr<double[]> sums(new double[static_cast<size_t>(columns)]());
+            const auto sample = [&](int64_t step) {
+                double total = 0.0;
+                for (int64_t row = 0; row < args.n; row += step) {
+                    const double weight = args.weight.data != nullptr
+                                              ? static_cast<double>(args.weight.data[row * args.weight.row])
+                                              : 1.0;
+                    total += weight;
+                    for (int64_t c = 0; c < columns; ++c) {
+                        if (c != d) {
+                            const Matrix<const T>& from = c < d ? args.x : args.y;
+                            const T z = from.data[row * from.row + (c < d ? c : c - d - 1) * from.col];
+                            sums[c] += weight * static_cast<double>(z);
+                        }
                     }
                 }
+                return total;
+            };
+            double total = sample(std::max<int64_t>(1, args.n / kSampleRows));
+            if (!(total > 0.0)) {
+                total = sample(1);
             }
-            return total;
-        };
-        double total = sample(std::max<int64_t>(1, args.n / kSampleRows));
-        if (!(total > 0.0)) {
-            total = sample(1);
+            for (int64_t c = 0; c < columns && total > 0.0; ++c) {
+                const auto mean = static_cast<T>(sums[c] / total);
+                shift[c] = std::isfinite(mean) ? mean : T(0);
+            }
+            rows.shift = shift.get();
         }
-        for (int64_t c = 0; c < columns && total > 0.0; ++c) {
-            const auto mean = static_cast<T>(sums[c] / total);
-            shift[c] = std::isfinite(mean) ? mean : T(0);
-        }
-        rows.shift = shift.get();
-    }
 
-    PartialGrams<T> partial(kernel, shape, 1);
-    const Status status = partial.compute([&](int64_t) { return rows; });
-    if (status != Status::ok) {
-        return status;
-    }
-    const double* s = partial.reduce(0);
-    const double* ones = s + d * shape.ld;  // Σ w z, of which the first is only in column d of the rows above
-    const double total = ones[d];
-    *args.weight_sum = total;
-    // Offsets of the true means from the provisional ones.
-    const auto offset = [&](int64_t c) {
-        if (!args.center || !(total > 0.0)) {
-            return 0.0;
+        PartialGrams<T> partial(kernel, shape, 1);
+        const Status status = partial.compute([&](int64_t) { return rows; });
+        if (status != Status::ok) {
+            return status;
         }
-        return (c < d ? s[c * shape.ld + d] : ones[c]) / total;
-    };
-    for (int64_t i = 0; i < d; ++i) {
-        for (int64_t j = i; j < d; ++j) {
-            args.gram[i * d + j] = args.gram[j * d + i] = s[i * shape.ld + j] - total * offset(i) * offset(j);
+        const double* s = partial.reduce(0);
+        const double* ones = s + d * shape.ld;  // Σ w z, of which the first is only in column d of the rows above
+        const double total = ones[d];
+        *args.weight_sum = total;
+        // Offsets of the true means from the provisional ones.
+        const auto offset = [&](int64_t c) {
+            if (!args.center || !(total > 0.0)) {
+                return 0.0;
+            }
+            return (c < d ? s[c * shape.ld + d] : ones[c]) / total;
+        };
+        for (int64_t i = 0; i < d; ++i) {
+            for (int64_t j = i; j < d; ++j) {
+                args.gram[i * d + j] = args.gram[j * d + i] = s[i * shape.ld + j] - total * offset(i) * offset(j);
+            }
+            for (int64_t c = 0; c < args.k; ++c) {
+                args.cross[i * args.k + c] = s[i * shape.ld + d + 1 + c] - total * offset(i) * offset(d + 1 + c);
+            }
         }
-        for (int64_t c = 0; c < args.k; ++c) {
-            args.cross[i * args.k + c] = s[i * shape.ld + d + 1 + c] - total * offset(i) * offset(d + 1 + c);
+        for (int64_t c = 0; c < columns; ++c) {
+            if (c != d) {
+                args.mean[c < d ? c : c - 1] = args.center ? static_cast<double>(shift[c]) + offset(c) : 0.0;
+            }
         }
-    }
-    for (int64_t c = 0; c < columns; ++c) {
-        if (c != d) {
-            args.mean[c < d ? c : c - 1] = args.center ? static_cast<double>(shift[c]) + offset(c) : 0.0;
-        }
-    }
-    return Status::ok;
+        return Status::ok;
+    });
 }
 
 template <class T>
 Status solve_normal(SolveNormalArgs<T> args) {
-    const NormalKernels<T>& kernel = kernels<T>();
-    const int64_t problems = args.batch.count();
-    const auto uniform = static_cast<T>(args.uniform_ridge);
-    if (!args.ridge) {
-        args.ridge.data = &uniform;  // all strides 0
-    }
-    if (any_negative(args.weight, args.batch, args.n)) {
-        return Status::negative_weight;
-    }
-    if (any_negative(args.ridge, args.batch, args.d)) {
-        return Status::negative_ridge;
-    }
-    if (problems > 0 && args.refine == 0 && packable(kernel.lanes, problems, args.n, args.d, args.k)) {
-        return solve_normal_packed(kernel, args, problems);
-    }
-    return for_each_gram(kernel, args, problems,
-                         [&](int64_t problem, T* c, int64_t ld) { finish_solve_normal(kernel, args, problem, c, ld); });
+    return guarded([&] {
+        const NormalKernels<T>& kernel = kernels<T>();
+        const int64_t problems = args.batch.count();
+        const auto uniform = static_cast<T>(args.uniform_ridge);
+        if (!args.ridge) {
+            args.ridge.data = &uniform;  // all strides 0
+        }
+        if (any_negative(args.weight, args.batch, args.n)) {
+            return Status::negative_weight;
+        }
+        if (any_negative(args.ridge, args.batch, args.d)) {
+            return Status::negative_ridge;
+        }
+        if (problems > 0 && args.refine == 0 && packable(kernel.lanes, problems, args.n, args.d, args.k)) {
+            return solve_normal_packed(kernel, args, problems);
+        }
+        return for_each_gram(kernel, args, problems, [&](int64_t problem, T* c, int64_t ld) {
+            return finish_solve_normal(kernel, args, problem, c, ld);
+        });
+    });
 }
 
 template <class T>
 Status solve_normal_backward(const SolveNormalBackwardArgs<T>& args) {
-    const NormalKernels<T>& kernel = kernels<T>();
-    const int64_t problems = args.batch.count();
-    const int64_t n = args.n;
-    const int64_t d = args.d;
-    const int64_t k = args.k;
-    std::unique_ptr<T[]> adjoint(new T[static_cast<size_t>(std::max<int64_t>(problems * d * k, 1))]);
-    CholeskySolveArgs<T> solve;
-    solve.batch = args.batch;
-    solve.d = d;
-    solve.k = k;
-    solve.factor = args.factor;
-    solve.b = args.grad;
-    solve.solution = adjoint.get();
-    const Status status = cholesky_solve(solve);
-    if (status != Status::ok) {
-        return status;
-    }
-    const int64_t chunks = std::max<int64_t>(1, (n + kGradientChunk - 1) / kGradientChunk);
-    const int64_t work_size = kernel.backward_work(d, k);
-    auto body = [&](int64_t unit) {
-        const int64_t problem = unit / chunks;
-        const int64_t begin = unit % chunks * kGradientChunk;
-        const int64_t end = std::min(n, begin + kGradientChunk);
-        const Matrix<const T> w = args.solution.at(args.batch, problem);
-        const T* v = adjoint.get() + problem * d * k;
-        const bool failed = *args.info.at(args.batch, problem).data != 0;
-        Scratch scratch(Scratch::bytes_for<T>(work_size) + Scratch::bytes_for<T>(d * k));
-        T* packed_w = scratch.take<T>(d * k);
-        for (int64_t i = 0; i < d; ++i) {
-            T sum = T(0);
-            for (int64_t c = 0; c < k; ++c) {
-                packed_w[i * k + c] = w.data[i * w.row + c * w.col];
-                sum += packed_w[i * k + c] * v[i * k + c];
-            }
-            if (begin == 0) {
-                args.grad_ridge[problem * d + i] = failed ? T(0) : -sum;
-            }
+    return guarded([&] {
+        const NormalKernels<T>& kernel = kernels<T>();
+        const int64_t problems = args.batch.count();
+        const int64_t n = args.n;
+        const int64_t d = args.d;
+        const int64_t k = args.k;
+        std::unique_ptr<T[]> adjoint(new T[static_cast<size_t>(std::max<int64_t>(problems * d * k, 1))]);
+        CholeskySolveArgs<T> solve;
+        solve.batch = args.batch;
+        solve.d = d;
+        solve.k = k;
+        solve.factor = args.factor;
+        solve.b = args.grad;
+        solve.solution = adjoint.get();
+        const Status status = cholesky_solve(solve);
+        if (status != Status::ok) {
+            return status;
         }
-        BackwardRowsArgs<T> rows;
-        rows.d = d;
-        rows.k = k;
-        rows.x = args.x.at(args.batch, problem);
-        rows.y = args.y.at(args.batch, problem);
-        rows.weight = args.weight.at(args.batch, problem);
-        rows.solution = packed_w;
-        rows.adjoint = v;
-        rows.grad_x = args.grad_x != nullptr ? args.grad_x + problem * n * d : nullptr;
-        rows.grad_y = args.grad_y != nullptr ? args.grad_y + problem * n * k : nullptr;
-        rows.grad_weight = args.grad_weight != nullptr ? args.grad_weight + problem * n : nullptr;
-        if (!failed) {
-            kernel.backward_rows(rows, begin, end, scratch.take<T>(work_size));
-            return;
-        }
-        const auto clear = [&](T* to, int64_t width) {
-            if (to != nullptr) {
-                std::fill_n(to + begin * width, std::max<int64_t>(0, end - begin) * width, T(0));
+        const int64_t chunks = std::max<int64_t>(1, (n + kGradientChunk - 1) / kGradientChunk);
+        const int64_t work_size = kernel.backward_work(d, k);
+        auto body = [&](int64_t unit) {
+            const int64_t problem = unit / chunks;
+            const int64_t begin = unit % chunks * kGradientChunk;
+            const int64_t end = std::min(n, begin + kGradientChunk);
+            const Matrix<const T> w = args.solution.at(args.batch, problem);
+            const T* v = adjoint.get() + problem * d * k;
+            const bool failed = *args.info.at(args.batch, problem).data != 0;
+            Scratch scratch(Scratch::bytes_for<T>(work_size) + Scratch::bytes_for<T>(d * k));
+            T* packed_w = scratch.take<T>(d * k);
+            for (int64_t i = 0; i < d; ++i) {
+                T sum = T(0);
+                for (int64_t c = 0; c < k; ++c) {
+                    packed_w[i * k + c] = w.data[i * w.row + c * w.col];
+                    sum += packed_w[i * k + c] * v[i * k + c];
+                }
+                if (begin == 0) {
+                    args.grad_ridge[problem * d + i] = failed ? T(0) : -sum;
+                }
             }
+            BackwardRowsArgs<T> rows;
+            rows.d = d;
+            rows.k = k;
+            rows.x = args.x.at(args.batch, problem);
+            rows.y = args.y.at(args.batch, problem);
+            rows.weight = args.weight.at(args.batch, problem);
+            rows.solution = packed_w;
+            rows.adjoint = v;
+            rows.grad_x = args.grad_x != nullptr ? args.grad_x + problem * n * d : nullptr;
+            rows.grad_y = args.grad_y != nullptr ? args.grad_y + problem * n * k : nullptr;
+            rows.grad_weight = args.grad_weight != nullptr ? args.grad_weight + problem * n : nullptr;
+            if (!failed) {
+                kernel.backward_rows(rows, begin, end, scratch.take<T>(work_size));
+                return;
+            }
+            const auto clear = [&](T* to, int64_t width) {
+                if (to != nullptr) {
+                    std::fill_n(to + begin * width, std::max<int64_t>(0, end - begin) * width, T(0));
+                }
+            };
+            clear(rows.grad_x, d);
+            clear(rows.grad_y, k);
+            clear(rows.grad_weight, 1);
         };
-        clear(rows.grad_x, d);
-        clear(rows.grad_y, k);
-        clear(rows.grad_weight, 1);
-    };
-    return parallel_for(problems * chunks, grain_for(std::min(n, kGradientChunk) * d * k), body);
+        return parallel_for(problems * chunks, grain_for(std::min(n, kGradientChunk) * d * k), body);
+    });
 }
 
 template <class T>
 Status solve_spd(const SolveSpdArgs<T>& args) {
-    const NormalKernels<T>& kernel = kernels<T>();
-    const int64_t problems = args.batch.count();
-    const int64_t d = args.d;
-    const int64_t k = args.k;
-    if (problems > 0 && packable(kernel.lanes, problems, d, d, k)) {
-        const auto fill = [&](PackArgs<T>& pack, int64_t lane, int64_t problem, bool real) {
-            pack.d = d;
-            pack.k = k;
-            pack.a.set(lane, args.a.at(args.batch, problem));
-            pack.b.set(lane, args.b.at(args.batch, problem));
-            if (real) {
-                pack.solution[lane] = k > 0 ? args.solution + problem * d * k : nullptr;
-                pack.factor[lane] = args.factor != nullptr ? args.factor + problem * d * d : nullptr;
-                pack.info[lane] = args.info + problem;
+    return guarded([&] {
+        const NormalKernels<T>& kernel = kernels<T>();
+        const int64_t problems = args.batch.count();
+        const int64_t d = args.d;
+        const int64_t k = args.k;
+        if (problems > 0 && packable(kernel.lanes, problems, d, d, k)) {
+            const auto fill = [&](PackArgs<T>& pack, int64_t lane, int64_t problem, bool real) {
+                pack.d = d;
+                pack.k = k;
+                pack.a.set(lane, args.a.at(args.batch, problem));
+                pack.b.set(lane, args.b.at(args.batch, problem));
+                if (real) {
+                    pack.solution[lane] = k > 0 ? args.solution + problem * d * k : nullptr;
+                    pack.factor[lane] = args.factor != nullptr ? args.factor + problem * d * d : nullptr;
+                    pack.info[lane] = args.info + problem;
+                }
+            };
+            return for_each_pack<T>(kernel, problems, d, k, d * d * (d + k), fill, kernel.pack_solve_spd,
+                                    kNothingAfter);
+        }
+        const int64_t rows_padded = round_up(d, kernel.tile_rows);
+        const int64_t ld = leading_dimension(kernel, rows_padded);
+        const int64_t ldz = round_up(k, kernel.lanes);
+        auto body = [&](int64_t problem) {
+            Scratch scratch(Scratch::bytes_for<T>(rows_padded * ld) + 2 * Scratch::bytes_for<T>(d) +
+                            Scratch::bytes_for<T>(d * ldz));
+            T* c = scratch.take<T>(rows_padded * ld);
+            T* floor = scratch.take_zeroed<T>(d);
+            T* inverse_diagonal = scratch.take<T>(d);
+            T* z = scratch.take<T>(d * ldz);
+            load_lower(args.a.at(args.batch, problem), d, rows_padded, c, ld);
+            int64_t failed = 0;
+            const Status status = factor(kernel, c, ld, d, floor, inverse_diagonal, failed);
+            if (status != Status::ok) {
+                return status;
             }
+            bool good = failed == 0;
+            if (k > 0) {
+                if (good) {
+                    load_rhs(args.b.at(args.batch, problem), d, k, z, ldz);
+                    kernel.solve_transposed(c, ld, d, inverse_diagonal, z, ldz);
+                    kernel.solve_upper(c, ld, d, inverse_diagonal, z, ldz);
+                }
+                good = write_solution(z, ldz, d, k, !good, args.solution + problem * d * k);
+            }
+            args.info[problem] = static_cast<int32_t>(failed != 0 ? failed : good ? 0 : d + 1);
+            if (args.factor != nullptr) {
+                write_factor(c, ld, d, failed != 0, args.factor + problem * d * d);
+            }
+            return Status::ok;
         };
-        return for_each_pack<T>(kernel, problems, d, k, d * d * (d + k), fill, kernel.pack_solve_spd, kNothingAfter);
-    }
-    const int64_t rows_padded = round_up(d, kernel.tile_rows);
-    const int64_t ld = leading_dimension(kernel, rows_padded);
-    const int64_t ldz = round_up(k, kernel.lanes);
-    auto body = [&](int64_t problem) {
-        Scratch scratch(Scratch::bytes_for<T>(rows_padded * ld) + 2 * Scratch::bytes_for<T>(d) +
-                        Scratch::bytes_for<T>(d * ldz));
-        T* c = scratch.take<T>(rows_padded * ld);
-        T* floor = scratch.take_zeroed<T>(d);
-        T* inverse_diagonal = scratch.take<T>(d);
-        T* z = scratch.take<T>(d * ldz);
-        load_lower(args.a.at(args.batch, problem), d, rows_padded, c, ld);
-        const int64_t failed = factor(kernel, c, ld, d, floor, inverse_diagonal);
-        bool good = failed == 0;
-        if (k > 0) {
-            if (good) {
-                load_rhs(args.b.at(args.batch, problem), d, k, z, ldz);
-                kernel.solve_transposed(c, ld, d, inverse_diagonal, z, ldz);
-                kernel.solve_upper(c, ld, d, inverse_diagonal, z, ldz);
-            }
-            good = write_solution(z, ldz, d, k, !good, args.solution + problem * d * k);
-        }
-        args.info[problem] = static_cast<int32_t>(failed != 0 ? failed : good ? 0 : d + 1);
-        if (args.factor != nullptr) {
-            write_factor(c, ld, d, failed != 0, args.factor + problem * d * d);
-        }
-    };
-    return parallel_for(problems, grain_for(d * d * (d + k)), body);
+        return parallel_for(problems, grain_for(d * d * (d + k)), body);
+    });
 }
 
 template <class T>
 Status cholesky(const CholeskyArgs<T>& args) {
-    SolveSpdArgs<T> solve;
-    solve.batch = args.batch;
-    solve.d = args.d;
-    solve.a = args.a;
-    solve.factor = args.factor;
-    solve.info = args.info;
-    return solve_spd(solve);
+    return guarded([&] {
+        SolveSpdArgs<T> solve;
+        solve.batch = args.batch;
+        solve.d = args.d;
+        solve.a = args.a;
+        solve.factor = args.factor;
+        solve.info = args.info;
+        return solve_spd(solve);
+    });
 }
 
 template <class T>
 Status cholesky_solve(const CholeskySolveArgs<T>& args) {
-    const NormalKernels<T>& kernel = kernels<T>();
-    const int64_t problems = args.batch.count();
-    const int64_t d = args.d;
-    const int64_t k = args.k;
-    if (problems > 0 && packable(kernel.lanes, problems, d, d, k)) {
-        const auto fill = [&](PackArgs<T>& pack, int64_t lane, int64_t problem, bool real) {
-            pack.d = d;
-            pack.k = k;
-            pack.a.set(lane, args.factor.at(args.batch, problem));
-            pack.b.set(lane, args.b.at(args.batch, problem));
-            pack.solution[lane] = real ? args.solution + problem * d * k : nullptr;
-        };
-        return for_each_pack<T>(kernel, problems, d, k, 2 * d * d * k, fill, kernel.pack_cholesky_solve, kNothingAfter);
-    }
-    const bool in_place = args.factor.col == 1;
-    const int64_t chunks = (k + kSolveColumns - 1) / kSolveColumns;
-    auto body = [&](int64_t unit) {
-        const int64_t problem = unit / chunks;
-        const int64_t first = unit % chunks * kSolveColumns;
-        const int64_t columns = std::min(kSolveColumns, k - first);
-        const int64_t ldz = round_up(columns, kernel.lanes);
-        Matrix<const T> u = args.factor.at(args.batch, problem);
-        Matrix<const T> b = args.b.at(args.batch, problem);
-        b.data += first * b.col;
-        Scratch scratch(Scratch::bytes_for<T>(d) + Scratch::bytes_for<T>(d * ldz) +
-                        (in_place ? 0 : Scratch::bytes_for<T>(d * d)));
-        T* inverse_diagonal = scratch.take<T>(d);
-        T* z = scratch.take<T>(d * ldz);
-        if (!in_place) {
-            T* copy = scratch.take<T>(d * d);
-            for (int64_t i = 0; i < d; ++i) {
-                for (int64_t j = 0; j < d; ++j) {
-                    copy[i * d + j] = u.data[i * u.row + j * u.col];
+    return guarded([&] {
+        const NormalKernels<T>& kernel = kernels<T>();
+        const int64_t problems = args.batch.count();
+        const int64_t d = args.d;
+        const int64_t k = args.k;
+        if (problems > 0 && packable(kernel.lanes, problems, d, d, k)) {
+            const auto fill = [&](PackArgs<T>& pack, int64_t lane, int64_t problem, bool real) {
+                pack.d = d;
+                pack.k = k;
+                pack.a.set(lane, args.factor.at(args.batch, problem));
+                pack.b.set(lane, args.b.at(args.batch, problem));
+                pack.solution[lane] = real ? args.solution + problem * d * k : nullptr;
+            };
+            return for_each_pack<T>(kernel, problems, d, k, 2 * d * d * k, fill, kernel.pack_cholesky_solve,
+                                    kNothingAfter);
+        }
+        const bool in_place = args.factor.col == 1;
+        const int64_t chunks = (k + kSolveColumns - 1) / kSolveColumns;
+        auto body = [&](int64_t unit) {
+            const int64_t problem = unit / chunks;
+            const int64_t first = unit % chunks * kSolveColumns;
+            const int64_t columns = std::min(kSolveColumns, k - first);
+            const int64_t ldz = round_up(columns, kernel.lanes);
+            Matrix<const T> u = args.factor.at(args.batch, problem);
+            Matrix<const T> b = args.b.at(args.batch, problem);
+            b.data += first * b.col;
+            Scratch scratch(Scratch::bytes_for<T>(d) + Scratch::bytes_for<T>(d * ldz) +
+                            (in_place ? 0 : Scratch::bytes_for<T>(d * d)));
+            T* inverse_diagonal = scratch.take<T>(d);
+            T* z = scratch.take<T>(d * ldz);
+            if (!in_place) {
+                T* copy = scratch.take<T>(d * d);
+                for (int64_t i = 0; i < d; ++i) {
+                    for (int64_t j = 0; j < d; ++j) {
+                        copy[i * d + j] = u.data[i * u.row + j * u.col];
+                    }
                 }
+                u = {copy, d, 1};
             }
-            u = {copy, d, 1};
-        }
-        for (int64_t i = 0; i < d; ++i) {
-            inverse_diagonal[i] = T(1) / u.data[i * (u.row + 1)];
-        }
-        load_rhs(b, d, columns, z, ldz);
-        kernel.solve_transposed(u.data, u.row, d, inverse_diagonal, z, ldz);
-        kernel.solve_upper(u.data, u.row, d, inverse_diagonal, z, ldz);
-        T* to = args.solution + problem * d * k + first;
-        for (int64_t i = 0; i < d; ++i) {
-            std::copy_n(z + i * ldz, columns, to + i * k);
-        }
-    };
-    return parallel_for(problems * chunks, grain_for(2 * d * d * std::min(k, kSolveColumns)), body);
+            for (int64_t i = 0; i < d; ++i) {
+                inverse_diagonal[i] = T(1) / u.data[i * (u.row + 1)];
+            }
+            load_rhs(b, d, columns, z, ldz);
+            kernel.solve_transposed(u.data, u.row, d, inverse_diagonal, z, ldz);
+            kernel.solve_upper(u.data, u.row, d, inverse_diagonal, z, ldz);
+            T* to = args.solution + problem * d * k + first;
+            for (int64_t i = 0; i < d; ++i) {
+                std::copy_n(z + i * ldz, columns, to + i * k);
+            }
+        };
+        return parallel_for(problems * chunks, grain_for(2 * d * d * std::min(k, kSolveColumns)), body);
+    });
 }
 
 #define ONESTEP_INSTANTIATE(T)                                                   \

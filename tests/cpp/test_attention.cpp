@@ -207,9 +207,6 @@ Results<T> run(const Inputs<T>& in) {
     };
     const int64_t all_heads = c.problems * c.heads;
     constexpr bool together = way == Way::together;
-    const auto succeeded = [&](Status status, const char* what) {
-        check(status == Status::ok, c.name() + " " + what + " status");
-    };
     args.out = take(results.out, all_heads * c.queries * c.dv);
     args.lse = take(results.lse, all_heads * c.queries);
     args.tangents.out = take(results.out_tangent, all_heads * c.queries * c.dv);
@@ -217,15 +214,16 @@ Results<T> run(const Inputs<T>& in) {
     const AttentionInput out = contiguous(results.out, c.heads, c.queries, c.dv);
     const AttentionInput lse = contiguous(results.lse, c.heads, c.queries, 1);
     if (together) {
-        succeeded(attention_forward_and_jvp(args), "forward and jvp");
+        attempt(c.name() + " forward and jvp", [&] { return attention_forward_and_jvp(args); });
     } else {
-        succeeded(tuned ? attention_forward(args) : reference::attention_forward(args), "forward");
+        attempt(c.name() + " forward",
+                [&] { return tuned ? attention_forward(args) : reference::attention_forward(args); });
         AttentionArgs<T> moved = args;
         moved.primal.out = out;
         moved.primal.lse = lse;
         moved.out = args.tangents.out;
         moved.lse = args.tangents.lse;
-        succeeded(tuned ? attention_jvp(moved) : reference::attention_jvp(moved), "jvp");
+        attempt(c.name() + " jvp", [&] { return tuned ? attention_jvp(moved) : reference::attention_jvp(moved); });
     }
     args.primal.out = out;
     args.primal.lse = lse;
@@ -246,12 +244,14 @@ Results<T> run(const Inputs<T>& in) {
     take_grads(results.grads, args);
     take_grads(results.grad_tangents, args.tangents);
     if (together) {
-        succeeded(attention_backward_and_jvp(args), "backward and jvp");
+        attempt(c.name() + " backward and jvp", [&] { return attention_backward_and_jvp(args); });
     } else {
-        succeeded(tuned ? attention_backward(args) : reference::attention_backward(args), "backward");
+        attempt(c.name() + " backward",
+                [&] { return tuned ? attention_backward(args) : reference::attention_backward(args); });
         AttentionArgs<T> moved = args;
         static_cast<AttentionResults<T>&>(moved) = args.tangents;
-        succeeded(tuned ? attention_backward_jvp(moved) : reference::attention_backward_jvp(moved), "backward jvp");
+        attempt(c.name() + " backward jvp",
+                [&] { return tuned ? attention_backward_jvp(moved) : reference::attention_backward_jvp(moved); });
     }
     return results;
 }
@@ -362,6 +362,16 @@ void test_tiles() {
     }
 }
 
+// Every allocation fails once, and every parallel loop; the reference's too, of which each has its own.
+template <class T>
+void test_faults(Half half) {
+    trial = Trial::faults;
+    std::mt19937 random(4);
+    compare<T>(random, {1, 4, 2, 65, 66, 8, 5, MaskKind::additive, Layout::rows, half});
+    compare<T>(random, {1, 1, 1, 130, 129, 17, 9, MaskKind::causal, Layout::rows, half});
+    trial = Trial::plain;
+}
+
 // Where a query sees one key, the scores have no gradient: not even one of rounding.
 template <class T>
 void test_one_key(Half half) {
@@ -386,11 +396,13 @@ int main() {
             test<double>(Half::none);
             test_one_key<float>(Half::none);
             test_one_key<double>(Half::none);
+            test_faults<double>(Half::none);
         } else {
             test_one_key<float>(Half::primal);
             test_tiles();
         }
         test<float>(Half::operands);
+        test_faults<float>(Half::operands);
         test_one_key<float>(Half::operands);
     });
 }

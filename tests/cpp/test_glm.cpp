@@ -98,16 +98,15 @@ Results<T> run(const Inputs<X, T>& in) {
     product.v = in.v.view;
     product.product = out.product.data();
     if constexpr (Tuned) {
-        glm_point(point);
-        glm_product(product);
+        attempt("glm_point", [&] { return glm_point(point); });
+        attempt("glm_product", [&] { return glm_product(product); });
         // The loss alone must be the same loss.
         const double loss = out.loss[0];
         point.gradient = point.curvature = nullptr;
-        glm_point(point);
+        attempt("loss", [&] { return glm_point(point); });
         check(loss == out.loss[0], "the loss alone differs");
     } else {
-        reference::glm_point(point);
-        reference::glm_product(product);
+        check(reference::glm_point(point) == Status::ok && reference::glm_product(product) == Status::ok, "reference");
     }
     return out;
 }
@@ -187,7 +186,7 @@ void test_extremes() {
         args.w = {&x[i], 1, 1};
         args.loss = &loss;
         args.gradient = &gradient;
-        glm_point(args);
+        attempt("extremes", [&] { return glm_point(args); });
         const double toward = y[i] > 0.0 ? -x[i] : x[i];
         const double expected = std::max(toward, 0.0) + std::log1p(std::exp(-std::abs(toward)));
         check(std::abs(loss - expected) <= 1e-14 * expected, "logistic loss at " + std::to_string(x[i]));
@@ -210,6 +209,18 @@ void test_negative_weight() {
     check(glm_point(args) == Status::negative_weight, "negative weight");
 }
 
+// Every allocation fails once, and every parallel loop: one column, a few, many.
+template <class X, class T>
+void test_faults(const char* type) {
+    trial = Trial::faults;
+    std::mt19937 random(2);
+    for (const Size& size : std::vector<Size>{{700, 33, 1, 1}, {65, 17, 10, 2}, {1100, 6, 110, 1}}) {
+        compare(Inputs<X, T>(random, size, GlmFamily::logistic, Table<T>::Layout::rows, true, true, false),
+                std::string(type) + " faults");
+    }
+    trial = Trial::plain;
+}
+
 }  // namespace
 
 int main() {
@@ -217,6 +228,8 @@ int main() {
         test_type<float, float>("fp32");
         test_type<double, double>("fp64");
         test_type<BFloat16, float>("bf16");
+        test_faults<float, float>("fp32");
+        test_faults<BFloat16, float>("bf16");
         test_extremes();
         test_negative_weight();
     };

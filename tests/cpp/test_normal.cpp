@@ -1,5 +1,7 @@
 // The tuned normal-equations kernels against the plain loops, for every CPU target of this machine, in both types, at
 // every tile edge, serially and with threads. Built with AddressSanitizer and UndefinedBehaviorSanitizer by make test.
+#include <numeric>
+
 #include "normal/normal.hpp"
 #include "testing.hpp"
 
@@ -102,13 +104,13 @@ Results<T> run(const Inputs<T>& in) {
     solve_args.jittered = out.jittered.data();
 
     if constexpr (Tuned) {
-        gram(gram_args);
-        moments(moments_args);
-        solve_normal(solve_args);
+        attempt("gram", [&] { return gram(gram_args); });
+        attempt("moments", [&] { return moments(moments_args); });
+        attempt("solve_normal", [&] { return solve_normal(solve_args); });
     } else {
-        reference::gram(gram_args);
-        reference::moments(moments_args);
-        reference::solve_normal(solve_args);
+        check(reference::gram(gram_args) == Status::ok && reference::moments(moments_args) == Status::ok &&
+                  reference::solve_normal(solve_args) == Status::ok,
+              "reference");
     }
 
     SolveNormalBackwardArgs<T> backward_args;
@@ -164,13 +166,13 @@ Results<T> run(const Inputs<T>& in) {
     packed_args.solution = out.packed.data();
 
     if constexpr (Tuned) {
-        solve_normal_backward(backward_args);
-        solve_spd(spd_args);
-        cholesky_solve(packed_args);
+        attempt("solve_normal_backward", [&] { return solve_normal_backward(backward_args); });
+        attempt("solve_spd", [&] { return solve_spd(spd_args); });
+        attempt("cholesky_solve", [&] { return cholesky_solve(packed_args); });
     } else {
-        reference::solve_normal_backward(backward_args);
-        reference::solve_spd(spd_args);
-        reference::cholesky_solve(packed_args);
+        check(reference::solve_normal_backward(backward_args) == Status::ok &&
+                  reference::solve_spd(spd_args) == Status::ok && reference::cholesky_solve(packed_args) == Status::ok,
+              "reference");
     }
     return out;
 }
@@ -274,6 +276,41 @@ void test_isolation(const char* type) {
     }
 }
 
+// Every allocation fails once, and every parallel loop: packs, one problem, rows in pieces and groups of columns, a
+// factorisation that is shared among threads, refinement.
+template <class T>
+void test_faults(const char* type) {
+    trial = Trial::faults;
+    std::mt19937 random(3);
+    const std::vector<Size<T>> sizes = {
+        {17, 5, 2, 3}, {2, 100, 95, 2}, {1, 290, 257, 2}, {1, 8200, 10, 1}, {1, 130, 400, 1}};
+    for (const Size<T>& size : sizes) {
+        for (const int64_t refine : {0, 1}) {
+            compare(Inputs<T>(random, size, Table<T>::Layout::rows, refine), std::string(type) + " faults");
+        }
+    }
+    // Singular matrices that get jitter, in a pack and alone.
+    for (const int64_t d : {3, 40}) {
+        const std::vector<T> x(static_cast<size_t>(20 * d), T(1));
+        std::vector<T> solution(static_cast<size_t>(d)), jittered(1);
+        int32_t info = -1;
+        SolveNormalArgs<T> args;
+        args.n = 20;
+        args.d = d;
+        args.k = 1;
+        args.x = {x.data(), d, 1, {}};
+        args.y = {x.data(), 1, 1, {}};
+        args.jitter = 1e-3;
+        args.solution = solution.data();
+        args.info = &info;
+        args.jittered = jittered.data();
+        attempt("jitter", [&] { return solve_normal(args); });
+        const auto sum = static_cast<double>(std::accumulate(solution.begin(), solution.end(), T(0)));
+        check(info == 0 && jittered[0] > T(0) && std::abs(sum - 1.0) < 1e-2, std::string(type) + " jitter's solution");
+    }
+    trial = Trial::plain;
+}
+
 }  // namespace
 
 int main() {
@@ -283,6 +320,8 @@ int main() {
         test_sizes<double>("fp64");
         test_isolation<float>("fp32");
         test_isolation<double>("fp64");
+        test_faults<float>("fp32");
+        test_faults<double>("fp64");
     };
     return run_targets(test, Target::avx512);
 }

@@ -13,7 +13,9 @@
 
 #include "base/batch.hpp"
 #include "base/parallel.hpp"
+#include "base/scratch.hpp"
 #include "base/target.hpp"
+#include "faults.hpp"
 
 namespace onestep::testing {
 
@@ -33,12 +35,77 @@ inline int32_t three_threads(int64_t begin, int64_t end, int64_t, RangeFunction 
     const int64_t count = end - begin;
     const int64_t first = begin + count / 2;
     const int64_t second = first + (end - first) / 3;
-    std::thread one([&] { fn(begin, first, context); });
-    std::thread two([&] { fn(first, second, context); });
+    std::thread one;
+    std::thread two;
+    {
+        const WithoutFaults starting;
+        one = std::thread([&] { fn(begin, first, context); });
+        two = std::thread([&] { fn(first, second, context); });
+    }
     fn(second, end, context);
     one.join();
     two.join();
     return 0;
+}
+
+// A pool that reports an error at its `pool_error`-th loop from now on.
+inline int64_t pool_error = 0;
+inline int32_t failing_pool(int64_t begin, int64_t end, int64_t, RangeFunction fn, void* context) {
+    if (pool_error > 0 && --pool_error == 0) {
+        return 1;
+    }
+    fn(begin, end, context);
+    return 0;
+}
+
+// How attempt calls a kernel.
+enum class Trial { plain, faults };
+inline Trial trial = Trial::plain;
+
+// Calls a kernel entry, which must succeed. Under Trial::faults it is called before with the n-th allocation failing,
+// for every n until there is no n-th one: it must say so then; afterwards with the n-th parallel loop failing. The last
+// call has no fault, so that the caller goes on to compare right results.
+template <class Kernel>
+void attempt(const std::string& what, const Kernel& kernel) {
+    if (trial == Trial::faults) {
+        for (int64_t n = 1;; ++n) {
+            release_scratch();
+            fail_allocation(n);
+            const Status status = kernel();
+            fail_allocation(0);
+            if (!allocation_failed()) {
+                check(status == Status::ok, what + ": not ok though nothing failed");
+                break;
+            }
+            check(status == Status::out_of_memory, what + ": allocation " + std::to_string(n) + " fails, status " +
+                                                       std::to_string(static_cast<int>(status)));
+        }
+        for (int64_t n = 1;; ++n) {
+            set_parallel_for(failing_pool);
+            pool_error = n;
+            const Status status = kernel();
+            set_parallel_for(nullptr);
+            if (pool_error > 0) {
+                break;
+            }
+            check(status == Status::thread_pool_error, what + ": parallel loop " + std::to_string(n) +
+                                                           " fails, status " +
+                                                           std::to_string(static_cast<int>(status)));
+        }
+        pool_error = 0;
+        // Threads that meet the fault.
+        set_parallel_for(three_threads);
+        for (const int64_t n : {1, 2, 3}) {
+            release_scratch();
+            fail_allocation(n);
+            const Status status = kernel();
+            fail_allocation(0);
+            check(status == (allocation_failed() ? Status::out_of_memory : Status::ok),
+                  what + ": allocation " + std::to_string(n) + " fails with threads");
+        }
+        set_parallel_for(nullptr);
+    }
+    check(kernel() == Status::ok, what + ": status");
 }
 
 // Memory of exactly the size that the strides reach, so that AddressSanitizer sees the first element too many.
