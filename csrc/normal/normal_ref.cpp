@@ -184,7 +184,7 @@ Status solve_normal(SolveNormalArgs<T> args) {
         one.weight = {weight.data, weight.row, weight.col, {}};
         one.gram = a.data();
         one.cross = z.data();
-        reference::gram(one);
+        (void)reference::gram(one);  // cannot fail
         T mean = T(0);
         Dense<double> penalty(static_cast<size_t>(d));
         for (int64_t i = 0; i < d; ++i) {

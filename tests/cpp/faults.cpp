@@ -1,6 +1,7 @@
 #include "faults.hpp"
 
 #include <atomic>
+#include <cstddef>
 #include <cstdlib>
 #include <new>
 
@@ -36,7 +37,9 @@ void* allocate(std::size_t bytes, std::size_t alignment) {
 }  // namespace
 
 void fail_allocation(int64_t n) {
-    failed.store(false);
+    if (n > 0) {
+        failed.store(false);
+    }
     left.store(n);
 }
 

@@ -7,7 +7,7 @@ namespace onestep::testing {
 
 // The n-th allocation from now on throws std::bad_alloc, those after it succeed; 0: none fails.
 void fail_allocation(int64_t n);
-// Whether that allocation was asked for.
+// Whether the allocation that was last to fail was asked for.
 bool allocation_failed();
 
 // While one lives, allocations of its thread are neither counted nor failed.
