@@ -671,3 +671,17 @@ def test_multihead_attention_has_second_derivatives():
     ours = onestep.nn.MultiheadAttention(8, 2, batch_first=True).double()
     x = normal(2, 3, 8).requires_grad_()
     assert gradgradcheck(lambda x: ours(x, x, x, need_weights=False)[0], (x,), check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
+def test_no_scores_give_zero_gradients(sizes):
+    """No batch element, head, query or key: every gradient is there and zero, that of a mask of its own heads too."""
+    batch, heads, queries, keys = sizes
+    q, k, v = normal(batch, heads, queries, 3), normal(batch, heads or 2, keys, 3), normal(batch, heads or 2, keys, 3)
+    mask = normal(1, heads, queries, keys)
+    ops = torch.ops.onestep
+    out, lse = ops.attention(q, k, v, mask, 1.0, False)
+    grads = ops.attention_backward(torch.ones_like(out), None, q, k, v, mask, out, lse, 1.0, False, True)
+    for grad, operand in zip(grads, (q, k, v, mask), strict=True):
+        assert grad.shape == operand.shape
+        assert not grad.any()

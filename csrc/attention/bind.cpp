@@ -61,26 +61,25 @@ AttentionArgs<T> arguments(const Inputs& primal, const Inputs& tangent, const Si
 
 // attention_forward and attention_jvp.
 template <class T, Status (*Kernel)(const AttentionArgs<T>&)>
-py::object bind_outputs(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
-                        const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask, Address out,
-                        Address lse) {
+void bind_outputs(const Inputs& primal, const Inputs& tangent, const Sizes& batch, const std::array<int64_t, 6>& sizes,
+                  double scale, bool causal, bool boolean_mask, Address out, Address lse) {
     AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
     args.out = bindings::pointer<T>(out);
     args.lse = bindings::pointer<double>(lse);
-    return bindings::run([&] { return Kernel(args); });
+    bindings::run([&] { return Kernel(args); });
 }
 
 // attention_forward_and_jvp.
 template <class T>
-py::object bind_outputs_and_tangents(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
-                                     const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
-                                     Address out, Address lse, Address out_tangent, Address lse_tangent) {
+void bind_outputs_and_tangents(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
+                               const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
+                               Address out, Address lse, Address out_tangent, Address lse_tangent) {
     AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
     args.out = bindings::pointer<T>(out);
     args.lse = bindings::pointer<double>(lse);
     args.tangents.out = bindings::pointer<T>(out_tangent);
     args.tangents.lse = bindings::pointer<double>(lse_tangent);
-    return bindings::run([&] { return attention_forward_and_jvp(args); });
+    bindings::run([&] { return attention_forward_and_jvp(args); });
 }
 
 // q, k and v gradients, and the mask's as an input, or None.
@@ -104,40 +103,48 @@ void take_grads(const Grads& grads, int dims, AttentionResults<T>& to) {
 
 // attention_backward and attention_backward_jvp.
 template <class T, Status (*Kernel)(const AttentionArgs<T>&)>
-py::object bind_grads(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
-                      const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
-                      const Grads& grads) {
+void bind_grads(const Inputs& primal, const Inputs& tangent, const Sizes& batch, const std::array<int64_t, 6>& sizes,
+                double scale, bool causal, bool boolean_mask, const Grads& grads) {
     AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
     take_grads<T>(grads, args.batch.dims, args);
-    return bindings::run([&] { return Kernel(args); });
+    bindings::run([&] { return Kernel(args); });
 }
 
 // attention_backward_and_jvp.
 template <class T>
-py::object bind_grads_and_tangents(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
-                                   const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
-                                   const Grads& grads, const Grads& tangents) {
+void bind_grads_and_tangents(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
+                             const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
+                             const Grads& grads, const Grads& tangents) {
     AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
     take_grads<T>(grads, args.batch.dims, args);
     take_grads<T>(tangents, args.batch.dims, args.tangents);
-    return bindings::run([&] { return attention_backward_and_jvp(args); });
+    bindings::run([&] { return attention_backward_and_jvp(args); });
+}
+
+// One entry, with the arguments that all entries have in common and then `own`.
+template <class Function, class... Own>
+void define(py::module_& module, const std::string& name, Function function, const Own&... own) {
+    module.def(name.c_str(), function, py::arg("primal"), py::arg("tangent"), py::arg("batch"), py::arg("sizes"),
+               py::arg("scale"), py::arg("causal"), py::arg("boolean_mask"), own...);
+}
+
+template <class T>
+void register_functions(py::module_& module, const std::string& suffix) {
+    const py::arg out("out"), lse("lse"), grads("grads");
+    define(module, "attention_forward_" + suffix, bind_outputs<T, attention_forward<T>>, out, lse);
+    define(module, "attention_jvp_" + suffix, bind_outputs<T, attention_jvp<T>>, out, lse);
+    define(module, "attention_forward_and_jvp_" + suffix, bind_outputs_and_tangents<T>, out, lse,
+           py::arg("out_tangent"), py::arg("lse_tangent"));
+    define(module, "attention_backward_" + suffix, bind_grads<T, attention_backward<T>>, grads);
+    define(module, "attention_backward_jvp_" + suffix, bind_grads<T, attention_backward_jvp<T>>, grads);
+    define(module, "attention_backward_and_jvp_" + suffix, bind_grads_and_tangents<T>, grads, py::arg("tangents"));
 }
 
 }  // namespace
 
 void register_attention(py::module_& module) {
-    module.def("attention_forward_f32", bind_outputs<float, attention_forward<float>>);
-    module.def("attention_forward_f64", bind_outputs<double, attention_forward<double>>);
-    module.def("attention_jvp_f32", bind_outputs<float, attention_jvp<float>>);
-    module.def("attention_jvp_f64", bind_outputs<double, attention_jvp<double>>);
-    module.def("attention_forward_and_jvp_f32", bind_outputs_and_tangents<float>);
-    module.def("attention_forward_and_jvp_f64", bind_outputs_and_tangents<double>);
-    module.def("attention_backward_f32", bind_grads<float, attention_backward<float>>);
-    module.def("attention_backward_f64", bind_grads<double, attention_backward<double>>);
-    module.def("attention_backward_jvp_f32", bind_grads<float, attention_backward_jvp<float>>);
-    module.def("attention_backward_jvp_f64", bind_grads<double, attention_backward_jvp<double>>);
-    module.def("attention_backward_and_jvp_f32", bind_grads_and_tangents<float>);
-    module.def("attention_backward_and_jvp_f64", bind_grads_and_tangents<double>);
+    register_functions<float>(module, "f32");
+    register_functions<double>(module, "f64");
 }
 
 }  // namespace onestep

@@ -40,9 +40,11 @@ void select_or_throw(const std::string& name) {
 void register_runtime(pybind11::module_& module) {
     module.def("active_target", [] { return target_name(active_target()); });
     module.def("supported_targets", supported_targets);
-    module.def("select_target", select_or_throw);
-    module.def("set_parallel_for",
-               [](std::uintptr_t address) { set_parallel_for(reinterpret_cast<ParallelForFunction>(address)); });
+    module.def("select_target", select_or_throw, pybind11::arg("name"));
+    module.def(
+        "set_parallel_for",
+        [](std::uintptr_t address) { set_parallel_for(reinterpret_cast<ParallelForFunction>(address)); },
+        pybind11::arg("address"));
     module.def("thread_source", [] {
         switch (thread_source()) {
             case ThreadSource::torch:

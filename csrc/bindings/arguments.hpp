@@ -58,7 +58,7 @@ Batched<T> batched(const Operand& operand, size_t own) {
 
 // Runs a kernel without the GIL and turns its status into an exception.
 template <class Kernel>
-pybind11::object run(const Kernel& kernel) {
+void run(const Kernel& kernel) {
     Status status = Status::ok;
     {
         pybind11::gil_scoped_release release;
@@ -80,7 +80,6 @@ pybind11::object run(const Kernel& kernel) {
         case Status::device_error:
             throw std::runtime_error("a CUDA kernel could not be launched");
     }
-    return pybind11::none();
 }
 
 }  // namespace onestep::bindings

@@ -9,7 +9,9 @@ void register_glm(pybind11::module_& module);
 void register_attention(pybind11::module_& module);
 }  // namespace onestep
 
-PYBIND11_MODULE(_native, module) {
+// The kernels share two atomics alone (the chosen target, torch's parallel_for), and keep scratch memory per thread, so
+// that free-threaded Python needs no GIL for them.
+PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
     module.doc() = "onestep's compiled kernels; called through onestep.ops.";
     onestep::register_runtime(module);
     onestep::register_lmhead(module);

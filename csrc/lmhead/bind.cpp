@@ -9,12 +9,12 @@ using bindings::Address;
 using bindings::Operand;
 
 template <class T, class Input>
-py::object bind_linear_cross_entropy(const Operand& input, const Operand& weight, const Operand& bias,
-                                     const Operand& target, const Operand& row_weight, const bindings::Sizes& rows,
-                                     int64_t d, int64_t v, int64_t ignore_index, double label_smoothing, bool tangent,
-                                     bool gauss_newton, const Operand& input_tangent, const Operand& weight_tangent,
-                                     const Operand& bias_tangent, const Operand& row_weight_tangent, Address value,
-                                     Address loss, Address grad_input, Address grad_weight, Address grad_bias) {
+void bind_linear_cross_entropy(const Operand& input, const Operand& weight, const Operand& bias, const Operand& target,
+                               const Operand& row_weight, const bindings::Sizes& rows, int64_t d, int64_t v,
+                               int64_t ignore_index, double label_smoothing, bool tangent, bool gauss_newton,
+                               const Operand& input_tangent, const Operand& weight_tangent, const Operand& bias_tangent,
+                               const Operand& row_weight_tangent, Address value, Address loss, Address grad_input,
+                               Address grad_weight, Address grad_bias) {
     const BatchShape single;
     LinearCrossEntropyArgs<T, Input> args;
     args.rows = bindings::batch_shape(rows);
@@ -38,15 +38,25 @@ py::object bind_linear_cross_entropy(const Operand& input, const Operand& weight
     args.grad_input = bindings::pointer<T>(grad_input);
     args.grad_weight = bindings::pointer<T>(grad_weight);
     args.grad_bias = bindings::pointer<T>(grad_bias);
-    return bindings::run([&] { return linear_cross_entropy(args); });
+    bindings::run([&] { return linear_cross_entropy(args); });
+}
+
+template <class T, class Input>
+void register_function(py::module_& module, const char* name) {
+    module.def(name, bind_linear_cross_entropy<T, Input>, py::arg("input"), py::arg("weight"), py::arg("bias"),
+               py::arg("target"), py::arg("row_weight"), py::arg("rows"), py::arg("d"), py::arg("v"),
+               py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("tangent"), py::arg("gauss_newton"),
+               py::arg("input_tangent"), py::arg("weight_tangent"), py::arg("bias_tangent"),
+               py::arg("row_weight_tangent"), py::arg("value"), py::arg("loss"), py::arg("grad_input"),
+               py::arg("grad_weight"), py::arg("grad_bias"));
 }
 
 }  // namespace
 
 void register_lmhead(py::module_& module) {
-    module.def("linear_cross_entropy_f32", bind_linear_cross_entropy<float, float>);
-    module.def("linear_cross_entropy_f64", bind_linear_cross_entropy<double, double>);
-    module.def("linear_cross_entropy_bf16", bind_linear_cross_entropy<float, BFloat16>);
+    register_function<float, float>(module, "linear_cross_entropy_f32");
+    register_function<double, double>(module, "linear_cross_entropy_f64");
+    register_function<float, BFloat16>(module, "linear_cross_entropy_bf16");
 }
 
 }  // namespace onestep

@@ -37,44 +37,49 @@ MlpArgs<T> network_of(const std::vector<MlpLayer>& layers, int64_t n, const Oper
 }
 
 template <class T>
-py::object bind_gradient(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n,
-                         const Operand& x, const Operand& y, Address parameters, Address loss, Address gradient) {
+void bind_gradient(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n, const Operand& x,
+                   const Operand& y, Address parameters, Address loss, Address gradient) {
     const std::vector<MlpLayer> layers = layers_of(widths, activations, biased);
     MlpGradientArgs<T> args;
     args.network = network_of<T>(layers, n, x, parameters);
     args.y = bindings::batched<const T>(y, 2).at(BatchShape{}, 0);
     args.loss = bindings::pointer<double>(loss);
     args.gradient = bindings::pointer<T>(gradient);
-    return bindings::run([&] { return mlp_gradient(args); });
+    bindings::run([&] { return mlp_gradient(args); });
 }
 
 template <class T>
-py::object bind_product(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n, const Operand& x,
-                        Address parameters, Address v, Address product) {
+void bind_product(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n, const Operand& x,
+                  Address parameters, Address v, Address product) {
     const std::vector<MlpLayer> layers = layers_of(widths, activations, biased);
     MlpProductArgs<T> args;
     args.network = network_of<T>(layers, n, x, parameters);
     args.v = bindings::pointer<const T>(v);
     args.product = bindings::pointer<T>(product);
-    return bindings::run([&] { return mlp_product(args); });
+    bindings::run([&] { return mlp_product(args); });
 }
 
 template <class T>
-py::object bind_jacobian(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n,
-                         const Operand& x, Address parameters, double scale, Address jacobian) {
+void bind_jacobian(const Sizes& widths, const Sizes& activations, const Sizes& biased, int64_t n, const Operand& x,
+                   Address parameters, double scale, Address jacobian) {
     const std::vector<MlpLayer> layers = layers_of(widths, activations, biased);
     MlpJacobianArgs<T> args;
     args.network = network_of<T>(layers, n, x, parameters);
     args.scale = static_cast<T>(scale);
     args.jacobian = bindings::pointer<T>(jacobian);
-    return bindings::run([&] { return mlp_jacobian(args); });
+    bindings::run([&] { return mlp_jacobian(args); });
 }
 
 template <class T>
 void register_functions(py::module_& module, const std::string& suffix) {
-    module.def(("mlp_gradient_" + suffix).c_str(), bind_gradient<T>);
-    module.def(("mlp_product_" + suffix).c_str(), bind_product<T>);
-    module.def(("mlp_jacobian_" + suffix).c_str(), bind_jacobian<T>);
+    module.def(("mlp_gradient_" + suffix).c_str(), bind_gradient<T>, py::arg("widths"), py::arg("activations"),
+               py::arg("biased"), py::arg("n"), py::arg("x"), py::arg("y"), py::arg("parameters"), py::arg("loss"),
+               py::arg("gradient"));
+    module.def(("mlp_product_" + suffix).c_str(), bind_product<T>, py::arg("widths"), py::arg("activations"),
+               py::arg("biased"), py::arg("n"), py::arg("x"), py::arg("parameters"), py::arg("v"), py::arg("product"));
+    module.def(("mlp_jacobian_" + suffix).c_str(), bind_jacobian<T>, py::arg("widths"), py::arg("activations"),
+               py::arg("biased"), py::arg("n"), py::arg("x"), py::arg("parameters"), py::arg("scale"),
+               py::arg("jacobian"));
 }
 
 }  // namespace

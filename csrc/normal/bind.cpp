@@ -9,8 +9,8 @@ using bindings::Address;
 using bindings::Operand;
 
 template <class T>
-py::object bind_gram(const Operand& x, const Operand& y, const Operand& weight, const bindings::Sizes& batch, int64_t n,
-                     int64_t d, int64_t k, Address gram_out, Address cross_out) {
+void bind_gram(const Operand& x, const Operand& y, const Operand& weight, const bindings::Sizes& batch, int64_t n,
+               int64_t d, int64_t k, Address gram_out, Address cross_out) {
     GramArgs<T> args;
     args.batch = bindings::batch_shape(batch);
     args.n = n;
@@ -21,12 +21,12 @@ py::object bind_gram(const Operand& x, const Operand& y, const Operand& weight, 
     args.weight = bindings::batched<const T>(weight, 1);
     args.gram = bindings::pointer<T>(gram_out);
     args.cross = bindings::pointer<T>(cross_out);
-    return bindings::run([&] { return gram(args); });
+    bindings::run([&] { return gram(args); });
 }
 
 template <class T>
-py::object bind_moments(const Operand& x, const Operand& y, const Operand& weight, int64_t n, int64_t d, int64_t k,
-                        bool center, Address gram_out, Address cross_out, Address mean_out, Address weight_sum_out) {
+void bind_moments(const Operand& x, const Operand& y, const Operand& weight, int64_t n, int64_t d, int64_t k,
+                  bool center, Address gram_out, Address cross_out, Address mean_out, Address weight_sum_out) {
     const BatchShape single;
     MomentsArgs<T> args;
     args.n = n;
@@ -40,14 +40,14 @@ py::object bind_moments(const Operand& x, const Operand& y, const Operand& weigh
     args.cross = bindings::pointer<double>(cross_out);
     args.mean = bindings::pointer<double>(mean_out);
     args.weight_sum = bindings::pointer<double>(weight_sum_out);
-    return bindings::run([&] { return moments(args); });
+    bindings::run([&] { return moments(args); });
 }
 
 template <class T>
-py::object bind_solve_normal(const Operand& x, const Operand& y, const Operand& weight, const Operand& ridge,
-                             double uniform_ridge, const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k,
-                             int64_t refine, double jitter, Address solution, Address factor, Address info,
-                             Address rcond, Address jittered) {
+void bind_solve_normal(const Operand& x, const Operand& y, const Operand& weight, const Operand& ridge,
+                       double uniform_ridge, const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k,
+                       int64_t refine, double jitter, Address solution, Address factor, Address info, Address rcond,
+                       Address jittered) {
     SolveNormalArgs<T> args;
     args.batch = bindings::batch_shape(batch);
     args.n = n;
@@ -65,14 +65,14 @@ py::object bind_solve_normal(const Operand& x, const Operand& y, const Operand& 
     args.info = bindings::pointer<int32_t>(info);
     args.rcond = bindings::pointer<T>(rcond);
     args.jittered = bindings::pointer<T>(jittered);
-    return bindings::run([&] { return solve_normal(args); });
+    bindings::run([&] { return solve_normal(args); });
 }
 
 template <class T>
-py::object bind_solve_normal_backward(const Operand& grad, const Operand& x, const Operand& y, const Operand& weight,
-                                      const Operand& solution, const Operand& factor, const Operand& info,
-                                      const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k, Address grad_x,
-                                      Address grad_y, Address grad_weight, Address grad_ridge) {
+void bind_solve_normal_backward(const Operand& grad, const Operand& x, const Operand& y, const Operand& weight,
+                                const Operand& solution, const Operand& factor, const Operand& info,
+                                const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k, Address grad_x,
+                                Address grad_y, Address grad_weight, Address grad_ridge) {
     SolveNormalBackwardArgs<T> args;
     args.batch = bindings::batch_shape(batch);
     args.n = n;
@@ -89,12 +89,12 @@ py::object bind_solve_normal_backward(const Operand& grad, const Operand& x, con
     args.grad_y = bindings::pointer<T>(grad_y);
     args.grad_weight = bindings::pointer<T>(grad_weight);
     args.grad_ridge = bindings::pointer<T>(grad_ridge);
-    return bindings::run([&] { return solve_normal_backward(args); });
+    bindings::run([&] { return solve_normal_backward(args); });
 }
 
 template <class T>
-py::object bind_solve_spd(const Operand& a, const Operand& b, const bindings::Sizes& batch, int64_t d, int64_t k,
-                          Address solution, Address factor, Address info) {
+void bind_solve_spd(const Operand& a, const Operand& b, const bindings::Sizes& batch, int64_t d, int64_t k,
+                    Address solution, Address factor, Address info) {
     SolveSpdArgs<T> args;
     args.batch = bindings::batch_shape(batch);
     args.d = d;
@@ -104,23 +104,23 @@ py::object bind_solve_spd(const Operand& a, const Operand& b, const bindings::Si
     args.solution = bindings::pointer<T>(solution);
     args.factor = bindings::pointer<T>(factor);
     args.info = bindings::pointer<int32_t>(info);
-    return bindings::run([&] { return solve_spd(args); });
+    bindings::run([&] { return solve_spd(args); });
 }
 
 template <class T>
-py::object bind_cholesky(const Operand& a, const bindings::Sizes& batch, int64_t d, Address factor, Address info) {
+void bind_cholesky(const Operand& a, const bindings::Sizes& batch, int64_t d, Address factor, Address info) {
     CholeskyArgs<T> args;
     args.batch = bindings::batch_shape(batch);
     args.d = d;
     args.a = bindings::batched<const T>(a, 2);
     args.factor = bindings::pointer<T>(factor);
     args.info = bindings::pointer<int32_t>(info);
-    return bindings::run([&] { return cholesky(args); });
+    bindings::run([&] { return cholesky(args); });
 }
 
 template <class T>
-py::object bind_cholesky_solve(const Operand& factor, const Operand& b, const bindings::Sizes& batch, int64_t d,
-                               int64_t k, Address solution) {
+void bind_cholesky_solve(const Operand& factor, const Operand& b, const bindings::Sizes& batch, int64_t d, int64_t k,
+                         Address solution) {
     CholeskySolveArgs<T> args;
     args.batch = bindings::batch_shape(batch);
     args.d = d;
@@ -128,18 +128,30 @@ py::object bind_cholesky_solve(const Operand& factor, const Operand& b, const bi
     args.factor = bindings::batched<const T>(factor, 2);
     args.b = bindings::batched<const T>(b, 2);
     args.solution = bindings::pointer<T>(solution);
-    return bindings::run([&] { return cholesky_solve(args); });
+    bindings::run([&] { return cholesky_solve(args); });
 }
 
 template <class T>
 void register_functions(py::module_& module, const std::string& suffix) {
-    module.def(("gram_" + suffix).c_str(), bind_gram<T>);
-    module.def(("moments_" + suffix).c_str(), bind_moments<T>);
-    module.def(("solve_normal_" + suffix).c_str(), bind_solve_normal<T>);
-    module.def(("solve_normal_backward_" + suffix).c_str(), bind_solve_normal_backward<T>);
-    module.def(("solve_spd_" + suffix).c_str(), bind_solve_spd<T>);
-    module.def(("cholesky_" + suffix).c_str(), bind_cholesky<T>);
-    module.def(("cholesky_solve_" + suffix).c_str(), bind_cholesky_solve<T>);
+    module.def(("gram_" + suffix).c_str(), bind_gram<T>, py::arg("x"), py::arg("y"), py::arg("weight"),
+               py::arg("batch"), py::arg("n"), py::arg("d"), py::arg("k"), py::arg("gram"), py::arg("cross"));
+    module.def(("moments_" + suffix).c_str(), bind_moments<T>, py::arg("x"), py::arg("y"), py::arg("weight"),
+               py::arg("n"), py::arg("d"), py::arg("k"), py::arg("center"), py::arg("gram"), py::arg("cross"),
+               py::arg("mean"), py::arg("weight_sum"));
+    module.def(("solve_normal_" + suffix).c_str(), bind_solve_normal<T>, py::arg("x"), py::arg("y"), py::arg("weight"),
+               py::arg("ridge"), py::arg("uniform_ridge"), py::arg("batch"), py::arg("n"), py::arg("d"), py::arg("k"),
+               py::arg("refine"), py::arg("jitter"), py::arg("solution"), py::arg("factor"), py::arg("info"),
+               py::arg("rcond"), py::arg("jittered"));
+    module.def(("solve_normal_backward_" + suffix).c_str(), bind_solve_normal_backward<T>, py::arg("grad"),
+               py::arg("x"), py::arg("y"), py::arg("weight"), py::arg("solution"), py::arg("factor"), py::arg("info"),
+               py::arg("batch"), py::arg("n"), py::arg("d"), py::arg("k"), py::arg("grad_x"), py::arg("grad_y"),
+               py::arg("grad_weight"), py::arg("grad_ridge"));
+    module.def(("solve_spd_" + suffix).c_str(), bind_solve_spd<T>, py::arg("a"), py::arg("b"), py::arg("batch"),
+               py::arg("d"), py::arg("k"), py::arg("solution"), py::arg("factor"), py::arg("info"));
+    module.def(("cholesky_" + suffix).c_str(), bind_cholesky<T>, py::arg("a"), py::arg("batch"), py::arg("d"),
+               py::arg("factor"), py::arg("info"));
+    module.def(("cholesky_solve_" + suffix).c_str(), bind_cholesky_solve<T>, py::arg("factor"), py::arg("b"),
+               py::arg("batch"), py::arg("d"), py::arg("k"), py::arg("solution"));
 }
 
 }  // namespace

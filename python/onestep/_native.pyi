@@ -17,7 +17,6 @@ def gram_f32(
     k: int,
     gram: int,
     cross: int,
-    /,
 ) -> None: ...
 
 gram_f64 = gram_f32
@@ -34,7 +33,6 @@ def moments_f32(
     cross: int,
     mean: int,
     weight_sum: int,
-    /,
 ) -> None: ...
 
 moments_f64 = moments_f32
@@ -56,7 +54,6 @@ def solve_normal_f32(
     info: int,
     rcond: int,
     jittered: int,
-    /,
 ) -> None: ...
 
 solve_normal_f64 = solve_normal_f32
@@ -77,7 +74,6 @@ def solve_normal_backward_f32(
     grad_y: int,
     grad_weight: int,
     grad_ridge: int,
-    /,
 ) -> None: ...
 
 solve_normal_backward_f64 = solve_normal_backward_f32
@@ -91,7 +87,6 @@ def solve_spd_f32(
     solution: int,
     factor: int,
     info: int,
-    /,
 ) -> None: ...
 
 solve_spd_f64 = solve_spd_f32
@@ -102,7 +97,6 @@ def cholesky_f32(
     d: int,
     factor: int,
     info: int,
-    /,
 ) -> None: ...
 
 cholesky_f64 = cholesky_f32
@@ -114,7 +108,6 @@ def cholesky_solve_f32(
     d: int,
     k: int,
     solution: int,
-    /,
 ) -> None: ...
 
 cholesky_solve_f64 = cholesky_solve_f32
@@ -133,7 +126,6 @@ def glm_point_f32(
     loss: int,
     gradient: int,
     curvature: int,
-    /,
 ) -> None: ...
 
 glm_point_f64 = glm_point_f32
@@ -151,7 +143,6 @@ def glm_product_f32(
     d: int,
     k: int,
     product: int,
-    /,
 ) -> None: ...
 
 glm_product_f64 = glm_product_f32
@@ -179,7 +170,6 @@ def linear_cross_entropy_f32(
     grad_input: int,
     grad_weight: int,
     grad_bias: int,
-    /,
 ) -> None: ...
 
 linear_cross_entropy_f64 = linear_cross_entropy_f32
@@ -195,7 +185,6 @@ def mlp_gradient_f32(
     parameters: int,
     loss: int,
     gradient: int,
-    /,
 ) -> None: ...
 
 mlp_gradient_f64 = mlp_gradient_f32
@@ -209,7 +198,6 @@ def mlp_product_f32(
     parameters: int,
     v: int,
     product: int,
-    /,
 ) -> None: ...
 
 mlp_product_f64 = mlp_product_f32
@@ -223,7 +211,6 @@ def mlp_jacobian_f32(
     parameters: int,
     scale: float,
     jacobian: int,
-    /,
 ) -> None: ...
 
 mlp_jacobian_f64 = mlp_jacobian_f32
@@ -243,7 +230,6 @@ def attention_forward_f32(
     boolean_mask: bool,
     out: int,
     lse: int,
-    /,
 ) -> None: ...
 
 attention_forward_f64 = attention_forward_f32
@@ -258,7 +244,6 @@ def attention_jvp_f32(
     boolean_mask: bool,
     out: int,
     lse: int,
-    /,
 ) -> None: ...
 
 attention_jvp_f64 = attention_jvp_f32
@@ -275,7 +260,6 @@ def attention_forward_and_jvp_f32(
     lse: int,
     out_tangent: int,
     lse_tangent: int,
-    /,
 ) -> None: ...
 
 attention_forward_and_jvp_f64 = attention_forward_and_jvp_f32
@@ -289,7 +273,6 @@ def attention_backward_f32(
     causal: bool,
     boolean_mask: bool,
     grads: _AttentionGrads,
-    /,
 ) -> None: ...
 
 attention_backward_f64 = attention_backward_f32
@@ -303,7 +286,6 @@ def attention_backward_jvp_f32(
     causal: bool,
     boolean_mask: bool,
     grads: _AttentionGrads,
-    /,
 ) -> None: ...
 
 attention_backward_jvp_f64 = attention_backward_jvp_f32
@@ -318,7 +300,6 @@ def attention_backward_and_jvp_f32(
     boolean_mask: bool,
     grads: _AttentionGrads,
     tangents: _AttentionGrads,
-    /,
 ) -> None: ...
 
 attention_backward_and_jvp_f64 = attention_backward_and_jvp_f32

@@ -80,9 +80,10 @@ def _inputs(
 _NO_INPUTS = (None,) * 8
 
 
-def _arguments(sizes: Sizes, mask: Optional, scale: float, causal: bool) -> tuple[Any, ...]:
+def _arguments(sizes: Sizes, mask: Optional, scale: float, causal: bool) -> dict[str, Any]:
     """The plain arguments that all kernels share."""
-    return sizes.batch, sizes[1:7], scale, causal, mask is not None and mask.dtype == torch.bool
+    boolean = mask is not None and mask.dtype == torch.bool
+    return {"batch": sizes.batch, "sizes": sizes[1:7], "scale": scale, "causal": causal, "boolean_mask": boolean}
 
 
 @register(schema.attention, device="cpu")
@@ -90,11 +91,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, ca
     sizes = schema.check_operands(q, k, v, mask)
     out, lse = schema.empty_outputs(sizes, q)
     _FORWARD[sizes.dtype](
-        _inputs(sizes, q, k, v, mask),
-        _NO_INPUTS,
-        *_arguments(sizes, mask, scale, causal),
-        out.data_ptr(),
-        lse.data_ptr(),
+        primal=_inputs(sizes, q, k, v, mask),
+        tangent=_NO_INPUTS,
+        **_arguments(sizes, mask, scale, causal),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
     )
     return out, lse
 
@@ -117,11 +118,11 @@ def _attention_jvp(
     sizes = schema.check_operands(q, k, v, mask, out, dq, dk, dv, dmask)
     dout, dlse = schema.empty_outputs(sizes, q)
     _JVP[sizes.dtype](
-        _inputs(sizes, q, k, v, mask, out, lse),
-        _inputs(sizes, dq, dk, dv, dmask),
-        *_arguments(sizes, mask, scale, causal),
-        dout.data_ptr(),
-        dlse.data_ptr(),
+        primal=_inputs(sizes, q, k, v, mask, out, lse),
+        tangent=_inputs(sizes, dq, dk, dv, dmask),
+        **_arguments(sizes, mask, scale, causal),
+        out=dout.data_ptr(),
+        lse=dlse.data_ptr(),
     )
     return dout, dlse
 
@@ -132,10 +133,13 @@ def _attention_and_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes = schema.check_operands(q, k, v, mask, dq, dk, dv, dmask)
     results = *schema.empty_outputs(sizes, q), *schema.empty_outputs(sizes, q)
     _FORWARD_AND_JVP[sizes.dtype](
-        _inputs(sizes, q, k, v, mask),
-        _inputs(sizes, dq, dk, dv, dmask),
-        *_arguments(sizes, mask, scale, causal),
-        *(result.data_ptr() for result in results),
+        primal=_inputs(sizes, q, k, v, mask),
+        tangent=_inputs(sizes, dq, dk, dv, dmask),
+        **_arguments(sizes, mask, scale, causal),
+        out=results[0].data_ptr(),
+        lse=results[1].data_ptr(),
+        out_tangent=results[2].data_ptr(),
+        lse_tangent=results[3].data_ptr(),
     )
     return results
 
@@ -152,18 +156,21 @@ def _run_backward(
     mask_grad: bool,
 ) -> Grads:
     grads = schema.empty_grads(sizes, q, mask, mask_grad)
-    arguments = _arguments(sizes, mask, scale, causal)
-    kernels[sizes.dtype](primal, tangent, *arguments, _native_grads(sizes, grads, mask_grad))
+    if not schema.zeroed_without_scores(sizes, *grads):
+        kernels[sizes.dtype](
+            primal=primal,
+            tangent=tangent,
+            **_arguments(sizes, mask, scale, causal),
+            grads=_native_grads(grads, mask_grad),
+        )
     return grads
 
 
-def _native_grads(sizes: Sizes, grads: Grads, mask_grad: bool) -> tuple[int, int, int, Any]:
+def _native_grads(grads: Grads, mask_grad: bool) -> tuple[int, int, int, Any]:
     """The gradients as the kernels take them."""
     native_mask_grad = None
     if mask_grad:
         by_mask = grads[3]
-        if sizes.queries == 0 or sizes.keys == 0:
-            by_mask.zero_()
         shape_and_strides = zip(by_mask.shape, by_mask.stride(), strict=True)
         strides = tuple(0 if size == 1 else stride for size, stride in shape_and_strides)
         native_mask_grad = by_mask.data_ptr(), strides, False, by_mask
@@ -206,11 +213,12 @@ def _attention_backward_and_jvp(*args: Any) -> EightGrads:
     sizes = schema.backward_jvp_sizes(args[:16])
     grads = schema.empty_grads(sizes, q, mask, mask_grad)
     tangents = schema.empty_grads(sizes, q, mask, mask_grad)
-    _BACKWARD_AND_JVP[sizes.dtype](
-        _inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse),
-        _inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse),
-        *_arguments(sizes, mask, scale, causal),
-        _native_grads(sizes, grads, mask_grad),
-        _native_grads(sizes, tangents, mask_grad),
-    )
+    if not schema.zeroed_without_scores(sizes, *grads, *tangents):
+        _BACKWARD_AND_JVP[sizes.dtype](
+            primal=_inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse),
+            tangent=_inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse),
+            **_arguments(sizes, mask, scale, causal),
+            grads=_native_grads(grads, mask_grad),
+            tangents=_native_grads(tangents, mask_grad),
+        )
     return *grads, *tangents

@@ -192,6 +192,15 @@ def empty_grads(sizes: Sizes, q: Tensor, mask: Optional, mask_grad: bool) -> Gra
     )
 
 
+def zeroed_without_scores(sizes: Sizes, *grads: Tensor) -> bool:
+    """Whether there is no score at all (no batch element, head, query or key); all gradients are zeros then."""
+    if 0 not in (*sizes.batch, sizes.heads, sizes.queries, sizes.keys):
+        return False
+    for grad in grads:
+        grad.zero_()
+    return True
+
+
 def backward_results(
     grad: Optional,
     grad_lse: Optional,

@@ -23,7 +23,13 @@ _SOLVE_SPD: Entries = {torch.float32: _native.solve_spd_f32, torch.float64: _nat
 def _cholesky(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     L, info = schema.cholesky_results(A)
     batch = tuple(A.shape[:-2])
-    _CHOLESKY[A.dtype](operand(A, batch, 2), kernel_batch(batch), A.shape[-1], L.data_ptr(), info.data_ptr())
+    _CHOLESKY[A.dtype](
+        a=operand(A, batch, 2),
+        batch=kernel_batch(batch),
+        d=A.shape[-1],
+        factor=L.data_ptr(),
+        info=info.data_ptr(),
+    )
     if check:
         schema.raise_if_failed(info, A.shape[-1])
     return L, info
@@ -34,12 +40,12 @@ def _cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
     out = schema.cholesky_solve_results(B, L)
     batch = tuple(out.shape[:-2])
     _CHOLESKY_SOLVE[L.dtype](
-        operand(L.mT, batch, 2),
-        operand(B, batch, 2),
-        kernel_batch(batch),
-        L.shape[-1],
-        B.shape[-1],
-        out.data_ptr(),
+        factor=operand(L.mT, batch, 2),
+        b=operand(B, batch, 2),
+        batch=kernel_batch(batch),
+        d=L.shape[-1],
+        k=B.shape[-1],
+        solution=out.data_ptr(),
     )
     return out
 
@@ -49,12 +55,14 @@ def _solve_spd(A: Tensor, B: Tensor, check: bool = False) -> schema.Solved:
     out = schema.solve_spd_results(A, B)
     batch = tuple(out[2].shape)
     _SOLVE_SPD[A.dtype](
-        operand(A, batch, 2),
-        operand(B, batch, 2),
-        kernel_batch(batch),
-        A.shape[-1],
-        B.shape[-1],
-        *(tensor.data_ptr() for tensor in out),
+        a=operand(A, batch, 2),
+        b=operand(B, batch, 2),
+        batch=kernel_batch(batch),
+        d=A.shape[-1],
+        k=B.shape[-1],
+        solution=out[0].data_ptr(),
+        factor=out[1].data_ptr(),
+        info=out[2].data_ptr(),
     )
     if check:
         schema.raise_if_failed(out[2], A.shape[-1])

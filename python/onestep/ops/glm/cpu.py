@@ -41,18 +41,19 @@ def _point(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, 
     labelled = not y.is_floating_point()
     schema.check_values(y, family, W.shape[-1])
     _POINT[X.dtype](
-        family,
-        intercept,
-        _whole_operand(X),
-        None if labelled else _whole_operand(y),
-        _whole_operand(y.squeeze(-1)) if labelled else None,
-        _whole_operand(weight),
-        _whole_operand(W),
-        *X.shape,
-        W.shape[-1],
-        loss.data_ptr(),
-        gradient.data_ptr(),
-        curvature.data_ptr(),
+        family=family,
+        intercept=intercept,
+        x=_whole_operand(X),
+        y=None if labelled else _whole_operand(y),
+        labels=_whole_operand(y.squeeze(-1)) if labelled else None,
+        weight=_whole_operand(weight),
+        w=_whole_operand(W),
+        n=X.shape[0],
+        d=X.shape[1],
+        k=W.shape[-1],
+        loss=loss.data_ptr(),
+        gradient=gradient.data_ptr(),
+        curvature=curvature.data_ptr(),
     )
     return loss, gradient, curvature
 
@@ -70,15 +71,16 @@ def _product(
     # The kernel reads it as one array; vmap may hand over a strided view.
     curvature = curvature.contiguous()
     _PRODUCT[X.dtype](
-        family,
-        intercept,
-        _whole_operand(X),
-        _whole_operand(weight),
-        curvature.data_ptr(),
-        _whole_operand(V),
-        V.shape[0],
-        *X.shape,
-        V.shape[-1],
-        product.data_ptr(),
+        family=family,
+        intercept=intercept,
+        x=_whole_operand(X),
+        weight=_whole_operand(weight),
+        curvature=curvature.data_ptr(),
+        v=_whole_operand(V),
+        m=V.shape[0],
+        n=X.shape[0],
+        d=X.shape[1],
+        k=V.shape[-1],
+        product=product.data_ptr(),
     )
     return product.reshape(shape)

@@ -36,29 +36,32 @@ def _run(
     schema.check_targets(target, classes, ignore_index)
     rows = tuple(target.shape)
     out = schema.empty_results(input, weight, bias, wanted, row_weight.dtype)
+    addresses = [
+        gradient.data_ptr() if wants and like is not None else 0
+        for gradient, like, wants in zip(out[2:], operands, wanted, strict=True)
+    ]
     _KERNELS[input.dtype](
-        operand(input, rows, 1),
-        operand(weight, (), 2),
-        optional_operand(bias, (), 1),
-        operand(target, rows, 0),
-        operand(row_weight, rows, 0),
-        kernel_batch(rows),
-        features,
-        classes,
-        ignore_index,
-        label_smoothing,
-        tangent,
-        gauss_newton,
-        optional_operand(tangents[0], rows, 1),
-        optional_operand(tangents[1], (), 2),
-        optional_operand(tangents[2], (), 1),
-        optional_operand(row_weight_tangent, rows, 0),
-        out[0].data_ptr(),
-        out[1].data_ptr(),
-        *(
-            gradient.data_ptr() if wants and like is not None else 0
-            for gradient, like, wants in zip(out[2:], operands, wanted, strict=True)
-        ),
+        input=operand(input, rows, 1),
+        weight=operand(weight, (), 2),
+        bias=optional_operand(bias, (), 1),
+        target=operand(target, rows, 0),
+        row_weight=operand(row_weight, rows, 0),
+        rows=kernel_batch(rows),
+        d=features,
+        v=classes,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        tangent=tangent,
+        gauss_newton=gauss_newton,
+        input_tangent=optional_operand(tangents[0], rows, 1),
+        weight_tangent=optional_operand(tangents[1], (), 2),
+        bias_tangent=optional_operand(tangents[2], (), 1),
+        row_weight_tangent=optional_operand(row_weight_tangent, rows, 0),
+        value=out[0].data_ptr(),
+        loss=out[1].data_ptr(),
+        grad_input=addresses[0],
+        grad_weight=addresses[1],
+        grad_bias=addresses[2],
     )
     value, losses, *gradients = out
     grad_input, grad_weight, grad_bias = (gradient.to(input.dtype) for gradient in gradients)

@@ -31,15 +31,15 @@ def _gradient(
     loss, gradient = schema.gradient_results(X, y, parameters, widths, activations, biased, wants_gradient)
     parameters = parameters.contiguous()
     _GRADIENT[X.dtype](
-        widths,
-        activations,
-        biased,
-        X.shape[0],
-        (X.data_ptr(), X.stride(), X),
-        (y.data_ptr(), y.stride(), y),
-        parameters.data_ptr(),
-        loss.data_ptr(),
-        gradient.data_ptr() if wants_gradient else 0,
+        widths=widths,
+        activations=activations,
+        biased=biased,
+        n=X.shape[0],
+        x=(X.data_ptr(), X.stride(), X),
+        y=(y.data_ptr(), y.stride(), y),
+        parameters=parameters.data_ptr(),
+        loss=loss.data_ptr(),
+        gradient=gradient.data_ptr() if wants_gradient else 0,
     )
     return loss, gradient
 
@@ -57,14 +57,14 @@ def _product(
     parameters = parameters.contiguous()
     v = None if v is None else v.contiguous()
     _PRODUCT[X.dtype](
-        widths,
-        activations,
-        biased,
-        X.shape[0],
-        (X.data_ptr(), X.stride(), X),
-        parameters.data_ptr(),
-        0 if v is None else v.data_ptr(),
-        product.data_ptr(),
+        widths=widths,
+        activations=activations,
+        biased=biased,
+        n=X.shape[0],
+        x=(X.data_ptr(), X.stride(), X),
+        parameters=parameters.data_ptr(),
+        v=0 if v is None else v.data_ptr(),
+        product=product.data_ptr(),
     )
     return product
 
@@ -81,13 +81,13 @@ def _jacobian(
     jacobian = schema.jacobian_results(X, parameters, widths, activations, biased, scale)
     parameters = parameters.contiguous()
     _JACOBIAN[X.dtype](
-        widths,
-        activations,
-        biased,
-        X.shape[0],
-        (X.data_ptr(), X.stride(), X),
-        parameters.data_ptr(),
-        scale,
-        jacobian.data_ptr(),
+        widths=widths,
+        activations=activations,
+        biased=biased,
+        n=X.shape[0],
+        x=(X.data_ptr(), X.stride(), X),
+        parameters=parameters.data_ptr(),
+        scale=scale,
+        jacobian=jacobian.data_ptr(),
     )
     return jacobian

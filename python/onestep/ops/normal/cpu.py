@@ -31,15 +31,15 @@ def _gram(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, T
     gram, cross = schema.gram_results(X, Y, weight)
     batch = tuple(gram.shape[:-2])
     _GRAM[X.dtype](
-        operand(X, batch, 2),
-        operand(Y, batch, 2),
-        optional_operand(weight, batch, 1),
-        kernel_batch(batch),
-        X.shape[-2],
-        X.shape[-1],
-        Y.shape[-1],
-        gram.data_ptr(),
-        cross.data_ptr(),
+        x=operand(X, batch, 2),
+        y=operand(Y, batch, 2),
+        weight=optional_operand(weight, batch, 1),
+        batch=kernel_batch(batch),
+        n=X.shape[-2],
+        d=X.shape[-1],
+        k=Y.shape[-1],
+        gram=gram.data_ptr(),
+        cross=cross.data_ptr(),
     )
     return gram, cross
 
@@ -48,14 +48,17 @@ def _gram(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, T
 def _moments(X: Tensor, Y: Tensor, weight: Tensor | None = None, center: bool = False) -> schema.Moments:
     out = schema.moments_results(X, Y, weight)
     _MOMENTS[X.dtype](
-        operand(X, (), 2),
-        operand(Y, (), 2),
-        optional_operand(weight, (), 1),
-        X.shape[-2],
-        X.shape[-1],
-        Y.shape[-1],
-        center,
-        *(tensor.data_ptr() for tensor in out),
+        x=operand(X, (), 2),
+        y=operand(Y, (), 2),
+        weight=optional_operand(weight, (), 1),
+        n=X.shape[-2],
+        d=X.shape[-1],
+        k=Y.shape[-1],
+        center=center,
+        gram=out[0].data_ptr(),
+        cross=out[1].data_ptr(),
+        mean=out[2].data_ptr(),
+        weight_sum=out[3].data_ptr(),
     )
     return out
 
@@ -75,22 +78,22 @@ def _run_solve(
     batch = tuple(info.shape)
     n, d = X.shape[-2:]
     _SOLVE[X.dtype](
-        operand(X, batch, 2),
-        operand(Y, batch, 2),
-        None if weight is None else operand(weight, batch, 1),
-        None if ridge is None else operand(ridge, batch, 1),
-        uniform_ridge,
-        kernel_batch(batch),
-        n,
-        d,
-        solution.shape[-1],
-        refine,
-        jitter,
-        solution.data_ptr(),
-        0 if L is None else L.data_ptr(),
-        info.data_ptr(),
-        0 if rcond is None else rcond.data_ptr(),
-        0 if jittered is None else jittered.data_ptr(),
+        x=operand(X, batch, 2),
+        y=operand(Y, batch, 2),
+        weight=optional_operand(weight, batch, 1),
+        ridge=optional_operand(ridge, batch, 1),
+        uniform_ridge=uniform_ridge,
+        batch=kernel_batch(batch),
+        n=n,
+        d=d,
+        k=solution.shape[-1],
+        refine=refine,
+        jitter=jitter,
+        solution=solution.data_ptr(),
+        factor=0 if L is None else L.data_ptr(),
+        info=info.data_ptr(),
+        rcond=0 if rcond is None else rcond.data_ptr(),
+        jittered=0 if jittered is None else jittered.data_ptr(),
     )
 
 
@@ -157,18 +160,21 @@ def _solve_normal_backward(
     out = schema.backward_results(grad, X, Y, weight, ridge, solution, L, info)
     batch = tuple(out[0].shape[:-2])
     _BACKWARD[X.dtype](
-        operand(grad, batch, 2),
-        operand(X, batch, 2),
-        operand(Y, batch, 2),
-        optional_operand(weight, batch, 1),
-        operand(solution, batch, 2),
-        operand(L.mT, batch, 2),
-        operand(info, batch, 0),
-        kernel_batch(batch),
-        X.shape[-2],
-        X.shape[-1],
-        Y.shape[-1],
-        *(tensor.data_ptr() for tensor in out),
+        grad=operand(grad, batch, 2),
+        x=operand(X, batch, 2),
+        y=operand(Y, batch, 2),
+        weight=optional_operand(weight, batch, 1),
+        solution=operand(solution, batch, 2),
+        factor=operand(L.mT, batch, 2),
+        info=operand(info, batch, 0),
+        batch=kernel_batch(batch),
+        n=X.shape[-2],
+        d=X.shape[-1],
+        k=Y.shape[-1],
+        grad_x=out[0].data_ptr(),
+        grad_y=out[1].data_ptr(),
+        grad_weight=out[2].data_ptr(),
+        grad_ridge=out[3].data_ptr(),
     )
     return out
 
