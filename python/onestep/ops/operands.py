@@ -73,6 +73,8 @@ def broadcast_batch(*shapes: tuple[int, ...]) -> tuple[int, ...]:
 
 def operand(tensor: Tensor, batch: tuple[int, ...], own: int) -> Operand:
     """Address and strides of a tensor broadcast to the batch shape, read in place."""
+    if not batch and tensor.dim() == own:
+        return tensor.data_ptr(), tensor.stride(), tensor
     shape = tensor.shape
     cut = len(shape) - own
     if shape[:cut] != batch:

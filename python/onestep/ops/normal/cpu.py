@@ -80,8 +80,8 @@ def _run_solve(
     _SOLVE[X.dtype](
         x=operand(X, batch, 2),
         y=operand(Y, batch, 2),
-        weight=optional_operand(weight, batch, 1),
-        ridge=optional_operand(ridge, batch, 1),
+        weight=None if weight is None else operand(weight, batch, 1),
+        ridge=None if ridge is None else operand(ridge, batch, 1),
         uniform_ridge=uniform_ridge,
         batch=kernel_batch(batch),
         n=n,
