@@ -1,0 +1,10 @@
+#include "attention/cuda/launch.cuh"
+
+namespace onestep::cuda {
+
+AttentionInstances attention_instances_bf16() {
+    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<bfloat16, 64>::instance(), AttentionLaunches<bfloat16, 128>::instance(), AttentionLaunches<bfloat16, 256>::instance()};
+    return {kInstances, static_cast<int>(std::size(kInstances))};
+}
+
+}  // namespace onestep::cuda

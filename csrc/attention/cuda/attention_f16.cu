@@ -1,0 +1,10 @@
+#include "attention/cuda/launch.cuh"
+
+namespace onestep::cuda {
+
+AttentionInstances attention_instances_f16() {
+    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<float16, 64>::instance(), AttentionLaunches<float16, 128>::instance(), AttentionLaunches<float16, 256>::instance()};
+    return {kInstances, static_cast<int>(std::size(kInstances))};
+}
+
+}  // namespace onestep::cuda

@@ -1,0 +1,10 @@
+#include "attention/cuda/launch.cuh"
+
+namespace onestep::cuda {
+
+AttentionInstances attention_instances_f32() {
+    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<float, 64>::instance(), AttentionLaunches<float, 128>::instance(), AttentionLaunches<float, 256>::instance()};
+    return {kInstances, static_cast<int>(std::size(kInstances))};
+}
+
+}  // namespace onestep::cuda

@@ -1,0 +1,10 @@
+#include "attention/cuda/launch.cuh"
+
+namespace onestep::cuda {
+
+AttentionInstances attention_instances_f64() {
+    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<double, 64>::instance(), AttentionLaunches<double, 128>::instance()};
+    return {kInstances, static_cast<int>(std::size(kInstances))};
+}
+
+}  // namespace onestep::cuda

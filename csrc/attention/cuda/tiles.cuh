@@ -1,0 +1,396 @@
+// Products of tiles by one warp, and how tiles come to shared memory.
+//
+// A warp owns 16 · M rows of a result. Accumulators are those of mma.m16n8: of each 16 × 8 tile, lane 4 g + t has
+// columns 2t and 2t + 1 of rows g and g + 8, as elements 0, 1 and 2, 3. Two kinds of products have them:
+//
+// multiply_rows       acc += A Bᵀ: A and B in shared memory, the product runs over their columns (features)
+// multiply_weights    acc += W B: W are accumulators of the former, B's rows belong to W's columns
+//
+// bfloat16 and float16 take tensor cores; W, which is float, enters as two of their numbers, high + low (exact to 2⁻¹⁶
+// of each summand, where rounding to one would be lost in products that cancel). float and double take fused
+// multiply-adds with the same distribution of the accumulators.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "base/cuda/async.cuh"
+#include "base/cuda/mma.cuh"
+#include "base/cuda/numbers.cuh"
+
+namespace onestep::cuda {
+
+// Elements between two rows of a tile in shared memory: 16 bytes more than the row, so that 8 rows start in 8 different
+// groups of banks.
+template <class T, int D>
+inline constexpr int kPitch = D + 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+// The position of a lane's elements in an accumulator.
+struct LanePlace {
+    int row;  // of elements 0 and 1; 8 more for elements 2 and 3
+    int col;  // of elements 0 and 2; 1 more for elements 1 and 3
+    __device__ __forceinline__ LanePlace() : row(lane_index() / 4), col(lane_index() % 4 * 2) {}
+};
+
+// Reads a tile of Rows × D, of which rows × cols are there; the rest becomes zeros.
+template <class T, int D, int Rows, int Threads>
+__device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t row_stride, int rows, int cols) {
+    constexpr int kEach = 16 / static_cast<int>(sizeof(T));
+    constexpr int kChunks = D / kEach;
+    static_assert(D % kEach == 0);
+#pragma unroll 4
+    for (int index = static_cast<int>(threadIdx.x); index < Rows * kChunks; index += Threads) {
+        const int row = index / kChunks;
+        const int col = index % kChunks * kEach;
+        const bool there = row < rows && col < cols;
+        const T* source = there ? from + row * row_stride + col : from;
+        cp_async<16>(tile + row * kPitch<T, D> + col, source, there ? 16 : 0);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ tensor cores
+
+template <class T>
+struct Products {
+    using Acc = float;
+    static constexpr int kDepth = 16;
+
+    struct Left {
+        unsigned words[4];
+    };
+    // Two tiles of 8 columns.
+    struct Right {
+        unsigned first[2];
+        unsigned second[2];
+    };
+
+    template <int Pitch>
+    static __device__ __forceinline__ Left left(const T* tile, int row, int depth) {
+        const int lane = lane_index();
+        Left a;
+        ldmatrix<4>(a.words, tile + (row + lane % 16) * Pitch + depth + lane / 16 * 8);
+        return a;
+    }
+
+    template <bool Transposed>
+    static __device__ __forceinline__ Right right(const T* lane_row) {
+        unsigned words[4];
+        ldmatrix<4, Transposed>(words, lane_row);
+        return {{words[0], words[1]}, {words[2], words[3]}};
+    }
+
+    // Rows of the tile are columns of the product.
+    template <int Pitch>
+    static __device__ __forceinline__ Right right_of_rows(const T* tile, int row, int depth) {
+        const int lane = lane_index();
+        return right<false>(tile + (row + lane % 8 + lane / 16 * 8) * Pitch + depth + lane / 8 % 2 * 8);
+    }
+
+    // Rows of the tile are the depth of the product.
+    template <int Pitch>
+    static __device__ __forceinline__ Right right_of_columns(const T* tile, int row, int col) {
+        const int lane = lane_index();
+        return right<true>(tile + (row + lane % 16) * Pitch + col + lane / 16 * 8);
+    }
+
+    static __device__ __forceinline__ void multiply(float (&first)[4], float (&second)[4], const Left& a,
+                                                    const Right& b) {
+        mma_16x8x16<T>(first, a.words, b.first);
+        mma_16x8x16<T>(second, a.words, b.second);
+    }
+
+    // acc += A Bᵀ and, where there are tangents, acc_tangent += Ȧ Bᵀ + A Ḃᵀ. Null tiles are zeros.
+    template <int D, int M, int N>
+    static __device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], float (&acc_tangent)[M][N][4],
+                                                         const T* a, const T* a_tangent, const T* b,
+                                                         const T* b_tangent, int row) {
+        static_assert(N % 2 == 0);
+#pragma unroll 4
+        for (int depth = 0; depth < D; depth += kDepth) {
+            Left left_side[M];
+            Left left_tangent[M];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                left_side[m] = left<kPitch<T, D>>(a, row + 16 * m, depth);
+                if (a_tangent != nullptr) {
+                    left_tangent[m] = left<kPitch<T, D>>(a_tangent, row + 16 * m, depth);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < N; n += 2) {
+                const Right right = right_of_rows<kPitch<T, D>>(b, 8 * n, depth);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    multiply(acc[m][n], acc[m][n + 1], left_side[m], right);
+                }
+                if (a_tangent != nullptr) {
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        multiply(acc_tangent[m][n], acc_tangent[m][n + 1], left_tangent[m], right);
+                    }
+                }
+                if (b_tangent != nullptr) {
+                    const Right right_tangent = right_of_rows<kPitch<T, D>>(b_tangent, 8 * n, depth);
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        multiply(acc_tangent[m][n], acc_tangent[m][n + 1], left_side[m], right_tangent);
+                    }
+                }
+            }
+        }
+    }
+
+    // A pair as high + low.
+    static __device__ __forceinline__ void split(float first, float second, unsigned& high, unsigned& low) {
+        high = pack<T>(first, second);
+        if constexpr (std::is_same_v<T, bfloat16>) {
+            low = pack<T>(first - low_bfloat16(high), second - high_bfloat16(high));
+        } else {
+            low = pack<T>(first - low_float16(high), second - high_float16(high));
+        }
+    }
+
+    static __device__ __forceinline__ void split(const float (&first)[4], const float (&second)[4], Left& high,
+                                                 Left& low) {
+        split(first[0], first[1], high.words[0], low.words[0]);
+        split(first[2], first[3], high.words[1], low.words[1]);
+        split(second[0], second[1], high.words[2], low.words[2]);
+        split(second[2], second[3], high.words[3], low.words[3]);
+    }
+
+    static __device__ __forceinline__ Left rounded(const float (&first)[4], const float (&second)[4]) {
+        return {{pack<T>(first[0], first[1]), pack<T>(first[2], first[3]), pack<T>(second[0], second[1]),
+                 pack<T>(second[2], second[3])}};
+    }
+
+    // acc += W B, and W₂ B₂ where B₂ is not null. W enters as high + low, W₂ as high alone: it meets tangents, which a
+    // sum that cancels has nothing to set against.
+    template <int D, int M, int N>
+    static __device__ __forceinline__ void multiply_weights(float (&acc)[M][D / 8][4], const float (&weights)[M][N][4],
+                                                            const T* b, const float (&second_weights)[M][N][4],
+                                                            const T* second_b) {
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            Left high[M];
+            Left low[M];
+            Left second[M];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                split(weights[m][n], weights[m][n + 1], high[m], low[m]);
+                second[m] = rounded(second_weights[m][n], second_weights[m][n + 1]);
+            }
+#pragma unroll
+            for (int j = 0; j < D / 8; j += 2) {
+                const Right right = right_of_columns<kPitch<T, D>>(b, 8 * n, 8 * j);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    multiply(acc[m][j], acc[m][j + 1], high[m], right);
+                    multiply(acc[m][j], acc[m][j + 1], low[m], right);
+                }
+                if (second_b != nullptr) {
+                    const Right second_right = right_of_columns<kPitch<T, D>>(second_b, 8 * n, 8 * j);
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        multiply(acc[m][j], acc[m][j + 1], second[m], second_right);
+                    }
+                }
+            }
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ float and double
+
+// Products<T> on plain fused multiply-adds.
+template <class T>
+struct PlainProducts {
+    using Acc = T;
+    static constexpr int kDepth = 16 / static_cast<int>(sizeof(T));
+
+    struct alignas(16) Chunk {
+        T of[kDepth];
+    };
+
+    static __device__ __forceinline__ Chunk chunk(const T* from) { return *reinterpret_cast<const Chunk*>(from); }
+
+    static __device__ __forceinline__ T dot(T sum, const Chunk& a, const Chunk& b) {
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            sum += a.of[i] * b.of[i];
+        }
+        return sum;
+    }
+
+    static __device__ __forceinline__ void multiply(T (&acc)[4], const Chunk (&a)[2], const Chunk (&b)[2]) {
+        acc[0] = dot(acc[0], a[0], b[0]);
+        acc[1] = dot(acc[1], a[0], b[1]);
+        acc[2] = dot(acc[2], a[1], b[0]);
+        acc[3] = dot(acc[3], a[1], b[1]);
+    }
+
+    template <int D, int M, int N>
+    static __device__ __forceinline__ void multiply_rows(T (&acc)[M][N][4], T (&acc_tangent)[M][N][4], const T* a,
+                                                         const T* a_tangent, const T* b, const T* b_tangent, int row) {
+        constexpr int kStride = kPitch<T, D>;
+        const LanePlace place;
+#pragma unroll 1
+        for (int depth = 0; depth < D; depth += kDepth) {
+            Chunk left[M][2];
+            Chunk left_tangent[M][2];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int at = (row + 16 * m + place.row + 8 * half) * kStride + depth;
+                    left[m][half] = chunk(a + at);
+                    if (a_tangent != nullptr) {
+                        left_tangent[m][half] = chunk(a_tangent + at);
+                    }
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const int at = (8 * n + place.col) * kStride + depth;
+                const Chunk right[2] = {chunk(b + at), chunk(b + at + kStride)};
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    multiply(acc[m][n], left[m], right);
+                    if (a_tangent != nullptr) {
+                        multiply(acc_tangent[m][n], left_tangent[m], right);
+                    }
+                }
+                if (b_tangent != nullptr) {
+                    const Chunk right_tangent[2] = {chunk(b_tangent + at), chunk(b_tangent + at + kStride)};
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        multiply(acc_tangent[m][n], left[m], right_tangent);
+                    }
+                }
+            }
+        }
+    }
+
+    // acc += W B. A weight comes from the lane that has it.
+    template <int D, int M, int N>
+    static __device__ __forceinline__ void add_weights(T (&acc)[M][D / 8][4], const T (&weights)[M][N][4],
+                                                       const T* b) {
+        const LanePlace place;
+        const int first_lane = lane_index() & ~3;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll 1
+            for (int source = 0; source < 4; ++source) {
+#pragma unroll
+                for (int odd = 0; odd < 2; ++odd) {
+                    T upper[M];
+                    T lower[M];
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        upper[m] = __shfl_sync(kFullWarp, weights[m][n][odd], first_lane + source);
+                        lower[m] = __shfl_sync(kFullWarp, weights[m][n][2 + odd], first_lane + source);
+                    }
+                    const T* line = b + (8 * n + 2 * source + odd) * kPitch<T, D> + place.col;
+#pragma unroll
+                    for (int j = 0; j < D / 8; ++j) {
+                        const T first = line[8 * j];
+                        const T second = line[8 * j + 1];
+#pragma unroll
+                        for (int m = 0; m < M; ++m) {
+                            acc[m][j][0] += upper[m] * first;
+                            acc[m][j][1] += upper[m] * second;
+                            acc[m][j][2] += lower[m] * first;
+                            acc[m][j][3] += lower[m] * second;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    template <int D, int M, int N>
+    static __device__ __forceinline__ void multiply_weights(T (&acc)[M][D / 8][4], const T (&weights)[M][N][4],
+                                                            const T* b, const T (&second_weights)[M][N][4],
+                                                            const T* second_b) {
+        add_weights<D, M, N>(acc, weights, b);
+        if (second_b != nullptr) {
+            add_weights<D, M, N>(acc, second_weights, second_b);
+        }
+    }
+};
+
+template <>
+struct Products<float> : PlainProducts<float> {};
+template <>
+struct Products<double> : PlainProducts<double> {};
+
+// ------------------------------------------------------------------------------------------------------- accumulators
+
+template <class Acc, int M, int N>
+__device__ __forceinline__ void clear(Acc (&acc)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                acc[m][n][i] = Acc(0);
+            }
+        }
+    }
+}
+
+// The sum of the four lanes that share a row, in each of them.
+template <class Acc>
+__device__ __forceinline__ Acc sum_of_row(Acc value) {
+    value += __shfl_xor_sync(kFullWarp, value, 1);
+    return value + __shfl_xor_sync(kFullWarp, value, 2);
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc max_of_row(Acc value) {
+    value = max(value, __shfl_xor_sync(kFullWarp, value, 1));
+    return max(value, __shfl_xor_sync(kFullWarp, value, 2));
+}
+
+// cols are a multiple of 16 bytes, so a pair is there or not.
+template <class T, class Acc>
+__device__ __forceinline__ void store_pair(T* to, Acc first, Acc second) {
+    if constexpr (sizeof(T) == 2) {
+        *reinterpret_cast<unsigned*>(to) = pack<T>(first, second);
+    } else {
+        to[0] = first;
+        to[1] = second;
+    }
+}
+
+// Writes factor · acc to rows first_row … of a contiguous rows × cols array.
+template <class T, class Acc, int M, int N>
+__device__ __forceinline__ void store_rows(const Acc (&acc)[M][N][4], Acc factor, T* to, int64_t first_row,
+                                           int64_t rows, int cols) {
+    const LanePlace place;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int64_t row = first_row + 16 * m + place.row + 8 * half;
+            if (row < rows) {
+                T* line = to + row * cols;
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    const int col = 8 * n + place.col;
+                    if (col < cols) {
+                        store_pair(line + col, factor * acc[m][n][2 * half], factor * acc[m][n][2 * half + 1]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace onestep::cuda
