@@ -18,11 +18,12 @@ __device__ __forceinline__ double power_of_two(double value) { return exp2(value
 
 // Sizes of a kernel's blocks: a warp owns 16 · M rows, a block Warps warps; Inner rows of the other side pass by in
 // Stages buffers.
-template <class T_, int D_, int M_, int Warps_, int Inner_, int Stages_>
+template <class Products_, int M_, int Warps_, int Inner_, int Stages_>
 struct BlockSizes {
-    using T = T_;
-    using Acc = Accumulator<T_>;
-    static constexpr int kD = D_;
+    using Products = Products_;
+    using T = typename Products_::T;
+    using Acc = typename Products_::Acc;
+    static constexpr int kD = Products_::kD;
     static constexpr int kM = M_;
     static constexpr int kWarps = Warps_;
     static constexpr int kThreads = kWarpSize * Warps_;
@@ -30,8 +31,11 @@ struct BlockSizes {
     static constexpr int kInner = Inner_;
     static constexpr int kN = Inner_ / 8;
     static constexpr int kStages = Stages_;
-    static constexpr int kOwnTile = kRows * kPitch<T_, D_>;
-    static constexpr int kInnerTile = Inner_ * kPitch<T_, D_>;
+    static constexpr int kOwnTile = kRows * Products_::kRowElements;
+    static constexpr int kInnerTile = Inner_ * Products_::kRowElements;
+    // Rows of the warps that act together.
+    static constexpr int kGroupRows = 16 * M_ * Products_::kWarps;
+    static_assert(Warps_ % Products_::kWarps == 0);
 };
 
 inline __device__ int64_t offset_of(const int64_t* batch_strides, int64_t head_stride, const BatchShape& batch,

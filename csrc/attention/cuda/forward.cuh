@@ -10,7 +10,7 @@ struct ForwardSizes {
     static constexpr int kBytes = D * static_cast<int>(sizeof(T));
     static constexpr int kWarps = kBytes <= 512 ? 4 : 2;
     static constexpr int kInner = kBytes <= 128 ? 64 : kBytes == 256 ? 32 : kBytes == 512 ? 16 : 8;
-    using Type = BlockSizes<T, D, 1, kWarps, kInner, 2>;
+    using Type = BlockSizes<Products<T, D>, 1, kWarps, kInner, 2>;
 };
 
 template <class Sizes>
@@ -23,8 +23,9 @@ inline constexpr int64_t kJvpBytes =
 
 // Calls step(i, stage) for i in [0, count), each with the tiles that load(i, stage) asked for. The first load may
 // follow other copies of the same group.
-template <int Stages, class Load, class Step>
+template <class Sizes, class Load, class Step>
 __device__ __forceinline__ void for_each_block(int count, const Load& load, const Step& step) {
+    constexpr int Stages = Sizes::kStages;
     if (count > 0) {
         load(0, 0);
     }
@@ -40,6 +41,7 @@ __device__ __forceinline__ void for_each_block(int count, const Load& load, cons
         } else {
             cp_async_wait<0>();
         }
+        Sizes::Products::publish();
         __syncthreads();
         step(i, stage);
         __syncthreads();
@@ -56,6 +58,7 @@ template <class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads)
     attention_forward_kernel(const __grid_constant__ AttentionProblem problem, typename Sizes::T* out, double* lse) {
     using T = typename Sizes::T;
+    using Products = typename Sizes::Products;
     using Acc = typename Sizes::Acc;
     constexpr int kD = Sizes::kD;
     constexpr int kM = Sizes::kM;
@@ -73,13 +76,14 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     const HeadScores<T> scores(problem, place.index, place.head);
     const int first = place.first_row;
     const int warp_row = warp_index() * 16 * kM;
+    const int group_last = first + warp_row / Sizes::kGroupRows * Sizes::kGroupRows + Sizes::kGroupRows - 1;
 
-    load_tile<T, kD, Sizes::kRows, Sizes::kThreads>(q_tile, q.at(first), q.row, scores.queries - first, problem.d);
+    load_tile<Products, Sizes::kRows, Sizes::kThreads>(q_tile, q.at(first), q.row, scores.queries - first, problem.d);
     const auto load = [&](int block, int stage) {
         const int key = block * Sizes::kInner;
         T* const to = inner + stage * 2 * Sizes::kInnerTile;
-        load_tile<T, kD, Sizes::kInner, Sizes::kThreads>(to, k.at(key), k.row, scores.keys - key, problem.d);
-        load_tile<T, kD, Sizes::kInner, Sizes::kThreads>(to + Sizes::kInnerTile, v.at(key), v.row, scores.keys - key,
+        load_tile<Products, Sizes::kInner, Sizes::kThreads>(to, k.at(key), k.row, scores.keys - key, problem.d);
+        load_tile<Products, Sizes::kInner, Sizes::kThreads>(to + Sizes::kInnerTile, v.at(key), v.row, scores.keys - key,
                                                          problem.dv);
     };
 
@@ -93,9 +97,9 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     }
     const LanePlace lane;
     const int count = ceil_div(scores.keys_before(min(first + Sizes::kRows, scores.queries)), Sizes::kInner);
-    for_each_block<Sizes::kStages>(count, load, [&](int block, int stage) {
+    for_each_block<Sizes>(count, load, [&](int block, int stage) {
         const int key = block * Sizes::kInner;
-        if (scores.causal && key > first + warp_row + 16 * kM - 1) {
+        if (scores.causal && key > group_last) {
             return;
         }
         const T* const k_tile = inner + stage * 2 * Sizes::kInnerTile;
@@ -104,7 +108,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         Acc unused[kM][kN][4];
         clear(weights);
         clear(unused);
-        Products<T>::template multiply_rows<kD, kM, kN>(weights, unused, q_tile, no_tile, k_tile, no_tile, warp_row);
+        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(weights, unused, q_tile, no_tile, k_tile, no_tile, warp_row);
+        Products::finish();
         const bool seen = scores.all_seen(first + warp_row, key, Sizes::kInner);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -145,7 +150,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
                 }
             }
         }
-        Products<T>::template multiply_weights<kD, kM, kN>(acc, weights, k_tile + Sizes::kInnerTile, unused, no_tile);
+        Products::template multiply_weights<kM, kN, Sizes::kInner>(acc, weights, k_tile + Sizes::kInnerTile, unused, no_tile);
+        Products::finish();
     });
 
 #pragma unroll
@@ -177,6 +183,7 @@ template <class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads)
     attention_jvp_kernel(const __grid_constant__ AttentionProblem problem, typename Sizes::T* out, double* lse) {
     using T = typename Sizes::T;
+    using Products = typename Sizes::Products;
     using Acc = typename Sizes::Acc;
     constexpr int kD = Sizes::kD;
     constexpr int kM = Sizes::kM;
@@ -197,10 +204,11 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     const HeadScores<T> scores(problem, place.index, place.head);
     const int first = place.first_row;
     const int warp_row = warp_index() * 16 * kM;
+    const int group_last = first + warp_row / Sizes::kGroupRows * Sizes::kGroupRows + Sizes::kGroupRows - 1;
 
     const auto load_own = [&](const HeadRows<T>& from, T* to) {
         if (from) {
-            load_tile<T, kD, Sizes::kRows, Sizes::kThreads>(to, from.at(first), from.row, scores.queries - first,
+            load_tile<Products, Sizes::kRows, Sizes::kThreads>(to, from.at(first), from.row, scores.queries - first,
                                                             problem.d);
         }
     };
@@ -211,7 +219,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         T* to = inner + stage * 4 * Sizes::kInnerTile;
         const auto load_inner = [&](const HeadRows<T>& from, int cols) {
             if (from) {
-                load_tile<T, kD, Sizes::kInner, Sizes::kThreads>(to, from.at(key), from.row, scores.keys - key, cols);
+                load_tile<Products, Sizes::kInner, Sizes::kThreads>(to, from.at(key), from.row, scores.keys - key, cols);
             }
             to += Sizes::kInnerTile;
         };
@@ -239,9 +247,9 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     Acc acc[kM][kD / 8][4];
     clear(acc);
     const int count = ceil_div(scores.keys_before(min(first + Sizes::kRows, scores.queries)), Sizes::kInner);
-    for_each_block<Sizes::kStages>(count, load, [&](int block, int stage) {
+    for_each_block<Sizes>(count, load, [&](int block, int stage) {
         const int key = block * Sizes::kInner;
-        if (scores.causal && key > first + warp_row + 16 * kM - 1) {
+        if (scores.causal && key > group_last) {
             return;
         }
         const T* const k_tile = inner + stage * 4 * Sizes::kInnerTile;
@@ -252,8 +260,9 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         Acc weights[kM][kN][4];
         clear(p);
         clear(weights);
-        Products<T>::template multiply_rows<kD, kM, kN>(p, weights, q_tile, q_tangent ? q_tile + Sizes::kOwnTile : nullptr,
+        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(p, weights, q_tile, q_tangent ? q_tile + Sizes::kOwnTile : nullptr,
                                                         k_tile, k_tangent ? k_tangent_tile : nullptr, warp_row);
+        Products::finish();
         const bool seen = scores.all_seen(first + warp_row, key, Sizes::kInner);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -303,8 +312,9 @@ __global__ void __launch_bounds__(Sizes::kThreads)
                 }
             }
         }
-        Products<T>::template multiply_weights<kD, kM, kN>(acc, weights, v_tile, p,
+        Products::template multiply_weights<kM, kN, Sizes::kInner>(acc, weights, v_tile, p,
                                                            v_tangent ? v_tangent_tile : nullptr);
+        Products::finish();
     });
 
     const HeadRows<T> primal_out = rows_of<T>(problem.primal.out, batch, place.index, place.head);

@@ -23,7 +23,7 @@ struct GradientSizes {
     static constexpr int kBytes = D * static_cast<int>(sizeof(T));
     static constexpr int kWarps = kBytes <= 256 ? 4 : kBytes == 512 ? 2 : 1;
     static constexpr int kInner = kBytes <= 256 ? 32 : kBytes == 512 ? 16 : 8;
-    using Type = BlockSizes<T, D, 1, kWarps, kInner, 2>;
+    using Type = BlockSizes<Products<T, D>, 1, kWarps, kInner, 2>;
     // Accumulators of both dK and dV would not fit into registers: each in a launch of its own.
     static constexpr bool kApart = D * static_cast<int>(sizeof(Accumulator<T>)) >= 1024;
 };
@@ -106,13 +106,13 @@ struct GradientSide {
     }
 
     // Into four tiles that follow each other, in the order above.
-    template <int D, int Rows, int Threads>
+    template <class Products, int Rows, int Threads>
     __device__ __forceinline__ void load(T* to, int first, int rows, int d, int dv) const {
         const auto load_one = [&](const HeadRows<T>& from, int cols) {
             if (from) {
-                load_tile<T, D, Rows, Threads>(to, from.at(first), from.row, rows - first, cols);
+                load_tile<Products, Rows, Threads>(to, from.at(first), from.row, rows - first, cols);
             }
-            to += Rows * kPitch<T, D>;
+            to += Rows * Products::kRowElements;
         };
         load_one(x, d);
         load_one(x_tangent, d);
@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     attention_gradients_kernel(const __grid_constant__ AttentionProblem problem, bool tangents,
                                const RowTerms<typename Sizes::Acc>* terms, GradientRows<typename Sizes::T> to) {
     using T = typename Sizes::T;
+    using Products = typename Sizes::Products;
     using Acc = typename Sizes::Acc;
     using Terms = RowTerms<Acc>;
     constexpr int kD = Sizes::kD;
@@ -145,13 +146,15 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     const BlockPlace place(own_heads, own_rows, Sizes::kRows, kQueries && problem.causal);
     const int first = place.first_row;
     const int warp_row = warp_index() * 16 * kM;
+    const int group_first = first + warp_row / Sizes::kGroupRows * Sizes::kGroupRows;
+    const int group_last = group_first + Sizes::kGroupRows - 1;
     const auto query_head = [&](int member) { return kQueries ? place.head : place.head * group + member; };
     const auto score_head = [&](int member) { return HeadScores<T>(problem, place.index, query_head(member)); };
     const int queries = static_cast<int>(problem.queries);
     const int keys = static_cast<int>(problem.keys);
 
     const GradientSide<T> own(problem, kQueries, tangents, place.index, place.head);
-    own.template load<kD, Sizes::kRows, Sizes::kThreads>(own_tiles, first, static_cast<int>(own_rows), problem.d,
+    own.template load<Products, Sizes::kRows, Sizes::kThreads>(own_tiles, first, static_cast<int>(own_rows), problem.d,
                                                          problem.dv);
 
     // Blocks of the other side that have seen scores: [begin, end).
@@ -171,7 +174,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         const int other = (begin + (kQueries ? step : step % blocks)) * kInner;
         const int64_t head = kQueries ? place.head / group : query_head(member);
         const GradientSide<T> side(problem, !kQueries, tangents, place.index, head);
-        side.template load<kD, kInner, Sizes::kThreads>(inner + stage * kInnerTiles, other, kQueries ? keys : queries,
+        side.template load<Products, kInner, Sizes::kThreads>(inner + stage * kInnerTiles, other, kQueries ? keys : queries,
                                                         problem.d, problem.dv);
         if constexpr (!kQueries) {
             constexpr int kChunks = static_cast<int>(sizeof(Terms)) / 16;
@@ -203,12 +206,11 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     Acc y_grad[kM][kY ? kD / 8 : 1][4];
     clear(x_grad);
     clear(y_grad);
-    for_each_block<Sizes::kStages>(count, load, [&](int step, int stage) {
+    for_each_block<Sizes>(count, load, [&](int step, int stage) {
         const int member = kQueries ? 0 : step / blocks;
         const int other = (begin + (kQueries ? step : step % blocks)) * kInner;
         const int warp_first = first + warp_row;
-        const int warp_last = warp_first + 16 * kM - 1;
-        if (problem.causal && (kQueries ? other > warp_last : other + kInner - 1 < warp_first)) {
+        if (problem.causal && (kQueries ? other > group_last : other + kInner - 1 < group_first)) {
             return;
         }
         const T* const tiles = inner + stage * kInnerTiles;
@@ -233,11 +235,12 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         clear(p_tangent);
         clear(ds);
         clear(ds_tangent);
-        Products<T>::template multiply_rows<kD, kM, kN>(p, p_tangent, own_tile(own.x, 0), own_tile(own.x_tangent, 1),
+        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(p, p_tangent, own_tile(own.x, 0), own_tile(own.x_tangent, 1),
                                                         other_x, other_x_tangent, warp_row);
-        Products<T>::template multiply_rows<kD, kM, kN>(ds, ds_tangent, own_tile(own.y, 2),
+        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(ds, ds_tangent, own_tile(own.y, 2),
                                                         own_tile(own.y_tangent, 3), other_y, other_y_tangent, warp_row);
 
+        Products::finish();
         const HeadScores<T> scores = score_head(member);
         const bool seen = kQueries ? scores.all_seen(warp_first, other, kInner)
                                    : other + kInner <= queries && scores.all_seen(other, warp_first, 16 * kM);
@@ -281,11 +284,12 @@ __global__ void __launch_bounds__(Sizes::kThreads)
             }
         }
         if constexpr (kX) {
-            Products<T>::template multiply_weights<kD, kM, kN>(x_grad, ds_tangent, other_x, ds, other_x_tangent);
+            Products::template multiply_weights<kM, kN, Sizes::kInner>(x_grad, ds_tangent, other_x, ds, other_x_tangent);
         }
         if constexpr (kY) {
-            Products<T>::template multiply_weights<kD, kM, kN>(y_grad, p_tangent, other_y, p, other_y_tangent);
+            Products::template multiply_weights<kM, kN, Sizes::kInner>(y_grad, p_tangent, other_y, p, other_y_tangent);
         }
+        Products::finish();
     });
     const int64_t row = first + warp_row;
     if constexpr (kX) {

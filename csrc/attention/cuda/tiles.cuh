@@ -8,7 +8,7 @@
 //
 // bfloat16 and float16 take tensor cores; W, which is float, enters as two of their numbers, high + low (exact to 2⁻¹⁶
 // of each summand, where rounding to one would be lost in products that cancel). float and double take fused
-// multiply-adds with the same distribution of the accumulators.
+// multiply-adds with the same distribution of the accumulators; hopper.cuh has the same on warp groups of Hopper.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,6 @@
 #include "base/cuda/numbers.cuh"
 
 namespace onestep::cuda {
-
-// Elements between two rows of a tile in shared memory: 16 bytes more than the row, so that 8 rows start in 8 different
-// groups of banks.
-template <class T, int D>
-inline constexpr int kPitch = D + 16 / static_cast<int>(sizeof(T));
 
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -38,27 +33,78 @@ struct LanePlace {
     __device__ __forceinline__ LanePlace() : row(lane_index() / 4), col(lane_index() % 4 * 2) {}
 };
 
-// Reads a tile of Rows × D, of which rows × cols are there; the rest becomes zeros.
-template <class T, int D, int Rows, int Threads>
-__device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t row_stride, int rows, int cols) {
-    constexpr int kEach = 16 / static_cast<int>(sizeof(T));
-    constexpr int kChunks = D / kEach;
-    static_assert(D % kEach == 0);
+// Tiles of D columns, row after row. 16 bytes more than the row lie between rows, so that 8 rows start in 8 different
+// groups of banks.
+template <class T_, int D_>
+struct PaddedTiles {
+    using T = T_;
+    static constexpr int kD = D_;
+    static constexpr int kPitch = D_ + 16 / static_cast<int>(sizeof(T_));
+    static constexpr int kRowElements = kPitch;
+    static constexpr int kWarps = 1;  // that act together
+
+    template <int Rows>
+    static __device__ __forceinline__ T* at(T* tile, int row, int col) {
+        return tile + row * kPitch + col;
+    }
+    // Before a barrier, so that copies are seen by products.
+    static __device__ __forceinline__ void publish() {}
+    // Until accumulators are complete.
+    static __device__ __forceinline__ void finish() {}
+};
+
+// Copies to a tile of Rows × D, of which rows × cols are there; the rest becomes zeros.
+template <class Products, int Rows, int Threads>
+__device__ __forceinline__ void load_tile(typename Products::T* tile, const typename Products::T* from,
+                                          int64_t row_stride, int rows, int cols) {
+    constexpr int kEach = 16 / static_cast<int>(sizeof(typename Products::T));
+    constexpr int kChunks = Products::kD / kEach;
+    static_assert(Products::kD % kEach == 0);
 #pragma unroll 4
     for (int index = static_cast<int>(threadIdx.x); index < Rows * kChunks; index += Threads) {
         const int row = index / kChunks;
         const int col = index % kChunks * kEach;
         const bool there = row < rows && col < cols;
-        const T* source = there ? from + row * row_stride + col : from;
-        cp_async<16>(tile + row * kPitch<T, D> + col, source, there ? 16 : 0);
+        cp_async<16>(Products::template at<Rows>(tile, row, col), there ? from + row * row_stride + col : from,
+                     there ? 16 : 0);
     }
 }
 
 // ------------------------------------------------------------------------------------------------------ tensor cores
 
+// A pair as high + low.
 template <class T>
-struct Products {
+__device__ __forceinline__ void split(float first, float second, unsigned& high, unsigned& low) {
+    high = pack<T>(first, second);
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        low = pack<T>(first - low_bfloat16(high), second - high_bfloat16(high));
+    } else {
+        low = pack<T>(first - low_float16(high), second - high_float16(high));
+    }
+}
+
+// The left operand of 16 × 16 that two tiles of accumulators are.
+template <class T>
+__device__ __forceinline__ void split(const float (&first)[4], const float (&second)[4], unsigned (&high)[4],
+                                      unsigned (&low)[4]) {
+    split<T>(first[0], first[1], high[0], low[0]);
+    split<T>(first[2], first[3], high[1], low[1]);
+    split<T>(second[0], second[1], high[2], low[2]);
+    split<T>(second[2], second[3], high[3], low[3]);
+}
+
+template <class T>
+__device__ __forceinline__ void round_pairs(const float (&first)[4], const float (&second)[4], unsigned (&to)[4]) {
+    to[0] = pack<T>(first[0], first[1]);
+    to[1] = pack<T>(first[2], first[3]);
+    to[2] = pack<T>(second[0], second[1]);
+    to[3] = pack<T>(second[2], second[3]);
+}
+
+template <class T, int D>
+struct TensorProducts : PaddedTiles<T, D> {
     using Acc = float;
+    using PaddedTiles<T, D>::kPitch;
     static constexpr int kDepth = 16;
 
     struct Left {
@@ -70,11 +116,10 @@ struct Products {
         unsigned second[2];
     };
 
-    template <int Pitch>
     static __device__ __forceinline__ Left left(const T* tile, int row, int depth) {
         const int lane = lane_index();
         Left a;
-        ldmatrix<4>(a.words, tile + (row + lane % 16) * Pitch + depth + lane / 16 * 8);
+        ldmatrix<4>(a.words, tile + (row + lane % 16) * kPitch + depth + lane / 16 * 8);
         return a;
     }
 
@@ -86,17 +131,15 @@ struct Products {
     }
 
     // Rows of the tile are columns of the product.
-    template <int Pitch>
     static __device__ __forceinline__ Right right_of_rows(const T* tile, int row, int depth) {
         const int lane = lane_index();
-        return right<false>(tile + (row + lane % 8 + lane / 16 * 8) * Pitch + depth + lane / 8 % 2 * 8);
+        return right<false>(tile + (row + lane % 8 + lane / 16 * 8) * kPitch + depth + lane / 8 % 2 * 8);
     }
 
     // Rows of the tile are the depth of the product.
-    template <int Pitch>
     static __device__ __forceinline__ Right right_of_columns(const T* tile, int row, int col) {
         const int lane = lane_index();
-        return right<true>(tile + (row + lane % 16) * Pitch + col + lane / 16 * 8);
+        return right<true>(tile + (row + lane % 16) * kPitch + col + lane / 16 * 8);
     }
 
     static __device__ __forceinline__ void multiply(float (&first)[4], float (&second)[4], const Left& a,
@@ -106,7 +149,7 @@ struct Products {
     }
 
     // acc += A Bᵀ and, where there are tangents, acc_tangent += Ȧ Bᵀ + A Ḃᵀ. Null tiles are zeros.
-    template <int D, int M, int N>
+    template <int M, int N, int OwnRows, int Inner>
     static __device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], float (&acc_tangent)[M][N][4],
                                                          const T* a, const T* a_tangent, const T* b,
                                                          const T* b_tangent, int row) {
@@ -117,14 +160,14 @@ struct Products {
             Left left_tangent[M];
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                left_side[m] = left<kPitch<T, D>>(a, row + 16 * m, depth);
+                left_side[m] = left(a, row + 16 * m, depth);
                 if (a_tangent != nullptr) {
-                    left_tangent[m] = left<kPitch<T, D>>(a_tangent, row + 16 * m, depth);
+                    left_tangent[m] = left(a_tangent, row + 16 * m, depth);
                 }
             }
 #pragma unroll
             for (int n = 0; n < N; n += 2) {
-                const Right right = right_of_rows<kPitch<T, D>>(b, 8 * n, depth);
+                const Right right = right_of_rows(b, 8 * n, depth);
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
                     multiply(acc[m][n], acc[m][n + 1], left_side[m], right);
@@ -136,7 +179,7 @@ struct Products {
                     }
                 }
                 if (b_tangent != nullptr) {
-                    const Right right_tangent = right_of_rows<kPitch<T, D>>(b_tangent, 8 * n, depth);
+                    const Right right_tangent = right_of_rows(b_tangent, 8 * n, depth);
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
                         multiply(acc_tangent[m][n], acc_tangent[m][n + 1], left_side[m], right_tangent);
@@ -146,32 +189,9 @@ struct Products {
         }
     }
 
-    // A pair as high + low.
-    static __device__ __forceinline__ void split(float first, float second, unsigned& high, unsigned& low) {
-        high = pack<T>(first, second);
-        if constexpr (std::is_same_v<T, bfloat16>) {
-            low = pack<T>(first - low_bfloat16(high), second - high_bfloat16(high));
-        } else {
-            low = pack<T>(first - low_float16(high), second - high_float16(high));
-        }
-    }
-
-    static __device__ __forceinline__ void split(const float (&first)[4], const float (&second)[4], Left& high,
-                                                 Left& low) {
-        split(first[0], first[1], high.words[0], low.words[0]);
-        split(first[2], first[3], high.words[1], low.words[1]);
-        split(second[0], second[1], high.words[2], low.words[2]);
-        split(second[2], second[3], high.words[3], low.words[3]);
-    }
-
-    static __device__ __forceinline__ Left rounded(const float (&first)[4], const float (&second)[4]) {
-        return {{pack<T>(first[0], first[1]), pack<T>(first[2], first[3]), pack<T>(second[0], second[1]),
-                 pack<T>(second[2], second[3])}};
-    }
-
     // acc += W B, and W₂ B₂ where B₂ is not null. W enters as high + low, W₂ as high alone: it meets tangents, which a
     // sum that cancels has nothing to set against.
-    template <int D, int M, int N>
+    template <int M, int N, int Inner>
     static __device__ __forceinline__ void multiply_weights(float (&acc)[M][D / 8][4], const float (&weights)[M][N][4],
                                                             const T* b, const float (&second_weights)[M][N][4],
                                                             const T* second_b) {
@@ -182,19 +202,19 @@ struct Products {
             Left second[M];
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                split(weights[m][n], weights[m][n + 1], high[m], low[m]);
-                second[m] = rounded(second_weights[m][n], second_weights[m][n + 1]);
+                split<T>(weights[m][n], weights[m][n + 1], high[m].words, low[m].words);
+                round_pairs<T>(second_weights[m][n], second_weights[m][n + 1], second[m].words);
             }
 #pragma unroll
             for (int j = 0; j < D / 8; j += 2) {
-                const Right right = right_of_columns<kPitch<T, D>>(b, 8 * n, 8 * j);
+                const Right right = right_of_columns(b, 8 * n, 8 * j);
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
                     multiply(acc[m][j], acc[m][j + 1], high[m], right);
                     multiply(acc[m][j], acc[m][j + 1], low[m], right);
                 }
                 if (second_b != nullptr) {
-                    const Right second_right = right_of_columns<kPitch<T, D>>(second_b, 8 * n, 8 * j);
+                    const Right second_right = right_of_columns(second_b, 8 * n, 8 * j);
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
                         multiply(acc[m][j], acc[m][j + 1], second[m], second_right);
@@ -207,10 +227,11 @@ struct Products {
 
 // ------------------------------------------------------------------------------------------------ float and double
 
-// Products<T> on plain fused multiply-adds.
-template <class T>
-struct PlainProducts {
+// The same by fused multiply-adds.
+template <class T, int D>
+struct PlainProducts : PaddedTiles<T, D> {
     using Acc = T;
+    using PaddedTiles<T, D>::kPitch;
     static constexpr int kDepth = 16 / static_cast<int>(sizeof(T));
 
     struct alignas(16) Chunk {
@@ -234,10 +255,9 @@ struct PlainProducts {
         acc[3] = dot(acc[3], a[1], b[1]);
     }
 
-    template <int D, int M, int N>
+    template <int M, int N, int OwnRows, int Inner>
     static __device__ __forceinline__ void multiply_rows(T (&acc)[M][N][4], T (&acc_tangent)[M][N][4], const T* a,
                                                          const T* a_tangent, const T* b, const T* b_tangent, int row) {
-        constexpr int kStride = kPitch<T, D>;
         const LanePlace place;
 #pragma unroll 1
         for (int depth = 0; depth < D; depth += kDepth) {
@@ -247,7 +267,7 @@ struct PlainProducts {
             for (int m = 0; m < M; ++m) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const int at = (row + 16 * m + place.row + 8 * half) * kStride + depth;
+                    const int at = (row + 16 * m + place.row + 8 * half) * kPitch + depth;
                     left[m][half] = chunk(a + at);
                     if (a_tangent != nullptr) {
                         left_tangent[m][half] = chunk(a_tangent + at);
@@ -256,8 +276,8 @@ struct PlainProducts {
             }
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                const int at = (8 * n + place.col) * kStride + depth;
-                const Chunk right[2] = {chunk(b + at), chunk(b + at + kStride)};
+                const int at = (8 * n + place.col) * kPitch + depth;
+                const Chunk right[2] = {chunk(b + at), chunk(b + at + kPitch)};
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
                     multiply(acc[m][n], left[m], right);
@@ -266,7 +286,7 @@ struct PlainProducts {
                     }
                 }
                 if (b_tangent != nullptr) {
-                    const Chunk right_tangent[2] = {chunk(b_tangent + at), chunk(b_tangent + at + kStride)};
+                    const Chunk right_tangent[2] = {chunk(b_tangent + at), chunk(b_tangent + at + kPitch)};
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
                         multiply(acc_tangent[m][n], left[m], right_tangent);
@@ -277,7 +297,7 @@ struct PlainProducts {
     }
 
     // acc += W B. A weight comes from the lane that has it.
-    template <int D, int M, int N>
+    template <int M, int N>
     static __device__ __forceinline__ void add_weights(T (&acc)[M][D / 8][4], const T (&weights)[M][N][4],
                                                        const T* b) {
         const LanePlace place;
@@ -295,7 +315,7 @@ struct PlainProducts {
                         upper[m] = __shfl_sync(kFullWarp, weights[m][n][odd], first_lane + source);
                         lower[m] = __shfl_sync(kFullWarp, weights[m][n][2 + odd], first_lane + source);
                     }
-                    const T* line = b + (8 * n + 2 * source + odd) * kPitch<T, D> + place.col;
+                    const T* line = b + (8 * n + 2 * source + odd) * kPitch + place.col;
 #pragma unroll
                     for (int j = 0; j < D / 8; ++j) {
                         const T first = line[8 * j];
@@ -313,21 +333,19 @@ struct PlainProducts {
         }
     }
 
-    template <int D, int M, int N>
+    template <int M, int N, int Inner>
     static __device__ __forceinline__ void multiply_weights(T (&acc)[M][D / 8][4], const T (&weights)[M][N][4],
                                                             const T* b, const T (&second_weights)[M][N][4],
                                                             const T* second_b) {
-        add_weights<D, M, N>(acc, weights, b);
+        add_weights<M, N>(acc, weights, b);
         if (second_b != nullptr) {
-            add_weights<D, M, N>(acc, second_weights, second_b);
+            add_weights<M, N>(acc, second_weights, second_b);
         }
     }
 };
 
-template <>
-struct Products<float> : PlainProducts<float> {};
-template <>
-struct Products<double> : PlainProducts<double> {};
+template <class T, int D>
+using Products = std::conditional_t<sizeof(T) == 2, TensorProducts<T, D>, PlainProducts<T, D>>;
 
 // ------------------------------------------------------------------------------------------------------- accumulators
 
