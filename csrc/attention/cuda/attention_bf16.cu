@@ -3,7 +3,9 @@
 namespace onestep::cuda {
 
 AttentionInstances attention_instances_bf16() {
-    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<bfloat16, 64>::instance(), AttentionLaunches<bfloat16, 128>::instance(), AttentionLaunches<bfloat16, 256>::instance()};
+    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<PlainSizes<bfloat16, 64>>::instance(),
+                                                       AttentionLaunches<PlainSizes<bfloat16, 128>>::instance(),
+                                                       AttentionLaunches<PlainSizes<bfloat16, 256>>::instance()};
     return {kInstances, static_cast<int>(std::size(kInstances))};
 }
 

@@ -37,12 +37,12 @@ struct AttentionMask {
 };
 
 struct AttentionTensors {
-    AttentionOperand q;     // heads × queries × d
-    AttentionOperand k;     // kv_heads × keys × d
-    AttentionOperand v;     // kv_heads × keys × dv
-    AttentionMask mask;     // heads × queries × keys; of the tangents additive or none
-    AttentionOperand out;   // heads × queries × dv: O
-    AttentionOperand grad;  // heads × queries × dv: the cotangent of O
+    AttentionOperand q;                // heads × queries × d
+    AttentionOperand k;                // kv_heads × keys × d
+    AttentionOperand v;                // kv_heads × keys × dv
+    AttentionMask mask;                // heads × queries × keys; of the tangents additive or none
+    AttentionOperand out;              // heads × queries × dv: O
+    AttentionOperand grad;             // heads × queries × dv: the cotangent of O
     const double* lse = nullptr;       // contiguous, batch × heads × queries: L
     const double* grad_lse = nullptr;  // likewise: the cotangent of L
 };
@@ -53,7 +53,8 @@ struct AttentionProblem {
     int64_t heads = 0, kv_heads = 0, queries = 0, keys = 0;
     int d = 0, dv = 0;
     double scale = 1.0;
-    bool causal = false;  // key j is seen by the queries i >= j
+    bool causal = false;      // key j is seen by the queries i >= j
+    bool warp_groups = true;  // on Hopper, its own matrix instructions where an instance has them
     AttentionTensors primal;
     AttentionTensors tangent;
 };

@@ -3,7 +3,9 @@
 namespace onestep::cuda {
 
 AttentionInstances attention_instances_f16() {
-    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<float16, 64>::instance(), AttentionLaunches<float16, 128>::instance(), AttentionLaunches<float16, 256>::instance()};
+    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<PlainSizes<float16, 64>>::instance(),
+                                                       AttentionLaunches<PlainSizes<float16, 128>>::instance(),
+                                                       AttentionLaunches<PlainSizes<float16, 256>>::instance()};
     return {kInstances, static_cast<int>(std::size(kInstances))};
 }
 

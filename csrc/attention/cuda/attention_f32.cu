@@ -3,7 +3,9 @@
 namespace onestep::cuda {
 
 AttentionInstances attention_instances_f32() {
-    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<float, 64>::instance(), AttentionLaunches<float, 128>::instance(), AttentionLaunches<float, 256>::instance()};
+    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<PlainSizes<float, 64>>::instance(),
+                                                       AttentionLaunches<PlainSizes<float, 128>>::instance(),
+                                                       AttentionLaunches<PlainSizes<float, 256>>::instance()};
     return {kInstances, static_cast<int>(std::size(kInstances))};
 }
 

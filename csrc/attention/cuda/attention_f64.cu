@@ -3,7 +3,8 @@
 namespace onestep::cuda {
 
 AttentionInstances attention_instances_f64() {
-    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<double, 64>::instance(), AttentionLaunches<double, 128>::instance()};
+    static constexpr AttentionInstance kInstances[] = {AttentionLaunches<PlainSizes<double, 64>>::instance(),
+                                                       AttentionLaunches<PlainSizes<double, 128>>::instance()};
     return {kInstances, static_cast<int>(std::size(kInstances))};
 }
 

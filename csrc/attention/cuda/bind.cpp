@@ -1,7 +1,8 @@
+#include "base/cuda/bind.hpp"
+
 #include <array>
 
 #include "attention/cuda/attention_cuda.hpp"
-#include "base/cuda/bind.hpp"
 
 namespace onestep {
 namespace {
@@ -85,8 +86,7 @@ cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array
 
 template <Status (*Kernel)(const cuda::AttentionProblem&, const cuda::AttentionOutputs&, cudaStream_t)>
 void run_outputs(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
-                 const Tensors& primal, const Tensors& tangent, Address out, Address lse, int device,
-                 Address stream) {
+                 const Tensors& primal, const Tensors& tangent, Address out, Address lse, int device, Address stream) {
     const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, primal, tangent);
     cuda::AttentionOutputs outputs;
     outputs.out = bindings::pointer<void>(out);
@@ -95,8 +95,8 @@ void run_outputs(int element, const Sizes& batch, const std::array<int64_t, 6>& 
 }
 
 void run_gradients(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
-                   const Tensors& primal, const Tensors& tangent, bool tangents,
-                   const std::array<Address, 4>& results, Address workspace, int device, Address stream) {
+                   const Tensors& primal, const Tensors& tangent, bool tangents, const std::array<Address, 4>& results,
+                   Address workspace, int device, Address stream) {
     const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, primal, tangent);
     cuda::AttentionOutputs outputs;
     outputs.q_grad = bindings::pointer<void>(results[0]);

@@ -84,8 +84,7 @@ struct HeadMask {
             const int64_t size = kind == MaskKind::boolean    ? 1
                                  : kind == MaskKind::additive ? static_cast<int64_t>(sizeof(T))
                                                               : static_cast<int64_t>(sizeof(float));
-            data = static_cast<const char*>(mask.data) +
-                   size * offset_of(mask.batch, mask.head, batch, problem, head);
+            data = static_cast<const char*>(mask.data) + size * offset_of(mask.batch, mask.head, batch, problem, head);
         }
     }
 

@@ -5,20 +5,17 @@
 
 namespace onestep::cuda {
 
-template <class T, int D>
-struct ForwardSizes {
-    static constexpr int kBytes = D * static_cast<int>(sizeof(T));
-    static constexpr int kWarps = kBytes <= 512 ? 4 : 2;
-    static constexpr int kInner = kBytes <= 128 ? 64 : kBytes == 256 ? 32 : kBytes == 512 ? 16 : 8;
-    using Type = BlockSizes<Products<T, D>, 1, kWarps, kInner, 2>;
-};
+template <class Sizes>
+inline constexpr int64_t kAlignmentBytes = Sizes::Products::kAlignment <= 128 ? 0 : Sizes::Products::kAlignment;
 
 template <class Sizes>
 inline constexpr int64_t kForwardBytes =
+    kAlignmentBytes<Sizes> +
     int64_t{sizeof(typename Sizes::T)} * (Sizes::kOwnTile + Sizes::kStages * 2 * Sizes::kInnerTile);
 
 template <class Sizes>
 inline constexpr int64_t kJvpBytes =
+    kAlignmentBytes<Sizes> +
     int64_t{sizeof(typename Sizes::T)} * (2 * Sizes::kOwnTile + Sizes::kStages * 4 * Sizes::kInnerTile);
 
 // Calls step(i, stage) for i in [0, count), each with the tiles that load(i, stage) asked for. The first load may
@@ -65,7 +62,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     constexpr int kN = Sizes::kN;
     constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
     ONESTEP_DYNAMIC_SHARED(T, shared);
-    T* const q_tile = shared;
+    T* const q_tile = align_tiles<Products>(shared);
     T* const inner = q_tile + Sizes::kOwnTile;
 
     const BlockPlace place(problem.heads, problem.queries, Sizes::kRows, problem.causal);
@@ -84,7 +81,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         T* const to = inner + stage * 2 * Sizes::kInnerTile;
         load_tile<Products, Sizes::kInner, Sizes::kThreads>(to, k.at(key), k.row, scores.keys - key, problem.d);
         load_tile<Products, Sizes::kInner, Sizes::kThreads>(to + Sizes::kInnerTile, v.at(key), v.row, scores.keys - key,
-                                                         problem.dv);
+                                                            problem.dv);
     };
 
     Acc acc[kM][kD / 8][4];
@@ -108,7 +105,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         Acc unused[kM][kN][4];
         clear(weights);
         clear(unused);
-        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(weights, unused, q_tile, no_tile, k_tile, no_tile, warp_row);
+        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(weights, unused, q_tile, no_tile, k_tile,
+                                                                              no_tile, warp_row);
         Products::finish();
         const bool seen = scores.all_seen(first + warp_row, key, Sizes::kInner);
 #pragma unroll
@@ -122,9 +120,9 @@ __global__ void __launch_bounds__(Sizes::kThreads)
 #pragma unroll
                     for (int odd = 0; odd < 2; ++odd) {
                         Acc& score = weights[m][n][2 * half + odd];
-                        score = seen ? scores.template exponent<false>(score, 0, 0, Acc(0))
-                                     : scores.template exponent<true>(score, query, key + 8 * n + lane.col + odd,
-                                                                      Acc(0));
+                        score =
+                            seen ? scores.template exponent<false>(score, 0, 0, Acc(0))
+                                 : scores.template exponent<true>(score, query, key + 8 * n + lane.col + odd, Acc(0));
                         highest = max(highest, score);
                     }
                 }
@@ -150,7 +148,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
                 }
             }
         }
-        Products::template multiply_weights<kM, kN, Sizes::kInner>(acc, weights, k_tile + Sizes::kInnerTile, unused, no_tile);
+        Products::template multiply_weights<kM, kN, Sizes::kInner>(acc, weights, k_tile + Sizes::kInnerTile, unused,
+                                                                   no_tile);
         Products::finish();
     });
 
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     constexpr int kM = Sizes::kM;
     constexpr int kN = Sizes::kN;
     ONESTEP_DYNAMIC_SHARED(T, shared);
-    T* const q_tile = shared;
+    T* const q_tile = align_tiles<Products>(shared);
     T* const inner = q_tile + 2 * Sizes::kOwnTile;
 
     const BatchShape& batch = problem.batch;
@@ -209,7 +208,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     const auto load_own = [&](const HeadRows<T>& from, T* to) {
         if (from) {
             load_tile<Products, Sizes::kRows, Sizes::kThreads>(to, from.at(first), from.row, scores.queries - first,
-                                                            problem.d);
+                                                               problem.d);
         }
     };
     load_own(q, q_tile);
@@ -219,7 +218,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         T* to = inner + stage * 4 * Sizes::kInnerTile;
         const auto load_inner = [&](const HeadRows<T>& from, int cols) {
             if (from) {
-                load_tile<Products, Sizes::kInner, Sizes::kThreads>(to, from.at(key), from.row, scores.keys - key, cols);
+                load_tile<Products, Sizes::kInner, Sizes::kThreads>(to, from.at(key), from.row, scores.keys - key,
+                                                                    cols);
             }
             to += Sizes::kInnerTile;
         };
@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
             const int query = first + warp_row + 16 * m + lane.row + 8 * half;
             const double given =
                 query < scores.queries ? problem.primal.lse[place.flat * problem.queries + query] : 0.0;
-            lse2[m][half] = given == -std::numeric_limits<double>::infinity() ? Acc(0) : static_cast<Acc>(given * kLog2E);
+            lse2[m][half] =
+                given == -std::numeric_limits<double>::infinity() ? Acc(0) : static_cast<Acc>(given * kLog2E);
             shift[m][half] = mean[m][half] = Acc(0);
         }
     }
@@ -260,8 +261,9 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         Acc weights[kM][kN][4];
         clear(p);
         clear(weights);
-        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(p, weights, q_tile, q_tangent ? q_tile + Sizes::kOwnTile : nullptr,
-                                                        k_tile, k_tangent ? k_tangent_tile : nullptr, warp_row);
+        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(
+            p, weights, q_tile, q_tangent ? q_tile + Sizes::kOwnTile : nullptr, k_tile,
+            k_tangent ? k_tangent_tile : nullptr, warp_row);
         Products::finish();
         const bool seen = scores.all_seen(first + warp_row, key, Sizes::kInner);
 #pragma unroll
@@ -280,8 +282,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
                             weights[m][n][at] = scores.template tangent<false>(weights[m][n][at], 0, 0);
                         } else {
                             const int other = key + 8 * n + lane.col + odd;
-                            p[m][n][at] = power_of_two(
-                                scores.template exponent<true>(p[m][n][at], query, other, lse2[m][half]));
+                            p[m][n][at] =
+                                power_of_two(scores.template exponent<true>(p[m][n][at], query, other, lse2[m][half]));
                             weights[m][n][at] = scores.template tangent<true>(weights[m][n][at], query, other);
                         }
                     }
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
             }
         }
         Products::template multiply_weights<kM, kN, Sizes::kInner>(acc, weights, v_tile, p,
-                                                           v_tangent ? v_tangent_tile : nullptr);
+                                                                   v_tangent ? v_tangent_tile : nullptr);
         Products::finish();
     });
 

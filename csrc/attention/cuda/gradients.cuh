@@ -1,5 +1,5 @@
-// Gradients and their tangents. Two kernels of one form: a block owns rows of queries and adds up dQ while keys pass by,
-// or owns rows of keys and adds up dK and dV while queries pass by; nothing is shared between blocks, so that the
+// Gradients and their tangents. Two kernels of one form: a block owns rows of queries and adds up dQ while keys pass
+// by, or owns rows of keys and adds up dK and dV while queries pass by; nothing is shared between blocks, so that the
 // order of every sum is fixed. With X, Y for the own rows of q, grad (or k, v) and X′, Y′ for the others' rows of k, v
 // (or q, grad):
 //
@@ -18,26 +18,16 @@ struct alignas(4 * sizeof(Acc)) RowTerms {
     Acc lse2, mean, delta, delta_tangent;
 };
 
-template <class T, int D>
-struct GradientSizes {
-    static constexpr int kBytes = D * static_cast<int>(sizeof(T));
-    static constexpr int kWarps = kBytes <= 256 ? 4 : kBytes == 512 ? 2 : 1;
-    static constexpr int kInner = kBytes <= 256 ? 32 : kBytes == 512 ? 16 : 8;
-    using Type = BlockSizes<Products<T, D>, 1, kWarps, kInner, 2>;
-    // Accumulators of both dK and dV would not fit into registers: each in a launch of its own.
-    static constexpr bool kApart = D * static_cast<int>(sizeof(Accumulator<T>)) >= 1024;
-};
-
 template <class Sizes>
 inline constexpr int64_t kGradientBytes =
+    kAlignmentBytes<Sizes> +
     int64_t{sizeof(typename Sizes::T)} * 4 * (Sizes::kOwnTile + Sizes::kStages * Sizes::kInnerTile) +
     int64_t{sizeof(RowTerms<typename Sizes::Acc>)} * Sizes::kStages * Sizes::kInner;
 
 // δ = rowsum(G∘O) − grad_L and δ̇ = rowsum(Ġ∘O + G∘Ȯ) − grad_L̇; a warp for each row.
 template <class T>
-__global__ void __launch_bounds__(128)
-    attention_row_terms_kernel(const __grid_constant__ AttentionProblem problem, int64_t rows,
-                               RowTerms<Accumulator<T>>* to) {
+__global__ void __launch_bounds__(128) attention_row_terms_kernel(const __grid_constant__ AttentionProblem problem,
+                                                                  int64_t rows, RowTerms<Accumulator<T>>* to) {
     using Acc = Accumulator<T>;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + warp_index();
     if (row >= rows) {
@@ -92,8 +82,8 @@ template <class T>
 struct GradientSide {
     HeadRows<T> x, x_tangent, y, y_tangent;
 
-    __device__ __forceinline__ GradientSide(const AttentionProblem& problem, bool queries, bool tangents,
-                                            int64_t index, int64_t head) {
+    __device__ __forceinline__ GradientSide(const AttentionProblem& problem, bool queries, bool tangents, int64_t index,
+                                            int64_t head) {
         const auto rows = [&](const AttentionOperand& operand) {
             return rows_of<T>(operand, problem.batch, index, head);
         };
@@ -136,7 +126,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     constexpr int kInnerTiles = 4 * Sizes::kInnerTile;
     constexpr bool kQueries = kOwn == Own::queries;
     ONESTEP_DYNAMIC_SHARED(T, shared);
-    T* const own_tiles = shared;
+    T* const own_tiles = align_tiles<Products>(shared);
     T* const inner = own_tiles + 4 * Sizes::kOwnTile;
     Terms* const inner_terms = reinterpret_cast<Terms*>(inner + Sizes::kStages * kInnerTiles);
 
@@ -155,7 +145,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
 
     const GradientSide<T> own(problem, kQueries, tangents, place.index, place.head);
     own.template load<Products, Sizes::kRows, Sizes::kThreads>(own_tiles, first, static_cast<int>(own_rows), problem.d,
-                                                         problem.dv);
+                                                               problem.dv);
 
     // Blocks of the other side that have seen scores: [begin, end).
     int begin = 0;
@@ -174,8 +164,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         const int other = (begin + (kQueries ? step : step % blocks)) * kInner;
         const int64_t head = kQueries ? place.head / group : query_head(member);
         const GradientSide<T> side(problem, !kQueries, tangents, place.index, head);
-        side.template load<Products, kInner, Sizes::kThreads>(inner + stage * kInnerTiles, other, kQueries ? keys : queries,
-                                                        problem.d, problem.dv);
+        side.template load<Products, kInner, Sizes::kThreads>(inner + stage * kInnerTiles, other,
+                                                              kQueries ? keys : queries, problem.d, problem.dv);
         if constexpr (!kQueries) {
             constexpr int kChunks = static_cast<int>(sizeof(Terms)) / 16;
             const int64_t flat = place.index * problem.heads + head;
@@ -235,10 +225,10 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         clear(p_tangent);
         clear(ds);
         clear(ds_tangent);
-        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(p, p_tangent, own_tile(own.x, 0), own_tile(own.x_tangent, 1),
-                                                        other_x, other_x_tangent, warp_row);
-        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(ds, ds_tangent, own_tile(own.y, 2),
-                                                        own_tile(own.y_tangent, 3), other_y, other_y_tangent, warp_row);
+        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(
+            p, p_tangent, own_tile(own.x, 0), own_tile(own.x_tangent, 1), other_x, other_x_tangent, warp_row);
+        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(
+            ds, ds_tangent, own_tile(own.y, 2), own_tile(own.y_tangent, 3), other_y, other_y_tangent, warp_row);
 
         Products::finish();
         const HeadScores<T> scores = score_head(member);
@@ -261,8 +251,9 @@ __global__ void __launch_bounds__(Sizes::kThreads)
                         row = inner_terms[stage * kInner + column];
                     }
                     const Acc product = p[m][n][at];
-                    const Acc weight = power_of_two(seen ? scores.template exponent<false>(product, 0, 0, row.lse2)
-                                                         : scores.template exponent<true>(product, query, key, row.lse2));
+                    const Acc weight =
+                        power_of_two(seen ? scores.template exponent<false>(product, 0, 0, row.lse2)
+                                          : scores.template exponent<true>(product, query, key, row.lse2));
                     const Acc centred = ds[m][n][at] - row.delta;
                     p[m][n][at] = weight;
                     ds[m][n][at] = weight * centred;
@@ -284,7 +275,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
             }
         }
         if constexpr (kX) {
-            Products::template multiply_weights<kM, kN, Sizes::kInner>(x_grad, ds_tangent, other_x, ds, other_x_tangent);
+            Products::template multiply_weights<kM, kN, Sizes::kInner>(x_grad, ds_tangent, other_x, ds,
+                                                                       other_x_tangent);
         }
         if constexpr (kY) {
             Products::template multiply_weights<kM, kN, Sizes::kInner>(y_grad, p_tangent, other_y, p, other_y_tangent);

@@ -37,8 +37,8 @@ struct HopperProducts {
 
     template <int M, int N, int OwnRows, int Inner>
     static __device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], float (&acc_tangent)[M][N][4],
-                                                         const T* a, const T* a_tangent, const T* b,
-                                                         const T* b_tangent, int row) {
+                                                         const T* a, const T* a_tangent, const T* b, const T* b_tangent,
+                                                         int row) {
         static_assert(M == 1 && 8 * N == Inner);
         const int group_row = row / kPanel * kPanel;
         const auto add = [&](float (&to)[N][4], const T* left, const T* right) {

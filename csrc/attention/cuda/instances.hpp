@@ -10,8 +10,7 @@ struct AttentionInstance {
     int64_t shared_bytes;
     Status (*forward)(const AttentionProblem&, const AttentionOutputs&, cudaStream_t);
     Status (*jvp)(const AttentionProblem&, const AttentionOutputs&, cudaStream_t);
-    Status (*gradients)(const AttentionProblem&, bool tangents, const AttentionOutputs&, void* workspace,
-                        cudaStream_t);
+    Status (*gradients)(const AttentionProblem&, bool tangents, const AttentionOutputs&, void* workspace, cudaStream_t);
 };
 
 struct AttentionInstances {
@@ -23,5 +22,8 @@ AttentionInstances attention_instances_f32();
 AttentionInstances attention_instances_f64();
 AttentionInstances attention_instances_bf16();
 AttentionInstances attention_instances_f16();
+// With the matrix instructions of compute capability 9.0.
+AttentionInstances attention_instances_hopper_bf16();
+AttentionInstances attention_instances_hopper_f16();
 
 }  // namespace onestep::cuda

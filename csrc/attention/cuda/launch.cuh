@@ -9,6 +9,29 @@
 
 namespace onestep::cuda {
 
+// Block sizes for rows of up to D features: shared memory stays under the 163 KiB of compute capability 8.0.
+template <class T, int D>
+struct PlainSizes {
+    static constexpr int kBytes = D * static_cast<int>(sizeof(T));
+    using Forward = BlockSizes<Products<T, D>, 1, kBytes <= 512 ? 4 : 2,
+                               kBytes <= 128   ? 64
+                               : kBytes == 256 ? 32
+                               : kBytes == 512 ? 16
+                                               : 8,
+                               2>;
+    using Queries = BlockSizes<Products<T, D>, 1,
+                               kBytes <= 256   ? 4
+                               : kBytes == 512 ? 2
+                                               : 1,
+                               kBytes <= 256   ? 32
+                               : kBytes == 512 ? 16
+                                               : 8,
+                               2>;
+    using Keys = Queries;
+    // The accumulators of both would not fit into registers.
+    static constexpr bool kApart = D * static_cast<int>(sizeof(Accumulator<T>)) >= 1024;
+};
+
 inline Status attention_grid(int64_t heads, int64_t rows, int rows_each, dim3& grid) {
     const int64_t blocks = heads * ceil_div(rows, int64_t{rows_each});
     if (blocks > kMostBlocks) {
@@ -18,10 +41,14 @@ inline Status attention_grid(int64_t heads, int64_t rows, int rows_each, dim3& g
     return Status::ok;
 }
 
-template <class T, int D>
+// Sizes_ has the block sizes of the kernels: Forward (of O and of its tangent), Queries and Keys (of gradients), and
+// whether the gradients of keys and values take launches of their own.
+template <class Sizes_>
 struct AttentionLaunches {
-    using Forward = typename ForwardSizes<T, D>::Type;
-    using Gradient = typename GradientSizes<T, D>::Type;
+    using Forward = typename Sizes_::Forward;
+    using Queries = typename Sizes_::Queries;
+    using Keys = typename Sizes_::Keys;
+    using T = typename Forward::T;
     using Terms = RowTerms<Accumulator<T>>;
 
     static Status forward(const AttentionProblem& problem, const AttentionOutputs& outputs, cudaStream_t stream) {
@@ -48,14 +75,14 @@ struct AttentionLaunches {
     static Status gradients_of(const AttentionProblem& problem, bool tangents, const Terms* terms,
                                const GradientRows<T>& to, cudaStream_t stream) {
         constexpr bool kQueries = kOwn == Own::queries;
+        using Gradient = std::conditional_t<kQueries, Queries, Keys>;
         dim3 grid;
-        const Status status =
-            attention_grid(problem.batch.count() * (kQueries ? problem.heads : problem.kv_heads),
-                           kQueries ? problem.queries : problem.keys, Gradient::kRows, grid);
-        return status != Status::ok ? status
-                                    : launch(attention_gradients_kernel<Gradient, kOwn, kX, kY>, grid,
-                                             dim3(Gradient::kThreads), kGradientBytes<Gradient>, stream, problem,
-                                             tangents, terms, to);
+        const Status status = attention_grid(problem.batch.count() * (kQueries ? problem.heads : problem.kv_heads),
+                                             kQueries ? problem.queries : problem.keys, Gradient::kRows, grid);
+        return status != Status::ok
+                   ? status
+                   : launch(attention_gradients_kernel<Gradient, kOwn, kX, kY>, grid, dim3(Gradient::kThreads),
+                            kGradientBytes<Gradient>, stream, problem, tangents, terms, to);
     }
 
     static Status gradients(const AttentionProblem& problem, bool tangents, const AttentionOutputs& outputs,
@@ -76,7 +103,7 @@ struct AttentionLaunches {
         to.x = static_cast<T*>(outputs.k_grad);
         to.y = static_cast<T*>(outputs.v_grad);
         to.scores = nullptr;
-        if constexpr (GradientSizes<T, D>::kApart) {
+        if constexpr (Sizes_::kApart) {
             if (status == Status::ok && to.x != nullptr) {
                 status = gradients_of<Own::keys, true, false>(problem, tangents, terms, to, stream);
             }
@@ -90,8 +117,9 @@ struct AttentionLaunches {
     }
 
     static constexpr AttentionInstance instance() {
-        return {D, std::max({kForwardBytes<Forward>, kJvpBytes<Forward>, kGradientBytes<Gradient>}), forward, jvp,
-                gradients};
+        return {Forward::kD,
+                std::max({kForwardBytes<Forward>, kJvpBytes<Forward>, kGradientBytes<Queries>, kGradientBytes<Keys>}),
+                forward, jvp, gradients};
     }
 };
 

@@ -42,6 +42,7 @@ struct PaddedTiles {
     static constexpr int kPitch = D_ + 16 / static_cast<int>(sizeof(T_));
     static constexpr int kRowElements = kPitch;
     static constexpr int kWarps = 1;  // that act together
+    static constexpr int kAlignment = 128;
 
     template <int Rows>
     static __device__ __forceinline__ T* at(T* tile, int row, int col) {
@@ -52,6 +53,19 @@ struct PaddedTiles {
     // Until accumulators are complete.
     static __device__ __forceinline__ void finish() {}
 };
+
+// The dynamic shared memory from where tiles start; one kAlignment more than their size is asked for if that is not
+// what it has anyway.
+template <class Products>
+__device__ __forceinline__ typename Products::T* align_tiles(typename Products::T* shared) {
+    if constexpr (Products::kAlignment <= 128) {
+        return shared;
+    } else {
+        constexpr uintptr_t kMask = Products::kAlignment - 1;
+        const uintptr_t past = reinterpret_cast<uintptr_t>(shared) & kMask;
+        return shared + (past == 0 ? 0 : Products::kAlignment - past) / sizeof(typename Products::T);
+    }
+}
 
 // Copies to a tile of Rows × D, of which rows × cols are there; the rest becomes zeros.
 template <class Products, int Rows, int Threads>
@@ -151,8 +165,8 @@ struct TensorProducts : PaddedTiles<T, D> {
     // acc += A Bᵀ and, where there are tangents, acc_tangent += Ȧ Bᵀ + A Ḃᵀ. Null tiles are zeros.
     template <int M, int N, int OwnRows, int Inner>
     static __device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], float (&acc_tangent)[M][N][4],
-                                                         const T* a, const T* a_tangent, const T* b,
-                                                         const T* b_tangent, int row) {
+                                                         const T* a, const T* a_tangent, const T* b, const T* b_tangent,
+                                                         int row) {
         static_assert(N % 2 == 0);
 #pragma unroll 4
         for (int depth = 0; depth < D; depth += kDepth) {
@@ -298,8 +312,7 @@ struct PlainProducts : PaddedTiles<T, D> {
 
     // acc += W B. A weight comes from the lane that has it.
     template <int M, int N>
-    static __device__ __forceinline__ void add_weights(T (&acc)[M][D / 8][4], const T (&weights)[M][N][4],
-                                                       const T* b) {
+    static __device__ __forceinline__ void add_weights(T (&acc)[M][D / 8][4], const T (&weights)[M][N][4], const T* b) {
         const LanePlace place;
         const int first_lane = lane_index() & ~3;
 #pragma unroll

@@ -17,7 +17,9 @@ struct SharedMatrix {
     const void* start;
     int panel_bytes;
 };
-__device__ __forceinline__ SharedMatrix shared_matrix(const void* start, int panel_bytes) { return {start, panel_bytes}; }
+__device__ __forceinline__ SharedMatrix shared_matrix(const void* start, int panel_bytes) {
+    return {start, panel_bytes};
+}
 #else
 struct SharedMatrix {
     uint64_t bits;
@@ -36,9 +38,9 @@ namespace emulated {
 // Element (row, col) of rows of 128 bytes from `start` on, which may lie within a panel.
 template <class Half>
 float shared_element(const SharedMatrix& matrix, int row, int col) {
-    auto address = reinterpret_cast<uintptr_t>(matrix.start) + static_cast<uintptr_t>(col / 64) *
-                   static_cast<uintptr_t>(matrix.panel_bytes) + static_cast<uintptr_t>(row) * 128 +
-                   static_cast<uintptr_t>(col % 64) * 2;
+    auto address = reinterpret_cast<uintptr_t>(matrix.start) +
+                   static_cast<uintptr_t>(col / 64) * static_cast<uintptr_t>(matrix.panel_bytes) +
+                   static_cast<uintptr_t>(row) * 128 + static_cast<uintptr_t>(col % 64) * 2;
     address ^= (address >> 7 & 7) << 4;
     const auto* element = reinterpret_cast<const Half*>(address);
     simt::check_shared(ONESTEP_SIMT_SITE("wgmma"), element, sizeof(Half));
@@ -62,8 +64,7 @@ void wgmma(float (&d)[N / 8][4], const Left& left, SharedMatrix b) {
             const int col = 8 * n + 2 * t + e % 2;
             float sum = 0.0f;
             for (int k = 0; k < 16; ++k) {
-                const float right =
-                    kDepthInRows ? shared_element<Half>(b, k, col) : shared_element<Half>(b, col, k);
+                const float right = kDepthInRows ? shared_element<Half>(b, k, col) : shared_element<Half>(b, col, k);
                 sum += left(g + 8 * (e / 2), k) * right;
             }
             d[n][e] += sum;
@@ -103,7 +104,7 @@ __device__ __forceinline__ void publish_to_wgmma() {
 
 // Keeps the compiler from moving an accumulator while products are under way.
 template <int N>
-__device__ __forceinline__ void wgmma_hold(float (&d)[N][4]) {
+__device__ __forceinline__ void wgmma_hold([[maybe_unused]] float (&d)[N][4]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -124,77 +125,67 @@ __device__ __forceinline__ void wgmma_hold_left([[maybe_unused]] unsigned (&a)[4
     ONESTEP_WGMMA_4(d, n), ONESTEP_WGMMA_4(d, n + 1), ONESTEP_WGMMA_4(d, n + 2), ONESTEP_WGMMA_4(d, n + 3)
 #define ONESTEP_WGMMA_32(d, n) ONESTEP_WGMMA_16(d, n), ONESTEP_WGMMA_16(d, n + 4)
 #define ONESTEP_WGMMA_64(d, n) ONESTEP_WGMMA_32(d, n), ONESTEP_WGMMA_32(d, n + 8)
-#define ONESTEP_WGMMA_SHARED_N16(type) \
-    asm volatile( \
-        "{.reg .pred add; setp.ne.b32 add, %11, 0;" \
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7" \
-        "}, %8, %9, add, 1, 1, 0, %10;}" \
-        : ONESTEP_WGMMA_4(d, 0), ONESTEP_WGMMA_4(d, 1) \
-        : "l"(a.bits), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_REGISTERS_N16(type) \
-    asm volatile( \
-        "{.reg .pred add; setp.ne.b32 add, %14, 0;" \
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7" \
-        "}, {%8, %9, %10, %11}, %12, add, 1, 1, %13;}" \
-        : ONESTEP_WGMMA_4(d, 0), ONESTEP_WGMMA_4(d, 1) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_SHARED_N32(type) \
-    asm volatile( \
-        "{.reg .pred add; setp.ne.b32 add, %19, 0;" \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " {" \
+#define ONESTEP_WGMMA_SHARED_N32(type)                                         \
+    asm volatile(                                                              \
+        "{.reg .pred add; setp.ne.b32 add, %19, 0;"                            \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type            \
+        " {"                                                                   \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-        "}, %16, %17, add, 1, 1, 0, %18;}" \
-        : ONESTEP_WGMMA_16(d, 0) \
+        "}, %16, %17, add, 1, 1, 0, %18;}"                                     \
+        : ONESTEP_WGMMA_16(d, 0)                                               \
         : "l"(a.bits), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_REGISTERS_N32(type) \
-    asm volatile( \
-        "{.reg .pred add; setp.ne.b32 add, %22, 0;" \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " {" \
+#define ONESTEP_WGMMA_REGISTERS_N32(type)                                      \
+    asm volatile(                                                              \
+        "{.reg .pred add; setp.ne.b32 add, %22, 0;"                            \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type            \
+        " {"                                                                   \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-        "}, {%16, %17, %18, %19}, %20, add, 1, 1, %21;}" \
-        : ONESTEP_WGMMA_16(d, 0) \
+        "}, {%16, %17, %18, %19}, %20, add, 1, 1, %21;}"                       \
+        : ONESTEP_WGMMA_16(d, 0)                                               \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_SHARED_N64(type) \
-    asm volatile( \
-        "{.reg .pred add; setp.ne.b32 add, %35, 0;" \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define ONESTEP_WGMMA_SHARED_N64(type)                                                   \
+    asm volatile(                                                                        \
+        "{.reg .pred add; setp.ne.b32 add, %35, 0;"                                      \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                      \
+        " {"                                                                             \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-        "}, %32, %33, add, 1, 1, 0, %34;}" \
-        : ONESTEP_WGMMA_32(d, 0) \
+        "}, %32, %33, add, 1, 1, 0, %34;}"                                               \
+        : ONESTEP_WGMMA_32(d, 0)                                                         \
         : "l"(a.bits), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_REGISTERS_N64(type) \
-    asm volatile( \
-        "{.reg .pred add; setp.ne.b32 add, %38, 0;" \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define ONESTEP_WGMMA_REGISTERS_N64(type)                                                \
+    asm volatile(                                                                        \
+        "{.reg .pred add; setp.ne.b32 add, %38, 0;"                                      \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                      \
+        " {"                                                                             \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-        "}, {%32, %33, %34, %35}, %36, add, 1, 1, %37;}" \
-        : ONESTEP_WGMMA_32(d, 0) \
+        "}, {%32, %33, %34, %35}, %36, add, 1, 1, %37;}"                                 \
+        : ONESTEP_WGMMA_32(d, 0)                                                         \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_SHARED_N128(type) \
-    asm volatile( \
-        "{.reg .pred add; setp.ne.b32 add, %67, 0;" \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define ONESTEP_WGMMA_SHARED_N128(type)                                                    \
+    asm volatile(                                                                          \
+        "{.reg .pred add; setp.ne.b32 add, %67, 0;"                                        \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                       \
+        " {"                                                                               \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
-        "}, %64, %65, add, 1, 1, 0, %66;}" \
-        : ONESTEP_WGMMA_64(d, 0) \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"   \
+        "}, %64, %65, add, 1, 1, 0, %66;}"                                                 \
+        : ONESTEP_WGMMA_64(d, 0)                                                           \
         : "l"(a.bits), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_REGISTERS_N128(type) \
-    asm volatile( \
-        "{.reg .pred add; setp.ne.b32 add, %70, 0;" \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define ONESTEP_WGMMA_REGISTERS_N128(type)                                                 \
+    asm volatile(                                                                          \
+        "{.reg .pred add; setp.ne.b32 add, %70, 0;"                                        \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                       \
+        " {"                                                                               \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
-        "}, {%64, %65, %66, %67}, %68, add, 1, 1, %69;}" \
-        : ONESTEP_WGMMA_64(d, 0) \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"   \
+        "}, {%64, %65, %66, %67}, %68, add, 1, 1, %69;}"                                   \
+        : ONESTEP_WGMMA_64(d, 0)                                                           \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
 #endif
 
@@ -209,11 +200,7 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], [[maybe_unused]] Sha
         d, [&](int row, int k) { return emulated::shared_element<Half>(a, first + row, k); }, b);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr bool kBFloat16 = std::is_same_v<Half, bfloat16>;
-    if constexpr (N == 16 && kBFloat16) {
-        ONESTEP_WGMMA_SHARED_N16("bf16");
-    } else if constexpr (N == 16 && !kBFloat16) {
-        ONESTEP_WGMMA_SHARED_N16("f16");
-    } else if constexpr (N == 32 && kBFloat16) {
+    if constexpr (N == 32 && kBFloat16) {
         ONESTEP_WGMMA_SHARED_N32("bf16");
     } else if constexpr (N == 32 && !kBFloat16) {
         ONESTEP_WGMMA_SHARED_N32("f16");
@@ -226,7 +213,7 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], [[maybe_unused]] Sha
     } else if constexpr (N == 128 && !kBFloat16) {
         ONESTEP_WGMMA_SHARED_N128("f16");
     } else {
-        static_assert(N == 16, "no wgmma of this width");
+        static_assert(N == 32, "no wgmma of this width");
     }
 #else
     __trap();
@@ -243,11 +230,7 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], [[maybe_unused]] con
         d, [&](int row, int k) { return emulated::fragment_element<Half>(slots, row, k); }, b);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr bool kBFloat16 = std::is_same_v<Half, bfloat16>;
-    if constexpr (N == 16 && kBFloat16) {
-        ONESTEP_WGMMA_REGISTERS_N16("bf16");
-    } else if constexpr (N == 16 && !kBFloat16) {
-        ONESTEP_WGMMA_REGISTERS_N16("f16");
-    } else if constexpr (N == 32 && kBFloat16) {
+    if constexpr (N == 32 && kBFloat16) {
         ONESTEP_WGMMA_REGISTERS_N32("bf16");
     } else if constexpr (N == 32 && !kBFloat16) {
         ONESTEP_WGMMA_REGISTERS_N32("f16");
@@ -260,7 +243,7 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], [[maybe_unused]] con
     } else if constexpr (N == 128 && !kBFloat16) {
         ONESTEP_WGMMA_REGISTERS_N128("f16");
     } else {
-        static_assert(N == 16, "no wgmma of this width");
+        static_assert(N == 32, "no wgmma of this width");
     }
 #else
     __trap();
@@ -272,8 +255,6 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], [[maybe_unused]] con
 #undef ONESTEP_WGMMA_16
 #undef ONESTEP_WGMMA_32
 #undef ONESTEP_WGMMA_64
-#undef ONESTEP_WGMMA_SHARED_N16
-#undef ONESTEP_WGMMA_REGISTERS_N16
 #undef ONESTEP_WGMMA_SHARED_N32
 #undef ONESTEP_WGMMA_REGISTERS_N32
 #undef ONESTEP_WGMMA_SHARED_N64

@@ -27,6 +27,7 @@ struct Case {
     int64_t problems, heads, kv_heads, queries, keys, d, dv;
     Mask mask;
     Absent absent = Absent::none;
+    bool warp_groups = false;
 
     std::string name() const {
         std::string text = "element " + std::to_string(static_cast<int>(element)) + " sizes ";
@@ -34,7 +35,7 @@ struct Case {
             text += std::to_string(size) + " ";
         }
         return text + "mask " + std::to_string(static_cast<int>(mask)) + " absent " +
-               std::to_string(static_cast<int>(absent));
+               std::to_string(static_cast<int>(absent)) + (warp_groups ? " warp groups" : "");
     }
 };
 
@@ -129,7 +130,8 @@ struct Inputs {
     cuda::AttentionProblem problem;
 
     // rows × cols for each head; heads between rows, as a projection leaves them.
-    void operand(int64_t heads, int64_t count, int64_t cols, AttentionInput& reference, cuda::AttentionOperand& device) {
+    void operand(int64_t heads, int64_t count, int64_t cols, AttentionInput& reference,
+                 cuda::AttentionOperand& device) {
         const int64_t total = c.problems * heads * count * cols;
         kept.push_back(std::make_unique<Numbers>(c.element, total));
         Numbers& numbers = *kept.back();
@@ -161,7 +163,7 @@ struct Inputs {
         reference.data = numbers.wide.data();
         device.data = numbers.bytes.data();
         device.kind = c.mask == Mask::additive || element == cuda::Element::float64 ? cuda::MaskKind::additive
-                                                                                   : cuda::MaskKind::additive_float;
+                                                                                    : cuda::MaskKind::additive_float;
         if (c.mask == Mask::boolean) {
             bytes.resize(static_cast<size_t>(count));
             for (int64_t i = 0; i < count; ++i) {
@@ -196,6 +198,7 @@ struct Inputs {
         problem.d = static_cast<int>(c.d);
         problem.dv = static_cast<int>(c.dv);
         problem.element = c.element;
+        problem.warp_groups = c.warp_groups;
         problem.batch = args.batch;
         args.scale = problem.scale = 0.4;
         args.causal = problem.causal = c.mask == Mask::causal;
@@ -297,11 +300,8 @@ Results computed(const Inputs& inputs) {
     cuda::AttentionProblem problem = inputs.problem;
     const int64_t rows = c.problems * c.heads * c.queries;
     const int64_t key_rows = c.problems * c.kv_heads * c.keys;
-    const cuda::Element wide =
-        c.element == cuda::Element::float64 ? cuda::Element::float64 : cuda::Element::float32;
-    const auto run = [&](Status status) {
-        check(status == Status::ok, c.name() + ": " + cuda::last_device_error());
-    };
+    const cuda::Element wide = c.element == cuda::Element::float64 ? cuda::Element::float64 : cuda::Element::float32;
+    const auto run = [&](Status status) { check(status == Status::ok, c.name() + ": " + cuda::last_device_error()); };
     Results results;
     const auto outputs_of = [&](auto kernel, std::vector<double>& out, std::vector<double>& lse, Numbers& numbers) {
         lse.assign(static_cast<size_t>(rows), std::nan(""));
@@ -396,6 +396,12 @@ int main(int count, char** arguments) {
         cases.push_back({element, 1, 2, 1, 35, 19, 2 * each, 16, Mask::boolean, Absent::k_and_grad});
         cases.push_back({element, 1, 2, 2, 17, 70, 16, 16, Mask::additive_float});
         cases.push_back({element, 1, 2, 1, 3, 0, 16, 16, Mask::none});
+        if (size_of(element) == 2) {
+            cases.push_back({element, 1, 1, 1, 150, 140, 64, 64, Mask::causal, Absent::none, true});
+            cases.push_back({element, 1, 2, 1, 20, 45, 128, 72, Mask::additive, Absent::none, true});
+            cases.push_back({element, 1, 2, 1, 35, 19, 16, 16, Mask::boolean, Absent::k_and_grad, true});
+            cases.push_back({element, 2, 1, 1, 19, 35, 16, 128, Mask::none, Absent::q_and_v, true});
+        }
     }
     for (size_t i = 0; i < cases.size(); ++i) {
         if (only < 0 || only == static_cast<int>(i)) {
