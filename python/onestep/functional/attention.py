@@ -7,16 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from onestep.ops.attention import COMPUTE_DTYPES, attention
+from onestep.ops.attention import attention, check_dtype
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (..., length, features)")
-        if tensor.dtype not in COMPUTE_DTYPES:
-            expected = "torch.float32, torch.float64 or torch.bfloat16"
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {expected}")
+        check_dtype(name, tensor)
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {query.dtype}, like query")
         if tensor.device != query.device:

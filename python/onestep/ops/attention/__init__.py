@@ -1,6 +1,6 @@
 """Scaled dot-product attention and the products that close its derivatives of order two."""
 
-from onestep.ops.attention import cpu, derivatives
+from onestep.ops.attention import cpu, cuda, derivatives
 from onestep.ops.attention.schema import (
     COMPUTE_DTYPES,
     attention,
@@ -9,6 +9,7 @@ from onestep.ops.attention.schema import (
     attention_backward_and_jvp,
     attention_backward_jvp,
     attention_jvp,
+    check_dtype,
 )
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "attention_backward_and_jvp",
     "attention_backward_jvp",
     "attention_jvp",
+    "check_dtype",
     "cpu",
+    "cuda",
     "derivatives",
 ]

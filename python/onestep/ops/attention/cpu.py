@@ -61,7 +61,7 @@ def _inputs(
     grad_lse: Optional = None,
 ) -> tuple[Any, ...]:
     """The native AttentionInputs."""
-    batch, heads, kv_heads, queries, keys, d, dv, dtype = sizes
+    batch, heads, kv_heads, queries, keys, d, dv, dtype, _ = sizes
     rows = (*batch, heads, queries)
     key_rows = (*batch, kv_heads, keys)
     out_shape = (*rows, dv)

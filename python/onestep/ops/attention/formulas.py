@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestep.ops.attention.schema import COMPUTE_DTYPES, Grads, Optional
+from onestep.ops.attention.schema import COMPUTE_DTYPES, Grads, Optional, result_dtype
 
 
 class _Formulas:
@@ -33,6 +33,7 @@ class _Formulas:
         blind = hidden.all(-1, keepdim=True)
         scores = scores.masked_fill(hidden & ~blind, -torch.inf)
         self.P = torch.softmax(scores, -1).masked_fill(blind, 0)
+        self.scores, self.blind = scores, blind
         self.O = self.P @ self.v
 
     def cast(self, tensor: Tensor) -> Tensor:
@@ -65,6 +66,47 @@ class _Formulas:
         return dS, dL, dO
 
 
+def formula_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    at = _Formulas(q, k, v, mask, scale, causal)
+    lse = torch.logsumexp(at.scores, -1).masked_fill(at.blind.squeeze(-1), -torch.inf)
+    return at.O.to(result_dtype(q)), lse.double()
+
+
+def formula_backward(
+    grad: Optional,
+    grad_lse: Optional,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Optional,
+    scale: float,
+    causal: bool,
+    mask_grad: bool,
+) -> Grads:
+    at = _Formulas(q, k, v, mask, scale, causal)
+    G = torch.zeros_like(at.O) if grad is None else at.cast(grad)
+    delta = (G * at.O).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - at.cast(grad_lse).unsqueeze(-1)
+    dS = at.P * (G @ at.v.mT - delta)
+    grads = (scale * (dS @ at.k), at.per_kv_head(scale * (dS.mT @ at.q)), at.per_kv_head(at.P.mT @ G))
+    return _results(grads, dS, q, mask, mask_grad)
+
+
+def _results(
+    grads: tuple[Tensor, Tensor, Tensor], by_scores: Tensor, q: Tensor, mask: Optional, mask_grad: bool
+) -> Grads:
+    """Gradients in the op's dtype, with the mask's from that of the scores."""
+    dtype = result_dtype(q)
+    by_q, by_k, by_v = (grad.to(dtype) for grad in grads)
+    if mask is None or not mask_grad:
+        return by_q, by_k, by_v, q.new_empty((*by_scores.shape[:-3], 0), dtype=by_scores.dtype)
+    missing = by_scores.dim() - mask.dim()
+    return by_q, by_k, by_v, by_scores.sum_to_size(by_scores.shape[:missing] + mask.shape)
+
+
 def formula_jvp(
     q: Tensor,
     k: Tensor,
@@ -78,7 +120,7 @@ def formula_jvp(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     _, dL, dO = _Formulas(q, k, v, mask, scale, causal).push(dq, dk, dv, dmask)
-    return dO, dL.double()
+    return dO.to(result_dtype(q)), dL.double()
 
 
 def formula_backward_jvp(
@@ -100,8 +142,8 @@ def formula_backward_jvp(
 ) -> Grads:
     at = _Formulas(q, k, v, mask, scale, causal)
     dS, dL, dO = at.push(dq, dk, dv, dmask)
-    G = torch.zeros_like(at.O) if grad is None else grad
-    dG = torch.zeros_like(at.O) if dgrad is None else dgrad
+    G = torch.zeros_like(at.O) if grad is None else at.cast(grad)
+    dG = torch.zeros_like(at.O) if dgrad is None else at.cast(dgrad)
     delta = (G * at.O).sum(-1, keepdim=True)
     ddelta = (dG * at.O + G * dO).sum(-1, keepdim=True)
     if grad_lse is not None:
@@ -121,10 +163,7 @@ def formula_backward_jvp(
     if dq is not None:
         grad_k = grad_k + T.mT @ at.cast(dq)
     grads = (scale * grad_q, at.per_kv_head(scale * grad_k), at.per_kv_head(dP.mT @ G + at.P.mT @ dG))
-    if mask is None or not mask_grad:
-        return *grads, q.new_empty((*at.O.shape[:-3], 0), dtype=at.dtype)
-    missing = dT.dim() - mask.dim()
-    return *grads, dT.sum_to_size(dT.shape[:missing] + mask.shape)
+    return _results(grads, dT, q, mask, mask_grad)
 
 
 def pull_back(

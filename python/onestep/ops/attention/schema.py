@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from onestep.ops import _cuda
 from onestep.ops._library import call_batched, define
 from onestep.ops.operands import MOST_BATCH_DIMS, broadcast_batch, check_dims, check_like, check_size
 
@@ -32,8 +33,30 @@ Optional = Tensor | None
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 EightGrads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# The type that the kernels compute in, and return.
-COMPUTE_DTYPES = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
+# The type that the kernels compute in. float16 is for CUDA alone, see ``check_dtype``.
+COMPUTE_DTYPES = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+
+def runs_on_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels run on such a tensor, on a GPU or emulated."""
+    return tensor.is_cuda or (_cuda.EMULATED and tensor.is_cpu)
+
+
+def result_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of results: CUDA kernels round theirs to q's dtype, CPU kernels return what they compute in."""
+    return q.dtype if runs_on_cuda(q) else COMPUTE_DTYPES[q.dtype]
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a dtype that no kernel of the tensor's device takes."""
+    if tensor.dtype not in COMPUTE_DTYPES or (tensor.dtype == torch.float16 and not runs_on_cuda(tensor)):
+        expected = "torch.float32, torch.float64 or torch.bfloat16, or torch.float16 on CUDA"
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {expected}")
 
 
 class Sizes(NamedTuple):
@@ -46,7 +69,8 @@ class Sizes(NamedTuple):
     keys: int
     d: int
     dv: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # computed in
+    results: torch.dtype
 
     def rows(self, cols: int) -> Batch:
         return (*self.batch, self.heads, self.queries, cols)
@@ -57,9 +81,8 @@ class Sizes(NamedTuple):
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Optional) -> Sizes:
     """Checks q, k, v and mask; ``others`` are only asked for their batch dimensions, three trailing ones aside."""
-    dtype = COMPUTE_DTYPES.get(q.dtype)
-    if dtype is None:
-        raise TypeError(f"q has dtype {q.dtype}; expected torch.float32, torch.float64 or torch.bfloat16")
+    check_dtype("q", q)
+    dtype = COMPUTE_DTYPES[q.dtype]
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_like(name, tensor, q)
         check_dims(name, tensor, 3, "(..., heads, length, features)")
@@ -91,7 +114,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Opt
     batch = broadcast_batch(*batches)
     if len(batch) > MOST_BATCH_DIMS:
         raise ValueError(f"batch dimensions {batch}; expected at most {MOST_BATCH_DIMS}")
-    return Sizes(batch, heads, kv_heads, queries, keys, d, dv, dtype)
+    return Sizes(batch, heads, kv_heads, queries, keys, d, dv, dtype, result_dtype(q))
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -99,8 +122,12 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Opt
 
 def empty_outputs(sizes: Sizes, q: Tensor) -> tuple[Tensor, Tensor]:
     shape = sizes.rows(sizes.dv)
+<<<<<<< HEAD
     # Sizes as arguments of their own take a microsecond less than a tuple.
     return q.new_empty(*shape, dtype=sizes.dtype), q.new_empty(*shape[:-1], dtype=torch.float64)
+=======
+    return q.new_empty(shape, dtype=sizes.results), q.new_empty(shape[:-1], dtype=torch.float64)
+>>>>>>> 04bb6fb (Attention on CUDA: ops/attention/cuda.py, torch's flash kernels for values and gradients where they fit; float16)
 
 
 def forward_results(
@@ -186,9 +213,9 @@ def empty_grads(sizes: Sizes, q: Tensor, mask: Optional, mask_grad: bool) -> Gra
         own = tuple(mask.shape)
         shape = sizes.batch[: len(sizes.batch) + 3 - len(own)] + own
     return (
-        q.new_empty(sizes.rows(sizes.d), dtype=sizes.dtype),
-        q.new_empty(sizes.key_rows(sizes.d), dtype=sizes.dtype),
-        q.new_empty(sizes.key_rows(sizes.dv), dtype=sizes.dtype),
+        q.new_empty(sizes.rows(sizes.d), dtype=sizes.results),
+        q.new_empty(sizes.key_rows(sizes.d), dtype=sizes.results),
+        q.new_empty(sizes.key_rows(sizes.dv), dtype=sizes.results),
         q.new_empty(shape, dtype=sizes.dtype),
     )
 
