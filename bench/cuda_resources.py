@@ -1,4 +1,4 @@
-"""Compiles every CUDA kernel for sm_80 and sm_90 and records what ptxas says of it: registers, shared memory, spills.
+"""Compiles every CUDA kernel for sm_80 and sm_90a and records what ptxas says of it: registers, shared memory, spills.
 
     python bench/cuda_resources.py [--family normal] [--jobs 2]
 
@@ -25,7 +25,7 @@ NO_SPILLS = {"normal", "glm", "polar"}
 FLAGS = [
     "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Werror=all-warnings",
     "-Xcompiler=-Wall,-Wextra,-Werror,-Wno-unknown-pragmas,-fPIC", "-Xptxas=-v",
-    "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+    "-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a",
 ]  # fmt: skip
 
 

@@ -41,9 +41,10 @@ add_library(onestep_cuda_options INTERFACE)
 target_include_directories(onestep_cuda_options INTERFACE csrc ${CMAKE_BINARY_DIR}/cuda)
 
 if(onestep_cuda)
-  # Machine code for A100 (and, of the same major version, 8.6 and 8.9) and H100; PTX of the latter for what comes after.
+  # Machine code for A100 (and, of the same major version, 8.6 and 8.9), and for H100 with the instructions that only it
+  # has (wgmma: the "a"); PTX of the former for what comes after.
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+    set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
   endif()
   if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX} AND EXISTS /usr/local/cuda/bin/nvcc)
     set(CMAKE_CUDA_COMPILER /usr/local/cuda/bin/nvcc)
