@@ -566,7 +566,12 @@ def count_calls(monkeypatch, name="forward"):
     from onestep.ops.attention import cpu
 
     calls = []
-    entries = {"forward": cpu._FORWARD, "forward_and_jvp": cpu._FORWARD_AND_JVP}[name]
+    entries = {
+        "forward": cpu._FORWARD,
+        "forward_and_jvp": cpu._FORWARD_AND_JVP,
+        "backward": cpu._BACKWARD,
+        "backward_and_jvp": cpu._BACKWARD_AND_JVP,
+    }[name]
     kernel = entries[torch.float64]
     monkeypatch.setitem(entries, torch.float64, lambda *args, **named: (calls.append(None), kernel(*args, **named))[1])
     return calls
