@@ -122,12 +122,8 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Opt
 
 def empty_outputs(sizes: Sizes, q: Tensor) -> tuple[Tensor, Tensor]:
     shape = sizes.rows(sizes.dv)
-<<<<<<< HEAD
     # Sizes as arguments of their own take a microsecond less than a tuple.
-    return q.new_empty(*shape, dtype=sizes.dtype), q.new_empty(*shape[:-1], dtype=torch.float64)
-=======
-    return q.new_empty(shape, dtype=sizes.results), q.new_empty(shape[:-1], dtype=torch.float64)
->>>>>>> 04bb6fb (Attention on CUDA: ops/attention/cuda.py, torch's flash kernels for values and gradients where they fit; float16)
+    return q.new_empty(*shape, dtype=sizes.results), q.new_empty(*shape[:-1], dtype=torch.float64)
 
 
 def forward_results(
