@@ -67,7 +67,7 @@ cuda::AttentionTensors tensors(const Tensors& given, int dims) {
 
 // sizes: heads, kv_heads, queries, keys, d, dv
 cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale,
-                               bool causal, const Tensors& primal, const Tensors& tangent) {
+                               bool causal, bool warp_groups, const Tensors& primal, const Tensors& tangent) {
     cuda::AttentionProblem result;
     result.element = static_cast<cuda::Element>(element);
     result.batch = bindings::batch_shape(batch);
@@ -79,6 +79,7 @@ cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array
     result.dv = static_cast<int>(sizes[5]);
     result.scale = scale;
     result.causal = causal;
+    result.warp_groups = warp_groups;
     result.primal = tensors(primal, result.batch.dims);
     result.tangent = tensors(tangent, result.batch.dims);
     return result;
@@ -86,8 +87,9 @@ cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array
 
 template <Status (*Kernel)(const cuda::AttentionProblem&, const cuda::AttentionOutputs&, cudaStream_t)>
 void run_outputs(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
-                 const Tensors& primal, const Tensors& tangent, Address out, Address lse, int device, Address stream) {
-    const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, primal, tangent);
+                 bool warp_groups, const Tensors& primal, const Tensors& tangent, Address out, Address lse, int device,
+                 Address stream) {
+    const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
     cuda::AttentionOutputs outputs;
     outputs.out = bindings::pointer<void>(out);
     outputs.lse = bindings::pointer<double>(lse);
@@ -95,9 +97,9 @@ void run_outputs(int element, const Sizes& batch, const std::array<int64_t, 6>& 
 }
 
 void run_gradients(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
-                   const Tensors& primal, const Tensors& tangent, bool tangents, const std::array<Address, 4>& results,
-                   Address workspace, int device, Address stream) {
-    const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, primal, tangent);
+                   bool warp_groups, const Tensors& primal, const Tensors& tangent, bool tangents,
+                   const std::array<Address, 4>& results, Address workspace, int device, Address stream) {
+    const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
     cuda::AttentionOutputs outputs;
     outputs.q_grad = bindings::pointer<void>(results[0]);
     outputs.k_grad = bindings::pointer<void>(results[1]);
@@ -124,13 +126,14 @@ void register_attention_cuda(py::module_& module) {
     using namespace py::literals;
     module.def("attention_supported", supported, "element"_a, "d"_a, "dv"_a, "device"_a);
     module.def("attention_forward", run_outputs<cuda::attention_forward>, "element"_a, "batch"_a, "sizes"_a, "scale"_a,
-               "causal"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a, "stream"_a);
+               "causal"_a, "warp_groups"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a, "stream"_a);
     module.def("attention_jvp", run_outputs<cuda::attention_jvp>, "element"_a, "batch"_a, "sizes"_a, "scale"_a,
-               "causal"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a, "stream"_a);
+               "causal"_a, "warp_groups"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a, "stream"_a);
     // results: the gradients of q, k, v and of the scores, 0: not wanted. workspace: 16 bytes (32 for double) for each
     // row of queries.
     module.def("attention_gradients", run_gradients, "element"_a, "batch"_a, "sizes"_a, "scale"_a, "causal"_a,
-               "primal"_a, "tangent"_a, "tangents"_a, "results"_a, "workspace"_a, "device"_a, "stream"_a);
+               "warp_groups"_a, "primal"_a, "tangent"_a, "tangents"_a, "results"_a, "workspace"_a, "device"_a,
+               "stream"_a);
 }
 
 }  // namespace onestep

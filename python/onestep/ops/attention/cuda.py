@@ -24,6 +24,8 @@ from onestep.ops.attention.schema import Batch, EightGrads, Grads, Optional, Siz
 # csrc/attention/cuda/attention_cuda.hpp, Element and MaskKind
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _BOOLEAN, _ADDITIVE, _ADDITIVE_FLOAT = 1, 2, 3
+# Whether Hopper's own matrix instructions are used where kernels have them; off, for comparisons.
+WARP_GROUPS = True
 # Operands' rows start at multiples of it.
 _ALIGNMENT = 16
 
@@ -101,6 +103,7 @@ class _Call:
             "sizes": [heads, kv_heads, queries, keys, *self.features],
             "scale": scale,
             "causal": causal,
+            "warp_groups": WARP_GROUPS,
         }
 
     def operand(self, name: str, tensor: Optional, shape: Batch) -> Any:

@@ -1,0 +1,233 @@
+"""Second derivatives of attention on a GPU, beside torch's flash forward and backward and its math backend.
+
+    python bench/gpu/attention.py [--out FOLDER] [--quick]
+
+First, results of every kind of problem against float64 (a failure ends the run with an error): bf16 and fp16 within
+twice the error of the same composition by torch's math backend in that dtype. Then times. Goals at T 8192, H 16, D 128,
+causal, bf16: tangent (JVP) at most 4 times torch's flash forward; Hessian product at most 4 times its forward and
+backward; at least 5 times faster than the math backend where that fits; memory that grows with T, not T².
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import Report, added_bytes, interleaved, relative_error
+from torch import Tensor, func
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from onestep.functional import scaled_dot_product_attention
+from onestep.ops.attention import cuda
+
+ops = torch.ops.onestep
+Operands = tuple[Tensor, ...]
+
+
+def by(backend: SDPBackend) -> Callable[..., Tensor]:
+    def attention(*operands: Tensor, **options: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*operands, **options)
+
+    return attention
+
+
+math_attention, flash_attention = by(SDPBackend.MATH), by(SDPBackend.FLASH_ATTENTION)
+
+
+def hessian_product(
+    attention: Callable[..., Tensor], cotangent: Tensor, operands: Operands, tangents: Operands, **options: Any
+) -> tuple[Operands, Operands]:
+    """The gradient of a loss that is not linear in the output, and its derivative along the tangents."""
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return (attention(*inputs, **options).square() * cotangent).sum()
+
+    result: tuple[Operands, Operands] = func.jvp(func.grad(loss, tuple(range(len(operands)))), operands, tangents)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+# name, heads, kv_heads, queries, keys, features, features of v, options
+PROBLEMS = (
+    ("causal 64", 4, 4, 300, 300, 64, 64, "causal"),
+    ("causal 128", 2, 2, 517, 517, 128, 128, "causal"),
+    ("causal 256", 2, 2, 200, 200, 256, 256, "causal"),
+    ("full 16", 2, 2, 130, 260, 16, 16, "none"),
+    ("grouped", 8, 2, 260, 260, 128, 128, "causal"),
+    ("unequal causal", 2, 1, 100, 333, 80, 40, "causal"),
+    ("boolean", 2, 2, 150, 150, 64, 64, "boolean"),
+    ("additive", 2, 2, 150, 200, 64, 64, "additive"),
+    ("odd features", 2, 2, 70, 90, 33, 17, "none"),
+)
+
+
+def check(report: Report, dtype: torch.dtype, device: str) -> bool:
+    """Gradients and Hessian products of every kind of problem; whether all are right."""
+    good = True
+    for name, heads, kv_heads, queries, keys, d, dv, option in PROBLEMS:
+        generator = torch.Generator(device).manual_seed(queries)
+
+        def normal(*shape: int, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        shapes = [(2, heads, queries, d), (2, kv_heads, keys, d), (2, kv_heads, keys, dv)]
+        options: dict[str, Any] = {"is_causal": option == "causal", "enable_gqa": heads != kv_heads}
+        if option == "boolean":
+            options["attn_mask"] = torch.rand(2, 1, queries, keys, generator=generator, device=device) > 0.3
+            options["attn_mask"][..., 0] = True
+        if option == "additive":
+            shapes.append((heads, queries, keys))
+        operands, tangents = (tuple(normal(*shape) for shape in shapes) for _ in range(2))
+        cotangent = normal(2, heads, queries, dv)
+        wide = hessian_product(
+            math_attention,
+            cotangent.double(),
+            tuple(x.double() for x in operands),
+            tuple(x.double() for x in tangents),
+            **options,
+        )
+
+        def errors(results: tuple[Operands, Operands], wide: tuple[Operands, Operands] = wide) -> tuple[float, ...]:
+            return tuple(
+                relative_error(got, expected) if torch.isfinite(got).all() else math.inf
+                for gots, expecteds in zip(results, wide, strict=True)
+                for got, expected in zip(gots, expecteds, strict=True)
+            )
+
+        theirs = errors(hessian_product(math_attention, cotangent, operands, tangents, **options))
+        for warp_groups in (True, False) if dtype.itemsize == 2 else (False,):
+            cuda.WARP_GROUPS = warp_groups
+            run = [
+                hessian_product(scaled_dot_product_attention, cotangent, operands, tangents, **options)
+                for _ in range(2)
+            ]
+            ours = errors(run[0])
+            same = all(torch.equal(a, b) for a, b in zip(run[0][1], run[1][1], strict=True))
+            worst = max(a / (2 * b + 1e-6) for a, b in zip(ours, theirs, strict=True))
+            good = good and worst <= 1
+            report.row(
+                f"{name} {dtype}{' wgmma' if warp_groups else ''}",
+                right=worst <= 1,
+                error_to_math=max(a / b for a, b in zip(ours, theirs, strict=True)),
+                worst=max(ours),
+                same_bits=same,
+            )
+        cuda.WARP_GROUPS = True
+    return good
+
+
+# --------------------------------------------------------------------------------------------------------------- times
+
+
+def operands_of(batch: int, heads: int, length: int, d: int, dtype: torch.dtype, count: int) -> list[Tensor]:
+    return [torch.randn(batch, heads, length, d, device="cuda").to(dtype) for _ in range(count)]
+
+
+def measure(report: Report, batch: int, heads: int, length: int, d: int, dtype: torch.dtype, causal: bool) -> None:
+    q, k, v, dq, dk, dv, grad, dgrad = operands_of(batch, heads, length, d, dtype, 8)
+    operands, tangents = (q, k, v), (dq, dk, dv)
+    scale = d**-0.5
+    options = {"is_causal": causal}
+    recorded = tuple(x.clone().requires_grad_() for x in operands)
+    half = dtype.itemsize == 2
+    attention = flash_attention if half else by(SDPBackend.EFFICIENT_ATTENTION)
+
+    def forward_and_backward() -> Operands:
+        grads: Operands = torch.autograd.grad(attention(*recorded, **options), recorded, grad)
+        return grads
+
+    out, lse = ops.attention(q, k, v, None, scale, causal)
+    dout, dlse = ops.attention_jvp(q, k, v, None, out, lse, *tangents, None, scale, causal)
+    primal = (grad, None, q, k, v, None, out, lse)
+    tangent = (dgrad, None, dq, dk, dv, None, dout, dlse)
+
+    def tangent_of_backward() -> Any:
+        return ops.attention_backward_jvp(*primal, *tangent, scale, causal, False)
+
+    def jvp() -> Any:
+        return ops.attention_jvp(q, k, v, None, out, lse, *tangents, None, scale, causal)
+
+    def plain(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            cuda.WARP_GROUPS = False
+            result = call()
+            cuda.WARP_GROUPS = True
+            return result
+
+        return run
+
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: attention(*operands, **options),
+        "forward_backward": forward_and_backward,
+        "jvp": jvp,
+        "backward_jvp": tangent_of_backward,
+        "hvp": lambda: hessian_product(scaled_dot_product_attention, grad, operands, tangents, **options),
+        "both": lambda: func.jvp(lambda *x: scaled_dot_product_attention(*x, **options), operands, tangents),
+    }
+    if half:
+        calls |= {"jvp_mma": plain(jvp), "backward_jvp_mma": plain(tangent_of_backward)}
+    times = interleaved(calls)
+    # Multiplications and additions of one product of T × T × D, of which a causal mask leaves half.
+    product = 2 * batch * heads * length * length * d * (0.5 if causal else 1)
+    name = f"B {batch} H {heads} T {length} D {d} {dtype} {'causal' if causal else 'full'}"
+    report.row(
+        name,
+        **{f"{key}_ms": value for key, value in times.items()},
+        jvp_to_forward=times["jvp"] / times["forward"],
+        hvp_to_forward_backward=times["hvp"] / times["forward_backward"],
+        jvp_tflops=5 * product / times["jvp"] / 1e9,
+        backward_jvp_tflops=12 * product / times["backward_jvp"] / 1e9,
+        hvp_added_mib=added_bytes(calls["hvp"]) / 2**20,
+        gradient_added_mib=added_bytes(forward_and_backward) / 2**20,
+    )
+
+
+def measure_math(report: Report, heads: int, length: int, d: int) -> None:
+    """Beside the math backend, at a length where it fits."""
+    operands = tuple(operands_of(1, heads, length, d, torch.bfloat16, 3))
+    tangents = tuple(operands_of(1, heads, length, d, torch.bfloat16, 3))
+    (grad,) = operands_of(1, heads, length, d, torch.bfloat16, 1)
+
+    def run(attention: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: hessian_product(attention, grad, operands, tangents, is_causal=True)
+
+    calls = {"math": run(math_attention), "onestep": run(scaled_dot_product_attention)}
+    times = interleaved(calls, rounds=5)
+    report.row(
+        f"HVP beside math, H {heads} T {length} D {d}",
+        math_ms=times["math"],
+        onestep_ms=times["onestep"],
+        faster=times["math"] / times["onestep"],
+        math_added_mib=added_bytes(calls["math"]) / 2**20,
+        onestep_added_mib=added_bytes(calls["onestep"]) / 2**20,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"))
+    parser.add_argument("--quick", action="store_true", help="results, and times of the goals alone")
+    options = parser.parse_args()
+    report = Report("attention", options.out)
+    good = [check(report, dtype, "cuda") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    measure(report, 1, 16, 8192, 128, torch.bfloat16, True)
+    measure_math(report, 16, 2048, 128)
+    if not options.quick:
+        measure(report, 1, 16, 8192, 64, torch.bfloat16, True)
+        measure(report, 8, 12, 1024, 64, torch.bfloat16, True)
+        measure(report, 1, 16, 4096, 128, torch.bfloat16, False)
+        measure(report, 1, 16, 2048, 64, torch.float32, True)
+    if not all(good):
+        sys.exit("attention: results are wrong, see above")
+
+
+if __name__ == "__main__":
+    main()
