@@ -7,7 +7,7 @@ option(ONESTEP_CUDA_EMULATE "Build the CUDA kernels for the emulator: a Python m
 
 # Families with CUDA kernels. A family's folder csrc/<family>/cuda holds its *.cu and bind.cpp, and tests/cpp/cuda its
 # test_<family>.cpp.
-set(ONESTEP_CUDA_FAMILIES attention glm lmhead)
+set(ONESTEP_CUDA_FAMILIES attention glm lmhead polar)
 
 if(ONESTEP_CUDA STREQUAL "AUTO")
   find_program(ONESTEP_NVCC nvcc PATHS /usr/local/cuda/bin)
@@ -103,7 +103,8 @@ if(ONESTEP_CUDA_EMULATE)
       set_tests_properties(simt_out_of_bounds PROPERTIES PASS_REGULAR_EXPRESSION "heap-buffer-overflow")
     endif()
     foreach(family IN LISTS ONESTEP_CUDA_FAMILIES)
-      add_executable(test_cuda_${family} tests/cpp/cuda/test_${family}.cpp csrc/${family}/${family}_ref.cpp)
+      file(GLOB onestep_reference csrc/${family}/*ref*.cpp)
+      add_executable(test_cuda_${family} tests/cpp/cuda/test_${family}.cpp ${onestep_reference})
       target_link_libraries(test_cuda_${family} PRIVATE onestep_cuda_emulated onestep_core)
       add_test(NAME cuda_${family} COMMAND test_cuda_${family})
     endforeach()

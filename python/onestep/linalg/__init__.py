@@ -7,17 +7,21 @@ does, and reads them in place. bfloat16 and float16 inputs are converted to floa
 from onestep.linalg._accumulate import LinearSolution, NormalEquations
 from onestep.linalg._cholesky import cholesky, cholesky_ex, cholesky_solve, solve_spd, solve_spd_ex
 from onestep.linalg._normal import Moments, SolveNormalResult, gram, moments, solve_normal, solve_normal_ex
+from onestep.linalg._polar import PolarResult, polar, polar_ex
 
 __all__ = [
     "LinearSolution",
     "Moments",
     "NormalEquations",
+    "PolarResult",
     "SolveNormalResult",
     "cholesky",
     "cholesky_ex",
     "cholesky_solve",
     "gram",
     "moments",
+    "polar",
+    "polar_ex",
     "solve_normal",
     "solve_normal_ex",
     "solve_spd",

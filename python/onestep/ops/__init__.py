@@ -4,9 +4,9 @@ A family is a folder: ``schema.py`` (schema, checks of operands, shapes of resul
 ``cuda.py`` (the kernels of a device), ``derivatives.py``.
 """
 
-from onestep.ops import attention, cholesky, glm, lmhead, mlp, normal
+from onestep.ops import attention, cholesky, glm, lmhead, mlp, normal, polar
 from onestep.ops._library import install_kernels, records_derivatives
 
 install_kernels()
 
-__all__ = ["attention", "cholesky", "glm", "lmhead", "mlp", "normal", "records_derivatives"]
+__all__ = ["attention", "cholesky", "glm", "lmhead", "mlp", "normal", "polar", "records_derivatives"]

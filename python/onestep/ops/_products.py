@@ -44,3 +44,23 @@ def _adds_to_float32() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def batched_product(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """A @ B of two batches of matrices of one dtype, in that dtype or in float32."""
+    if A.dtype == dtype:
+        return torch.bmm(A, B)
+    if A.is_cuda:
+        product: Tensor = torch.ops.aten.bmm.dtype(A, B, dtype)
+        return product
+    return torch.bmm(A.to(dtype), B.to(dtype))
+
+
+def batched_product_into(out: Tensor, A: Tensor, B: Tensor) -> None:
+    """out = A @ B, for batches of matrices A and B of one dtype, out of the same or of float32."""
+    if A.dtype == out.dtype:
+        torch.bmm(A, B, out=out)
+    elif A.is_cuda:
+        torch.ops.aten.bmm.dtype_out(A, B, out.dtype, out=out)
+    else:
+        torch.bmm(A.to(out.dtype), B.to(out.dtype), out=out)

@@ -1,0 +1,117 @@
+"""CUDA kernel of ``polar``: products by torch, batches of inverses by csrc/polar/cuda.
+
+16-bit matrices are multiplied in their dtype and summed up in float32: the Gram matrix of what was rounded is positive
+semi-definite, so that its Cholesky pivots cannot fail, and singular values come out in [0.98, 1.02]
+(bench/gpu/polar.py), where five Newton-Schulz iterations leave [0.7, 1.2]. float32 and float64 keep their precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep.ops._cuda import native, place
+from onestep.ops._library import register
+from onestep.ops._products import batched_product, batched_product_into
+from onestep.ops.polar import schema
+
+assert native is not None
+_MOST_INVERSE_ORDER: int = native.most_inverse_order
+_INVERSE: dict[torch.dtype, Any] = {torch.float32: native.spd_inverse_f32, torch.float64: native.spd_inverse_f64}
+
+# Orders of blocks from which products in three bfloat16 parts are faster than in float32.
+_LEAST_SPLIT_ORDER = 512
+
+
+def _in_parts(A: Tensor, B: Tensor) -> Tensor:
+    """AB of float32 matrices with 16 bits of each factor: high·high + high·low + low·high, in one bfloat16 product."""
+    A_high, B_high = A.bfloat16(), B.bfloat16()
+    A_low, B_low = (A - A_high).bfloat16(), (B - B_high).bfloat16()
+    return batched_product(
+        torch.cat((A_high, A_high, A_low), dim=-1), torch.cat((B_high, B_low, B_high), dim=-2), torch.float32
+    )
+
+
+class _Inverse:
+    """The inverses of a batch of positive definite matrices: a kernel's to order 128, by blocks beyond."""
+
+    def __init__(self, info: Tensor, in_parts: bool) -> None:
+        self.info, self.in_parts = info, in_parts
+
+    def __call__(self, A: Tensor, inverse: Tensor, offset: int = 0) -> None:
+        """Writes A⁻¹ (B,n,n) over ``inverse``; rows of both are contiguous."""
+        n = A.shape[-1]
+        if n <= _MOST_INVERSE_ORDER:
+            self._kernel(A, inverse, offset)
+            return
+        # [[A₁, B], [Bᵀ, A₂]]: W = A₁⁻¹B, S = A₂ − BᵀW; the inverse is [[A₁⁻¹ + WS⁻¹Wᵀ, −WS⁻¹], [.., S⁻¹]].
+        cut = -(-n // (2 * _MOST_INVERSE_ORDER)) * _MOST_INVERSE_ORDER
+        B = A[:, :cut, cut:]
+        first = torch.empty_like(A[:, :cut, :cut], memory_format=torch.contiguous_format)
+        self(A[:, :cut, :cut], first, offset)
+        W = self._product(first, B)
+        self(A[:, cut:, cut:] - self._product(B.mT, W), inverse[:, cut:, cut:], offset + cut)
+        border = self._product(W, inverse[:, cut:, cut:])
+        inverse[:, :cut, :cut] = first + self._product(border, W.mT)
+        inverse[:, :cut, cut:] = -border
+        inverse[:, cut:, :cut] = -border.mT
+
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        if self.in_parts and min(*A.shape[1:], B.shape[2]) >= _LEAST_SPLIT_ORDER:
+            return _in_parts(A, B)
+        return torch.bmm(A, B)
+
+    def _kernel(self, A: Tensor, inverse: Tensor, offset: int) -> None:
+        _INVERSE[A.dtype](
+            batch=A.shape[0],
+            n=A.shape[-1],
+            a=A.data_ptr(),
+            a_matrix=A.stride(0),
+            a_row=A.stride(1),
+            inverse=inverse.data_ptr(),
+            inverse_matrix=inverse.stride(0),
+            inverse_row=inverse.stride(1),
+            info=self.info.data_ptr(),
+            offset=offset,
+            **place(A),
+        )
+
+
+@register(schema.polar, device="cuda")
+def _polar(M: Tensor, iterations: int, lower: float) -> tuple[Tensor, Tensor]:
+    U, info = schema.polar_results(M, iterations, lower)
+    if U.numel() == 0:
+        return U, info.zero_()
+    rows, columns = M.shape[-2:]
+    tall = rows > columns
+    X = schema.to_unit_range(M.reshape(-1, rows, columns))
+    result = U.reshape(-1, rows, columns)
+    if tall:
+        X, result = X.mT, result.mT
+    info.zero_()
+    inverse_of = _Inverse(info.view(-1), in_parts=X.dtype != U.dtype)
+    steps = schema.coefficients(iterations, lower)
+    for step, (a, b, c) in enumerate(steps):
+        A = batched_product(X, X.mT, U.dtype)
+        root: Tensor | float = 1.0
+        if step == 0:
+            # As on the CPU.
+            norm = torch.linalg.matrix_norm(A, keepdim=True)
+            norm = torch.where(norm == 0, 1.0, norm)
+            A *= c / norm
+            root = norm.sqrt()
+        else:
+            A *= c
+        A.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        # P = (b/c)I + (a − b/c)A⁻¹, over the norm.
+        P = torch.empty_like(A)
+        inverse_of(A, P)
+        P *= (a - b / c) / root
+        P.diagonal(dim1=-2, dim2=-1).add_((b / c) / (root[..., 0] if isinstance(root, Tensor) else root))
+        if step + 1 < len(steps):
+            X = torch.bmm(P.to(X.dtype), X)
+        else:
+            batched_product_into(result, P.to(X.dtype), X)
+    return U, info
