@@ -296,14 +296,6 @@ def test_mse_loss_is_a_square_as_any() -> None:
     torch.testing.assert_close(product, hvp(lambda p: ((x * p).tanh() - y).square().mean(), w, v))
 
 
-def test_weight_norm_raises_rather_than_being_wrong() -> None:
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)).double()
-    params = {name: p.detach() for name, p in layer.named_parameters()}
-    x = torch.randn(4, 3, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="weight_norm"):
-        hvp(lambda p: functional_call(layer, p, (x,)).square().sum(), params, params)
-
-
 NORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "layer_norm": lambda x, w, b: F.layer_norm(x, (4, 3), w[:, None].expand(4, 3), b[:, None].expand(4, 3)),
     "torch.layer_norm": lambda x, w, b: torch.layer_norm(x, (3,)) * w[:, None],

@@ -84,6 +84,12 @@ def _attention(
     return out
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / ‖v‖, the norm over all dimensions but one: torch 2.13's kernel has wrong second derivatives."""
+    norm: Tensor = torch.norm_except_dim(v, 2, dim)
+    return v * (g / norm)
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -172,6 +178,7 @@ _RECORDED |= {torch.logit, Tensor.logit, torch.special.logit}
 
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.lstm: lstm,
+    torch._weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _attention,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -10,10 +11,53 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from onestep._fork import one_thread_after_fork
+from onestep.curvature import _reverse_twice as reverse_twice
 from onestep.curvature._kernels import Kernels, differentiable_kernels, may_be_differentiated
 
 # A tensor, or a mapping of names to tensors.
 Parameters = TypeVar("Parameters", Tensor, dict[str, Tensor])
+Result = TypeVar("Result")
+
+
+class Route:
+    """Whether torch.func can differentiate a model, as far as is known; where it cannot, reverse mode twice can.
+
+    torch.func refuses models that differentiate inside by torch.autograd.grad, gradient checkpointing, autograd
+    functions without a forward mode, and autocast around some layers; forward mode is missing for some of torch's
+    kernels, and that of mse_loss' gradient trips over a zero tensor that torch 2.13 makes itself.
+    """
+
+    def __init__(self) -> None:
+        self.reverse_twice = False
+
+    def take(self, by_torch_func: Callable[[], Result], by_reverse_mode: Callable[[], Result]) -> Result:
+        """The first, or the second where the first raised, now or before."""
+        if not self.reverse_twice:
+            try:
+                return by_torch_func()
+            except RuntimeError as error:
+                first = error
+                _refuse_reentrant_checkpoints(error)
+            try:
+                result = by_reverse_mode()
+            except RuntimeError as error:
+                raise first from error
+            self.reverse_twice = True
+            return result
+        return by_reverse_mode()
+
+
+def _refuse_reentrant_checkpoints(error: RuntimeError) -> None:
+    """Raises if the error came from one: their gradients by reverse mode are zeros where no input requires one."""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint" and frame.f_locals.get("use_reentrant"):
+            raise RuntimeError(
+                "the model uses gradient checkpointing with use_reentrant=True, which has no second derivatives: pass "
+                "use_reentrant=False (transformers: gradient_checkpointing_enable({'use_reentrant': False}))"
+            ) from error
+        trace = trace.tb_next
 
 
 def _tangent(params: Any, v: Any) -> Any:
@@ -76,7 +120,8 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
     memory, or by torch's mathematical form where onestep's does not take the operands (see
     ``onestep.functional.replace_attention``). Where the product may be differentiated itself, which ``torch.no_grad``
     rules out, norms are composed of elementary functions. Python threads take turns: torch's forward mode serves one at
-    a time.
+    a time. Where torch.func cannot differentiate ``loss_fn`` (checkpointing, torch.autograd.grad inside), it is reverse
+    mode twice.
 
     Args:
         loss_fn: params → a scalar. For a module: ``lambda p: loss(functional_call(model, p, (x,)), y)``.
@@ -89,6 +134,13 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
     Raises:
         ValueError, TypeError: ``v`` does not match ``params``, or the loss is not a scalar.
     """
+    return hessian_product(loss_fn, params, v, Route())
+
+
+def hessian_product(
+    loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters, route: Route
+) -> Parameters:
+    """``hvp`` that remembers, for many products of one function, which way works."""
     v = _tangent(params, v)
 
     def scalar(p: Parameters) -> Tensor:
@@ -101,18 +153,13 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
 
     with differentiable_kernels(composed_norms=may_be_differentiated()) as kernels:
         gradient = _gradient_of(scalar, kernels)
-        try:
+
+        def forward_over_reverse() -> Parameters:
             pushed: tuple[Parameters, Parameters] = jvp(gradient, (params,), (v,))  # type: ignore[assignment]
             return pushed[1]
-        except RuntimeError as error:
-            # Forward mode of mse_loss' gradient trips over a zero tensor that torch 2.13 makes itself. Elsewhere
-            # reverse mode twice may be silently wrong, as it is for torch 2.13's weight_norm.
-            if "ZeroTensors" not in str(error):
-                raise
-            # H is symmetric.
-            pulled: tuple[Parameters, Any] = vjp(grad(scalar), params)  # type: ignore[assignment]
-            product: Parameters = pulled[1](v)[0]
-            return product
+
+        product: Parameters = route.take(forward_over_reverse, lambda: reverse_twice.hessian_product(scalar, params, v))
+        return product
 
 
 @one_thread_after_fork()
@@ -143,18 +190,72 @@ def ggnvp(
 
 
 def gauss_newton_products(
-    model_fn: Callable[[Parameters], Tensor], loss_fn: Callable[[Tensor], Tensor], params: Parameters
+    model_fn: Callable[[Parameters], Tensor],
+    loss_fn: Callable[[Tensor], Tensor],
+    params: Parameters,
+    *,
+    route: Route | None = None,
 ) -> Callable[[Parameters], Parameters]:
     """v ↦ Jᵀ H J v for many v: the pass that Jᵀ goes back through is made once, and keeps a gradient's memory."""
-    composed_norms = may_be_differentiated()
-    with differentiable_kernels(composed_norms=composed_norms):
-        linearized: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
-    outputs, pullback = linearized
 
-    def product(v: Parameters) -> Parameters:
-        with differentiable_kernels(composed_norms=composed_norms):
-            pushed: tuple[Tensor, Tensor] = jvp(model_fn, (params,), (_tangent(params, v),))  # type: ignore[assignment]
-        result: Parameters = pullback(hvp(loss_fn, outputs, pushed[1]))[0]
+    def outer(outputs: Tensor, tangent: Tensor) -> Tensor:
+        return hvp(loss_fn, outputs, tangent)
+
+    return outer_products(model_fn, outer, params, keep=True, route=route)
+
+
+def outer_products(
+    model_fn: Callable[[Parameters], Tensor],
+    outer: Callable[[Tensor, Tensor], Tensor],
+    params: Parameters,
+    *,
+    keep: bool,
+    route: Route | None = None,
+) -> Callable[[Parameters], Parameters]:
+    """v ↦ Jᵀ C J v, with C given as (outputs, tangent) ↦ C tangent.
+
+    Args:
+        keep: whether the pass that Jᵀ goes back through is kept for all products, each of which then takes another one
+            in forward mode. Otherwise a product is one pass both ways, and keeps nothing.
+    """
+    composed_norms = may_be_differentiated()
+    route = route or Route()
+
+    @cache
+    def kept_linearization() -> tuple[Tensor, Any]:
+        both: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
+        return both
+
+    @cache
+    def kept_graph() -> reverse_twice.GaussNewtonProduct:
+        return reverse_twice.GaussNewtonProduct(model_fn, params)
+
+    def in_one_pass(v: Parameters) -> Parameters:
+        def pushed(values: Parameters) -> tuple[Tensor, Tensor]:
+            both: tuple[Tensor, Tensor] = jvp(model_fn, (values,), (v,))  # type: ignore[assignment]
+            return both
+
+        outputs, pullback, tangent = vjp(pushed, params, has_aux=True)  # type: ignore[misc]
+        result: Parameters = pullback(outer(outputs, tangent), retain_graph=False)[0]
         return result
 
+    def in_two_passes(v: Parameters) -> Parameters:
+        outputs, pullback = kept_linearization()
+        _, tangent = jvp(model_fn, (params,), (v,))  # type: ignore[misc]
+        result: Parameters = pullback(outer(outputs, tangent))[0]
+        return result
+
+    def product(v: Parameters) -> Parameters:
+        v = _tangent(params, v)
+        with differentiable_kernels(composed_norms=composed_norms):
+            graph = kept_graph if keep else lambda: reverse_twice.GaussNewtonProduct(model_fn, params)
+            result: Parameters = route.take(
+                lambda: in_two_passes(v) if keep else in_one_pass(v), lambda: graph()(outer, v)
+            )
+        return result
+
+    if keep:
+        # Now, while the parameters are where the caller wants them.
+        with differentiable_kernels(composed_norms=composed_norms):
+            route.take(lambda: kept_linearization()[0], lambda: kept_graph().outputs)
     return product

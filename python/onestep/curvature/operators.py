@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vmap
 from torch.utils._pytree import tree_map_only
 
 from onestep._fork import one_thread_after_fork
 from onestep.curvature._estimates import Estimate, estimate_diagonal, estimate_trace
-from onestep.curvature._kernels import differentiable_kernels
-from onestep.curvature._products import hvp
+from onestep.curvature._products import Route, hessian_product, hvp, outer_products
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.data import Chunk, as_source
 from onestep.evaluation.distributed import equal_everywhere, share, summed, together
@@ -138,7 +137,7 @@ class CurvatureOperator(ABC):
         self._source.share = share()
         self._progress = progress and can_show_progress(stacklevel=self._construction_depth)
         # Whether torch.func.vmap can run the model, as far as is known.
-        self._vectorizes = True
+        self._vectorizes, self._route = True, Route()
         warn_of_eval_mode(model, type(self).__name__, stacklevel=self._construction_depth)
         self._affordable_rows = together(self._look_at_rows)
         self._source.chunk_size = chunk_size or max(1, self._affordable_rows // _CHUNK_PARTS)
@@ -487,7 +486,7 @@ class CurvatureOperator(ABC):
         if k == 1:
             result = product({name: part[0] for name, part in V.items()})
             return {name: part[None] for name, part in result.items()}
-        if self._vectorizes:
+        if self._vectorizes and not self._route.reverse_twice:
             try:
                 block: Named = vmap(product, randomness="same")(V)
                 return block
@@ -539,7 +538,7 @@ class HessianOperator(CurvatureOperator):
 
     def _product(self, chunk: Chunk, number: int, point: Named) -> Callable[[Named], Named]:
         outputs, loss = self._outputs(chunk), self._loss_of_outputs(chunk)
-        return lambda v: hvp(lambda values: loss(outputs(values)), point, v)
+        return lambda v: hessian_product(lambda values: loss(outputs(values)), point, v, self._route)
 
 
 class _OuterProductOperator(CurvatureOperator):
@@ -550,19 +549,8 @@ class _OuterProductOperator(CurvatureOperator):
         """(outputs, tangent) ↦ C tangent, for the loss summed over a chunk."""
 
     def _product(self, chunk: Chunk, number: int, point: Named) -> Callable[[Named], Named]:
-        outputs_of, outer = self._outputs(chunk), self._outer(chunk, number, point)
-
-        def product(v: Named) -> Named:
-            def pushed(values: Named) -> tuple[Tensor, Tensor]:
-                both: tuple[Tensor, Tensor] = jvp(outputs_of, (values,), (v,))  # type: ignore[assignment]
-                return both
-
-            with differentiable_kernels():
-                outputs, pullback, tangent = vjp(pushed, point, has_aux=True)  # type: ignore[misc]
-                result: Named = pullback(outer(outputs, tangent), retain_graph=False)[0]
-            return result
-
-        return product
+        outer = self._outer(chunk, number, point)
+        return outer_products(self._outputs(chunk), outer, point, keep=False, route=self._route)
 
 
 class GaussNewtonOperator(_OuterProductOperator):

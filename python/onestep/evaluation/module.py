@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from onestep.evaluation.data import Chunk
@@ -23,18 +24,56 @@ from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss
 from onestep.evaluation.parameters import ParameterVector, flatten
 
+Result = TypeVar("Result")
+
 # What one chunk may keep for its backward pass.
 _CHUNK_BYTES = 256 * 2**20
 
 
 def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
-    """module(inputs): a tuple or a dict of inputs is unpacked; with other parameters if given."""
+    """module(inputs): a tuple or a dict of inputs is unpacked; with other parameters, by name, if given.
+
+    A compiled module is evaluated uncompiled where its parameters are others, which torch.compile would compile anew.
+    """
     kwargs = inputs if isinstance(inputs, dict) else {}
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if kwargs else (inputs,)
-    outputs = module(*args, **kwargs) if parameters is None else functional_call(module, parameters, args, kwargs)
+    if parameters is None:
+        outputs = without_graph(lambda: module(*args, **kwargs))
+    else:
+        module, parameters = _everywhere(module, parameters)
+        outputs = without_graph(lambda: functional_call(module, parameters, args, kwargs, tie_weights=False))
     if not isinstance(outputs, Tensor):
         raise TypeError(f"the model returned {type(outputs).__name__}; expected a tensor")
     return outputs
+
+
+def without_graph(compute: Callable[[], Result]) -> Result:
+    """compute(); under ``torch.no_grad`` with a graph if it differentiates by torch.autograd.grad inside."""
+    if torch.is_grad_enabled():
+        return compute()
+    try:
+        return compute()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return compute()
+
+
+def _everywhere(module: nn.Module, values: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The values by all names of their parameters, but one name for each place.
+
+    ``functional_call`` finds tied weights itself; in a module that occurs twice it then swaps one place twice, and puts
+    the swapped tensor back.
+    """
+    of_parameter = {id(module.get_parameter(name)): value for name, value in values.items()}
+    module = getattr(module, "_orig_mod", module)
+    return module, {
+        f"{prefix}.{name}" if prefix else name: of_parameter[id(parameter)]
+        for prefix, part in module.named_modules()
+        for name, parameter in part._parameters.items()
+        if id(parameter) in of_parameter
+    }
 
 
 def parameter_names(module: nn.Module, parameters: ParameterVector) -> list[str]:
@@ -83,6 +122,23 @@ def warn_of_eval_mode(model: nn.Module, caller: str, stacklevel: int) -> None:
 def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
     """How many rows keep ``_CHUNK_BYTES`` for the backward pass."""
     few = chunk.rows(slice(0, 8))
+
+    def evaluate() -> Tensor:
+        return loss.sum(call_model(model, few.inputs), few.target)
+
+    with torch.enable_grad():
+        try:
+            kept = _saved_bytes(evaluate)
+        except RuntimeError as error:
+            # torch.func inside the model does not work with these hooks.
+            if "saved tensor hooks" not in str(error):
+                raise
+            kept = _computed_bytes(evaluate)
+    return max(1, _CHUNK_BYTES * len(few) // max(1, kept))
+
+
+def _saved_bytes(evaluate: Callable[[], Tensor]) -> int:
+    """What a graph keeps, besides parameters."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -90,10 +146,30 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
             kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = loss.sum(call_model(model, few.inputs), few.target)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = evaluate()
     del graph
-    return max(1, _CHUNK_BYTES * len(few) // max(1, sum(kept.values())))
+    return sum(kept.values())
+
+
+def _computed_bytes(evaluate: Callable[[], Tensor]) -> int:
+    """What all functions gave: more than a graph keeps of it."""
+    counter = _Counter()
+    with counter:
+        evaluate()
+    return counter.bytes
+
+
+class _Counter(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        return result
 
 
 def summed_gradient(

@@ -35,18 +35,12 @@ class _Ball(QuadraticModel):
         self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
     ) -> None:
         self.objective, self.parameters, self.gradient, self.decay = objective, parameters, gradient, decay
-        self.point = parameters.read()
 
     def decrement(self, enough: float) -> float:
         """That of the Hessian at the start of the step: a small gradient does not say how far the minimum is."""
         if self.promise > enough:
             return math.inf
-        reached = self.parameters.read()
-        self.parameters.write(self.point)
-        try:
-            product = self.objective.curvature(self.parameters, hessian=True)
-        finally:
-            self.parameters.write(reached)
+        product = self.objective.curvature(self.parameters, hessian=True)
 
         def with_decay(v: Tensor) -> Tensor:
             return product(v) if self.decay is None else product(v).addcmul_(self.decay, v)

@@ -8,11 +8,14 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import jacfwd, jacrev, jvp, vmap
+from torch.func import jacfwd, jacrev
+from torch.overrides import TorchFunctionMode
 
 import onestep.linalg as linalg
-from onestep.curvature import ggnvp, hvp
+from onestep.curvature import hvp
 from onestep.curvature._kernels import differentiable_kernels
+from onestep.curvature._products import Route, gauss_newton_products, hessian_product
+from onestep.evaluation.module import without_graph
 from onestep.evaluation.parameters import ParameterVector, call_with, flatten
 
 # damping → (v (p,) ↦ about (matrix + damping I)⁻¹v)
@@ -82,6 +85,15 @@ def _mean_square(residuals: Tensor) -> Tensor:
     return residuals.square().mean()
 
 
+class _NoBackward(TorchFunctionMode):
+    """Refuses backward(), which a closure for a first-order optimiser calls."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward or func is torch.autograd.backward:
+            raise RuntimeError(_NO_BACKWARD)
+        return func(*args, **(kwargs or {}))
+
+
 class ClosureObjective(Objective):
     """The loss that a user's closure computes.
 
@@ -93,6 +105,7 @@ class ClosureObjective(Objective):
         self.closure = closure
         self.scalar = scalar
         self.optimizer = optimizer
+        self.route = Route()
 
     def _parse(self, result: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         if self.scalar:
@@ -119,29 +132,19 @@ class ClosureObjective(Objective):
         return loss(outputs)
 
     def _run(self) -> Any:
-        try:
+        with _NoBackward():
             return self.closure()
-        except RuntimeError as error:
-            # At values without gradients, backward() finds nothing to go back through.
-            if "does not require grad" in str(error):
-                raise RuntimeError(_NO_BACKWARD) from error
-            raise
 
     def value(self, parameters: ParameterVector) -> float:
         with torch.no_grad():
-            return self._loss().item()
+            return without_graph(self._loss).item()
 
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
         with torch.enable_grad():
             loss = self._loss()
             if not loss.requires_grad:
                 raise RuntimeError("the closure's loss does not depend on the parameters: return it undetached")
-            try:
-                parts = torch.autograd.grad(loss, parameters.tensors, allow_unused=True, materialize_grads=True)
-            except RuntimeError as error:
-                if "second time" in str(error):
-                    raise RuntimeError(_NO_BACKWARD) from error
-                raise
+            parts = torch.autograd.grad(loss, parameters.tensors, allow_unused=True, materialize_grads=True)
         return loss.item(), flatten(parts)
 
     def _functions(
@@ -167,25 +170,43 @@ class ClosureObjective(Objective):
 
     def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
         point, outputs, loss = self._functions(parameters)
+        with torch.no_grad():
+            if not hessian:
+                products = gauss_newton_products(outputs, loss, point, route=self.route)
 
         def product(v: Tensor) -> Tensor:
             with torch.no_grad():
                 if hessian:
-                    return hvp(lambda p: loss(outputs(p)), point, v)
-                return ggnvp(outputs, loss, point, v)
+                    return hessian_product(lambda p: loss(outputs(p)), point, v, self.route)
+                return products(v)
 
         return product
 
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
         point, outputs, loss = self._functions(parameters)
         with torch.no_grad(), differentiable_kernels():
-            shape = outputs(point).shape
-            wide = shape.numel() < len(parameters)
-            J = (jacrev if wide else jacfwd)(outputs)(point).reshape(shape.numel(), len(parameters))
+            flat, shape = without_graph(lambda: outputs(point)), torch.Size()
+            shape, flat = flat.shape, flat.detach().reshape(-1)
+            J = self.route.take(lambda: _jacobian(outputs, point, len(flat)), lambda: _jacobian_by_rows(outputs, point))
             if loss is _mean_square:
-                return linalg.gram(J.double())[0] * (2 / shape.numel())
-            flat_outputs = outputs(point).reshape(-1)
-            slope = torch.func.grad(lambda z: loss(z.reshape(shape)))
-            HJ = vmap(lambda tangent: jvp(slope, (flat_outputs,), (tangent,))[1], in_dims=1, out_dims=1)(J)
+                return linalg.gram(J.double())[0] * (2 / len(flat))
+            HJ = torch.stack([hvp(lambda z: loss(z.reshape(shape)), flat, column) for column in J.mT], 1)
         A: Tensor = J.double().mT @ HJ.double()
         return (A + A.mT) / 2
+
+
+def _jacobian(outputs: Callable[[Tensor], Tensor], point: Tensor, m: int) -> Tensor:
+    """J (m,p) by torch.func."""
+    J: Tensor = (jacrev if m < len(point) else jacfwd)(outputs)(point)
+    return J.reshape(m, len(point))
+
+
+def _jacobian_by_rows(outputs: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
+    """J (m,p) on torch's own graph, for models that torch.func cannot differentiate."""
+    with torch.enable_grad():
+        leaf = point.detach().requires_grad_()
+        flat = outputs(leaf).reshape(-1)
+        if not flat.requires_grad:
+            return point.new_zeros(len(flat), len(point))
+        rows = [torch.autograd.grad(z, leaf, retain_graph=True, materialize_grads=True)[0] for z in flat]
+    return torch.stack(rows)

@@ -250,13 +250,20 @@ class DampedOptimizer(torch.optim.Optimizer):
         def report(new_loss: float, step_norm: float, gain: float, *, accepted: bool) -> StepReport:
             # Only near the end is it worth a factorisation to know how near.
             near = not accepted or max(predicted, model.promise) <= _NEAR * abs(loss)
+            decrement = math.inf
+            if near:
+                # Products are taken where the model was made.
+                reached = parameters.read()
+                parameters.write(start)
+                decrement = model.decrement(self.settled * abs(loss))
+                parameters.write(reached)
             return StepReport(
                 loss=loss,
                 new_loss=new_loss,
                 grad_norm=gradient.norm().item(),
                 step_norm=step_norm,
                 predicted=predicted if accepted else promised_first,
-                decrement=model.decrement(self.settled * abs(loss)) if near else math.inf,
+                decrement=decrement,
                 resolution=model.resolution(start) if near else 0.0,
                 damping=damping,
                 gain=gain,
@@ -295,16 +302,18 @@ class DampedOptimizer(torch.optim.Optimizer):
                         elif gain > _GOOD_GAIN:
                             self.damping = damping * self.falls
                         self.accepted(parameters, step, gradient)
+                        taken = report(new_loss, step.norm().item(), gain, accepted=True)
                         if ahead is not None:
                             self._ahead = (objective, parameters.versions(), new_loss, ahead)
-                        return report(new_loss, step.norm().item(), gain, accepted=True)
+                        return taken
+                parameters.write(start)
             rejected += 1
             # Ever faster: a start far away may need damping many orders of magnitude larger.
             self.damping = damping * 2.0**rejected
-        parameters.write(start)
+        taken = report(before, 0.0, math.nan, accepted=False)
         if objective.fixed:
             self._ahead = (objective, parameters.versions(), loss, gradient)
-        return report(before, 0.0, math.nan, accepted=False)
+        return taken
 
     def _farther(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch.func import grad, jacrev, vjp, vmap
 from torch.utils._pytree import tree_map_only
 
 import onestep.linalg as linalg
-from onestep.curvature import glm, hvp
+from onestep.curvature import glm
 from onestep.curvature._kernels import differentiable_kernels
-from onestep.curvature._products import gauss_newton_products
+from onestep.curvature._products import Route, gauss_newton_products, hessian_product
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed, summed_by_piece
 from onestep.evaluation.losses import Loss, drawn_slope
@@ -127,6 +127,7 @@ class DataObjective(Objective):
         self.module, self.loss, self.chunks, self.curvature_chunks = module, loss, chunks, curvature_chunks
         self.fixed, self.trial_chunks, self.sampled = fixed, trial_chunks, sampled
         self.pieces, self.kept_rows = pieces, kept_rows
+        self.route = Route()
 
     def _elements(self, chunk: Chunk) -> int:
         return self.loss.elements(chunk.target, len(chunk))
@@ -169,11 +170,14 @@ class DataObjective(Objective):
         """v (p,) ↦ the Hessian or Gauss-Newton matrix of a chunk's summed loss at a point, times v."""
         values = self.values(parameters)
         if hessian:
-            return lambda v: hvp(lambda vector: self.chunk_loss(chunk, values(vector)), point, v)
+            return lambda v: hessian_product(
+                lambda vector: self.chunk_loss(chunk, values(vector)), point, v, self.route
+            )
         return gauss_newton_products(
             lambda vector: call_model(self.module, chunk.inputs, values(vector)),
             lambda outputs: self.loss.sum(outputs, chunk.target),
             point,
+            route=self.route,
         )
 
     def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
@@ -224,7 +228,13 @@ class DataObjective(Objective):
                 yield chunk.piece, sums, [*positions, self._elements(chunk)]
 
         like, positions = result.packed()
-        sums, (*positions, count) = summed_by_piece(self.pieces, (like, len(positions) + 1), terms)
+        try:
+            sums, (*positions, count) = summed_by_piece(self.pieces, (like, len(positions) + 1), terms)
+        except RuntimeError as error:
+            # Hooks see layers that the model differentiates by torch.func inside such a transform.
+            if "transform" not in str(error):
+                raise
+            return None
         result.unpack(sums, positions)
         return lambda damping: result.preconditioner(max(count, 1), damping)
 
@@ -256,7 +266,7 @@ class DataObjective(Objective):
         p = len(parameters)
 
         def local() -> tuple[Tensor, list[float]]:
-            total, count = torch.zeros(p, p, dtype=torch.float64), 0
+            total, count = torch.zeros(p, p, dtype=torch.float64, device=parameters.device), 0
             with torch.no_grad(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     for rows in self.root_jacobian(parameters, chunk):
@@ -276,29 +286,44 @@ class DataObjective(Objective):
             row = tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs)
             return call_model(self.module, row, values(vector)).squeeze(0)
 
-        def root(vector: Tensor, inputs: Any, target: Any) -> Tensor:
-            def flat(v: Tensor) -> Tensor:
-                return one(v, inputs).reshape(-1)
+        def by_torch_func(part: Chunk) -> Tensor:
+            def root(vector: Tensor, inputs: Any, target: Any) -> Tensor:
+                linearized: tuple[Tensor, Any] = vjp(lambda v: one(v, inputs).reshape(-1), vector)  # type: ignore[assignment]
+                outputs, pullback = linearized
+                rows: Tensor = vmap(pullback)(self._root_of_loss(outputs, shape, target))[0]
+                return rows
 
-            def slope(z: Tensor) -> Tensor:
-                result: Tensor = grad(lambda z: self._row_loss(z.reshape(shape), target))(z)
-                return result
+            return vmap(root, in_dims=(None, 0, 0))(point, part.inputs, part.target)
 
-            linearized: tuple[Tensor, Any] = vjp(flat, vector)  # type: ignore[assignment]
-            outputs, pullback = linearized
-            if self.loss.name == "mse":
-                factor = math.sqrt(2.0) * torch.eye(len(outputs), dtype=outputs.dtype)
-            else:
-                H = jacrev(slope)(outputs)
-                values, vectors = torch.linalg.eigh((H + H.mT) / 2)
-                factor = (vectors * values.clamp_min(0).sqrt()).mT
-            rows: Tensor = vmap(pullback)(factor)[0]
-            return rows
+        def by_reverse_mode(part: Chunk) -> Tensor:
+            """Row by row on torch's own graph, for models that torch.func cannot differentiate."""
+            with torch.enable_grad():
+                leaf = point.detach().requires_grad_()
+                outputs = call_model(self.module, part.inputs, values(leaf)).reshape(len(part), -1)
+                slopes = [torch.autograd.grad(z, leaf, retain_graph=True)[0] for z in outputs.flatten()]
+            J = torch.stack(slopes).reshape(*outputs.shape, -1)
+            factors = vmap(lambda z, target: self._root_of_loss(z, shape, target))(outputs.detach(), part.target)
+            return factors @ J
 
         outputs = call_model(self.module, chunk.rows(slice(0, 1)).inputs)
         shape = outputs.shape[1:]
         for part in jacobian_parts(chunk, outputs.numel() * len(parameters) * outputs.element_size()):
-            yield vmap(root, in_dims=(None, 0, 0))(point, part.inputs, part.target).reshape(-1, len(parameters))
+            rows = self.route.take(partial(by_torch_func, part), partial(by_reverse_mode, part))
+            yield rows.reshape(-1, len(parameters))
+
+    def _root_of_loss(self, outputs: Tensor, shape: torch.Size, target: Any) -> Tensor:
+        """R (k,k) with RᵀR the Hessian of a row's loss in its k outputs, which are of this shape."""
+        if self.loss.name == "mse":
+            return math.sqrt(2.0) * torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
+
+        def slope(z: Tensor) -> Tensor:
+            result: Tensor = grad(lambda z: self._row_loss(z.reshape(shape), target))(z)
+            return result
+
+        H = jacrev(slope)(outputs)
+        values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+        root: Tensor = (vectors * values.clamp_min(0).sqrt()).mT
+        return root
 
     def _row_loss(self, outputs: Tensor, target: Any) -> Tensor:
         target = tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
