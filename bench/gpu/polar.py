@@ -1,0 +1,103 @@
+"""The polar factor on a GPU against five Newton-Schulz iterations in bf16 (Muon's).
+
+    python bench/gpu/polar.py [--out FOLDER] [--quick]
+
+Goal: 48 × (1024 × 4096) in bf16 no slower. The spread of singular values and the distance to the exact factor are of a
+few of the matrices, in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from measure import Report, added_bytes, interleaved
+from torch import Tensor
+
+from onestep.linalg import polar_ex
+
+
+def newton_schulz(M: Tensor, steps: int = 5) -> Tensor:
+    """Muon's quintic iteration (Jordan et al., 2024), in bf16."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = M.bfloat16()
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X.mT if tall else X
+
+
+def matrices(batch: int, n: int, m: int, dtype: torch.dtype, decay: bool) -> Tensor:
+    """Random matrices; with ``decay`` their singular values fall from 1 to 1e-2 evenly in their logarithms."""
+    generator = torch.Generator("cuda").manual_seed(n + m)
+    M = torch.randn(batch, n, m, device="cuda", generator=generator)
+    if decay:
+        U, _, V = torch.linalg.svd(M[:2], full_matrices=False)
+        values = torch.logspace(0, -2, min(n, m), device="cuda")
+        M[:2] = (U * values) @ V
+    return M.to(dtype)
+
+
+def quality(U: Tensor, M: Tensor) -> dict[str, float]:
+    """Smallest and largest singular value of U, and its distance to the exact factor, of the first two matrices."""
+    left, _, right = torch.linalg.svd(M[:2].double(), full_matrices=False)
+    exact = left @ right
+    values = torch.linalg.svdvals(U[:2].double())
+    return {
+        "least": values.min().item(),
+        "largest": values.max().item(),
+        "distance": ((U[:2].double() - exact).norm() / exact.norm()).item(),
+    }
+
+
+def run(report: Report, batch: int, n: int, m: int, dtype: torch.dtype) -> None:
+    M = matrices(batch, n, m, dtype, decay=False)
+    calls = {"polar": lambda: polar_ex(M).factor, "newton_schulz": lambda: newton_schulz(M)}
+    times = interleaved(calls)
+    graph, static = torch.cuda.CUDAGraph(), M.clone()
+    with torch.cuda.graph(graph):
+        captured = polar_ex(static)
+    graph.replay()
+    same = torch.equal(captured.factor, polar_ex(M).factor)
+    times |= interleaved({"graph": graph.replay})
+    del graph, captured, static
+    short, long = min(n, m), max(n, m)
+    row = {
+        "ms": times["polar"],
+        "graph_ms": times["graph"],
+        "graph_same_bits": same,
+        "ratio": times["newton_schulz"] / times["polar"],
+        "share_of_gemm": report.gemm_share(batch * 8.0 * short * short * long, times["polar"]),
+        "added_bytes": added_bytes(calls["polar"]),
+    }
+    for kind, decay in (("random", False), ("decaying", True)):
+        few = matrices(2, n, m, dtype, decay)
+        row |= {f"{kind}_{key}": value for key, value in quality(polar_ex(few).factor, few).items()}
+        row |= {f"{kind}_newton_schulz_{key}": value for key, value in quality(newton_schulz(few), few).items()}
+    report.row(f"{batch} x ({n} x {m}) {str(dtype).removeprefix('torch.')}", **row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"))
+    parser.add_argument("--quick", action="store_true", help="the goal's case alone")
+    options = parser.parse_args()
+    report = Report("polar", options.out)
+    with torch.no_grad():
+        run(report, 48, 1024, 4096, torch.bfloat16)
+        if options.quick:
+            return
+        run(report, 12, 1024, 4096, torch.float32)
+        run(report, 64, 768, 768, torch.bfloat16)
+        run(report, 256, 256, 1024, torch.bfloat16)
+        run(report, 1024, 64, 512, torch.bfloat16)
+        run(report, 1024, 64, 512, torch.float32)
+
+
+if __name__ == "__main__":
+    main()
