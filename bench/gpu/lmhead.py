@@ -1,6 +1,6 @@
 """The language-model head on a GPU: Gauss-Newton and Hessian products, gradients, against compositions with the logits.
 
-    python bench/gpu/lmhead.py [--out FOLDER] [--quick]
+    python bench/gpu/lmhead.py [--out FOLDER] [--quick] [--tune]
 
 Goal: N 16,384, D 2,048, V 50,304 in bf16: both products without an N × V array and no slower than the composition.
 """
@@ -123,10 +123,35 @@ def run_gradient(report: Report, n: int, d: int, classes: int, dtype: torch.dtyp
     )
 
 
+def tune(report: Report, n: int, d: int, classes: int, dtype: torch.dtype) -> None:
+    """The products' times for other sizes of chunks of rows and blocks of classes than the kernel's."""
+    from onestep.ops import _products
+    from onestep.ops.lmhead import cuda
+
+    H, W, y, dH, dW = operands(n, d, classes, dtype)
+    before = cuda._CHUNK_BYTES, cuda._BLOCK_BYTES
+    values: dict[str, float] = {"adds_to_float32": float(_products._adds_to_float32())}
+    for chunk in (1 << 29, 1 << 30, 1 << 31):
+        for block in (32 << 20, 128 << 20, 1 << 40):
+            cuda._CHUNK_BYTES, cuda._BLOCK_BYTES = chunk, block
+            times = interleaved(
+                {
+                    "ggn": lambda: linear_cross_entropy_ggnvp(H, W, y, (dH, dW, None)),
+                    "hvp": lambda: linear_cross_entropy_hvp(H, W, y, (dH, dW, None)),
+                },
+                rounds=3,
+            )
+            name = f"{chunk >> 20} MiB by {min(block, chunk) >> 20} MiB"
+            values |= {f"{name} ggn_ms": times["ggn"], f"{name} hvp_ms": times["hvp"]}
+    cuda._CHUNK_BYTES, cuda._BLOCK_BYTES = before
+    report.row("sizes of chunks and blocks", **values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"))
     parser.add_argument("--quick", action="store_true", help="a quarter of the rows")
+    parser.add_argument("--tune", action="store_true", help="other sizes of chunks and blocks, too")
     options = parser.parse_args()
     report = Report("lmhead", options.out)
     rows = 4096 if options.quick else 16384
@@ -135,6 +160,9 @@ def main() -> None:
         torch.cuda.empty_cache()
         run_gradient(report, rows, 2048, 50304, torch.bfloat16)
         torch.cuda.empty_cache()
+        if options.tune:
+            tune(report, rows, 2048, 50304, torch.bfloat16)
+            torch.cuda.empty_cache()
         run(report, 2048, 768, 50257, torch.float16)
         run(report, 2048, 768, 50257, torch.float32)
 
