@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import TransformType
 from torch.overrides import TorchFunctionMode
 
+from onestep._torch_private import TransformType, interpreter_stack, nn_mish, nn_silu
 from onestep.curvature._lstm import lstm
 from onestep.evaluation.exclusive import exclusive
 from onestep.functional import replace_attention
@@ -37,7 +37,7 @@ def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[Kernels]
 
 def may_be_differentiated() -> bool:
     """Whether what is computed now may be differentiated, by autograd or by torch.func's transforms but vmap."""
-    levels = torch._C._functorch.get_interpreter_stack() or []
+    levels = interpreter_stack() or []
     return torch.is_grad_enabled() or any(level.key() != TransformType.Vmap for level in levels)
 
 
@@ -173,7 +173,7 @@ def _normalised(input: Tensor, dims: Sequence[int], weight: Tensor | None, bias:
 
 # Their backward kernels have no forward mode; where the gradient's own graph is recorded torch takes elementary
 # functions.
-_RECORDED = {F.silu, torch._C._nn.silu, F.mish, torch._C._nn.mish, F.group_norm, torch.group_norm}
+_RECORDED = {F.silu, nn_silu, F.mish, nn_mish, F.group_norm, torch.group_norm}
 _RECORDED |= {torch.logit, Tensor.logit, torch.special.logit}
 
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {

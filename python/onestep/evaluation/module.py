@@ -12,11 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from onestep._torch_private import BatchNorm, DropoutNd
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.errors import NonFiniteError
@@ -110,7 +109,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def warn_of_eval_mode(model: nn.Module, caller: str, stacklevel: int) -> None:
     """Warns where a layer in training mode will behave differently in eval mode."""
-    noisy = {type(m).__name__ for m in model.modules() if m.training and isinstance(m, (_DropoutNd, _BatchNorm))}
+    noisy = {type(m).__name__ for m in model.modules() if m.training and isinstance(m, (DropoutNd, BatchNorm))}
     if noisy:
         warnings.warn(
             f"{caller} evaluates the model in eval mode: {', '.join(sorted(noisy))} neither drops nor learns "

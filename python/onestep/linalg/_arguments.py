@@ -5,8 +5,9 @@ from __future__ import annotations
 from numbers import Integral, Real
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+from onestep._torch_private import forward_level, transforms_active
 
 _HALF = (torch.bfloat16, torch.float16)
 _READ = (torch.float32, torch.float64)
@@ -109,6 +110,6 @@ def values_are_known(tensor: Tensor) -> bool:
     return not (
         tensor.is_meta
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or transforms_active()
+        or forward_level() >= 0
     )

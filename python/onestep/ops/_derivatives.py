@@ -14,8 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from onestep.ops._library import LIBRARY, Op, records_derivatives
-from onestep.ops._torch_private import (
+from onestep._torch_private import (
     SingleLevelFunction,
     any_requires_grad,
     below_autograd,
@@ -29,6 +28,7 @@ from onestep.ops._torch_private import (
     set_single_level_allowed,
     unpack_dual,
 )
+from onestep.ops._library import LIBRARY, Op, records_derivatives
 
 
 def carries_tangents(args: tuple[Any, ...]) -> bool:

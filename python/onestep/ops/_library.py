@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from onestep._torch_private import any_requires_grad, dispatch_modes, forward_level, transforms_active
 from onestep.ops import _cuda
-from onestep.ops._torch_private import any_requires_grad, dispatch_modes, forward_level, transforms_active
 
 LIBRARY = torch.library.Library("onestep", "DEF")
 

@@ -9,8 +9,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from onestep._torch_private import dispatch_modes, functorch, graph_is_kept, temporarily_pop_interpreter_stack
 from onestep.ops._derivatives import OpFunction, register_derivatives
-from onestep.ops._torch_private import dispatch_modes, functorch, graph_is_kept, temporarily_pop_interpreter_stack
 from onestep.ops.lmhead.schema import Results, linear_cross_entropy, linear_cross_entropy_tangent
 
 

@@ -1,0 +1,257 @@
+"""Every private name of torch that onestep uses, each tried at import for the behaviour that onestep relies on.
+
+Derivatives at an op's Autograd key, the way past the dispatcher and products under torch.func need what torch does not
+export. A release of torch that changes one of these would make derivatives silently wrong. So each name is tried once,
+in some 2 ms, and a change is an ImportError that says which versions of torch were tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+__all__ = [
+    "BatchNorm",
+    "DropoutNd",
+    "SingleLevelFunction",
+    "TransformType",
+    "any_requires_grad",
+    "below_autograd",
+    "check",
+    "dispatch_modes",
+    "forward_grad_enabled",
+    "forward_level",
+    "functorch",
+    "get_single_level_allowed",
+    "graph_is_kept",
+    "has_tangent",
+    "in_legacy_vmap",
+    "interpreter_stack",
+    "make_dual",
+    "nn_mish",
+    "nn_silu",
+    "set_forward_grad_enabled",
+    "set_grad_enabled",
+    "set_single_level_allowed",
+    "temporarily_pop_interpreter_stack",
+    "transforms_active",
+    "unpack_dual",
+]
+
+#: The releases of torch on which the whole test suite was run; pyproject.toml has the same range.
+TESTED = "2.13"
+
+
+def _error(what: str) -> ImportError:
+    return ImportError(
+        f"onestep was tested with torch {TESTED}; this is torch {torch.__version__}, where {what}. "
+        f"Install a tested version (pip install 'torch=={TESTED}.*'), or a release of onestep for this one."
+    )
+
+
+try:
+    from torch._C import _functorch as functorch
+    from torch._C._functorch import TransformType
+    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+    from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.nn.modules.dropout import _DropoutNd as DropoutNd
+
+    # Whether a torch.func transform is active.
+    transforms_active = torch._C._are_functorch_transforms_active
+    # Whether one of the arguments is a tensor that requires grad, at the level that is being computed.
+    any_requires_grad = torch._C._any_requires_grad
+    # The number of active TorchDispatchModes (FakeTensorMode and proxy tracing among them).
+    dispatch_modes = torch._C._len_torch_dispatch_stack
+    # The interpreters of the active torch.func transforms, outermost first, or None.
+    interpreter_stack = functorch.get_interpreter_stack
+
+    # A context in which a call of an op skips the Autograd key.
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
+    forward_grad_enabled = torch._C._is_fwd_grad_enabled
+    set_forward_grad_enabled = torch._C._set_fwd_grad_enabled
+    # torch.set_grad_enabled is a class whose construction takes a microsecond more.
+    set_grad_enabled = torch._C._set_grad_enabled
+
+    # unpack_dual(tensor, level=0) → (primal, tangent or None). It takes a third of the time of forward_ad.unpack_dual.
+    unpack_dual = torch._VF._unpack_dual
+    make_dual = torch._VF._make_dual
+
+    get_single_level_allowed = functorch.get_single_level_autograd_function_allowed
+    set_single_level_allowed = functorch.set_single_level_autograd_function_allowed
+
+    # What torch.nn.functional.silu and mish call.
+    nn_silu = torch._C._nn.silu
+    nn_mish = torch._C._nn.mish
+
+    # Not among the names of torch._C.DispatchKey.
+    _LEGACY_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+    _is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+    _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+    _current_level = forward_ad._current_level
+    # The vmap of gradcheck; for the check below.
+    from torch._vmap_internals import _vmap as _legacy_vmap_of
+except (ImportError, AttributeError) as error:
+    raise _error(f"a private name is missing ({error})") from error
+
+
+def forward_level() -> int:
+    """The level of torch.autograd.forward_ad that is open; -1 if none is."""
+    level: int = forward_ad._current_level
+    return level
+
+
+def in_legacy_vmap() -> bool:
+    """Whether this is in the vmap of gradcheck and torch.autograd.functional, which has no rule for _make_dual."""
+    return _is_key_included(_LEGACY_VMAP_MODE)
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running keeps its graph (``retain_graph=True``)."""
+    return _graph_is_kept()
+
+
+def has_tangent(value: Any) -> bool:
+    """Whether the value is a tensor with a tangent at the level that is being computed."""
+    return isinstance(value, Tensor) and unpack_dual(value, level=0)[1] is not None
+
+
+# ----------------------------------------------------------------------------------------------- what is relied on
+
+# No check runs a backward pass: on a machine with GPUs the first one starts autograd's device threads, which a process
+# must be free to do after it has forked. tests/test_torch_private.py does.
+
+
+class _Square(SingleLevelFunction):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        twice: Tensor = 2 * ctx.saved_tensors[0] * grad
+        return twice
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        twice: Tensor = 2 * ctx.saved_tensors[0] * tangent
+        return twice
+
+
+def _single_level(x: Tensor) -> Tensor:
+    allowed = get_single_level_allowed()
+    set_single_level_allowed(True)
+    try:
+        result: Tensor = _Square.apply(x)  # type: ignore[attr-defined]
+        return result
+    finally:
+        set_single_level_allowed(allowed)
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, device="cpu", dtype=torch.float64)
+
+
+def _reverse_mode() -> bool:
+    x = _number(3.0).requires_grad_()
+    square = _single_level(x)
+    with below_autograd():
+        below = x * x
+    recorded = any_requires_grad(None, x, 1.0) and not any_requires_grad(None, _number(3.0))
+    set_grad_enabled(False)
+    try:
+        off = not torch.is_grad_enabled()
+    finally:
+        set_grad_enabled(True)
+    node: Any = square.grad_fn
+    return recorded and off and not below.requires_grad and node.apply(_number(1.0)).item() == 6.0
+
+
+def _forward_mode() -> bool:
+    x = _number(3.0)
+    before = forward_level()
+    with forward_ad.dual_level():
+        dual = make_dual(x, _number(1.0), level=0)
+        tangent = unpack_dual(_single_level(dual), level=0)[1]
+        set_forward_grad_enabled(False)
+        off = not forward_grad_enabled()
+        set_forward_grad_enabled(True)
+        inside = forward_level() >= 0 and has_tangent(dual) and not has_tangent(x) and forward_grad_enabled()
+    return before == -1 and off and inside and tangent is not None and tangent.item() == 6.0
+
+
+def _transforms() -> bool:
+    seen: list[Any] = []
+
+    def function(x: Tensor) -> Tensor:
+        with temporarily_pop_interpreter_stack():
+            outside = transforms_active()
+        stack = interpreter_stack()
+        seen.append((transforms_active(), outside, functorch.is_batchedtensor(x), len(stack or ())))
+        seen.append((stack or [])[0].key() == TransformType.Vmap)
+        seen.append(functorch.maybe_get_level(x) == functorch.maybe_current_level())
+        seen.append(functorch.get_unwrapped(x).shape == (2,) and not functorch.is_gradtrackingtensor(x))
+        return x * 2
+
+    torch.func.vmap(function)(torch.zeros(2, device="cpu"))
+    idle = not transforms_active() and functorch.maybe_current_level() is None and not interpreter_stack()
+    # torch.func calls a single-level function once for its level.
+    tangent: Tensor = torch.func.jvp(_single_level, (_number(3.0),), (_number(1.0),))[1]
+    return idle and seen == [(True, False, True, 1), True, True, True] and tangent.item() == 6.0
+
+
+def _legacy_vmap() -> bool:
+    inside: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        inside.append(in_legacy_vmap())
+        return x
+
+    _legacy_vmap_of(function)(torch.zeros(2, device="cpu"))
+    return inside == [True] and not in_legacy_vmap()
+
+
+def _modes() -> bool:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Nothing(TorchDispatchMode):
+        pass
+
+    outside = dispatch_modes()
+    with Nothing():
+        return dispatch_modes() == outside + 1
+
+
+_CHECKS: dict[str, Callable[[], bool]] = {
+    "reverse mode through a single-level function (_SingleLevelFunction) is wrong": _reverse_mode,
+    "a backward pass does not tell whether its graph is kept": lambda: isinstance(graph_is_kept(), bool),
+    "forward mode through a single-level function (_SingleLevelFunction) is wrong": _forward_mode,
+    "torch.func's interpreter stack is not as expected": _transforms,
+    "the vmap of batched gradients is not seen": _legacy_vmap,
+    "torch's dispatch modes are not counted": _modes,
+}
+
+
+def check() -> None:
+    """Tries every private name; raises ImportError where one does not do what onestep relies on."""
+    with torch.inference_mode(False), torch.enable_grad():
+        for failure, test in _CHECKS.items():
+            try:
+                passed = test()
+            except Exception as error:
+                raise _error(f"{failure} ({type(error).__name__}: {error})") from error
+            if not passed:
+                raise _error(failure)
+
+
+check()
