@@ -20,7 +20,7 @@ $(VENV)/.environment: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) numpy torch pytest pytest-benchmark pytest-xdist scikit-learn scipy pandas rich safetensors matplotlib tqdm \
 	    transformers \
-	    ruff mypy clang-format cmake ninja pybind11 scikit-build-core
+	    hypothesis ruff mypy import-linter clang-format cmake ninja pybind11 scikit-build-core
 	touch $@
 
 $(VENV)/.package: $(VENV)/.environment $(SOURCES)
@@ -52,10 +52,12 @@ test-cpp: $(VENV)/.environment
 bench: $(VENV)/.package
 	$(BIN)/python bench/report.py
 
-lint: $(VENV)/.environment
+lint: $(VENV)/.package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m mypy.stubtest onestep._native
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 # Compiles the CUDA kernels for both architectures with warnings as errors, and records their registers and spills.

@@ -266,7 +266,7 @@ def test_gauss_newton_steps(compare: Callable[..., float], monkeypatch: pytest.M
     tokens = torch.randint(0, 64, (2048 // context, context + 1))
     data = tokens[:, :-1], tokens[:, 1:]
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    kernels = onestep.curvature._kernels
+    kernels = onestep.curvature.kernels
 
     def steps() -> None:
         model.load_state_dict(start)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 import onestep
 from onestep.curvature import ggnvp, hvp
-from onestep.curvature._kernels import differentiable_kernels
+from onestep.curvature.kernels import differentiable_kernels
 
 Named = dict[str, Tensor]
 

@@ -152,7 +152,7 @@ def test_functions_and_optimisers_in_threads() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}, {"bias": False}])
 def test_the_lstm_of_products_is_torchs(options: dict[str, Any], packed: bool) -> None:
-    from onestep.curvature._kernels import differentiable_kernels
+    from onestep.curvature.kernels import differentiable_kernels
 
     torch.manual_seed(0)
     model = nn.LSTM(3, 4, batch_first=True, **options).double()
@@ -169,7 +169,7 @@ def test_the_lstm_of_products_is_torchs(options: dict[str, Any], packed: bool) -
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_that_onestep_does_not_take_is_torchs_mathematical_form(causal: bool) -> None:
     """float16 on the CPU: values of torch's own function, and a Hessian-vector product, which its kernel lacks."""
-    from onestep.curvature._kernels import differentiable_kernels
+    from onestep.curvature.kernels import differentiable_kernels
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, 5, 4, dtype=torch.float16) for _ in range(3))

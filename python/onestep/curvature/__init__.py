@@ -1,9 +1,9 @@
 """Products with Hessians and Gauss-Newton matrices, without the matrices."""
 
 from onestep.curvature._estimates import Estimate
-from onestep.curvature._products import ggnvp, hvp
 from onestep.curvature.glm import GLMPoint, glm
 from onestep.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, SolveReport
+from onestep.curvature.products import ggnvp, hvp
 
 __all__ = [
     "Estimate",

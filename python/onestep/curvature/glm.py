@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from onestep.linalg import gram
-from onestep.linalg._arguments import check_dense
 from onestep.ops import records_derivatives
 from onestep.ops.glm import FAMILIES, glm_point, glm_product, parameter_dtype
+from onestep.ops.operands import check_dense
 
 # Rows of a bfloat16 X that are widened at a time for the Gram kernel.
 _WIDENED_ROWS = 65536

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from onestep._fork import one_thread_after_fork
 from onestep.curvature._estimates import Estimate, estimate_diagonal, estimate_trace
-from onestep.curvature._products import Route, hessian_product, hvp, outer_products
 from onestep.curvature.conjugate_gradient import conjugate_gradient
+from onestep.curvature.products import Route, hessian_product, hvp, outer_products
 from onestep.evaluation.data import Chunk, as_source
 from onestep.evaluation.distributed import equal_everywhere, share, summed, together
 from onestep.evaluation.errors import NonFiniteError

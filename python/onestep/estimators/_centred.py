@@ -11,6 +11,7 @@ from sklearn.utils import assert_all_finite
 from torch import Tensor
 
 import onestep.linalg as linalg
+from onestep.linalg.constant_columns import constant_columns
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -81,7 +82,7 @@ class Primal:
         moments = linalg.moments(X, Y, weight=weight, center=center)
         if not (bool(moments.gram.isfinite().all()) and bool(moments.cross.isfinite().all())):
             raise_not_finite(X)
-        constant = _constant(moments.gram.diagonal(), moments.x_mean, moments.weight_sum, X.dtype)
+        constant = constant_columns(moments.gram.diagonal(), moments.x_mean, moments.weight_sum, X.dtype)
         self.centred = Centred(X, Y, weight, moments.x_mean, moments.y_mean, constant)
         self._gram = moments.gram.masked_fill(constant[:, None] | constant, 0.0)
         self._cross = moments.cross.masked_fill(constant[:, None], 0.0)
@@ -125,14 +126,7 @@ def wide(X: Tensor, Y: Tensor, weight: Tensor | None, *, center: bool) -> Centre
         spread[columns] = share @ (block - x_mean[columns]).square_()
     if not bool(spread.isfinite().all()):
         raise_not_finite(X)
-    return Centred(X, Y, weight, x_mean, y_mean, _constant(spread, x_mean, total, X.dtype))
-
-
-def _constant(spread: Tensor, mean: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
-    # A mean is off by a few EPS; rows centred on one that is off by an ulp of X leave ulp² of square, which cancels
-    # down to ulp³ in X's own arithmetic.
-    noise = 64 * (EPS**2 + torch.finfo(dtype).eps ** 3)
-    return spread <= noise * total * mean.square()
+    return Centred(X, Y, weight, x_mean, y_mean, constant_columns(spread, x_mean, total, X.dtype))
 
 
 def raise_not_finite(X: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from onestep.estimators._centred import _FLOAT_GRAM_FLOOR, EPS, MIN_RCOND, blocks, raise_not_finite
 from onestep.estimators._solve import Solution, _warn_rank, solve_spd
 from onestep.linalg import NormalEquations
-from onestep.linalg._accumulate import without_constants
+from onestep.linalg.constant_columns import without_constants
 
 
 def add_chunk(equations: NormalEquations, X: Tensor, Y: Tensor, weight: Tensor | None) -> None:

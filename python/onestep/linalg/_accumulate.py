@@ -14,9 +14,9 @@ from torch import Tensor
 from onestep.linalg._arguments import floating
 from onestep.linalg._cholesky import cholesky_ex, cholesky_solve
 from onestep.linalg._normal import Moments, moments
+from onestep.linalg.constant_columns import without_constants
 from onestep.ops.operands import LinAlgError
 
-_EPS = torch.finfo(torch.float64).eps
 _DTYPES = (torch.float32, torch.float64)
 
 # As in csrc/normal/kernels.hpp: less of a pivot's diagonal element than this many epsilons is rounding noise.
@@ -344,21 +344,6 @@ class NormalEquations:
         if sums.weight_sum < 0:
             raise ValueError(f"state['weight_sum'] is {sums.weight_sum.item()}; expected a number >= 0")
         self._sums, self.count = sums, count
-
-
-def without_constants(sums: Moments, dtype: torch.dtype) -> Moments:
-    """Centred sums with zeros for the features that do not vary but for rounding of rows of ``dtype``.
-
-    What is left of such a feature is noise; scaled to a unit diagonal it would pass for a feature like any other.
-    """
-    # A mean is off by a few ε of float64; rows less a mean that is off by an ulp of theirs leave ulp² of square, which
-    # cancels down to ulp³ in their own arithmetic.
-    noise = 64 * (_EPS**2 + torch.finfo(dtype).eps ** 3)
-    constant = sums.gram.diagonal() <= noise * sums.weight_sum * sums.x_mean.square()
-    if not constant.any():
-        return sums
-    gram = sums.gram.masked_fill(constant.unsqueeze(-1) | constant, 0.0)
-    return sums._replace(gram=gram, cross=sums.cross.masked_fill(constant.unsqueeze(-1), 0.0))
 
 
 def _merged(first: Moments, second: Moments, centred: bool) -> Moments:

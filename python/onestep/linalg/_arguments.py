@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from onestep._torch_private import forward_level, transforms_active
+from onestep.ops.operands import check_dense
 
 _HALF = (torch.bfloat16, torch.float16)
 _READ = (torch.float32, torch.float64)
@@ -27,16 +28,6 @@ def floating(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
     if value.dtype not in _READ:
         raise TypeError(f"{name} has dtype {value.dtype}; expected float32, float64, bfloat16 or float16")
     return value
-
-
-def check_dense(name: str, value: object, like: Tensor | None = None) -> None:
-    """Raises unless ``value`` is a dense tensor on the device of ``like``; an op without a kernel there says so."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; expected torch.Tensor")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name} has layout {value.layout}; expected a dense (torch.strided) tensor")
-    if like is not None and value.device != like.device:
-        raise ValueError(f"{name} is on device {value.device}; expected {like.device}, like the other operands")
 
 
 def as_columns(name: str, value: Tensor, matrix: Tensor, rows: int) -> tuple[Tensor, bool]:
@@ -107,9 +98,4 @@ def steps(name: str, value: object) -> int:
 
 def values_are_known(tensor: Tensor) -> bool:
     """Whether the tensor's values may decide the path: not on "meta", while tracing, or inside a transform."""
-    return not (
-        tensor.is_meta
-        or torch.compiler.is_compiling()
-        or transforms_active()
-        or forward_level() >= 0
-    )
+    return not (tensor.is_meta or torch.compiler.is_compiling() or transforms_active() or forward_level() >= 0)

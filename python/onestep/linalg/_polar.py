@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from onestep.linalg._arguments import check_dense
 from onestep.ops import polar as ops
+from onestep.ops.operands import check_dense
 
 
 class PolarResult(NamedTuple):

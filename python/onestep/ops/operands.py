@@ -44,6 +44,19 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} is on device {tensor.device}; expected {like.device}, like the other operands")
 
 
+def check_dense(name: str, value: object, like: Tensor | None = None) -> None:
+    """Raises unless ``value`` is a dense tensor (TypeError, ValueError) on the device of ``like`` (ValueError).
+
+    An op says by itself if there is no kernel for the device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; expected torch.Tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}; expected a dense (torch.strided) tensor")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} is on device {value.device}; expected {like.device}, like the other operands")
+
+
 def check_dims(name: str, tensor: Tensor, least: int, meaning: str) -> None:
     """Raises ValueError if the tensor has fewer dimensions than its matrix part."""
     if tensor.dim() < least:

@@ -13,8 +13,8 @@ from torch import Tensor
 import onestep.linalg as linalg
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
-from onestep.optim._objective import CurvatureRoot, Objective
-from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
+from onestep.optim.objective import CurvatureRoot, Objective
+from onestep.optim.optimizer import DampedOptimizer, Proposal, QuadraticModel
 
 # Without damping the factor may not exist: this much, relative to a unit diagonal, stands in for none.
 _UNDAMPED = 1e-12

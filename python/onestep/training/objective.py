@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_map_only
 
 import onestep.linalg as linalg
 from onestep.curvature import glm
-from onestep.curvature._kernels import differentiable_kernels
-from onestep.curvature._products import Route, gauss_newton_products, hessian_product
+from onestep.curvature.kernels import differentiable_kernels
+from onestep.curvature.products import Route, gauss_newton_products, hessian_product
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed, summed_by_piece
 from onestep.evaluation.losses import Loss, drawn_slope
 from onestep.evaluation.module import autograd_gradient, call_model, parameter_names, summed_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim import Objective
-from onestep.optim._objective import CurvatureRoot, Preconditioner
+from onestep.optim.objective import CurvatureRoot, Preconditioner
 from onestep.training.kronecker import Factors
 
 # Rows of the Jacobian are formed this many bytes at a time, and up to so many are kept for products.

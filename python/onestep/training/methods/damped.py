@@ -15,8 +15,8 @@ from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import together
 from onestep.evaluation.module import call_model
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError, StepReport
-from onestep.optim._gradient_descent import GradientDescent
-from onestep.optim._optimizer import DampedOptimizer
+from onestep.optim.gradient_descent import GradientDescent
+from onestep.optim.optimizer import DampedOptimizer
 from onestep.training.facts import Facts, Settings
 from onestep.training.methods.base import Cut, Method, Run, Taken, Verdict
 from onestep.training.objective import DataObjective

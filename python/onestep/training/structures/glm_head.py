@@ -15,7 +15,7 @@ from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.losses import IGNORED, Loss, like_outputs, scores_and_classes
 from onestep.evaluation.parameters import ParameterVector
-from onestep.optim._objective import Preconditioner
+from onestep.optim.objective import Preconditioner
 from onestep.training.objective import DataObjective
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
 from onestep.training.structures.base import Mismatch, ObjectiveType, Structure

@@ -17,7 +17,7 @@ from onestep.evaluation.distributed import summed
 from onestep.evaluation.losses import Loss, like_outputs
 from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.ops.mlp import ACTIVATIONS, MOST_LAYERS, mlp_gradient, mlp_jacobian, mlp_product
-from onestep.optim._objective import CurvatureRoot
+from onestep.optim.objective import CurvatureRoot
 from onestep.training.objective import DataObjective, SummedRoot, jacobian_parts
 from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
 from onestep.training.structures.layers import is_plain, is_untouched

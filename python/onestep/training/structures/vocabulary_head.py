@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 
-from onestep.curvature._kernels import differentiable_kernels
+from onestep.curvature.kernels import differentiable_kernels
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import IGNORED, Loss
 from onestep.evaluation.module import call_model

@@ -12,7 +12,7 @@ from torch.func import grad, jvp, vjp
 
 from onestep._fork import one_thread_after_fork
 from onestep.curvature import _reverse_twice as reverse_twice
-from onestep.curvature._kernels import Kernels, differentiable_kernels, may_be_differentiated
+from onestep.curvature.kernels import Kernels, differentiable_kernels, may_be_differentiated
 
 # A tensor, or a mapping of names to tensors.
 Parameters = TypeVar("Parameters", Tensor, dict[str, Tensor])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim._decrement import newton_decrement
-from onestep.optim._objective import Objective
-from onestep.optim._optimizer import DampedOptimizer, Proposal, QuadraticModel
+from onestep.optim.objective import Objective
+from onestep.optim.optimizer import DampedOptimizer, Proposal, QuadraticModel
 
 
 class GradientDescent(DampedOptimizer):

@@ -14,7 +14,7 @@ from torch import Tensor
 from onestep._fork import one_thread_after_fork
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.parameters import ParameterVector, flatten
-from onestep.optim._objective import ClosureObjective, Objective
+from onestep.optim.objective import ClosureObjective, Objective
 
 # A step is kept if the loss falls at all. Its gain is that fall over the one that the quadratic model promised; damping
 # follows it (Marquardt 1963; Moré 1978). It falls already at a gain of 0.3 and hardly ever rises while steps succeed:

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 import onestep.linalg as linalg
 from onestep.curvature import hvp
-from onestep.curvature._kernels import differentiable_kernels
-from onestep.curvature._products import Route, gauss_newton_products, hessian_product
+from onestep.curvature.kernels import differentiable_kernels
+from onestep.curvature.products import Route, gauss_newton_products, hessian_product
 from onestep.evaluation.module import without_graph
 from onestep.evaluation.parameters import ParameterVector, call_with, flatten
 
