@@ -5,9 +5,9 @@ set(ONESTEP_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF, or AUTO (wh
 set_property(CACHE ONESTEP_CUDA PROPERTY STRINGS AUTO ON OFF)
 option(ONESTEP_CUDA_EMULATE "Build the CUDA kernels for the emulator: a Python module and C++ tests" OFF)
 
-# Families with CUDA kernels. A family's folder csrc/<family>/cuda holds its *.cu and bind.cpp, and tests/cpp/cuda its
+# Families with CUDA kernels. A family's folder csrc/<family>/cuda holds its *.cu, *.cpp for the host, and bind.cpp, and tests/cpp/cuda its
 # test_<family>.cpp.
-set(ONESTEP_CUDA_FAMILIES attention glm lmhead polar)
+set(ONESTEP_CUDA_FAMILIES attention glm lmhead normal polar)
 
 if(ONESTEP_CUDA STREQUAL "AUTO")
   find_program(ONESTEP_NVCC nvcc PATHS /usr/local/cuda/bin)
@@ -32,6 +32,9 @@ foreach(family IN LISTS ONESTEP_CUDA_FAMILIES)
   string(APPEND onestep_families_text "ONESTEP_CUDA_FAMILY(${family})\n")
   file(GLOB onestep_${family}_kernels CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${family}/cuda/*.cu)
   list(APPEND ONESTEP_CUDA_KERNELS ${onestep_${family}_kernels})
+  file(GLOB onestep_${family}_host CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/${family}/cuda/*.cpp)
+  list(FILTER onestep_${family}_host EXCLUDE REGEX "/bind\\.cpp$")
+  list(APPEND ONESTEP_CUDA_HOST ${onestep_${family}_host})
   list(APPEND ONESTEP_CUDA_BINDINGS ${CMAKE_SOURCE_DIR}/csrc/${family}/cuda/bind.cpp)
 endforeach()
 file(CONFIGURE OUTPUT ${CMAKE_BINARY_DIR}/cuda/cuda_families.inc CONTENT "${onestep_families_text}")
@@ -54,7 +57,7 @@ if(onestep_cuda)
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
-  add_library(onestep_cuda STATIC csrc/base/cuda/runtime.cpp ${ONESTEP_CUDA_KERNELS})
+  add_library(onestep_cuda STATIC csrc/base/cuda/runtime.cpp ${ONESTEP_CUDA_HOST} ${ONESTEP_CUDA_KERNELS})
   set_target_properties(onestep_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
   target_compile_options(
     onestep_cuda
@@ -83,7 +86,7 @@ if(ONESTEP_CUDA_EMULATE)
     list(APPEND ONESTEP_EMULATED_KERNELS ${wrapper})
   endforeach()
   add_library(onestep_cuda_emulated STATIC csrc/base/cuda/runtime.cpp tests/cpp/simt/simt.cpp tests/cpp/simt/fiber.cpp
-                                           ${ONESTEP_EMULATED_KERNELS})
+                                           ${ONESTEP_CUDA_HOST} ${ONESTEP_EMULATED_KERNELS})
   target_compile_definitions(onestep_cuda_emulated PUBLIC ONESTEP_SIMT)
   target_include_directories(onestep_cuda_emulated PUBLIC tests/cpp/simt)
   # `#pragma unroll` is nvcc's.
@@ -104,8 +107,9 @@ if(ONESTEP_CUDA_EMULATE)
     endif()
     foreach(family IN LISTS ONESTEP_CUDA_FAMILIES)
       file(GLOB onestep_reference csrc/${family}/*ref*.cpp)
-      add_executable(test_cuda_${family} tests/cpp/cuda/test_${family}.cpp ${onestep_reference})
-      target_link_libraries(test_cuda_${family} PRIVATE onestep_cuda_emulated onestep_core)
+      add_executable(test_cuda_${family} tests/cpp/cuda/test_${family}.cpp ${onestep_reference}
+                                           csrc/base/target.cpp csrc/base/parallel.cpp csrc/base/scratch.cpp)
+      target_link_libraries(test_cuda_${family} PRIVATE onestep_cuda_emulated)
       add_test(NAME cuda_${family} COMMAND test_cuda_${family})
     endforeach()
   endif()

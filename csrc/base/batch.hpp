@@ -12,7 +12,7 @@ struct BatchShape {
     int dims = 0;
     int64_t size[kMaxBatchDims] = {};
 
-    int64_t count() const {
+    constexpr int64_t count() const {
         int64_t total = 1;
         for (int dim = 0; dim < dims; ++dim) {
             total *= size[dim];
@@ -36,10 +36,10 @@ struct Batched {
     int64_t col = 0;
     int64_t batch[kMaxBatchDims] = {};
 
-    explicit operator bool() const { return data != nullptr; }
+    constexpr explicit operator bool() const { return data != nullptr; }
 
     // The matrix of problem `index`, counted in row-major order over the batch shape.
-    Matrix<T> at(const BatchShape& shape, int64_t index) const {
+    constexpr Matrix<T> at(const BatchShape& shape, int64_t index) const {
         if (data == nullptr) {
             return {};
         }

@@ -1,0 +1,74 @@
+#include "base/cuda/bind.hpp"
+
+#include "normal/cuda/normal.hpp"
+#include "normal/kernels.hpp"
+
+namespace onestep {
+namespace {
+
+namespace py = pybind11;
+using bindings::Address;
+using bindings::Operand;
+using py::operator""_a;
+
+template <class T>
+void bind_system(const Operand& x, const Operand& y, const Operand& weight, const Operand& ridge, double uniform_ridge,
+                 const Operand& a, const Operand& b, bool normal_equations, const bindings::Sizes& batch, int64_t n,
+                 int64_t d, int64_t k, Address gram, Address cross, Address solution, Address factor, Address info,
+                 Address norm, int device, Address stream) {
+    normal::cuda::SystemArgs<T> args;
+    args.batch = bindings::batch_shape(batch);
+    args.n = n;
+    args.d = d;
+    args.k = k;
+    args.x = bindings::batched<const T>(x, 2);
+    args.y = bindings::batched<const T>(y, 2);
+    args.weight = bindings::batched<const T>(weight, 1);
+    args.ridge = bindings::batched<const T>(ridge, 1);
+    args.uniform_ridge = uniform_ridge;
+    args.a = bindings::batched<const T>(a, 2);
+    args.b = bindings::batched<const T>(b, 2);
+    args.singular_epsilons = normal_equations ? kSingularEpsilons : 0;
+    args.gram = bindings::pointer<T>(gram);
+    args.cross = bindings::pointer<T>(cross);
+    args.solution = bindings::pointer<T>(solution);
+    args.factor = bindings::pointer<T>(factor);
+    args.info = bindings::pointer<int32_t>(info);
+    args.norm = bindings::pointer<T>(norm);
+    bindings::run_on_device(device, [&] { return normal::cuda::system(args, bindings::stream_of(stream)); });
+}
+
+template <class T>
+void bind_factor_solve(const Operand& factor, const Operand& b, const bindings::Sizes& batch, int64_t d, int64_t k,
+                       Address solution, int device, Address stream) {
+    normal::cuda::FactorSolveArgs<T> args;
+    args.batch = bindings::batch_shape(batch);
+    args.d = d;
+    args.k = k;
+    args.factor = bindings::batched<const T>(factor, 2);
+    args.b = bindings::batched<const T>(b, 2);
+    args.solution = bindings::pointer<T>(solution);
+    bindings::run_on_device(device, [&] { return normal::cuda::factor_solve(args, bindings::stream_of(stream)); });
+}
+
+template <class T>
+void register_functions(py::module_& module, const std::string& suffix) {
+    module.def(("normal_system_" + suffix).c_str(), bind_system<T>, py::kw_only(), "x"_a = py::none(),
+               "y"_a = py::none(), "weight"_a = py::none(), "ridge"_a = py::none(), "uniform_ridge"_a = 0.0,
+               "a"_a = py::none(), "b"_a = py::none(), "normal_equations"_a, "batch"_a, "n"_a = 0, "d"_a, "k"_a,
+               "gram"_a = 0, "cross"_a = 0, "solution"_a = 0, "factor"_a = 0, "info"_a = 0, "norm"_a = 0, "device"_a,
+               "stream"_a);
+    module.def(("normal_factor_solve_" + suffix).c_str(), bind_factor_solve<T>, py::kw_only(), "factor"_a, "b"_a,
+               "batch"_a, "d"_a, "k"_a, "solution"_a, "device"_a, "stream"_a);
+    module.def(("normal_most_columns_" + suffix).c_str(), normal::cuda::most_columns<T>, "d"_a);
+}
+
+}  // namespace
+
+void register_normal_cuda(py::module_& module) {
+    register_functions<float>(module, "f32");
+    register_functions<double>(module, "f64");
+    module.attr("normal_most_features") = normal::cuda::kMostFeatures;
+}
+
+}  // namespace onestep

@@ -1,0 +1,18 @@
+#include "normal/cuda/middle.cuh"
+
+namespace onestep::normal::cuda {
+
+template <>
+int64_t middle_columns<double>(int64_t d) {
+    return d <= 84 ? 4 : 8;
+}
+
+template <>
+Status middle_system(const SystemArgs<double>& args, cudaStream_t stream) {
+    return args.d <= 84 ? launch_middle<double, 4, 256, 1>(args, stream)
+                        : launch_middle<double, 8, 256, 1>(args, stream);
+}
+
+template Status middle_factor_solve(const FactorSolveArgs<double>&, cudaStream_t);
+
+}  // namespace onestep::normal::cuda

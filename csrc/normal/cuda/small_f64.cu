@@ -1,0 +1,6 @@
+#include "normal/cuda/small.cuh"
+
+namespace onestep::normal::cuda {
+template Status small_system(const SystemArgs<double>&, cudaStream_t);
+template Status small_factor_solve(const FactorSolveArgs<double>&, cudaStream_t);
+}  // namespace onestep::normal::cuda
