@@ -18,6 +18,15 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that has kernels. With ONESTEP_CUDA_EMULATE=1 the CUDA kernels run on "cpu"."""
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """The folder of data sets beside the checkout, which are not in the repository."""

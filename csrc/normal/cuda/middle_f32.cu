@@ -13,8 +13,8 @@ Status middle_system(const SystemArgs<float>& args, cudaStream_t stream) {
     if (args.d <= 64) {
         return launch_middle<float, 4, 160, 3>(args, stream);
     }
-    return args.d <= 128 ? launch_middle<float, 8, 160, 3>(args, stream)
-                         : launch_middle<float, 8, 256, 2>(args, stream);
+    return args.d <= 128 ? launch_middle<float, 8, 160, 2>(args, stream)
+                         : launch_middle<float, 8, 256, 1>(args, stream);
 }
 
 template Status middle_factor_solve(const FactorSolveArgs<float>&, cudaStream_t);

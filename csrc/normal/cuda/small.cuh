@@ -44,11 +44,11 @@ struct SmallLane {
     }
 };
 
-// Sums a += XᵀDX and z += XᵀDY over all rows.
+// Sums a += XᵀDX and z += XᵀDY over all rows. `diagonal` gets the same sum as a[row], which no register index can name.
 template <class T, int kOrder, int kColumns>
 __device__ __forceinline__ void small_gram(const SmallLane<T, kOrder>& lane, const Matrix<const T>& x,
                                            const Matrix<const T>& y, const Matrix<const T>& weight, int64_t n, int k,
-                                           T (&a)[kOrder], T (&z)[kColumns]) {
+                                           T (&a)[kOrder], T (&z)[kColumns], T& diagonal) {
     using Shape = SmallShape<T, kOrder>;
     constexpr int kSide = kColumns + 1;
     const bool real = lane.row < lane.d;
@@ -104,6 +104,7 @@ __device__ __forceinline__ void small_gram(const SmallLane<T, kOrder>& lane, con
                     a[c + e] += own[r] * row[e];
                 }
             }
+            diagonal += own[r] * own[r];
             const T scale = weighted ? lane.side[r * kSide + kColumns] : T(1);
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
@@ -224,6 +225,7 @@ __global__ void __launch_bounds__(kSmallWarps* kWarpSize) small_system_kernel(co
     const int k = static_cast<int>(args.k);
     T a[kOrder];
     T z[kColumns];
+    T diagonal = T(0);
 #pragma unroll
     for (int c = 0; c < kOrder; ++c) {
         a[c] = T(0);
@@ -238,9 +240,10 @@ __global__ void __launch_bounds__(kSmallWarps* kWarpSize) small_system_kernel(co
     const Matrix<const T> weight = args.weight.at(args.batch, problem);
     const Matrix<const T> b = args.b.at(args.batch, problem);
     if (args.a.data == nullptr) {
-        small_gram(lane, x, y, weight, args.n, k, a, z);
+        small_gram(lane, x, y, weight, args.n, k, a, z, diagonal);
     } else {
         const Matrix<const T> given = args.a.at(args.batch, problem);
+        diagonal = row < d ? given.data[row * (given.row + given.col)] : T(0);
 #pragma unroll
         for (int c = 0; c < kOrder; ++c) {
             if (row < d && c < d) {
@@ -276,17 +279,17 @@ __global__ void __launch_bounds__(kSmallWarps* kWarpSize) small_system_kernel(co
             const Matrix<const T> penalty = args.ridge.at(args.batch, problem);
             ridge = penalty.data[row * penalty.row];
         }
+        ridge = row < d ? checked_ridge(ridge) : T(0);
+        diagonal += ridge;
 #pragma unroll
         for (int c = 0; c < kOrder; ++c) {
-            a[c] += c == row && row < d ? checked_ridge(ridge) : T(0);
+            a[c] += c == row ? ridge : T(0);
         }
     }
-    T diagonal = T(1);
     T row_sum = T(0);
 #pragma unroll
     for (int c = 0; c < kOrder; ++c) {
         row_sum += fabs(a[c]);
-        diagonal = c == row && row < d ? a[c] : diagonal;
         a[c] = c == row && row >= d ? T(1) : a[c];
     }
     if (args.norm != nullptr) {

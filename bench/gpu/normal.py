@@ -1,0 +1,100 @@
+"""Normal equations and Cholesky factors on a GPU, against the same in torch's own ops (cuBLAS, cuSOLVER, MAGMA).
+
+    python bench/gpu/normal.py [--out FOLDER] [--quick]
+
+Goals (ratios of medians): solve_normal of 100,000 problems, n = 2d, one right-hand side: d 8, 16, 32: 10; d 64: 5;
+d 128: 3. cholesky of 64 × 128² and 64 × 512²: 2 times torch.linalg.cholesky_ex.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from measure import Report, interleaved, relative_error
+from torch import Tensor
+
+import onestep  # noqa: F401  (torch.ops.onestep)
+
+
+def composite(X: Tensor, Y: Tensor) -> Tensor:
+    """What one writes in torch: XᵀX, its Cholesky factor, two triangular solves."""
+    L, _ = torch.linalg.cholesky_ex(X.mT @ X)
+    return torch.cholesky_solve(X.mT @ Y, L)
+
+
+def residual(X: Tensor, Y: Tensor, W: Tensor, few: int = 256) -> float:
+    """Relative error of the first solutions against float64."""
+    x, y = X[:few].double(), Y[:few].double()
+    return relative_error(W[:few], torch.linalg.solve(x.mT @ x, x.mT @ y))
+
+
+def solve(report: Report, problems: int, d: int, dtype: torch.dtype, goal: float) -> None:
+    n = 2 * d
+    X = torch.randn(problems, n, d, device="cuda", dtype=dtype)
+    Y = torch.randn(problems, n, 1, device="cuda", dtype=dtype)
+    # The op itself: the public function checks `info`, which waits for the device.
+    ours = lambda: torch.ops.onestep.solve_normal(X, Y)[0]  # noqa: E731
+    times = interleaved({"torch": lambda: composite(X, Y), "onestep": ours}, 7)
+    moved = (X.numel() + Y.numel() + problems * d) * X.itemsize
+    report.row(
+        f"solve_normal {problems} x ({n} x {d}) {str(dtype)[6:]}",
+        onestep_ms=times["onestep"],
+        torch_ms=times["torch"],
+        ratio=times["torch"] / times["onestep"],
+        goal=goal,
+        copy_share=report.bandwidth_share(moved, times["onestep"]),
+        tflops=problems * (n * d * (d + 3) + d**3 / 3) / times["onestep"] / 1e9,
+        error=residual(X, Y, ours()),
+        torch_error=residual(X, Y, composite(X, Y)),
+    )
+
+
+def spd(batch: int, d: int, dtype: torch.dtype) -> Tensor:
+    X = torch.randn(batch, d, d, device="cuda", dtype=dtype)
+    return X @ X.mT / d + torch.eye(d, device="cuda", dtype=dtype)
+
+
+def factor(report: Report, batch: int, d: int, dtype: torch.dtype, goal: float) -> None:
+    A = spd(batch, d, dtype)
+    ours = lambda: torch.ops.onestep.cholesky(A)[0]  # noqa: E731
+    times = interleaved({"torch": lambda: torch.linalg.cholesky_ex(A)[0], "onestep": ours}, 7)
+    L = ours().double()
+    report.row(
+        f"cholesky {batch} x {d}² {str(dtype)[6:]}",
+        onestep_ms=times["onestep"],
+        torch_ms=times["torch"],
+        ratio=times["torch"] / times["onestep"],
+        goal=goal,
+        tflops=batch * d**3 / 3 / times["onestep"] / 1e9,
+        error=relative_error(L @ L.mT, A),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"))
+    parser.add_argument("--quick", action="store_true", help="a tenth of the problems")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    report = Report("normal", options.out)
+    scale = 10 if options.quick else 1
+    with torch.no_grad():
+        for d, goal in ((8, 10.0), (16, 10.0), (24, 0.0), (32, 10.0), (64, 5.0), (96, 0.0), (128, 3.0)):
+            solve(report, 100_000 // scale, d, torch.float32, goal)
+            torch.cuda.empty_cache()
+        for d in (8, 32, 64, 128):
+            solve(report, 20_000 // scale, d, torch.float64, 0.0)
+            torch.cuda.empty_cache()
+        for batch, d, goal in (
+            (4096, 32, 0.0), (1024, 64, 0.0), (64, 128, 2.0), (64, 168, 0.0), (64, 256, 0.0), (64, 512, 2.0),
+            (16, 1024, 0.0), (2, 2048, 0.0),
+        ):  # fmt: skip
+            factor(report, batch, d, torch.float32, goal)
+        for batch, d in ((64, 128), (64, 512)):
+            factor(report, batch, d, torch.float64, 0.0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Every CUDA kernel once at small sizes, for compute-sanitizer; results are checked by the tests, not here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import onestep
+from onestep import curvature, functional, linalg
+
+
+def normal() -> None:
+    for dtype in (torch.float32, torch.float64):
+        for d in (3, 8, 16, 23, 32, 40, 64, 84, 100, 128, 150, 168, 200):
+            X = torch.randn(3, 70, d, device="cuda", dtype=dtype)
+            Y = torch.randn(3, 70, 2, device="cuda", dtype=dtype)
+            weight = torch.rand(3, 70, device="cuda", dtype=dtype)
+            A, R = linalg.gram(X, Y, weight=weight)
+            linalg.solve_normal_ex(X, Y, ridge=0.5)
+            linalg.solve_normal_ex(X, Y, weight=weight, ridge=0.5)
+            A = A + torch.eye(d, device="cuda", dtype=dtype)
+            L, _ = linalg.cholesky_ex(A)
+            linalg.cholesky_solve(R, L)
+            linalg.solve_spd_ex(A, R)
+
+
+def glm() -> None:
+    for dtype in (torch.float32, torch.float64):
+        for d, k in ((5, 1), (32, 3), (100, 10)):
+            X = torch.randn(300, d, device="cuda", dtype=dtype)
+            y = torch.randint(max(k, 2), (300,), device="cuda")
+            family = "softmax" if k > 1 else "logistic"
+            W = torch.randn(d, k, device="cuda", dtype=dtype) if k > 1 else torch.randn(d, device="cuda", dtype=dtype)
+            point = curvature.glm(X, y if k > 1 else y.to(dtype), W, family)
+            point.hvp(torch.randn_like(W))
+            point.gram()
+
+
+def lmhead() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        h = torch.randn(40, 32, device="cuda", dtype=dtype, requires_grad=True)
+        w = torch.randn(100, 32, device="cuda", dtype=dtype, requires_grad=True)
+        loss = functional.linear_cross_entropy(h, w, torch.randint(100, (40,), device="cuda"))
+        loss.backward()
+
+
+def attention() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, t = (torch.randn(2, 2, 70, 32, device="cuda", dtype=dtype) for _ in range(4))
+        attention_hvp(q, k, v, t)
+
+
+def attention_hvp(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> None:
+    def loss(q: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True).float().square().sum()
+
+    torch.func.jvp(torch.func.grad(loss), (q,), (t,))
+
+
+FAMILIES: dict[str, Callable[[], None]] = {"normal": normal, "glm": glm, "lmhead": lmhead, "attention": attention}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(onestep.__version__, torch.cuda.get_device_name(), *sys.argv[1:])
+    for name, family in FAMILIES.items():
+        try:
+            family()
+            torch.cuda.synchronize()
+            print(name, "ran")
+        except NotImplementedError as error:
+            print(f"{name}: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()

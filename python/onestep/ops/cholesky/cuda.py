@@ -1,0 +1,190 @@
+"""CUDA kernels of the Cholesky ops: one kernel of csrc/normal/cuda to d = 168, blocks of columns beyond.
+
+Beyond, a step factors a diagonal block by that kernel, solves for the panel below it and updates what remains, both by
+torch's batched products. Nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep.ops._cuda import native, place
+from onestep.ops._library import register
+from onestep.ops.cholesky import schema
+from onestep.ops.operands import kernel_batch, operand, optional_operand
+
+# Without it this file is not imported.
+assert native is not None
+
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+#: The largest d that the kernels take.
+MOST_FEATURES: int = native.normal_most_features
+
+# Columns of a step beyond.
+_BLOCK = 128
+
+# Right-hand sides from which torch's triangular solves, made of matrix products, win over a warp for each.
+_MANY_COLUMNS = 64
+
+
+def entry(name: str, dtype: torch.dtype) -> Any:
+    """The native function for a dtype."""
+    return getattr(native, f"normal_{name}_{_SUFFIX[dtype]}")
+
+
+def most_columns(d: int, dtype: torch.dtype) -> int:
+    """Right-hand sides that ``system`` takes beside a d × d matrix."""
+    return int(entry("most_columns", dtype)(d=d))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def system(
+    a: Tensor,
+    b: Tensor | None,
+    *,
+    solution: Tensor | None,
+    factor: Tensor | None,
+    info: Tensor,
+    norm: Tensor | None = None,
+    normal_equations: bool = False,
+) -> None:
+    """Factors a (…,d,d) and solves for b (…,d,k) by one kernel (csrc/normal/cuda), into the results given."""
+    batch = tuple(info.shape)
+    entry("system", a.dtype)(
+        a=operand(a, batch, 2),
+        b=optional_operand(b, batch, 2),
+        normal_equations=normal_equations,
+        batch=kernel_batch(batch),
+        d=a.shape[-1],
+        k=0 if b is None else b.shape[-1],
+        solution=_address(solution),
+        factor=_address(factor),
+        info=info.data_ptr(),
+        norm=_address(norm),
+        **place(a),
+    )
+
+
+def factor_into(A: Tensor, L: Tensor, info: Tensor, *, normal_equations: bool = False) -> None:
+    """LLᵀ = A, of which the lower triangle is read; NaN and info > 0 where A is not positive definite."""
+    d = A.shape[-1]
+    if d <= MOST_FEATURES:
+        system(A, None, solution=None, factor=L, info=info, normal_equations=normal_equations)
+        return
+    # Column-major, as the result: L.mT is contiguous.
+    work = L.mT.copy_(A.expand(L.shape).mT).mT
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    info.zero_()
+    for begin in range(0, d, _BLOCK):
+        end = min(begin + _BLOCK, d)
+        block_info = torch.empty_like(info)
+        block = work[..., begin:end, begin:end]
+        factored = L.new_empty(*info.shape, end - begin, end - begin)
+        system(block, None, solution=None, factor=factored, info=block_info)
+        if normal_equations:
+            _check_pivots(factored.mT, diagonal[..., begin:end], block_info)
+        block.copy_(factored.mT)
+        info.copy_(torch.where((info == 0) & (block_info != 0), block_info + begin, info))
+        if end < d:
+            # Below the block: P ← P L⁻ᵀ, then what remains less PPᵀ. The upper triangle of that is not used.
+            panel = torch.linalg.solve_triangular(factored, work[..., end:, begin:end], upper=True, left=False)
+            work[..., end:, begin:end] = panel
+            work[..., end:, end:] -= panel @ panel.mT
+    work.tril_()
+    work.masked_fill_((info != 0)[..., None, None], torch.nan)
+
+
+def _check_pivots(L: Tensor, diagonal: Tensor, info: Tensor) -> None:
+    """The rule of the normal equations: a pivot must exceed 8 ε of its diagonal element (kSingularEpsilons)."""
+    pivots = L.diagonal(dim1=-2, dim2=-1).square()
+    floor = 8 * torch.finfo(L.dtype).eps * diagonal
+    bad = (pivots <= floor) & (info == 0).unsqueeze(-1)
+    first = bad.to(torch.int32).argmax(-1).to(torch.int32) + 1
+    info.copy_(torch.where(bad.any(-1), first, info))
+
+
+def solve_into(L: Tensor, B: Tensor, solution: Tensor) -> None:
+    """(LLᵀ)⁻¹B into a contiguous solution (…,d,k)."""
+    d, k = B.shape[-2:]
+    batch = tuple(solution.shape[:-2])
+    if d > MOST_FEATURES or (d > 32 and k >= _MANY_COLUMNS):
+        half = torch.linalg.solve_triangular(L, B.expand(solution.shape), upper=False)
+        solution.copy_(torch.linalg.solve_triangular(L.mT, half, upper=True))
+        return
+    entry("factor_solve", L.dtype)(
+        factor=operand(L.mT, batch, 2),
+        b=operand(B, batch, 2),
+        batch=kernel_batch(batch),
+        d=d,
+        k=k,
+        solution=solution.data_ptr(),
+        **place(L),
+    )
+
+
+def solve_system(
+    A: Tensor, B: Tensor, solution: Tensor, L: Tensor | None, info: Tensor, *, normal_equations: bool = False
+) -> None:
+    """Factor and A⁻¹B, with the status of both: info = d + 1 and NaN where the solution is not finite."""
+    d, k = B.shape[-2:]
+    if d <= MOST_FEATURES and k <= most_columns(d, A.dtype):
+        system(A, B, solution=solution if k else None, factor=L, info=info, normal_equations=normal_equations)
+        return
+    if L is None:
+        L = A.new_empty(*info.shape, d, d).mT
+    factor_into(A, L, info, normal_equations=normal_equations)
+    solve_into(L, B, solution)
+    finish(solution, info)
+
+
+def finish(solution: Tensor, info: Tensor) -> None:
+    """Marks problems whose solution is not finite, and fills those that failed with NaN."""
+    d = solution.shape[-2]
+    finite = solution.isfinite().flatten(-2).all(-1)
+    info.copy_(torch.where((info == 0) & ~finite, d + 1, info))
+    solution.masked_fill_((info != 0)[..., None, None], torch.nan)
+
+
+@register(schema.cholesky, device="cuda")
+def _cholesky(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
+    L, info = schema.cholesky_results(A)
+    if A.shape[-1] == 0:
+        info.zero_()
+    elif info.numel():
+        factor_into(A, L, info)
+    if check:
+        schema.raise_if_failed(info, A.shape[-1])
+    return L, info
+
+
+@register(schema.cholesky_solve, device="cuda")
+def _cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
+    out = schema.cholesky_solve_results(B, L)
+    if out.numel():
+        solve_into(L, B, out)
+    return out
+
+
+@register(schema.solve_spd, device="cuda")
+def _solve_spd(A: Tensor, B: Tensor, check: bool = False) -> schema.Solved:
+    out = schema.solve_spd_results(A, B)
+    solution, L, info = out
+    if A.shape[-1] == 0:
+        info.zero_()
+    elif info.numel():
+        solve_system(A, B, solution, L, info)
+    if check:
+        schema.raise_if_failed(info, A.shape[-1])
+    return out
+
+
+@register(schema.apply_spd_inverse, device="cuda")
+def _apply_spd_inverse(B: Tensor, A: Tensor, L: Tensor) -> Tensor:
+    return _cholesky_solve(B, L)
