@@ -79,10 +79,10 @@ endif()
 if(ONESTEP_CUDA_EMULATE)
   # nvcc's file names are not a C++ compiler's: each kernel file is included by a .cpp of its own.
   foreach(kernel IN LISTS ONESTEP_CUDA_KERNELS)
-    file(RELATIVE_PATH name ${CMAKE_SOURCE_DIR}/csrc ${kernel})
-    string(REPLACE "/" "_" name ${name})
+    file(RELATIVE_PATH included ${CMAKE_SOURCE_DIR}/csrc ${kernel})
+    string(REPLACE "/" "_" name ${included})
     set(wrapper ${CMAKE_BINARY_DIR}/cuda/emulated_${name}.cpp)
-    file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${kernel}\"\n")
+    file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"${included}\"\n")
     list(APPEND ONESTEP_EMULATED_KERNELS ${wrapper})
   endforeach()
   add_library(onestep_cuda_emulated STATIC csrc/base/cuda/runtime.cpp tests/cpp/simt/simt.cpp tests/cpp/simt/fiber.cpp

