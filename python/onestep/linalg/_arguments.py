@@ -97,5 +97,5 @@ def steps(name: str, value: object) -> int:
 
 
 def values_are_known(tensor: Tensor) -> bool:
-    """Whether the tensor's values may decide the path: not on "meta", while tracing, or inside a transform."""
-    return not (tensor.is_meta or torch.compiler.is_compiling() or transforms_active() or forward_level() >= 0)
+    """Whether the tensor's values may decide the path: on the CPU, and not while tracing or inside a transform."""
+    return not (not tensor.is_cpu or torch.compiler.is_compiling() or transforms_active() or forward_level() >= 0)
