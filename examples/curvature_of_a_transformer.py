@@ -95,7 +95,7 @@ def spectrum(model: GPT, text: Text, effort: Effort, steps: int) -> Spectrum:
     """The Hessian of the loss over the first sequences."""
     x, y = text.inputs[: effort.sequences], text.targets[: effort.sequences]
     begin = time.perf_counter()
-    matrix = HessianOperator(model, mean_loss, (x, y), progress=False).to_scipy()
+    matrix = HessianOperator(model, (x, y), mean_loss, progress=False).to_scipy()
     random = np.random.default_rng(0)
     p = matrix.shape[0]
     start = random.standard_normal(p).astype(np.float32)

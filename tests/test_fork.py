@@ -31,7 +31,7 @@ def fitted_module():
 
 def operator_product():
     model = torch.nn.Linear(40, 10).double()
-    operator = GaussNewtonOperator(model, "mse", (torch.from_numpy(X), torch.from_numpy(Y)), progress=False)
+    operator = GaussNewtonOperator(model, (torch.from_numpy(X), torch.from_numpy(Y)), progress=False)
     return (operator @ torch.ones(410, dtype=torch.float64)).numpy()
 
 

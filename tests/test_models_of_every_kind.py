@@ -96,7 +96,7 @@ def dense(model: nn.Module, kind: Any) -> Tensor:
 def test_derivatives_inside_the_model(kind: Any, form: str) -> None:
     expected = dense(network(FORMS[form]), kind)
     model = network(form)
-    op = kind(model, "mse", (X, Y), progress=False)
+    op = kind(model, (X, Y), "mse", progress=False)
     v = torch.randn(op.shape[0], dtype=torch.float64)
     torch.testing.assert_close(op @ v, expected @ v)
     torch.testing.assert_close(op @ torch.eye(op.shape[0], dtype=torch.float64), expected)
@@ -135,7 +135,7 @@ def test_fit_with_derivatives_inside_the_model(method: str, form: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")
 def test_reentrant_checkpoints_are_refused() -> None:
-    op = HessianOperator(network("reentrant"), "mse", (X, Y), progress=False)
+    op = HessianOperator(network("reentrant"), (X, Y), progress=False)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         op @ torch.ones(op.shape[0], dtype=torch.float64)
 
@@ -163,7 +163,7 @@ class Autocast(nn.Module):
 def test_autocast_around_layer_norm(kind: Any) -> None:
     products = []
     for enabled in (True, False):
-        op = kind(Autocast(enabled), "mse", (X.float(), Y.float()), progress=False)
+        op = kind(Autocast(enabled), (X.float(), Y.float()), progress=False)
         products.append(op @ torch.linspace(-1, 1, op.shape[0]))
     assert (products[0] - products[1]).norm() < 0.05 * products[1].norm()
 
@@ -195,7 +195,7 @@ class Own(nn.Sequential):
 def test_modules_that_occur_twice_and_parameters_of_containers(kind: Any, make: Callable[[], nn.Module]) -> None:
     model = make()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    op = kind(model, "mse", (X, Y), progress=False)
+    op = kind(model, (X, Y), "mse", progress=False)
     product = op @ torch.eye(op.shape[0], dtype=torch.float64)
     for name, parameter in model.named_parameters():
         assert type(parameter) is nn.Parameter and torch.equal(parameter, before[name])
@@ -248,7 +248,7 @@ def test_scalar_parameters_in_single_precision() -> None:
     for make in (lambda: Scalars().double(), Scalars):
         model = make()
         dtype = model.a.dtype
-        op = HessianOperator(model, "mse", (x.to(dtype), y.to(dtype)), progress=False)
+        op = HessianOperator(model, (x.to(dtype), y.to(dtype)), progress=False)
         product = op @ torch.eye(2, dtype=dtype)
         expected = product if expected is None else expected
         torch.testing.assert_close(product.double(), expected.double(), rtol=1e-5, atol=1e-5)

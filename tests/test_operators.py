@@ -131,7 +131,7 @@ class Setting:
         data = self.batches(4, 4, 3) if data is None else data
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*eval mode", UserWarning)
-            return kind(self.model, self.loss, data, reduction=self.reduction, progress=False, **options)
+            return kind(self.model, data, self.loss, reduction=self.reduction, progress=False, **options)
 
     def outputs(self, vector: Tensor) -> Tensor:
         parts = vector.split([p.numel() for p in self.point.values()])
@@ -211,13 +211,13 @@ def test_every_loss_and_reduction(kind: Any, loss: str, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator])
-@pytest.mark.parametrize("function", [functional_mse, nn.MSELoss(), lambda z, y: (z - y).square().mean()])
+@pytest.mark.parametrize("function", [functional_mse, lambda z, y: (z - y).square().mean()])
 def test_a_function_as_loss_is_a_mean_over_its_rows(kind: Any, function: Any) -> None:
     setting = Setting("mlp", "mse")
     A = setting.dense(kind)
-    op = kind(setting.model, function, setting.batches(4, 4, 3), progress=False)
+    op = kind(setting.model, setting.batches(4, 4, 3), function, progress=False)
     torch.testing.assert_close(op @ setting.V, A @ setting.V, rtol=1e-9, atol=1e-12)
-    total = kind(setting.model, function, setting.batches(4, 4, 3), reduction="sum", progress=False)
+    total = kind(setting.model, setting.batches(4, 4, 3), function, reduction="sum", progress=False)
     torch.testing.assert_close(total @ setting.V, ROWS * A @ setting.V, rtol=1e-9, atol=1e-12)
 
 
@@ -255,7 +255,7 @@ def test_sequences_of_class_scores() -> None:
 
     vector = torch.cat([p.reshape(-1) for p in point.values()])
     H = jacrev(jacrev(loss))(vector)
-    op = HessianOperator(model, "cross_entropy", list(zip(tokens.split(4), target.split(4), strict=True)))
+    op = HessianOperator(model, list(zip(tokens.split(4), target.split(4), strict=True)), "cross_entropy")
     torch.testing.assert_close(op @ torch.eye(len(vector)).double(), H, rtol=1e-9, atol=1e-12)
 
 
@@ -315,7 +315,7 @@ def test_scalars_and_single_precision() -> None:
             return self.scale * x
 
     x = torch.tensor([1.0, 2.0, 3.0])
-    op = GaussNewtonOperator(Scaled(), "mse", (x, x))
+    op = GaussNewtonOperator(Scaled(), (x, x))
     assert (op.shape, op.dtype, op.device) == ((1, 1), torch.float32, torch.device("cpu"))
     torch.testing.assert_close(op @ torch.ones(1), torch.tensor([2 * 14 / 3]))
     torch.testing.assert_close((op @ {"scale": torch.tensor(1.0)})["scale"], torch.tensor(2 * 14 / 3))
@@ -402,7 +402,7 @@ def test_the_empirical_fisher_matrix_is_made_of_each_rows_gradient(loss: str) ->
     op = setting.operator(FisherOperator, kind="empirical")
     torch.testing.assert_close(op @ setting.V, expected @ setting.V, rtol=1e-9, atol=1e-12)
     if loss == "mse":
-        function = FisherOperator(setting.model, functional_mse, setting.batches(4, 7), kind="empirical")
+        function = FisherOperator(setting.model, setting.batches(4, 7), functional_mse, kind="empirical")
         # ℓ of a row is a mean over its outputs here, and the sum goes over rows.
         torch.testing.assert_close(function @ setting.V, expected @ setting.V / CLASSES, rtol=1e-9, atol=1e-12)
 
@@ -495,7 +495,7 @@ def test_solve_reports_what_it_did_not_reach() -> None:
     assert report.relative_residual == pytest.approx((residual.norm() / b.norm()).item(), rel=1e-6)
     # Less than rounding allows.
     single = setting.model.float()
-    op = GaussNewtonOperator(single, "cross_entropy", (setting.inputs.float(), setting.target), progress=False)
+    op = GaussNewtonOperator(single, (setting.inputs.float(), setting.target), "cross_entropy", progress=False)
     x, report = op.solve(b.float(), 1e-3, tolerance=1e-12)
     assert not report.converged and report.relative_residual < 1e-3 and report.iterations < 250
 
@@ -528,7 +528,7 @@ def test_scipy_finds_the_eigenvalues(dtype: torch.dtype) -> None:
     setting = Setting()
     values = torch.linalg.eigvalsh(setting.dense(HessianOperator))
     setting.model.to(dtype)
-    op = HessianOperator(setting.model, "cross_entropy", (setting.inputs.to(dtype), setting.target), progress=False)
+    op = HessianOperator(setting.model, (setting.inputs.to(dtype), setting.target), "cross_entropy", progress=False)
     found = linalg.eigsh(op.to_scipy(), k=3, which="LA", return_eigenvectors=False)
     assert found.dtype == (torch.empty(0, dtype=dtype).numpy().dtype)
     torch.testing.assert_close(torch.tensor(sorted(found)).double(), values[-3:], rtol=1e-4, atol=1e-5)
@@ -567,10 +567,10 @@ def test_the_model_is_in_eval_mode_and_put_back() -> None:
     model.layer.eval()
     setting = Setting()
     with pytest.warns(UserWarning, match="HessianOperator evaluates the model in eval mode: Dropout") as caught:
-        op = HessianOperator(model, "cross_entropy", setting.batches(5, 6))
+        op = HessianOperator(model, setting.batches(5, 6), "cross_entropy")
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="FisherOperator evaluates") as caught:
-        FisherOperator(model, "cross_entropy", setting.batches(5, 6))
+        FisherOperator(model, setting.batches(5, 6), "cross_entropy")
     assert caught[0].filename == __file__
     op @ torch.ones(op.shape[0]).double()
     op.loss_and_gradient()
@@ -612,7 +612,7 @@ def test_a_long_pass_shows_a_bar_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     setting = Setting()
     loader = DataLoader(TensorDataset(setting.inputs, setting.target), batch_size=4)
-    op = GaussNewtonOperator(setting.model, "cross_entropy", loader)
+    op = GaussNewtonOperator(setting.model, loader, "cross_entropy")
     op @ setting.V
     (bar,) = bars
     assert bar.options["total"] == bar.count == ROWS and bar.closed
@@ -625,7 +625,7 @@ def test_without_tqdm_a_warning_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     setting = Setting()
     with pytest.warns(UserWarning, match=r"needs tqdm.*pip install 'onestep\[fit\]'"):
-        op = HessianOperator(setting.model, "cross_entropy", (setting.inputs, setting.target))
+        op = HessianOperator(setting.model, (setting.inputs, setting.target), "cross_entropy")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         op @ setting.V
@@ -668,15 +668,15 @@ def test_data_or_a_model_that_changes_is_refused(case: Any) -> None:
     data: Any = setting.batches(4, 7) if case is Noisy else case(setting)
     model = Noisy().double() if case is Noisy else setting.model
     with pytest.raises(ValueError, match=r"data: .*shuffle=False"):
-        HessianOperator(model, "cross_entropy", data)
-    HessianOperator(model, "cross_entropy", data, check_deterministic=False)
+        HessianOperator(model, data, "cross_entropy")
+    HessianOperator(model, data, "cross_entropy", check_deterministic=False)
 
 
 def test_a_pass_that_drops_other_rows_each_time_is_refused() -> None:
     setting = Setting()
     loader = DataLoader(TensorDataset(setting.inputs, setting.target), batch_size=4, shuffle=True, drop_last=True)
     with pytest.raises(ValueError, match="drop_last=True and shuffle=True"):
-        HessianOperator(setting.model, "cross_entropy", loader)
+        HessianOperator(setting.model, loader, "cross_entropy")
 
 
 def test_data_that_is_not_finite_is_named() -> None:
@@ -701,7 +701,7 @@ def test_a_product_that_is_not_finite_is_named() -> None:
             return (x * self.weight).sqrt()
 
     x = torch.tensor([[1.0], [2.0], [0.0], [3.0]], dtype=torch.float64)
-    op = HessianOperator(Root(), "mse", list(zip(x.split(1), x.split(1), strict=True)))
+    op = HessianOperator(Root(), list(zip(x.split(1), x.split(1), strict=True)))
     with pytest.raises(NonFiniteError, match="batch 2: the product is NaN or infinite although its data is finite"):
         op @ torch.ones(1, dtype=torch.float64)
 
@@ -717,7 +717,7 @@ def test_targets_that_are_all_ignored_leave_nothing() -> None:
     ("changed", "error", "message"),
     [
         ({"model": "mlp"}, TypeError, "model is str"),
-        ({"loss": "hinge"}, ValueError, "loss='hinge'; expected one of 'mse', 'cross_entropy', 'poisson'"),
+        ({"loss": "hinge"}, ValueError, "loss='hinge'; expected one of 'mse', 'cross_entropy', 'poisson', 'bce'"),
         ({"loss": 3}, TypeError, "loss is int"),
         ({"loss": nn.CrossEntropyLoss(reduction="sum")}, ValueError, "CrossEntropyLoss with reduction='sum'"),
         ({"data": 3}, TypeError, "data is int"),

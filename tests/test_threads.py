@@ -91,7 +91,7 @@ def test_each_thread_has_its_own_products(kind: Any, make: Callable[[], nn.Modul
     operators = []
     for number in range(THREADS):
         model, x, y = problem(make, number)
-        operators.append(kind(model, "cross_entropy", (x, y), progress=False))
+        operators.append(kind(model, (x, y), "cross_entropy", progress=False))
     vectors = [torch.randn(op.shape[0]) for op in operators]
     expected = [op @ v for op, v in zip(operators, vectors, strict=True)]
 
@@ -108,7 +108,7 @@ def test_threads_may_share_a_model_and_its_data() -> None:
     model, x, y = problem(network, 0)
     model.train()
     loader = DataLoader(TensorDataset(x, y), batch_size=5, shuffle=True)
-    op = HessianOperator(model, "cross_entropy", loader, progress=False)
+    op = HessianOperator(model, loader, "cross_entropy", progress=False)
     v = torch.randn(op.shape[0])
     loss, gradient = op.loss_and_gradient()
     product, random = op @ v, torch.get_rng_state()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import Dataset
 
 from onestep._fork import one_thread_after_fork
 from onestep.curvature._estimates import Estimate, estimate_diagonal, estimate_trace
@@ -21,7 +23,7 @@ from onestep.evaluation.data import Chunk, as_source
 from onestep.evaluation.distributed import equal_everywhere, share, summed, together
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.exclusive import exclusive
-from onestep.evaluation.losses import Loss, as_loss, drawn_slope
+from onestep.evaluation.losses import LOSSES, Loss, as_loss, check_mean_over_rows, drawn_slope
 from onestep.evaluation.module import (
     autograd_gradient,
     call_model,
@@ -90,11 +92,13 @@ class CurvatureOperator(ABC):
 
     Args:
         model: any module that returns a tensor, (n,…) for n rows.
-        loss: "mse" (mean over all elements), "cross_entropy" (class indices; -100 is ignored), "poisson" (the model
-            gives the logarithm of the rate), or a function (outputs, target) → mean over the rows it was given.
         data: a pair of tensors (inputs, target), a Dataset of such pairs, or a DataLoader (any iterable that can be
             read again) of such batches, rows first. Inputs may be a tuple or a dict of tensors, which is unpacked.
             Batches are moved to the parameters' device.
+        loss: "mse" (mean over all elements), "cross_entropy" (class indices; -100 is ignored), "poisson" (the model
+            gives the logarithm of the rate), "bce" (the model gives log-odds); torch's losses, as functions or modules,
+            with their class weights; or a function (outputs, target) → mean over the rows it was given. The old order
+            of arguments, (model, loss, data), is deprecated.
         reduction: "mean" or "sum", over all rows of the data.
         chunk_size: rows computed at a time; None for as many as keep 256 MiB for a backward pass.
         seed: of the order of a shuffling DataLoader.
@@ -107,15 +111,15 @@ class CurvatureOperator(ABC):
         NonFiniteError: NaN or infinity in data or loss, naming the batch; also from all methods that take products.
     """
 
-    # How many frames __init__ is from the user's call, for warnings.
-    _construction_depth = 2
+    # How many frames __init__ is from the user's call, with that of its decorator, for warnings.
+    _construction_depth = 3
 
     @one_thread_after_fork()
     def __init__(
         self,
         model: nn.Module,
-        loss: str | Callable[[Tensor, Any], Tensor],
         data: Any,
+        loss: Any = "mse",
         *,
         reduction: Literal["mean", "sum"] = "mean",
         chunk_size: int | None = None,
@@ -129,6 +133,7 @@ class CurvatureOperator(ABC):
             raise ValueError(f"reduction={reduction!r}; expected 'mean' or 'sum'")
         if chunk_size is not None:
             _check_count("chunk_size", chunk_size)
+        data, loss = _in_order(data, loss, stacklevel=self._construction_depth)
         self.model, self.reduction, self.seed = model, reduction, seed
         self._loss: Loss = as_loss(loss)
         self._parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
@@ -414,12 +419,19 @@ class CurvatureOperator(ABC):
         with eval_mode(self.model), exclusive():
             return chunk_rows(self.model, self._loss, first)
 
+    def _checked_loss(self, chunk: Chunk) -> float:
+        """The loss summed over a chunk, once it is known to be a mean over rows."""
+        with exclusive():
+            outputs = call_model(self.model, chunk.inputs).detach()
+            check_mean_over_rows(self._loss, outputs, chunk.target)
+            return self._loss.sum(outputs, chunk.target).item()
+
     def _check_deterministic(self) -> None:
         def losses() -> list[float]:
             found = []
             with torch.no_grad(), eval_mode(self.model):
                 for number, chunk in enumerate(self._chunks()):
-                    loss = self._chunk_loss(chunk).item()
+                    loss = self._checked_loss(chunk)
                     if not math.isfinite(loss):
                         raise NonFiniteError(explain(chunk, number, f"the loss is {loss}"))
                     found.append(loss)
@@ -446,7 +458,7 @@ class CurvatureOperator(ABC):
             # (k,p), as products come: sums into columns would be slow.
             total = torch.zeros(V.mT.shape, dtype=torch.promote_types(V.dtype, torch.float32), device=V.device)
             parts = dict(zip(names, self._parameters.split(total), strict=True))
-            elements = 0
+            elements = 0.0
             rows = self._source.known_rows
             with (
                 torch.no_grad(),
@@ -525,6 +537,18 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value}; expected at least 1")
 
 
+def _in_order(data: Any, loss: Any, stacklevel: int) -> tuple[Any, Any]:
+    """(data, loss), also from (loss, data), the order that was."""
+    if isinstance(data, str) or (callable(data) and not isinstance(data, (Iterable, Dataset))):
+        warnings.warn(
+            "operators take (model, data, loss), as onestep.fit does; the order (model, loss, data) is deprecated",
+            DeprecationWarning,
+            stacklevel=stacklevel + 1,
+        )
+        return loss, data
+    return data, loss
+
+
 def _columns(part: Any, parameter: Tensor) -> tuple[int, ...]:
     """(k,) for a block, () for a vector."""
     blocked = isinstance(part, Tensor) and part.dim() == parameter.dim() + 1
@@ -581,14 +605,14 @@ class FisherOperator(_OuterProductOperator):
     number of processes and the chunks.
     """
 
-    _construction_depth = 3
+    _construction_depth = 4
     __doc__ = f"{__doc__}\n\n{CurvatureOperator.__doc__}"
 
     def __init__(
         self,
         model: nn.Module,
-        loss: str | Callable[[Tensor, Any], Tensor],
         data: Any,
+        loss: Any = "mse",
         *,
         kind: Literal["true", "empirical"] = "true",
         mc_samples: int | None = None,
@@ -600,13 +624,14 @@ class FisherOperator(_OuterProductOperator):
             _check_count("mc_samples", mc_samples)
             if kind == "empirical":
                 raise ValueError(f"mc_samples={mc_samples} with kind='empirical', which draws nothing; expected None")
-        if kind == "true" and as_loss(loss).name == "function":
+        data, loss = _in_order(data, loss, stacklevel=2)
+        if kind == "true" and as_loss(loss).name not in LOSSES:
             raise ValueError(
                 "kind='true' needs the distribution behind the loss, which a function does not tell; expected a named "
                 "loss, kind='empirical', or GaussNewtonOperator"
             )
         self.kind, self.mc_samples = kind, mc_samples
-        super().__init__(model, loss, data, **options)
+        super().__init__(model, data, loss, **options)
 
     def _outer(self, chunk: Chunk, number: int, point: Named) -> Callable[[Tensor, Tensor], Tensor]:
         loss = self._loss_of_outputs(chunk)

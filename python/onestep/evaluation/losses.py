@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 IGNORED = -100
+
+# Values of a loss over all rows and over parts of them agree to this many ε.
+_SAME_ROUNDINGS = 1000
 
 
 class Loss(NamedTuple):
     """A mean over elements, taken apart.
 
     Attributes:
-        name: as given to fit, or "function".
+        name: as given to fit; "weighted_cross_entropy" for cross-entropy with class weights or other options;
+            "function" for a function of the user's.
         sum: (outputs, target) → the sum of the loss, a scalar.
-        elements: (target, rows) → over how many elements the mean is taken.
+        elements: (target, rows) → what the sum is divided by: how many elements there are, or their weight.
     """
 
     name: str
     sum: Callable[[Tensor, Any], Tensor]
-    elements: Callable[[Any, int], int]
+    elements: Callable[[Any, int], float]
 
 
 def like_outputs(outputs: Tensor, target: Tensor) -> Tensor:
@@ -47,9 +53,46 @@ def _poisson(outputs: Tensor, target: Tensor) -> Tensor:
     return F.poisson_nll_loss(outputs, like_outputs(outputs, target), log_input=True, reduction="sum")
 
 
+def _bce(outputs: Tensor, target: Tensor) -> Tensor:
+    target = like_outputs(outputs, target).to(outputs.dtype)
+    return F.binary_cross_entropy_with_logits(outputs, target, reduction="sum")
+
+
 def _cross_entropy(outputs: Tensor, target: Tensor) -> Tensor:
+    if are_probabilities(outputs, target):
+        return F.cross_entropy(outputs, target, reduction="sum")
     outputs, target = scores_and_classes(outputs, target)
     return F.cross_entropy(outputs, target, ignore_index=IGNORED, reduction="sum")
+
+
+def are_probabilities(outputs: Tensor, target: Any) -> bool:
+    """Whether the target of a cross-entropy is a probability of each class instead of a class."""
+    return isinstance(target, Tensor) and target.is_floating_point() and target.shape == outputs.shape
+
+
+def _counted(target: Tensor) -> int:
+    """Targets that count: those of classes that are not ignored, or of probabilities (n,C,…)."""
+    if target.is_floating_point():
+        return target.numel() // (target.shape[1] if target.dim() > 1 else len(target))
+    return int((target != IGNORED).sum())
+
+
+def _weighted_cross_entropy(
+    function: Callable[..., Tensor], weight: Tensor | None, ignore_index: int, **options: Any
+) -> Loss:
+    """Cross-entropy or negative log-likelihood as torch's, of (n,C,…) and (n,…): weighted by the targets' classes."""
+
+    def total(outputs: Tensor, target: Tensor) -> Tensor:
+        own = None if weight is None else weight.to(outputs)
+        return function(outputs, target, weight=own, ignore_index=ignore_index, reduction="sum", **options)
+
+    def elements(target: Tensor, rows: int) -> float:
+        if target.is_floating_point():
+            return _counted(target)
+        counted = target[target != ignore_index]
+        return len(counted) if weight is None else float(weight.to(target.device, torch.float64)[counted].sum())
+
+    return Loss("weighted_cross_entropy", total, elements)
 
 
 def scores_and_classes(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +107,7 @@ def scores_and_classes(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]
     if not (classes_last or classes_second) or target.is_floating_point():
         raise ValueError(
             f"outputs have shape {tuple(outputs.shape)}, the target {tuple(target.shape)} and {target.dtype}; expected "
-            "class indices (n,...) for outputs (n,...,classes) or (n,classes,...)"
+            "class indices (n,...) for outputs (n,...,classes) or (n,classes,...), or probabilities like the outputs"
         )
     if not classes_last:
         outputs = outputs.movedim(1, -1)
@@ -82,9 +125,12 @@ def drawn_slope(loss: Loss, outputs: Tensor, target: Any, generator: torch.Gener
     if loss.name == "poisson":
         rate = outputs.detach().exp()
         return rate - torch.poisson(rate, generator)
+    if loss.name == "bce":
+        chance = outputs.detach().sigmoid()
+        return chance - torch.bernoulli(chance, generator=generator)
     with torch.enable_grad():
         leaf = outputs.detach().requires_grad_()
-        if loss.name == "cross_entropy":
+        if loss.name == "cross_entropy" and not are_probabilities(outputs, target):
             scores, classes = scores_and_classes(leaf, target)
             drawn = torch.multinomial(scores.detach().softmax(1), 1, generator=generator)[:, 0]
             drawn = torch.where(classes == IGNORED, IGNORED, drawn)
@@ -96,26 +142,63 @@ def drawn_slope(loss: Loss, outputs: Tensor, target: Any, generator: torch.Gener
 
 LOSSES = {
     "mse": Loss("mse", _mse, lambda target, rows: target.numel()),
-    "cross_entropy": Loss("cross_entropy", _cross_entropy, lambda target, rows: int((target != IGNORED).sum())),
+    "cross_entropy": Loss("cross_entropy", _cross_entropy, lambda target, rows: _counted(target)),
     "poisson": Loss("poisson", _poisson, lambda target, rows: target.numel()),
+    "bce": Loss("bce", _bce, lambda target, rows: target.numel()),
+}
+
+# torch's functions and modules, each with the options that it may have, and their defaults.
+_CROSS_ENTROPY_OPTIONS = {"weight": None, "ignore_index": IGNORED, "label_smoothing": 0.0}
+_NLL_OPTIONS = {"weight": None, "ignore_index": IGNORED}
+_POISSON_OPTIONS = {"log_input": True, "full": False}
+_BCE_OPTIONS = {"weight": None, "pos_weight": None}
+_OF_TORCH: dict[Any, tuple[str, dict[str, Any]]] = {
+    F.mse_loss: ("mse", {}),
+    nn.MSELoss: ("mse", {}),
+    F.cross_entropy: ("cross_entropy", _CROSS_ENTROPY_OPTIONS),
+    nn.CrossEntropyLoss: ("cross_entropy", _CROSS_ENTROPY_OPTIONS),
+    F.nll_loss: ("nll", _NLL_OPTIONS),
+    nn.NLLLoss: ("nll", _NLL_OPTIONS),
+    F.poisson_nll_loss: ("poisson", _POISSON_OPTIONS),
+    nn.PoissonNLLLoss: ("poisson", _POISSON_OPTIONS),
+    F.binary_cross_entropy_with_logits: ("bce", _BCE_OPTIONS),
+    nn.BCEWithLogitsLoss: ("bce", _BCE_OPTIONS),
 }
 
 
 def as_loss(loss: str | Callable[[Tensor, Any], Tensor]) -> Loss:
-    """A named loss, or a function (outputs, target) → mean over its rows."""
+    """A named loss; one of torch's: a function, a ``functools.partial`` of it or a module; or any mean over rows.
+
+    Raises:
+        ValueError, TypeError: none of these, or a reduction other than "mean".
+    """
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r}; expected one of {', '.join(map(repr, LOSSES))}, or a function")
         return LOSSES[loss]
     if not callable(loss):
         raise TypeError(f"loss is {type(loss).__name__}; expected a name or a function (outputs, target) -> scalar")
-    function = loss
-    reduction = getattr(function, "reduction", "mean")
+    function, options = loss, dict(vars(loss)) if isinstance(loss, nn.Module) else {}
+    kind: Any = type(loss) if isinstance(loss, nn.Module) else loss
+    if isinstance(loss, partial) and not loss.args:
+        kind, options = loss.func, dict(loss.keywords)
+    if isinstance(loss, nn.Module):
+        options |= dict(loss.named_buffers(recurse=False))
+    reduction = options.get("reduction", "mean")
     if reduction != "mean":
-        raise ValueError(f"loss is {type(function).__name__} with reduction={reduction!r}; expected reduction='mean'")
-    reduction = getattr(function, "reduction", "mean")
-    if reduction != "mean":
-        raise ValueError(f"loss is {type(function).__name__} with reduction={reduction!r}; expected reduction='mean'")
+        raise ValueError(f"loss is {_name(kind)} with reduction={reduction!r}; expected reduction='mean'")
+    try:
+        name, defaults = _OF_TORCH.get(kind, ("", {}))
+    except TypeError:
+        # Not every callable can be looked up.
+        name, defaults = "", {}
+    given = {option: options.get(option, default) for option, default in defaults.items()}
+    changed = {option for option, value in given.items() if value is not defaults[option] and value != defaults[option]}
+    others = isinstance(loss, partial) and bool(options.keys() - defaults.keys() - {"reduction"})
+    if name in ("cross_entropy", "nll") and not others and (changed or name == "nll"):
+        return _weighted_cross_entropy(F.cross_entropy if name == "cross_entropy" else F.nll_loss, **given)
+    if name and not others and not changed:
+        return LOSSES[name]
 
     def total(outputs: Tensor, target: Any) -> Tensor:
         mean = function(outputs, target)
@@ -124,3 +207,41 @@ def as_loss(loss: str | Callable[[Tensor, Any], Tensor]) -> Loss:
         return mean.reshape(()) * len(outputs)
 
     return Loss("function", total, lambda target, rows: rows)
+
+
+def _name(kind: Any) -> str:
+    return str(getattr(kind, "__name__", type(kind).__name__))
+
+
+def check_mean_over_rows(loss: Loss, outputs: Tensor, target: Any) -> None:
+    """Raises if a function as loss, over all rows, is not the mean of its values over parts of them.
+
+    Chunks of rows would be weighted by their rows where the function weights them otherwise.
+
+    Raises:
+        ValueError: with what the function gave, and the remedy.
+    """
+    rows = len(outputs)
+    if loss.name != "function" or rows < 2:
+        return
+    close = _SAME_ROUNDINGS * torch.finfo(outputs.dtype).eps
+    for cut in sorted({1, rows // 3 or 1, rows // 2}):
+        parts = slice(0, cut), slice(cut, rows)
+        with torch.no_grad():
+            whole = loss.sum(outputs, target).item() / rows
+            try:
+                sums = [
+                    loss.sum(outputs[part], tree_map_only(Tensor, lambda t: t[part], target)).item()  # noqa: B023
+                    for part in parts
+                ]
+            except (RuntimeError, ValueError, IndexError):
+                # It cannot be taken of any number of rows; where it has to be, that error will be seen.
+                return
+        mean = sum(sums) / rows
+        if math.isfinite(whole) and abs(whole - mean) > close * max(abs(whole), *(abs(part) / rows for part in sums)):
+            raise ValueError(
+                f"loss is {whole:.6g} over {rows} rows and {mean:.6g} as the mean of its values over the first {cut} "
+                "and the others; expected a mean over rows, since rows are computed in chunks. For class weights or an "
+                "ignored class pass torch's own: nn.CrossEntropyLoss(weight=..., ignore_index=...) or a "
+                "functools.partial of F.cross_entropy; otherwise a function that divides by the number of rows alone"
+            )

@@ -20,7 +20,7 @@ from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.exclusive import exclusive
-from onestep.evaluation.losses import Loss
+from onestep.evaluation.losses import Loss, check_mean_over_rows
 from onestep.evaluation.parameters import ParameterVector, flatten
 
 Result = TypeVar("Result")
@@ -119,7 +119,7 @@ def warn_of_eval_mode(model: nn.Module, caller: str, stacklevel: int) -> None:
 
 
 def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
-    """How many rows keep ``_CHUNK_BYTES`` for the backward pass."""
+    """How many rows keep ``_CHUNK_BYTES`` for the backward pass. Raises if the loss is not a mean over rows."""
     few = chunk.rows(slice(0, 8))
 
     def evaluate() -> Tensor:
@@ -133,7 +133,12 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
             if "saved tensor hooks" not in str(error):
                 raise
             kept = _computed_bytes(evaluate)
-    return max(1, _CHUNK_BYTES * len(few) // max(1, kept))
+    affordable = max(1, _CHUNK_BYTES * len(few) // max(1, kept))
+    if loss.name == "function":
+        some = chunk.rows(slice(0, affordable))
+        with torch.no_grad():
+            check_mean_over_rows(loss, call_model(model, some.inputs).detach(), some.target)
+    return affordable
 
 
 def _saved_bytes(evaluate: Callable[[], Tensor]) -> int:
@@ -173,11 +178,11 @@ class _Counter(TorchFunctionMode):
 
 def summed_gradient(
     gradient_of: Callable[[Chunk], tuple[float, Tensor]],
-    elements_of: Callable[[Chunk], int],
+    elements_of: Callable[[Chunk], float],
     chunks: Callable[[], Iterable[Chunk]],
     parameters: ParameterVector,
     pieces: int,
-) -> tuple[float, Tensor, int]:
+) -> tuple[float, Tensor, float]:
     """The loss and its gradient (p,), summed over the chunks of all processes, and the elements of the loss."""
 
     def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
@@ -193,7 +198,7 @@ def summed_gradient(
     gradient, (total, count) = summed_by_piece(pieces, (like, 2), terms)
     if not count:
         raise ValueError("every target of the batch is ignored; there is no loss to minimise")
-    return total, gradient, int(count)
+    return total, gradient, count
 
 
 def autograd_gradient(loss: Callable[[], Tensor], parameters: ParameterVector) -> tuple[float, Tensor]:

@@ -42,7 +42,7 @@ def jacobian_parts(chunk: Chunk, row_bytes: int) -> Iterator[Chunk]:
 class SummedRoot(CurvatureRoot):
     """Terms of the pieces of a sample, added up in the pieces' order, over ``count`` elements of the loss."""
 
-    def __init__(self, like: Tensor, pieces: int, count: int) -> None:
+    def __init__(self, like: Tensor, pieces: int, count: float) -> None:
         self.like, self.pieces, self.count = like, pieces, count
 
     @abstractmethod
@@ -76,7 +76,7 @@ class SummedRoot(CurvatureRoot):
 class _KeptRoot(SummedRoot):
     """By rows of the Jacobian that are kept."""
 
-    def __init__(self, parts: list[tuple[int, Tensor]], like: Tensor, pieces: int, count: int) -> None:
+    def __init__(self, parts: list[tuple[int, Tensor]], like: Tensor, pieces: int, count: float) -> None:
         super().__init__(like, pieces, count)
         self.parts = parts
         # RᵀRv is the Hessian-vector product of linear regression on R, which reads it once.
@@ -129,7 +129,7 @@ class DataObjective(Objective):
         self.pieces, self.kept_rows = pieces, kept_rows
         self.route = Route()
 
-    def _elements(self, chunk: Chunk) -> int:
+    def _elements(self, chunk: Chunk) -> float:
         return self.loss.elements(chunk.target, len(chunk))
 
     def chunk_loss(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> Tensor:
@@ -204,7 +204,7 @@ class DataObjective(Objective):
 
             with torch.no_grad():
                 total, (count,) = summed_by_piece(self.pieces, (v, 1), terms)
-            return total.div_(max(count, 1))
+            return total.div_(count or 1)
 
         return product
 
@@ -236,7 +236,7 @@ class DataObjective(Objective):
                 raise
             return None
         result.unpack(sums, positions)
-        return lambda damping: result.preconditioner(max(count, 1), damping)
+        return lambda damping: result.preconditioner(count or 1, damping)
 
     def curvature_root(self, parameters: ParameterVector) -> CurvatureRoot | None:
         """Of a sample alone, in which an exact solution is not worth its time, and only if it takes little memory."""
@@ -245,7 +245,7 @@ class DataObjective(Objective):
         parts: list[tuple[int, Tensor]] = []
 
         def local() -> tuple[Tensor, list[float]]:
-            count, size = 0, 0
+            count, size = 0.0, 0
             with torch.no_grad(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     count += self._elements(chunk)
@@ -260,13 +260,13 @@ class DataObjective(Objective):
         _, (count, size) = summed(local)
         if size > _ROOT_BYTES or not count:
             return None
-        return _KeptRoot(parts, parameters.read(), self.pieces, int(count))
+        return _KeptRoot(parts, parameters.read(), self.pieces, count)
 
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
         p = len(parameters)
 
         def local() -> tuple[Tensor, list[float]]:
-            total, count = torch.zeros(p, p, dtype=torch.float64, device=parameters.device), 0
+            total, count = torch.zeros(p, p, dtype=torch.float64, device=parameters.device), 0.0
             with torch.no_grad(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     for rows in self.root_jacobian(parameters, chunk):
@@ -275,7 +275,7 @@ class DataObjective(Objective):
             return total, [count]
 
         total, (count,) = summed(local)
-        return total.div_(max(count, 1))
+        return total.div_(count or 1)
 
     def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
         """Rows R with RᵀR the sum of JᵀHJ over rows of the chunk, a piece at a time."""

@@ -48,6 +48,8 @@ class GLMHead(Structure):
             return Mismatch(f"{method} takes no products with the Hessian")
         if not is_glm(facts.loss):
             return Mismatch(f"the loss is {facts.loss.name!r}, not one of {', '.join(map(repr, _FAMILIES))}")
+        if facts.loss.name == "cross_entropy" and facts.first.target.is_floating_point():
+            return Mismatch("the targets are probabilities")
         head = find_head(facts.model, facts.parameters, facts.first)
         return head if isinstance(head, Mismatch) else partial(HeadObjective, head=head)
 
@@ -114,7 +116,7 @@ class HeadObjective(DataObjective):
 
         like = torch.empty(shape, dtype=torch.float64)
         total, (count,) = summed_by_piece(self.pieces, (like, 1), terms)
-        blocks = total / max(count, 1)
+        blocks = total / (count or 1)
         least = _LEAST_DAMPING * blocks.diagonal(dim1=-2, dim2=-1).mean().item()
 
         def solver(damping: float) -> Callable[[Tensor], Tensor]:

@@ -39,6 +39,8 @@ def find_vocabulary_head(module: nn.Module, loss: Loss, chunk: Chunk) -> nn.Line
     """The linear layer of many classes whose outputs are the model's, under cross-entropy; or why there is none."""
     if loss.name != "cross_entropy":
         return Mismatch(f"the loss is {loss.name!r}, not 'cross_entropy'")
+    if chunk.target.is_floating_point():
+        return Mismatch("the targets are probabilities")
     why = f"no plain linear layer has {_LEAST_CLASSES} outputs or more"
     for layer in module.modules():
         if type(layer) is not nn.Linear or layer.out_features < _LEAST_CLASSES or not is_plain(layer):
