@@ -38,10 +38,14 @@ run() {
 }
 
 build() {
-    local nvcc
+    local nvcc capability architecture
+    # wgmma needs the architecture-specific target.
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+    architecture=$capability-real
+    [ "$capability" != 90 ] || architecture=90a-real
     nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
     cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DONESTEP_CUDA=ON -DCMAKE_CUDA_COMPILER="$nvcc" \
-        -DCMAKE_CUDA_ARCHITECTURES=native -DPython_EXECUTABLE="$(command -v "$python")" \
+        -DCMAKE_CUDA_ARCHITECTURES="$architecture" -DPython_EXECUTABLE="$(command -v "$python")" \
         -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" &&
         cmake --build build/gpu -j "$(nproc)" || return 1
     rm -rf build/gpu/site && mkdir -p build/gpu/site/onestep-0.1.0.dist-info
