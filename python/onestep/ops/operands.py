@@ -64,8 +64,8 @@ def check_dims(name: str, tensor: Tensor, least: int, meaning: str) -> None:
 
 
 def check_size(name: str, tensor: Tensor, dim: int, size: Any, meaning: str) -> None:
-    """Raises ValueError unless one dimension has the given size."""
-    if tensor.shape[dim] != size:
+    """Raises ValueError unless one dimension, counted from the last (-1), has the given size."""
+    if tensor.dim() < -dim or tensor.shape[dim] != size:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {meaning}")
 
 

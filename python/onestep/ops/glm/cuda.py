@@ -69,6 +69,7 @@ def _multiply_back(x: Tensor, middle: Tensor, total: Tensor, d: int) -> None:
 
 @register(schema.glm_point, device="cuda")
 def _point(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, intercept: bool) -> schema.Point:
+    schema.check_point(X, y, W, weight, family, intercept)
     batch = schema.batches((X, 2), (y, 2), (W, 2), (weight, 1))
     if batch:
         return schema.point_by_matrix(_point, batch, X, y, W, weight, family, intercept)
@@ -129,6 +130,7 @@ def _point(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, 
 def _product(
     V: Tensor, X: Tensor, W: Tensor, weight: Tensor | None, curvature: Tensor, family: int, intercept: bool
 ) -> Tensor:
+    schema.check_product(V, X, W, weight, curvature, family, intercept)
     batch = schema.batches((V, 3), (X, 2), (W, 2), (weight, 1), (curvature, 1))
     if not schema.shares_one_point(batch, V, X, W, weight, curvature):
         return schema.product_by_matrix(_product, batch, V, X, W, weight, curvature, family, intercept)

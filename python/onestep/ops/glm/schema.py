@@ -68,6 +68,11 @@ def matrices(tensor: Tensor | None, batch: tuple[int, ...], own: int) -> Any:
     return (expanded[index] for index in itertools.product(*map(range, batch)))
 
 
+def _check_family(family: int) -> None:
+    if family not in FAMILIES.values():
+        raise ValueError(f"family is {family}; expected {FAMILIES}")
+
+
 def _check_rows(X: Tensor, W: Tensor, weight: Tensor | None, intercept: bool) -> None:
     dtype = parameter_dtype(X)
     check_dims("X", X, 2, "(..., n, d)")
@@ -125,9 +130,16 @@ def check_values(y: Tensor, family: int, classes: int) -> None:
             raise ValueError(f"y has rows whose sum is off 1 by {off}; expected one-hot rows or probabilities")
 
 
-def point_results(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, intercept: bool) -> Point:
+def check_point(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, intercept: bool) -> None:
+    """Raises unless the operands of ``glm_point`` fit together."""
+    _check_family(family)
     _check_rows(X, W, weight, intercept)
     _check_targets(X, y, W, family)
+
+
+def point_results(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, intercept: bool) -> Point:
+    """Checks the operands; returns loss, gradient and curvature, empty."""
+    check_point(X, y, W, weight, family, intercept)
     batch = batches((X, 2), (y, 2), (W, 2), (weight, 1))
     return (
         W.new_empty(batch, dtype=torch.float64),
@@ -143,9 +155,11 @@ glm_point = define(
 )
 
 
-def product_results(
+def check_product(
     V: Tensor, X: Tensor, W: Tensor, weight: Tensor | None, curvature: Tensor, family: int, intercept: bool
-) -> Tensor:
+) -> None:
+    """Raises unless the operands of ``glm_product`` fit together."""
+    _check_family(family)
     _check_rows(X, W, weight, intercept)
     check_dims("V", V, 3, "(..., m, d, k)")
     check_operand("V", V, X, W.dtype)
@@ -153,6 +167,13 @@ def product_results(
     if V.shape[-2:] != W.shape[-2:]:
         raise ValueError(f"V has shape {tuple(V.shape)}; expected (..., m, {W.shape[-2]}, {W.shape[-1]}), W's")
     check_size("curvature", curvature, -1, X.shape[-2] * W.shape[-1] + CURVATURE_SLACK, "that of glm_point's result")
+
+
+def product_results(
+    V: Tensor, X: Tensor, W: Tensor, weight: Tensor | None, curvature: Tensor, family: int, intercept: bool
+) -> Tensor:
+    """Checks the operands; returns the products, empty."""
+    check_product(V, X, W, weight, curvature, family, intercept)
     batch = batches((V, 3), (X, 2), (W, 2), (weight, 1), (curvature, 1))
     return W.new_empty((*batch, *V.shape[-3:]))
 

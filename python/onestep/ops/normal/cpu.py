@@ -155,9 +155,9 @@ def _solve_normal_backward(
     L: Tensor,
     info: Tensor,
 ) -> schema.Gradients:
+    out = schema.backward_results(grad, X, Y, weight, ridge, solution, L, info)
     if L.shape[-1] != X.shape[-1]:
         return solve_normal_vjp(grad, X, Y, weight, ridge, solution, L, info)
-    out = schema.backward_results(grad, X, Y, weight, ridge, solution, L, info)
     batch = tuple(out[0].shape[:-2])
     _BACKWARD[X.dtype](
         grad=operand(grad, batch, 2),
@@ -181,8 +181,9 @@ def _solve_normal_backward(
 
 @register(schema.apply_normal_inverse, device="cpu")
 def _apply_normal_inverse(B: Tensor, X: Tensor, weight: Tensor | None, ridge: Tensor | None, L: Tensor) -> Tensor:
+    schema.apply_results(B, X, weight, ridge, L)
     if L.shape[-1] == X.shape[-1]:
         solution: Tensor = cholesky_solve.dispatched(B, L)
         return solution
-    assert ridge is not None
+    assert ridge is not None  # the dual form has penalties
     return apply_dual(B, X, weight, ridge, L).contiguous()

@@ -202,6 +202,30 @@ def raise_if_failed(info: Tensor, d: int) -> None:
 # ------------------------------------------------------------------------------------------------------ for derivatives
 
 
+def _check_matrix(name: str, tensor: Tensor, X: Tensor, rows: int, columns: int) -> None:
+    """Checks the dtype, the device and the last two sizes of an operand beside X."""
+    check_like(name, tensor, X)
+    if tensor.dim() < 2 or tensor.shape[-2:] != (rows, columns):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (..., {rows}, {columns})")
+
+
+def _check_implied(X: Tensor, weight: Tensor | None, ridge: Tensor | None, L: Tensor) -> None:
+    """Checks what X, weight and ridge have led to: the factor L of A, (…,d,d), or of the dual matrix, (…,n,n)."""
+    n, d = X.shape[-2:]
+    if weight is not None:
+        check_like("weight", weight, X)
+        check_size("weight", weight, -1, n, f"(..., {n}): one weight per row of X")
+    if ridge is not None:
+        check_like("ridge", ridge, X)
+        check_size("ridge", ridge, -1, d, f"(..., {d}): one penalty per feature")
+    order = L.shape[-1] if L.dim() >= 2 else -1
+    if order != d and not (order == n and ridge is not None):
+        raise ValueError(
+            f"L has shape {tuple(L.shape)}; expected (..., {d}, {d}), or with ridge the dual factor (..., {n}, {n})"
+        )
+    _check_matrix("L", L, X, order, order)
+
+
 def backward_results(
     grad: Tensor,
     X: Tensor,
@@ -212,11 +236,16 @@ def backward_results(
     L: Tensor,
     info: Tensor,
 ) -> Gradients:
-    """The gradients of X (…,n,d), Y (…,n,k), weight (…,n) and ridge (…,d) in the broadcast batch shape, empty."""
-    batches = [tuple(tensor.shape[:-2]) for tensor in (grad, X, Y, solution)]
-    batches += [] if weight is None else [tuple(weight.shape[:-1])]
-    batch = broadcast_batch(*batches)
+    """Checks the operands; returns the gradients of X (…,n,d), Y (…,n,k), weight (…,n) and ridge (…,d), empty."""
+    batches = check_rows(X, Y, weight)
     n, d, k = X.shape[-2], X.shape[-1], Y.shape[-1]
+    for name, tensor in (("grad", grad), ("solution", solution)):
+        _check_matrix(name, tensor, X, d, k)
+        batches.append(tuple(tensor.shape[:-2]))
+    _check_implied(X, weight, ridge, L)
+    if info.dtype != torch.int32:
+        raise TypeError(f"info has dtype {info.dtype}; expected torch.int32")
+    batch = broadcast_batch(*batches, tuple(L.shape[:-2]), tuple(info.shape))
     return (
         X.new_empty((*batch, n, d)),
         X.new_empty((*batch, n, k)),
@@ -234,7 +263,12 @@ solve_normal_backward = define(
 
 
 def apply_results(B: Tensor, X: Tensor, weight: Tensor | None, ridge: Tensor | None, L: Tensor) -> Tensor:
-    """A⁻¹B, in the shape of B with L's batch, empty."""
+    """Checks the operands; returns A⁻¹B, in the shape of B with L's batch, empty."""
+    check_floating("X", X)
+    check_dims("X", X, 2, "(..., n, d)")
+    check_dims("B", B, 2, "(..., d, k)")
+    _check_matrix("B", B, X, X.shape[-1], B.shape[-1])
+    _check_implied(X, weight, ridge, L)
     batch = broadcast_batch(tuple(B.shape[:-2]), tuple(L.shape[:-2]))
     return B.new_empty((*batch, *B.shape[-2:]))
 
