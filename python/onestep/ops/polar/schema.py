@@ -76,13 +76,18 @@ def identity_like(matrices: Tensor) -> Tensor:
     return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
+# Powers of two that are normal numbers of a dtype, either way.
+_LARGEST_EXPONENT = {torch.float32: 126, torch.float64: 1022, torch.bfloat16: 126, torch.float16: 14}
+
+
 def to_unit_range(X: Tensor) -> Tensor:
-    """Each matrix times the power of two that brings its largest entry into [½, 1); no digit changes."""
+    """Each matrix times the power of two that brings its largest entry near 1; no digit changes.
+
+    So that products of two entries neither overflow nor vanish.
+    """
     if X.numel() == 0:
         return X
     largest = torch.linalg.vector_norm(X, math.inf, dim=(-2, -1), keepdim=True, dtype=COMPUTE_DTYPES[X.dtype])
-    exponent = torch.frexp(largest).exponent
-    # In two factors, each of which is a normal number.
-    half = torch.div(-exponent, 2, rounding_mode="floor")
-    one = torch.ones_like(largest)
-    return X * torch.ldexp(one, half).to(X.dtype) * torch.ldexp(one, -exponent - half).to(X.dtype)
+    most = _LARGEST_EXPONENT[X.dtype]
+    exponent = torch.frexp(largest).exponent.neg().clamp(-most, most)
+    return X * torch.ldexp(torch.ones_like(largest), exponent).to(X.dtype)
