@@ -14,8 +14,13 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import onestep
 from onestep.functional import linear_cross_entropy, linear_cross_entropy_ggnvp, linear_cross_entropy_hvp
+from onestep.ops import _cuda
 
 F64 = torch.float64
+
+# On CUDA the products are torch's: operands are rounded once more there, and bits depend on layout and, in emulation, on
+# threads. test_cuda_glm_lmhead_polar.py says what holds instead.
+cpu_kernels_only = pytest.mark.skipif(_cuda.EMULATED, reason="holds of the CPU kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +94,7 @@ def test_error_is_at_most_twice_torchs(size):
         assert error(mine, truth) <= 2 * error(peer, truth) + 2e-7
 
 
+@cpu_kernels_only
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "none"}], ids=str)
 def test_bfloat16_is_accumulated_in_float32(options):
     inputs = [value.bfloat16() if value.is_floating_point() else value for value in head(60, d=40, v=300)]
@@ -122,6 +128,7 @@ LAYOUTS = {
 }
 
 
+@cpu_kernels_only
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_operands_are_read_in_place(layout):
     input, weight, target = LAYOUTS[layout]()
@@ -455,6 +462,7 @@ def test_curvature_products(bias):
 # ---------------------------------------------------------------------------------------------------------- determinism
 
 
+@cpu_kernels_only
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
 @pytest.mark.parametrize("size", [(600, 20, 100), (130, 70, 1111)], ids=str)
 def test_bitwise_for_any_number_of_threads(size, dtype, restore_threads):
@@ -491,7 +499,7 @@ def bad(message, error=ValueError, **changes):
         bad(r"reduction is 'median'", reduction="median"),
         bad(r"target has dtype torch.int32", TypeError, target=torch.zeros(5, dtype=torch.int32)),
         bad(r"target has dtype torch.float32", TypeError, target=torch.rand(5)),
-        bad(r"input has dtype torch.float16", TypeError, input=torch.randn(5, 3).half()),
+        bad(r"input has dtype torch.int32", TypeError, input=torch.ones(5, 3, dtype=torch.int32)),
         bad(r"weight has dtype torch.float64", TypeError, weight=torch.randn(7, 3, dtype=F64)),
         bad(r"bias has dtype torch.float64", TypeError, bias=torch.randn(7, dtype=F64)),
     ],

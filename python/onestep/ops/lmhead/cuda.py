@@ -63,14 +63,14 @@ class _Head:
     ) -> None:
         input, self.weight, self.bias = operands
         self.classes, features = self.weight.shape
-        self.input = input.reshape(-1, features)
-        self.rows = self.input.shape[0]
+        self.rows = target.numel()
+        self.input = input.reshape(self.rows, features)
         self.target = target.reshape(-1)
         self.row_weight = row_weight.reshape(-1)
         self.row_weight_tangent = None if row_weight_tangent is None else row_weight_tangent.reshape(-1)
         self.tangent = tangents is not None
         input_tangent, self.weight_tangent, self.bias_tangent = tangents or (None, None, None)
-        self.input_tangent = None if input_tangent is None else input_tangent.reshape(-1, features)
+        self.input_tangent = None if input_tangent is None else input_tangent.reshape(self.rows, features)
         self.ignore_index, self.label_smoothing, gauss_newton = options
         # Whether g is multiplied by tangents.
         has_tangents = self.input_tangent is not None or self.weight_tangent is not None
@@ -84,15 +84,16 @@ class _Head:
         affordable = _CHUNK_BYTES // (arrays * self.leading * self.dtype.itemsize)
         # Chunks of one size, of whole tiles of a matrix product.
         chunks = -(-self.rows // max(affordable, 1))
-        self.chunk_rows = min(_round_up(-(-self.rows // max(chunks, 1)), 64), max(self.rows, 1))
-        per_class = arrays * self.chunk_rows * self.dtype.itemsize
+        self.chunk_rows = min(_round_up(-(-self.rows // max(chunks, 1)), 64), self.rows)
+        per_class = arrays * max(self.chunk_rows, 1) * self.dtype.itemsize
         self.block = max(_round_up(_BLOCK_BYTES // per_class, 256), 256)
 
         self.losses = self._empty(self.rows)
         self.values = self._empty(self.rows, dtype=torch.float64)
         self.statistics = self._empty(_STATISTICS * self.chunk_rows)
-        self.logits = self._empty(self.chunk_rows, self.leading)
-        self.logits_tangent = self._empty(self.chunk_rows, self.leading) if self.tangent else None
+        # A chunk's logits, and behind them their tangents.
+        self.buffer = self._empty(arrays * self.chunk_rows, self.leading)
+        self._stack_tangents()
         self.grad_input = self._empty(self.rows, features, dtype=input.dtype) if self.wants[0] else None
         self.grad_weight = self._zeros(self.classes, features) if self.wants[1] else None
         self.grad_bias = self._zeros(self.classes) if self.wants[2] else None
@@ -108,7 +109,7 @@ class _Head:
         return torch.zeros(shape, dtype=self.dtype, device=self.input.device)
 
     def run(self) -> schema.Results:
-        for first in range(0, self.rows, self.chunk_rows):
+        for first in range(0, self.rows, max(self.chunk_rows, 1)):
             self._chunk(slice(first, min(first + self.chunk_rows, self.rows)))
         value = self._empty()
         entry = getattr(native, f"head_value_{_SUFFIX[self.dtype]}")
@@ -123,13 +124,27 @@ class _Head:
             gradient = gradient / self.scale
         return gradient.to(self.input.dtype)
 
+    def _stack_tangents(self) -> None:
+        """ḢWᵀ + HẆᵀ as one product, of (Ḣ, H) with (W, Ẇ): a sum of two would pass over ż twice more."""
+        self.along: tuple[Tensor, Tensor] | None = None
+        if self.input_tangent is not None and self.weight_tangent is not None:
+            self.along = (
+                torch.cat((self.input_tangent, self.input), dim=1),
+                torch.cat((self.weight, self.weight_tangent), dim=1),
+            )
+        elif self.input_tangent is not None:
+            self.along = self.input_tangent, self.weight
+        elif self.weight_tangent is not None:
+            self.along = self.input, self.weight_tangent
+
     def _native_chunk(self, rows: slice) -> Any:
         tangent = self.row_weight_tangent
+        count = rows.stop - rows.start
         return getattr(native, f"HeadChunk_{_SUFFIX[self.input.dtype]}")(
-            rows.stop - rows.start,
+            count,
             self.classes,
-            self.logits.data_ptr(),
-            0 if self.logits_tangent is None else self.logits_tangent.data_ptr(),
+            self.buffer.data_ptr(),
+            self.buffer[count:].data_ptr() if self.tangent else 0,
             self.leading,
             _vector(self.bias),
             _vector(self.bias_tangent),
@@ -150,37 +165,29 @@ class _Head:
         if self.grad_input is None and self.grad_weight is None:
             return
         chunk.gradient(self.cross, 0 if self.scale is None else self.scale.data_ptr(), **self.place)
-        main = self._slopes(self.logits if self.logits_tangent is None else self.logits_tangent, count)
-        cross = self._slopes(self.logits, count) if self.cross else None
+        # g or ġ, and both where g lies before ġ, where the rows of logits were.
+        slopes = self.buffer.view(self.input.dtype)[:, : self.classes]
+        main = slopes[count : 2 * count] if self.tangent else slopes[:count]
         if self.grad_input is not None:
-            self._back_to_input(rows, main, cross)
+            self._back_to_input(rows, main, slopes[:count])
         if self.grad_weight is not None:
-            add_product(self.grad_weight, main.mT, self.input[rows])
-            if cross is not None and self.input_tangent is not None:
-                add_product(self.grad_weight, cross.mT, self.input_tangent[rows])
+            if self.cross and self.input_tangent is not None:
+                given = torch.cat((self.input_tangent[rows], self.input[rows]))
+                add_product(self.grad_weight, slopes[: 2 * count].mT, given)
+            else:
+                add_product(self.grad_weight, main.mT, self.input[rows])
 
     def _score(self, rows: slice, chunk: Any) -> None:
         """Logits and tangents of a chunk, block by block of classes, and the rows' statistics."""
         count = rows.stop - rows.start
-        h = self.input[rows]
-        dh = None if self.input_tangent is None else self.input_tangent[rows]
+        logits, tangents = self.buffer[:count], self.buffer[count : 2 * count]
         for first in range(0, self.classes, self.block):
             of = slice(first, min(first + self.block, self.classes))
-            product_into(self.logits[:count, of], h, self.weight[of].mT)
-            if self.logits_tangent is not None:
-                along = self.logits_tangent[:count, of]
-                products = []
-                if dh is not None:
-                    products.append((dh, self.weight[of].mT))
-                if self.weight_tangent is not None:
-                    products.append((h, self.weight_tangent[of].mT))
-                if not products:
-                    along.zero_()
-                for index, (a, b) in enumerate(products):
-                    if index == 0:
-                        product_into(along, a, b)
-                    else:
-                        add_product(along, a, b)
+            product_into(logits[:, of], self.input[rows], self.weight[of].mT)
+            if self.along is not None:
+                product_into(tangents[:, of], self.along[0][rows], self.along[1][of].mT)
+            elif self.tangent:
+                tangents[:, of] = 0
             chunk.statistics(
                 first,
                 of.stop - first,
@@ -189,19 +196,16 @@ class _Head:
                 **self.place,
             )
 
-    def _slopes(self, logits: Tensor, count: int) -> Tensor:
-        """g or ġ, which lie where the rows of logits were, in the operands' dtype."""
-        return logits.view(self.input.dtype)[:count, : self.classes]
-
-    def _back_to_input(self, rows: slice, main: Tensor, cross: Tensor | None) -> None:
+    def _back_to_input(self, rows: slice, main: Tensor, cross: Tensor) -> None:
+        """∂H of a chunk: ġW + gẆ, or gW."""
         assert self.grad_input is not None
-        both = cross is not None and self.weight_tangent is not None
+        both = self.cross and self.weight_tangent is not None
         if not both and self.scale is None:
             torch.mm(main, self.weight, out=self.grad_input[rows])
             return
         total = self._empty(rows.stop - rows.start, self.weight.shape[1])
         product_into(total, main, self.weight)
-        if cross is not None and self.weight_tangent is not None:
+        if self.cross and self.weight_tangent is not None:
             add_product(total, cross, self.weight_tangent)
         if self.scale is not None:
             total /= self.scale

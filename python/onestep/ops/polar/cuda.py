@@ -49,19 +49,28 @@ class _Inverse:
         # [[A₁, B], [Bᵀ, A₂]]: W = A₁⁻¹B, S = A₂ − BᵀW; the inverse is [[A₁⁻¹ + WS⁻¹Wᵀ, −WS⁻¹], [.., S⁻¹]].
         cut = -(-n // (2 * _MOST_INVERSE_ORDER)) * _MOST_INVERSE_ORDER
         B = A[:, :cut, cut:]
-        first = torch.empty_like(A[:, :cut, :cut], memory_format=torch.contiguous_format)
+        first, W = A.new_empty(len(A), cut, cut), A.new_empty(len(A), cut, n - cut)
         self(A[:, :cut, :cut], first, offset)
-        W = self._product(first, B)
-        self(A[:, cut:, cut:] - self._product(B.mT, W), inverse[:, cut:, cut:], offset + cut)
-        border = self._product(W, inverse[:, cut:, cut:])
-        inverse[:, :cut, :cut] = first + self._product(border, W.mT)
-        inverse[:, :cut, cut:] = -border
-        inverse[:, cut:, :cut] = -border.mT
+        self._multiply(W, first, B)
+        S = A.new_empty(len(A), n - cut, n - cut)
+        self._multiply(S, B.mT, W, plus=A[:, cut:, cut:], alpha=-1)
+        last, border = inverse[:, cut:, cut:], inverse[:, :cut, cut:]
+        self(S, last, offset + cut)
+        self._multiply(border, W, last, alpha=-1)
+        self._multiply(inverse[:, :cut, :cut], border, W.mT, plus=first, alpha=-1)
+        inverse[:, cut:, :cut] = border.mT
 
-    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+    def _multiply(self, out: Tensor, A: Tensor, B: Tensor, plus: Tensor | None = None, alpha: int = 1) -> None:
+        """out = plus + alpha·AB."""
         if self.in_parts and min(*A.shape[1:], B.shape[2]) >= _LEAST_SPLIT_ORDER:
-            return _in_parts(A, B)
-        return torch.bmm(A, B)
+            product = _in_parts(A, B)
+            if plus is None:
+                torch.mul(product, alpha, out=out)
+            else:
+                torch.add(plus, product, alpha=alpha, out=out)
+        else:
+            beta = 0 if plus is None else 1
+            torch.baddbmm(out if plus is None else plus, A, B, beta=beta, alpha=alpha, out=out)
 
     def _kernel(self, A: Tensor, inverse: Tensor, offset: int) -> None:
         _INVERSE[A.dtype](
