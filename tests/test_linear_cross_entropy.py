@@ -18,8 +18,8 @@ from onestep.ops import _cuda
 
 F64 = torch.float64
 
-# On CUDA the products are torch's: operands are rounded once more there, and bits depend on layout and, in emulation, on
-# threads. test_cuda_glm_lmhead_polar.py says what holds instead.
+# On CUDA the products are torch's: operands are rounded once more there, and bits depend on layout and, in emulation,
+# on threads. test_cuda_glm_lmhead_polar.py says what holds instead.
 cpu_kernels_only = pytest.mark.skipif(_cuda.EMULATED, reason="holds of the CPU kernels")
 
 
@@ -526,3 +526,10 @@ def test_bad_vector():
         linear_cross_entropy_ggnvp(input, weight, target, (input.float(), weight, bias), bias)
     with pytest.raises(ValueError, match="reduction is 'none'"):
         linear_cross_entropy_hvp(input, weight, target, (input, weight, bias), bias, reduction="none")
+
+
+@cpu_kernels_only
+def test_float16_needs_a_gpu():
+    input, weight = torch.randn(5, 3).half(), torch.randn(7, 3).half()
+    with pytest.raises(TypeError, match="input has dtype torch.float16; expected .* or on a GPU torch.float16"):
+        linear_cross_entropy(input, weight, torch.zeros(5, dtype=torch.int64))
