@@ -531,5 +531,5 @@ def test_bad_vector():
 @cpu_kernels_only
 def test_float16_needs_a_gpu():
     input, weight = torch.randn(5, 3).half(), torch.randn(7, 3).half()
-    with pytest.raises(TypeError, match="input has dtype torch.float16; expected .* or on a GPU torch.float16"):
+    with pytest.raises(TypeError, match=r"input has dtype torch\.float16; expected .* or on a GPU torch.float16"):
         linear_cross_entropy(input, weight, torch.zeros(5, dtype=torch.int64))
