@@ -51,7 +51,7 @@ def test_agrees_with_scikit_learn(load, C, fit_intercept):
     assert objective(ours, X, y) <= objective(theirs, X, y) * (1 + 1e-12)
     assert ours.coef_.shape == theirs.coef_.shape
     assert ours.intercept_.shape == np.shape(theirs.intercept_) or not fit_intercept
-    assert ours.n_iter_.shape == (1,) and ours.n_iter_[0] < 20
+    assert ours.n_iter_.shape == (1,) and ours.n_iter_[0] <= max(20, theirs.n_iter_[0])
     np.testing.assert_array_equal(ours.predict(X), theirs.predict(X))
     np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-4)
     np.testing.assert_allclose(np.exp(ours.predict_log_proba(X)), ours.predict_proba(X), rtol=1e-12)
@@ -83,10 +83,10 @@ def test_many_rows_by_conjugate_gradients(rng, classes, dtype):
 
 @pytest.mark.parametrize("largest", [4, 40])
 def test_preconditioners_of_many_parameters(monkeypatch, rng, largest):
-    """The blocks of the Hessian, or its diagonal, where the whole is too large to factor."""
-    monkeypatch.setattr(_newton, "_LARGEST_HESSIAN", 4)
-    monkeypatch.setattr(_newton, "_LARGEST_BLOCK", largest)
+    """The Hessian of one output, or its diagonal where that is too large to factor."""
+    monkeypatch.setattr(_newton, "_LARGEST_GRAM", largest)
     X, y = table(load_digits)
+    y = y > 4
     ours = LogisticRegression(tol=1e-7).fit(X[:, :20], y)
     theirs = linear_model.LogisticRegression(tol=1e-9, max_iter=10_000).fit(X[:, :20], y)
     assert objective(ours, X[:, :20], y) <= objective(theirs, X[:, :20], y) * (1 + 1e-9)
@@ -142,7 +142,7 @@ def test_separable_classes(rng, classes, quasi):
 
 def test_stopping_early_warns(rng):
     X, y = table(load_breast_cancer)
-    with pytest.warns(ConvergenceWarning, match="stopped after 1 Newton steps"):
+    with pytest.warns(ConvergenceWarning, match="stopped after 1 iterations"):
         LogisticRegression(C=100.0, max_iter=1).fit(X, y)
 
 

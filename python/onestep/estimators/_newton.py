@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,10 +27,14 @@ _ROWS_PER_PARAMETER = 16
 _SAMPLE_TOLERANCE = 1e-3
 _SAMPLE_STEPS = 15
 
-# The whole Hessian is factored up to the first size, for softmax a Gram matrix per pair of classes; its block for each
-# column of W up to the second; beyond, there is its diagonal.
-_LARGEST_HESSIAN = 256
-_LARGEST_BLOCK = 1024
+# The Hessian of several classes, a Gram matrix per pair of them, is assembled and factored up to this size.
+_LARGEST_HESSIAN = 1024
+# What onestep.solvers.multinomial takes instead: iterations, of so many operations each beside the passes; and steps.
+_FIRST_ORDER_STEPS = 100.0
+_FIRST_ORDER_OPERATIONS = 2e7
+_NEWTON_STEPS = 8.0
+# The Hessian of one output, a single Gram matrix, is factored up to this size; beyond, there is its diagonal.
+_LARGEST_GRAM = 1024
 
 # Relative residual of a step; the second where that brings the slopes to the goal.
 _CG_TOLERANCE = 0.03
@@ -57,14 +61,33 @@ _DECREMENT_MARGIN = 4.0
 _RUNAWAY_STEP = 0.1
 
 
+def newton_pays(n: int, shape: tuple[int, ...]) -> bool:
+    """Whether Newton's method with the whole Hessian of all classes is predicted to take less time than first order."""
+    size = math.prod(shape)
+    newton = _NEWTON_STEPS * (n * size**2 / 2 + size**3 / 3)
+    return size <= _LARGEST_HESSIAN and newton <= _FIRST_ORDER_STEPS * (4.0 * n * size + _FIRST_ORDER_OPERATIONS)
+
+
 @dataclass(frozen=True)
 class Minimum:
     """Where Newton's method ended; ``runaway``: there is no minimum, the loss falls for ever along a direction."""
 
     point: Point
-    steps: int
+    iterations: int
     converged: bool
     runaway: bool = False
+
+    @property
+    def V(self) -> Tensor:
+        return self.point.V
+
+    @property
+    def loss(self) -> float:
+        return self.point.loss
+
+    @property
+    def slope(self) -> float:
+        return self.point.slope
 
 
 def minimise(problem: Problem, shape: tuple[int, ...], warm: Tensor | None, *, tol: float, max_iter: int) -> Minimum:
@@ -80,14 +103,20 @@ def minimise(problem: Problem, shape: tuple[int, ...], warm: Tensor | None, *, t
     sample = levels[min(1, len(levels) - 1)]
     start, null_loss = (warm, math.inf) if warm is not None else problem.null(shape)
     if sample is problem or max_iter == 0:
-        return _newton(problem, sample, problem.at(start), tol, max_iter)
+        return _checked(_newton(problem, sample, problem.at(start), tol, max_iter))
     V, smaller = start, levels[-1]
     for level in reversed(levels[1:]):
         V = _newton(level, smaller, level.at(V), _SAMPLE_TOLERANCE, _SAMPLE_STEPS).point.V
         smaller = level
     near = problem.at(V)
     better = near.loss < (null_loss if warm is None else problem.at(start).loss)
-    return _newton(problem, sample, near if better else problem.at(start), tol, max_iter)
+    return _checked(_newton(problem, sample, near if better else problem.at(start), tol, max_iter))
+
+
+def _checked(found: Minimum) -> Minimum:
+    """Without a penalty, whether the minimum is one: see ``runaway_step``."""
+    unpenalised = found.converged and not found.runaway and found.point.problem.penalty == 0
+    return replace(found, runaway=True) if unpenalised and runaway_step(found.point) else found
 
 
 def _newton(problem: Problem, sample: Problem, point: Point, tol: float, max_iter: int) -> Minimum:
@@ -173,18 +202,14 @@ def _preconditioner(point: Point) -> _Preconditioner:
     problem, V = point.problem, point.V
     columns = V[:, None] if V.dim() == 1 else V
     penalties = problem.penalties(columns).expand_as(columns)
-    if V.numel() <= _LARGEST_HESSIAN:
+    if columns.shape[1] > 1:
         L, scale = _factor(_hessian(point, columns) / problem.total, penalties.flatten(), problem.X.dtype)
         return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
     curvature = point.model.diagonal_curvature()
-    if columns.shape[0] <= _LARGEST_BLOCK:
-        blocks = torch.stack([problem.coordinates.gram(problem.X, weight) for weight in curvature.unbind(1)])
-        L, scale = _factor(blocks / problem.total, penalties.mT, problem.X.dtype)
-
-        def solve_blocks(v: Tensor) -> Tensor:
-            return (scale * cholesky_solve((v.view(columns.shape).mT * scale)[..., None], L)[..., 0]).mT.reshape(-1)
-
-        return _Preconditioner(solve_blocks, columns.shape[1] == 1, columns.shape[1] == 1, problem)
+    if V.numel() <= _LARGEST_GRAM:
+        H = problem.coordinates.gram(problem.X, curvature[:, 0])
+        L, scale = _factor(H / problem.total, penalties.flatten(), problem.X.dtype)
+        return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
     diagonal = (problem.coordinates.squares(problem.X, curvature) / problem.total + penalties).flatten()
     # A feature that is zero in the sample: whatever scale the others have.
     diagonal = diagonal.clamp_min(diagonal.mean().item() * 1e-6 + torch.finfo(torch.float64).tiny)

@@ -20,8 +20,10 @@ from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import check_flag, give_back, to_numpy
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
-from onestep.estimators._newton import Minimum, minimise, runaway_step
-from onestep.estimators._problem import Coordinates, Problem, total_weight
+from onestep.estimators._newton import Minimum, minimise, newton_pays
+from onestep.estimators._problem import Problem, total_weight
+from onestep.solvers.coordinates import Coordinates
+from onestep.solvers.multinomial import DenseRows, Solution, solve_multinomial
 
 
 def _check_number(name: str, value: Any, *, integer: bool = False, positive: bool = False) -> Any:
@@ -45,7 +47,7 @@ class _GLM(LinearEstimator):
     # What to say where the loss has no minimum.
     _no_optimum: str
 
-    def _minimise(self, data: FitData, y: Tensor, family: str, penalty: float, outputs: int) -> Minimum:
+    def _minimise(self, data: FitData, y: Tensor, family: str, penalty: float, outputs: int) -> Tensor:
         intercept = check_flag("fit_intercept", self.fit_intercept)
         warm = check_flag("warm_start", self.warm_start)
         tol, max_iter = _check_number("tol", self.tol), _check_number("max_iter", self.max_iter, integer=True)
@@ -58,20 +60,25 @@ class _GLM(LinearEstimator):
         shape = (data.X.shape[1] + intercept, outputs) if family == "softmax" else (data.X.shape[1] + intercept,)
         start = self._start(data.X, shape) if warm else None
         start = None if start is None else coordinates.invert(start)
-        found = minimise(problem, shape, start, tol=tol, max_iter=max_iter)
-        if not math.isfinite(found.point.loss):
+        if family == "softmax" and not newton_pays(len(data.X), shape):
+            rows = DenseRows(problem.X, problem.y, weight, coordinates, outputs)
+            found: Minimum | Solution = solve_multinomial(rows, penalty, start, tol=tol, max_iter=max_iter)
+        else:
+            found = minimise(problem, shape, start, tol=tol, max_iter=max_iter)
+        if not math.isfinite(found.loss):
             self._explain_non_finite(data.X)
-        if penalty == 0 and (found.runaway or (found.converged and runaway_step(found.point))):
+        if found.runaway:
             raise ValueError(self._no_optimum)
         if not found.converged:
             warnings.warn(
-                f"{type(self).__name__} stopped after {found.steps} Newton steps (max_iter={self.max_iter}) with a "
-                f"largest slope of {found.point.slope:.2e}; expected at most tol={self.tol}, and a step that promises "
+                f"{type(self).__name__} stopped after {found.iterations} iterations (max_iter={self.max_iter}) with a "
+                f"largest slope of {found.slope:.2e}; expected at most tol={self.tol}, and a step that promises "
                 "little. Raise max_iter, penalise more, or pass float64.",
                 ConvergenceWarning,
                 stacklevel=4,
             )
-        return found
+        self.n_iter_ = found.iterations
+        return coordinates.weights(found.V, torch.float64)
 
     def _start(self, X: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """The coefficients of the last fit, if they fit this one."""
@@ -182,20 +189,19 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         data = self._weigh_classes(data, classes, indices)
         binary = len(classes) == 2
         labels = torch.from_numpy(indices)
-        found = self._minimise(
+        W = self._minimise(
             data,
             labels.to(data.X.dtype) if binary else labels,
             "logistic" if binary else "softmax",
             1.0 / (inverse_penalty * total_weight(data.X, data.weight)),
             len(classes),
         )
-        W = found.point.problem.coordinates.weights(found.point.V, torch.float64)
         # A shift common to all classes changes no probability; of all optima this is the symmetric one.
         W = (W if binary else W - W.mean(1, keepdim=True)).to(data.X.dtype)
         coef, intercept = self._weights(W)
         self.coef_ = give_back(coef.mT.contiguous(), tensors=data.tensors)
         self.intercept_ = give_back(intercept.clone(), tensors=data.tensors)
-        self.n_iter_ = np.array([found.steps], dtype=np.int32)
+        self.n_iter_ = np.array([self.n_iter_], dtype=np.int32)
         self.classes_ = torch.from_numpy(classes) if labels_as_tensor else classes
         return self
 
@@ -353,12 +359,10 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
             raise ValueError(f"y must not be negative, got {targets.min().item()}: some value(s) of y are out of range")
         if self.fit_intercept and not (targets if data.weight is None else targets * data.weight).any():
             raise ValueError("y is zero in every row, so that the intercept has no finite optimum")
-        found = self._minimise(data, targets, "poisson", penalty, 1)
-        W = found.point.problem.coordinates.weights(found.point.V, torch.float64).to(data.X.dtype)
-        coef, intercept = self._weights(W)
+        W = self._minimise(data, targets, "poisson", penalty, 1)
+        coef, intercept = self._weights(W.to(data.X.dtype))
         self.coef_ = give_back(coef[:, 0].clone(), tensors=data.tensors)
         self.intercept_ = give_back(intercept[0].clone(), tensors=data.tensors) if self.fit_intercept else 0.0
-        self.n_iter_ = found.steps
         return self
 
     @one_thread_after_fork()

@@ -1,0 +1,192 @@
+"""What the solver asks of the data: sums over the rows, in one pass over them each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onestep.curvature.glm import glm
+from onestep.solvers.coordinates import Coordinates
+
+# Bytes of a chunk's probabilities, which exist for one chunk of rows at a time.
+_CHUNK_BYTES = 32 << 20
+_LEAST_ROWS = 256
+# Rows of a chunk whose probabilities are looked at for their spread.
+_SPREAD_ROWS = 512
+# Means beyond so many standard deviations are taken off before X is rounded to float32.
+_FAR = 16.0
+# float32 halves the time of a product, but each pass converts X: it pays from so many classes on.
+_FLOAT_CLASSES = 16
+
+
+class Evaluation(NamedTuple):
+    """Sums over the rows at one V.
+
+    Attributes:
+        loss: the weighted mean of log Σ eᶻ - z_y.
+        gradient: its gradient with respect to V (p, k), float64.
+        slopes: its gradient with respect to W, for X's own columns (p, k), float64.
+        spread: the mean over classes and some rows of P(1 - P), by which the Hessian is about spread · ZᵀZ/n.
+    """
+
+    loss: float
+    gradient: Tensor
+    slopes: Tensor
+    spread: float
+
+
+class Rows(Protocol):
+    """Rows of features with their labels. V is (p, k): d columns and one of ones, if there is an intercept."""
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Of the columns."""
+
+    @property
+    def count(self) -> int:
+        """n."""
+
+    @property
+    def classes(self) -> int:
+        """k."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """X's."""
+
+    @property
+    def shares(self) -> Tensor:
+        """The weighted share of each class (k,), float64."""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a pass that is not precise takes less time."""
+
+    def evaluate(self, V: Tensor, *, precise: bool) -> Evaluation:
+        """One pass; in X's own type if ``precise``, else float32 may do."""
+
+    def gram(self, step: int) -> Tensor:
+        """The weighted mean of zzᵀ (p, p) over every step-th row, float64."""
+
+    def squares(self) -> Tensor:
+        """The weighted means of z² (p,), float64."""
+
+    def movement(self, direction: Tensor) -> float:
+        """How far a step (p, k) moves the scores of any row with weight, less what it moves all of its scores."""
+
+    def sampled(self, step: int) -> Rows | None:
+        """Every step-th row, or None where the rows cannot be sampled."""
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """X (n, d) in memory, read in place.
+
+    Attributes:
+        X: (n, d) float32 or float64, any strides.
+        y: (n,) int64 class numbers, or (n, k) probabilities in X's dtype.
+        weight: (n,) in X's dtype, >= 0, or None for ones.
+        coordinates: of X's columns.
+        classes: k.
+    """
+
+    X: Tensor
+    y: Tensor
+    weight: Tensor | None
+    coordinates: Coordinates
+    classes: int
+
+    @property
+    def count(self) -> int:
+        return len(self.X)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.X.dtype
+
+    @property
+    def mixed(self) -> bool:
+        return self.X.dtype == torch.float64 and self.classes >= _FLOAT_CLASSES
+
+    @cached_property
+    def _far(self) -> bool:
+        """Whether a column is so far from zero that float32 would hurt, or its size out of float32's range."""
+        shift, scale = self.coordinates.shift, self.coordinates.scale
+        odd = (shift.abs() > _FAR * scale) | (scale > 1e6) | (scale < 1e-6)
+        return bool(odd.numpy().any())
+
+    @cached_property
+    def total(self) -> float:
+        return float(self.count if self.weight is None else self.weight.numpy().sum(dtype=np.float64))
+
+    @cached_property
+    def shares(self) -> Tensor:
+        weight = None if self.weight is None else self.weight.numpy()
+        if self.y.dim() == 1:
+            return torch.from_numpy(np.bincount(self.y.numpy(), weight, self.classes) / self.total)
+        return torch.from_numpy(np.average(self.y.numpy().astype(np.float64), axis=0, weights=weight))
+
+    def evaluate(self, V: Tensor, *, precise: bool) -> Evaluation:
+        intercept = self.coordinates.intercept
+        narrow = self.mixed and not precise
+        centred = narrow and self._far
+        dtype = torch.float32 if narrow else self.X.dtype
+        W = V.float() if centred else self.coordinates.weights(V, dtype)
+        loss, spread, looked_at = 0.0, 0.0, 0
+        gradient = torch.zeros_like(V)
+        for rows in self._chunks(dtype):
+            X, y, weight = self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows]
+            if narrow:
+                # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
+                X = X.sub(self.coordinates.shift).div_(self.coordinates.scale).float() if centred else X.float()
+                y, weight = y.float() if y.dim() == 2 else y, None if weight is None else weight.float()
+            point = glm(X, y, W, "softmax", weight=weight, intercept=intercept)
+            loss += point.loss.item()
+            gradient += point.grad
+            some = point.output_curvature()[:: max(1, len(X) // _SPREAD_ROWS)].numpy()
+            spread += len(some) - float(np.square(some).sum(dtype=np.float64))
+            looked_at += len(some)
+        gradient /= self.total
+        if centred:
+            slopes = self.coordinates.push_forward(gradient)
+        else:
+            slopes, gradient = gradient, self.coordinates.pull_back(gradient)
+        return Evaluation(loss / self.total, gradient, slopes, spread / (looked_at * self.classes))
+
+    def movement(self, direction: Tensor) -> float:
+        W = self.coordinates.weights(direction, self.X.dtype)
+        most = 0.0
+        for rows in self._chunks(self.X.dtype):
+            moved = self.X[rows] @ W[:-1] + W[-1] if self.coordinates.intercept else self.X[rows] @ W
+            moved -= moved.mean(1, keepdim=True)
+            if self.weight is not None:
+                moved[self.weight[rows] == 0] = 0
+            most = max(most, moved.abs().max().item())
+        return most
+
+    def _chunks(self, dtype: torch.dtype) -> Iterator[slice]:
+        size = torch.finfo(dtype).bits // 8
+        width = max(self.classes, self.X.shape[1] if self.mixed else 0)
+        step = max(_LEAST_ROWS, _CHUNK_BYTES // (size * width))
+        return (slice(start, min(start + step, self.count)) for start in range(0, self.count, step))
+
+    def gram(self, step: int) -> Tensor:
+        X, weight = self.X[::step], None if self.weight is None else self.weight[::step]
+        weight = X.new_ones(1).expand(len(X)) if weight is None else weight
+        total = float(weight.numpy().sum(dtype=np.float64))
+        return self.coordinates.gram(X, weight) / max(total, torch.finfo(torch.float64).tiny)
+
+    def squares(self) -> Tensor:
+        weight = self.X.new_ones(1).expand(self.count) if self.weight is None else self.weight
+        return self.coordinates.squares(self.X, weight[:, None])[:, 0] / self.total
+
+    def sampled(self, step: int) -> DenseRows | None:
+        weight = None if self.weight is None else self.weight[::step]
+        sample = replace(self, X=self.X[::step], y=self.y[::step], weight=weight)
+        return sample if sample.total > 0 else None

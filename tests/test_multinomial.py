@@ -1,0 +1,153 @@
+"""The multinomial solver: minima that scikit-learn's Newton method agrees on, for shapes and features of many kinds."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+from sklearn import linear_model
+
+from onestep import LogisticRegression
+from onestep.estimators import glm as estimator
+from onestep.solvers.coordinates import Coordinates
+from onestep.solvers.multinomial import DenseRows, rows, solve, solve_multinomial
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+@pytest.fixture(autouse=True)
+def no_newton(monkeypatch):
+    """Small problems take this solver, too."""
+    monkeypatch.setattr(estimator, "newton_pays", lambda n, shape: False)
+
+
+def draw(rng, n, d, k, spread=0.0, offset=0.0):
+    X = rng.normal(size=(n, d)) @ np.linalg.qr(rng.normal(size=(d, d)))[0]
+    y = (X @ rng.normal(size=(d, k)) * 2 / np.sqrt(d) + rng.gumbel(size=(n, k))).argmax(1)
+    y[:k] = np.arange(k)
+    return X * np.logspace(0, spread, d) + offset, y
+
+
+def objective(W, b, X, y, C, weight=1.0):
+    scores = X.astype(np.float64) @ np.asarray(W, dtype=np.float64).T + b
+    losses = logsumexp(scores, axis=1) - scores[np.arange(len(y)), y]
+    return C * np.sum(weight * losses) + 0.5 * np.square(W, dtype=np.float64).sum()
+
+
+def minimum(X, y, C, fit_intercept=True, weight=None):
+    """By scikit-learn's Newton method, on columns of like scale where there is no penalty to speak of."""
+    model = linear_model.LogisticRegression(C=C, solver="newton-cholesky", tol=1e-11, fit_intercept=fit_intercept)
+    model.fit(X.astype(np.float64), y, weight)
+    return objective(model.coef_, model.intercept_, X, y, C, 1.0 if weight is None else weight)
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "k", "spread", "C"),
+    [
+        (600, 5, 3, 0.0, 1.0),
+        (400, 20, 15, 2.0, 10.0),
+        (1500, 8, 20, 0.0, 0.1),
+        (60, 80, 4, 0.0, 1.0),
+        (900, 1, 6, 3.0, 1.0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_reaches_the_minimum(rng, n, d, k, spread, C, dtype):
+    X, y = draw(rng, n, d, k, spread)
+    X = X.astype(dtype)
+    least = minimum(X, y, C)
+    model = LogisticRegression(C=C, max_iter=1000).fit(X, y)
+    assert objective(model.coef_, model.intercept_, X, y, C) <= least * (1 + 1e-5)
+    if dtype == np.float64:
+        model = LogisticRegression(C=C, max_iter=2000, tol=1e-9).fit(X, y)
+        assert objective(model.coef_, model.intercept_, X, y, C) <= least * (1 + 1e-10)
+        np.testing.assert_allclose(model.intercept_.sum(), 0, atol=1e-8)
+
+
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_weights_and_far_columns(rng, fit_intercept):
+    X, y = draw(rng, 500, 6, 20, offset=1000.0 if fit_intercept else 0.0)
+    weight = rng.uniform(0.1, 3.0, size=len(X)) * (np.arange(len(X)) >= 20)
+    weight[:20] = 0.5
+    least = minimum(X - X.mean(0) if fit_intercept else X, y, 1.0, fit_intercept, weight)
+    model = LogisticRegression(fit_intercept=fit_intercept, tol=1e-8, max_iter=1000).fit(X, y, weight)
+    # 1000 in each column costs the scores three digits.
+    assert objective(model.coef_, model.intercept_, X, y, 1.0, weight) <= least * (1 + 1e-7)
+
+
+def test_samples_are_starts(rng, monkeypatch):
+    """Many rows: the iterations over all of them are few, and the result is that of all rows."""
+    X, y = draw(rng, 20_000, 6, 12)
+    coordinates = Coordinates.of(torch.from_numpy(X), None, intercept=True)
+    data = DenseRows(torch.from_numpy(X), torch.from_numpy(y), None, coordinates, 12)
+    with_samples = solve_multinomial(data, 1e-4, None, tol=1e-6, max_iter=200)
+    monkeypatch.setattr(solve, "_samples", lambda rows: [])
+    without = solve_multinomial(data, 1e-4, None, tol=1e-6, max_iter=200)
+    assert with_samples.loss == pytest.approx(without.loss, rel=1e-7)
+    assert with_samples.passes < without.passes
+    assert with_samples.converged and without.converged
+
+
+def test_soft_labels(rng):
+    """Probabilities as labels: the same as rows repeated with the probabilities as weights."""
+    X, _ = draw(rng, 200, 5, 4)
+    P = rng.dirichlet(np.ones(4), size=200)
+    x = torch.from_numpy(X)
+    coordinates = Coordinates.of(x, None, intercept=True)
+    soft = solve_multinomial(
+        DenseRows(x, torch.from_numpy(P), None, coordinates, 4), 0.01, None, tol=1e-9, max_iter=500
+    )
+    repeated = DenseRows(
+        x.repeat_interleave(4, dim=0), torch.arange(4).repeat(200), torch.from_numpy(4 * P.ravel()), coordinates, 4
+    )
+    hard = solve_multinomial(repeated, 0.01, None, tol=1e-9, max_iter=500)
+    assert soft.loss == pytest.approx(hard.loss, rel=1e-10)
+    torch.testing.assert_close(
+        soft.V - soft.V.mean(1, keepdim=True), hard.V - hard.V.mean(1, keepdim=True), atol=1e-6, rtol=0
+    )
+
+
+def test_the_same_for_any_number_of_threads_and_chunks(rng, monkeypatch, restore_threads):
+    X, y = draw(rng, 3000, 12, 20)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(LogisticRegression().fit(X, y).coef_)
+    np.testing.assert_array_equal(*results)
+    monkeypatch.setattr(rows, "_CHUNK_BYTES", 20_000)
+    np.testing.assert_allclose(LogisticRegression().fit(X, y).coef_, results[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_with_and_without_the_factor(rng, monkeypatch, limit):
+    monkeypatch.setattr(solve, "_LARGEST_FACTOR", limit)
+    X, y = draw(rng, 500, 10, 8, spread=1.0)
+    model = LogisticRegression(max_iter=1000).fit(X, y)
+    assert objective(model.coef_, model.intercept_, X, y, 1.0) <= minimum(X, y, 1.0) * (1 + 1e-5)
+
+
+def test_separable_classes(rng):
+    X = rng.normal(size=(90, 3))
+    y = np.digitize(X[:, 0], [-0.5, 0.0, 0.5])
+    with pytest.raises(ValueError, match="a plane separates the classes"):
+        LogisticRegression(C=np.inf).fit(X, y)
+    overlapping = rng.integers(0, 4, size=90)
+    model = LogisticRegression(C=np.inf, tol=1e-6).fit(X, overlapping)
+    least = minimum(X, overlapping, 1e10)
+    assert objective(model.coef_, model.intercept_, X, overlapping, 1e10) <= least * (1 + 1e-6)
+
+
+def test_warm_start(rng):
+    X, y = draw(rng, 500, 6, 20)
+    model = LogisticRegression(warm_start=True).fit(X, y)
+    first = model.n_iter_[0]
+    assert first > 5 and model.fit(X, y).n_iter_[0] <= 2
+
+
+def test_features_that_are_not_finite(rng):
+    X, y = draw(rng, 100, 6, 20)
+    X[3, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        LogisticRegression().fit(X, y)
