@@ -48,14 +48,17 @@ inline __device__ int64_t offset_of(const int64_t* batch_strides, int64_t head_s
     return offset;
 }
 
-// An operand of one head.
+// An operand of one head; `head` elements further is the next head's.
 template <class T>
 struct HeadRows {
     const T* data = nullptr;
     int64_t row = 0;
+    int64_t head = 0;
 
     __device__ __forceinline__ explicit operator bool() const { return data != nullptr; }
-    __device__ __forceinline__ const T* at(int64_t index) const { return data + index * row; }
+    __device__ __forceinline__ const T* at(int64_t index, int64_t member = 0) const {
+        return data + member * head + index * row;
+    }
 };
 
 template <class T>
@@ -65,37 +68,37 @@ __device__ __forceinline__ HeadRows<T> rows_of(const AttentionOperand& operand, 
         return {};
     }
     return {static_cast<const T*>(operand.data) + offset_of(operand.batch, operand.head, batch, problem, head),
-            operand.row};
+            operand.row, operand.head};
 }
 
-// A mask of one head.
+// A mask of one head. Strides are read from the arguments, in constant memory, which takes no registers.
 template <class T>
 struct HeadMask {
     using Acc = Accumulator<T>;
-    MaskKind kind = MaskKind::none;
+    const AttentionMask& mask;
     const void* data = nullptr;
-    int64_t row = 0;
-    int64_t col = 0;
 
-    __device__ __forceinline__ HeadMask(const AttentionMask& mask, const BatchShape& batch, int64_t problem,
+    __device__ __forceinline__ HeadMask(const AttentionMask& mask_, const BatchShape& batch, int64_t problem,
                                         int64_t head)
-        : kind(mask.kind), row(mask.row), col(mask.col) {
-        if (kind != MaskKind::none) {
-            const int64_t size = kind == MaskKind::boolean    ? 1
-                                 : kind == MaskKind::additive ? static_cast<int64_t>(sizeof(T))
-                                                              : static_cast<int64_t>(sizeof(float));
+        : mask(mask_) {
+        if (mask.kind != MaskKind::none) {
+            const int64_t size = mask.kind == MaskKind::boolean    ? 1
+                                 : mask.kind == MaskKind::additive ? static_cast<int64_t>(sizeof(T))
+                                                                   : static_cast<int64_t>(sizeof(float));
             data = static_cast<const char*>(mask.data) + size * offset_of(mask.batch, mask.head, batch, problem, head);
         }
     }
 
-    // What is added to the score of query i and key j; −∞: the key is hidden.
-    __device__ __forceinline__ Acc value(int64_t i, int64_t j) const {
-        const int64_t at = i * row + j * col;
-        if (kind == MaskKind::boolean) {
+    __device__ __forceinline__ explicit operator bool() const { return mask.kind != MaskKind::none; }
+
+    // What is added to the score of query i and key j, `member` heads further; −∞: the key is hidden.
+    __device__ __forceinline__ Acc value(int64_t member, int64_t i, int64_t j) const {
+        const int64_t at = member * mask.head + i * mask.row + j * mask.col;
+        if (mask.kind == MaskKind::boolean) {
             return static_cast<const uint8_t*>(data)[at] != 0 ? Acc(0) : -std::numeric_limits<Acc>::infinity();
         }
-        return kind == MaskKind::additive ? static_cast<Acc>(to_float(static_cast<const T*>(data)[at]))
-                                          : static_cast<Acc>(static_cast<const float*>(data)[at]);
+        return mask.kind == MaskKind::additive ? static_cast<Acc>(to_float(static_cast<const T*>(data)[at]))
+                                               : static_cast<Acc>(static_cast<const float*>(data)[at]);
     }
 };
 
@@ -125,13 +128,12 @@ struct HeadScores {
 
     // Whether all of the keys first_key … first_key + count − 1 exist and are seen by all queries from first_query on.
     __device__ __forceinline__ bool all_seen(int first_query, int first_key, int count) const {
-        return mask.kind == MaskKind::none && mask_tangent.kind == MaskKind::none && first_key + count <= keys &&
-               (!causal || first_key + count - 1 <= first_query);
+        return !mask && !mask_tangent && first_key + count <= keys && (!causal || first_key + count - 1 <= first_query);
     }
 
     // log₂ of exp(score), −∞ for a hidden key; `tangent` is the score's. Checked: the key may be hidden.
     template <bool Checked>
-    __device__ __forceinline__ Acc exponent(Acc product, int i, int j, Acc subtract) const {
+    __device__ __forceinline__ Acc exponent(Acc product, int i, int j, Acc subtract, int member = 0) const {
         if constexpr (!Checked) {
             return product * scale_log2 - subtract;
         } else {
@@ -139,19 +141,19 @@ struct HeadScores {
                 return -std::numeric_limits<Acc>::infinity();
             }
             Acc result = product * scale_log2 - subtract;
-            if (mask.kind != MaskKind::none) {
-                result += mask.value(i, j) * static_cast<Acc>(kLog2E);
+            if (mask) {
+                result += mask.value(member, i, j) * static_cast<Acc>(kLog2E);
             }
             return result;
         }
     }
 
     template <bool Checked>
-    __device__ __forceinline__ Acc tangent(Acc product, int i, int j) const {
+    __device__ __forceinline__ Acc tangent(Acc product, int i, int j, int member = 0) const {
         Acc result = product * scale;
         if constexpr (Checked) {
-            if (mask_tangent.kind != MaskKind::none && i < queries && j < keys) {
-                result += mask_tangent.value(i, j);
+            if (mask_tangent && i < queries && j < keys) {
+                result += mask_tangent.value(member, i, j);
             }
         }
         return result;

@@ -105,9 +105,10 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         Acc unused[kM][kN][4];
         clear(weights);
         clear(unused);
+        Products::prepare(weights, unused);
         Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(weights, unused, q_tile, no_tile, k_tile,
                                                                               no_tile, warp_row);
-        Products::finish();
+        Products::finish(weights, unused);
         const bool seen = scores.all_seen(first + warp_row, key, Sizes::kInner);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -115,16 +116,23 @@ __global__ void __launch_bounds__(Sizes::kThreads)
             for (int half = 0; half < 2; ++half) {
                 const int query = first + warp_row + 16 * m + lane.row + 8 * half;
                 Acc highest = most[m][half];
+                const auto each_score = [&](auto checked) {
 #pragma unroll
-                for (int n = 0; n < kN; ++n) {
+                    for (int n = 0; n < kN; ++n) {
 #pragma unroll
-                    for (int odd = 0; odd < 2; ++odd) {
-                        Acc& score = weights[m][n][2 * half + odd];
-                        score =
-                            seen ? scores.template exponent<false>(score, 0, 0, Acc(0))
-                                 : scores.template exponent<true>(score, query, key + 8 * n + lane.col + odd, Acc(0));
-                        highest = max(highest, score);
+                        for (int odd = 0; odd < 2; ++odd) {
+                            Acc& score = weights[m][n][2 * half + odd];
+                            score = scores.template exponent<decltype(checked)::value>(
+                                score, query, key + 8 * n + lane.col + odd, Acc(0));
+                            highest = max(highest, score);
+                        }
                     }
+                };
+                // One branch around all elements, so that they are computed beside each other.
+                if (seen) {
+                    each_score(std::false_type());
+                } else {
+                    each_score(std::true_type());
                 }
                 highest = max_of_row(highest);
                 const Acc reference = highest == -kInfinity ? Acc(0) : highest;
@@ -150,7 +158,6 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         }
         Products::template multiply_weights<kM, kN, Sizes::kInner>(acc, weights, k_tile + Sizes::kInnerTile, unused,
                                                                    no_tile);
-        Products::finish();
     });
 
 #pragma unroll
@@ -261,32 +268,35 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         Acc weights[kM][kN][4];
         clear(p);
         clear(weights);
+        Products::prepare(p, weights);
         Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(
             p, weights, q_tile, q_tangent ? q_tile + Sizes::kOwnTile : nullptr, k_tile,
             k_tangent ? k_tangent_tile : nullptr, warp_row);
-        Products::finish();
+        Products::finish(p, weights);
         const bool seen = scores.all_seen(first + warp_row, key, Sizes::kInner);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int query = first + warp_row + 16 * m + lane.row + 8 * half;
+                const auto each_score = [&](auto checked) {
+                    constexpr bool kChecked = decltype(checked)::value;
 #pragma unroll
-                for (int n = 0; n < kN; ++n) {
+                    for (int n = 0; n < kN; ++n) {
 #pragma unroll
-                    for (int odd = 0; odd < 2; ++odd) {
-                        const int at = 2 * half + odd;
-                        if (seen) {
-                            p[m][n][at] =
-                                power_of_two(scores.template exponent<false>(p[m][n][at], 0, 0, lse2[m][half]));
-                            weights[m][n][at] = scores.template tangent<false>(weights[m][n][at], 0, 0);
-                        } else {
+                        for (int odd = 0; odd < 2; ++odd) {
+                            const int at = 2 * half + odd;
                             const int other = key + 8 * n + lane.col + odd;
-                            p[m][n][at] =
-                                power_of_two(scores.template exponent<true>(p[m][n][at], query, other, lse2[m][half]));
-                            weights[m][n][at] = scores.template tangent<true>(weights[m][n][at], query, other);
+                            p[m][n][at] = power_of_two(
+                                scores.template exponent<kChecked>(p[m][n][at], query, other, lse2[m][half]));
+                            weights[m][n][at] = scores.template tangent<kChecked>(weights[m][n][at], query, other);
                         }
                     }
+                };
+                if (seen) {
+                    each_score(std::false_type());
+                } else {
+                    each_score(std::true_type());
                 }
                 if (block == 0) {
                     Acc sum = Acc(0);
@@ -316,7 +326,6 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         }
         Products::template multiply_weights<kM, kN, Sizes::kInner>(acc, weights, v_tile, p,
                                                                    v_tangent ? v_tangent_tile : nullptr);
-        Products::finish();
     });
 
     const HeadRows<T> primal_out = rows_of<T>(problem.primal.out, batch, place.index, place.head);

@@ -97,10 +97,10 @@ struct GradientSide {
 
     // Into four tiles that follow each other, in the order above.
     template <class Products, int Rows, int Threads>
-    __device__ __forceinline__ void load(T* to, int first, int rows, int d, int dv) const {
+    __device__ __forceinline__ void load(T* to, int member, int first, int rows, int d, int dv) const {
         const auto load_one = [&](const HeadRows<T>& from, int cols) {
             if (from) {
-                load_tile<Products, Rows, Threads>(to, from.at(first), from.row, rows - first, cols);
+                load_tile<Products, Rows, Threads>(to, from.at(first, member), from.row, rows - first, cols);
             }
             to += Rows * Products::kRowElements;
         };
@@ -138,14 +138,17 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     const int warp_row = warp_index() * 16 * kM;
     const int group_first = first + warp_row / Sizes::kGroupRows * Sizes::kGroupRows;
     const int group_last = group_first + Sizes::kGroupRows - 1;
-    const auto query_head = [&](int member) { return kQueries ? place.head : place.head * group + member; };
-    const auto score_head = [&](int member) { return HeadScores<T>(problem, place.index, query_head(member)); };
+    // The first query head that takes part, and the head of the other side that goes with it.
+    const int64_t query_head = kQueries ? place.head : place.head * group;
+    const int64_t other_head = kQueries ? place.head / group : query_head;
+    const HeadScores<T> scores(problem, place.index, query_head);
     const int queries = static_cast<int>(problem.queries);
     const int keys = static_cast<int>(problem.keys);
 
     const GradientSide<T> own(problem, kQueries, tangents, place.index, place.head);
-    own.template load<Products, Sizes::kRows, Sizes::kThreads>(own_tiles, first, static_cast<int>(own_rows), problem.d,
-                                                               problem.dv);
+    own.template load<Products, Sizes::kRows, Sizes::kThreads>(own_tiles, 0, first, static_cast<int>(own_rows),
+                                                               problem.d, problem.dv);
+    const GradientSide<T> side(problem, !kQueries, tangents, place.index, other_head);
 
     // Blocks of the other side that have seen scores: [begin, end).
     int begin = 0;
@@ -162,13 +165,11 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     const auto load = [&](int step, int stage) {
         const int member = kQueries ? 0 : step / blocks;
         const int other = (begin + (kQueries ? step : step % blocks)) * kInner;
-        const int64_t head = kQueries ? place.head / group : query_head(member);
-        const GradientSide<T> side(problem, !kQueries, tangents, place.index, head);
-        side.template load<Products, kInner, Sizes::kThreads>(inner + stage * kInnerTiles, other,
+        side.template load<Products, kInner, Sizes::kThreads>(inner + stage * kInnerTiles, member, other,
                                                               kQueries ? keys : queries, problem.d, problem.dv);
         if constexpr (!kQueries) {
             constexpr int kChunks = static_cast<int>(sizeof(Terms)) / 16;
-            const int64_t flat = place.index * problem.heads + head;
+            const int64_t flat = place.index * problem.heads + query_head + member;
             const char* const from = reinterpret_cast<const char*>(terms + flat * queries + other);
             char* const into = reinterpret_cast<char*>(inner_terms + stage * kInner);
             for (int chunk = static_cast<int>(threadIdx.x); chunk < kInner * kChunks; chunk += Sizes::kThreads) {
@@ -207,14 +208,13 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         const auto own_tile = [&](const HeadRows<T>& rows, int which) -> const T* {
             return rows ? own_tiles + which * Sizes::kOwnTile : nullptr;
         };
-        // Whether the other side has a tangent is the same for all heads.
-        const AttentionTensors& tangent = problem.tangent;
-        const bool has_x = tangents && (kQueries ? tangent.k : tangent.q).data != nullptr;
-        const bool has_y = tangents && (kQueries ? tangent.v : tangent.grad).data != nullptr;
+        const auto other_tile = [&](const HeadRows<T>& rows, int which) -> const T* {
+            return rows ? tiles + which * Sizes::kInnerTile : nullptr;
+        };
         const T* const other_x = tiles;
-        const T* const other_x_tangent = has_x ? tiles + Sizes::kInnerTile : nullptr;
+        const T* const other_x_tangent = other_tile(side.x_tangent, 1);
         const T* const other_y = tiles + 2 * Sizes::kInnerTile;
-        const T* const other_y_tangent = has_y ? tiles + 3 * Sizes::kInnerTile : nullptr;
+        const T* const other_y_tangent = other_tile(side.y_tangent, 3);
 
         // P, Ṗ, dS and dṠ, at first the products that they are made of.
         Acc p[kM][kN][4];
@@ -225,54 +225,76 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         clear(p_tangent);
         clear(ds);
         clear(ds_tangent);
+        Products::prepare(p, p_tangent, ds, ds_tangent);
         Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(
             p, p_tangent, own_tile(own.x, 0), own_tile(own.x_tangent, 1), other_x, other_x_tangent, warp_row);
         Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(
             ds, ds_tangent, own_tile(own.y, 2), own_tile(own.y_tangent, 3), other_y, other_y_tangent, warp_row);
-
-        Products::finish();
-        const HeadScores<T> scores = score_head(member);
-        const bool seen = kQueries ? scores.all_seen(warp_first, other, kInner)
-                                   : other + kInner <= queries && scores.all_seen(other, warp_first, 16 * kM);
+        Products::finish(p, p_tangent, ds, ds_tangent);
+        // One branch around all elements, so that they are computed beside each other.
+        const auto each_element = [&](auto checked, auto with_tangents) {
+            constexpr bool kChecked = decltype(checked)::value;
+            constexpr bool kTangents = decltype(with_tangents)::value;
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
+            for (int m = 0; m < kM; ++m) {
 #pragma unroll
-            for (int n = 0; n < kN; ++n) {
+                for (int n = 0; n < kN; ++n) {
 #pragma unroll
-                for (int at = 0; at < 4; ++at) {
-                    const int own_row = warp_first + 16 * m + lane.row + 8 * (at / 2);
-                    const int column = 8 * n + lane.col + at % 2;
-                    const int query = kQueries ? own_row : other + column;
-                    const int key = kQueries ? other + column : own_row;
-                    Terms row;
-                    if constexpr (kQueries) {
-                        row = own_terms[m][at / 2];
-                    } else {
-                        row = inner_terms[stage * kInner + column];
-                    }
-                    const Acc product = p[m][n][at];
-                    const Acc weight =
-                        power_of_two(seen ? scores.template exponent<false>(product, 0, 0, row.lse2)
-                                          : scores.template exponent<true>(product, query, key, row.lse2));
-                    const Acc centred = ds[m][n][at] - row.delta;
-                    p[m][n][at] = weight;
-                    ds[m][n][at] = weight * centred;
-                    if (tangents) {
-                        const Acc score = seen ? scores.template tangent<false>(p_tangent[m][n][at], 0, 0)
-                                               : scores.template tangent<true>(p_tangent[m][n][at], query, key);
-                        const Acc weight_tangent = weight * (score - row.mean);
-                        p_tangent[m][n][at] = weight_tangent;
-                        ds_tangent[m][n][at] =
-                            weight_tangent * centred + weight * (ds_tangent[m][n][at] - row.delta_tangent);
-                    } else {
-                        p_tangent[m][n][at] = weight;
-                        ds_tangent[m][n][at] = ds[m][n][at];
-                    }
-                    if (kQueries && kX && to.scores != nullptr && query < queries && key < keys) {
-                        to.scores[(place.flat * queries + query) * problem.keys + key] = ds_tangent[m][n][at];
+                    for (int odd = 0; odd < 2; ++odd) {
+                        const int column = 8 * n + lane.col + odd;
+                        Terms row;
+                        if constexpr (!kQueries) {
+                            row = inner_terms[stage * kInner + column];
+                        }
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const int at = 2 * half + odd;
+                            const int own_row = warp_first + 16 * m + lane.row + 8 * half;
+                            const int query = kQueries ? own_row : other + column;
+                            const int key = kQueries ? other + column : own_row;
+                            if constexpr (kQueries) {
+                                row = own_terms[m][half];
+                            }
+                            const Acc weight = power_of_two(
+                                scores.template exponent<kChecked>(p[m][n][at], query, key, row.lse2, member));
+                            const Acc centred = ds[m][n][at] - row.delta;
+                            p[m][n][at] = weight;
+                            ds[m][n][at] = weight * centred;
+                            if constexpr (kTangents) {
+                                const Acc score =
+                                    scores.template tangent<kChecked>(p_tangent[m][n][at], query, key, member);
+                                const Acc weight_tangent = weight * (score - row.mean);
+                                p_tangent[m][n][at] = weight_tangent;
+                                ds_tangent[m][n][at] =
+                                    weight_tangent * centred + weight * (ds_tangent[m][n][at] - row.delta_tangent);
+                            } else {
+                                p_tangent[m][n][at] = weight;
+                                ds_tangent[m][n][at] = ds[m][n][at];
+                            }
+                            if constexpr (kChecked && kQueries && kX) {
+                                // It is wanted for a mask alone, and with a mask all blocks are checked.
+                                if (to.scores != nullptr && query < queries && key < keys) {
+                                    to.scores[(place.flat * queries + query) * problem.keys + key] =
+                                        ds_tangent[m][n][at];
+                                }
+                            }
+                        }
                     }
                 }
             }
+        };
+        const bool seen = kQueries ? scores.all_seen(warp_first, other, kInner)
+                                   : other + kInner <= queries && scores.all_seen(other, warp_first, 16 * kM);
+        if (seen) {
+            if (tangents) {
+                each_element(std::false_type(), std::true_type());
+            } else {
+                each_element(std::false_type(), std::false_type());
+            }
+        } else if (tangents) {
+            each_element(std::true_type(), std::true_type());
+        } else {
+            each_element(std::true_type(), std::false_type());
         }
         if constexpr (kX) {
             Products::template multiply_weights<kM, kN, Sizes::kInner>(x_grad, ds_tangent, other_x, ds,
@@ -281,7 +303,6 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         if constexpr (kY) {
             Products::template multiply_weights<kM, kN, Sizes::kInner>(y_grad, p_tangent, other_y, p, other_y_tangent);
         }
-        Products::finish();
     });
     const int64_t row = first + warp_row;
     if constexpr (kX) {

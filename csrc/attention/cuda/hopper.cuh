@@ -27,7 +27,18 @@ struct HopperProducts {
 
     static __device__ __forceinline__ void publish() { publish_to_wgmma(); }
 
-    static __device__ __forceinline__ void finish() { wgmma_wait(); }
+    // All accumulators of products that are under way together are named, or the compiler serializes the products.
+    template <class... Accs>
+    static __device__ __forceinline__ void prepare(Accs&... accs) {
+        (wgmma_hold(accs[0]), ...);
+        wgmma_fence();
+    }
+    template <class... Accs>
+    static __device__ __forceinline__ void finish(Accs&... accs) {
+        wgmma_commit();
+        wgmma_wait();
+        (wgmma_hold(accs[0]), ...);
+    }
 
     // A step of depth of `rows` rows from `row` on.
     template <int Rows>
@@ -47,9 +58,6 @@ struct HopperProducts {
                 wgmma<T, 8 * N, false>(to, step<OwnRows>(left, group_row, depth), step<Inner>(right, 0, depth));
             }
         };
-        wgmma_hold(acc[0]);
-        wgmma_hold(acc_tangent[0]);
-        wgmma_fence();
         add(acc[0], a, b);
         if (a_tangent != nullptr) {
             add(acc_tangent[0], a_tangent, b);
@@ -57,9 +65,6 @@ struct HopperProducts {
         if (b_tangent != nullptr) {
             add(acc_tangent[0], a, b_tangent);
         }
-        wgmma_commit();
-        wgmma_hold(acc[0]);
-        wgmma_hold(acc_tangent[0]);
     }
 
     template <int M, int N, int Inner>

@@ -6,11 +6,12 @@
 
 namespace onestep::cuda {
 
+// Two blocks of one warp group on a multiprocessor: while one waits for tensor cores or memory, the other computes.
 template <class T, int D>
 struct HopperSizes {
-    using Forward = BlockSizes<HopperProducts<T, D>, 1, 8, 64, 2>;
-    using Queries = BlockSizes<HopperProducts<T, D>, 1, 8, D == 64 ? 64 : 32, 2>;
-    using Keys = BlockSizes<HopperProducts<T, D>, 1, 8, D == 64 ? 64 : 32, 2>;
+    using Forward = BlockSizes<HopperProducts<T, D>, 1, 4, 64, D == 64 ? 2 : 1>;
+    using Queries = BlockSizes<HopperProducts<T, D>, 1, 4, D == 64 ? 64 : 32, D == 64 ? 2 : 1>;
+    using Keys = Queries;
     static constexpr bool kApart = false;
 };
 

@@ -50,8 +50,11 @@ struct PaddedTiles {
     }
     // Before a barrier, so that copies are seen by products.
     static __device__ __forceinline__ void publish() {}
-    // Until accumulators are complete.
-    static __device__ __forceinline__ void finish() {}
+    // Around multiply_rows: accumulators are set before prepare, and complete after finish.
+    template <class... Accs>
+    static __device__ __forceinline__ void prepare(Accs&...) {}
+    template <class... Accs>
+    static __device__ __forceinline__ void finish(Accs&...) {}
 };
 
 // The dynamic shared memory from where tiles start; one kAlignment more than their size is asked for if that is not
@@ -74,13 +77,28 @@ __device__ __forceinline__ void load_tile(typename Products::T* tile, const type
     constexpr int kEach = 16 / static_cast<int>(sizeof(typename Products::T));
     constexpr int kChunks = Products::kD / kEach;
     static_assert(Products::kD % kEach == 0);
-#pragma unroll 4
-    for (int index = static_cast<int>(threadIdx.x); index < Rows * kChunks; index += Threads) {
-        const int row = index / kChunks;
-        const int col = index % kChunks * kEach;
+    const int thread = static_cast<int>(threadIdx.x);
+    const auto copy = [&](int row, int col, const typename Products::T* source) {
         const bool there = row < rows && col < cols;
-        cp_async<16>(Products::template at<Rows>(tile, row, col), there ? from + row * row_stride + col : from,
-                     there ? 16 : 0);
+        cp_async<16>(Products::template at<Rows>(tile, row, col), there ? source : from, there ? 16 : 0);
+    };
+    if constexpr (Threads % kChunks == 0 && Rows * kChunks % Threads == 0) {
+        // A thread stays in its columns.
+        constexpr int kStep = Threads / kChunks;
+        const int col = thread % kChunks * kEach;
+        const typename Products::T* source = from + thread / kChunks * row_stride + col;
+#pragma unroll 4
+        for (int row = thread / kChunks; row < Rows; row += kStep) {
+            copy(row, col, source);
+            source += kStep * row_stride;
+        }
+    } else {
+#pragma unroll 4
+        for (int index = thread; index < Rows * kChunks; index += Threads) {
+            const int row = index / kChunks;
+            const int col = index % kChunks * kEach;
+            copy(row, col, from + row * row_stride + col);
+        }
     }
 }
 

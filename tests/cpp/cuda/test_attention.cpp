@@ -272,10 +272,10 @@ Results expected(const Inputs& inputs) {
     const int64_t key_rows = c.problems * c.kv_heads * c.keys;
     args.out = sized(results.out, rows * c.dv);
     args.lse = sized(results.lse, rows);
-    reference::attention_forward(args);
+    check(reference::attention_forward(args) == Status::ok, c.name() + ": reference");
     args.out = sized(results.out_tangent, rows * c.dv);
     args.lse = sized(results.lse_tangent, rows);
-    reference::attention_jvp(args);
+    check(reference::attention_jvp(args) == Status::ok, c.name() + ": reference");
     const auto gradients = [&](auto& q, auto& k, auto& v, auto& mask) {
         args.q_grad = sized(q, rows * c.d);
         args.k_grad = sized(k, key_rows * c.d);
@@ -289,9 +289,9 @@ Results expected(const Inputs& inputs) {
         }
     };
     gradients(results.q_grad, results.k_grad, results.v_grad, results.mask_grad);
-    reference::attention_backward(args);
+    check(reference::attention_backward(args) == Status::ok, c.name() + ": reference");
     gradients(results.q_tangent, results.k_tangent, results.v_tangent, results.mask_tangent);
-    reference::attention_backward_jvp(args);
+    check(reference::attention_backward_jvp(args) == Status::ok, c.name() + ": reference");
     return results;
 }
 
