@@ -171,11 +171,15 @@ def measure(report: Report, batch: int, heads: int, length: int, d: int, dtype: 
         "backward_jvp": tangent_of_backward,
         "hvp": lambda: hessian_product(scaled_dot_product_attention, grad, operands, tangents, **options),
         "both": lambda: func.jvp(lambda *x: scaled_dot_product_attention(*x, **options), operands, tangents),
+        "default_forward_backward": lambda: torch.autograd.grad(
+            F.scaled_dot_product_attention(*recorded, **options), recorded, grad
+        ),
     }
     if half:
         calls |= {"jvp_mma": plain(jvp), "backward_jvp_mma": plain(tangent_of_backward)}
     times = interleaved(calls)
     # Multiplications and additions of one product of T × T × D, of which a causal mask leaves half.
+    print(*kernels_of(calls["hvp"]).items(), sep="\n", flush=True)
     product = 2 * batch * heads * length * length * d * (0.5 if causal else 1)
     name = f"B {batch} H {heads} T {length} D {d} {dtype} {'causal' if causal else 'full'}"
     report.row(
@@ -188,6 +192,18 @@ def measure(report: Report, batch: int, heads: int, length: int, d: int, dtype: 
         hvp_added_mib=added_bytes(calls["hvp"]) / 2**20,
         gradient_added_mib=added_bytes(forward_and_backward) / 2**20,
     )
+
+
+def kernels_of(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of each kernel of one call, by the profiler."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return {
+        event.key.replace("onestep::cuda::", "")[:150]: round(event.device_time_total / 1e3, 3)
+        for event in sorted(profile.key_averages(), key=lambda event: -event.device_time_total)[:8]
+    }
 
 
 def measure_math(report: Report, heads: int, length: int, d: int) -> None:
@@ -219,7 +235,7 @@ def main() -> None:
     report = Report("attention", options.out)
     good = [check(report, dtype, "cuda") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     measure(report, 1, 16, 8192, 128, torch.bfloat16, True)
-    measure_math(report, 16, 2048, 128)
+    measure_math(report, 16, 4096, 128)
     if not options.quick:
         measure(report, 1, 16, 8192, 64, torch.bfloat16, True)
         measure(report, 8, 12, 1024, 64, torch.bfloat16, True)

@@ -48,30 +48,29 @@ inline __device__ int64_t offset_of(const int64_t* batch_strides, int64_t head_s
     return offset;
 }
 
-// An operand of one head; `head` elements further is the next head's.
+// An operand of one head, null if it is absent. Strides are read from the arguments, in constant memory, which takes no
+// registers.
 template <class T>
 struct HeadRows {
+    const AttentionOperand& operand;
     const T* data = nullptr;
-    int64_t row = 0;
-    int64_t head = 0;
 
-    __device__ __forceinline__ explicit operator bool() const { return data != nullptr; }
+    __device__ __forceinline__ HeadRows(const AttentionOperand& operand_, const BatchShape& batch, int64_t problem,
+                                        int64_t head)
+        : operand(operand_) {
+        if (operand.data != nullptr) {
+            data = static_cast<const T*>(operand.data) + offset_of(operand.batch, operand.head, batch, problem, head);
+        }
+    }
+
+    __device__ __forceinline__ explicit operator bool() const { return operand.data != nullptr; }
+    // Row `index` of the head that is `member` heads further.
     __device__ __forceinline__ const T* at(int64_t index, int64_t member = 0) const {
-        return data + member * head + index * row;
+        return data + member * operand.head + index * operand.row;
     }
 };
 
-template <class T>
-__device__ __forceinline__ HeadRows<T> rows_of(const AttentionOperand& operand, const BatchShape& batch,
-                                               int64_t problem, int64_t head) {
-    if (operand.data == nullptr) {
-        return {};
-    }
-    return {static_cast<const T*>(operand.data) + offset_of(operand.batch, operand.head, batch, problem, head),
-            operand.row, operand.head};
-}
-
-// A mask of one head. Strides are read from the arguments, in constant memory, which takes no registers.
+// A mask of one head.
 template <class T>
 struct HeadMask {
     using Acc = Accumulator<T>;

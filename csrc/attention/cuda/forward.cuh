@@ -67,21 +67,22 @@ __global__ void __launch_bounds__(Sizes::kThreads)
 
     const BlockPlace place(problem.heads, problem.queries, Sizes::kRows, problem.causal);
     const int64_t kv_head = place.head / (problem.heads / problem.kv_heads);
-    const HeadRows<T> q = rows_of<T>(problem.primal.q, problem.batch, place.index, place.head);
-    const HeadRows<T> k = rows_of<T>(problem.primal.k, problem.batch, place.index, kv_head);
-    const HeadRows<T> v = rows_of<T>(problem.primal.v, problem.batch, place.index, kv_head);
+    const HeadRows<T> q(problem.primal.q, problem.batch, place.index, place.head);
+    const HeadRows<T> k(problem.primal.k, problem.batch, place.index, kv_head);
+    const HeadRows<T> v(problem.primal.v, problem.batch, place.index, kv_head);
     const HeadScores<T> scores(problem, place.index, place.head);
     const int first = place.first_row;
     const int warp_row = warp_index() * 16 * kM;
     const int group_last = first + warp_row / Sizes::kGroupRows * Sizes::kGroupRows + Sizes::kGroupRows - 1;
 
-    load_tile<Products, Sizes::kRows, Sizes::kThreads>(q_tile, q.at(first), q.row, scores.queries - first, problem.d);
+    load_tile<Products, Sizes::kRows, Sizes::kThreads>(q_tile, q.at(first), q.operand.row, scores.queries - first,
+                                                       problem.d);
     const auto load = [&](int block, int stage) {
         const int key = block * Sizes::kInner;
         T* const to = inner + stage * 2 * Sizes::kInnerTile;
-        load_tile<Products, Sizes::kInner, Sizes::kThreads>(to, k.at(key), k.row, scores.keys - key, problem.d);
-        load_tile<Products, Sizes::kInner, Sizes::kThreads>(to + Sizes::kInnerTile, v.at(key), v.row, scores.keys - key,
-                                                            problem.dv);
+        load_tile<Products, Sizes::kInner, Sizes::kThreads>(to, k.at(key), k.operand.row, scores.keys - key, problem.d);
+        load_tile<Products, Sizes::kInner, Sizes::kThreads>(to + Sizes::kInnerTile, v.at(key), v.operand.row,
+                                                            scores.keys - key, problem.dv);
     };
 
     Acc acc[kM][kD / 8][4];
@@ -201,12 +202,12 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     const BatchShape& batch = problem.batch;
     const BlockPlace place(problem.heads, problem.queries, Sizes::kRows, problem.causal);
     const int64_t kv_head = place.head / (problem.heads / problem.kv_heads);
-    const HeadRows<T> q = rows_of<T>(problem.primal.q, batch, place.index, place.head);
-    const HeadRows<T> k = rows_of<T>(problem.primal.k, batch, place.index, kv_head);
-    const HeadRows<T> v = rows_of<T>(problem.primal.v, batch, place.index, kv_head);
-    const HeadRows<T> q_tangent = rows_of<T>(problem.tangent.q, batch, place.index, place.head);
-    const HeadRows<T> k_tangent = rows_of<T>(problem.tangent.k, batch, place.index, kv_head);
-    const HeadRows<T> v_tangent = rows_of<T>(problem.tangent.v, batch, place.index, kv_head);
+    const HeadRows<T> q(problem.primal.q, batch, place.index, place.head);
+    const HeadRows<T> k(problem.primal.k, batch, place.index, kv_head);
+    const HeadRows<T> v(problem.primal.v, batch, place.index, kv_head);
+    const HeadRows<T> q_tangent(problem.tangent.q, batch, place.index, place.head);
+    const HeadRows<T> k_tangent(problem.tangent.k, batch, place.index, kv_head);
+    const HeadRows<T> v_tangent(problem.tangent.v, batch, place.index, kv_head);
     const HeadScores<T> scores(problem, place.index, place.head);
     const int first = place.first_row;
     const int warp_row = warp_index() * 16 * kM;
@@ -214,8 +215,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
 
     const auto load_own = [&](const HeadRows<T>& from, T* to) {
         if (from) {
-            load_tile<Products, Sizes::kRows, Sizes::kThreads>(to, from.at(first), from.row, scores.queries - first,
-                                                               problem.d);
+            load_tile<Products, Sizes::kRows, Sizes::kThreads>(to, from.at(first), from.operand.row,
+                                                               scores.queries - first, problem.d);
         }
     };
     load_own(q, q_tile);
@@ -225,8 +226,8 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         T* to = inner + stage * 4 * Sizes::kInnerTile;
         const auto load_inner = [&](const HeadRows<T>& from, int cols) {
             if (from) {
-                load_tile<Products, Sizes::kInner, Sizes::kThreads>(to, from.at(key), from.row, scores.keys - key,
-                                                                    cols);
+                load_tile<Products, Sizes::kInner, Sizes::kThreads>(to, from.at(key), from.operand.row,
+                                                                    scores.keys - key, cols);
             }
             to += Sizes::kInnerTile;
         };
@@ -328,7 +329,7 @@ __global__ void __launch_bounds__(Sizes::kThreads)
                                                                    v_tangent ? v_tangent_tile : nullptr);
     });
 
-    const HeadRows<T> primal_out = rows_of<T>(problem.primal.out, batch, place.index, place.head);
+    const HeadRows<T> primal_out(problem.primal.out, batch, place.index, place.head);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(128) attention_row_terms_kernel(const __grid_c
     const int64_t flat = row / problem.queries;
     const int64_t query = row % problem.queries;
     const auto line = [&](const AttentionOperand& operand) {
-        const HeadRows<T> rows = rows_of<T>(operand, problem.batch, flat / problem.heads, flat % problem.heads);
+        const HeadRows<T> rows(operand, problem.batch, flat / problem.heads, flat % problem.heads);
         return rows ? rows.at(query) : nullptr;
     };
     const T* const out = line(problem.primal.out);
@@ -81,33 +81,32 @@ enum class Own { queries, keys };
 template <class T>
 struct GradientSide {
     HeadRows<T> x, x_tangent, y, y_tangent;
+    bool tangents;
 
-    __device__ __forceinline__ GradientSide(const AttentionProblem& problem, bool queries, bool tangents, int64_t index,
-                                            int64_t head) {
-        const auto rows = [&](const AttentionOperand& operand) {
-            return rows_of<T>(operand, problem.batch, index, head);
-        };
-        x = rows(queries ? problem.primal.q : problem.primal.k);
-        y = rows(queries ? problem.primal.grad : problem.primal.v);
-        if (tangents) {
-            x_tangent = rows(queries ? problem.tangent.q : problem.tangent.k);
-            y_tangent = rows(queries ? problem.tangent.grad : problem.tangent.v);
-        }
-    }
+    __device__ __forceinline__ GradientSide(const AttentionProblem& problem, bool queries, bool tangents_,
+                                            int64_t index, int64_t head)
+        : x(queries ? problem.primal.q : problem.primal.k, problem.batch, index, head),
+          x_tangent(queries ? problem.tangent.q : problem.tangent.k, problem.batch, index, head),
+          y(queries ? problem.primal.grad : problem.primal.v, problem.batch, index, head),
+          y_tangent(queries ? problem.tangent.grad : problem.tangent.v, problem.batch, index, head),
+          tangents(tangents_) {}
+
+    __device__ __forceinline__ bool has_x_tangent() const { return tangents && x_tangent; }
+    __device__ __forceinline__ bool has_y_tangent() const { return tangents && y_tangent; }
 
     // Into four tiles that follow each other, in the order above.
     template <class Products, int Rows, int Threads>
     __device__ __forceinline__ void load(T* to, int member, int first, int rows, int d, int dv) const {
-        const auto load_one = [&](const HeadRows<T>& from, int cols) {
-            if (from) {
-                load_tile<Products, Rows, Threads>(to, from.at(first, member), from.row, rows - first, cols);
+        const auto load_one = [&](const HeadRows<T>& from, bool there, int cols) {
+            if (there) {
+                load_tile<Products, Rows, Threads>(to, from.at(first, member), from.operand.row, rows - first, cols);
             }
             to += Rows * Products::kRowElements;
         };
-        load_one(x, d);
-        load_one(x_tangent, d);
-        load_one(y, dv);
-        load_one(y_tangent, dv);
+        load_one(x, true, d);
+        load_one(x_tangent, has_x_tangent(), d);
+        load_one(y, true, dv);
+        load_one(y_tangent, has_y_tangent(), dv);
     }
 };
 
@@ -205,16 +204,12 @@ __global__ void __launch_bounds__(Sizes::kThreads)
             return;
         }
         const T* const tiles = inner + stage * kInnerTiles;
-        const auto own_tile = [&](const HeadRows<T>& rows, int which) -> const T* {
-            return rows ? own_tiles + which * Sizes::kOwnTile : nullptr;
-        };
-        const auto other_tile = [&](const HeadRows<T>& rows, int which) -> const T* {
-            return rows ? tiles + which * Sizes::kInnerTile : nullptr;
-        };
+        const T* const own_x_tangent = own.has_x_tangent() ? own_tiles + Sizes::kOwnTile : nullptr;
+        const T* const own_y_tangent = own.has_y_tangent() ? own_tiles + 3 * Sizes::kOwnTile : nullptr;
         const T* const other_x = tiles;
-        const T* const other_x_tangent = other_tile(side.x_tangent, 1);
+        const T* const other_x_tangent = side.has_x_tangent() ? tiles + Sizes::kInnerTile : nullptr;
         const T* const other_y = tiles + 2 * Sizes::kInnerTile;
-        const T* const other_y_tangent = other_tile(side.y_tangent, 3);
+        const T* const other_y_tangent = side.has_y_tangent() ? tiles + 3 * Sizes::kInnerTile : nullptr;
 
         // P, Ṗ, dS and dṠ, at first the products that they are made of.
         Acc p[kM][kN][4];
@@ -226,10 +221,10 @@ __global__ void __launch_bounds__(Sizes::kThreads)
         clear(ds);
         clear(ds_tangent);
         Products::prepare(p, p_tangent, ds, ds_tangent);
+        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(p, p_tangent, own_tiles, own_x_tangent,
+                                                                              other_x, other_x_tangent, warp_row);
         Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(
-            p, p_tangent, own_tile(own.x, 0), own_tile(own.x_tangent, 1), other_x, other_x_tangent, warp_row);
-        Products::template multiply_rows<kM, kN, Sizes::kRows, Sizes::kInner>(
-            ds, ds_tangent, own_tile(own.y, 2), own_tile(own.y_tangent, 3), other_y, other_y_tangent, warp_row);
+            ds, ds_tangent, own_tiles + 2 * Sizes::kOwnTile, own_y_tangent, other_y, other_y_tangent, warp_row);
         Products::finish(p, p_tangent, ds, ds_tangent);
         // One branch around all elements, so that they are computed beside each other.
         const auto each_element = [&](auto checked, auto with_tangents) {

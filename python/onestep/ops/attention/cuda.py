@@ -1,8 +1,9 @@
-"""Scaled dot-product attention on CUDA: torch's flash kernels where they fit, and csrc/attention/cuda.
+"""Scaled dot-product attention on CUDA: torch's fused kernels where they fit, and csrc/attention/cuda.
 
-Values and gradients of bfloat16 and float16 without a mask are computed by torch's flash attention (``flash_fits`` says
-where), everything else by our kernels: masks, float32, other lengths, and all tangents. Sizes that no kernel takes run
-as the formulas in torch's ops, at O(T²) memory; ``path`` says which of the three runs, and why.
+Values and gradients of bfloat16 and float16 without a mask are computed by torch's flash attention, or on Hopper and
+later by cuDNN's, which is up to twice as fast (``flash_fits`` says where). Everything else is computed by our kernels:
+masks, float32, other lengths, and all tangents. Sizes that no kernel takes run as the formulas in torch's ops, at O(T²)
+memory; ``path`` says which of the three runs, and why.
 
 Results have the dtype of q, and L is float64. Our kernels add up in a fixed order: the same call gives the same bits.
 torch's gradient does so where ``torch.use_deterministic_algorithms`` asks for it.
@@ -212,7 +213,23 @@ def _take(results: tuple[Tensor, ...], computed: tuple[Tensor, ...]) -> None:
 # ------------------------------------------------------------------------------------------------- values and tangents
 
 
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _prefers_cudnn(q: Tensor, sizes: Sizes) -> bool:
+    """Whether cuDNN's kernels run instead of flash attention's; both give L as the natural logarithm."""
+    return (
+        sizes.heads == sizes.kv_heads
+        and sizes.d <= 128
+        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and torch.backends.cudnn.is_available()
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    if _prefers_cudnn(q, sizes):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        return out, lse.double().view(out.shape[:-1])
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse.double()
 
@@ -221,7 +238,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     sizes = schema.check_operands(q, k, v, mask)
     if not flash_fits(q, k, v, mask, scale, causal, sizes):
-        return _flash_forward(q, k, v, scale, causal)
+        return _flash_forward(q, k, v, scale, causal, sizes)
     if kernel_fits(q, sizes):
         return formula_forward(q, k, v, mask, scale, causal)
     out, lse = schema.empty_outputs(sizes, q)
@@ -281,27 +298,43 @@ def _attention_and_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    sizes: Sizes,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor]
+    lengths = (q.shape[-2], k.shape[-2])
     # Without dropout nothing is drawn; the state of the generator is an empty argument.
+    if _prefers_cudnn(q, sizes):
+        state = torch.empty((), dtype=torch.int64, device=q.device)
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse.float().unsqueeze(-1),
+            state,
+            state,
+            None,
+            None,
+            None,
+            *lengths,
+            0.0,
+            causal,
+            scale=scale,
+        )
+        return grads
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward.default(
-        grad.to(q.dtype),
-        q,
-        k,
-        v,
-        out.to(q.dtype),
-        lse.float(),
-        None,
-        None,
-        q.shape[-2],
-        k.shape[-2],
-        0.0,
-        causal,
-        state,
-        unused,
-        scale=scale,
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_backward.default(
+        grad, q, k, v, out, lse.float(), None, None, *lengths, 0.0, causal, state, unused, scale=scale
     )
     return grads
 
@@ -363,7 +396,7 @@ def _attention_backward(
         and not flash_fits(q, k, v, mask, scale, causal, sizes)
         and grad.shape == out.shape == q.shape
     ):
-        grads = _flash_backward(grad, q, k, v, out, lse, scale, causal)
+        grads = _flash_backward(grad.to(q.dtype), q, k, v, out.to(q.dtype), lse, scale, causal, sizes)
         return *grads, q.new_empty((*sizes.batch, 0), dtype=sizes.dtype)
     if kernel_fits(q, sizes):
         return formula_backward(grad, grad_lse, q, k, v, mask, scale, causal, mask_grad)
