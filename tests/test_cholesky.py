@@ -9,7 +9,7 @@ import torch
 from cases import ORDERS, assert_as_accurate, assert_bitwise
 from torch import Tensor
 
-from onestep.linalg import cholesky, cholesky_ex, cholesky_solve, solve_spd, solve_spd_ex
+from onestep.linalg import cholesky, cholesky_ex, cholesky_solve, solve_spd, solve_spd_ex, spd
 
 # A batch for small orders, so that packs are filled with and without a tail; single matrices are blocked from 65 on.
 SIZES = [(d, batch) for d in ORDERS for batch in ((), (11,)) if not (batch and d > 100)]
@@ -285,3 +285,28 @@ def test_inputs_are_not_modified(dtype):
         assert_bitwise(A, A_before)
         assert_bitwise(B, B_before)
         assert_bitwise(L, L_before)
+
+
+# ------------------------------------------------------------------------------------------- one solve with a fall-back
+
+
+def test_spd_factor_scales_solves_and_tells_what_is_singular():
+    """One rule for all callers: a pivot of 8 ε of the rows' dtype, after scaling to a unit diagonal."""
+    root = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    units = torch.tensor([1e-9, 1.0, 1e7, 1.0, 1e-3, 1e4], dtype=torch.float64)
+    A = (root @ root.T + 6 * torch.eye(6, dtype=torch.float64)) * units * units[:, None]
+    B = torch.randn(6, 2, dtype=torch.float64)
+    good = spd.factor(A)
+    assert good.succeeded
+    assert good.first_singular(torch.float64) == -1
+    torch.testing.assert_close(good.solve(B), torch.linalg.solve(A, B), rtol=1e-9, atol=0.0)
+    # Column 3 repeats column 1 up to a part δ of its square: noise for float32 rows, not for float64 ones.
+    for delta, found in ((1e-7, {torch.float32: 3, torch.float64: -1}), (1e-16, {torch.float32: 3, torch.float64: 3})):
+        near = torch.eye(5, dtype=torch.float64)
+        near[3, 1] = near[1, 3] = 1.0
+        near[3, 3] = 1.0 + delta
+        assert {dtype: spd.factor(near).first_singular(dtype) for dtype in found} == found
+    zero = torch.eye(3, dtype=torch.float64)
+    zero[1, 1] = 0.0
+    assert (spd.factor(zero).zero, spd.factor(zero).succeeded) == (1, False)
+    assert spd.factor(-zero + 2 * torch.ones(3, 3)).first_singular(torch.float64) == 1

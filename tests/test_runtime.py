@@ -130,6 +130,7 @@ def test_info():
         "torch": str,
         "cuda_build": str,
         "cuda_devices": list,
+        "cuda_driver": str,
     }
     assert facts["version"] == onestep.__version__
     assert facts["torch"] == torch.__version__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -47,9 +48,11 @@ def info() -> dict[str, str | int | list[str]]:
     Returns:
         A dict with ``version``, ``cpu_target``, ``cpu_targets_supported``, ``threads`` (torch's setting),
         ``thread_source`` (``"torch"``: torch's own pool; ``"serial"``: this torch has no C shim to share it),
-        ``torch``, ``cuda_build`` and ``cuda_devices``.
+        ``torch``; ``cuda_build`` (onestep's CUDA kernels: built or not, for which architectures, emulated),
+        ``cuda_devices`` (the name and compute capability of each) and ``cuda_driver`` (its version, or "none").
     """
     from onestep import __version__
+    from onestep.ops import cuda_build
 
     return {
         "version": __version__,
@@ -58,6 +61,22 @@ def info() -> dict[str, str | int | list[str]]:
         "threads": torch.get_num_threads(),
         "thread_source": _native.thread_source(),
         "torch": str(torch.__version__),
-        "cuda_build": "none (CPU kernels only)",
-        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda_build": cuda_build(),
+        "cuda_devices": [_described(index) for index in range(torch.cuda.device_count())],
+        "cuda_driver": _driver_version(),
     }
+
+
+def _described(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
+
+
+def _driver_version() -> str:
+    """The NVIDIA kernel driver's version; its own file says it without starting CUDA in this process."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "none"
+    found = re.search(r"Kernel Module\D*([\d.]+)", text)
+    return found[1] if found else "unknown"

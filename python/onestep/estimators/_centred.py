@@ -12,12 +12,12 @@ from torch import Tensor
 
 import onestep.linalg as linalg
 from onestep.linalg.constant_columns import constant_columns
+from onestep.linalg.spd import LEAST_RCOND
 
 EPS = torch.finfo(torch.float64).eps
 
-# Cholesky on the normal equations loses EPS/rcond, and rcond is the square of X's own. Down to this it keeps at least
-# half the digits of fp64, 2e-8, and with them all of fp32.
-MIN_RCOND = 1e-8
+# Down to this reciprocal condition Cholesky on float64 sums is accurate enough.
+MIN_RCOND = LEAST_RCOND
 
 # The same for a Gram summed in fp32: it is off by about three ulps, of which this rcond makes 1e-5 of the solution.
 _FLOAT_GRAM_FLOOR = 3 * torch.finfo(torch.float32).eps / 1e-5

@@ -10,8 +10,8 @@ from scipy.linalg import LinAlgWarning
 from scipy.linalg.lapack import dpocon
 from torch import Tensor
 
-import onestep.linalg as linalg
 from onestep.estimators._centred import EPS, MIN_RCOND, Centred, Primal, blocks, wide
+from onestep.linalg import spd
 
 
 class Solution(NamedTuple):
@@ -56,22 +56,14 @@ def solve_ridge(X: Tensor, Y: Tensor, weight: Tensor | None, alpha: Tensor, *, f
 def solve_spd(A: Tensor, B: Tensor, min_rcond: float) -> Tensor | None:
     """A⁻¹B by Cholesky, or None where A's reciprocal condition, after scaling, is under `min_rcond`.
 
-    A is scaled to a unit diagonal first, which is within a factor d of the best scaling there is (van der Sluis 1969),
-    so features in different units do no harm. The condition is LAPACK's estimate (dpocon).
+    A is scaled to a unit diagonal first (see ``onestep.linalg.spd``). The condition is LAPACK's estimate (dpocon).
     """
-    diagonal = A.diagonal()
-    if not bool((diagonal > 0).all()):
-        return None
-    scale = diagonal.rsqrt()[:, None]
-    scaled = A * scale * scale.mT
-    L, info = linalg.cholesky_ex(scaled)
-    if int(info) != 0:
+    factor = spd.factor(A)
+    if not factor.succeeded:
         return None
     # Row-major L is column-major Lᵀ, the upper factor that dpocon reads in place.
-    rcond, _ = dpocon(L.contiguous().mT.numpy(), scaled.abs().sum(dim=0).max().item(), uplo="U")
-    if not rcond >= min_rcond:
-        return None
-    return scale * linalg.cholesky_solve(scale * B, L)
+    rcond, _ = dpocon(factor.L.contiguous().mT.numpy(), factor.scaled.abs().sum(dim=0).max().item(), uplo="U")
+    return factor.solve(B) if rcond >= min_rcond else None
 
 
 def _primal(primal: Primal, targets: Tensor, alpha: float) -> Tensor | None:

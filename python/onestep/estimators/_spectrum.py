@@ -15,6 +15,7 @@ from torch import Tensor
 
 from onestep.estimators._centred import EPS, MIN_RCOND, Centred, Primal, blocks, wide
 from onestep.estimators._solve import from_dual, kernel, triangular
+from onestep.linalg.spd import eigenvalues_are_accurate
 
 
 class Spectrum(Protocol):
@@ -52,7 +53,7 @@ class PrimalSpectrum:
         self._intercept = _intercept_leverage(self.centred, fit_intercept)
         for gram, cross, floor in primal.candidates():
             values, V = torch.linalg.eigh(gram)
-            if _well_conditioned(values, smallest_alpha, floor):
+            if eigenvalues_are_accurate(values, smallest_alpha, floor):
                 self.path = "eigh"
                 self._values, self._V, self._target = values.clamp_(min=0), V, V.mT @ cross
                 break
@@ -103,7 +104,7 @@ class DualSpectrum:
         K = kernel(centred)
         self._moved = K.diagonal().mean() if fit_intercept else torch.zeros((), dtype=torch.float64)
         values, U = torch.linalg.eigh(K.addr_(q, q, alpha=self._moved.item()))
-        if _well_conditioned(values, smallest_alpha, MIN_RCOND):
+        if eigenvalues_are_accurate(values, smallest_alpha, MIN_RCOND):
             self.path = "dual_eigh"
             self._values, self._U = values.clamp_(min=0), U
         else:
@@ -155,8 +156,3 @@ def _intercept_leverage(centred: Centred, fit_intercept: bool) -> Tensor:
     if centred.weight is None:
         return torch.full((n,), 1.0 / n, dtype=torch.float64)
     return centred.weight.double() / centred.weight.sum(dtype=torch.float64)
-
-
-def _well_conditioned(values: Tensor, smallest_alpha: float, floor: float) -> bool:
-    """Whether eigenvalues, each off by a little of the largest, are accurate next to the smallest penalty."""
-    return bool(values[0] + smallest_alpha >= floor * (values[-1] + smallest_alpha))

@@ -11,19 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onestep.linalg import spd
 from onestep.linalg._arguments import floating
-from onestep.linalg._cholesky import cholesky_ex, cholesky_solve
 from onestep.linalg._normal import Moments, moments
 from onestep.linalg.constant_columns import without_constants
+from onestep.ops import normal
 from onestep.ops.operands import LinAlgError
 
 _DTYPES = (torch.float32, torch.float64)
-
-# As in csrc/normal/kernels.hpp: less of a pivot's diagonal element than this many epsilons is rounding noise.
-_SINGULAR_EPSILONS = 8
-
-# An eigenvalue is off by a few epsilons of the largest: down to this ratio that leaves half the digits of float64.
-_LEAST_RATIO = 1e-8
 
 
 class LinearSolution(NamedTuple):
@@ -57,7 +52,7 @@ class NormalEquations:
         intercept: whether to fit an intercept, which is not penalised.
         dtype: torch.float32 or torch.float64, of the rows that are read in place and of the solutions; None for torch's
             default. The sums are float64 in any case.
-        device: "cpu", where onestep's kernels run.
+        device: where the rows and the sums are. Checking a chunk for NaN, and solving, wait for a GPU.
 
     Attributes:
         count: rows seen, those of weight 0 included.
@@ -92,12 +87,12 @@ class NormalEquations:
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         if self.dtype not in _DTYPES:
             raise TypeError(f"dtype is {self.dtype}; expected torch.float32 or torch.float64")
-        if str(device) != "cpu":
-            raise ValueError(f"device is {device}; expected 'cpu': onestep's kernels run on the CPU")
-        self.device = torch.device("cpu")
+        sums = torch.zeros(self._numel(), dtype=torch.float64, device=_device(device))
+        # With its index, as tensors have it.
+        self.device = sums.device
         self.count = 0
         # Replaced as a whole and never written into, so that an update is there in full or not at all.
-        self._sums = self._split(torch.zeros(self._numel(), dtype=torch.float64))
+        self._sums = self._split(sums)
 
     def __repr__(self) -> str:
         return f"NormalEquations({self._described()}, dtype={self.dtype}, count={self.count})"
@@ -190,8 +185,8 @@ class NormalEquations:
         a few times the memory of the sums, whatever the number of ranks.
 
         Args:
-            group: a process group whose backend takes CPU tensors, such as gloo; None for the default one. All of its
-                ranks must call.
+            group: a process group whose backend takes tensors on this device (gloo; nccl on GPUs); None for the
+                default one. All of its ranks must call.
 
         Returns:
             self.
@@ -206,7 +201,7 @@ class NormalEquations:
         if rank < 0:
             raise ValueError("this process is not in group; expected a group that it belongs to")
         # Headers of one size first: sums of different sizes would hang, or mix up their numbers.
-        mine = torch.tensor([self.d, self.k, self.intercept, self.dtype.itemsize, self.count])
+        mine = torch.tensor([self.d, self.k, self.intercept, self.dtype.itemsize, self.count], device=self.device)
         headers = [torch.empty_like(mine) for _ in range(size)]
         dist.all_gather(headers, mine, group=group)
         *expected, _ = headers[0].tolist()
@@ -215,7 +210,7 @@ class NormalEquations:
             if found != expected:
                 names = "(d, k, intercept, bytes of dtype)"
                 raise ValueError(f"rank {other} of the group has {names} = {found}; expected {expected}, as rank 0 has")
-        total = self._split(torch.zeros(self._numel(), dtype=torch.float64))
+        total = self._split(torch.zeros(self._numel(), dtype=torch.float64, device=self.device))
         own = torch.cat([part.reshape(-1) for part in self._sums])
         for source in range(size):
             flat = own if source == rank else torch.empty_like(own)
@@ -252,7 +247,7 @@ class NormalEquations:
                 diagonal element, ε that of ``dtype``; or the solution overflows ``dtype``.
             ValueError, TypeError: a bad ridge.
         """
-        penalty = _penalties("ridge", ridge, [(), (self.d,)], f"a number >= 0, or {self.d} of them")
+        penalty = _penalties("ridge", ridge, self.device, [(), (self.d,)], f"a number >= 0, or {self.d} of them")
         return self._solution(self._by_cholesky(without_constants(self._sums, self.dtype), penalty))
 
     def sweep(self, ridges: Sequence[float] | Tensor) -> LinearSolution:
@@ -270,34 +265,28 @@ class NormalEquations:
         Raises:
             torch.linalg.LinAlgError, ValueError, TypeError: as ``solve``.
         """
-        penalties = _penalties("ridges", ridges, None, "a sequence of numbers >= 0")
+        penalties = _penalties("ridges", ridges, self.device, None, "a sequence of numbers >= 0")
         sums = without_constants(self._sums, self.dtype)
         # Where this holds the pivots that ``solve`` judges by are good too: scaling does not lower the ratio.
-        least = max(_LEAST_RATIO, _SINGULAR_EPSILONS * torch.finfo(self.dtype).eps)
+        least = max(spd.LEAST_RCOND, spd.SINGULAR_EPSILONS * torch.finfo(self.dtype).eps)
         values, vectors = torch.linalg.eigh(sums.gram)
         rotated = vectors.mT @ sums.cross
         found = [
             vectors @ (rotated / (values + penalty).unsqueeze(-1))
-            if values[0] + penalty > least * (values[-1] + penalty)
+            if values[-1] + penalty > 0 and spd.eigenvalues_are_accurate(values, penalty, least)
             else self._by_cholesky(sums, penalty)
             for penalty in penalties
         ]
         return self._solution(torch.stack(found) if found else sums.cross.new_empty(0, self.d, self.k))
 
     def _by_cholesky(self, sums: Moments, penalty: Tensor) -> Tensor:
-        system = sums.gram + torch.diag(penalty.expand(self.d))
-        diagonal = system.diagonal()
-        if not (diagonal > 0).all():
-            where = int((diagonal <= 0).nonzero()[0])
-            self._raise_singular(f"feature {where} is {'constant' if self.intercept else 'zero'} in all rows")
-        scale = diagonal.rsqrt().unsqueeze(-1)
-        L, info = cholesky_ex(system * (scale * scale.mT))
-        pivots = L.detach().diagonal().square()
-        good = pivots > _SINGULAR_EPSILONS * torch.finfo(self.dtype).eps
-        if info.item() != 0 or not good.all():
-            where = int(info) - 1 if info.item() != 0 else int((~good).nonzero()[0])
-            self._raise_singular(f"feature {where} is linearly dependent on those before it")
-        return scale * cholesky_solve(scale * sums.cross, L)
+        factor = spd.factor(sums.gram + torch.diag(penalty.expand(self.d)))
+        if factor.zero >= 0:
+            self._raise_singular(f"feature {factor.zero} is {'constant' if self.intercept else 'zero'} in all rows")
+        dependent = factor.first_singular(self.dtype)
+        if dependent >= 0:
+            self._raise_singular(f"feature {dependent} is linearly dependent on those before it")
+        return factor.solve(sums.cross)
 
     def _raise_singular(self, why: str) -> None:
         raise LinAlgError(
@@ -335,7 +324,7 @@ class NormalEquations:
         count = _size("state['count']", state["count"], 0)
         sums = Moments(
             *(
-                _stored(name, state[name], torch.Size(size))
+                _stored(name, state[name], torch.Size(size), self.device)
                 for name, size in zip(Moments._fields, self._sizes(), strict=True)
             )
         )
@@ -369,17 +358,29 @@ def _size(name: str, value: object, least: int) -> int:
     return int(value)
 
 
-def _penalties(name: str, value: object, shapes: Iterable[tuple[int, ...]] | None, meaning: str) -> Tensor:
+def _device(device: object) -> torch.device:
+    """The device as torch has it; raises if there is no kernel for its type."""
+    place = torch.device(device) if isinstance(device, (str, torch.device)) else None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}; expected 'cpu' or 'cuda'")
+    normal.moments.require(place.type)
+    return place
+
+
+def _penalties(
+    name: str, value: object, device: torch.device, shapes: Iterable[tuple[int, ...]] | None, meaning: str
+) -> Tensor:
     """Finite penalties >= 0 as a float64 tensor, of one of the shapes, or of one dimension if there are none."""
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {value.dtype}; expected {meaning}")
-        if value.device.type != "cpu":
-            raise ValueError(f"{name} is on device {value.device}; expected cpu, like the sums")
+        if value.device != device:
+            raise ValueError(f"{name} is on device {value.device}; expected {device}, like the sums")
         penalties = value.double()
     else:
         try:
-            penalties = torch.as_tensor(None if isinstance(value, bool) else value, dtype=torch.float64)
+            number = None if isinstance(value, bool) else value
+            penalties = torch.as_tensor(number, dtype=torch.float64, device=device)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} is {type(value).__name__}; expected {meaning}") from None
     if penalties.dim() != 1 if shapes is None else tuple(penalties.shape) not in shapes:
@@ -395,16 +396,16 @@ def _check_keys(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
         raise ValueError(f"state lacks {missing} and has unknown {unknown}; expected the keys {sorted(like)}")
 
 
-def _stored(name: str, value: object, shape: torch.Size) -> Tensor:
-    """A copy of one tensor of a state, once it is what a state may hold."""
+def _stored(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """A copy on the device of one tensor of a state, once it is what a state may hold."""
     if not isinstance(value, Tensor):
         raise TypeError(f"state[{name!r}] is {type(value).__name__}; expected torch.Tensor")
     if value.shape != shape:
         raise ValueError(f"state[{name!r}] has shape {tuple(value.shape)}; expected {tuple(shape)}")
-    if value.dtype != torch.float64 or value.device.type != "cpu" or value.layout != torch.strided:
+    if value.dtype != torch.float64 or value.is_meta or value.layout != torch.strided:
         raise ValueError(
-            f"state[{name!r}] is {value.dtype}, {value.layout} on {value.device}; expected dense torch.float64 on cpu"
+            f"state[{name!r}] is {value.dtype}, {value.layout} on {value.device}; expected dense torch.float64 values"
         )
     if not value.isfinite().all():
         raise ValueError(f"state[{name!r}] holds NaN or infinity; expected finite values")
-    return value.detach().clone(memory_format=torch.contiguous_format)
+    return value.detach().to(device).clone(memory_format=torch.contiguous_format)

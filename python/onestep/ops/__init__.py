@@ -5,8 +5,9 @@ A family is a folder: ``schema.py`` (schema, checks of operands, shapes of resul
 """
 
 from onestep.ops import attention, cholesky, glm, lmhead, mlp, normal, polar
+from onestep.ops._cuda import build as cuda_build
 from onestep.ops._library import install_kernels, records_derivatives
 
 install_kernels()
 
-__all__ = ["attention", "cholesky", "glm", "lmhead", "mlp", "normal", "polar", "records_derivatives"]
+__all__ = ["attention", "cholesky", "cuda_build", "glm", "lmhead", "mlp", "normal", "polar", "records_derivatives"]

@@ -28,14 +28,15 @@ def _load() -> tuple[ModuleType | None, str]:
     """The native module or None, and in words what was found."""
     if EMULATED:
         try:
-            return importlib.import_module("onestep._native_cuda_emulated"), "emulated on the CPU"
+            module = importlib.import_module("onestep._native_cuda_emulated")
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"{EMULATE_VARIABLE} is set, but onestep._native_cuda_emulated is not built; "
                 "build it with -DONESTEP_CUDA_EMULATE=ON"
             ) from error
+        return module, "emulated: CUDA kernels run on the CPU, slowly, in place of the CPU kernels"
     try:
-        return importlib.import_module("onestep._native_cuda"), "built"
+        module = importlib.import_module("onestep._native_cuda")
     except ModuleNotFoundError as error:
         if error.name != "onestep._native_cuda":
             raise
@@ -43,10 +44,16 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         # The CUDA runtime's libraries are not there: a CUDA build on a machine without CUDA.
         return None, f"built, but it cannot be loaded: {error}"
+    return module, f"built for sm_{module.architectures.replace(' ', ', sm_')}"
 
 
 #: The native module of CUDA kernels, or None; and in words what was found.
 native, status = _load()
+
+
+def build() -> str:
+    """What CUDA kernels this build has, in words."""
+    return status
 
 
 def runs_on_cuda(tensor: Tensor) -> bool:

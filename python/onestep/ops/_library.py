@@ -59,6 +59,11 @@ class Op:
                 return self._call_elsewhere(args)
         return self._cpu(*args)
 
+    def require(self, device: str) -> None:
+        """Raises NotImplementedError, with the remedy, if there is no kernel for a device type."""
+        if device not in self.kernels:
+            _raise_without_kernel(self, device)
+
     def _call_elsewhere(self, args: tuple[Any, ...]) -> Any:
         """The call where not all tensors are plain CPU tensors."""
         device = None

@@ -1,0 +1,81 @@
+"""Solving one symmetric positive definite system by Cholesky, and whether the solution can be trusted.
+
+Everything in onestep that solves such a system and has something else to do where Cholesky fails comes here, so that
+the same matrix is singular to all of it:
+
+- A is **singular** where a pivot, after scaling to a unit diagonal, is at most ``SINGULAR_EPSILONS`` ε: only rounding
+  noise is left of it. The kernels of ``solve_normal`` judge by the same number.
+- A solution is **inaccurate** where A's reciprocal condition is under a floor, ``LEAST_RCOND`` for float64 sums: it has
+  fewer than half of its digits then, and the caller takes an orthogonal factorisation or an SVD instead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onestep.linalg._cholesky import cholesky_ex, cholesky_solve
+
+# As in csrc/normal/kernels.hpp: less of a pivot's diagonal element than this many epsilons is rounding noise.
+SINGULAR_EPSILONS = 8
+
+# Cholesky on the normal equations loses ε/rcond, and rcond is the square of X's own. Down to this it keeps at least
+# half the digits of float64, 2e-8, and with them all of float32. Eigenvalues, each off by a few ε of the largest,
+# likewise.
+LEAST_RCOND = 1e-8
+
+
+class Factor(NamedTuple):
+    """SAS = LLᵀ with S = diag(scale), so that SAS has a unit diagonal.
+
+    That is within a factor d of the best scaling there is (van der Sluis, Numer. Math. 14, 1969): features in different
+    units do no harm.
+
+    Attributes:
+        scale: (d,1).
+        scaled: SAS (d,d).
+        L: (d,d).
+        zero: the first column whose diagonal element is not positive, or -1; nothing is factored then.
+        failed: the first column whose pivot is not positive, or -1.
+    """
+
+    scale: Tensor
+    scaled: Tensor
+    L: Tensor
+    zero: int
+    failed: int
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether there is a factor."""
+        return self.zero < 0 and self.failed < 0
+
+    def first_singular(self, dtype: torch.dtype) -> int:
+        """The first column that depends on those before it, to the precision of the rows' dtype; -1 if none does."""
+        if self.failed >= 0:
+            return self.failed
+        noise = self.L.detach().diagonal().square() <= SINGULAR_EPSILONS * torch.finfo(dtype).eps
+        return int(noise.nonzero()[0]) if noise.any() else -1
+
+    def solve(self, B: Tensor) -> Tensor:
+        """A⁻¹B."""
+        return self.scale * cholesky_solve(self.scale * B, self.L)
+
+
+def factor(A: Tensor) -> Factor:
+    """Factors A (d,d), of which the lower triangle is read. Differentiable; waits for a GPU."""
+    diagonal = A.diagonal()
+    positive = diagonal > 0
+    if not positive.all():
+        return Factor(diagonal, A, A, int((~positive).nonzero()[0]), -1)
+    scale = diagonal.rsqrt().unsqueeze(-1)
+    scaled = A * (scale * scale.mT)
+    L, info = cholesky_ex(scaled)
+    return Factor(scale, scaled, L, -1, int(info) - 1)
+
+
+def eigenvalues_are_accurate(values: Tensor, penalty: float | Tensor, floor: float = LEAST_RCOND) -> bool:
+    """Whether ascending eigenvalues, each off by a little of the largest, are accurate next to a penalty."""
+    return bool(values[0] + penalty >= floor * (values[-1] + penalty))
