@@ -19,6 +19,20 @@ struct BatchShape {
         }
         return total;
     }
+
+    // Where problem `index`, counted in row-major order, starts in an operand with these strides.
+    constexpr int64_t offset(int64_t index, const int64_t (&strides)[kMaxBatchDims]) const {
+        if (dims <= 1) {
+            return index * strides[0];
+        }
+        int64_t result = 0;
+        for (int dim = dims - 1; dim >= 0; --dim) {
+            const int64_t rest = dim == 0 ? 0 : index / size[dim];
+            result += (index - rest * size[dim]) * strides[dim];
+            index = rest;
+        }
+        return result;
+    }
 };
 
 // A strided matrix per problem. All strides count elements; a broadcast dimension has stride 0.
@@ -43,16 +57,7 @@ struct Batched {
         if (data == nullptr) {
             return {};
         }
-        if (shape.dims <= 1) {
-            return {data + index * batch[0], row, col};
-        }
-        int64_t offset = 0;
-        for (int dim = shape.dims - 1; dim >= 0; --dim) {
-            const int64_t rest = dim == 0 ? 0 : index / shape.size[dim];
-            offset += (index - rest * shape.size[dim]) * batch[dim];
-            index = rest;
-        }
-        return {data + offset, row, col};
+        return {data + shape.offset(index, batch), row, col};
     }
 };
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "base/plan.hpp"
+
 namespace onestep {
 namespace {
 
@@ -13,6 +15,11 @@ std::atomic<bool> forked{false};
 
 // Enough to even out threads that are slowed down by others' work, few enough for the shared counter to be cheap.
 constexpr int64_t kMostClaims = 256;
+// A claim is of so many nanoseconds of work at least.
+constexpr int64_t kLeastClaim = 5'000;
+
+// Loops of less work than this stay on the calling thread; half of it is the least share of a thread.
+std::atomic<int64_t> least_parallel{1'000'000};
 
 struct Loop {
     int64_t count;
@@ -66,12 +73,16 @@ ThreadSource thread_source() {
     return forked.load() ? ThreadSource::serial_after_fork : ThreadSource::torch;
 }
 
-Status parallel_for_indices(int64_t count, int64_t grain, Status (*fn)(void*, int64_t), void* context) {
-    Loop loop{count, std::max({grain, (count + kMostClaims - 1) / kMostClaims, int64_t{1}}), fn, context};
+int64_t set_least_parallel_nanoseconds(int64_t nanoseconds) { return least_parallel.exchange(nanoseconds); }
+
+Status parallel_for_indices(int64_t count, int64_t nanoseconds_each, Status (*fn)(void*, int64_t), void* context) {
+    const int64_t each = std::max<int64_t>(nanoseconds_each, 1);
+    const int64_t least = least_parallel.load(std::memory_order_relaxed);
+    Loop loop{count, std::max(ceil_div(kLeastClaim, each), ceil_div(count, kMostClaims)), fn, context};
     const ParallelForFunction function = pool.load(std::memory_order_relaxed);
-    if (function == nullptr || count <= grain || forked.load(std::memory_order_relaxed)) {
+    if (function == nullptr || count <= 1 || count < ceil_div(least, each) || forked.load(std::memory_order_relaxed)) {
         run_claims(0, count, &loop);
-    } else if (function(0, count, grain, run_claims, &loop) != 0) {
+    } else if (function(0, count, std::max<int64_t>(1, least / 2 / each), run_claims, &loop) != 0) {
         return Status::thread_pool_error;
     }
     return loop.failure.load();

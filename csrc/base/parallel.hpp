@@ -22,16 +22,24 @@ void set_parallel_for(ParallelForFunction function);
 enum class ThreadSource : int { serial = 0, torch = 1, serial_after_fork = 2 };
 ThreadSource thread_source();
 
-// Calls fn(context, i) for every i in [0, count), `grain` consecutive ones at least on the same thread.
-Status parallel_for_indices(int64_t count, int64_t grain, Status (*fn)(void* context, int64_t index), void* context);
+// For tests: loops of less work than this stay on the calling thread. Returns what it was before.
+int64_t set_least_parallel_nanoseconds(int64_t nanoseconds);
+
+// Calls fn(context, i) for every i in [0, count); see parallel_for.
+Status parallel_for_indices(int64_t count, int64_t nanoseconds_each, Status (*fn)(void* context, int64_t index),
+                            void* context);
 
 // Calls body(i) for every i in [0, count); the body returns nothing or a Status. The body must not depend on which
 // thread runs it or in which order: every result is then the same for any number of threads. After the first failure
 // no further index is begun and that failure is returned; an exception of the body is one, see guarded.
+//
+// `nanoseconds_each` is about what one thread takes for an index (see plan.hpp). A loop of less than a millisecond in
+// all stays on the calling thread: its end waits for every thread of the pool to be scheduled once, which takes a time
+// slice of several milliseconds where another process has the core.
 template <class Body>
-Status parallel_for(int64_t count, int64_t grain, Body& body) {
+Status parallel_for(int64_t count, int64_t nanoseconds_each, Body& body) {
     return parallel_for_indices(
-        count, grain,
+        count, nanoseconds_each,
         [](void* context, int64_t index) {
             auto& call = *static_cast<Body*>(context);
             if constexpr (std::is_void_v<decltype(call(index))>) {

@@ -52,7 +52,7 @@ struct HeadChunk {
     bool wants_cross_terms() const {
         return args->tangent && !args->gauss_newton &&
                ((args->grad_input != nullptr && args->weight_tangent.data != nullptr) ||
-                (args->grad_weight != nullptr && input_tangent != nullptr));
+                (args->grad_weight != nullptr && args->input_tangent));
     }
 };
 

@@ -13,8 +13,8 @@
 
 #include "base/batch.hpp"
 #include "base/parallel.hpp"
-#include "base/scratch.hpp"
 #include "base/target.hpp"
+#include "base/workspace.hpp"
 #include "faults.hpp"
 
 namespace onestep::testing {
@@ -69,7 +69,7 @@ template <class Kernel>
 void attempt(const std::string& what, const Kernel& kernel) {
     if (trial == Trial::faults) {
         for (int64_t n = 1;; ++n) {
-            release_scratch();
+            release_workspaces();
             fail_allocation(n);
             const Status status = kernel();
             fail_allocation(0);
@@ -96,7 +96,7 @@ void attempt(const std::string& what, const Kernel& kernel) {
         // Threads that meet the fault.
         set_parallel_for(three_threads);
         for (const int64_t n : {1, 2, 3}) {
-            release_scratch();
+            release_workspaces();
             fail_allocation(n);
             const Status status = kernel();
             fail_allocation(0);
@@ -156,6 +156,8 @@ bool identical(const std::vector<T>& a, const std::vector<T>& b) {
 // Runs `test` under every target that this machine supports, up to the last that has kernels of its own; the exit
 // status of main.
 inline int run_targets(void (*test)(), Target last = Target::amx) {
+    // Loops of any size are shared among threads.
+    (void)set_least_parallel_nanoseconds(0);
     for (int index = 0; index <= static_cast<int>(last); ++index) {
         const auto target = static_cast<Target>(index);
         if (!target_supported(target)) {

@@ -1,0 +1,505 @@
+#include "attention/attention.hpp"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "attention/cpu/plan.hpp"
+#include "base/parallel.hpp"
+#include "base/reduce.hpp"
+#include "base/target.hpp"
+
+namespace onestep {
+namespace {
+
+// Rows of q, k or v that are longer than this take the tile for long rows.
+constexpr int64_t kWideBytes = 512;
+
+// With fewer heads than this, the keys of one head are cut into pieces, for the threads' sake.
+constexpr int64_t kFewHeads = 16;
+// Each piece has a share of the gradient of q; these take no more memory than this.
+constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
+
+template <class T>
+const AttentionKernels<T>& active_kernels(const AttentionInputs& inputs) {
+    if constexpr (std::is_same_v<T, float>) {
+        const bool half = inputs.q.bfloat16 && inputs.k.bfloat16 && inputs.v.bfloat16;
+        return half ? ONESTEP_AMX_KERNELS(attention_f32) : ONESTEP_KERNELS(attention_f32);
+    } else {
+        return ONESTEP_KERNELS(attention_f64);
+    }
+}
+
+bool is_backward(AttentionFunction function) { return function >= AttentionFunction::backward; }
+
+// Cuts the keys into `pieces` of about equal work: with a causal mask the first keys are seen by the most queries.
+template <class T>
+void cut_keys(const AttentionArgs<T>& args, int64_t pieces, AttentionPlan<T>& plan) {
+    const auto weight = [&](int64_t key_tile) {
+        return args.causal ? std::max<int64_t>(args.queries - key_tile * plan.tile, 1) : int64_t{1};
+    };
+    int64_t total = 0;
+    for (int64_t key_tile = 0; key_tile < plan.key_tiles.pieces(); ++key_tile) {
+        total += weight(key_tile);
+    }
+    int64_t cuts = 1;  // the first is 0
+    int64_t sum = 0;
+    for (int64_t key_tile = 0; key_tile < plan.key_tiles.pieces(); ++key_tile) {
+        if (sum * pieces >= total * cuts) {
+            plan.cuts[cuts++] = key_tile * plan.tile;
+        }
+        sum += weight(key_tile);
+    }
+    plan.cuts[cuts] = args.keys;
+    plan.pieces = cuts;
+}
+
+// A slice of the input for one problem of the batch and one head; `size` is that of the input's elements.
+AttentionSlice slice(const AttentionInput& input, const BatchShape& batch, int64_t problem, int64_t head,
+                     int64_t size) {
+    if (input.data == nullptr) {
+        return {};
+    }
+    const int64_t offset = batch.offset(problem, input.batch) + head * input.head;
+    return {static_cast<const char*>(input.data) + offset * size, input.bfloat16, input.row, input.col};
+}
+
+template <class T>
+AttentionSlices slices(const AttentionArgs<T>& args, const AttentionInputs& inputs, bool bytes, int64_t problem,
+                       int64_t head) {
+    const int64_t kv_head = head / (args.heads / args.kv_heads);
+    const auto at = [&](const AttentionInput& input, int64_t which) {
+        return slice(input, args.batch, problem, which, input.bfloat16 ? 2 : static_cast<int64_t>(sizeof(T)));
+    };
+    const auto row = [&](const AttentionInput& input) {
+        return slice(input, args.batch, problem, head, static_cast<int64_t>(sizeof(double)));
+    };
+    AttentionSlices result;
+    result.q = at(inputs.q, head);
+    result.k = at(inputs.k, kv_head);
+    result.v = at(inputs.v, kv_head);
+    result.mask = bytes ? slice(inputs.mask, args.batch, problem, head, 1) : at(inputs.mask, head);
+    result.out = at(inputs.out, head);
+    result.lse = row(inputs.lse);
+    result.grad = at(inputs.grad, head);
+    result.grad_lse = row(inputs.grad_lse);
+    return result;
+}
+
+// What a pass computes: values, their tangents, or both.
+enum class Pass { values, tangents, both };
+
+// Row statistics of one query head out of those of all.
+template <class T>
+AttentionDeltas<T> deltas_of(const AttentionDeltas<T>& deltas, int64_t first_row) {
+    return {deltas.primal + first_row, deltas.tangent != nullptr ? deltas.tangent + first_row : nullptr};
+}
+
+// One pass of a call.
+template <class T>
+class Call {
+ public:
+    Call(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace)
+        : plan_(plan), args_(args), workspace_(workspace), kernels_(*plan.kernels) {}
+
+    // O and L, or their tangents.
+    Status outputs(Pass pass) const {
+        const int64_t tiles = plan_.query_tiles.pieces();
+        auto tile_of_queries = [&](int64_t index) {
+            const CachedWorkspace own(plan_.own_layout);
+            T* work = own.get(plan_.work);
+            // With a causal mask the last queries see the most keys: they go first.
+            const Range queries = plan_.query_tiles[tiles - 1 - index % tiles];
+            const int64_t at = index / tiles * args_.queries;
+            const auto rows_of = [&](const AttentionResults<T>& results) {
+                return AttentionRows<T>{results.out + at * args_.dv,
+                                        results.lse != nullptr ? results.lse + at : nullptr};
+            };
+            const AttentionHead<T> this_head = head(index / tiles);
+            const AttentionRows<T> to = rows_of(args_);
+            if (pass == Pass::both) {
+                kernels_.forward_and_jvp(this_head, queries.begin, queries.size(), to, rows_of(args_.tangents), work);
+            } else {
+                const auto kernel = pass == Pass::values ? kernels_.forward : kernels_.jvp;
+                kernel(this_head, queries.begin, queries.size(), to.out, to.lse, work);
+            }
+        };
+        return parallel_for(plan_.heads * tiles, products(2 * plan_.tile * args_.keys), tile_of_queries);
+    }
+
+    // Gradients of q, k, v and the mask, or their tangents.
+    Status gradients(Pass pass) const {
+        AttentionDeltas<T> deltas;
+        deltas.primal = workspace_.get(plan_.deltas);
+        deltas.tangent = pass != Pass::values ? workspace_.get(plan_.delta_tangents) : nullptr;
+        const int64_t tiles = plan_.query_tiles.pieces();
+        auto tile_of_queries = [&](int64_t index) {
+            const CachedWorkspace own(plan_.own_layout);
+            const Range queries = plan_.query_tiles[index % tiles];
+            kernels_.deltas(head(index / tiles), queries.begin, queries.size(),
+                            deltas_of(deltas, index / tiles * args_.queries), own.get(plan_.work));
+        };
+        Status status =
+            parallel_for(plan_.heads * tiles, nanoseconds_of_products(plan_.tile * args_.dv * 3), tile_of_queries);
+        if (status == Status::ok) {
+            status = gradients_by_keys(deltas, pass);
+        }
+        if (status == Status::ok) {
+            status = gradient_of_mask(deltas, args_.mask_grad, pass == Pass::tangents);
+        }
+        if (status == Status::ok && pass == Pass::both) {
+            status = gradient_of_mask(deltas, args_.tangents.mask_grad, true);
+        }
+        return status;
+    }
+
+ private:
+    // Query head `index` of all problems.
+    AttentionHead<T> head(int64_t index) const {
+        AttentionHead<T> result;
+        result.queries = args_.queries;
+        result.keys = args_.keys;
+        result.d = args_.d;
+        result.dv = args_.dv;
+        result.tile = plan_.tile;
+        result.scale = args_.scale;
+        result.causal = args_.causal;
+        result.boolean_mask = args_.boolean_mask;
+        result.primal = slices(args_, args_.primal, args_.boolean_mask, index / args_.heads, index % args_.heads);
+        result.tangent = slices(args_, args_.tangent, false, index / args_.heads, index % args_.heads);
+        return result;
+    }
+
+    // About what products of this many scores take.
+    int64_t products(int64_t scores) const { return nanoseconds_of_products(scores * (args_.d + args_.dv)); }
+
+    // Gradients of q, k and v. The pieces' shares of the gradient of q are added up in the order of the keys.
+    Status gradients_by_keys(const AttentionDeltas<T>& deltas, Pass pass) const {
+        const AttentionResults<T>* const results[2] = {&args_, &args_.tangents};
+        const int64_t kinds = pass == Pass::both ? 2 : 1;
+        const int64_t group = args_.heads / args_.kv_heads;
+        const int64_t q_size = args_.queries * plan_.q_row;
+        T* partial = plan_.direct ? nullptr : workspace_.get(plan_.partial);
+        const auto sums_of = [&](int64_t kind) {
+            return plan_.direct ? results[kind]->q_grad : partial + kind * plan_.pieces * plan_.piece_size();
+        };
+        auto piece_of_keys = [&](int64_t index) {
+            const CachedWorkspace own(plan_.own_layout);
+            T* work = own.get(plan_.work);
+            const int64_t kv_head = index / plan_.pieces;
+            const int64_t piece = index % plan_.pieces;
+            const Range keys{plan_.cuts[piece], plan_.cuts[piece + 1]};
+            for (int64_t member = 0; member < group; ++member) {
+                const int64_t query_head = kv_head * group + member;
+                const int64_t first_row = args_.causal ? std::min(keys.begin, args_.queries) : 0;
+                AttentionGrads<T> grads[2];
+                for (int64_t kind = 0; kind < kinds; ++kind) {
+                    grads[kind].q = sums_of(kind) + piece * plan_.piece_size() + query_head * q_size;
+                    grads[kind].q_row = plan_.q_row;
+                    grads[kind].k = results[kind]->k_grad + kv_head * args_.keys * args_.d;
+                    grads[kind].v = results[kind]->v_grad + kv_head * args_.keys * args_.dv;
+                    grads[kind].add = member > 0;
+                    std::fill(grads[kind].q + first_row * plan_.q_row, grads[kind].q + q_size, T(0));
+                }
+                const AttentionDeltas<T> rows = deltas_of(deltas, query_head * args_.queries);
+                if (pass == Pass::both) {
+                    kernels_.backward_and_jvp(head(query_head), rows, keys.begin, keys.end, grads[0], grads[1], work);
+                } else {
+                    const auto kernel = pass == Pass::values ? kernels_.backward : kernels_.backward_jvp;
+                    kernel(head(query_head), rows, keys.begin, keys.end, grads[0], work);
+                }
+            }
+        };
+        const Status status =
+            parallel_for(plan_.kv_heads * plan_.pieces, products(3 * group * args_.queries * args_.keys / plan_.pieces),
+                         piece_of_keys);
+        if (status != Status::ok || plan_.direct) {
+            return status;
+        }
+        const int64_t tiles = plan_.query_tiles.pieces();
+        auto tile_of_queries = [&](int64_t index) {
+            const int64_t kind = index / (plan_.heads * tiles);
+            const int64_t query_head = index / tiles % plan_.heads;
+            const Range queries = plan_.query_tiles[index % tiles];
+            const T* sums = sums_of(kind) + query_head * q_size;
+            for (int64_t row = queries.begin; row < queries.end; ++row) {
+                // Pieces of keys that the query does not see have no share.
+                int64_t pieces = 1;
+                while (pieces < plan_.pieces && (!args_.causal || row >= plan_.cuts[pieces])) {
+                    ++pieces;
+                }
+                T* to = results[kind]->q_grad + (query_head * args_.queries + row) * args_.d;
+                sum_pieces<T>(sums + row * plan_.q_row, pieces, plan_.piece_size(), 0, args_.d,
+                              [&](int64_t at, T sum) { to[at] = sum; });
+            }
+        };
+        return parallel_for(
+            kinds * plan_.heads * tiles,
+            nanoseconds_of_bytes(plan_.tile * plan_.q_row * (plan_.pieces + 1) * static_cast<int64_t>(sizeof(T))),
+            tile_of_queries);
+    }
+
+    // The dimensions of a mask, those of the batch first and then heads. The mask has some of its own; over the others
+    // it is shared, and its gradient is summed.
+    struct MaskDims {
+        int count = 0;
+        int64_t size[kMaxBatchDims + 1];
+        int64_t stride[kMaxBatchDims + 1];
+        int64_t own = 1;
+        int64_t shared = 1;
+
+        MaskDims(const AttentionArgs<T>& args, const AttentionMaskGrad<T>& grad) : count(args.batch.dims + 1) {
+            std::copy_n(args.batch.size, args.batch.dims, size);
+            std::copy_n(grad.batch, args.batch.dims, stride);
+            size[count - 1] = args.heads;
+            stride[count - 1] = grad.head;
+            for (int dim = 0; dim < count; ++dim) {
+                (stride[dim] != 0 ? own : shared) *= size[dim];
+            }
+        }
+
+        // Where the mask's own matrix `index` starts.
+        int64_t offset(int64_t index) const {
+            int64_t result = 0;
+            for (int dim = count - 1; dim >= 0; --dim) {
+                if (stride[dim] != 0) {
+                    result += index % size[dim] * stride[dim];
+                    index /= size[dim];
+                }
+            }
+            return result;
+        }
+
+        // Query head `member` of those that share the mask's own matrix `index`.
+        int64_t head(int64_t index, int64_t member) const {
+            int64_t result = 0;
+            int64_t step = 1;
+            for (int dim = count - 1; dim >= 0; --dim) {
+                int64_t& rest = stride[dim] != 0 ? index : member;
+                result += rest % size[dim] * step;
+                rest /= size[dim];
+                step *= size[dim];
+            }
+            return result;
+        }
+    };
+
+    // The gradient of the mask: dS, summed over what the mask is shared by. One piece of work is a tile of the mask, or
+    // a row, a column or the whole of tiles where the mask has one column, one row or one element for all.
+    Status gradient_of_mask(const AttentionDeltas<T>& deltas, const AttentionMaskGrad<T>& grad, bool tangent) const {
+        if (grad.data == nullptr) {
+            return Status::ok;
+        }
+        const MaskDims dims(args_, grad);
+        const bool row_each = grad.row != 0;
+        const bool col_each = grad.col != 0;
+        const int64_t row_tiles = row_each ? plan_.query_tiles.pieces() : 1;
+        const int64_t col_tiles = col_each ? plan_.key_tiles.pieces() : 1;
+        auto tile_of_mask = [&](int64_t index) {
+            const CachedWorkspace own(plan_.own_layout);
+            T* work = own.get(plan_.work);
+            T* sum = own.zeroed(plan_.mask_sum);
+            const int64_t own_index = index / (row_tiles * col_tiles);
+            const int64_t row_tile = index / col_tiles % row_tiles;
+            const int64_t col_tile = index % col_tiles;
+            for (int64_t member = 0; member < dims.shared; ++member) {
+                const int64_t query_head = dims.head(own_index, member);
+                const AttentionHead<T> this_head = head(query_head);
+                const AttentionDeltas<T> rows = deltas_of(deltas, query_head * args_.queries);
+                const auto kernel = tangent ? kernels_.score_grad_jvp : kernels_.score_grad;
+                for (int64_t i = row_tile; i < (row_each ? row_tile + 1 : plan_.query_tiles.pieces()); ++i) {
+                    for (int64_t j = col_tile; j < (col_each ? col_tile + 1 : plan_.key_tiles.pieces()); ++j) {
+                        if (!args_.causal || j <= i) {
+                            kernel(this_head, rows, i * plan_.tile, j * plan_.tile, sum, work);
+                        }
+                    }
+                }
+            }
+            T* to = grad.data + dims.offset(own_index) + row_tile * plan_.tile * grad.row +
+                    col_tile * plan_.tile * grad.col;
+            const int64_t height = plan_.query_tiles[row_tile].size();
+            const int64_t width = plan_.key_tiles[col_tile].size();
+            for (int64_t r = 0; r < height; ++r) {
+                for (int64_t c = 0; c < width; ++c) {
+                    T& at = to[r * grad.row + c * grad.col];
+                    const bool adds = (r > 0 && !row_each) || (c > 0 && !col_each);
+                    at = adds ? at + sum[r * plan_.tile + c] : sum[r * plan_.tile + c];
+                }
+            }
+        };
+        return parallel_for(dims.own * row_tiles * col_tiles, products(2 * dims.shared * plan_.tile * plan_.tile),
+                            tile_of_mask);
+    }
+
+ public:
+    // Without a query, a key, a head or a problem there is nothing to add up.
+    void clear_gradients(const AttentionResults<T>& to) const {
+        std::fill_n(to.q_grad, plan_.heads * args_.queries * args_.d, T(0));
+        std::fill_n(to.k_grad, plan_.kv_heads * args_.keys * args_.d, T(0));
+        std::fill_n(to.v_grad, plan_.kv_heads * args_.keys * args_.dv, T(0));
+        const AttentionMaskGrad<T>& mask = to.mask_grad;
+        if (mask.data == nullptr) {
+            return;
+        }
+        const MaskDims dims(args_, mask);
+        for (int64_t index = 0; index < dims.own; ++index) {
+            for (int64_t row = 0; row < (mask.row != 0 ? args_.queries : 1); ++row) {
+                for (int64_t col = 0; col < (mask.col != 0 ? args_.keys : 1); ++col) {
+                    mask.data[dims.offset(index) + row * mask.row + col * mask.col] = T(0);
+                }
+            }
+        }
+    }
+
+ private:
+    const AttentionPlan<T>& plan_;
+    const AttentionArgs<T>& args_;
+    const Workspace& workspace_;
+    const AttentionKernels<T>& kernels_;
+};
+
+// The arguments of the pass that computes tangents alone.
+template <class T>
+AttentionArgs<T> for_tangents(const AttentionArgs<T>& args) {
+    AttentionArgs<T> result = args;
+    static_cast<AttentionResults<T>&>(result) = args.tangents;
+    return result;
+}
+
+// A result as the input of the next pass: contiguous, (batch…, heads, queries, cols).
+template <class T>
+AttentionInput contiguous(const AttentionArgs<T>& args, const void* data, int64_t cols) {
+    AttentionInput result;
+    result.data = data;
+    result.col = 1;
+    result.row = cols;
+    result.head = args.queries * cols;
+    int64_t stride = args.heads * result.head;
+    for (int dim = args.batch.dims - 1; dim >= 0; --dim) {
+        result.batch[dim] = stride;
+        stride *= args.batch.size[dim];
+    }
+    return result;
+}
+
+template <class T>
+Status run_outputs(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace) {
+    const Call<T> call(plan, args, workspace);
+    if (plan.function != AttentionFunction::forward_and_jvp) {
+        return call.outputs(plan.function == AttentionFunction::forward ? Pass::values : Pass::tangents);
+    }
+    if (plan.together) {
+        return call.outputs(Pass::both);
+    }
+    const Status status = call.outputs(Pass::values);
+    AttentionArgs<T> tangents = for_tangents(args);
+    tangents.primal.out = contiguous(args, args.out, args.dv);
+    tangents.primal.lse = contiguous(args, args.lse, 1);
+    return status == Status::ok ? Call<T>(plan, tangents, workspace).outputs(Pass::tangents) : status;
+}
+
+template <class T>
+Status run_gradients(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace) {
+    const Call<T> call(plan, args, workspace);
+    const bool both = plan.function == AttentionFunction::backward_and_jvp;
+    if (plan.heads * plan.kv_heads * args.queries * args.keys == 0) {
+        call.clear_gradients(args);
+        if (both) {
+            call.clear_gradients(args.tangents);
+        }
+        return Status::ok;
+    }
+    if (!both) {
+        return call.gradients(plan.function == AttentionFunction::backward ? Pass::values : Pass::tangents);
+    }
+    if (plan.together) {
+        return call.gradients(Pass::both);
+    }
+    const Status status = call.gradients(Pass::values);
+    const AttentionArgs<T> tangents = for_tangents(args);
+    return status == Status::ok ? Call<T>(plan, tangents, workspace).gradients(Pass::tangents) : status;
+}
+
+}  // namespace
+
+template <class T>
+AttentionPlan<T> plan(const AttentionArgs<T>& args, AttentionFunction function) {
+    AttentionPlan<T> plan;
+    plan.kernels = &active_kernels<T>(args.primal);
+    const AttentionKernels<T>& kernels = *plan.kernels;
+    plan.function = function;
+    plan.together = function == AttentionFunction::forward_and_jvp    ? kernels.forward_and_jvp != nullptr
+                    : function == AttentionFunction::backward_and_jvp ? kernels.backward_and_jvp != nullptr
+                                                                      : false;
+    const int64_t widest = std::max(args.d, args.dv) * static_cast<int64_t>(sizeof(T));
+    plan.tile = widest <= kWideBytes ? kernels.tile : kernels.wide_tile;
+    plan.heads = args.batch.count() * args.heads;
+    plan.kv_heads = args.batch.count() * args.kv_heads;
+    plan.query_tiles = {args.queries, plan.tile};
+    plan.key_tiles = {args.keys, plan.tile};
+    plan.work = plan.own_layout.template add<T>("work", kernels.work(args.d, args.dv, plan.tile));
+    if (!is_backward(function)) {
+        return plan;
+    }
+    plan.q_row = round_up(args.d, kernels.lanes);
+    const int64_t most = results_within(kMostPartialBytes, plan.piece_size() * static_cast<int64_t>(sizeof(T)));
+    const int64_t wanted = ceil_div(kFewHeads, std::max<int64_t>(plan.kv_heads, 1));
+    cut_keys(args, std::max<int64_t>(std::min({wanted, most, plan.key_tiles.pieces()}), 1), plan);
+    plan.direct = plan.pieces == 1 && plan.q_row == args.d;
+    const int64_t rows = plan.heads * args.queries;
+    const bool tangents = function != AttentionFunction::backward;
+    plan.deltas = plan.layout.template add<T>("deltas", rows);
+    plan.delta_tangents = plan.layout.template add<T>("delta_tangents", tangents ? rows : 0);
+    plan.partial = plan.layout.template add<T>(
+        "partial", plan.direct ? 0 : (plan.together ? 2 : 1) * plan.pieces * plan.piece_size());
+    plan.mask_sum = plan.own_layout.template add<T>("mask_sum", plan.tile * plan.tile);
+    return plan;
+}
+
+template <class T>
+Status run(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace) {
+    return is_backward(plan.function) ? run_gradients(plan, args, workspace) : run_outputs(plan, args, workspace);
+}
+
+template <class T>
+Status attention_forward(const AttentionArgs<T>& args) {
+    return run_cached(args, AttentionFunction::forward);
+}
+
+template <class T>
+Status attention_jvp(const AttentionArgs<T>& args) {
+    return run_cached(args, AttentionFunction::jvp);
+}
+
+template <class T>
+Status attention_forward_and_jvp(const AttentionArgs<T>& args) {
+    return run_cached(args, AttentionFunction::forward_and_jvp);
+}
+
+template <class T>
+Status attention_backward(const AttentionArgs<T>& args) {
+    return run_cached(args, AttentionFunction::backward);
+}
+
+template <class T>
+Status attention_backward_jvp(const AttentionArgs<T>& args) {
+    return run_cached(args, AttentionFunction::backward_jvp);
+}
+
+template <class T>
+Status attention_backward_and_jvp(const AttentionArgs<T>& args) {
+    return run_cached(args, AttentionFunction::backward_and_jvp);
+}
+
+#define ONESTEP_INSTANTIATE(T)                                                               \
+    template AttentionPlan<T> plan(const AttentionArgs<T>&, AttentionFunction);              \
+    template Status run(const AttentionPlan<T>&, const AttentionArgs<T>&, const Workspace&); \
+    template Status attention_forward(const AttentionArgs<T>&);                              \
+    template Status attention_jvp(const AttentionArgs<T>&);                                  \
+    template Status attention_forward_and_jvp(const AttentionArgs<T>&);                      \
+    template Status attention_backward(const AttentionArgs<T>&);                             \
+    template Status attention_backward_jvp(const AttentionArgs<T>&);                         \
+    template Status attention_backward_and_jvp(const AttentionArgs<T>&);
+ONESTEP_INSTANTIATE(float)
+ONESTEP_INSTANTIATE(double)
+
+}  // namespace onestep

@@ -1,0 +1,53 @@
+// How an attention call runs on the CPU: tiles, the pieces that keys are cut into, and work memory.
+#pragma once
+
+#include "attention/attention.hpp"
+#include "attention/kernels.hpp"
+#include "base/plan.hpp"
+#include "base/workspace.hpp"
+
+namespace onestep {
+
+// The functions of the family, which share their arguments.
+enum class AttentionFunction { forward, jvp, forward_and_jvp, backward, backward_jvp, backward_and_jvp };
+
+template <class T>
+struct AttentionPlan {
+    const AttentionKernels<T>* kernels = nullptr;
+    AttentionFunction function = AttentionFunction::forward;
+    // Whether values and tangents come from one pass; else from two, one after the other.
+    bool together = false;
+    int64_t tile = 1;      // queries and keys of a tile
+    int64_t heads = 0;     // query heads of all problems
+    int64_t kv_heads = 0;  // key and value heads of all problems
+    FixedCut query_tiles, key_tiles;
+
+    // The keys of a head are cut into pieces of whole tiles, of about equal work: piece i has the keys [cuts[i],
+    // cuts[i + 1]).
+    static constexpr int64_t kMostPieces = 16;
+    int64_t pieces = 1;
+    int64_t cuts[kMostPieces + 1] = {};
+
+    // Of the whole call.
+    Layout layout;
+    int64_t q_row = 0;    // a row of a piece's share of q's gradient: whole vectors
+    bool direct = false;  // one piece, which writes q's gradient itself
+    Part<T> deltas, delta_tangents;
+    Part<T> partial;  // [value, tangent][piece][head][query][q_row]
+
+    // Of the thread that works on a tile or a piece.
+    Layout own_layout;
+    Part<T> work;
+    Part<T> mask_sum;  // a tile of the mask's gradient
+
+    int64_t piece_size() const { return heads * query_tiles.count * q_row; }
+};
+
+template <class T>
+AttentionPlan<T> plan(const AttentionArgs<T>& args, AttentionFunction function);
+
+// `workspace` holds plan.layout.bytes().
+template <class T>
+Status run(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace);
+
+}  // namespace onestep

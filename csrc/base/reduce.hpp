@@ -1,0 +1,39 @@
+// The ordered sum of pieces: the other half of the promise that results do not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace onestep {
+
+// Calls store(at, sum) for every element `at` in [begin, end), where sum = 0 + piece 0 + piece 1 + ..., added up in
+// Sum. Piece i has its elements at pieces + i · stride.
+template <class Sum, class T, class Store>
+void sum_pieces(const T* pieces, int64_t count, int64_t stride, int64_t begin, int64_t end, const Store& store) {
+    // Sums of one block stay in the first-level cache while the pieces pass by.
+    constexpr int64_t kBlock = 512;
+    Sum sums[kBlock];
+    for (int64_t block = begin; block < end; block += kBlock) {
+        const int64_t size = std::min(kBlock, end - block);
+        std::fill_n(sums, size, Sum(0));
+        for (int64_t piece = 0; piece < count; ++piece) {
+            const T* from = pieces + piece * stride + block;
+            for (int64_t e = 0; e < size; ++e) {
+                sums[e] += static_cast<Sum>(from[e]);
+            }
+        }
+        for (int64_t e = 0; e < size; ++e) {
+            store(block + e, sums[e]);
+        }
+    }
+}
+
+// high + low += value + value_low; what the addition rounds off goes to the low part (Knuth's two-sum).
+inline void add_compensated(double value, double value_low, double& high, double& low) {
+    const double total = high + value;
+    const double shifted = total - high;
+    low += value_low + ((high - (total - shifted)) + (value - shifted));
+    high = total;
+}
+
+}  // namespace onestep

@@ -1,0 +1,126 @@
+// Work memory: a Layout names the parts and adds up their bytes, whoever calls a kernel owns the memory, and a
+// Workspace hands the parts out.
+//
+// Each part is aligned. Under AddressSanitizer all bytes between parts, and those of parts that are not handed out, are
+// poisoned. That a part lies within the memory is checked always.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "base/status.hpp"
+
+namespace onestep {
+
+// Of each part and of the whole: a cache line, and the widest vector.
+inline constexpr int64_t kAlignment = 64;
+
+#if defined(__SANITIZE_ADDRESS__)
+#define ONESTEP_POISONS 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define ONESTEP_POISONS 1
+#endif
+#endif
+
+// `count` elements at `offset` bytes of a workspace.
+template <class T>
+struct Part {
+    const char* name = "";
+    int64_t offset = 0;
+    int64_t count = 0;
+};
+
+// The parts of a workspace, one after the other.
+class Layout {
+ public:
+    template <class T>
+    Part<T> add(const char* name, int64_t count) {
+        static_assert(alignof(T) <= kAlignment);
+        const Part<T> part{name, bytes_, count};
+        const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+        bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment + kGap;
+        return part;
+    }
+
+    int64_t bytes() const { return bytes_; }
+
+ private:
+#ifdef ONESTEP_POISONS
+    static constexpr int64_t kGap = kAlignment;
+#else
+    static constexpr int64_t kGap = 0;
+#endif
+    int64_t bytes_ = 0;
+};
+
+// A view of memory that somebody else owns: `bytes`, aligned to kAlignment.
+class Workspace {
+ public:
+    Workspace(void* memory, int64_t bytes);
+
+    // The part's memory, uninitialised. Throws std::length_error if it does not lie within.
+    template <class T>
+    T* get(const Part<T>& part) const {
+        return reinterpret_cast<T*>(checked(part.name, part.offset, part.count * static_cast<int64_t>(sizeof(T))));
+    }
+
+    template <class T>
+    T* zeroed(const Part<T>& part) const {
+        T* result = get(part);
+        std::memset(static_cast<void*>(result), 0, static_cast<size_t>(part.count) * sizeof(T));
+        return result;
+    }
+
+ private:
+    char* checked(const char* name, int64_t offset, int64_t bytes) const;
+
+    char* memory_;
+    int64_t bytes_;
+};
+
+// A workspace out of the calling thread's cache, so that a kernel does not pay for page faults each time. Those of a
+// thread nest like a stack. Throws std::bad_alloc.
+class CachedWorkspace {
+ public:
+    explicit CachedWorkspace(int64_t bytes);
+    explicit CachedWorkspace(const Layout& layout) : CachedWorkspace(layout.bytes()) {}
+    ~CachedWorkspace();
+    CachedWorkspace(const CachedWorkspace&) = delete;
+    CachedWorkspace& operator=(const CachedWorkspace&) = delete;
+
+    operator Workspace() const { return view_; }
+    template <class T>
+    T* get(const Part<T>& part) const {
+        return view_.get(part);
+    }
+    template <class T>
+    T* zeroed(const Part<T>& part) const {
+        return view_.zeroed(part);
+    }
+
+ private:
+    int64_t bytes_;  // of the block
+    char* block_;
+    Workspace view_;
+};
+
+// Plans and runs one call with a workspace of the calling thread's cache. A family overloads plan(args), whose result
+// has a `layout`, and run(plan, args, workspace) beside its arguments; `options` go to plan. Throws nothing.
+template <class Args, class... Options>
+Status run_cached(const Args& args, Options... options) noexcept {
+    return guarded([&] {
+        const auto planned = plan(args, options...);
+        const CachedWorkspace workspace(planned.layout);
+        return run(planned, args, workspace);
+    });
+}
+
+// Gives the blocks that are cached back to the system: the calling thread's and the large one that threads share.
+void release_workspaces();
+
+// For tests: the n-th block that is asked of the system from now on is refused; 0: none is.
+void refuse_workspace(int64_t n);
+
+}  // namespace onestep

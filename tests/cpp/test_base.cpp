@@ -1,0 +1,174 @@
+// How work is cut, the ordered sum of pieces, and work memory.
+#include <array>
+#include <stdexcept>
+
+#include "base/plan.hpp"
+#include "base/reduce.hpp"
+#include "testing.hpp"
+
+#ifdef ONESTEP_POISONS
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace {
+
+using namespace onestep;
+using namespace onestep::testing;
+
+// Pieces follow each other without a gap, cover everything, and have the sizes that they say.
+void test_cuts() {
+    for (const int64_t count : {0, 1, 5, 64, 65, 1000}) {
+        for (const int64_t pieces : {1, 2, 7, 64}) {
+            const EvenCut cut{count, pieces};
+            int64_t at = 0;
+            int64_t spread_at = 0;
+            for (int64_t piece = 0; piece < pieces; ++piece) {
+                const Range range = cut.longer_first(piece);
+                const Range spread = cut.spread(piece);
+                check(range.begin == at && spread.begin == spread_at, "even cuts leave a gap");
+                const bool longer = piece < count % pieces;
+                check(range.size() == count / pieces + (longer ? 1 : 0), "longer pieces come first");
+                check(spread.size() == count / pieces || spread.size() == count / pieces + 1, "spread pieces");
+                at = range.end;
+                spread_at = spread.end;
+            }
+            check(at == count && spread_at == count, "even cuts do not cover everything");
+        }
+        for (const int64_t size : {1, 3, 64, 2000}) {
+            const FixedCut cut{count, size};
+            int64_t at = 0;
+            for (int64_t piece = 0; piece < cut.pieces(); ++piece) {
+                check(cut[piece].begin == at && cut[piece].size() <= size && cut[piece].size() > 0, "fixed cut");
+                at = cut[piece].end;
+            }
+            check(at == count, "fixed cuts do not cover everything");
+        }
+    }
+}
+
+// Sums in the order of the pieces: these numbers have another sum in any other order.
+void test_sums() {
+    constexpr int64_t kCount = 1300;
+    std::vector<float> pieces;
+    for (const float piece : {1e8F, 3.0F, -1e8F, 1.0F}) {
+        pieces.insert(pieces.end(), kCount, piece);
+    }
+    std::vector<float> in_float(kCount, -1.0F), in_double(kCount, -1.0F);
+    sum_pieces<float>(pieces.data(), 4, kCount, 1, kCount - 1, [&](int64_t at, float sum) { in_float[at] = sum; });
+    sum_pieces<double>(pieces.data(), 4, kCount, 1, kCount - 1,
+                       [&](int64_t at, double sum) { in_double[at] = static_cast<float>(sum); });
+    for (int64_t at = 0; at < kCount; ++at) {
+        const bool inside = at > 0 && at < kCount - 1;
+        check(in_float[at] == (inside ? 1.0F : -1.0F) && in_double[at] == (inside ? 4.0F : -1.0F), "sum of pieces");
+    }
+    double high = 1e16, low = 0.0;
+    add_compensated(1.0, 0.5, high, low);
+    add_compensated(-1e16, 0.0, high, low);
+    check(high + low == 1.5, "compensated sum");
+}
+
+void test_workspace() {
+    Layout layout;
+    const auto bytes = layout.add<char>("bytes", 3);
+    const auto numbers = layout.add<double>("numbers", 8);
+    const auto nothing = layout.add<double>("nothing", 0);
+    {
+        const CachedWorkspace workspace(layout);
+        char* first = workspace.get(bytes);
+        double* second = workspace.zeroed(numbers);
+        check(reinterpret_cast<uintptr_t>(first) % kAlignment == 0 &&
+                  reinterpret_cast<uintptr_t>(second) % kAlignment == 0,
+              "alignment");
+        check(std::all_of(second, second + 8, [](double value) { return value == 0.0; }), "zeroed part");
+        check(workspace.get(nothing) != nullptr, "empty part");
+#ifdef ONESTEP_POISONS
+        check(__asan_address_is_poisoned(first + 3) != 0 && __asan_address_is_poisoned(second + 8) != 0 &&
+                  __asan_address_is_poisoned(second - 1) != 0 && __asan_address_is_poisoned(second + 7) == 0,
+              "gaps are poisoned");
+#endif
+        // A workspace that is too small is noticed, and so is a part beyond it.
+        alignas(kAlignment) std::array<char, 128> memory{};
+        const Workspace small(memory.data(), kAlignment);
+        bool thrown = false;
+        try {
+            (void)small.get(numbers);
+        } catch (const std::length_error& error) {
+            thrown = std::string(error.what()).find("numbers") != std::string::npos;
+        }
+        check(thrown, "a part that does not fit names itself");
+        (void)small.get(bytes);
+#ifdef ONESTEP_POISONS
+        ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size());
+#endif
+    }
+    // A large block comes back without being asked of the system again.
+    Layout large;
+    const auto part = large.add<char>("large", int64_t{20} << 20);
+    release_workspaces();
+    fail_allocation(2);
+    for (int round = 0; round < 3; ++round) {
+        const CachedWorkspace workspace(large);
+        workspace.get(part)[0] = 1;
+    }
+    fail_allocation(0);
+    release_workspaces();
+    refuse_workspace(1);
+    bool refused = false;
+    try {
+        const CachedWorkspace workspace(layout);
+    } catch (const std::bad_alloc&) {
+        refused = true;
+    }
+    check(refused, "refuse_workspace");
+}
+
+// Whatever a body throws or returns ends as the loop's status, on any thread.
+void test_parallel() {
+    for (const ParallelForFunction pool : {ParallelForFunction{nullptr}, ParallelForFunction{three_threads}}) {
+        set_parallel_for(pool);
+        const auto status_of = [](auto body) { return parallel_for(1000, 1, body); };
+        check(status_of([](int64_t) {}) == Status::ok, "ok");
+        check(status_of([](int64_t index) { return index == 900 ? Status::negative_ridge : Status::ok; }) ==
+                  Status::negative_ridge,
+              "a body's status");
+        check(status_of([](int64_t index) {
+                  if (index == 3) {
+                      throw std::bad_alloc();
+                  }
+              }) == Status::out_of_memory,
+              "bad_alloc");
+        check(status_of([](int64_t index) {
+                  if (index == 700) {
+                      throw std::runtime_error("unexpected");
+                  }
+              }) == Status::unexpected_exception,
+              "any exception");
+        check(status_of([](int64_t) { throw 1; }) == Status::unexpected_exception, "what is no std::exception");
+    }
+    // Less than a millisecond of work stays on the calling thread.
+    (void)set_least_parallel_nanoseconds(1'000'000);
+    std::vector<std::thread::id> ids(1000);
+    auto body = [&](int64_t index) { ids[static_cast<size_t>(index)] = std::this_thread::get_id(); };
+    check(parallel_for(1000, 900, body) == Status::ok, "small loop");
+    check(std::all_of(ids.begin(), ids.end(), [](std::thread::id id) { return id == std::this_thread::get_id(); }),
+          "a small loop uses one thread");
+    pool_error = 1;
+    set_parallel_for(failing_pool);
+    check(parallel_for(1000, 900, body) == Status::ok && pool_error == 1, "a small loop does not reach the pool");
+    check(parallel_for(1000, 1100, body) == Status::thread_pool_error, "a larger loop does");
+    (void)set_least_parallel_nanoseconds(0);
+    set_parallel_for(nullptr);
+}
+
+}  // namespace
+
+int main() {
+    return run_targets(
+        [] {
+            test_cuts();
+            test_sums();
+            test_workspace();
+            test_parallel();
+        },
+        Target::generic);
+}
