@@ -6,6 +6,7 @@ WERROR ?= OFF
 VENV := .venv
 BIN := $(VENV)/bin
 CPP_BUILD := build/cpp-sanitize
+TSAN_BUILD := build/cpp-tsan
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
@@ -13,7 +14,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --dis
 # Two test processes share two cores: OpenMP's threads must not spin while they wait.
 QUIET_THREADS := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test test-python test-targets test-cpp bench lint lint-cuda clean
+.PHONY: demo test test-python test-targets test-cpp test-tsan bench lint lint-cuda clean
 
 # The environment first, so that a change of our sources rebuilds the package alone.
 $(VENV)/.environment: constraints.txt pyproject.toml
@@ -44,10 +45,17 @@ test-targets: $(VENV)/.package
 # emulated.
 test-cpp: $(VENV)/.environment
 	$(BIN)/cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_PYTHON=OFF \
-	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=ON -DONESTEP_EMULATE=ON -DONESTEP_CUDA=OFF -DONESTEP_CUDA_EMULATE=ON \
+	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=address -DONESTEP_EMULATE=ON -DONESTEP_CUDA=OFF -DONESTEP_CUDA_EMULATE=ON \
 	    -DONESTEP_WERROR=$(WERROR) > /dev/null
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
+
+# The C++ tests of the CPU kernels with ThreadSanitizer, under the targets that this machine has.
+test-tsan: $(VENV)/.environment
+	$(BIN)/cmake -S . -B $(TSAN_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_PYTHON=OFF \
+	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=thread -DONESTEP_CUDA=OFF -DONESTEP_WERROR=$(WERROR) > /dev/null
+	$(BIN)/cmake --build $(TSAN_BUILD)
+	$(BIN)/ctest --test-dir $(TSAN_BUILD) --output-on-failure
 
 bench: $(VENV)/.package
 	$(BIN)/python bench/report.py

@@ -7,6 +7,7 @@
 
 #include "base/parallel.hpp"
 #include "base/target.hpp"
+#include "base/workspace.hpp"
 
 namespace onestep {
 namespace {
@@ -45,6 +46,10 @@ void register_runtime(pybind11::module_& module) {
         "set_parallel_for",
         [](std::uintptr_t address) { set_parallel_for(reinterpret_cast<ParallelForFunction>(address)); },
         pybind11::arg("address"));
+    // For tests; see base/workspace.hpp and base/parallel.hpp.
+    module.def("refuse_workspace", refuse_workspace, pybind11::arg("n"));
+    module.def("release_workspaces", release_workspaces);
+    module.def("set_least_parallel_nanoseconds", set_least_parallel_nanoseconds, pybind11::arg("nanoseconds"));
     module.def("thread_source", [] {
         switch (thread_source()) {
             case ThreadSource::torch:

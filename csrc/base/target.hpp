@@ -39,14 +39,38 @@ const Table& active_table(const Table& generic, const Table& avx2, const Table& 
 
 }  // namespace onestep
 
-// The active target's table of this name, for kernels that amx shares with avx512 and for those it has itself.
+// A family has a table of kernels of this type in the namespace of every target, onestep::family::target::name; the
+// type comes last, since it may hold commas. Within namespace onestep.
+#define ONESTEP_TABLE_OF(family, target, name, ...) \
+    namespace family::target {                      \
+    extern const __VA_ARGS__ name;                  \
+    }
 #ifdef ONESTEP_X86_TARGETS
-#define ONESTEP_KERNELS(name) active_table(generic::name, avx2::name, avx512::name, avx512::name)
+#define ONESTEP_DECLARE_TABLE(family, name, ...)         \
+    ONESTEP_TABLE_OF(family, generic, name, __VA_ARGS__) \
+    ONESTEP_TABLE_OF(family, avx2, name, __VA_ARGS__)    \
+    ONESTEP_TABLE_OF(family, avx512, name, __VA_ARGS__)
 #else
-#define ONESTEP_KERNELS(name) active_table(generic::name)
+#define ONESTEP_DECLARE_TABLE(family, name, ...) ONESTEP_TABLE_OF(family, generic, name, __VA_ARGS__)
+#endif
+// One that amx has itself, beside those of the other targets.
+#ifdef ONESTEP_AMX_TARGET
+#define ONESTEP_DECLARE_AMX_TABLE(family, name, ...) ONESTEP_TABLE_OF(family, amx, name, __VA_ARGS__)
+#else
+#define ONESTEP_DECLARE_AMX_TABLE(family, name, ...)
+#endif
+
+// The active target's table of this name, for kernels that amx shares with avx512 and for those that it has itself. A
+// plan asks once a call.
+#ifdef ONESTEP_X86_TARGETS
+#define ONESTEP_KERNELS(family, name) \
+    active_table(family::generic::name, family::avx2::name, family::avx512::name, family::avx512::name)
+#else
+#define ONESTEP_KERNELS(family, name) active_table(family::generic::name)
 #endif
 #ifdef ONESTEP_AMX_TARGET
-#define ONESTEP_AMX_KERNELS(name) active_table(generic::name, avx2::name, avx512::name, amx::name)
+#define ONESTEP_AMX_KERNELS(family, name) \
+    active_table(family::generic::name, family::avx2::name, family::avx512::name, family::amx::name)
 #else
-#define ONESTEP_AMX_KERNELS(name) ONESTEP_KERNELS(name)
+#define ONESTEP_AMX_KERNELS(family, name) ONESTEP_KERNELS(family, name)
 #endif

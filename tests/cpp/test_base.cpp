@@ -162,13 +162,9 @@ void test_parallel() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
     return run_targets(
-        [] {
-            test_cuts();
-            test_sums();
-            test_workspace();
-            test_parallel();
-        },
+        argc, argv,
+        {{"cuts", test_cuts}, {"sums", test_sums}, {"workspace", test_workspace}, {"parallel", test_parallel}},
         Target::generic);
 }

@@ -223,15 +223,14 @@ void test_faults(const char* type) {
 
 }  // namespace
 
-int main() {
-    const auto test = [] {
-        test_type<float, float>("fp32");
-        test_type<double, double>("fp64");
-        test_type<BFloat16, float>("bf16");
-        test_faults<float, float>("fp32");
-        test_faults<BFloat16, float>("bf16");
-        test_extremes();
-        test_negative_weight();
-    };
-    return run_targets(test, Target::avx512);
+int main(int argc, char** argv) {
+    return run_targets(argc, argv,
+                       {{"fp32", [] { test_type<float, float>("fp32"); }},
+                        {"fp64", [] { test_type<double, double>("fp64"); }},
+                        {"bf16", [] { test_type<BFloat16, float>("bf16"); }},
+                        {"faults_fp32", [] { test_faults<float, float>("fp32"); }},
+                        {"faults_bf16", [] { test_faults<BFloat16, float>("bf16"); }},
+                        {"extremes", test_extremes},
+                        {"negative_weight", test_negative_weight}},
+                       Target::avx512);
 }

@@ -182,14 +182,14 @@ void test_faults() {
     trial = Trial::plain;
 }
 
-void test_target() {
-    test_faults();
-    test_type<float>();
-    test_type<double>();
-    test_activations<float>();
-    test_activations<double>();
-}
-
 }  // namespace
 
-int main() { return run_targets(test_target, Target::avx512); }
+int main(int argc, char** argv) {
+    return run_targets(argc, argv,
+                       {{"faults", test_faults},
+                        {"fp32", test_type<float>},
+                        {"fp64", test_type<double>},
+                        {"activations_fp32", test_activations<float>},
+                        {"activations_fp64", test_activations<double>}},
+                       Target::avx512);
+}

@@ -313,15 +313,16 @@ void test_faults(const char* type) {
 
 }  // namespace
 
-int main() {
-    check(select_target("no such target") == SelectResult::unknown, "select_target of an unknown name");
-    const auto test = [] {
-        test_sizes<float>("fp32");
-        test_sizes<double>("fp64");
-        test_isolation<float>("fp32");
-        test_isolation<double>("fp64");
-        test_faults<float>("fp32");
-        test_faults<double>("fp64");
-    };
-    return run_targets(test, Target::avx512);
+int main(int argc, char** argv) {
+    return run_targets(
+        argc, argv,
+        {{"unknown_target",
+          [] { check(select_target("no such target") == SelectResult::unknown, "select_target of an unknown name"); }},
+         {"sizes_fp32", [] { test_sizes<float>("fp32"); }},
+         {"sizes_fp64", [] { test_sizes<double>("fp64"); }},
+         {"isolation_fp32", [] { test_isolation<float>("fp32"); }},
+         {"isolation_fp64", [] { test_isolation<double>("fp64"); }},
+         {"faults_fp32", [] { test_faults<float>("fp32"); }},
+         {"faults_fp64", [] { test_faults<double>("fp64"); }}},
+        Target::avx512);
 }

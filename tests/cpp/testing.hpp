@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <random>
 #include <string>
@@ -153,9 +154,15 @@ bool identical(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// Runs `test` under every target that this machine supports, up to the last that has kernels of its own; the exit
-// status of main.
-inline int run_targets(void (*test)(), Target last = Target::amx) {
+struct Test {
+    const char* name;
+    void (*run)();
+};
+
+// Runs the tests under every target that this machine supports, up to the last that has kernels of its own: those whose
+// "target/name" holds the first argument of the command line, if there is one. The exit status of main.
+inline int run_targets(int argc, char** argv, std::initializer_list<Test> tests, Target last = Target::amx) {
+    const std::string filter = argc > 1 ? argv[1] : "";
     // Loops of any size are shared among threads.
     (void)set_least_parallel_nanoseconds(0);
     for (int index = 0; index <= static_cast<int>(last); ++index) {
@@ -165,7 +172,11 @@ inline int run_targets(void (*test)(), Target last = Target::amx) {
             continue;
         }
         check(select_target(target_name(target)) == SelectResult::ok, "select_target");
-        test();
+        for (const Test& test : tests) {
+            if ((std::string(target_name(target)) + "/" + test.name).find(filter) != std::string::npos) {
+                test.run();
+            }
+        }
     }
     std::printf("%d checks, %d failed\n", checks, failures);
     return failures == 0 ? 0 : 1;

@@ -23,9 +23,9 @@ template <class T>
 const AttentionKernels<T>& active_kernels(const AttentionInputs& inputs) {
     if constexpr (std::is_same_v<T, float>) {
         const bool half = inputs.q.bfloat16 && inputs.k.bfloat16 && inputs.v.bfloat16;
-        return half ? ONESTEP_AMX_KERNELS(attention_f32) : ONESTEP_KERNELS(attention_f32);
+        return half ? ONESTEP_AMX_KERNELS(attention, f32) : ONESTEP_KERNELS(attention, f32);
     } else {
-        return ONESTEP_KERNELS(attention_f64);
+        return ONESTEP_KERNELS(attention, f64);
     }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/attention.hpp"
-#include "attention/kernels.hpp"
+#include "attention/cpu/kernels.hpp"
 #include "base/plan.hpp"
 #include "base/workspace.hpp"
 

@@ -35,11 +35,11 @@ constexpr int64_t kMostBlockColumns = 96;
 template <class X, class T>
 const GlmKernels<X, T>& active_kernels() {
     if constexpr (std::is_same_v<X, BFloat16>) {
-        return ONESTEP_KERNELS(glm_bf16);
+        return ONESTEP_KERNELS(glm, bf16);
     } else if constexpr (std::is_same_v<X, double>) {
-        return ONESTEP_KERNELS(glm_f64);
+        return ONESTEP_KERNELS(glm, f64);
     } else {
-        return ONESTEP_KERNELS(glm_f32);
+        return ONESTEP_KERNELS(glm, f32);
     }
 }
 

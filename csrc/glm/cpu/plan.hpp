@@ -3,7 +3,7 @@
 
 #include "base/plan.hpp"
 #include "base/workspace.hpp"
-#include "glm/kernels.hpp"
+#include "glm/cpu/kernels.hpp"
 
 namespace onestep {
 

@@ -38,11 +38,11 @@ constexpr int64_t kStatisticNanoseconds = 30;
 template <class T, class Input>
 const HeadKernels<T, Input>& active_kernels() {
     if constexpr (std::is_same_v<Input, BFloat16>) {
-        return ONESTEP_AMX_KERNELS(head_bf16);
+        return ONESTEP_AMX_KERNELS(lmhead, bf16);
     } else if constexpr (std::is_same_v<Input, double>) {
-        return ONESTEP_KERNELS(head_f64);
+        return ONESTEP_KERNELS(lmhead, f64);
     } else {
-        return ONESTEP_KERNELS(head_f32);
+        return ONESTEP_KERNELS(lmhead, f32);
     }
 }
 

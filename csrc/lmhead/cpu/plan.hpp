@@ -3,7 +3,7 @@
 
 #include "base/plan.hpp"
 #include "base/workspace.hpp"
-#include "lmhead/kernels.hpp"
+#include "lmhead/cpu/kernels.hpp"
 
 namespace onestep {
 

@@ -23,9 +23,9 @@ constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 template <class T>
 const MlpKernels<T>& active_kernels() {
     if constexpr (std::is_same_v<T, double>) {
-        return ONESTEP_KERNELS(mlp_f64);
+        return ONESTEP_KERNELS(mlp, f64);
     } else {
-        return ONESTEP_KERNELS(mlp_f32);
+        return ONESTEP_KERNELS(mlp, f32);
     }
 }
 

@@ -3,7 +3,7 @@
 
 #include "base/plan.hpp"
 #include "base/workspace.hpp"
-#include "mlp/kernels.hpp"
+#include "mlp/cpu/kernels.hpp"
 
 namespace onestep {
 

@@ -15,9 +15,9 @@ namespace onestep {
 template <class T>
 const NormalKernels<T>& active_normal_kernels() {
     if constexpr (std::is_same_v<T, float>) {
-        return ONESTEP_KERNELS(normal_f32);
+        return ONESTEP_KERNELS(normal, f32);
     } else {
-        return ONESTEP_KERNELS(normal_f64);
+        return ONESTEP_KERNELS(normal, f64);
     }
 }
 

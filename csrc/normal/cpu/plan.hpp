@@ -3,7 +3,7 @@
 
 #include "base/plan.hpp"
 #include "base/workspace.hpp"
-#include "normal/kernels.hpp"
+#include "normal/cpu/kernels.hpp"
 #include "normal/normal.hpp"
 
 namespace onestep {

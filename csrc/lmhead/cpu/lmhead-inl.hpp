@@ -1,9 +1,11 @@
 // The matrix products of linear_cross_entropy on one block of classes and one chunk of rows; formulas in lmhead.hpp.
 #pragma once
 
-#include "lmhead/block-inl.hpp"
+#include "lmhead/cpu/block-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::lmhead::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 template <class T, class Input>
 inline void pack_input(const HeadChunk<T, Input>& chunk, int64_t row_panel) {
@@ -149,4 +151,4 @@ inline void gradient_block(const HeadChunk<T, Input>& chunk, int64_t block, bool
     }
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::lmhead::ONESTEP_NS

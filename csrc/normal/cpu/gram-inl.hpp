@@ -2,9 +2,11 @@
 #pragma once
 
 #include "base/tile-inl.hpp"
-#include "normal/kernels.hpp"
+#include "normal/cpu/kernels.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::normal::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 // Copies columns [first, first + count) of Z from `from` into panels: element (p, c) goes to
 // packed[c / panel][p][c % panel]. The inner loop runs along the stride that is 1, if there is one.
@@ -96,4 +98,4 @@ inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, int64
     }
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::normal::ONESTEP_NS

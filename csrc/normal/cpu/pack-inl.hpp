@@ -1,10 +1,12 @@
 // Small problems, one per vector lane: the whole algorithm runs on vectors of problems, without shuffles.
 #pragma once
 
-#include "normal/cholesky-inl.hpp"
-#include "normal/gram-inl.hpp"
+#include "normal/cpu/cholesky-inl.hpp"
+#include "normal/cpu/gram-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::normal::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 // Rows of the packed block that Gram sums over, and its register tile.
 inline constexpr int64_t kPackRows = 16;
@@ -401,4 +403,4 @@ inline int64_t pack_work(int64_t d, int64_t k) {
     return Pack<T>::work(d, k);
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::normal::ONESTEP_NS

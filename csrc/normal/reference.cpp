@@ -3,7 +3,7 @@
 #include <limits>
 #include <vector>
 
-#include "normal/kernels.hpp"
+#include "normal/cpu/kernels.hpp"
 #include "normal/normal.hpp"
 
 namespace onestep::reference {

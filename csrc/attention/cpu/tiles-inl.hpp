@@ -1,11 +1,13 @@
 // Tiles of an attention head: packed into fp32 or fp64, multiplied, masked.
 #pragma once
 
-#include "attention/kernels.hpp"
+#include "attention/cpu/kernels.hpp"
 #include "base/math-inl.hpp"
 #include "base/tile-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::attention::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 template <class T>
 ONESTEP_INLINE int64_t whole_vectors(int64_t count) {
@@ -262,4 +264,4 @@ inline int64_t attention_work(int64_t d, int64_t dv, int64_t tile) {
     return tile * (features + 6 * tile + 6) + 32 * Work<T>::rounded(1);
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::attention::ONESTEP_NS

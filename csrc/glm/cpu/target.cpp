@@ -1,8 +1,10 @@
 // The family's kernels for one CPU target; CMake compiles this file once per target.
-#include "glm/glm-inl.hpp"
-#include "glm/wide-inl.hpp"
+#include "glm/cpu/glm-inl.hpp"
+#include "glm/cpu/wide-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::glm::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 template <class X, class T>
 constexpr GlmKernels<X, T> glm_kernels() {
@@ -18,8 +20,8 @@ constexpr GlmKernels<X, T> glm_kernels() {
             wide_back<X, T>};
 }
 
-extern const GlmKernels<float, float> glm_f32 = glm_kernels<float, float>();
-extern const GlmKernels<double, double> glm_f64 = glm_kernels<double, double>();
-extern const GlmKernels<BFloat16, float> glm_bf16 = glm_kernels<BFloat16, float>();
+extern const GlmKernels<float, float> f32 = glm_kernels<float, float>();
+extern const GlmKernels<double, double> f64 = glm_kernels<double, double>();
+extern const GlmKernels<BFloat16, float> bf16 = glm_kernels<BFloat16, float>();
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::glm::ONESTEP_NS

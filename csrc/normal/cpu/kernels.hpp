@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "base/batch.hpp"
+#include "base/target.hpp"
 
 namespace onestep {
 
@@ -123,19 +124,7 @@ struct NormalKernels {
     int64_t (*pack_work)(int64_t d, int64_t k);
 };
 
-namespace generic {
-extern const NormalKernels<float> normal_f32;
-extern const NormalKernels<double> normal_f64;
-}  // namespace generic
-#ifdef ONESTEP_X86_TARGETS
-namespace avx2 {
-extern const NormalKernels<float> normal_f32;
-extern const NormalKernels<double> normal_f64;
-}  // namespace avx2
-namespace avx512 {
-extern const NormalKernels<float> normal_f32;
-extern const NormalKernels<double> normal_f64;
-}  // namespace avx512
-#endif
+ONESTEP_DECLARE_TABLE(normal, f32, NormalKernels<float>)
+ONESTEP_DECLARE_TABLE(normal, f64, NormalKernels<double>)
 
 }  // namespace onestep

@@ -1,7 +1,9 @@
 // The family's kernels for one CPU target; CMake compiles this file once per target.
-#include "lmhead/lmhead-inl.hpp"
+#include "lmhead/cpu/lmhead-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::lmhead::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 template <class T, class Input>
 constexpr HeadKernels<T, Input> head_kernels() {
@@ -17,8 +19,8 @@ constexpr HeadKernels<T, Input> head_kernels() {
     };
 }
 
-extern const HeadKernels<float, float> head_f32 = head_kernels<float, float>();
-extern const HeadKernels<double, double> head_f64 = head_kernels<double, double>();
-extern const HeadKernels<float, BFloat16> head_bf16 = head_kernels<float, BFloat16>();
+extern const HeadKernels<float, float> f32 = head_kernels<float, float>();
+extern const HeadKernels<double, double> f64 = head_kernels<double, double>();
+extern const HeadKernels<float, BFloat16> bf16 = head_kernels<float, BFloat16>();
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::lmhead::ONESTEP_NS

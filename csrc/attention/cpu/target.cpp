@@ -1,8 +1,10 @@
 // The family's kernels for one CPU target; CMake compiles this file once per target.
-#include "attention/backward-inl.hpp"
-#include "attention/forward-inl.hpp"
+#include "attention/cpu/backward-inl.hpp"
+#include "attention/cpu/forward-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::attention::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 template <class T>
 constexpr AttentionKernels<T> attention_kernels() {
@@ -23,7 +25,7 @@ constexpr AttentionKernels<T> attention_kernels() {
     };
 }
 
-extern const AttentionKernels<float> attention_f32 = attention_kernels<float>();
-extern const AttentionKernels<double> attention_f64 = attention_kernels<double>();
+extern const AttentionKernels<float> f32 = attention_kernels<float>();
+extern const AttentionKernels<double> f64 = attention_kernels<double>();
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::attention::ONESTEP_NS

@@ -1,7 +1,9 @@
 // The family's kernels for one CPU target; CMake compiles this file once per target.
-#include "mlp/mlp-inl.hpp"
+#include "mlp/cpu/mlp-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::mlp::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 template <class T>
 constexpr MlpKernels<T> mlp_kernels() {
@@ -9,7 +11,7 @@ constexpr MlpKernels<T> mlp_kernels() {
             mlp_product_rows<T>, mlp_diagonal_rows<T>, mlp_jacobian_rows<T>};
 }
 
-extern const MlpKernels<float> mlp_f32 = mlp_kernels<float>();
-extern const MlpKernels<double> mlp_f64 = mlp_kernels<double>();
+extern const MlpKernels<float> f32 = mlp_kernels<float>();
+extern const MlpKernels<double> f64 = mlp_kernels<double>();
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::mlp::ONESTEP_NS

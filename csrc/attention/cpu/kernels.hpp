@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "base/target.hpp"
+
 namespace onestep {
 
 // One head's matrix; see AttentionInput.
@@ -91,25 +93,9 @@ struct AttentionKernels {
                            T* work);
 };
 
-namespace generic {
-extern const AttentionKernels<float> attention_f32;
-extern const AttentionKernels<double> attention_f64;
-}  // namespace generic
-#ifdef ONESTEP_X86_TARGETS
-namespace avx2 {
-extern const AttentionKernels<float> attention_f32;
-extern const AttentionKernels<double> attention_f64;
-}  // namespace avx2
-namespace avx512 {
-extern const AttentionKernels<float> attention_f32;
-extern const AttentionKernels<double> attention_f64;
-}  // namespace avx512
-#endif
-#ifdef ONESTEP_AMX_TARGET
-namespace amx {
-// For q, k and v of bfloat16; avx512's for others.
-extern const AttentionKernels<float> attention_f32;
-}  // namespace amx
-#endif
+ONESTEP_DECLARE_TABLE(attention, f32, AttentionKernels<float>)
+ONESTEP_DECLARE_TABLE(attention, f64, AttentionKernels<double>)
+// For q, k and v of bfloat16; other operands go to avx512's.
+ONESTEP_DECLARE_AMX_TABLE(attention, f32, AttentionKernels<float>)
 
 }  // namespace onestep

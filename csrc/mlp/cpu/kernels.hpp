@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "base/target.hpp"
 #include "mlp/mlp.hpp"
 
 namespace onestep {
@@ -40,21 +41,7 @@ struct MlpKernels {
     void (*jacobian)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T scale, T* jacobian, T* work);
 };
 
-#define ONESTEP_MLP_KERNELS                 \
-    extern const MlpKernels<float> mlp_f32; \
-    extern const MlpKernels<double> mlp_f64;
-
-namespace generic {
-ONESTEP_MLP_KERNELS
-}  // namespace generic
-#ifdef ONESTEP_X86_TARGETS
-namespace avx2 {
-ONESTEP_MLP_KERNELS
-}  // namespace avx2
-namespace avx512 {
-ONESTEP_MLP_KERNELS
-}  // namespace avx512
-#endif
-#undef ONESTEP_MLP_KERNELS
+ONESTEP_DECLARE_TABLE(mlp, f32, MlpKernels<float>)
+ONESTEP_DECLARE_TABLE(mlp, f64, MlpKernels<double>)
 
 }  // namespace onestep

@@ -1,11 +1,13 @@
 // The family's kernels that the amx target does not share with avx512.
-#include "lmhead/amx-inl.hpp"
+#include "lmhead/cpu/amx-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::lmhead::ONESTEP_NS {
 
-extern const HeadKernels<float, BFloat16> head_bf16 = {
+using namespace onestep::ONESTEP_NS;
+
+extern const HeadKernels<float, BFloat16> bf16 = {
     kAmxStep,        kAmxPanel,          sizeof(BFloat16), amx_pack_input, amx_pack_input_columns,
     amx_score_block, amx_gradient_block, amx_block_work,
 };
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::lmhead::ONESTEP_NS

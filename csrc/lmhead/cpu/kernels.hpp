@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "base/target.hpp"
 #include "lmhead/lmhead.hpp"
 
 namespace onestep {
@@ -75,27 +76,9 @@ struct HeadKernels {
     int64_t (*work)(const HeadChunk<T, Input>& chunk);
 };
 
-#define ONESTEP_HEAD_KERNELS                           \
-    extern const HeadKernels<float, float> head_f32;   \
-    extern const HeadKernels<double, double> head_f64; \
-    extern const HeadKernels<float, BFloat16> head_bf16;
-
-namespace generic {
-ONESTEP_HEAD_KERNELS
-}  // namespace generic
-#ifdef ONESTEP_X86_TARGETS
-namespace avx2 {
-ONESTEP_HEAD_KERNELS
-}  // namespace avx2
-namespace avx512 {
-ONESTEP_HEAD_KERNELS
-}  // namespace avx512
-#endif
-#ifdef ONESTEP_AMX_TARGET
-namespace amx {
-extern const HeadKernels<float, BFloat16> head_bf16;
-}  // namespace amx
-#endif
-#undef ONESTEP_HEAD_KERNELS
+ONESTEP_DECLARE_TABLE(lmhead, f32, HeadKernels<float, float>)
+ONESTEP_DECLARE_TABLE(lmhead, f64, HeadKernels<double, double>)
+ONESTEP_DECLARE_TABLE(lmhead, bf16, HeadKernels<float, BFloat16>)
+ONESTEP_DECLARE_AMX_TABLE(lmhead, bf16, HeadKernels<float, BFloat16>)
 
 }  // namespace onestep

@@ -1,10 +1,12 @@
 // The family's kernels for one CPU target; CMake compiles this file once per target.
-#include "normal/cholesky-inl.hpp"
-#include "normal/gram-inl.hpp"
-#include "normal/pack-inl.hpp"
-#include "normal/rows-inl.hpp"
+#include "normal/cpu/cholesky-inl.hpp"
+#include "normal/cpu/gram-inl.hpp"
+#include "normal/cpu/pack-inl.hpp"
+#include "normal/cpu/rows-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::normal::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 template <class T>
 constexpr NormalKernels<T> normal_kernels() {
@@ -21,7 +23,7 @@ constexpr NormalKernels<T> normal_kernels() {
     };
 }
 
-extern const NormalKernels<float> normal_f32 = normal_kernels<float>();
-extern const NormalKernels<double> normal_f64 = normal_kernels<double>();
+extern const NormalKernels<float> f32 = normal_kernels<float>();
+extern const NormalKernels<double> f64 = normal_kernels<double>();
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::normal::ONESTEP_NS

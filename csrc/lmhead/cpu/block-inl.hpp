@@ -3,9 +3,11 @@
 #pragma once
 
 #include "base/gemm-inl.hpp"
-#include "lmhead/kernels.hpp"
+#include "lmhead/cpu/kernels.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::lmhead::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 // Classes [begin, begin + count) of a block, in matrices over the chunk with panels of Panel rows and tiles of TileRows
 // classes.
@@ -183,4 +185,4 @@ inline void add_bias_gradient(const HeadChunk<T, Input>& chunk, const Range& ran
     }
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::lmhead::ONESTEP_NS

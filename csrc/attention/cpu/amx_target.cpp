@@ -1,9 +1,12 @@
 // The kernels for bfloat16 q, k and v that the amx target has of its own.
-#include "attention/amx-inl.hpp"
+#include "attention/cpu/amx-backward-inl.hpp"
+#include "attention/cpu/amx-forward-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::attention::ONESTEP_NS {
 
-extern const AttentionKernels<float> attention_f32 = {
+using namespace onestep::ONESTEP_NS;
+
+extern const AttentionKernels<float> f32 = {
     kLanes<float>,
     256,
     128,
@@ -19,4 +22,4 @@ extern const AttentionKernels<float> attention_f32 = {
     bfloat16_score_grad<true>,
 };
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::attention::ONESTEP_NS

@@ -1,6 +1,7 @@
 // What one CPU target provides to glm.cpp: one piece of rows, and the packing of the right-hand sides.
 #pragma once
 
+#include "base/target.hpp"
 #include "glm/glm.hpp"
 
 namespace onestep {
@@ -61,22 +62,8 @@ struct GlmKernels {
                       double* total, T* work);
 };
 
-#define ONESTEP_GLM_TABLES                           \
-    extern const GlmKernels<float, float> glm_f32;   \
-    extern const GlmKernels<double, double> glm_f64; \
-    extern const GlmKernels<BFloat16, float> glm_bf16;
-
-namespace generic {
-ONESTEP_GLM_TABLES
-}  // namespace generic
-#ifdef ONESTEP_X86_TARGETS
-namespace avx2 {
-ONESTEP_GLM_TABLES
-}  // namespace avx2
-namespace avx512 {
-ONESTEP_GLM_TABLES
-}  // namespace avx512
-#endif
-#undef ONESTEP_GLM_TABLES
+ONESTEP_DECLARE_TABLE(glm, f32, GlmKernels<float, float>)
+ONESTEP_DECLARE_TABLE(glm, f64, GlmKernels<double, double>)
+ONESTEP_DECLARE_TABLE(glm, bf16, GlmKernels<BFloat16, float>)
 
 }  // namespace onestep

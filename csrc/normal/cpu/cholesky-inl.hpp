@@ -3,9 +3,11 @@
 #pragma once
 
 #include "base/tile-inl.hpp"
-#include "normal/kernels.hpp"
+#include "normal/cpu/kernels.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::normal::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 // Finishes the tile of rows [i, i + M) in registers: acc holds the updated rows, the triangle in c their factor.
 template <class T, int M, int NV>
@@ -250,4 +252,4 @@ inline T inverse_norm1(const T* u, int64_t ld, int64_t d, const T* inverse_diago
     return estimate[0];
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::normal::ONESTEP_NS

@@ -2,9 +2,11 @@
 #pragma once
 
 #include "base/tile-inl.hpp"
-#include "normal/kernels.hpp"
+#include "normal/cpu/kernels.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::normal::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 template <class T>
 ONESTEP_INLINE int64_t whole_vectors(int64_t count) {
@@ -169,4 +171,4 @@ inline void backward_rows(const BackwardRowsArgs<T>& args, int64_t begin, int64_
     }
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::normal::ONESTEP_NS

@@ -3,9 +3,11 @@
 #pragma once
 
 #include "base/amx-inl.hpp"
-#include "lmhead/block-inl.hpp"
+#include "lmhead/cpu/block-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::lmhead::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 using AmxChunk = HeadChunk<float, BFloat16>;
 // Classes and rows are the inner dimension in their turn, hence whole steps of them.
@@ -210,4 +212,4 @@ inline void amx_gradient_block(const AmxChunk& chunk, int64_t block, bool accumu
     }
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::lmhead::ONESTEP_NS

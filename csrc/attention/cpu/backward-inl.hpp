@@ -2,9 +2,11 @@
 // lane. One recompute of the scores serves all products, since their row statistics are known.
 #pragma once
 
-#include "attention/tiles-inl.hpp"
+#include "attention/cpu/tiles-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::attention::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 // Keys and values of one tile: transposed for the scores, by rows for the gradient of q. Scaled where they meet q.
 template <class T>
@@ -357,4 +359,4 @@ inline void row_deltas(const AttentionHead<T>& head, int64_t begin, int64_t rows
     }
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::attention::ONESTEP_NS

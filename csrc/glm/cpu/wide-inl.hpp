@@ -3,9 +3,11 @@
 #pragma once
 
 #include "base/gemm-inl.hpp"
-#include "glm/glm-inl.hpp"
+#include "glm/cpu/glm-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::glm::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 // Inner dimension over which the left operand is packed at once, for the second-level cache.
 template <class T>
@@ -148,4 +150,4 @@ inline void wide_back(const GlmData<X, T>& data, const GlmColumns& columns, cons
     }
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::glm::ONESTEP_NS

@@ -2,9 +2,11 @@
 // so that row statistics need no sums across lanes.
 #pragma once
 
-#include "attention/tiles-inl.hpp"
+#include "attention/cpu/tiles-inl.hpp"
 
-namespace onestep::ONESTEP_NS {
+namespace onestep::attention::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
 
 // Keys that the queries [begin, begin + rows) see.
 template <class T>
@@ -380,4 +382,4 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
     put_output_tangents<T>(head, begin, rows, state, sums, v_row, operands.v, out, lse);
 }
 
-}  // namespace onestep::ONESTEP_NS
+}  // namespace onestep::attention::ONESTEP_NS

@@ -1,0 +1,123 @@
+// O, L and their tangents on tile registers; see amx-planes-inl.hpp.
+#pragma once
+
+#include "attention/cpu/amx-planes-inl.hpp"
+#include "attention/cpu/forward-inl.hpp"
+
+namespace onestep::attention::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
+
+// square(i, queries, j, keys): each square of the queries [begin + i, …) and the keys [j, …) in which any key is seen.
+// pack(j, keys) comes before the squares of those keys.
+template <class Pack, class Square>
+ONESTEP_INLINE void for_squares_by_keys(const AttentionHead<float>& head, int64_t begin, int64_t rows, const Pack& pack,
+                                        const Square& square) {
+    const int64_t end = keys_seen<float>(head, begin, rows);
+    for (int64_t j = 0; j < end; j += kSquare) {
+        const int64_t keys = minimum(kSquare, end - j);
+        pack(j, keys);
+        const int64_t first = head.causal ? maximum(0, j - begin) / kSquare * kSquare : 0;
+        for (int64_t i = first; i < rows; i += kSquare) {
+            square(i, minimum(kSquare, rows - i), j, keys);
+        }
+    }
+}
+
+inline void bfloat16_forward(const AttentionHead<float>& head, int64_t begin, int64_t rows, float* out, double* lse,
+                             float* memory) {
+    AmxTiles tiles;
+    const AttentionSlices& primal = head.primal;
+    const int64_t ld = whole_vectors<float>(rows);
+    const int64_t v_row = whole_vectors<float>(head.dv);
+    Work<float> work{memory};
+    float* sums = take_zeroed(v_row * ld, work);
+    float* scores = work.take(kSquare * kSquare);
+    const MaskTile<float> mask = take_mask<float>(kSquare, kSquare, work);
+    const SoftmaxRows<float> state = take_softmax<float>(ld, work);
+    const Planes q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
+    Work<float> inner = work;
+    Planes k, vt;
+    const auto pack = [&](int64_t j, int64_t keys) {
+        inner = work;
+        k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
+        vt = packed_planes<AmxSide::left, Inner::rows>(primal.v, j, keys, head.dv, inner);
+    };
+    const auto square = [&](int64_t i, int64_t queries, int64_t j, int64_t keys) {
+        Work<float> own = inner;
+        const int64_t width = whole_vectors<float>(queries);
+        const SoftmaxRows<float> rows_state = {state.top + i, state.sum + i, state.decay + i};
+        PlaneProducts s(head.d);
+        s.add(k, q.from_block(i / kAmxBlock));
+        multiply_planes<false>(tiles, whole_blocks(keys), width, s, scores, width);
+        scale_tile(keys * width, head.scale, scores);
+        add_to_softmax<float>(head, begin + i, queries, j, keys, width, scores, mask, rows_state);
+        clear(scores + keys * width, (whole_steps(keys) - keys) * width);
+        if (j > 0) {
+            decay_sums(head.dv, width, rows_state.decay, sums + i, ld);
+        }
+        PlaneProducts pv(keys);
+        pv.add(vt, pack_over_rows<AmxSide::right>(scores, keys, width, width, false, own));
+        multiply_planes<true>(tiles, v_row, width, pv, sums + i, ld);
+    };
+    for_squares_by_keys(head, begin, rows, pack, square);
+    float* o = work.take(rows * v_row);
+    turn(sums, ld, head.dv, rows, o, v_row);
+    put_outputs<float>(head, begin, rows, state, o, v_row, out, lse);
+}
+
+inline void bfloat16_jvp(const AttentionHead<float>& head, int64_t begin, int64_t rows, float* out, double* lse,
+                         float* memory) {
+    AmxTiles tiles;
+    const AttentionSlices& primal = head.primal;
+    const AttentionSlices& tangent = head.tangent;
+    const int64_t ld = whole_vectors<float>(rows);
+    const int64_t v_row = whole_vectors<float>(head.dv);
+    Work<float> work{memory};
+    float* sums = take_zeroed(v_row * ld, work);
+    float* scores = work.take(kSquare * kSquare);
+    float* tangents = work.take(kSquare * kSquare);
+    const MaskTile<float> mask = take_mask<float>(kSquare, kSquare, work);
+    const TangentRows<float> state = take_tangent_rows<float>(head, begin, rows, work);
+    const Planes q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
+    const Planes dq = packed_planes<AmxSide::right, Inner::columns>(tangent.q, begin, rows, head.d, work);
+    Work<float> inner = work;
+    Planes k, dk, vt, dvt;
+    const auto pack = [&](int64_t j, int64_t keys) {
+        inner = work;
+        k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
+        dk = packed_planes<AmxSide::left, Inner::columns>(tangent.k, j, keys, head.d, inner);
+        vt = packed_planes<AmxSide::left, Inner::rows>(primal.v, j, keys, head.dv, inner);
+        dvt = packed_planes<AmxSide::left, Inner::rows>(tangent.v, j, keys, head.dv, inner);
+    };
+    const auto square = [&](int64_t i, int64_t queries, int64_t j, int64_t keys) {
+        Work<float> own = inner;
+        const int64_t width = whole_vectors<float>(queries);
+        const TangentRows<float> rows_state = {state.high + i, state.low + i, state.mean + i};
+        const Planes own_q = q.from_block(i / kAmxBlock);
+        PlaneProducts s(head.d);
+        s.add(k, own_q);
+        multiply_planes<false>(tiles, whole_blocks(keys), width, s, scores, width);
+        scale_tile(keys * width, head.scale, scores);
+        PlaneProducts ds(head.d);
+        ds.add(k, dq.from_block(i / kAmxBlock));
+        ds.add(dk, own_q);
+        multiply_planes<false>(tiles, whole_blocks(keys), width, ds, tangents, width);
+        scale_tile(keys * width, head.scale, tangents);
+        weigh_masked_tangents<float>(head, begin + i, queries, j, keys, width, scores, tangents, mask, rows_state);
+        clear(scores + keys * width, (whole_steps(keys) - keys) * width);
+        clear(tangents + keys * width, (whole_steps(keys) - keys) * width);
+        PlaneProducts pv(keys);
+        pv.add(vt, pack_over_rows<AmxSide::right>(tangents, keys, width, width, false, own));
+        if (dvt.high != nullptr) {
+            pv.add(dvt, pack_over_rows<AmxSide::right>(scores, keys, width, width, false, own));
+        }
+        multiply_planes<true>(tiles, v_row, width, pv, sums + i, ld);
+    };
+    for_squares_by_keys(head, begin, rows, pack, square);
+    float* turned = work.take(rows * v_row);
+    turn(sums, ld, head.dv, rows, turned, v_row);
+    put_output_tangents<float>(head, begin, rows, state, turned, v_row, work.take(rows * v_row), out, lse);
+}
+
+}  // namespace onestep::attention::ONESTEP_NS

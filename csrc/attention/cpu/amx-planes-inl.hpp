@@ -1,0 +1,247 @@
+// The family's kernels for bfloat16 q, k and v on tile registers. Operands enter products as they are; scores, P, dS
+// and their tangents are float and enter as two bfloat16 planes, and so does any float operand whose low plane is not
+// all zeros. The scale multiplies sums, never operands. An infinity in v gives NaN: it meets low planes of either sign.
+//
+// Pairs of the inner dimension share a word in a packed tile. Of scores in rows of lanes, pairs of rows make the right
+// operand of a product over rows, without a shuffle, and pairs of lanes the left operand of one over lanes. Hence
+// results over rows come out transposed: Oᵀ in the forward pass, dKᵀ and dVᵀ in the backward pass.
+//
+// Packing an operand is dear beside products of tiles, so a tile of the head (AttentionHead::tile) is large: what
+// passes by is packed once for all of it. Scores are taken in squares of it that stay in the first-level cache.
+#pragma once
+
+#include "attention/cpu/tiles-inl.hpp"
+#include "base/amx-inl.hpp"
+
+namespace onestep::attention::ONESTEP_NS {
+
+using namespace onestep::ONESTEP_NS;
+
+inline constexpr int64_t kSquare = 64;  // queries and keys of a square
+
+// A packed operand; null high: absent, null low: zero.
+struct Planes {
+    const BFloat16* high = nullptr;
+    const BFloat16* low = nullptr;
+    int64_t block = 0;
+
+    Planes from_block(int64_t index) const { return shifted(index * block); }
+    Planes from_step(int64_t index) const { return shifted(index * kAmxTile); }
+
+    Planes shifted(int64_t by) const {
+        return {high != nullptr ? high + by : nullptr, low != nullptr ? low + by : nullptr, block};
+    }
+};
+
+ONESTEP_INLINE BFloat16* take_bfloat16(int64_t count, Work<float>& work) {
+    return reinterpret_cast<BFloat16*>(work.take((count + 1) / 2));
+}
+
+// value = high + low, and the upper half of `low`'s bits is its plane: exact to 2⁻¹⁶. A third of the instructions of
+// split_to_bfloat16, of which this is the one for T × T numbers: low is cut off, and an infinity becomes NaN.
+struct SplitBits {
+    AmxWords high, low;
+};
+
+ONESTEP_INLINE SplitBits split_bits(Vec<float> value) {
+    const AmxWords high = (reinterpret_cast<AmxWords>(value) + 0x8000U) & 0xFFFF0000U;
+    return {high, reinterpret_cast<AmxWords>(value - reinterpret_cast<Vec<float>>(high))};
+}
+
+// One tile in two planes from its 16 lines of pairs: load(line, first, second). Turned: the lines are the other side's,
+// see store_tile. The bits that there are in the low plane.
+template <bool Turned, class Load>
+ONESTEP_INLINE AmxWords pack_tile(const Load& load_pair, BFloat16* high, BFloat16* low) {
+    Vec<float> lines[2][kAmxBlock];
+    AmxWords bits = {};
+#pragma GCC unroll 16
+    for (int line = 0; line < kAmxBlock; ++line) {
+        Vec<float> first;
+        Vec<float> second;
+        load_pair(line, first, second);
+        const SplitBits lower = split_bits(first);
+        const SplitBits upper = split_bits(second);
+        const AmxWords highs = (lower.high >> 16) | upper.high;
+        const AmxWords lows = (lower.low >> 16) | (upper.low & 0xFFFF0000U);
+        bits |= lows;
+        if constexpr (Turned) {
+            lines[0][line] = reinterpret_cast<Vec<float>>(highs);
+            lines[1][line] = reinterpret_cast<Vec<float>>(lows);
+        } else {
+            *reinterpret_cast<UnalignedAmxWords*>(high + line * kAmxStep) = highs;
+            *reinterpret_cast<UnalignedAmxWords*>(low + line * kAmxStep) = lows;
+        }
+    }
+    if constexpr (Turned) {
+        store_tile<true>(lines[0], high);
+        store_tile<true>(lines[1], low);
+    }
+    return bits;
+}
+
+ONESTEP_INLINE bool any_bits(AmxWords bits) {
+    uint32_t any = 0;
+    for (int lane = 0; lane < kLanes<float>; ++lane) {
+        any |= bits[lane];
+    }
+    return any != 0;
+}
+
+// Rows of `ld` floats, filled up with zeros to whole steps of rows and whole blocks of columns, as an operand of a
+// product over the rows. `sparse`: look whether the low plane is zero.
+template <AmxSide Side>
+inline Planes pack_over_rows(const float* from, int64_t rows, int64_t cols, int64_t ld, bool sparse,
+                             Work<float>& work) {
+    const int64_t size = amx_size(cols, rows);
+    const AmxPacked to = AmxPacked::whole(take_bfloat16(2 * size, work), cols, rows);
+    AmxWords bits = {};
+    for (int64_t s = 0; s < amx_steps(rows); ++s) {
+        for (int64_t b = 0; b < amx_blocks(cols); ++b) {
+            const float* corner = from + s * kAmxStep * ld + b * kAmxBlock;
+            BFloat16* tile = to.data + b * to.block + s * kAmxTile;
+            bits |= pack_tile<Side == AmxSide::left>(
+                [&](int line, Vec<float>& first, Vec<float>& second) {
+                    first = load<float>(corner + 2 * line * ld);
+                    second = load<float>(corner + (2 * line + 1) * ld);
+                },
+                tile, tile + size);
+        }
+    }
+    return {to.data, sparse && !any_bits(bits) ? nullptr : to.data + size, to.block};
+}
+
+template <int Odd, int... Lane>
+ONESTEP_INLINE Vec<float> every_other(Vec<float> a, Vec<float> b, std::integer_sequence<int, Lane...>) {
+    return __builtin_shufflevector(a, b, (2 * Lane + Odd)...);
+}
+
+// factor times the same, filled up to whole blocks of rows and whole steps of columns, as an operand of a product over
+// the columns.
+template <AmxSide Side>
+inline Planes pack_over_columns(const float* from, int64_t rows, int64_t cols, int64_t ld, float factor, bool sparse,
+                                Work<float>& work) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes<float>>{};
+    const int64_t size = amx_size(rows, cols);
+    const AmxPacked to = AmxPacked::whole(take_bfloat16(2 * size, work), rows, cols);
+    AmxWords bits = {};
+    for (int64_t b = 0; b < amx_blocks(rows); ++b) {
+        for (int64_t s = 0; s < amx_steps(cols); ++s) {
+            const float* corner = from + b * kAmxBlock * ld + s * kAmxStep;
+            BFloat16* tile = to.data + b * to.block + s * kAmxTile;
+            bits |= pack_tile<Side == AmxSide::right>(
+                [&](int line, Vec<float>& first, Vec<float>& second) {
+                    const Vec<float> a = load<float>(corner + line * ld) * factor;
+                    const Vec<float> c = load<float>(corner + line * ld + kAmxBlock) * factor;
+                    first = every_other<0>(a, c, lanes);
+                    second = every_other<1>(a, c, lanes);
+                },
+                tile, tile + size);
+        }
+    }
+    return {to.data, sparse && !any_bits(bits) ? nullptr : to.data + size, to.block};
+}
+
+ONESTEP_INLINE int64_t whole_steps(int64_t count) { return amx_steps(count) * kAmxStep; }
+
+ONESTEP_INLINE void clear(float* to, int64_t count) {
+    __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(float));
+}
+
+ONESTEP_INLINE float* take_zeroed(int64_t count, Work<float>& work) {
+    float* to = work.take(count);
+    clear(to, count);
+    return to;
+}
+
+enum class Inner { columns, rows };
+
+// Rows [row, row + rows) of a slice as the operand of a product over its columns, or over those rows.
+template <AmxSide Side, Inner Along>
+inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t rows, int64_t cols, Work<float>& work) {
+    if (slice.data == nullptr) {
+        return {};
+    }
+    if (!slice.bfloat16) {
+        const int64_t ld = whole_steps(cols);
+        float* padded = work.take(whole_steps(rows) * ld);
+        pack_rows<float>(slice, row, 0, rows, cols, 1.0F, padded, ld);
+        clear(padded + rows * ld, (whole_steps(rows) - rows) * ld);
+        if constexpr (Along == Inner::columns) {
+            return pack_over_columns<Side>(padded, rows, cols, ld, 1.0F, true, work);
+        } else {
+            return pack_over_rows<Side>(padded, rows, cols, ld, true, work);
+        }
+    }
+    const int64_t count = Along == Inner::columns ? rows : cols;
+    const int64_t depth = Along == Inner::columns ? cols : rows;
+    const AmxPacked to = AmxPacked::whole(take_bfloat16(amx_size(count, depth), work), count, depth);
+    // The packers read along rows; a matrix held by columns is the other way round.
+    const bool turned = slice.row == 1 && slice.col != 1;
+    const StridedRows<BFloat16> lines = {element<BFloat16>(slice, row, 0), turned ? slice.col : slice.row};
+    const int64_t step = turned ? slice.row : slice.col;
+    if ((Along == Inner::columns) != turned) {
+        amx_pack_rows<Side>(lines, 0, count, step, 0, depth, to);
+    } else {
+        amx_pack_columns<Side>(lines, 0, depth, step, 0, count, to);
+    }
+    return {to.data, nullptr, to.block};
+}
+
+// A sum of products of one depth, as Products. Of two low planes no product is taken: it is 2⁻¹⁶ of the whole.
+struct PlaneProducts {
+    int64_t depth;
+    int count = 0;
+    AmxTerm terms[6];
+
+    explicit PlaneProducts(int64_t depth_) : depth(depth_) {}
+
+    void add(const Planes& left, const Planes& right) {
+        if (left.high == nullptr || right.high == nullptr) {
+            return;
+        }
+        terms[count++] = {left.high, left.block, right.high, right.block};
+        if (left.low != nullptr) {
+            terms[count++] = {left.low, left.block, right.high, right.block};
+        }
+        if (right.low != nullptr) {
+            terms[count++] = {left.high, left.block, right.low, right.block};
+        }
+    }
+};
+
+// c = Σ products over `rows` × `cols`, or c += with Add.
+template <bool Add>
+inline void multiply_planes(AmxTiles& tiles, int64_t rows, int64_t cols, const PlaneProducts& products, float* c,
+                            int64_t ldc) {
+    if (Add && products.count == 0) {
+        return;
+    }
+    amx_multiply(tiles, amx_blocks(rows), amx_blocks(cols), amx_steps(products.depth), products.terms, products.count,
+                 Add, {c, ldc, kAmxPanel, rows, cols});
+}
+
+ONESTEP_INLINE int64_t whole_blocks(int64_t count) { return amx_blocks(count) * kAmxBlock; }
+
+ONESTEP_INLINE void scale_tile(int64_t count, float factor, float* to) {
+    for (int64_t e = 0; e < count; e += kLanes<float>) {
+        store<float>(to + e, load<float>(to + e) * factor);
+    }
+}
+
+// to (cols × ld) = the transpose of `from` (rows × cols, from_row apart).
+ONESTEP_INLINE void turn(const float* from, int64_t from_row, int64_t rows, int64_t cols, float* to, int64_t ld) {
+    pack_columns_of<float>(from, from_row, 1, rows, cols, 1.0F, to, ld);
+}
+
+// sums (rows × cols, rows of `ld`) times the decay of their columns.
+inline void decay_sums(int64_t rows, int64_t cols, const float* decay, float* sums, int64_t ld) {
+    for (int64_t c = 0; c < cols; c += kLanes<float>) {
+        const Vec<float> factor = load<float>(decay + c);
+        for (int64_t r = 0; r < rows; ++r) {
+            float* at = sums + r * ld + c;
+            store<float>(at, load<float>(at) * factor);
+        }
+    }
+}
+
+}  // namespace onestep::attention::ONESTEP_NS
