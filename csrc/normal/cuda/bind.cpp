@@ -1,7 +1,7 @@
 #include "base/cuda/bind.hpp"
 
+#include "normal/cpu/kernels.hpp"
 #include "normal/cuda/normal.hpp"
-#include "normal/kernels.hpp"
 
 namespace onestep {
 namespace {

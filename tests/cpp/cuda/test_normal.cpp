@@ -3,8 +3,8 @@
 #include <tuple>
 
 #include "../testing.hpp"
+#include "normal/cpu/kernels.hpp"
 #include "normal/cuda/normal.hpp"
-#include "normal/kernels.hpp"
 #include "normal/normal.hpp"
 #include "simt.hpp"
 
