@@ -1,4 +1,5 @@
 #include "normal/cuda/middle.cuh"
+#include "normal/cuda/solve.cuh"
 
 namespace onestep::normal::cuda {
 

@@ -7,6 +7,15 @@ namespace onestep::normal::cuda {
 
 using namespace onestep::cuda;
 
+// f(0), f(1), …, with the index as a constant: a loop that is unrolled whatever its body, so that arrays which it
+// indexes stay in registers.
+template <int kCount, class Body>
+__device__ __forceinline__ void unrolled(const Body& body) {
+    [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+        (body(std::integral_constant<int, kIndex>{}), ...);
+    }(std::make_integer_sequence<int, kCount>{});
+}
+
 // Numbers in a 16-byte access.
 template <class T>
 inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
@@ -78,5 +87,10 @@ __device__ __forceinline__ T checked_ridge(T ridge) {
 
 __device__ __forceinline__ float square_root(float value) { return sqrtf(value); }
 __device__ __forceinline__ double square_root(double value) { return sqrt(value); }
+
+// A block per problem, as many as there can be at once.
+inline dim3 middle_grid(int64_t count) {
+    return dim3(static_cast<unsigned>(count < kMostBlocks ? count : kMostBlocks));
+}
 
 }  // namespace onestep::normal::cuda

@@ -119,8 +119,8 @@ __device__ __forceinline__ void small_gram(const SmallLane<T, kOrder>& lane, con
 template <class T, int kOrder, int kColumns>
 __device__ __forceinline__ void small_factor(SmallLane<T, kOrder>& lane, T floor, T (&a)[kOrder], T (&z)[kColumns]) {
     using Shape = SmallShape<T, kOrder>;
-#pragma unroll
-    for (int j = 0; j < kOrder; ++j) {
+    unrolled<kOrder>([&](auto index) {
+        constexpr int j = index;
         const T inverse = lane.from_lane(inverse_root(a[j], floor), j);
         if (inverse == T(0) && lane.failed == 0) {
             lane.failed = j + 1;
@@ -149,7 +149,7 @@ __device__ __forceinline__ void small_factor(SmallLane<T, kOrder>& lane, T floor
             const T zj = lane.from_lane(z[c], j) * inverse;
             z[c] = lane.row == j ? zj : z[c] - l * zj;
         }
-    }
+    });
 }
 
 // z = L⁻¹z, where small_factor did not do it.
@@ -203,8 +203,13 @@ __device__ __forceinline__ bool small_write(const SmallLane<T, kOrder>& lane, co
     return good;
 }
 
+// Blocks of a multiprocessor: what registers allow without spilling.
+template <class T, int kColumns>
+inline constexpr int kSmallBlocks = sizeof(T) == 4 && kColumns == 1 ? 4 : 3;
+
 template <class T, int kOrder, int kColumns>
-__global__ void __launch_bounds__(kSmallWarps* kWarpSize) small_system_kernel(const SystemArgs<T> args, int64_t count) {
+__global__ void __launch_bounds__(kSmallWarps* kWarpSize, (kSmallBlocks<T, kColumns>))
+    small_system_kernel(const SystemArgs<T> args, int64_t count) {
     using Shape = SmallShape<T, kOrder>;
     ONESTEP_SHARED(T, matrix, [kSmallWarps * Shape::problems * Shape::region]);
     ONESTEP_SHARED(T, side, [kSmallWarps * Shape::problems * kSmallRows * (kColumns + 1)]);
