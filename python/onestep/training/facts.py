@@ -16,7 +16,7 @@ from onestep.evaluation.data import Chunk, Share, Source
 from onestep.evaluation.losses import Loss
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.objective import DataObjective
-from onestep.training.structures.affine import why_not_affine
+from onestep.training.structures.affine import explained, why_not_affine
 
 # Rows of the first chunk, which is read before it is known how many rows fit into memory.
 _FIRST_ROWS = 1024
@@ -134,9 +134,3 @@ class Facts:
         except Exception as error:
             return f"differentiates the model row by row, which fails here ({explained(error)})"
         return ""
-
-
-def explained(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    lines = str(error).splitlines()
-    return lines[0] if lines and lines[0].strip() else type(error).__name__

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import debug_unwrap
 
 import onestep.linalg as linalg
 from onestep.evaluation.parameters import ParameterVector, flatten
@@ -68,7 +69,11 @@ class Factors:
                 handle.remove()
 
     def _collect(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x = (args[0] if args else kwargs["input"]).detach()
+        x = args[0] if args else kwargs["input"]
+        if debug_unwrap(x) is not x or debug_unwrap(output) is not output:
+            # Inside a transform of torch.func that the model calls itself, these are not the values of rows.
+            return
+        x = x.detach()
         x = x.reshape(-1, x.shape[-1])
         if self.layers[layer].bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)

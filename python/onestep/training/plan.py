@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, Source, as_source
 from onestep.evaluation.distributed import from_first, share, together
 from onestep.evaluation.losses import Loss
@@ -53,7 +54,7 @@ class FitPlan:
 
 def look(model: nn.Module, parameters: ParameterVector, loss: Loss, data: Any, settings: Settings) -> Facts:
     """Reads the first rows, and runs the model on them to know what a chunk may hold."""
-    source, own = as_source(data, settings.seed), share()
+    source, own = as_source(from_numpy(data, parameters.tensors[0]), settings.seed), share()
     # The estimate of a softmax head wants rows in random order.
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
     first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))

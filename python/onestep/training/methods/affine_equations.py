@@ -17,7 +17,7 @@ from onestep.evaluation.parameters import ParameterVector
 from onestep.linalg import NormalEquations
 from onestep.optim import NonFiniteError
 from onestep.training.objective import DataObjective
-from onestep.training.structures.affine import is_affine_between, why_not_affine
+from onestep.training.structures.affine import NOT_AFFINE, explained, is_affine_between, why_not_affine
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
 from onestep.training.structures.base import Mismatch
 from onestep.training.structures.layers import columns, spread
@@ -31,9 +31,10 @@ _RESCUE = 1e-10
 class NotAffineError(ValueError):
     """The outputs are not affine in what is trained."""
 
-    def __init__(self) -> None:
+    def __init__(self, why: str = NOT_AFFINE) -> None:
+        self.why = why
         super().__init__(
-            "method='closed_form' needs outputs that are affine in the trained parameters, and these are not: use "
+            f"method='closed_form' needs outputs that are affine in the trained parameters; here {why}: use "
             "method='auto'"
         )
 
@@ -137,8 +138,12 @@ class _GeneralEquations:
         loss = objective.loss.sum(result, target)
         residual = (target - result).reshape(-1)
         self.parameters.write(self.elsewhere)
-        change = (call_model(objective.module, chunk.inputs) - result).reshape(-1)
-        self.parameters.write(self.start)
+        try:
+            change = (call_model(objective.module, chunk.inputs) - result).reshape(-1)
+        except Exception as error:
+            raise NotAffineError(f"the model raises at other parameters than its own ({explained(error)})") from error
+        finally:
+            self.parameters.write(self.start)
         tolerance = 1e3 * torch.finfo(result.dtype).eps * torch.stack([result.abs().max(), change.abs().max()]).max()
         begin = 0
         for rows in objective.root_jacobian(self.parameters, chunk):
@@ -171,7 +176,8 @@ def solve(
             equations, first = _added_up(objective, parameters, chunks, weight_decay)
             before = call_model(objective.module, first.inputs)
             solution = equations.solve(weight_decay)
-            _agree(is_affine_between(objective.module, parameters, first, start, before))
+            affine = is_affine_between(objective.module, parameters, first, start, before)
+            _agree("" if affine else NOT_AFFINE)
     except BaseException:
         parameters.write(start)
         raise
@@ -183,34 +189,35 @@ def _added_up(
 ) -> tuple[_HeadEquations | _GeneralEquations, Chunk]:
     """The equations of this process's chunks, and a few rows of the first."""
 
-    def local() -> tuple[_HeadEquations | _GeneralEquations, Chunk] | None:
+    def local() -> tuple[_HeadEquations | _GeneralEquations, Chunk] | str:
         equations: _HeadEquations | _GeneralEquations | None = None
         first: Chunk | None = None
         try:
             for number, chunk in enumerate(chunks):
                 if equations is None:
                     first = spread(chunk)
-                    if why_not_affine(objective.module, parameters, first):
-                        return None
+                    why = why_not_affine(objective.module, parameters, first)
+                    if why:
+                        return why
                     head = find_head(objective.module, parameters, first)
                     if isinstance(head, Mismatch):
                         equations = _GeneralEquations(parameters)
                     else:
                         equations = _HeadEquations(head, weight_decay)
                 equations.add(objective, chunk, number)
-        except NotAffineError:
-            return None
+        except NotAffineError as error:
+            return error.why
         if equations is None or first is None:
             raise ValueError("data gives this process no rows; expected at least one")
         return equations, first
 
     result = together(local)
-    _agree(result is not None)
-    assert result is not None
+    _agree(result if isinstance(result, str) else "")
+    assert not isinstance(result, str)
     return result
 
 
-def _agree(affine: bool) -> None:
-    """Raises in all processes what one has found."""
-    if summed(lambda: (torch.empty(0), [float(not affine)]))[1][0]:
-        raise NotAffineError
+def _agree(why: str) -> None:
+    """Raises in all processes if one has found why outputs are not affine."""
+    if summed(lambda: (torch.empty(0), [float(bool(why))]))[1][0]:
+        raise NotAffineError(why or NOT_AFFINE)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from onestep.evaluation.data import Chunk
-from onestep.evaluation.distributed import together
+from onestep.evaluation.distributed import summed, together
+from onestep.evaluation.losses import IGNORED, scores_and_classes
 from onestep.evaluation.module import call_model
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError, StepReport
 from onestep.optim.gradient_descent import GradientDescent
@@ -21,6 +22,7 @@ from onestep.training.facts import Facts, Settings
 from onestep.training.methods.base import Cut, Method, Run, Taken, Verdict
 from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
+from onestep.training.structures.affine import why_not_affine
 from onestep.training.structures.base import Mismatch
 
 # Up to this many parameters "auto" forms the Gauss-Newton matrix.
@@ -43,6 +45,10 @@ _LEAST_PIECE = 32
 _ROUNDINGS = 10
 # After this many mini-batches in a row that gave no step, fit gives up.
 _MOST_FAILURES = 10
+_SEPARATED = (
+    "planes separate the classes, so that the loss falls towards zero as the parameters grow, and has no minimum; "
+    "weight_decay > 0 gives it one"
+)
 
 
 class DampedMethod(Method):
@@ -238,6 +244,8 @@ class DampedRun(Run):
         if self.plan.loss.name in ("mse", "cross_entropy") and report.new_loss <= zero:
             return Verdict("the loss is zero to rounding", converged=True)
         test = self._test(report, tol, eps)
+        if (test or self.failures) and self._separated():
+            return Verdict(_SEPARATED)
         if not test and self.failures:
             return Verdict("no step lowers the loss, although it may not be at a minimum")
         if not test:
@@ -260,6 +268,29 @@ class DampedRun(Run):
         if report.decrement <= report.resolution:
             return "the loss can be lowered by no more than rounding the parameters changes it"
         return ""
+
+    def _separated(self) -> bool:
+        """Whether outputs that are affine in the parameters tell all classes right, so that larger ones are better."""
+        plan = self.plan
+        if plan.loss.name != "cross_entropy" or plan.settings.weight_decay > 0:
+            return False
+
+        def terms() -> tuple[Tensor, list[float]]:
+            wrong, affine = 0, True
+            for number, chunk in enumerate(plan.source.all()):
+                if number == 0:
+                    affine = not why_not_affine(plan.model, plan.parameters, chunk)
+                scores, classes = scores_and_classes(call_model(plan.model, chunk.inputs), chunk.target)
+                counted = classes != IGNORED
+                others = scores[counted].clone()
+                own = others.gather(1, classes[counted, None])
+                wrong += int((others.scatter_(1, classes[counted, None], -math.inf).amax(1) >= own[:, 0]).sum())
+                if wrong or not affine:
+                    break
+            return torch.empty(0), [wrong + (not affine)]
+
+        with torch.no_grad():
+            return not summed(terms)[1][0]
 
     def _of_no_use(self, candidates: Tensor) -> int:
         """How many parameters those are, if changing them all changes nothing, as for a feature that is always zero."""

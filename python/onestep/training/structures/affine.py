@@ -17,11 +17,18 @@ _ROUNDINGS = 1e3
 NOT_AFFINE = "the outputs are not affine in the trained parameters"
 
 
+def explained(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines and lines[0].strip() else type(error).__name__
+
+
 def why_not_affine(module: nn.Module, parameters: ParameterVector, chunk: Chunk) -> str:
     """Why outputs are not affine in the parameters; empty if they are.
 
     Tests f(θ + a u + b v) = f(θ) + a (f(θ+u) - f(θ)) + b (f(θ+v) - f(θ)) on a few rows, in random directions at two
     scales; the closed form tests all rows. NaN or infinity tells nothing against it: whoever reads the rows finds that.
+    A model that refuses parameters which nobody asked for, as one that checks its own does, counts as not affine.
     """
     start = parameters.read()
     few = spread(chunk)
@@ -32,11 +39,11 @@ def why_not_affine(module: nn.Module, parameters: ParameterVector, chunk: Chunk)
         parameters.write(vector)
         return call_model(module, few.inputs).double()
 
-    try:
-        with torch.no_grad():
-            base = outputs(start)
-            if not base.isfinite().all():
-                return ""
+    with torch.no_grad():
+        base = call_model(module, few.inputs).double()
+        if not base.isfinite().all():
+            return ""
+        try:
             for scale in _SCALES:
                 u, v = (torch.randn(2, len(start), generator=generator).to(start) * (scale * size)).unbind()
                 along_u, along_v = outputs(start + u) - base, outputs(start + v) - base
@@ -45,8 +52,10 @@ def why_not_affine(module: nn.Module, parameters: ParameterVector, chunk: Chunk)
                 error = (combined - (0.5 * along_u - 2.0 * along_v)).abs().max()
                 if not error <= _ROUNDINGS * torch.finfo(parameters.dtype).eps * largest:
                     return NOT_AFFINE
-    finally:
-        parameters.write(start)
+        except Exception as error:
+            return f"the model raises at other parameters than its own ({explained(error)})"
+        finally:
+            parameters.write(start)
     return ""
 
 

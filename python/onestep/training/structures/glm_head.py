@@ -30,11 +30,26 @@ _FAMILIES = {"cross_entropy": "softmax", "poisson": "poisson"}
 _LARGEST_FACTOR = 1024
 # Of the diagonal's mean; directions in which nothing bends, as the common shift of softmax, need some.
 _LEAST_DAMPING = 1e-10
+_ROUNDINGS = 10
+# A matrix that cannot be factored gets 100 times the damping, so many times.
+_MORE_DAMPING, _TRIES = 100.0, 8
 
 
 def is_glm(loss: Loss) -> bool:
     """Whether the loss of a linear layer's outputs is that of a generalised linear model with a canonical link."""
     return loss.name in _FAMILIES
+
+
+def _factor(blocks: Tensor, damping: float) -> Tensor | None:
+    """The Cholesky factors of blocks (b,n,n) + damping·I, with more damping if need be; None if none is enough."""
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    damping = max(damping, torch.finfo(blocks.dtype).tiny)
+    for _ in range(_TRIES):
+        L, info = linalg.cholesky_ex(blocks + damping * identity)
+        if not bool(info.any()):
+            return L
+        damping *= _MORE_DAMPING
+    return None
 
 
 class GLMHead(Structure):
@@ -117,10 +132,14 @@ class HeadObjective(DataObjective):
         like = torch.empty(shape, dtype=torch.float64)
         total, (count,) = summed_by_piece(self.pieces, (like, 1), terms)
         blocks = total / (count or 1)
-        least = _LEAST_DAMPING * blocks.diagonal(dim1=-2, dim2=-1).mean().item()
+        # Products of features in float32 are off by some ε of themselves.
+        rounding = max(_LEAST_DAMPING, _ROUNDINGS * torch.finfo(point.dtype).eps)
+        least = rounding * blocks.diagonal(dim1=-2, dim2=-1).mean().item()
 
         def solver(damping: float) -> Callable[[Tensor], Tensor]:
-            L = linalg.cholesky(blocks + (damping + least) * torch.eye(shape[-1], dtype=torch.float64))
+            L = _factor(blocks, damping + least)
+            if L is None:
+                return torch.Tensor.clone
 
             def solve(v: Tensor) -> Tensor:
                 V = self._matrix(v).double()

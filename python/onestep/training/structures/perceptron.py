@@ -80,7 +80,8 @@ def find_perceptron(module: nn.Module, loss: Loss, chunk: Chunk) -> Perceptron |
     tensors = [X, y, *found.tensors()]
     if X.dtype not in (torch.float32, torch.float64) or not all(t.is_cpu and t.dtype == X.dtype for t in tensors):
         return Mismatch("data and parameters are not all on a CPU in float32, or all in float64")
-    if len({id(t) for t in tensors}) < len(tensors) or not all(map(is_plain, layers)):
+    others = {id(p) for p in module.parameters()} - {id(t) for t in tensors}
+    if others or len({id(t) for t in tensors}) < len(tensors) or not all(map(is_plain, layers)):
         return Mismatch("layers share parameters, or hold other ones than weight and bias")
     if X.shape[1] != found.widths[0] or y.numel() != len(X) * found.widths[-1]:
         return Mismatch("inputs or target have another number of columns than the layers")

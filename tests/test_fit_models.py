@@ -1,0 +1,193 @@
+"""onestep.fit on models and data in forms that people use: shared layers, own parameters, checks, torch.func, numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_fit import network, table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+import onestep
+from onestep.evaluation.data import Chunk
+from onestep.evaluation.losses import LOSSES
+from onestep.evaluation.module import chunk_rows
+
+METHODS = ["levenberg_marquardt", "gauss_newton", "newton_cg"]
+
+
+class Recurrent(nn.Module):
+    """The same weights as a layer that is used twice, as functions of them."""
+
+    def __init__(self, layer: nn.Linear, last: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.last = layer, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        def apply(t: Tensor) -> Tensor:
+            return nn.functional.linear(t, self.layer.weight, self.layer.bias)
+
+        return self.last(apply(apply(x).tanh()))
+
+
+def layers() -> tuple[nn.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    return nn.Linear(5, 5).double(), nn.Linear(5, 1).double()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_module_may_be_used_twice(method: str) -> None:
+    X, y = table(60)
+    shared, last = layers()
+    twice, plain = nn.Sequential(shared, nn.Tanh(), shared, last), Recurrent(*layers())
+    results = [onestep.fit(m, (X, y), method=method, max_steps=3, progress=False) for m in (twice, plain)]
+    # K-FAC preconditions conjugate gradients for layers alone, and they end elsewhere.
+    if method == "levenberg_marquardt":
+        assert results[0].loss == pytest.approx(results[1].loss, rel=1e-9)
+    assert results[0].history[0].grad_norm == pytest.approx(results[1].history[0].grad_norm, rel=1e-9)
+    # The layer holds its parameter, which later training reaches.
+    assert type(shared.weight) is nn.Parameter
+    assert mse_loss(twice(X), y).item() == pytest.approx(results[0].loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sequential_may_have_a_parameter_of_its_own(method: str) -> None:
+    class Scaled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    X, y = table(60)
+    scaled = Scaled(*network())
+    scaled.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    unused = network()
+    unused.own = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    for model in (scaled, unused):
+        result = onestep.fit(model, (X, y), method=method, max_steps=3, progress=False)
+        assert mse_loss(model(X), y).item() == pytest.approx(result.loss, rel=1e-12)
+        assert result.loss < result.initial_loss
+    assert unused.own.item() == 2
+
+
+class SecondDerivative(nn.Module):
+    """u″ of a small network u, as the residual of an equation needs it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "formula":
+            # d²/dx² Σ a tanh(wx + b) = Σ a w² (-2 t (1 - t²))
+            t, w = self.net[0](x).tanh(), self.net[0].weight[:, 0]
+            return (-2 * t * (1 - t.square()) * w.square()) @ self.net[2].weight.mT
+        if self.how == "hessian":
+            return torch.func.vmap(torch.func.hessian(lambda r: self.net(r)[0]))(x)[:, 0]
+        one = torch.ones_like(x)
+        return torch.func.jvp(lambda r: torch.func.jvp(self.net, (r,), (one,))[1], (x,), (one,))[1]
+
+
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "newton_cg"])
+@pytest.mark.parametrize("how", ["hessian", "jvp of jvp"])
+def test_models_may_differentiate_themselves_by_torch_func(how: str, method: str) -> None:
+    x = torch.linspace(0, 1, 40, dtype=torch.float64)[:, None]
+    y = -9 * (3 * x).sin()
+    fitted, formula = SecondDerivative(how), SecondDerivative("formula")
+    options: dict[str, Any] = {"method": method, "max_steps": 3, "cg_iterations": 200, "progress": False}
+    result = onestep.fit(fitted, (x, y), **options)
+    expected = onestep.fit(formula, (x, y), **options)
+    assert result.method == expected.method
+    assert result.history[0].grad_norm == pytest.approx(expected.history[0].grad_norm, rel=1e-9)
+    # Matrix-free methods have another preconditioner here, and end conjugate gradients elsewhere.
+    if method == "auto":
+        assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert result.loss < 0.95 * result.initial_loss
+
+
+def test_rows_of_a_model_that_calls_torch_func_are_measured() -> None:
+    x = torch.linspace(0, 1, 40, dtype=torch.float64)[:, None]
+    rows = chunk_rows(SecondDerivative("hessian"), LOSSES["mse"], Chunk(x, x))
+    # Between what 100 and 4,000 numbers a row take.
+    assert 2**28 // (8 * 4000) < rows < 2**28 // (8 * 100)
+
+
+class Checking(nn.Module):
+    """An affine model that refuses a negative scale."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+        self.message = message
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale <= 0:
+            raise ValueError(self.message) if self.message else ValueError
+        return x[:, :1] * self.scale
+
+
+@pytest.mark.parametrize("message", ["scale must be positive", ""])
+def test_a_model_that_checks_its_parameters_is_fitted(message: str) -> None:
+    X, _ = table(50)
+    model = Checking(message)
+    result = onestep.fit(model, (X, 3 * X[:, :1]), progress=False)
+    assert model.scale.item() == pytest.approx(3)
+    why = f"not closed_form: the model raises at other parameters than its own ({message or 'ValueError'})"
+    assert result.reasons[0] == why
+    with pytest.raises(ValueError, match="raises at other parameters"):
+        onestep.fit(Checking(message), (X, X[:, :1]), method="closed_form", progress=False)
+
+
+def test_a_model_whose_error_says_nothing_names_its_type() -> None:
+    class Batches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) < 2:
+                raise AssertionError
+            return self.inner(x)
+
+    with pytest.raises(ValueError, match=r"row by row, which fails here \(AssertionError\)"):
+        onestep.fit(Batches(), table(), method="levenberg_marquardt", progress=False)
+
+
+def test_numpy_arrays_are_data() -> None:
+    X, y = table(100)
+    expected = network()
+    onestep.fit(expected, (X, y), max_steps=3, progress=False)
+    backwards = np.ascontiguousarray(X.numpy()[::-1])[::-1]
+    backwards.flags.writeable = False
+    fitted = network()
+    onestep.fit(fitted, (backwards, y.numpy()), max_steps=3, progress=False)
+    assert all(map(torch.equal, fitted.parameters(), expected.parameters()))
+    # float64 arrays for a float32 model, and classes in an unsigned type.
+    head = nn.Linear(5, 2)
+    classes = (y.numpy()[:, 0] > 0).astype(np.uint8)
+    result = onestep.fit(head, (X.numpy(), classes), "cross_entropy", progress=False)
+    target = torch.from_numpy(classes).long()
+    assert cross_entropy(head(X.float()), target).item() == pytest.approx(result.loss, rel=1e-6)
+    with pytest.raises(TypeError, match="numpy array of dtype <U1"):
+        onestep.fit(head, (X.numpy(), np.array(["a"] * 100)), "cross_entropy", progress=False)
+
+
+@pytest.mark.parametrize("method", ["newton_cg", "gauss_newton", "levenberg_marquardt"])
+def test_classes_that_a_plane_separates_are_said_to_be(method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = 4 + torch.rand(150, 4, generator=generator)
+    classes = (X[:, 0] > 4.5).long() + (X[:, 0] > 4.8).long()
+    torch.manual_seed(1)
+    head = nn.Linear(4, 3)
+    result = onestep.fit(head, (X, classes), "cross_entropy", method=method, max_steps=300, progress=False)
+    assert "planes separate the classes" in result.reason
+    assert not result.converged
+    assert result.loss < 0.02
+    # A penalty makes the minimum finite.
+    decayed = onestep.fit(
+        head, (X, classes), "cross_entropy", method=method, weight_decay=1e-3, max_steps=300, progress=False
+    )
+    assert "planes" not in decayed.reason
