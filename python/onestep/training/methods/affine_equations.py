@@ -7,25 +7,21 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from onestep.evaluation.data import Chunk
-from onestep.evaluation.distributed import share, summed, together
+from onestep.evaluation.distributed import summed, together
 from onestep.evaluation.losses import like_outputs
 from onestep.evaluation.module import call_model
 from onestep.evaluation.parameters import ParameterVector
-from onestep.linalg import NormalEquations
-from onestep.optim import NonFiniteError
+from onestep.training.methods.least_squares import LeastSquares, LostDigitsError, NormalSums, QRFactor
 from onestep.training.objective import DataObjective
 from onestep.training.structures.affine import NOT_AFFINE, explained, is_affine_between, why_not_affine
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
 from onestep.training.structures.base import Mismatch
 from onestep.training.structures.layers import columns, spread
 
-# Up to this many parameters a general affine model's normal equations are formed; a linear head has no such limit.
+# Up to this many parameters a general affine model is solved for; a linear head has no such limit.
 MOST_PARAMETERS = 4096
-# Added to the normal equations, relative to their mean diagonal, where features depend on each other.
-_RESCUE = 1e-10
 
 
 class NotAffineError(ValueError):
@@ -47,53 +43,16 @@ class Solution(NamedTuple):
     note: str
 
 
-class _Equations:
-    """Normal equations, and the sums that give the loss at their solution without a second pass."""
-
-    def __init__(self, features: int, targets: int, *, intercept: bool, dtype: torch.dtype) -> None:
-        self.equations = NormalEquations(features, targets, intercept=intercept, dtype=dtype)
-        self.totals = torch.zeros(targets + 3, dtype=torch.float64)
-
-    def add(self, X: Tensor, Y: Tensor, initial_loss: Tensor, elements: int, number: int) -> None:
-        try:
-            self.equations.update(X, Y)
-        except ValueError as error:
-            raise NonFiniteError(f"step 1, batch {number}: {error}") from error
-        counted = torch.tensor([initial_loss.item(), elements, len(X)], dtype=torch.float64)
-        self.totals += torch.cat([Y.double().square().sum(0), counted])
-
-    def solve(self, weight_decay: float) -> tuple[Tensor, Tensor, Solution]:
-        """W, the intercept, and the losses."""
-        if share().size > 1:
-            self.equations.all_reduce()
-        squares, (initial, elements, rows) = summed(lambda: (self.totals[:-3], self.totals[-3:].tolist()))
-        ridge, note = 0.5 * weight_decay * elements, ""
-        sums = self.equations.sums
-        try:
-            W, intercept = self.equations.solve(ridge)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            rescue = _RESCUE if self.equations.dtype == torch.float64 else 1e4 * _RESCUE
-            ridge += rescue * sums.gram.diagonal().mean().item()
-            note = f"; features depend on each other, so a ridge of {ridge:.1e} was added"
-            W, intercept = self.equations.solve(ridge)
-        # Sums are centred where there is an intercept.
-        offset = rows * sums.y_mean.square() if self.equations.intercept else 0.0
-        V = W.double()
-        error = (squares - offset).sum() + ((sums.gram @ V - 2 * sums.cross) * V).sum()
-        loss = error.clamp_min(0).item() / elements + 0.5 * weight_decay * V.square().sum().item()
-        return W, intercept, Solution(initial / elements, loss, note)
-
-
 class _HeadEquations:
     """Features are what the head is given; k targets share one Gram matrix."""
 
-    def __init__(self, head: Head, weight_decay: float) -> None:
+    def __init__(self, head: Head, weight_decay: float, kind: type[LeastSquares]) -> None:
         self.head = head
         # Weight decay is on all that is trained, so a decayed bias is one more feature.
         self.augmented = head.bias is not None and weight_decay > 0
         k, d = head.weight.shape[:2]
         intercept = head.bias is not None and not self.augmented
-        self.equations = _Equations(d + self.augmented, k, intercept=intercept, dtype=head.weight.dtype)
+        self.equations = kind(d + self.augmented, k, intercept=intercept, dtype=head.weight.dtype)
 
     def add(self, objective: DataObjective, chunk: Chunk, number: int) -> None:
         found = features_and_outputs(self.head, objective.module, chunk)
@@ -108,19 +67,20 @@ class _HeadEquations:
         self.equations.add(X, Y, loss, target.numel(), number)
 
     def solve(self, weight_decay: float) -> Solution:
-        W, intercept, solution = self.equations.solve(weight_decay)
+        fitted = self.equations.solve(weight_decay)
+        W, intercept = fitted.W, fitted.intercept
         if self.augmented:
             W, intercept = W[:-1], W[-1]
         self.head.weight.copy_(W.mT.reshape(self.head.weight.shape))
         if self.head.bias is not None:
             self.head.bias.copy_(intercept)
-        return solution
+        return Solution(fitted.initial_loss, fitted.loss, fitted.note)
 
 
 class _GeneralEquations:
     """Features are the rows of the Jacobian, which is the same everywhere."""
 
-    def __init__(self, parameters: ParameterVector) -> None:
+    def __init__(self, parameters: ParameterVector, kind: type[LeastSquares]) -> None:
         if len(parameters) > MOST_PARAMETERS:
             raise ValueError(
                 f"method='closed_form' for {len(parameters)} parameters that are not one linear head; expected at most "
@@ -130,7 +90,7 @@ class _GeneralEquations:
         size = self.start.square().mean().sqrt().clamp_min(0.1)
         noise = torch.randn(len(self.start), generator=torch.Generator().manual_seed(0)).to(self.start)
         self.elsewhere = self.start + noise * size
-        self.equations = _Equations(len(parameters), 1, intercept=False, dtype=parameters.dtype)
+        self.equations = kind(len(parameters), 1, intercept=False, dtype=parameters.dtype)
 
     def add(self, objective: DataObjective, chunk: Chunk, number: int) -> None:
         result = call_model(objective.module, chunk.inputs)
@@ -156,15 +116,19 @@ class _GeneralEquations:
             begin += len(J)
 
     def solve(self, weight_decay: float) -> Solution:
-        W, _, solution = self.equations.solve(weight_decay)
-        self.parameters.write(W[:, 0])
-        return solution
+        fitted = self.equations.solve(weight_decay)
+        self.parameters.write(fitted.W[:, 0])
+        return Solution(fitted.initial_loss, fitted.loss, fitted.note)
 
 
 def solve(
     objective: DataObjective, parameters: ParameterVector, chunks: Iterable[Chunk], weight_decay: float
 ) -> Solution:
-    """Writes argmin of the mean squared error + ½ weight_decay ‖θ‖² into the parameters, reading the chunks once.
+    """Writes argmin of the mean squared error + ½ weight_decay ‖θ‖² into the parameters.
+
+    Args:
+        objective: of all rows; its chunks are read if the first pass loses too many digits.
+        chunks: all rows, for the first pass.
 
     Raises:
         NotAffineError: the model is not affine in them after all; they are as before.
@@ -173,9 +137,13 @@ def solve(
     start = parameters.read()
     try:
         with torch.no_grad():
-            equations, first = _added_up(objective, parameters, chunks, weight_decay)
+            equations, first = _added_up(objective, parameters, chunks, weight_decay, NormalSums)
             before = call_model(objective.module, first.inputs)
-            solution = equations.solve(weight_decay)
+            try:
+                solution = equations.solve(weight_decay)
+            except LostDigitsError:
+                equations, _ = _added_up(objective, parameters, objective.chunks(), weight_decay, QRFactor)
+                solution = equations.solve(weight_decay)
             affine = is_affine_between(objective.module, parameters, first, start, before)
             _agree("" if affine else NOT_AFFINE)
     except BaseException:
@@ -185,7 +153,11 @@ def solve(
 
 
 def _added_up(
-    objective: DataObjective, parameters: ParameterVector, chunks: Iterable[Chunk], weight_decay: float
+    objective: DataObjective,
+    parameters: ParameterVector,
+    chunks: Iterable[Chunk],
+    weight_decay: float,
+    kind: type[LeastSquares],
 ) -> tuple[_HeadEquations | _GeneralEquations, Chunk]:
     """The equations of this process's chunks, and a few rows of the first."""
 
@@ -201,9 +173,9 @@ def _added_up(
                         return why
                     head = find_head(objective.module, parameters, first)
                     if isinstance(head, Mismatch):
-                        equations = _GeneralEquations(parameters)
+                        equations = _GeneralEquations(parameters, kind)
                     else:
-                        equations = _HeadEquations(head, weight_decay)
+                        equations = _HeadEquations(head, weight_decay, kind)
                 equations.add(objective, chunk, number)
         except NotAffineError as error:
             return error.why

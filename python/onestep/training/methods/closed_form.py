@@ -78,5 +78,5 @@ class _OnePass(Run):
     def verdict(self) -> Verdict:
         """It is solved for, or estimated."""
         if self.exact:
-            return Verdict(f"solved exactly in one pass{self.note}", converged=True)
+            return Verdict(f"solved exactly{self.note or ' in one pass'}", converged=True)
         return Verdict(_ESTIMATED)
