@@ -98,6 +98,7 @@ class Facts:
         model: in eval mode.
         parameters: those that are trained.
         loss: what is minimised, without weight decay.
+        described: what the loss was given as.
         source: all rows.
         share: which of them are this process's.
         first_pass: its first chunk has been read.
@@ -107,6 +108,7 @@ class Facts:
     model: nn.Module
     parameters: ParameterVector
     loss: Loss
+    described: str
     source: Source
     share: Share
     first_pass: FirstPass

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from onestep._fork import one_thread_after_fork
-from onestep.evaluation.distributed import same_everywhere
+from onestep.evaluation.distributed import from_first, same_everywhere
 from onestep.evaluation.losses import as_loss
 from onestep.evaluation.module import eval_mode, warn_of_eval_mode
 from onestep.evaluation.parameters import ParameterVector
-from onestep.training.facts import Settings
-from onestep.training.loop import run
+from onestep.training.facts import Facts, Settings
+from onestep.training.fingerprint import described, differences, fingerprint
+from onestep.training.loop import Checkpoint, Stuck, load_checkpoint, run
 from onestep.training.methods import METHODS
 from onestep.training.methods.affine_equations import NotAffineError
 from onestep.training.plan import look, make_plan
@@ -125,14 +126,48 @@ def fit(
         if initialize:
             _reset(model, seed)
         same_everywhere([*model.parameters(), *model.buffers()])
-        facts = look(model, parameters, function, data, settings)
+        facts = look(model, parameters, function, described(loss, function), data, settings)
+        return _fit(facts, settings)
+
+
+def _fit(facts: Facts, settings: Settings) -> FitResult:
+    """Plans and runs; under "auto" another method goes on where one cannot."""
+    saved, identity = from_first(lambda: _checkpoint(facts, settings))
+    result: FitResult | None = None
+    tried: set[str] = set()
+    while True:
         try:
-            return run(make_plan(facts, settings))
+            plan = make_plan(facts, settings, without=tried, resumed=saved["method"] if saved else None)
+        except LookupError:
+            assert result is not None
+            return result
+        if result is not None:
+            plan = replace(plan, why=f"{result.method} could not move after step {len(result.history)}; {plan.why}")
+        try:
+            return run(plan, saved=saved, before=result, identity=identity)
         except NotAffineError:
-            if method != "auto":
+            if settings.method != "auto":
                 raise
-        # On the rows that were looked at first, it seemed to be.
-        return run(make_plan(replace(facts, known_not_affine=NOT_AFFINE), settings))
+            # On the rows that were looked at first, it seemed to be.
+            facts = replace(facts, known_not_affine=NOT_AFFINE)
+        except Stuck as stuck:
+            result = stuck.result
+            if settings.method != "auto":
+                return result
+        tried.add(plan.method.name)
+        saved = None
+
+
+def _checkpoint(facts: Facts, settings: Settings) -> tuple[Checkpoint | None, dict[str, Any] | None]:
+    """The checkpoint to go on from, and what later ones are to be known by."""
+    if settings.checkpoint is None:
+        return None, None
+    saved, identity = load_checkpoint(settings.checkpoint), fingerprint(facts, settings)
+    if saved is not None:
+        found = differences(saved["identity"], identity)
+        if found:
+            raise ValueError(f"checkpoint {settings.checkpoint} is of another problem: {found}; pass another file")
+    return saved, identity
 
 
 def _reset(model: nn.Module, seed: int) -> None:

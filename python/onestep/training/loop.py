@@ -6,26 +6,55 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from onestep.evaluation.distributed import from_first, together
+from onestep.evaluation.distributed import together
 from onestep.evaluation.progress import Progress
 from onestep.training import checkpoint as checkpoints
 from onestep.training.methods.base import Run, Taken
 from onestep.training.plan import FitPlan
 from onestep.training.result import FitResult, Record
 
+Checkpoint: TypeAlias = dict[str, Any]
+# Losses of the same parameters on the same rows differ by no more than this, relatively or absolutely.
+_SAME_LOSS = 1e-4
 
-def run(plan: FitPlan) -> FitResult:
-    """Fits the model as planned, from the checkpoint if there is one."""
+
+class Stuck(Exception):
+    """The method stopped far from a minimum. It carries what was reached."""
+
+    def __init__(self, result: FitResult) -> None:
+        super().__init__(result.reason)
+        self.result = result
+
+
+def run(
+    plan: FitPlan,
+    *,
+    saved: Checkpoint | None = None,
+    before: FitResult | None = None,
+    identity: dict[str, Any] | None = None,
+) -> FitResult:
+    """Fits the model as planned.
+
+    Args:
+        plan: what to do.
+        saved: the checkpoint to go on from.
+        before: what another method has reached, whose history goes on.
+        identity: the problem's fingerprint, for checkpoints.
+
+    Raises:
+        Stuck: no step lowers the loss, and it is not near a minimum.
+    """
     settings = plan.settings
     result = FitResult(plan.model, math.nan, False, plan.method.name, plan.why, "", math.nan, reasons=plan.reasons)
+    if before is not None:
+        result.history, result.initial_loss = before.history, before.initial_loss
     running = plan.method.setup(plan)
     path = None if plan.method.one_pass else settings.checkpoint
-    if path is not None:
-        saved = from_first(lambda: _load(path))
-        if saved is not None:
-            _resume(path, saved, plan, running, result)
+    if path is not None and saved is not None:
+        _resume(path, saved, plan, running, result)
+    stuck = False
     most = min(settings.max_steps, plan.method.most_steps or settings.max_steps)
     begin = time.perf_counter() - (result.history[-1].seconds if result.history else 0.0)
     recorded, start = len(result.history), plan.parameters.read()
@@ -35,10 +64,10 @@ def run(plan: FitPlan) -> FitResult:
                 recorded, start = len(result.history), plan.parameters.read()
                 taken = running.step(recorded)
                 record_step(result, taken, time.perf_counter() - begin)
-                result.reason, result.converged = running.verdict()
+                result.reason, result.converged, stuck = running.verdict()
                 bar.update(loss=taken.loss, damping=taken.damping, cg=taken.cg_iterations)
                 if path is not None:
-                    together(partial(_save, path, plan, running, result))
+                    together(partial(_save, path, plan, running, result, identity))
             result.reason = result.reason or f"max_steps={settings.max_steps} reached"
         except KeyboardInterrupt:
             result.reason, result.converged = "interrupted", False
@@ -46,6 +75,8 @@ def run(plan: FitPlan) -> FitResult:
                 # A step that is not in the history was not taken.
                 plan.parameters.write(start)
     result.loss = result.history[-1].loss if result.history else math.nan
+    if stuck and len(result.history) < most:
+        raise Stuck(result)
     return result
 
 
@@ -67,8 +98,14 @@ def record_step(result: FitResult, taken: Taken, seconds: float) -> None:
     )
 
 
-def _load(path: Path) -> dict[str, Any] | None:
-    """The checkpoint, if there is one already."""
+def load_checkpoint(path: Path | None) -> Checkpoint | None:
+    """The checkpoint, if there is one already.
+
+    Raises:
+        FileNotFoundError: there is no folder for one. ValueError: the file is none.
+    """
+    if path is None:
+        return None
     if path.exists():
         return checkpoints.load(path)
     if not path.parent.is_dir():
@@ -76,7 +113,7 @@ def _load(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _save(path: Path, plan: FitPlan, running: Run, result: FitResult) -> None:
+def _save(path: Path, plan: FitPlan, running: Run, result: FitResult, identity: dict[str, Any] | None) -> None:
     if plan.source.share.rank != 0:
         return
     checkpoints.save(
@@ -84,6 +121,7 @@ def _save(path: Path, plan: FitPlan, running: Run, result: FitResult) -> None:
         {
             "format": checkpoints.FORMAT,
             "method": plan.method.name,
+            "identity": identity,
             "model": plan.model.state_dict(),
             "source": plan.source.state(),
             "run": running.state(),
@@ -93,7 +131,7 @@ def _save(path: Path, plan: FitPlan, running: Run, result: FitResult) -> None:
     )
 
 
-def _resume(path: Path, saved: dict[str, Any], plan: FitPlan, running: Run, result: FitResult) -> None:
+def _resume(path: Path, saved: Checkpoint, plan: FitPlan, running: Run, result: FitResult) -> None:
     """Takes model, place in the data, run and history over from a checkpoint."""
     if saved["method"] != plan.method.name:
         raise ValueError(
@@ -106,3 +144,10 @@ def _resume(path: Path, saved: dict[str, Any], plan: FitPlan, running: Run, resu
         raise ValueError(f"checkpoint {path} is of another model: {error}") from error
     plan.source.restore(saved["source"])
     result.restore(saved["result"])
+    loss = result.history[-1].loss if result.history else math.nan
+    found = running.loss()
+    if found is not None and not math.isclose(found, loss, rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS):
+        raise ValueError(
+            f"checkpoint {path} is of another problem: at its parameters the loss was {loss:.6g} and is {found:.6g} on "
+            "this data; pass another file"
+        )

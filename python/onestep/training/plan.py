@@ -52,28 +52,33 @@ class FitPlan:
     first_pass: Callable[[], Iterator[Chunk]]
 
 
-def look(model: nn.Module, parameters: ParameterVector, loss: Loss, data: Any, settings: Settings) -> Facts:
+def look(
+    model: nn.Module, parameters: ParameterVector, loss: Loss, described: str, data: Any, settings: Settings
+) -> Facts:
     """Reads the first rows, and runs the model on them to know what a chunk may hold."""
     source, own = as_source(from_numpy(data, parameters.tensors[0]), settings.seed), share()
     # The estimate of a softmax head wants rows in random order.
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
     first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))
     measured = settings.chunk_size or from_first(lambda: chunk_rows(model, loss, first_pass.first))
-    return Facts(model, parameters, loss, source, own, first_pass, measured)
+    return Facts(model, parameters, loss, described, source, own, first_pass, measured)
 
 
-def make_plan(facts: Facts, settings: Settings, *, without: Collection[str] = ()) -> FitPlan:
+def make_plan(
+    facts: Facts, settings: Settings, *, without: Collection[str] = (), resumed: str | None = None
+) -> FitPlan:
     """The plan for these facts.
 
     Args:
         without: methods that "auto" may not take.
+        resumed: the method of the checkpoint that the fit goes on from, which "auto" takes again.
 
     Raises:
         ValueError: the method that was asked for cannot do this.
     """
     from onestep.training.methods import METHODS
 
-    name, why, declined = from_first(lambda: _choose(facts, settings, without))
+    name, why, declined = from_first(lambda: _choose(facts, settings, without, resumed))
     method = METHODS[name]
     objective, unstructured = method.objective(facts)
     chunk_rows, curvature_rows, pieces, least = method.cut(facts, settings)
@@ -102,7 +107,9 @@ def make_plan(facts: Facts, settings: Settings, *, without: Collection[str] = ()
     )
 
 
-def _choose(facts: Facts, settings: Settings, without: Collection[str]) -> tuple[str, str, tuple[str, ...]]:
+def _choose(
+    facts: Facts, settings: Settings, without: Collection[str], resumed: str | None
+) -> tuple[str, str, tuple[str, ...]]:
     """The method's name, why it is taken, and why those before it in the table are not."""
     from onestep.training.methods import METHODS
 
@@ -111,10 +118,12 @@ def _choose(facts: Facts, settings: Settings, without: Collection[str]) -> tuple
         if refusal:
             raise ValueError(refusal)
         return settings.method, "as asked", ()
+    if resumed in METHODS and resumed not in without:
+        return resumed, "as in the checkpoint", ()
     declined: list[str] = []
     for name, method in METHODS.items():
-        suits = method.suits(facts, settings) if name not in without else Mismatch("it has been tried")
+        suits = method.suits(facts, settings) if name not in without else Mismatch("it could not go on")
         if not isinstance(suits, Mismatch):
             return name, suits, tuple(declined)
         declined.append(f"not {name}: {suits.why}")
-    raise AssertionError("gauss_newton suits everything")
+    raise LookupError("no method suits")

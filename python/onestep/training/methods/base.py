@@ -57,10 +57,12 @@ class Verdict(NamedTuple):
     Attributes:
         reason: why to stop; empty to go on.
         converged: whether the tolerance was reached.
+        stuck: whether the method stops far from a minimum, where another one may go on.
     """
 
     reason: str = ""
     converged: bool = False
+    stuck: bool = False
 
 
 class Run(ABC):
@@ -77,6 +79,10 @@ class Run(ABC):
     @abstractmethod
     def verdict(self) -> Verdict:
         """Whether to stop after the step just taken."""
+
+    def loss(self) -> float | None:
+        """The loss over all rows at the present parameters, to compare a checkpoint with; None if steps have others."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run, besides the model and the place in the data."""

@@ -45,6 +45,8 @@ _LEAST_PIECE = 32
 _ROUNDINGS = 10
 # After this many mini-batches in a row that gave no step, fit gives up.
 _MOST_FAILURES = 10
+# Where no step succeeds although the undamped model promises this part of the loss, the method is stuck.
+_FAR = 1e-3
 _SEPARATED = (
     "planes separate the classes, so that the loss falls towards zero as the parameters grow, and has no minimum; "
     "weight_decay > 0 gives it one"
@@ -153,7 +155,7 @@ class GaussNewtonCG(DampedMethod):
         p = len(facts.parameters)
         if p > _MOST_DENSE:
             return f"{p} parameters: too many for a matrix"
-        return f"levenberg_marquardt {facts.no_jacobian}"
+        return f"levenberg_marquardt {facts.no_jacobian}" if facts.no_jacobian else "it takes any model"
 
 
 class GradientDescentBaseline(DampedMethod):
@@ -247,7 +249,8 @@ class DampedRun(Run):
         if (test or self.failures) and self._separated():
             return Verdict(_SEPARATED)
         if not test and self.failures:
-            return Verdict("no step lowers the loss, although it may not be at a minimum")
+            stuck = report.decrement > _FAR * abs(report.new_loss)
+            return Verdict("no step lowers the loss, although it may not be at a minimum", stuck=stuck)
         if not test:
             return Verdict()
         lost = report.without_influence
@@ -306,6 +309,14 @@ class DampedRun(Run):
         finally:
             parameters.write(start)
         return int(candidates.sum()) if len(losses) == 1 else 0
+
+    def loss(self) -> float | None:
+        """With weight decay, where every step sees all rows."""
+        if self.whole is None:
+            return None
+        point = self.plan.parameters.read()
+        penalty = 0.5 * self.plan.settings.weight_decay * torch.dot(point, point).item()
+        return self.whole.value(self.plan.parameters) + penalty
 
     def state(self) -> dict[str, Any]:
         """The optimiser's, and what the tests compare with."""

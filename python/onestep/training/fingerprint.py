@@ -1,0 +1,75 @@
+"""What tells one fit from another, so that a checkpoint is not taken for that of another problem."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from onestep.evaluation.data import Chunk, IndexedSource
+from onestep.evaluation.losses import Loss
+from onestep.training.facts import Facts, FirstPass, Settings
+
+# Rows that are compared, besides the first ones, at equal distances over all.
+_ROWS = 1024
+# Settings with which a fit goes another way. Those that only say when to stop may change.
+_SETTINGS = ("weight_decay", "damping", "batch_size", "curvature_batch_size", "cg_iterations", "seed")
+
+
+def fingerprint(facts: Facts, settings: Settings) -> dict[str, Any]:
+    """Settings and hashes by name; a hash is None where the data is not the same on each pass."""
+    marks: dict[str, Any] = {name: getattr(settings, name) for name in _SETTINGS}
+    marks |= {"loss": facts.described, "rows": facts.source.known_rows, "inputs": None, "target": None}
+    first = facts.first
+    again = FirstPass(facts.source, facts.share, shuffled=False)
+    again.close()
+    if _hash(again.first.inputs) == _hash(first.inputs) and _hash(again.first.target) == _hash(first.target):
+        chunks = [first, *_spread(facts)]
+        marks["inputs"] = _hash([chunk.inputs for chunk in chunks])
+        marks["target"] = _hash([chunk.target for chunk in chunks])
+    return marks
+
+
+def described(loss: str | Callable[..., Any], function: Loss) -> str:
+    """A loss by its name, a function by where it is defined, a module by its settings and buffers."""
+    if function.name != "function":
+        return function.name
+    if isinstance(loss, nn.Module):
+        return f"{loss!r} {_hash(list(loss.state_dict().values()))}"
+    return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs, as a clause; empty if nothing does."""
+    found = []
+    for name, value in now.items():
+        before = saved.get(name)
+        if before == value or (name in ("inputs", "target") and None in (before, value)):
+            continue
+        hashed = name in ("inputs", "target")
+        found.append(f"other {name}" if hashed else f"{name}={value!r}, the checkpoint's is {before!r}")
+    return "; ".join(found)
+
+
+def _spread(facts: Facts) -> list[Chunk]:
+    source = facts.source
+    if not isinstance(source, IndexedSource):
+        return []
+    return [source.take(torch.arange(0, source.rows, max(1, source.rows // _ROWS)))]
+
+
+def _hash(tree: Any) -> str:
+    """Of the shapes, types and values of all tensors in a tree."""
+    result = hashlib.blake2b(digest_size=16)
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            plain = leaf.detach().cpu().contiguous()
+            result.update(f"{tuple(plain.shape)} {plain.dtype}".encode())
+            result.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            result.update(repr(leaf).encode())
+    return result.hexdigest()

@@ -1,0 +1,125 @@
+"""onestep.fit: what it says of its result is true, and a checkpoint is taken for its own problem only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_fit import network, table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, smooth_l1_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+import onestep
+
+
+def years(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows [year, N(0,1)], and classes drawn from a logistic model of them."""
+    year = torch.randint(1950, 2020, (200, 1), generator=generator).double()
+    X = torch.cat([year, torch.randn(200, 1, generator=generator, dtype=torch.float64)], 1)
+    chance = (0.05 * (X[:, 0] - 1985) + X[:, 1]).sigmoid()
+    return X, (torch.rand(200, generator=generator, dtype=torch.float64) < chance).long()
+
+
+def logistic_minimum(X: Tensor, y: Tensor) -> float:
+    """By Newton's method on standardised columns."""
+    A = torch.cat([(X - X.mean(0)) / X.std(0), X.new_ones(len(X), 1)], 1)
+    w = A.new_zeros(A.shape[1])
+    for _ in range(20):
+        p = (A @ w).sigmoid()
+        w = w - torch.linalg.solve(A.mT @ (A * (p * (1 - p))[:, None]), A.mT @ (p - y))
+    return nn.functional.binary_cross_entropy_with_logits(A @ w, y.double()).item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_saturated_start_is_left_by_another_method(seed: int) -> None:
+    X, y = years(torch.Generator().manual_seed(0))
+    torch.manual_seed(seed)
+    head = nn.Linear(2, 2, dtype=torch.float64)
+    assert cross_entropy(head(X), y) > 20
+    result = onestep.fit(head, (X, y), "cross_entropy", progress=False)
+    assert result.method == "newton_cg"
+    assert "levenberg_marquardt could not move" in result.choice
+    assert [record.step for record in result.history] == list(range(1, len(result.history) + 1))
+    assert result.converged
+    assert result.loss == pytest.approx(logistic_minimum(X, y), rel=1e-6)
+
+
+def test_a_fit_that_changed_its_method_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    X, y = years(torch.Generator().manual_seed(0))
+
+    def run(name: str, *ends: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        head = nn.Linear(2, 2, dtype=torch.float64)
+        for steps in ends:
+            options: dict[str, Any] = {"max_steps": steps, "checkpoint": tmp_path / name, "progress": False}
+            result = onestep.fit(head, (X, y), "cross_entropy", **options)
+        assert result.method == "newton_cg"
+        return [p.detach().clone() for p in head.parameters()]
+
+    assert all(map(torch.equal, run("straight", 8), run("stopped", 5, 8)))
+
+
+def other_loss(outputs: Tensor, target: Tensor) -> Tensor:
+    return smooth_l1_loss(outputs, target)
+
+
+X, Y = table(300)
+MOVED = Y.clone()
+MOVED[200:] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": (X, -Y)}, "other target"),
+        ({"data": (X, MOVED)}, "other target"),
+        ({"data": (X[:200], Y[:200])}, r"rows=200, the checkpoint's is 300"),
+        ({"data": (X + 1, Y)}, "other inputs"),
+        ({"loss": other_loss}, r"loss='test_fit_promises.other_loss', the checkpoint's is 'mse'"),
+        ({"weight_decay": 0.1}, r"weight_decay=0.1, the checkpoint's is 0.0"),
+        ({"batch_size": 50}, "batch_size=50"),
+        ({"seed": 3}, "seed=3"),
+    ],
+    ids=["target", "later target", "rows", "inputs", "loss", "decay", "batches", "seed"],
+)
+def test_a_checkpoint_of_another_problem_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "state.pt"
+    model = network()
+    options: dict[str, Any] = {"data": (X, Y), "loss": "mse", "max_steps": 2, "checkpoint": path, "progress": False}
+    onestep.fit(model, **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=f"checkpoint .* is of another problem: .*{message}"):
+        onestep.fit(model, **options | change)
+    assert all(map(torch.equal, model.parameters(), before))
+    # Nothing differs but when to stop.
+    assert len(onestep.fit(model, **options | {"max_steps": 4, "tol": 1e-3}).history) == 4
+
+
+def test_a_checkpoint_knows_its_loss_where_hashes_do_not_tell(tmp_path: Path) -> None:
+    """A lambda has the name of any other, and one target among 300,000 is not looked at."""
+    options: dict[str, Any] = {"max_steps": 2, "checkpoint": tmp_path / "state.pt", "progress": False}
+    model = network()
+    onestep.fit(model, (X, Y), lambda z, y: smooth_l1_loss(z, y), **options)
+    with pytest.raises(ValueError, match="at its parameters the loss was"):
+        onestep.fit(model, (X, Y), lambda z, y: 2 * smooth_l1_loss(z, y), **options)
+
+
+def test_batches_in_an_order_of_their_own_resume(tmp_path: Path) -> None:
+    """numpy or Python draw the order: two passes differ, and hashes would refuse what is the same data."""
+
+    class Reversing(DataLoader[Any]):
+        passes = 0
+
+        def __iter__(self) -> Any:
+            self.passes += 1
+            batches = list(super().__iter__())
+            return iter(batches if self.passes % 2 else batches[::-1])
+
+    loader = Reversing(TensorDataset(X, Y), batch_size=50)
+    options: dict[str, Any] = {"checkpoint": tmp_path / "state.pt", "progress": False}
+    model = network()
+    onestep.fit(model, loader, max_steps=2, **options)
+    assert len(onestep.fit(model, loader, max_steps=4, **options).history) == 4
