@@ -10,6 +10,7 @@ import torch
 from test_fit import network, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.checkpoint import checkpoint
 
 import onestep
 from onestep.evaluation.data import Chunk
@@ -85,15 +86,20 @@ class SecondDerivative(nn.Module):
             # d²/dx² Σ a tanh(wx + b) = Σ a w² (-2 t (1 - t²))
             t, w = self.net[0](x).tanh(), self.net[0].weight[:, 0]
             return (-2 * t * (1 - t.square()) * w.square()) @ self.net[2].weight.mT
+        if self.how == "torch.autograd":
+            # As most people write it. Whoever calls this has to record gradients.
+            x = x.requires_grad_()
+            (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+            return torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
         if self.how == "hessian":
             return torch.func.vmap(torch.func.hessian(lambda r: self.net(r)[0]))(x)[:, 0]
         one = torch.ones_like(x)
         return torch.func.jvp(lambda r: torch.func.jvp(self.net, (r,), (one,))[1], (x,), (one,))[1]
 
 
-@pytest.mark.parametrize("method", ["auto", "gauss_newton", "newton_cg"])
-@pytest.mark.parametrize("how", ["hessian", "jvp of jvp"])
-def test_models_may_differentiate_themselves_by_torch_func(how: str, method: str) -> None:
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "newton_cg", "gradient_descent"])
+@pytest.mark.parametrize("how", ["hessian", "jvp of jvp", "torch.autograd"])
+def test_models_may_differentiate_themselves(how: str, method: str) -> None:
     x = torch.linspace(0, 1, 40, dtype=torch.float64)[:, None]
     y = -9 * (3 * x).sin()
     fitted, formula = SecondDerivative(how), SecondDerivative("formula")
@@ -106,6 +112,60 @@ def test_models_may_differentiate_themselves_by_torch_func(how: str, method: str
     if method == "auto":
         assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     assert result.loss < 0.95 * result.initial_loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_that_require_gradients_do_so_in_the_model(method: str) -> None:
+    class Slope(SecondDerivative):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+    x = torch.linspace(0, 1, 40, dtype=torch.float64)[:, None].requires_grad_()
+    result = onestep.fit(Slope(""), (x, (3 * x).cos().detach()), method=method, max_steps=10, progress=False)
+    assert result.loss < 0.3 * result.initial_loss
+
+
+class Checkpointed(nn.Module):
+    """A network that computes activations anew in the backward pass, or keeps them."""
+
+    def __init__(self, *, checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh()).double()
+        self.last, self.checkpointed = nn.Linear(8, 3).double(), checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed:
+            return self.last(checkpoint(self.first, x, use_reentrant=False))
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_gradient_checkpointing_changes_nothing(method: str, loss: str) -> None:
+    X, y = table(60)
+    target = (X[:, 0] > 0).long() + (X[:, 1] > 0).long() if loss == "cross_entropy" else torch.cat([y, y, X[:, :1]], 1)
+    losses = []
+    for checkpointed in (True, False):
+        model = Checkpointed(checkpointed=checkpointed)
+        result = onestep.fit(model, (X, target), loss, method=method, max_steps=3, progress=False)
+        losses.append([record.loss for record in result.history])
+    # Conjugate gradients that end early magnify rounding.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8 if method == "levenberg_marquardt" else 1e-2)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_may_cast_its_activations(method: str) -> None:
+    class Cast(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x).float()
+
+    X, y = table(60, torch.float32)
+    model = Cast(checkpointed=False).float()
+    result = onestep.fit(model, (X, torch.cat([y, y, y], 1)), method=method, max_steps=5, progress=False)
+    assert result.loss < 0.7 * result.initial_loss
 
 
 def test_rows_of_a_model_that_calls_torch_func_are_measured() -> None:
@@ -148,7 +208,7 @@ def test_a_model_whose_error_says_nothing_names_its_type() -> None:
             self.inner = network()
 
         def forward(self, x: Tensor) -> Tensor:
-            if len(x) < 2:
+            if len(x) < 8:
                 raise AssertionError
             return self.inner(x)
 

@@ -54,9 +54,11 @@ class Factors:
         for layer, (weight, bias) in self.layers.items():
             out, d = parameters.tensors[weight].shape
             d += bias is not None
-            self.inputs[layer] = _empty_factor(d, parameters.dtype)
-            self.slopes[layer] = _empty_factor(out, parameters.dtype)
-        self.squares = torch.zeros(len(parameters.tensors), dtype=parameters.dtype)
+            self.inputs[layer] = _empty_factor(d, parameters)
+            self.slopes[layer] = _empty_factor(out, parameters)
+        self.squares = torch.zeros(len(parameters.tensors), dtype=parameters.dtype, device=parameters.device)
+        # Set once the forward pass is over: a model may run backward passes of its own in it.
+        self.backward = False
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -69,6 +71,9 @@ class Factors:
                 handle.remove()
 
     def _collect(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if self.backward:
+            # Activation checkpoints compute layers anew.
+            return
         x = args[0] if args else kwargs["input"]
         if debug_unwrap(x) is not x or debug_unwrap(output) is not output:
             # Inside a transform of torch.func that the model calls itself, these are not the values of rows.
@@ -81,7 +86,8 @@ class Factors:
         self.positions[layer] += len(x)
 
         def back(slope: Tensor) -> None:
-            _add_rows(slope.reshape(-1, slope.shape[-1]), self.slopes[layer])
+            if self.backward:
+                _add_rows(slope.detach().reshape(-1, slope.shape[-1]), self.slopes[layer])
 
         if output.requires_grad:
             output.register_hook(back)
@@ -131,9 +137,10 @@ class Factors:
         return apply
 
 
-def _empty_factor(size: int, dtype: torch.dtype) -> Tensor:
+def _empty_factor(size: int, like: ParameterVector) -> Tensor:
     """Zeros (n,n), or (n,) for a diagonal."""
-    return torch.zeros((size, size) if size <= _LARGEST_FACTOR else (size,), dtype=dtype)
+    shape = (size, size) if size <= _LARGEST_FACTOR else (size,)
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 def _add_rows(rows: Tensor, factor: Tensor) -> None:
@@ -161,4 +168,6 @@ def _inverse(factor: Tensor, shift: float) -> Tensor:
         return 1 / (factor + shift)
     shifted = factor.clone()
     shifted.diagonal().add_(shift)
-    return linalg.cholesky_solve(torch.eye(len(factor), dtype=factor.dtype), linalg.cholesky(shifted))
+    return linalg.cholesky_solve(
+        torch.eye(len(factor), dtype=factor.dtype, device=factor.device), linalg.cholesky(shifted)
+    )

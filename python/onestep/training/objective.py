@@ -222,6 +222,7 @@ class DataObjective(Objective):
                 with torch.enable_grad(), factors.collecting():
                     outputs = call_model(self.module, chunk.inputs)
                     slope = drawn_slope(self.loss, outputs.detach(), chunk.target, generator)
+                    factors.backward = True
                     parts = torch.autograd.grad(outputs, parameters.tensors, slope, allow_unused=True)
                 factors.add_gradient(parts)
                 sums, positions = factors.packed()

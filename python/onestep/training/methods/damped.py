@@ -243,11 +243,12 @@ class DampedRun(Run):
                 return Verdict(f"no step lowered the loss on {_MOST_FAILURES} batches in a row")
             return Verdict()
         zero = (_ROUNDINGS * eps) ** 2 * min(1.0, self.first_loss)
-        if self.plan.loss.name in ("mse", "cross_entropy") and report.new_loss <= zero:
-            return Verdict("the loss is zero to rounding", converged=True)
-        test = self._test(report, tol, eps)
+        is_zero = self.plan.loss.name in ("mse", "cross_entropy") and report.new_loss <= zero
+        test = "the loss is zero to rounding" if is_zero else self._test(report, tol, eps)
         if (test or self.failures) and self._separated():
             return Verdict(_SEPARATED)
+        if is_zero:
+            return Verdict(test, converged=True)
         if not test and self.failures:
             stuck = report.decrement > _FAR * abs(report.new_loss)
             return Verdict("no step lowers the loss, although it may not be at a minimum", stuck=stuck)
