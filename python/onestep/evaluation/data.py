@@ -27,7 +27,13 @@ class Chunk(NamedTuple):
 
     def rows(self, index: slice | Tensor) -> Chunk:
         """Some of the rows."""
-        return Chunk(*tree_map_only(Tensor, lambda t: t[index], tuple(self)))
+
+        def some(tensor: Tensor) -> Tensor:
+            part = tensor.detach()[index]
+            # A model that differentiates in its inputs needs leaves, also where no gradients are recorded now.
+            return part.requires_grad_() if tensor.requires_grad else part
+
+        return Chunk(*tree_map_only(Tensor, some, tuple(self)))
 
     def of_piece(self, piece: int) -> Chunk:
         """The same rows as a part of a piece."""

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
+from torch.func import debug_unwrap, functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from onestep._torch_private import BatchNorm, DropoutNd
@@ -157,22 +157,25 @@ def _saved_bytes(evaluate: Callable[[], Tensor]) -> int:
 
 
 def _computed_bytes(evaluate: Callable[[], Tensor]) -> int:
-    """What all functions gave: more than a graph keeps of it."""
+    """What all operations gave: more than a graph keeps of it."""
     counter = _Counter()
     with counter:
         evaluate()
     return counter.bytes
 
 
-class _Counter(TorchFunctionMode):
+class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                # Inside vmap, this is one row of what is in memory.
+                whole = debug_unwrap(leaf, recurse=True)
+                self.bytes += whole.numel() * whole.element_size()
         return result
 
 
