@@ -231,3 +231,40 @@ def test_a_failing_process_is_an_error_on_the_other(tmp_path: Path, failure: str
     assert first.returncode == 1
     assert message in first.stderr
     assert second.returncode == (7 if failure == "dies" else 1)
+
+
+SAMPLED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+import onestep
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=rank, world_size=2)
+x = torch.arange(7, dtype=torch.float64)[:, None]
+data = TensorDataset(x, x.square())
+found = []
+for shuffle in (False, True):
+    loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, shuffle=shuffle))
+    for method in ("closed_form", "newton_cg"):
+        head = torch.nn.Linear(1, 1).double()
+        onestep.fit(head, loader, method=method, progress=False)
+        found.append(torch.cat([head.weight[0], head.bias]).detach())
+torch.save(found, {out!r} + str(rank))
+try:
+    onestep.fit(head, [(x, x)] * (2 + rank), progress=False)
+except ValueError as error:
+    assert "data has " + str(2 + rank) + " items in this process, and 2.5 on average" in str(error), error
+else:
+    raise AssertionError
+"""
+
+
+def test_rows_that_a_distributed_sampler_repeats_count_once(tmp_path: Path) -> None:
+    script = SAMPLED.format(store=str(tmp_path / "store"), out=str(tmp_path / "out"))
+    for process in finished([[sys.executable, "-c", script, str(rank)] for rank in range(2)]):
+        assert process.returncode == 0, process.stderr
+    # The line through (0, 0), (1, 1), ..., (6, 36).
+    for found in (*torch.load(tmp_path / "out0"), *torch.load(tmp_path / "out1")):
+        torch.testing.assert_close(found, torch.tensor([6.0, -5.0], dtype=torch.float64), rtol=1e-6, atol=1e-6)

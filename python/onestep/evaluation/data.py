@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -191,7 +192,20 @@ class LoaderSource(Source):
         loader = self.loader
         if not isinstance(loader, DataLoader) or loader.batch_size is None or not isinstance(loader.sampler, Sized):
             return None
-        return len(loader.sampler) * (self.share.size if self.sharded else 1)
+        if isinstance(loader.sampler, DistributedSampler):
+            sampler = loader.sampler
+            return sampler.total_size if sampler.drop_last else len(cast(Sized, sampler.dataset))
+        return len(loader.sampler)
+
+    def _own_rows(self) -> float:
+        """How many rows of a pass are this process's own; those that a DistributedSampler adds come after them.
+
+        It repeats rows so that all processes have as many. Counted twice, they would change the solution.
+        """
+        sampler = getattr(self.loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+            return math.inf
+        return -(-(len(cast(Sized, sampler.dataset)) - sampler.rank) // sampler.num_replicas)
 
     def _share(self, chunk: Chunk, number: int) -> Iterator[Chunk]:
         whole = [(self.share.rank, range(len(chunk)))]
@@ -222,8 +236,14 @@ class LoaderSource(Source):
         yield from map(_as_chunk, batches)
 
     def all(self) -> Iterator[Chunk]:
+        # Mini-batches keep the repeated rows: all processes go on to the next pass at the same step.
+        left = self._own_rows()
         for number, chunk in enumerate(self._whole(0)):
-            yield from self._share(chunk, number)
+            if left <= 0:
+                return
+            own = chunk if len(chunk) <= left else chunk.rows(slice(0, int(left)))
+            left -= len(own)
+            yield from self._share(own, number)
 
     def _next(self) -> Chunk:
         while True:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, Source, as_source
-from onestep.evaluation.distributed import from_first, share, together
+from onestep.evaluation.distributed import from_first, share, summed, together
 from onestep.evaluation.losses import Loss
 from onestep.evaluation.module import chunk_rows
 from onestep.evaluation.parameters import ParameterVector
@@ -57,11 +59,25 @@ def look(
 ) -> Facts:
     """Reads the first rows, and runs the model on them to know what a chunk may hold."""
     source, own = as_source(from_numpy(data, parameters.tensors[0]), settings.seed), share()
+    _check_equal_batches(data, own.size)
     # The estimate of a softmax head wants rows in random order.
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
     first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))
     measured = settings.chunk_size or from_first(lambda: chunk_rows(model, loss, first_pass.first))
     return Facts(model, parameters, loss, described, source, own, first_pass, measured)
+
+
+def _check_equal_batches(data: Any, processes: int) -> None:
+    """Raises where processes have other numbers of batches or rows, some of which no process would compute."""
+    if processes == 1 or not isinstance(data, Sized):
+        return
+    counts = summed(lambda: (torch.empty(0), [len(data), len(data) ** 2]))[1]
+    if processes * counts[1] != counts[0] ** 2:
+        what = "batches" if isinstance(data, DataLoader) else "items"
+        raise ValueError(
+            f"data has {len(data)} {what} in this process, and {counts[0] / processes:g} on average over all "
+            f"{processes}; expected the same data everywhere, or a DataLoader with a DistributedSampler"
+        )
 
 
 def make_plan(

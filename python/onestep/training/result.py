@@ -48,6 +48,7 @@ class FitResult:
         reason: why it stopped.
         history: a ``Record`` for each step.
         initial_loss: before the first step.
+        steps: how many there were.
         reasons: why methods and structures that might have been faster do not apply.
     """
 
@@ -61,10 +62,15 @@ class FitResult:
     history: list[Record] = field(default_factory=list)
     reasons: tuple[str, ...] = ()
 
+    @property
+    def steps(self) -> int:
+        """How many steps were taken, those of earlier sessions included."""
+        return len(self.history)
+
     def __repr__(self) -> str:
         return (
             f"FitResult(loss={self.loss:.6g}, converged={self.converged}, method={self.method!r} ({self.choice}), "
-            f"steps={len(self.history)}, reason={self.reason!r})"
+            f"steps={self.steps}, reason={self.reason!r})"
         )
 
     def plot(self, path: str | PathLike[str]) -> None:

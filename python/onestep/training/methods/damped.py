@@ -47,6 +47,8 @@ _ROUNDINGS = 10
 _MOST_FAILURES = 10
 # Where no step succeeds although the undamped model promises this part of the loss, the method is stuck.
 _FAR = 1e-3
+# How far around a point a plateau is looked for, relative to each parameter.
+_NEARBY = 1e-3
 _SEPARATED = (
     "planes separate the classes, so that the loss falls towards zero as the parameters grow, and has no minimum; "
     "weight_decay > 0 gives it one"
@@ -254,6 +256,8 @@ class DampedRun(Run):
             return Verdict("no step lowers the loss, although it may not be at a minimum", stuck=stuck)
         if not test:
             return Verdict()
+        if report.grad_norm == 0 and not is_zero and self._is_plateau():
+            return Verdict(f"{test}, but the loss is the same all around: not necessarily a minimum")
         lost = report.without_influence
         if lost and isinstance(self.optimizer, LevenbergMarquardt):
             lost -= self._of_no_use(self.optimizer.never_used(self.plan.parameters))
@@ -282,6 +286,9 @@ class DampedRun(Run):
         def terms() -> tuple[Tensor, list[float]]:
             wrong, affine = 0, True
             for number, chunk in enumerate(plan.source.all()):
+                if chunk.target.is_floating_point():
+                    # Probabilities of classes, which no plane separates.
+                    return torch.empty(0), [1]
                 if number == 0:
                     affine = not why_not_affine(plan.model, plan.parameters, chunk)
                 scores, classes = scores_and_classes(call_model(plan.model, chunk.inputs), chunk.target)
@@ -298,10 +305,18 @@ class DampedRun(Run):
 
     def _of_no_use(self, candidates: Tensor) -> int:
         """How many parameters those are, if changing them all changes nothing, as for a feature that is always zero."""
+        size = self.plan.parameters.read().square().mean().sqrt().clamp_min(1.0)
+        return int(candidates.sum()) if self._is_constant(candidates * size) else 0
+
+    def _is_plateau(self) -> bool:
+        """Whether the loss does not change with the parameters nearby, as where exponentials have underflowed."""
+        return self._is_constant(_NEARBY * self.plan.parameters.read().abs().clamp_min(1.0))
+
+    def _is_constant(self, sizes: Tensor) -> bool:
+        """Whether the loss is the same at parameters that are off by numbers of these sizes, one for each."""
         parameters = self.plan.parameters
         start = parameters.read()
-        noise = torch.randn(len(start), generator=torch.Generator().manual_seed(0)).to(start)
-        noise *= candidates * start.square().mean().sqrt().clamp_min(1.0)
+        noise = torch.randn(len(start), generator=torch.Generator().manual_seed(0)).to(start) * sizes
         losses = set()
         try:
             for sign in (0, 1, -1):
@@ -309,7 +324,7 @@ class DampedRun(Run):
                 losses.add(self.objective.value(parameters))
         finally:
             parameters.write(start)
-        return int(candidates.sum()) if len(losses) == 1 else 0
+        return len(losses) == 1
 
     def loss(self) -> float | None:
         """With weight decay, where every step sees all rows."""
