@@ -144,3 +144,36 @@ def test_a_plateau_without_a_gradient_is_not_convergence(method: str) -> None:
     near = onestep.fit(Underflowing(-1.0), (x, (-x).exp()), method=method, progress=False)
     assert near.converged
     assert near.steps == len(near.history) == 1
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.functional.mse_loss])
+def test_losses_of_torch_are_those_of_the_same_name(loss: Any) -> None:
+    head = nn.Linear(5, 1).double()
+    assert onestep.fit(head, (X, Y), loss, progress=False).method == "closed_form"
+
+
+def test_binary_cross_entropy_is_logistic_regression() -> None:
+    features, classes = years(torch.Generator().manual_seed(0))
+    head = nn.Linear(2, 1).double()
+    features = (features - features.mean(0)) / features.std(0)
+    result = onestep.fit(head, (features, classes), "bce", progress=False)
+    assert result.converged
+    assert result.loss == pytest.approx(logistic_minimum(features, classes), rel=1e-9)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_weighted_classes_have_their_minimum_whatever_the_chunks(chunk_size: int | None) -> None:
+    classes = (X[:, 0] > 0.5).long() + (X[:, 1] > 0).long() * (X[:, 2] > 0).long()
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2]).double())
+    head = nn.Linear(5, 3).double()
+    options: dict[str, Any] = {"weight_decay": 1e-2, "chunk_size": chunk_size, "progress": False}
+    result = onestep.fit(head, (X, classes), loss, **options)
+    value = loss(head(X), classes) + 5e-3 * sum(p.square().sum() for p in head.parameters())
+    assert result.converged
+    assert result.loss == pytest.approx(value.item(), rel=1e-9)
+    assert max(part.abs().max() for part in torch.autograd.grad(value, list(head.parameters()))) < 1e-6
+
+
+def test_a_loss_that_is_no_mean_over_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="mean"):
+        onestep.fit(network(), (X, Y), lambda z, y: (z - y).square().sum().sqrt(), progress=False)
