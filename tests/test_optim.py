@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +177,7 @@ def test_damping_rises_with_halved_steps_and_ever_faster_with_rejected_ones() ->
     assert x.item() == pytest.approx(10 - math.atan(10) * 101 / (1 + report.damping), rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:the closure's loss is")
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_stay_if_every_trial_is_rejected(kind: Any) -> None:
     """Each call of the closure says a higher loss than the one before."""
@@ -488,3 +490,90 @@ def test_there_is_no_decrement_at_a_saddle() -> None:
     optimizer = NewtonCG([x], damping=10.0)
     optimizer.step(lambda: 1 + x[0] ** 2 - x[1] ** 2)
     assert optimizer.report is not None and optimizer.report.decrement == float("inf")
+
+
+# ------------------------------------------------------------------------------------------- schedulers and settings
+
+
+def scheduled(kind: Any, make: Callable[[Any], Any], steps: int = 3) -> list[float]:
+    """The rate before each step, which takes so much of what it solved for."""
+    x = parameter(*START.tolist())
+    # So much that Newton's steps meet no negative curvature, along which they go on.
+    optimizer = kind([x], damping=5.0, **exact(kind))
+    scheduler, rates = make(optimizer), []
+    for _ in range(steps):
+        rate, before = optimizer.param_groups[0]["lr"], x.detach().clone()
+        full = before.clone().requires_grad_()
+        reference = kind([full])
+        reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for group in reference.param_groups:
+            group["lr"] = 1.0
+        reference.step(closure_for(kind, lambda: curve(full)))  # noqa: B023
+        optimizer.step(closure_for(kind, lambda: curve(x)))
+        torch.testing.assert_close(x.detach() - before, rate * (full.detach() - before), rtol=1e-5, atol=1e-9)
+        rates.append(rate)
+        scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+    return rates
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedulers_scale_the_steps(kind: Any) -> None:
+    schedulers = torch.optim.lr_scheduler
+    assert scheduled(kind, lambda o: schedulers.StepLR(o, 1, 0.5)) == [1.0, 0.5, 0.25]
+    assert scheduled(kind, lambda o: schedulers.LambdaLR(o, lambda t: t / 2)) == [0.0, 0.5, 1.0]
+    assert scheduled(kind, lambda o: schedulers.ReduceLROnPlateau(o, patience=0)) == [1.0, 1.0, pytest.approx(0.1)]
+    for make in (
+        lambda o: schedulers.CosineAnnealingLR(o, 3),
+        lambda o: schedulers.OneCycleLR(o, 1.0, total_steps=4, cycle_momentum=False),
+    ):
+        assert len(scheduled(kind, make, 2)) == 2
+
+
+def test_settings_are_in_param_groups_and_in_the_state() -> None:
+    x = parameter(*START.tolist())
+    settings = {"cg_iterations": 7, "cg_tolerance": 0.1, "damping": 0.2, "weight_decay": 0.3}
+    optimizer = GaussNewton([x], **settings)
+    assert settings.items() <= optimizer.param_groups[0].items()
+    other = GaussNewton([x])
+    other.load_state_dict(optimizer.state_dict())
+    assert settings.items() <= other.param_groups[0].items()
+    marquardt = LevenbergMarquardt([x], momentum=0.5)
+    assert marquardt.param_groups[0]["momentum"] == 0.5 and marquardt.param_groups[0]["damping_decrease"] == 0.6
+    # A checkpoint from before has no rate.
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["lr"]
+    other.load_state_dict(state)
+    assert other.param_groups[0]["lr"] == 1.0
+
+
+def test_settings_of_one_group_are_used_for_all_or_refused() -> None:
+    x, y = parameter(1.0), parameter(2.0)
+    optimizer = LevenbergMarquardt([{"params": [x], "damping": 3.0}, {"params": [y], "weight_decay": 0.1}])
+    assert [group["damping"] for group in optimizer.param_groups] == [3.0, 3.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.1]
+    with pytest.raises(ValueError, match=r"damping=7\.0 in a param group, 0\.001 in the first; expected one value"):
+        LevenbergMarquardt([{"params": [x]}, {"params": [y], "damping": 7.0}])
+    optimizer.param_groups[1]["damping"] = 5.0
+    with pytest.raises(ValueError, match=r"damping is \[3\.0, 5\.0\] in the param groups"):
+        optimizer.step(lambda: torch.cat([x, y]))
+    optimizer.damping = 4.0
+    optimizer.step(lambda: torch.cat([x, y]))
+    with pytest.raises(ValueError, match=r"lr=-1; expected a finite number >= 0"):
+        LevenbergMarquardt([{"params": [parameter(1.0)], "lr": -1}])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_in_a_closure_is_noticed(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 20), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(20, 1))
+    X = DESIGN.float()
+    optimizer = kind(model.parameters())
+    with pytest.warns(UserWarning, match=r"then .* at the same parameters.*model\.eval\(\)") as caught:
+        optimizer.step(closure_for(kind, lambda: model(X) - 1))
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Once is enough, and no warning where there is nothing to warn of.
+        optimizer.step(closure_for(kind, lambda: model(X) - 1))
+        model.eval()
+        kind(model.parameters()).step(closure_for(kind, lambda: model(X) - 1))

@@ -33,12 +33,13 @@ class MatrixFreeOptimizer(DampedOptimizer):
     def __init__(
         self, params: Iterable[Any], *, damping: float, weight_decay: float, cg_iterations: int, cg_tolerance: float
     ) -> None:
-        if cg_iterations < 1:
-            raise ValueError(f"cg_iterations={cg_iterations}; expected at least 1")
-        if not 0 <= cg_tolerance < 1:
-            raise ValueError(f"cg_tolerance={cg_tolerance}; expected a number from 0, less than 1")
-        super().__init__(params, {"damping": damping, "weight_decay": weight_decay})
-        self.cg_iterations, self.cg_tolerance = cg_iterations, cg_tolerance
+        settings = {
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "cg_iterations": cg_iterations,
+            "cg_tolerance": cg_tolerance,
+        }
+        super().__init__(params, settings)
 
     def quadratic_model(
         self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
@@ -120,8 +121,8 @@ class _ProductModel(QuadraticModel):
                 b,
                 start=start,
                 precondition=precondition,
-                tolerance=self.settings.cg_tolerance,
-                max_iterations=self.settings.cg_iterations,
+                tolerance=self.settings.setting("cg_tolerance"),
+                max_iterations=self.settings.setting("cg_iterations"),
             )
 
         if self.first_damping is None:

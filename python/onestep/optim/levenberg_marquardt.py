@@ -58,25 +58,23 @@ class LevenbergMarquardt(DampedOptimizer):
     def __init__(
         self, params: Iterable[Any], *, damping: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.0
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum}; expected a number from 0, less than 1")
-        super().__init__(params, {"damping": damping, "weight_decay": weight_decay})
-        self.momentum = momentum
+        settings = {"damping": damping, "weight_decay": weight_decay, "momentum": momentum}
         if momentum:
-            self.falls, self.rises = _FALLS, _RISES
+            settings |= {"damping_decrease": _FALLS, "damping_increase": _RISES}
+        super().__init__(params, settings)
 
     def quadratic_model(
         self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
         """A, assembled in chunks of rows by the Gram kernel, or where it is of a sample of them, products with it."""
-        last = self.read_state("direction", parameters) if self.momentum else None
-        carried = None if last is None else last * self.momentum
+        momentum = self.setting("momentum")
+        last = self.read_state("direction", parameters) if momentum else None
+        carried = None if last is None else last * momentum
         root = objective.curvature_root(parameters)
         if root is not None:
             diagonal = root.diagonal if decay is None else root.diagonal + decay
             scale = self._scale(parameters, diagonal.double()).to(parameters.dtype)
-            kept = self.state[parameters.tensors[0]]
-            return _SampledModel(root, diagonal, decay, gradient, scale, carried, kept)
+            return _SampledModel(root, diagonal, decay, gradient, scale, carried, self.kept)
         A = objective.gauss_newton_matrix(parameters)
         if decay is not None:
             A = A + torch.diag(decay.double())
@@ -85,7 +83,7 @@ class LevenbergMarquardt(DampedOptimizer):
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Remembers the step for the momentum."""
-        if self.momentum:
+        if self.setting("momentum"):
             self.write_state("direction", parameters, step)
 
     def _scale(self, parameters: ParameterVector, diagonal: Tensor) -> Tensor:
@@ -173,7 +171,7 @@ class _SampledModel(_MatrixModel):
         gradient: Tensor,
         scale: Tensor,
         carried: Tensor | None,
-        kept: dict[str, Any],
+        kept: dict[str, Tensor],
     ) -> None:
         super().__init__(gradient, diagonal, scale, gradient.dtype, carried)
         self.root, self.decay, self.kept = root, decay, kept

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from onestep.optim.objective import ClosureObjective, Objective
 _GOOD_GAIN = 0.3
 # Before a step is solved for anew with more damping, half of it is tried: behind a kink that helps, and it is cheap.
 _FRACTIONS = (1.0, 0.5)
+# A closure gives the same loss again to this many ε.
+_SAME_ROUNDINGS = 100
 # So often a step along negative curvature may be doubled.
 _DOUBLINGS = 40
 # A predicted reduction under this part of the loss is near the end.
@@ -102,31 +105,66 @@ class QuadraticModel:
 class DampedOptimizer(torch.optim.Optimizer):
     """θ ← θ - (B + damping·D)⁻¹∇loss with damping by gain ratio; subclasses choose B and D.
 
-    Param groups may differ in ``weight_decay``; ``damping`` is one for all and is kept in the first.
+    Param groups may differ in ``weight_decay``. All other settings are one for all groups, since a step is solved for
+    in all parameters together: ``lr``, a factor of each step, for torch's schedulers; ``damping``, and by what it falls
+    after a good step (``damping_decrease``) and rises after one of which half was kept (``damping_increase``).
     """
 
     # Whether closures return the bare loss.
     takes_scalar = False
-    # By what damping falls after a good step, and rises after one of which half was kept.
-    falls, rises = 1 / 3, 1.3
     # The reduction, as a part of the loss, under which it is worth its cost to know the decrement.
     settled = 1e-9
     # Trials of one step, each with more damping, before it is given up.
     trials = 12
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
+        rules = {"lr": 1.0, "damping_decrease": 1 / 3, "damping_increase": 1.3}
+        super().__init__(params, rules | defaults)
         self.report: StepReport | None = None
+        # What can be had again, and is too large for a checkpoint.
+        self.kept: dict[str, Tensor] = {}
+        self._repeatable: bool | None = None
         self._ahead: tuple[Objective, tuple[int, ...], float, Tensor] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As for any torch optimiser; the group's settings are checked."""
+        """As for any torch optimiser; the group's settings are checked, and are those of the first group if not given.
+
+        Raises:
+            ValueError: a setting is not what it should be, or differs from the first group's, other than weight_decay.
+        """
+        if self.param_groups:
+            first = self.param_groups[0]
+            shared = {name: first[name] for name in self.defaults if name != "weight_decay"}
+            for name, value in shared.items():
+                if param_group.get(name, value) != value:
+                    raise ValueError(
+                        f"{name}={param_group[name]} in a param group, {value} in the first; expected one value for "
+                        "all, since a step is solved for in all parameters together"
+                    )
+            param_group = shared | param_group
         settings = self.defaults | param_group
-        for name, least in (("damping", "> 0"), ("weight_decay", ">= 0")):
-            value = settings[name]
-            if not 0 <= value < math.inf or (name == "damping" and value == 0):
-                raise ValueError(f"{name}={value}; expected a finite number {least}")
+        for name, (allowed, expected) in self.ALLOWED.items():
+            if name in settings and not allowed(settings[name]):
+                raise ValueError(f"{name}={settings[name]}; expected {expected}")
         super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Settings that an older checkpoint lacks are the defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def setting(self, name: str) -> Any:
+        """What all groups say.
+
+        Raises:
+            ValueError: they differ.
+        """
+        values = [group[name] for group in self.param_groups]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{name} is {values} in the param groups; expected the same value in all of them")
+        return values[0]
 
     def parameters(self) -> ParameterVector:
         """What is trained, in the order of the param groups."""
@@ -147,10 +185,22 @@ class DampedOptimizer(torch.optim.Optimizer):
         for tensor, part in zip(parameters.tensors, parameters.split(vector), strict=True):
             self.state[tensor][name] = part.to(parameters.dtype, copy=True)
 
+    # What settings may be.
+    ALLOWED: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {
+        "damping": (lambda value: 0 < value < math.inf, "a finite number > 0"),
+        "weight_decay": (lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+        "lr": (lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+        "damping_decrease": (lambda value: 0 < value <= 1, "a number from 0, at most 1"),
+        "damping_increase": (lambda value: 1 <= value < math.inf, "a finite number >= 1"),
+        "momentum": (lambda value: 0 <= value < 1, "a number from 0, less than 1"),
+        "cg_iterations": (lambda value: value >= 1, "at least 1"),
+        "cg_tolerance": (lambda value: 0 <= value < 1, "a number from 0, less than 1"),
+    }
+
     @property
     def damping(self) -> float:
         """The damping of the next step."""
-        return float(self.param_groups[0]["damping"])
+        return float(self.setting("damping"))
 
     @damping.setter
     def damping(self, value: float) -> None:
@@ -190,12 +240,13 @@ class DampedOptimizer(torch.optim.Optimizer):
         objective = closure if isinstance(closure, Objective) else self._closure_objective(closure)
         parameters = self.parameters()
         start, decay = parameters.read(), self._decay(parameters)
-        settings = [group["damping"] for group in self.param_groups]
+        settings, kept = [group["damping"] for group in self.param_groups], dict(self.kept)
         state = {tensor: dict(of_tensor) for tensor, of_tensor in self.state.items()}
         loss, gradient = self._evaluate(objective, parameters, start, decay)
         if not (math.isfinite(loss) and bool(gradient.isfinite().all())):
             what = "gradient" if math.isfinite(loss) else f"loss is {loss}, and its gradient"
             raise NonFiniteError(f"the {what} has NaN or infinite elements at the present parameters")
+        self._warn_if_random(objective, parameters, start, decay, loss)
         try:
             self.report = self._step(objective, parameters, start, decay, loss, gradient)
         except BaseException:
@@ -203,10 +254,29 @@ class DampedOptimizer(torch.optim.Optimizer):
             parameters.write(start)
             self.state.clear()
             self.state.update(state)
+            self.kept = kept
             for group, damping in zip(self.param_groups, settings, strict=True):
                 group["damping"] = damping
             raise
         return loss
+
+    def _warn_if_random(
+        self, objective: Objective, parameters: ParameterVector, point: Tensor, decay: Tensor | None, loss: float
+    ) -> None:
+        """Once, of a closure that gives another loss at the same parameters, as with dropout in training mode."""
+        if self._repeatable is not None or not isinstance(objective, ClosureObjective):
+            return
+        again = objective.value(parameters) + (0.0 if decay is None else _penalty(decay, point))
+        close = _SAME_ROUNDINGS * torch.finfo(parameters.dtype).eps
+        self._repeatable = math.isfinite(again) and abs(again - loss) <= close * max(abs(again), abs(loss))
+        if not self._repeatable:
+            warnings.warn(
+                f"the closure's loss is {loss:g}, then {again:g} at the same parameters: trial steps and products are "
+                f"of different functions, and {type(self).__name__} cannot tell a better step from luck. Call "
+                "model.eval() where dropout or batch statistics are the cause; draw other random numbers outside of "
+                "the closure",
+                stacklevel=5,
+            )
 
     def _closure_objective(self, closure: Callable[[], Any]) -> Objective:
         return ClosureObjective(closure, scalar=self.takes_scalar, optimizer=type(self).__name__)
@@ -246,6 +316,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         model = self.quadratic_model(objective, parameters, gradient, decay)
         rejected = products = 0
         damping, predicted, promised_first = self.damping, math.nan, math.nan
+        lr = float(self.setting("lr"))
 
         def report(new_loss: float, step_norm: float, gain: float, *, accepted: bool) -> StepReport:
             # Only near the end is it worth a factorisation to know how near.
@@ -273,8 +344,8 @@ class DampedOptimizer(torch.optim.Optimizer):
                 without_influence=model.without_influence,
             )
 
-        if not bool(gradient.any()):
-            promised_first = 0.0
+        if lr == 0 or not bool(gradient.any()):
+            promised_first = math.nan if lr == 0 else 0.0
             return report(loss, 0.0, math.nan, accepted=False)
         judged = objective.before(parameters)
         before = loss if judged is None else judged + (0.0 if decay is None else _penalty(decay, start))
@@ -287,8 +358,9 @@ class DampedOptimizer(torch.optim.Optimizer):
                 promised_first = predicted if math.isnan(promised_first) else promised_first
                 slope = -torch.dot(gradient, proposal.step).item()
                 for fraction in _FRACTIONS:
-                    promised = fraction * slope - fraction**2 * (slope - predicted)
-                    step = proposal.step if fraction == 1 else fraction * proposal.step
+                    factor = lr * fraction
+                    promised = factor * slope - factor**2 * (slope - predicted)
+                    step = proposal.step if factor == 1 else factor * proposal.step
                     parameters.write(start + step)
                     new_loss, ahead = self._trial(objective, parameters, decay)
                     gain = (before - new_loss) / promised if promised > 0 else -math.inf
@@ -298,9 +370,9 @@ class DampedOptimizer(torch.optim.Optimizer):
                                 objective, parameters, decay, start, step, new_loss, ahead
                             )
                         if fraction < 1:
-                            self.damping = damping * self.rises
+                            self.damping = damping * self.setting("damping_increase")
                         elif gain > _GOOD_GAIN:
-                            self.damping = damping * self.falls
+                            self.damping = damping * self.setting("damping_decrease")
                         self.accepted(parameters, step, gradient)
                         taken = report(new_loss, step.norm().item(), gain, accepted=True)
                         if ahead is not None:

@@ -338,6 +338,8 @@ class DampedRun(Run):
         """The optimiser's, and what the tests compare with."""
         return {
             "optimizer": self.optimizer.state_dict(),
+            # Without it a resumed fit would go on with other bits.
+            "kept": self.optimizer.kept,
             "failures": self.failures,
             "first_loss": self.first_loss,
         }
@@ -345,6 +347,7 @@ class DampedRun(Run):
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from ``state``."""
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.kept = state["kept"]
         self.failures = state["failures"]
         self.first_loss = state["first_loss"]
 
