@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import LinAlgWarning
 from sklearn import linear_model
 from sklearn.datasets import load_breast_cancer, load_iris
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from onestep import RidgeClassifier
+from onestep import Ridge, RidgeClassifier
 
 
 @parametrize_with_checks([RidgeClassifier(), RidgeClassifier(alpha=0.1)])
@@ -104,3 +105,36 @@ def test_bad_input(params, arguments, message):
     arguments = {"X": np.arange(10.0).reshape(5, 2) ** 2, "y": [0, 1, 0, 1, 0], **arguments}
     with pytest.raises(ValueError, match=message):
         RidgeClassifier(**params).fit(**arguments)
+
+
+@pytest.mark.parametrize("fit_intercept", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_by_class(monkeypatch, fit_intercept, weighted, dtype):
+    """Many classes: the same as with n·k targets of ±1, for several blocks of rows and far columns."""
+    monkeypatch.setattr("onestep.estimators._centred._BLOCK", 1000)
+    rng = np.random.default_rng(1)
+    X = (rng.normal(size=(700, 9)) + (50.0 if fit_intercept else 0.5)).astype(dtype)
+    y = rng.integers(0, 40, 700)
+    X[:, 0] += 0.1 * y
+    weight = rng.uniform(size=700) * (np.arange(700) % 7 > 0) if weighted else None
+    alpha = rng.uniform(0.1, 3.0, size=40).round(1)
+    ours = RidgeClassifier(alpha=alpha, fit_intercept=fit_intercept).fit(X, y, weight)
+    targets = np.where(y[:, None] == np.arange(40), 1.0, -1.0)
+    right = Ridge(alpha=alpha, fit_intercept=fit_intercept).fit(X.astype(np.float64), targets, weight)
+    tolerance = 1e-9 if dtype == np.float64 else 2e-5
+    np.testing.assert_allclose(ours.coef_, right.coef_, atol=tolerance)
+    np.testing.assert_allclose(ours.intercept_, right.intercept_, atol=100 * tolerance)
+    assert ours.solver_path_ == "cholesky" and ours.coef_.shape == (40, 9)
+
+
+def test_sums_by_class_of_dependent_features():
+    rng = np.random.default_rng(2)
+    X = rng.normal(size=(200, 4))[:, [0, 1, 2, 3, 3]]
+    y = rng.integers(0, 5, 200)
+    with pytest.warns(LinAlgWarning):
+        ours = RidgeClassifier(alpha=0.0).fit(X, y)
+    with pytest.warns(LinAlgWarning):
+        right = Ridge(alpha=0.0).fit(X, np.where(y[:, None] == np.arange(5), 1.0, -1.0))
+    np.testing.assert_allclose(ours.coef_, right.coef_, atol=1e-10)
+    assert ours.solver_path_ == "minimum_norm"

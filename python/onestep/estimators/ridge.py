@@ -17,6 +17,8 @@ from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import check_alphas, check_flag, to_numpy
+from onestep.estimators._indicators import solve_indicators
+from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._solve import Solution, solve_ridge
 from onestep.estimators._stream import add_chunk, solve_sums
@@ -232,17 +234,39 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         """
         labels_as_tensor = isinstance(y, Tensor)
         data = self._check_fit(X, y, sample_weight, y_numeric=False)
-        binarizer = LabelBinarizer(pos_label=1, neg_label=-1)
-        Y = as_targets(binarizer.fit_transform(data.y), data.X)
         self._multilabel = type_of_target(data.y).startswith("multilabel")
         labels = data.y if self._multilabel else column_or_1d(data.y, warn=True)
         if self.class_weight is not None:
             weight = torch.from_numpy(compute_sample_weight(self.class_weight, labels)).to(data.X.dtype)
             data = data._replace(weight=weight if data.weight is None else weight * data.weight)
-        # Y in place of y: the intercept is then (1,) for two classes, as scikit-learn's is.
-        self._solve(data._replace(y=Y.numpy()), Y)
-        self.classes_ = torch.from_numpy(binarizer.classes_) if labels_as_tensor else binarizer.classes_
+        classes = self._fit_multilabel(data) if self._multilabel else self._fit_classes(data, labels)
+        self.classes_ = torch.from_numpy(classes) if labels_as_tensor else classes
         return self
+
+    def _fit_multilabel(self, data: FitData) -> Any:
+        binarizer = LabelBinarizer(pos_label=1, neg_label=-1)
+        Y = as_targets(binarizer.fit_transform(data.y), data.X)
+        self._solve(data._replace(y=Y.numpy()), Y)
+        return binarizer.classes_
+
+    def _fit_classes(self, data: FitData, labels: Any) -> Any:
+        """Labels of one class a row; more than two classes without their n·k targets, where that is accurate."""
+        classes, indices = encode_labels(labels)
+        n, d = data.X.shape
+        if len(classes) > 2 and n >= d:
+            alpha, intercept = self._check_parameters(len(classes))
+            solution = solve_indicators(data.X, indices, len(classes), data.weight, alpha, fit_intercept=intercept)
+            if solution is not None:
+                # y of as many columns: the intercept is (k,) then.
+                shaped = data._replace(y=np.empty((0, len(classes))))
+                self._set_solution(solution, shaped, fit_intercept=intercept)
+                return classes
+        signs = np.full((n, len(classes)), -1.0)
+        signs[np.arange(n), indices] = 1.0
+        # For two classes one column, and an intercept (1,), as scikit-learn's is; for a single class the sign of "no".
+        Y = as_targets(signs[:, 1:] if len(classes) == 2 else signs if len(classes) > 2 else -signs, data.X)
+        self._solve(data._replace(y=Y.numpy()), Y)
+        return classes
 
     def decision_function(self, X: Any) -> Any:
         """X coef_ᵀ + intercept_: how far on the positive side of each boundary a row lies, in units of the ±1 targets.

@@ -85,7 +85,6 @@ class _Point:
     loss: float
     gradient: Tensor
     slope: float
-    data_loss: float
     spread: float
 
 
@@ -105,9 +104,8 @@ class _Objective:
         pull = self.penalty * V
         slopes = found.slopes + self.rows.coordinates.push_forward(pull)
         loss = found.loss + 0.5 * _dot(pull, V)
-        return _Point(
-            V, loss, found.gradient + pull, (slopes.abs() - self._slope_rounding).max().item(), found.loss, found.spread
-        )
+        slope = (slopes.abs() - self._slope_rounding).max().item()
+        return _Point(V, loss, found.gradient + pull, slope, found.spread)
 
     @property
     def unpenalised(self) -> bool:
