@@ -452,7 +452,8 @@ def test_estimates_do_not_depend_on_how_samples_are_blocked(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("preconditioner", [None, "diagonal", "function"])
-def test_solve_is_the_dense_solve(preconditioner: Any) -> None:
+def test_solve_is_the_dense_solve(preconditioner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
     setting = Setting("encoder")
     A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
     damped = A + 0.05 * torch.eye(setting.p, dtype=A.dtype)
@@ -467,6 +468,7 @@ def test_solve_is_the_dense_solve(preconditioner: Any) -> None:
         assert report.relative_residual == pytest.approx(residual.max().item(), rel=1e-3)
         assert report.converged and not report.negative_curvature
         assert 0 < report.iterations <= (2 if callable(preconditioner) else 150)
+        assert report.method == "conjugate_gradients"
 
 
 def test_solve_of_nothing_is_nothing() -> None:
@@ -489,25 +491,87 @@ def test_solve_reports_what_it_did_not_reach() -> None:
     setting = Setting()
     A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
     b = setting.V[:, 0]
-    x, report = op.solve(b, 1e-3, tolerance=1e-12, max_iterations=2)
+    with pytest.warns(UserWarning, match="1 of 1 right-hand sides ended above tolerance") as caught:
+        x, report = op.solve(b, 1e-3, tolerance=1e-12, max_iterations=2)
+    assert caught[0].filename == __file__
     assert (report.converged, report.iterations) == (False, 2)
     residual = b - A @ x - 1e-3 * x
     assert report.relative_residual == pytest.approx((residual.norm() / b.norm()).item(), rel=1e-6)
     # Less than rounding allows.
     single = setting.model.float()
     op = GaussNewtonOperator(single, (setting.inputs.float(), setting.target), "cross_entropy", progress=False)
-    x, report = op.solve(b.float(), 1e-3, tolerance=1e-12)
+    with pytest.warns(UserWarning, match="above tolerance"):
+        x, report = op.solve(b.float(), 1e-3, tolerance=1e-12)
     assert not report.converged and report.relative_residual < 1e-3 and report.iterations < 250
 
 
-def test_solve_tells_of_negative_curvature() -> None:
+@pytest.mark.parametrize("dense", [True, False])
+def test_indefinite_systems_raise_or_are_solved_by_minres(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not dense:
+        monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
     setting = Setting()
-    op = setting.operator(HessianOperator)
-    assert torch.linalg.eigvalsh(setting.dense(HessianOperator))[0] < -0.01
-    _, report = op.solve(setting.V[:, 0], 1e-3)
-    assert report.negative_curvature and not report.converged
-    _, report = op.solve(setting.V, 2.0)
+    op, H = setting.operator(HessianOperator), setting.dense(HessianOperator)
+    least = torch.linalg.eigvalsh(H)[0].item()
+    assert least < -0.01
+    # An eigenvalue of -0.0005, as close to 0 as in issue 15.16.
+    damping = -least - 0.0005
+    with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite.*indefinite='minres'"):
+        op.solve(setting.V, damping)
+    x, report = op.solve(setting.V, damping, tolerance=1e-9, indefinite="minres")
+    expected = torch.linalg.solve(H + damping * torch.eye(setting.p, dtype=H.dtype), setting.V)
+    assert report.converged and report.negative_curvature and len(report.relative_residuals) == 3
+    assert report.method == ("dense" if dense else "minres")
+    assert (x - expected).norm() < 1e-4 * expected.norm()
+    x, report = op.solve(setting.V[:, 0], 2.0)
     assert report.converged and not report.negative_curvature
+
+
+def test_solve_reports_each_right_hand_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
+    setting = Setting()
+    A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
+    easy = torch.linalg.eigh(A).eigenvectors[:, -1]
+    with pytest.warns(UserWarning, match="1 of 2 right-hand sides"):
+        _, report = op.solve(torch.stack([easy, setting.V[:, 0]], 1), 1e-3, max_iterations=2)
+    assert report.relative_residuals[0] < 1e-5 < report.relative_residuals[1] == report.relative_residual
+    assert report.negative_curvatures == (False, False) and not report.converged
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e20])
+def test_solve_does_not_depend_on_the_size_of_the_right_hand_side(
+    size: float, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 15.9: in float32, b of 1e-25 or 1e20 gave x = 0, converged."""
+    if not dense:
+        monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
+    setting = Setting()
+    A, b = setting.dense(GaussNewtonOperator), setting.V[:, 0]
+    op = GaussNewtonOperator(
+        setting.model.float(), (setting.inputs.float(), setting.target), "cross_entropy", progress=False
+    )
+    x, report = op.solve(b.float() * size, 0.1)
+    expected = torch.linalg.solve(A + 0.1 * torch.eye(setting.p, dtype=A.dtype), b)
+    assert report.converged and (x.double() / size - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_blocks_in_the_form_of_vmap_are_refused_with_the_right_shape() -> None:
+    setting = Setting()
+    op = setting.operator(GaussNewtonOperator)
+    first = {name: torch.ones(20, *p.shape, dtype=p.dtype) for name, p in setting.point.items()}
+    with pytest.raises(ValueError, match=r"has shape \(20, .*expected \(.*20\).*movedim\(0, -1\)"):
+        op @ first
+    last = {name: part.movedim(0, -1) for name, part in first.items()}
+    assert (op @ last)[setting.names[0]].shape == last[setting.names[0]].shape
+
+
+def test_small_matrices_have_an_exact_diagonal_and_trace() -> None:
+    setting = Setting()
+    A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
+    diagonal, trace = op.diagonal(), op.trace()
+    torch.testing.assert_close(diagonal.value, A.diagonal(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(trace.value, A.trace(), rtol=1e-9, atol=1e-12)
+    assert (diagonal.value >= 0).all() and not diagonal.standard_error.any() and trace.samples == 0
 
 
 def test_a_newton_step_lowers_the_loss() -> None:

@@ -1,8 +1,9 @@
 """Products with Hessians and Gauss-Newton matrices, without the matrices."""
 
 from onestep.curvature._estimates import Estimate
+from onestep.curvature._solve import SolveReport
 from onestep.curvature.glm import GLMPoint, glm
-from onestep.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, SolveReport
+from onestep.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator
 from onestep.curvature.products import ggnvp, hvp
 
 __all__ = [

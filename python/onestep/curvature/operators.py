@@ -6,7 +6,6 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 
 from onestep._fork import one_thread_after_fork
 from onestep.curvature._estimates import Estimate, estimate_diagonal, estimate_trace
-from onestep.curvature.conjugate_gradient import conjugate_gradient
+from onestep.curvature._solve import MOST_DENSE, SolveReport, solve
 from onestep.curvature.products import Route, hessian_product, hvp, outer_products
 from onestep.evaluation.data import Chunk, as_source
 from onestep.evaluation.distributed import equal_everywhere, share, summed, together
@@ -54,24 +53,6 @@ _SAME_ROUNDINGS = 100
 # Random vectors behind the diagonal preconditioner, and its least element relative to the mean.
 _DIAGONAL_SAMPLES = 16
 _LEAST_DIAGONAL = 1e-3
-
-
-@dataclass(frozen=True)
-class SolveReport:
-    """How ``solve`` ended.
-
-    Attributes:
-        iterations: of conjugate gradients, each one pass over the data.
-        relative_residual: ‖b - (A + damping·I) x‖ / ‖b‖ with the residual computed anew from x; for a block the
-            largest of its columns.
-        converged: whether that is at most the tolerance.
-        negative_curvature: whether a direction was met along which A + damping·I is not positive; more damping helps.
-    """
-
-    iterations: int
-    relative_residual: float
-    converged: bool
-    negative_curvature: bool
 
 
 class CurvatureOperator(ABC):
@@ -234,26 +215,36 @@ class CurvatureOperator(ABC):
     # ----------------------------------------------------------------------------------------------------- estimates
 
     @one_thread_after_fork()
-    def trace(self, samples: int = 64, *, generator: torch.Generator | None = None) -> Estimate:
-        """Estimates tr A by Hutchinson's method (Communications in Statistics 19, 1990).
+    def trace(self, samples: int | None = None, *, generator: torch.Generator | None = None) -> Estimate:
+        """tr A: exact for up to 128 parameters, else estimated by Hutchinson's method (Commun. Statist. 19, 1990).
 
         Args:
             samples: how many products with random signs are averaged, at least 2. The standard error falls with their
-                root.
+                root. None for the exact value where the matrix is small, and 64 elsewhere.
             generator: draws the signs, the same in all processes; None for a new one with seed 0.
 
         Returns:
             ``Estimate``: value, standard_error, samples.
         """
-        return estimate_trace(self.__matmul__, self._empty(), samples, generator)
+        if samples is None and self.shape[0] <= MOST_DENSE:
+            value = self._exact_diagonal().sum()
+            return Estimate(value, torch.zeros_like(value), 0)
+        return estimate_trace(self.__matmul__, self._empty(), 64 if samples is None else samples, generator)
 
     @one_thread_after_fork()
-    def diagonal(self, samples: int = 64, *, generator: torch.Generator | None = None) -> Estimate:
-        """Estimates diag A, (p,), by z∘Az with random signs z (Bekas, Kokiopoulou and Saad 2007).
+    def diagonal(self, samples: int | None = None, *, generator: torch.Generator | None = None) -> Estimate:
+        """diag A, (p,): exact for up to 128 parameters, else estimated by z∘Az with random signs z.
 
-        An element's error comes from the rest of its row. Arguments and result as for ``trace``.
+        (Bekas, Kokiopoulou and Saad 2007.) An element's error comes from the rest of its row, and may make an estimate
+        negative where the matrix has no negative elements there. Arguments and result as for ``trace``.
         """
-        return estimate_diagonal(self.__matmul__, self._empty(), samples, generator)
+        if samples is None and self.shape[0] <= MOST_DENSE:
+            value = self._exact_diagonal()
+            return Estimate(value, torch.zeros_like(value), 0)
+        return estimate_diagonal(self.__matmul__, self._empty(), 64 if samples is None else samples, generator)
+
+    def _exact_diagonal(self) -> Tensor:
+        return (self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)).diagonal().double()
 
     # --------------------------------------------------------------------------------------------------------- solve
 
@@ -266,24 +257,32 @@ class CurvatureOperator(ABC):
         tolerance: float = 1e-5,
         max_iterations: int = 250,
         preconditioner: Literal["diagonal"] | Callable[[Tensor], Tensor] | None = None,
+        indefinite: Literal["raise", "minres"] = "raise",
     ) -> tuple[Vectors, SolveReport]:
         """Solves (A + damping·I) x = b by preconditioned conjugate gradients (Hestenes and Stiefel 1952).
 
+        For up to 128 parameters the matrix is formed, in one pass over the data, and decomposed, if there is no
+        preconditioner and ``max_iterations`` allows for as many products.
+
         Args:
             b: as ``v`` in ``A @ v``; the columns of a block share passes over the data.
-            damping: at least 0, and large enough to make A + damping·I positive definite.
+            damping: at least 0, and large enough to make A + damping·I positive definite, or see ``indefinite``.
             tolerance: goal for ‖b - (A + damping·I) x‖ / ‖b‖ of each column.
             max_iterations: at most so many passes, besides those that check the residual.
             preconditioner: None; "diagonal", the damped absolute value of 16 samples' ``diagonal()``, for a diagonal
                 that varies by orders of magnitude; or a function M⁻¹ of vectors, (p,) → (p,), or (p,j) → (p,j),
                 j ≤ k, where b is a block (p,k): symmetric and positive definite.
+            indefinite: what to do where negative curvature shows that A + damping·I is not positive definite: "raise",
+                or "minres", to solve the indefinite system, for which a Newton step goes to a saddle (Paige and
+                Saunders 1975). Conjugate gradients see negative curvature along what they search alone.
 
         Returns:
-            x, of the kind and shape of ``b``, and a ``SolveReport``. Where negative curvature ends the iteration, x is
-            what was found before, or the first direction where there is nothing before.
+            x, of the kind and shape of ``b``, and a ``SolveReport``, with a warning where a residual is above the
+            tolerance.
 
         Raises:
             ValueError, TypeError: an argument is not what it should be.
+            LinAlgError: A + damping·I is not positive definite.
             NonFiniteError: a product is NaN or infinite, naming the batch.
         """
         if not 0 <= damping < math.inf:
@@ -291,38 +290,23 @@ class CurvatureOperator(ABC):
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance={tolerance}; expected a number between 0 and 1")
         _check_count("max_iterations", max_iterations)
+        if indefinite not in ("raise", "minres"):
+            raise ValueError(f"indefinite={indefinite!r}; expected 'raise' or 'minres'")
         B = self._block(b, "b")
         if B.shape[1] == 1 and not (isinstance(b, Tensor) and b.dim() == 2):
             # A vector is one for the preconditioner too.
             B = B.flatten()
         inverse = self._preconditioner(preconditioner, damping)
 
-        def damped(v: Tensor) -> Tensor:
-            return (self @ v).add_(v, alpha=damping)
-
-        goal = tolerance * B.norm(dim=0)
-        x, norm = None, B.norm(dim=0)
-        iterations, negative = 0, False
-        # The recursion's residual drifts from the true one: where that is not small enough yet, it starts again there.
-        while True:
-            result = conjugate_gradient(
-                damped,
-                B,
-                start=x,
-                precondition=inverse,
-                tolerance=tolerance,
-                max_iterations=max_iterations - iterations,
-                least_progress=0.0,
-            )
-            iterations, negative = iterations + result.iterations, negative or bool(result.negative_curvature.any())
-            x, before = result.x, norm
-            norm = (B - damped(x)).norm(dim=0)
-            far = norm > goal
-            halved = bool((norm[far] <= before[far] / 2).all())
-            if not bool(far.any()) or negative or iterations >= max_iterations or not halved:
-                break
-        relative = (norm / B.norm(dim=0).clamp_min(torch.finfo(self.dtype).tiny)).max().item()
-        report = SolveReport(iterations, relative, not bool(far.any()), negative)
+        x, report = solve(
+            self.__matmul__,
+            B,
+            damping,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            precondition=inverse,
+            indefinite=indefinite,
+        )
         solution: Vectors = self._like(b, x.reshape(len(x), -1))
         return solution, report
 
@@ -383,6 +367,11 @@ class CurvatureOperator(ABC):
             self._check_kind(part, f"{name}[{key!r}]")
             shape = tuple(parameter.shape)
             if tuple(part.shape) != shape + columns:
+                if part.dim() == len(shape) + 1 and tuple(part.shape[1:]) == shape:
+                    raise ValueError(
+                        f"{name}[{key!r}] has shape {tuple(part.shape)}; expected {(*shape, part.shape[0])}: vectors "
+                        "of a block are its last dimension, here they seem to be the first. Use movedim(0, -1)"
+                    )
                 others = f"{shape + columns} as the first" if columns else f"{shape} or {(*shape, 'k')}"
                 raise ValueError(f"{name}[{key!r}] has shape {tuple(part.shape)}; expected {others}")
             parts.append(part.detach().reshape(parameter.numel(), *(columns or (1,))))

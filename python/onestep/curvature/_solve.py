@@ -1,0 +1,182 @@
+"""(A + damping·I) x = b for an operator A: densely, by conjugate gradients, or by MINRES."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from onestep.curvature.conjugate_gradient import conjugate_gradient, power_of_two
+
+# Up to so many parameters the matrix is formed, in one pass over the data, and decomposed.
+MOST_DENSE = 128
+
+Product: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """How ``solve`` ended. For a block, what holds of all its columns, and below of each.
+
+    Attributes:
+        iterations: of conjugate gradients and MINRES, each one pass over the data; 0 for a dense solve.
+        relative_residual: ‖b - (A + damping·I) x‖ / ‖b‖, the largest of all columns, with the residual computed anew
+            from x.
+        converged: whether that is at most the tolerance.
+        negative_curvature: whether a direction was met along which A + damping·I is not positive.
+        method: "dense", "conjugate_gradients" or "minres".
+        relative_residuals: of each right-hand side.
+        negative_curvatures: met by each right-hand side; a dense solve knows all of the matrix.
+    """
+
+    iterations: int
+    relative_residual: float
+    converged: bool
+    negative_curvature: bool
+    method: str
+    relative_residuals: tuple[float, ...]
+    negative_curvatures: tuple[bool, ...]
+
+
+def solve(
+    product: Product,
+    b: Tensor,
+    damping: float,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    precondition: Product | None,
+    indefinite: Literal["raise", "minres"],
+) -> tuple[Tensor, SolveReport]:
+    """x and its report, for b (p,) or (p,k); ``product`` is of A alone."""
+    columns = b.shape[1] if b.dim() == 2 else 1
+    scale = power_of_two(b)
+    B = b / scale
+    if precondition is None and len(b) <= min(MOST_DENSE, max_iterations):
+        x, residual, negative = _dense(product, B, damping, indefinite)
+        iterations, method = 0, "dense"
+    else:
+
+        def damped(v: Tensor) -> Tensor:
+            return product(v).add_(v, alpha=damping)
+
+        x, iterations, negative = _conjugate_gradients(damped, B, tolerance, max_iterations, precondition)
+        method = "conjugate_gradients"
+        if any(negative):
+            _raise_if(indefinite == "raise", negative, damping)
+            method = "minres"
+            vectors = [B] if B.dim() == 1 else [*B.mT]
+            for index in (index for index in range(columns) if negative[index]):
+                found, more = minres(damped, vectors[index], tolerance, max_iterations)
+                iterations += more
+                if B.dim() == 1:
+                    x = found
+                else:
+                    x[:, index] = found
+        residual = B - damped(x)
+    norms = B.norm(dim=0).reshape(-1).double()
+    relative = (residual.norm(dim=0).reshape(-1).double() / norms.clamp_min(torch.finfo(torch.float64).tiny)).tolist()
+    met = [value <= tolerance for value in relative]
+    report = SolveReport(
+        iterations, max(relative, default=0.0), all(met), any(negative), method, tuple(relative), tuple(negative)
+    )
+    if not all(met):
+        warnings.warn(
+            f"solve: {met.count(False)} of {columns} right-hand sides ended above tolerance={tolerance:g}, at a "
+            f"relative residual of up to {report.relative_residual:.2g} after {iterations} iterations: expected a "
+            "larger damping, tolerance or max_iterations, or a preconditioner",
+            stacklevel=4,
+        )
+    return x * scale, report
+
+
+def _raise_if(wanted: bool, negative: list[bool], damping: float, detail: str = "") -> None:
+    if wanted:
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"A + damping·I with damping={damping:g} is not positive definite{detail}: negative curvature for "
+            f"{sum(negative)} of {len(negative)} right-hand sides. Expected more damping, GaussNewtonOperator, or "
+            "indefinite='minres' for the solution of the indefinite system"
+        )
+
+
+def _dense(product: Product, B: Tensor, damping: float, indefinite: str) -> tuple[Tensor, Tensor, list[bool]]:
+    """x, its residual and whether the matrix has negative eigenvalues, from its eigenvectors in float64."""
+    p = len(B)
+    A = product(torch.eye(p, dtype=B.dtype, device=B.device)).double()
+    A = (A + A.mT) / 2
+    A.diagonal().add_(damping)
+    values, vectors = torch.linalg.eigh(A)
+    rounding = p * torch.finfo(B.dtype).eps * values.abs().max()
+    negative = [bool(values[0] < -rounding)] * (B.shape[1] if B.dim() == 2 else 1)
+    least = f" (its least eigenvalue is {values[0]:.3g})"
+    _raise_if(any(negative) and indefinite == "raise", negative, damping, least)
+    # A singular matrix gives the shortest solution, and its residual tells if there is none.
+    inverse = torch.where(values.abs() > torch.finfo(torch.float64).eps * p * values.abs().max(), 1 / values, 0.0)
+    x = (vectors @ (inverse[:, None] * (vectors.mT @ B.double().reshape(p, -1)))).reshape(B.shape).to(B.dtype)
+    return x, B.double() - A @ x.double(), negative
+
+
+def _conjugate_gradients(
+    damped: Product, B: Tensor, tolerance: float, max_iterations: int, precondition: Product | None
+) -> tuple[Tensor, int, list[bool]]:
+    """The recursion's residual drifts from the true one: where that is not small enough yet, it starts again there."""
+    goal = tolerance * B.norm(dim=0)
+    x, norm, iterations = None, B.norm(dim=0), 0
+    while True:
+        result = conjugate_gradient(
+            damped,
+            B,
+            start=x,
+            precondition=precondition,
+            tolerance=tolerance,
+            max_iterations=max_iterations - iterations,
+            least_progress=0.0,
+        )
+        iterations += result.iterations
+        x, before = result.x, norm
+        if result.negative_curvature.any():
+            break
+        norm = (B - damped(x)).norm(dim=0)
+        far = norm > goal
+        halved = bool((norm[far] <= before[far] / 2).all())
+        if not bool(far.any()) or iterations >= max_iterations or not halved:
+            break
+    return x, iterations, result.negative_curvature.tolist()
+
+
+def minres(product: Product, b: Tensor, tolerance: float, max_iterations: int) -> tuple[Tensor, int]:
+    """x of least ‖b - Ax‖ in the Krylov space, A symmetric, and the iterations (Paige and Saunders 1975)."""
+    x, w, before_w = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
+    previous, y = torch.zeros_like(b), b.clone()
+    size = beta = b.norm().item()
+    left, last_beta = size, 0.0
+    cos, sin, above, corner = -1.0, 0.0, 0.0, 0.0
+    iteration = 0
+    while iteration < max_iterations and left > tolerance * size and beta > 0:
+        # Lanczos: v is the next basis vector, alpha and beta the tridiagonal matrix.
+        v = y / beta
+        image = product(v)
+        iteration += 1
+        if last_beta:
+            image = image - (beta / last_beta) * previous
+        alpha = torch.dot(v, image).item()
+        image = image - (alpha / beta) * y
+        previous, y = y, image
+        last_beta, beta = beta, image.norm().item()
+        # A Givens rotation makes it upper triangular.
+        two_above, one_above = corner, cos * above + sin * alpha
+        bar = sin * above - cos * alpha
+        corner, above = sin * beta, -cos * beta
+        diagonal = math.hypot(bar, beta)
+        if diagonal == 0:
+            break
+        cos, sin = bar / diagonal, beta / diagonal
+        w, before_w = (v - two_above * before_w - one_above * w) / diagonal, w
+        x = x + (cos * left) * w
+        left *= abs(sin)
+    return x, iteration
