@@ -6,6 +6,7 @@ that a layout leaves between the elements is NaN, so that reading past an operan
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from dataclasses import dataclass, replace
@@ -327,3 +328,10 @@ def assert_bitwise(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == expected.dtype
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     assert bool(same.all()), f"{int((~same).sum())} elements differ, first at {(~same).nonzero()[0].tolist()}"
+
+
+def name_of(value: object) -> str:
+    """A name for a test's parameter that is the same in every process: without the address of a function."""
+    if isinstance(value, functools.partial):
+        return "-".join([name_of(value.func), *value.keywords])
+    return getattr(value, "__name__", None) or str(value)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import name_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -49,7 +50,7 @@ WEIGHTED: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("loss", WEIGHTED, ids=str)
+@pytest.mark.parametrize("loss", WEIGHTED, ids=name_of)
 def test_class_weights_and_ignored_classes(loss: Any) -> None:
     """Loss, gradient and products are those of torch's loss over all rows at once, however they are cut."""
     X, y = data()
@@ -72,7 +73,7 @@ def test_class_weights_and_ignored_classes(loss: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["levenberg_marquardt", "gauss_newton", "newton_cg"])
-@pytest.mark.parametrize("loss", WEIGHTED[2:4], ids=str)
+@pytest.mark.parametrize("loss", WEIGHTED[2:4], ids=name_of)
 def test_fit_reaches_the_minimum_of_a_weighted_loss(loss: Any, method: str) -> None:
     X, y = data()
     fitted = onestep.fit(model(), (X, y), loss, method=method, chunk_size=7, weight_decay=1e-3, progress=False)
@@ -142,7 +143,7 @@ def test_means_over_rows_are_not_refused() -> None:
         (partial(F.mse_loss, weight=None), "function"),
         (nn.L1Loss(), "function"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_torchs_losses_are_known_by_what_they_are(loss: Any, name: str) -> None:
     assert as_loss(loss).name == name
