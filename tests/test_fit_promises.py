@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from more_garbow_hillstrom import PROBLEMS, Problem
 from test_fit import network, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
@@ -177,3 +179,41 @@ def test_weighted_classes_have_their_minimum_whatever_the_chunks(chunk_size: int
 def test_a_loss_that_is_no_mean_over_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="mean"):
         onestep.fit(network(), (X, Y), lambda z, y: (z - y).square().sum().sqrt(), progress=False)
+
+
+class Residuals(nn.Module):
+    """A problem whose outputs are its residuals."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor(problem.start, dtype=torch.float64))
+        self.residuals = problem.residuals
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.residuals(self.x).unsqueeze(0)
+
+
+def sum_of_squares(problem: Problem, method: str, steps: int) -> tuple[float, bool]:
+    model = Residuals(problem)
+    zeros = torch.zeros(1, 1, dtype=torch.float64)
+    target = torch.zeros_like(model(zeros))
+    result = onestep.fit(model, (zeros, target.detach()), method=method, max_steps=steps, progress=False)
+    return result.loss * target.numel(), result.converged
+
+
+FEW = ("helical-valley", "bard", "box", "biggs-exp6", "linear-rank-1-10")
+
+
+@pytest.mark.parametrize("method", ["levenberg_marquardt", "gauss_newton", "newton_cg", "gradient_descent"])
+def test_no_method_claims_a_minimum_that_is_none(method: str) -> None:
+    """Of the problems of Moré, Garbow and Hillstrom. ONESTEP_ALL_PROBLEMS=1 takes all, for minutes."""
+    every = "ONESTEP_ALL_PROBLEMS" in os.environ
+    cheap = method == "gradient_descent"
+    problems = [problem for problem in PROBLEMS if every or cheap or problem.name in FEW]
+    claimed = 0
+    for problem in problems:
+        squares, converged = sum_of_squares(problem, method, 60 if every else 8 if cheap else 12)
+        right = any(abs(squares - minimum) <= max(1e-6 * minimum, 1e-12) for minimum in problem.minima)
+        assert right or not converged, (problem.name, squares)
+        claimed += converged
+    assert claimed >= (3 if method == "levenberg_marquardt" else 0)
