@@ -59,7 +59,7 @@ template <bool kSubtract, class T, int kTile>
 __device__ __forceinline__ void middle_accumulate(T (&acc)[kTile][kTile], const T* lines, int count, int pitch,
                                                   int piece, int row_offset, int col_offset) {
     constexpr int V = kVector<T>;
-#pragma unroll 1
+#pragma unroll(kTile <= 4 ? 4 : 1)
     for (int r = 0; r < count; ++r) {
         T left[kTile];
         T right[kTile];
@@ -100,6 +100,7 @@ __device__ __forceinline__ void middle_load_rows(const MiddleShape<T, kTile>& sh
     if (vectors) {
         // Whole vectors of X; d is a multiple of V.
         const int across = shape.tiles * (kTile / V);
+#pragma unroll 1
         for (int at = static_cast<int>(threadIdx.x); at < kMiddleRows * across; at += threads) {
             const int r = at / across;
             const int q = at - r * across;
@@ -107,6 +108,7 @@ __device__ __forceinline__ void middle_load_rows(const MiddleShape<T, kTile>& sh
             const T* from = x.data + (inside ? (begin + r) * x.row + q * V : 0);
             cp_async<16>(lines + r * pitch + shape.position(0, q * V / kTile, q * V % kTile), from, inside ? 16 : 0);
         }
+#pragma unroll 1
         for (int at = static_cast<int>(threadIdx.x); at < kMiddleRows * (width - shape.tiles * kTile); at += threads) {
             const int r = at / kTile;
             const int c = at - r * kTile;
@@ -116,6 +118,7 @@ __device__ __forceinline__ void middle_load_rows(const MiddleShape<T, kTile>& sh
         }
         return;
     }
+#pragma unroll 1
     for (int at = static_cast<int>(threadIdx.x); at < kMiddleRows * width; at += threads) {
         const int r = at / width;
         const int c = at - r * width;
@@ -135,13 +138,17 @@ __device__ __forceinline__ void middle_load_rows(const MiddleShape<T, kTile>& sh
     }
 }
 
-// kBlocks: of a multiprocessor, for which registers are kept free.
-template <class T, int kTile, int kThreads, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks) middle_system_kernel(const SystemArgs<T> args, int64_t count) {
+// The most threads of a block: registers are dealt to groups of four warps.
+inline constexpr int kMiddleThreads = 256;
+
+// To d = kOrder. kBlocks: of a multiprocessor, for which registers are kept free.
+template <class T, int kTile, int kOrder, int kBlocks>
+__global__ void __launch_bounds__(kMiddleThreads, kBlocks)
+    middle_system_kernel(const SystemArgs<T> args, int64_t count) {
     using Shape = MiddleShape<T, kTile>;
     constexpr int V = kVector<T>;
     // Right-hand sides are solved for by a warp each, whose lanes hold this many elements of it.
-    constexpr int kHeld = static_cast<int>(ceil_div<int64_t>(kMostFeatures, kWarpSize));
+    constexpr int kHeld = ceil_div(kOrder, kWarpSize);
     ONESTEP_DYNAMIC_SHARED(T, shared);
     ONESTEP_SHARED(int, state, [2]);  // info of the factorisation; whether a solution is not finite
     const Shape shape(args.d, args.k);
@@ -199,21 +206,30 @@ __global__ void __launch_bounds__(kThreads, kBlocks) middle_system_kernel(const 
             }
             cp_async_wait<0>();
         } else if (owner) {
-            const Matrix<const T> a_matrix = args.a.at(args.batch, problem);
-            const Matrix<const T> b_matrix = args.b.at(args.batch, problem);
+            // Element (a, b) of the tile is `step_a`, `step_b` apart; of the diagonal tile the lower triangle is read.
+            const Matrix<const T> given = of_matrix ? args.a.at(args.batch, problem) : args.b.at(args.batch, problem);
+            const int64_t step_a = of_matrix ? given.row : given.col;
+            const int64_t step_b = of_matrix ? given.col : given.row;
+            const int limit_a = of_matrix ? d - ti * kTile : static_cast<int>(args.k);
+            const int limit_b = d - tj * kTile;
+            const T* row = given.data + (of_matrix ? ti * kTile * step_a : 0) + tj * kTile * step_b;
+#pragma unroll
+            for (int a = 0; a < kTile; ++a) {
+                const T* element = row;
+#pragma unroll
+                for (int b = 0; b < kTile; ++b) {
+                    if (a < limit_a && b < limit_b && (b <= a || ti != tj)) {
+                        acc[a][b] = *element;
+                    }
+                    element += step_b;
+                }
+                row += step_a;
+            }
 #pragma unroll
             for (int a = 0; a < kTile; ++a) {
 #pragma unroll
-                for (int b = 0; b < kTile; ++b) {
-                    const int row = of_matrix ? ti * kTile + a : a;
-                    const int col = tj * kTile + b;
-                    if (!of_matrix) {
-                        acc[a][b] =
-                            row < args.k && col < d ? b_matrix.data[col * b_matrix.row + row * b_matrix.col] : T(0);
-                    } else if (row < d && col < d) {
-                        acc[a][b] = row >= col ? a_matrix.data[row * a_matrix.row + col * a_matrix.col]
-                                               : a_matrix.data[col * a_matrix.row + row * a_matrix.col];
-                    }
+                for (int b = a + 1; b < kTile; ++b) {
+                    acc[a][b] = ti == tj ? acc[b][a] : acc[a][b];
                 }
             }
         }
@@ -381,30 +397,34 @@ __global__ void __launch_bounds__(kThreads, kBlocks) middle_system_kernel(const 
             const int lane = thread % kWarpSize;
             for (int64_t c = thread / kWarpSize; c < args.k; c += threads / kWarpSize) {
                 T z[kHeld];
-                const T* column[kHeld];  // L's column of that element, less the offset of its first tile
+                T own_inverse[kHeld];
+                int column[kHeld];  // L's column of that element, less the offset of its first tile
                 int piece[kHeld];
 #pragma unroll
                 for (int q = 0; q < kHeld; ++q) {
                     const int own = q * kWarpSize + lane < d ? q * kWarpSize + lane : d - 1;
                     const int j = own / kTile;
-                    column[q] = shared + (shape.block(j) + own % kTile * shape.pitch(j) - j * V);
+                    column[q] = shape.block(j) + own % kTile * shape.pitch(j) - j * V;
                     piece[q] = (shape.lines - j) * V;
+                    own_inverse[q] = inverse[own];
                     z[q] = shared[shape.at(shape.tiles * kTile + static_cast<int>(c), own)];
                 }
 #pragma unroll
                 for (int q = kHeld - 1; q >= 0; --q) {
-#pragma unroll 1
-                    for (int s = d - 1 - q * kWarpSize < kWarpSize - 1 ? d - 1 - q * kWarpSize : kWarpSize - 1; s >= 0;
-                         --s) {
+#pragma unroll 4
+                    for (int s = kWarpSize - 1; s >= 0; --s) {
                         const int row = q * kWarpSize + s;
-                        const T w = __shfl_sync(kFullWarp, z[q] * inverse[row], s);
+                        if (row >= d) {
+                            continue;
+                        }
+                        const T w = __shfl_sync(kFullWarp, z[q] * own_inverse[q], s);
                         const int e = row % kTile;
                         const int position = row / kTile * V + e % V;
                         z[q] = lane == s ? w : z[q];
 #pragma unroll
                         for (int p = 0; p <= q; ++p) {
                             if (p < q || lane < s) {
-                                z[p] -= column[p][position + e / V * piece[p]] * w;
+                                z[p] -= shared[column[p] + position + e / V * piece[p]] * w;
                             }
                         }
                     }
@@ -434,13 +454,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) middle_system_kernel(const 
     }
 }
 
-template <class T, int kTile, int kThreads, int kBlocks>
+template <class T, int kTile, int kOrder, int kBlocks>
 Status launch_middle(const SystemArgs<T>& args, cudaStream_t stream) {
     const MiddleShape<T, kTile> shape(args.d, args.k);
     const int64_t count = args.batch.count();
     // As many threads as there are tiles; one problem with few rows has no use for more.
     const int threads = ceil_div(shape.pairs(), kWarpSize) * kWarpSize;
-    return launch(middle_system_kernel<T, kTile, kThreads, kBlocks>, middle_grid(count),
+    return launch(middle_system_kernel<T, kTile, kOrder, kBlocks>, middle_grid(count),
                   dim3(static_cast<unsigned>(threads)), shape.shared_bytes(), stream, args, count);
 }
 

@@ -10,8 +10,8 @@ int64_t middle_columns<double>(int64_t d) {
 
 template <>
 Status middle_system(const SystemArgs<double>& args, cudaStream_t stream) {
-    return args.d <= 84 ? launch_middle<double, 4, 256, 1>(args, stream)
-                        : launch_middle<double, 8, 256, 1>(args, stream);
+    return args.d <= 84 ? launch_middle<double, 4, 84, 2>(args, stream)
+                        : launch_middle<double, 8, 168, 1>(args, stream);
 }
 
 template Status middle_factor_solve(const FactorSolveArgs<double>&, cudaStream_t);

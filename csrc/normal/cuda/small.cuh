@@ -203,13 +203,8 @@ __device__ __forceinline__ bool small_write(const SmallLane<T, kOrder>& lane, co
     return good;
 }
 
-// Blocks of a multiprocessor: what registers allow without spilling.
-template <class T, int kColumns>
-inline constexpr int kSmallBlocks = sizeof(T) == 4 && kColumns == 1 ? 4 : 3;
-
 template <class T, int kOrder, int kColumns>
-__global__ void __launch_bounds__(kSmallWarps* kWarpSize, (kSmallBlocks<T, kColumns>))
-    small_system_kernel(const SystemArgs<T> args, int64_t count) {
+__global__ void __launch_bounds__(kSmallWarps* kWarpSize) small_system_kernel(const SystemArgs<T> args, int64_t count) {
     using Shape = SmallShape<T, kOrder>;
     ONESTEP_SHARED(T, matrix, [kSmallWarps * Shape::problems * Shape::region]);
     ONESTEP_SHARED(T, side, [kSmallWarps * Shape::problems * kSmallRows * (kColumns + 1)]);
@@ -249,12 +244,16 @@ __global__ void __launch_bounds__(kSmallWarps* kWarpSize, (kSmallBlocks<T, kColu
     } else {
         const Matrix<const T> given = args.a.at(args.batch, problem);
         diagonal = row < d ? given.data[row * (given.row + given.col)] : T(0);
+        // Up to the diagonal along row i, then down column i: addresses by addition, or 32 of them fill the registers.
+        const T* left = given.data + row * given.row;
+        const T* below = given.data + row * given.col;
 #pragma unroll
         for (int c = 0; c < kOrder; ++c) {
             if (row < d && c < d) {
-                a[c] = c <= row ? given.data[row * given.row + c * given.col]
-                                : given.data[c * given.row + row * given.col];
+                a[c] = *(c <= row ? left : below);
             }
+            left += given.col;
+            below += given.row;
         }
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
@@ -267,11 +266,13 @@ __global__ void __launch_bounds__(kSmallWarps* kWarpSize, (kSmallBlocks<T, kColu
     if (args.gram != nullptr) {
         // A is symmetric to the bit: lane i writes column i, next to its neighbours'.
         if (real && row < d) {
+            T* to = args.gram + problem * d * d + row;
 #pragma unroll
             for (int c = 0; c < kOrder; ++c) {
                 if (c < d) {
-                    args.gram[(problem * d + c) * d + row] = a[c];
+                    *to = a[c];
                 }
+                to += d;
             }
         }
         small_write(lane, z, args.cross + problem * d * k, 0, k, real);
