@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --dis
 # Two test processes share two cores: OpenMP's threads must not spin while they wait.
 QUIET_THREADS := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test test-python test-targets test-cpp test-tsan bench lint lint-cuda clean
+.PHONY: demo test test-python test-targets test-cpp test-tsan test-emulated bench lint lint-cuda clean
 
 # The environment first, so that a change of our sources rebuilds the package alone.
 $(VENV)/.environment: constraints.txt pyproject.toml
@@ -32,7 +32,7 @@ demo: $(VENV)/.package
 	$(BIN)/python examples/house_prices.py
 	$(BIN)/python examples/text_generation.py --quick
 
-test: test-cpp test-python test-targets
+test: test-cpp test-python test-targets test-emulated
 
 test-python: $(VENV)/.package
 	$(QUIET_THREADS) $(BIN)/python -m pytest --numprocesses=2
@@ -56,6 +56,16 @@ test-tsan: $(VENV)/.environment
 	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=thread -DONESTEP_CUDA=OFF -DONESTEP_WERROR=$(WERROR) > /dev/null
 	$(BIN)/cmake --build $(TSAN_BUILD)
 	$(BIN)/ctest --test-dir $(TSAN_BUILD) --output-on-failure
+
+# The Python tests that are for CUDA, on the emulator: the module goes beside the others of the package, which do not load
+# it unless they are asked to.
+test-emulated: $(VENV)/.package
+	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_CUDA=OFF \
+	    -DONESTEP_CUDA_EMULATE=ON -DONESTEP_WERROR=$(WERROR) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
+	$(BIN)/cmake --build build/emulated --target _native_cuda_emulated
+	cp build/emulated/_native_cuda_emulated*.so $$($(BIN)/python -c 'import onestep; print(onestep.__path__[0])')
+	ONESTEP_CUDA_EMULATE=1 $(QUIET_THREADS) $(BIN)/python -m pytest --numprocesses=2 tests/test_cuda_*.py
 
 bench: $(VENV)/.package
 	$(BIN)/python bench/report.py
