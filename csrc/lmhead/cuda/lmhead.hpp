@@ -2,7 +2,7 @@
 // lmhead.hpp.
 //
 // Rows go by chunks whose logits fit a buffer, all classes of them. Classes go by blocks: after each block's product
-// head_statistics takes it into the rows' running statistics (an online log-sum-exp) while it is in the L2 cache. After
+// head_statistics takes it into the rows' running statistics (an online log-sum-exp). After
 // the last block head_gradient replaces the logits by what is multiplied back. No N × V array exists.
 //
 // Nothing here waits for the device. A row whose target is no class gets NaN for its loss, and so do the sums it is in.

@@ -21,24 +21,17 @@ assert native is not None
 _MOST_INVERSE_ORDER: int = native.most_inverse_order
 _INVERSE: dict[torch.dtype, Any] = {torch.float32: native.spd_inverse_f32, torch.float64: native.spd_inverse_f64}
 
-# Orders of blocks from which products in three bfloat16 parts are faster than in float32.
-_LEAST_SPLIT_ORDER = 512
-
-
-def _in_parts(A: Tensor, B: Tensor) -> Tensor:
-    """AB of float32 matrices with 16 bits of each factor: high·high + high·low + low·high, in one bfloat16 product."""
-    A_high, B_high = A.bfloat16(), B.bfloat16()
-    A_low, B_low = (A - A_high).bfloat16(), (B - B_high).bfloat16()
-    return batched_product(
-        torch.cat((A_high, A_high, A_low), dim=-1), torch.cat((B_high, B_low, B_high), dim=-2), torch.float32
-    )
+# Where I + cXXᵀ of 16-bit X has a condition of at most 1 + this, rounding the inverse's products to bfloat16 costs no
+# more than X's rounding did; from this order of blocks on it is faster.
+_MOST_NARROW_C = 16.0
+_LEAST_NARROW_ORDER = 512
 
 
 class _Inverse:
     """The inverses of a batch of positive definite matrices: a kernel's to order 128, by blocks beyond."""
 
-    def __init__(self, info: Tensor, in_parts: bool) -> None:
-        self.info, self.in_parts = info, in_parts
+    def __init__(self, info: Tensor, narrow: bool) -> None:
+        self.info, self.narrow = info, narrow
 
     def __call__(self, A: Tensor, inverse: Tensor, offset: int = 0) -> None:
         """Writes A⁻¹ (B,n,n) over ``inverse``; rows of both are contiguous."""
@@ -62,8 +55,8 @@ class _Inverse:
 
     def _multiply(self, out: Tensor, A: Tensor, B: Tensor, plus: Tensor | None = None, alpha: int = 1) -> None:
         """out = plus + alpha·AB."""
-        if self.in_parts and min(*A.shape[1:], B.shape[2]) >= _LEAST_SPLIT_ORDER:
-            product = _in_parts(A, B)
+        if self.narrow and min(*A.shape[1:], B.shape[2]) >= _LEAST_NARROW_ORDER:
+            product = batched_product(A.bfloat16(), B.bfloat16(), out.dtype)
             if plus is None:
                 torch.mul(product, alpha, out=out)
             else:
@@ -100,7 +93,6 @@ def _polar(M: Tensor, iterations: int, lower: float) -> tuple[Tensor, Tensor]:
     if tall:
         X, result = X.mT, result.mT
     info.zero_()
-    inverse_of = _Inverse(info.view(-1), in_parts=X.dtype != U.dtype)
     steps = schema.coefficients(iterations, lower)
     for step, (a, b, c) in enumerate(steps):
         A = batched_product(X, X.mT, U.dtype)
@@ -116,7 +108,7 @@ def _polar(M: Tensor, iterations: int, lower: float) -> tuple[Tensor, Tensor]:
         A.diagonal(dim1=-2, dim2=-1).add_(1.0)
         # P = (b/c)I + (a − b/c)A⁻¹, over the norm.
         P = torch.empty_like(A)
-        inverse_of(A, P)
+        _Inverse(info.view(-1), narrow=X.dtype != U.dtype and c < _MOST_NARROW_C)(A, P)
         P *= (a - b / c) / root
         P.diagonal(dim1=-2, dim2=-1).add_((b / c) / (root[..., 0] if isinstance(root, Tensor) else root))
         if step + 1 < len(steps):
