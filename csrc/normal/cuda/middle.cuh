@@ -235,19 +235,27 @@ __global__ void __launch_bounds__(kMiddleThreads, kBlocks)
         }
         if (args.gram != nullptr) {
             if (owner) {
+                // Each tile and its mirror image, or its columns of the right-hand sides; addresses by addition.
+                const int64_t pitch = of_matrix ? d : args.k;
+                T* const to = of_matrix ? args.gram + problem * d * d : args.cross + problem * d * args.k;
+                const int limit_a = of_matrix ? d - ti * kTile : static_cast<int>(args.k);
+                const int limit_b = d - tj * kTile;
+                T* down = to + tj * kTile * pitch + (of_matrix ? ti * kTile : 0);
+                T* along = to + ti * kTile * pitch + tj * kTile;
 #pragma unroll
                 for (int a = 0; a < kTile; ++a) {
+                    T* mirrored = down + a;
 #pragma unroll
                     for (int b = 0; b < kTile; ++b) {
-                        const int64_t row = of_matrix ? ti * kTile + a : a;
-                        const int64_t col = tj * kTile + b;
-                        if (col < d && of_matrix && row < d) {
-                            args.gram[(problem * d + row) * d + col] = acc[a][b];
-                            args.gram[(problem * d + col) * d + row] = acc[a][b];
-                        } else if (col < d && !of_matrix && row < args.k) {
-                            args.cross[(problem * d + col) * args.k + row] = acc[a][b];
+                        if (a < limit_a && b < limit_b) {
+                            *mirrored = acc[a][b];
+                            if (of_matrix) {
+                                along[b] = acc[a][b];
+                            }
                         }
+                        mirrored += pitch;
                     }
+                    along += pitch;
                 }
             }
             continue;
