@@ -11,7 +11,6 @@ from torch import Tensor
 import onestep
 from onestep import curvature, functional, linalg
 
-
 # racecheck is a hundred times slower than memcheck: one size of each kernel.
 QUICK = "racecheck" in sys.argv
 
