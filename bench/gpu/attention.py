@@ -103,7 +103,7 @@ def check(report: Report, dtype: torch.dtype, device: str) -> bool:
             )
 
         theirs = errors(hessian_product(math_attention, cotangent, operands, tangents, **options))
-        for warp_groups in (True, False) if dtype.itemsize == 2 else (False,):
+        for warp_groups in (1, 2, 0) if dtype == torch.bfloat16 and max(d, dv) <= 128 else (1, 0):
             cuda.WARP_GROUPS = warp_groups
             run = [
                 hessian_product(scaled_dot_product_attention, cotangent, operands, tangents, **options)
@@ -114,13 +114,13 @@ def check(report: Report, dtype: torch.dtype, device: str) -> bool:
             worst = max(a / (2 * b + 1e-6) for a, b in zip(ours, theirs, strict=True))
             good = good and worst <= 1
             report.row(
-                f"{name} {dtype}{' wgmma' if warp_groups else ''}",
+                f"{name} {dtype}{('', ' wgmma', ' wide')[warp_groups]}",
                 right=worst <= 1,
                 error_to_math=max(a / b for a, b in zip(ours, theirs, strict=True)),
                 worst=max(ours),
                 same_bits=same,
             )
-        cuda.WARP_GROUPS = True
+        cuda.WARP_GROUPS = 1
     return good
 
 
@@ -155,11 +155,11 @@ def measure(report: Report, batch: int, heads: int, length: int, d: int, dtype: 
     def jvp() -> Any:
         return ops.attention_jvp(q, k, v, None, out, lse, *tangents, None, scale, causal)
 
-    def plain(call: Callable[[], Any]) -> Callable[[], Any]:
+    def using(warp_groups: int, call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
-            cuda.WARP_GROUPS = False
+            cuda.WARP_GROUPS = warp_groups
             result = call()
-            cuda.WARP_GROUPS = True
+            cuda.WARP_GROUPS = 1
             return result
 
         return run
@@ -176,10 +176,14 @@ def measure(report: Report, batch: int, heads: int, length: int, d: int, dtype: 
         ),
     }
     if half:
-        calls |= {"jvp_mma": plain(jvp), "backward_jvp_mma": plain(tangent_of_backward)}
+        calls |= {"jvp_mma": using(0, jvp), "backward_jvp_mma": using(0, tangent_of_backward)}
+    if dtype == torch.bfloat16 and d == 128:
+        calls |= {"jvp_wide": using(2, jvp), "backward_jvp_wide": using(2, tangent_of_backward)}
     times = interleaved(calls)
     # Multiplications and additions of one product of T × T × D, of which a causal mask leaves half.
     print(*kernels_of(calls["hvp"]).items(), sep="\n", flush=True)
+    if "backward_jvp_wide" in calls:
+        print("wide", *kernels_of(calls["backward_jvp_wide"]).items(), sep="\n", flush=True)
     product = 2 * batch * heads * length * length * d * (0.5 if causal else 1)
     name = f"B {batch} H {heads} T {length} D {d} {dtype} {'causal' if causal else 'full'}"
     report.row(

@@ -53,8 +53,10 @@ struct AttentionProblem {
     int64_t heads = 0, kv_heads = 0, queries = 0, keys = 0;
     int d = 0, dv = 0;
     double scale = 1.0;
-    bool causal = false;      // key j is seen by the queries i >= j
-    bool warp_groups = true;  // on Hopper, its own matrix instructions where an instance has them
+    bool causal = false;  // key j is seen by the queries i >= j
+    // 0: without Hopper's own matrix instructions; 1: with them, where an instance has them; 2: the same in wide
+    // blocks.
+    int warp_groups = 1;
     AttentionTensors primal;
     AttentionTensors tangent;
 };

@@ -30,11 +30,14 @@ const AttentionInstance* first_of(const AttentionInstances& all, int d, int dv) 
     return nullptr;
 }
 
-const AttentionInstance* instance(Element element, int d, int dv, bool warp_groups) {
+const AttentionInstance* instance(Element element, int d, int dv, int warp_groups) {
     const bool half = element == Element::bfloat16 || element == Element::float16;
-    if (half && warp_groups && device_limits().capability == 90) {
-        const AttentionInstance* const chosen = first_of(
-            element == Element::bfloat16 ? attention_instances_hopper_bf16() : attention_instances_hopper_f16(), d, dv);
+    if (half && warp_groups != 0 && device_limits().capability == 90) {
+        const AttentionInstance* const chosen =
+            first_of(warp_groups == 2               ? attention_instances_wide_bf16()
+                     : element == Element::bfloat16 ? attention_instances_hopper_bf16()
+                                                    : attention_instances_hopper_f16(),
+                     d, dv);
         if (chosen != nullptr) {
             return chosen;
         }
@@ -53,7 +56,7 @@ Status unsupported(const AttentionProblem& problem) {
 
 }  // namespace
 
-bool attention_supported(Element element, int d, int dv) { return instance(element, d, dv, true) != nullptr; }
+bool attention_supported(Element element, int d, int dv) { return instance(element, d, dv, 1) != nullptr; }
 
 int64_t attention_gradients_workspace(const AttentionProblem& problem) {
     const int64_t number = problem.element == Element::float64 ? 8 : 4;

@@ -15,4 +15,13 @@ struct HopperSizes {
     static constexpr bool kApart = false;
 };
 
+// One block of two warp groups, with copies under way while it computes.
+template <class T, int D>
+struct WideHopperSizes {
+    using Forward = BlockSizes<HopperProducts<T, D>, 1, 8, 64, 2>;
+    using Queries = BlockSizes<HopperProducts<T, D>, 1, 8, 64, 1>;
+    using Keys = BlockSizes<HopperProducts<T, D>, 1, 8, 32, 2>;
+    static constexpr bool kApart = false;
+};
+
 }  // namespace onestep::cuda

@@ -25,5 +25,6 @@ AttentionInstances attention_instances_f16();
 // With the matrix instructions of compute capability 9.0.
 AttentionInstances attention_instances_hopper_bf16();
 AttentionInstances attention_instances_hopper_f16();
+AttentionInstances attention_instances_wide_bf16();
 
 }  // namespace onestep::cuda

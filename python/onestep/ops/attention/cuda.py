@@ -25,8 +25,8 @@ from onestep.ops.attention.schema import Batch, EightGrads, Grads, Optional, Siz
 # csrc/attention/cuda/attention_cuda.hpp, Element and MaskKind
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _BOOLEAN, _ADDITIVE, _ADDITIVE_FLOAT = 1, 2, 3
-# Whether Hopper's own matrix instructions are used where kernels have them; off, for comparisons.
-WARP_GROUPS = True
+# Whether Hopper's own matrix instructions are used where kernels have them (csrc/attention/cuda/attention_cuda.hpp).
+WARP_GROUPS = 1
 # Operands' rows start at multiples of it.
 _ALIGNMENT = 16
 
