@@ -33,11 +33,10 @@ const AttentionInstance* first_of(const AttentionInstances& all, int d, int dv) 
 const AttentionInstance* instance(Element element, int d, int dv, int warp_groups) {
     const bool half = element == Element::bfloat16 || element == Element::float16;
     if (half && warp_groups != 0 && device_limits().capability == 90) {
-        const AttentionInstance* const chosen =
-            first_of(warp_groups == 2               ? attention_instances_wide_bf16()
-                     : element == Element::bfloat16 ? attention_instances_hopper_bf16()
-                                                    : attention_instances_hopper_f16(),
-                     d, dv);
+        const AttentionInstances all = element == Element::float16 ? attention_instances_hopper_f16()
+                                       : warp_groups == 2          ? attention_instances_wide_bf16()
+                                                                   : attention_instances_hopper_bf16();
+        const AttentionInstance* const chosen = first_of(all, d, dv);
         if (chosen != nullptr) {
             return chosen;
         }
