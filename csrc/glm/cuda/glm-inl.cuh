@@ -13,9 +13,8 @@ namespace glm {
 
 // Blocks are a few waves of the device, and more where a thread would add up more rows than this in T.
 inline constexpr int64_t kMostSummedRows = 8192;
-// Shared memory of a tile that every supported device has, and with which two blocks fit a multiprocessor.
+// Shared memory that every supported device has.
 inline constexpr int64_t kMostTileBytes = int64_t{160} << 10;
-inline constexpr int64_t kHalfTileBytes = int64_t{80} << 10;
 
 template <class X, class T>
 using PassKernel = void (*)(PassArgs<X, T>);
@@ -26,6 +25,7 @@ struct Pass {
     PassKernel<X, T> kernel = nullptr;
     int64_t shared_bytes = 0;
     int64_t blocks = 0;
+    int stages = 1;
 };
 
 inline int64_t blocks_for(int64_t tiles, int64_t per_processor, int64_t least) {
@@ -46,15 +46,22 @@ inline constexpr int64_t kMostRowsFeatures = 32 * 8 * Chunk<X>::size;
 
 template <class X, class T, int columns>
 bool tile_fits(int64_t height) {
-    return height <= kMostHeight<columns> && TileLayout<X, T, columns>(height).bytes <= kMostTileBytes;
+    return height <= kMostHeight<columns> && TileLayout<X, T, columns>(height, 1).bytes <= kMostTileBytes;
 }
 
 template <class X, class T, int columns, bool point>
 Pass<X, T> tile_pass(const GlmData<X, T>& data) {
-    const int64_t bytes = TileLayout<X, T, columns>(data.rows_of_w()).bytes;
-    const int64_t per_processor = bytes <= kHalfTileBytes / 2 ? 4 : bytes <= kHalfTileBytes ? 2 : 1;
-    return {tile_kernel<X, T, columns, point>, bytes,
-            blocks_for(ceil_div<int64_t>(data.n, kTileRows), per_processor, ceil_div(data.n, kMostSummedRows))};
+    const auto bytes = [&](int stages) { return TileLayout<X, T, columns>(height_of(data), stages).bytes; };
+    // Of a multiprocessor's shared memory two blocks, which is what the registers allow, have half each; the system has
+    // a KiB of it for a block.
+    const int64_t half = device_limits().shared_bytes / 2 - 1024;
+    Pass<X, T> pass;
+    pass.kernel = tile_kernel<X, T, columns, point>;
+    pass.stages = bytes(2) <= half ? 2 : 1;
+    pass.shared_bytes = bytes(pass.stages);
+    pass.blocks = blocks_for(ceil_div<int64_t>(data.n, kTileRows), pass.shared_bytes <= half ? 2 : 1,
+                             ceil_div(data.n, kMostSummedRows));
+    return pass;
 }
 
 // No kernel for more columns than glm_most_columns.
@@ -114,6 +121,7 @@ Status run(const Pass<X, T>& pass, PassArgs<X, T> args, T* result, double* loss,
     const int64_t size = height * args.m * args.data.k;
     const Workspace<T> parts(pass.blocks, size);
     args.vector_loads = loads_in_chunks(args.data);
+    args.stages = pass.stages;
     args.partial = result != nullptr ? part<T>(workspace, parts.partial) : nullptr;
     args.losses = part<double>(workspace, parts.losses);
     args.statuses = part<int>(workspace, parts.statuses);

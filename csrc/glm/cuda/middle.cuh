@@ -20,6 +20,8 @@ struct PassArgs {
     T* curvature = nullptr;
     // Whether X can be read in 16-byte chunks.
     bool vector_loads = false;
+    // Tiles of X in shared memory: with two, one is loaded while the other is computed with.
+    int stages = 1;
     // Each block's part of the result, d (+ 1) × m·k, or null; a point's loss and status.
     T* partial = nullptr;
     double* losses = nullptr;

@@ -2,6 +2,7 @@
 // applies the curvature and multiplies back. X is read from device memory once.
 #pragma once
 
+#include "base/cuda/async.cuh"
 #include "glm/cuda/middle.cuh"
 #include "glm/cuda/rows.cuh"
 
@@ -22,13 +23,13 @@ __host__ __device__ int64_t tile_stride(int64_t height) {
 template <class T, int columns>
 inline constexpr int kRightStride = columns + (columns * sizeof(T) > 16 ? 16 / static_cast<int>(sizeof(T)) : 0);
 
-// Rows of X and columns of V beside the loss: where what lies in shared memory.
+// Where what lies in shared memory: `stages` tiles of X, V, the outputs, the loss.
 template <class X, class T, int columns>
 struct TileLayout {
     int64_t right, outputs, loss, bytes;
 
-    __host__ __device__ explicit TileLayout(int64_t height) {
-        right = kTileRows * tile_stride<X>(height) * static_cast<int64_t>(sizeof(X));
+    __host__ __device__ TileLayout(int64_t height, int stages) {
+        right = stages * kTileRows * tile_stride<X>(height) * static_cast<int64_t>(sizeof(X));
         outputs = right + whole_chunks(height * kRightStride<T, columns> * static_cast<int64_t>(sizeof(T)));
         loss = outputs + kTileRows * columns * static_cast<int64_t>(sizeof(T));
         bytes = loss + kLossBytes;
@@ -39,16 +40,19 @@ struct TileLayout {
 template <int columns>
 inline constexpr int64_t kMostHeight = int64_t{kThreads} * kOwnedSums / columns;
 
+// Begins to copy rows [first, first + kTileRows) into a tile, zeros from the last row on. The copies of whole chunks
+// are asynchronous: all of a tile are under way at once, and those of the next tile while this one is computed with.
 template <class X, class T>
 __device__ void load_tile(const PassArgs<X, T>& args, int64_t first, X* tile, int64_t stride) {
     const GlmData<X, T>& data = args.data;
-    const int chunks = static_cast<int>((data.d + Chunk<X>::size - 1) / Chunk<X>::size);
     if (args.vector_loads) {
-#pragma unroll 4
+        const int chunks = static_cast<int>(data.d / Chunk<X>::size);
         for (int at = threadIdx.x; at < kTileRows * chunks; at += kThreads) {
             const int row = at / chunks;
             const int column = at % chunks * Chunk<X>::size;
-            *reinterpret_cast<Chunk<X>*>(tile + row * stride + column) = load_chunk(data, first + row, column);
+            const bool valid = first + row < data.n;
+            const X* from = data.x.data + (valid ? (first + row) * data.x.row + column : 0);
+            cp_async<16>(tile + row * stride + column, from, valid ? 16 : 0);
         }
     } else {
         const int d = static_cast<int>(data.d);
@@ -63,6 +67,7 @@ __device__ void load_tile(const PassArgs<X, T>& args, int64_t first, X* tile, in
             tile[row * stride + column] = value;
         }
     }
+    cp_async_commit();
 }
 
 // `columns` is at least m·k.
@@ -81,9 +86,10 @@ __global__ void __launch_bounds__(kThreads, 2) tile_kernel(PassArgs<X, T> args) 
     const int height = static_cast<int>(height_of(data));
     const int used = args.m * static_cast<int>(data.k);
     const int64_t stride = tile_stride<X>(height);
-    const TileLayout<X, T, columns> layout(height);
+    const TileLayout<X, T, columns> layout(height, args.stages);
     ONESTEP_DYNAMIC_SHARED(unsigned char, shared);
     X* tile = reinterpret_cast<X*>(shared);
+    const int64_t tile_size = kTileRows * stride;
     T* right = reinterpret_cast<T*>(shared + layout.right);
     T* outputs = reinterpret_cast<T*>(shared + layout.outputs);
     const int lane = threadIdx.x % 32;
@@ -98,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_kernel(PassArgs<X, T> args) 
                         : T(0);
     }
     // What stands behind the features stays as it is from tile to tile.
-    for (int at = threadIdx.x; at < kTileRows * static_cast<int>(stride - data.d); at += kThreads) {
+    for (int at = threadIdx.x; at < args.stages * kTileRows * static_cast<int>(stride - data.d); at += kThreads) {
         const int extra = static_cast<int>(stride - data.d);
         tile[at / extra * stride + data.d + at % extra] = data.intercept && at % extra == 0 ? one<X>() : X{};
     }
@@ -120,10 +126,21 @@ __global__ void __launch_bounds__(kThreads, 2) tile_kernel(PassArgs<X, T> args) 
     int status = 0;
 
     const int64_t tiles = (data.n + kTileRows - 1) / kTileRows;
+    const bool ahead = args.stages == 2;
+    if (ahead && blockIdx.x < tiles) {
+        load_tile(args, int64_t{blockIdx.x} * kTileRows, tile, stride);
+    }
     for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
         const int64_t first = index * kTileRows;
-        __syncthreads();
-        load_tile(args, first, tile, stride);
+        if (ahead) {
+            // Rows behind the last are none of X: the copies of the last turn bring zeros, or nothing.
+            X* next = tile == reinterpret_cast<X*>(shared) ? tile + tile_size : tile - tile_size;
+            load_tile(args, (index + gridDim.x) * kTileRows, next, stride);
+            cp_async_wait<1>();
+        } else {
+            load_tile(args, first, tile, stride);
+            cp_async_wait<0>();
+        }
         __syncthreads();
 #pragma unroll 1
         for (int from = warp * kWarpRows; from < (warp + 1) * kWarpRows; from += kRows) {
@@ -192,7 +209,13 @@ __global__ void __launch_bounds__(kThreads, 2) tile_kernel(PassArgs<X, T> args) 
                 }
             }
         }
+        // The tile, and the outputs, are written again in the next turn.
+        __syncthreads();
+        if (ahead) {
+            tile = tile == reinterpret_cast<X*>(shared) ? tile + tile_size : tile - tile_size;
+        }
     }
+    cp_async_wait<0>();
 
     if (args.partial != nullptr) {
         T* partial = args.partial + int64_t{blockIdx.x} * height * used;
