@@ -78,7 +78,9 @@ def _check_rows(X: Tensor, W: Tensor, weight: Tensor | None, intercept: bool) ->
     check_dims("X", X, 2, "(..., n, d)")
     check_dims("W", W, 2, "(..., d, k)")
     n, d = X.shape[-2:]
-    check_size("W", W, -2, d + intercept, f"(..., {d + intercept}, k): a row per feature, and one for an intercept")
+    # int: torch 2.11 cannot add a bool to a symbolic size.
+    rows = d + int(intercept)
+    check_size("W", W, -2, rows, f"(..., {rows}, k): a row per feature, and one for an intercept")
     operands = [("W", W)]
     if weight is not None:
         check_size("weight", weight, -1, n, f"(..., {n})")
