@@ -419,16 +419,20 @@ def test_nan_reaches_its_row_alone():
         ({"query": torch.ones(2, 5, 4, dtype=torch.int64)}, TypeError, "query has dtype torch.int64"),
         ({"query": torch.ones(2, 5, 4, dtype=torch.float16)}, TypeError, "query has dtype torch.float16"),
         ({"key": torch.ones(2, 7, 4, dtype=torch.float64)}, TypeError, "key has dtype torch.float64"),
-        ({"key": torch.ones(2, 7, 5)}, ValueError, "as many features"),
-        ({"query": torch.ones(2, 5, 0), "key": torch.ones(2, 7, 0)}, ValueError, "one at least"),
-        ({"value": torch.ones(2, 6, 4)}, ValueError, "same length"),
+        ({"key": torch.ones(2, 7, 5)}, ValueError, r"key has shape.*as many features as query"),
+        (
+            {"query": torch.ones(2, 5, 0), "key": torch.ones(2, 7, 0)},
+            ValueError,
+            "one feature at least",
+        ),
+        ({"value": torch.ones(2, 6, 4)}, ValueError, r"value has shape \(2, 6, 4\).*as many rows as key"),
         ({"key": torch.ones(3, 7, 4), "value": torch.ones(3, 7, 4)}, ValueError, "heads"),
         ({"query": torch.ones(3, 5, 4), "enable_gqa": True}, ValueError, "a multiple"),
         ({"key": torch.ones(2, 7, 4, device="meta")}, ValueError, "device meta"),
         ({"dropout_p": 1.5}, ValueError, "probability"),
         ({"dropout_p": 0.1}, NotImplementedError, "dropout_p=0.1"),
         ({"attn_mask": torch.ones(5, 7, dtype=torch.int32)}, TypeError, "attn_mask has dtype torch.int32"),
-        ({"attn_mask": torch.ones(4, 7)}, ValueError, "mask has shape"),
+        ({"attn_mask": torch.ones(4, 7)}, ValueError, "attn_mask has shape"),
         ({"attn_mask": torch.ones(1, 2, 5, 7)}, ValueError, "at most as many dimensions"),
     ],
 )
@@ -436,6 +440,17 @@ def test_bad_input(change, error, message):
     arguments = {"query": torch.ones(2, 5, 4), "key": torch.ones(2, 7, 4), "value": torch.ones(2, 7, 4)} | change
     with pytest.raises(error, match=message):
         scaled_dot_product_attention(**arguments)
+
+
+def test_bare_op_names_operands_as_the_public_function_does():
+    q, k = normal(2, 5, 4), normal(2, 7, 4)
+    for operands, message in (
+        ((q, k[..., :3], k), "key has shape .* as many features as query"),
+        ((q, k, k.float()), "value has dtype torch.float32"),
+        ((q, k, k, torch.ones(1, 5, 7, dtype=torch.int32)), "attn_mask has dtype torch.int32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            torch.ops.onestep.attention(*(*operands, None)[:4], 0.5, False)
 
 
 def test_too_many_batch_dimensions():

@@ -66,10 +66,10 @@ def _inputs(
     key_rows = (*batch, kv_heads, keys)
     out_shape = (*rows, dv)
     return (
-        _input("q", q, (*rows, d), dtype),
-        _input("k", k, (*key_rows, d), dtype),
-        _input("v", v, (*key_rows, dv), dtype),
-        _input("mask", mask, (*rows, keys), dtype),
+        _input("query", q, (*rows, d), dtype),
+        _input("key", k, (*key_rows, d), dtype),
+        _input("value", v, (*key_rows, dv), dtype),
+        _input("attn_mask", mask, (*rows, keys), dtype),
         _input("out", out, out_shape, dtype),
         _input("lse", lse, rows, torch.float64, (0,)),
         _input("grad", grad, out_shape, dtype),

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from onestep.ops import _cuda
+from onestep.ops._cuda import runs_on_cuda
 from onestep.ops._library import call_batched, define
 from onestep.ops.operands import MOST_BATCH_DIMS, broadcast_batch, check_dims, check_like, check_size
 
@@ -40,11 +40,6 @@ COMPUTE_DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-
-
-def runs_on_cuda(tensor: Tensor) -> bool:
-    """Whether the CUDA kernels run on such a tensor, on a GPU or emulated."""
-    return tensor.is_cuda or (_cuda.EMULATED and tensor.is_cpu)
 
 
 def result_dtype(q: Tensor) -> torch.dtype:
@@ -80,35 +75,37 @@ class Sizes(NamedTuple):
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Optional) -> Sizes:
-    """Checks q, k, v and mask; ``others`` are only asked for their batch dimensions, three trailing ones aside."""
-    check_dtype("q", q)
+    """Checks the operands, named as torch's function names them; of ``others``, only the batch dimensions matter."""
+    check_dtype("query", q)
     dtype = COMPUTE_DTYPES[q.dtype]
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    for name, tensor in (("query", q), ("key", k), ("value", v)):
         check_like(name, tensor, q)
         check_dims(name, tensor, 3, "(..., heads, length, features)")
     *_, heads, queries, d = q.shape
     *_, kv_heads, keys, k_d = k.shape
     *_, v_heads, v_keys, dv = v.shape
     if (k_d, v_keys, v_heads) != (d, keys, kv_heads):
-        check_size("k", k, -1, d, f"(..., keys, {d}): as many features as q")
-        check_size("v", v, -2, keys, f"(..., {keys}, features): as many rows as k")
-        check_size("v", v, -3, kv_heads, f"(..., {kv_heads}, keys, features): as many heads as k")
-    if d == 0 or kv_heads == 0 or heads % kv_heads != 0:
+        check_size("key", k, -1, d, f"(..., keys, {d}): as many features as query")
+        check_size("value", v, -2, keys, f"(..., {keys}, features): as many rows as key")
+        check_size("value", v, -3, kv_heads, f"(..., {kv_heads}, keys, features): as many heads as key")
+    if d == 0:
+        raise ValueError(f"query has shape {tuple(q.shape)}; expected one feature at least")
+    if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(
-            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; "
-            "expected features and as many heads as k, or a multiple of them"
+            f"query has shape {tuple(q.shape)} and key {tuple(k.shape)}; "
+            "expected as many heads as key, or a multiple of them"
         )
     batches = [tuple(tensor.shape)[:-3] for tensor in (q, k, v, mask, *others) if tensor is not None]
     if mask is not None:
         if mask.dtype not in (torch.bool, q.dtype, dtype):
-            raise TypeError(f"mask has dtype {mask.dtype}; expected torch.bool or {q.dtype}, like q")
+            raise TypeError(f"attn_mask has dtype {mask.dtype}; expected torch.bool or {q.dtype}, like query")
         if mask.device != q.device:
-            raise ValueError(f"mask is on device {mask.device}; expected {q.device}, like the other operands")
-        check_dims("mask", mask, 3, "(..., heads, queries, keys)")
+            raise ValueError(f"attn_mask is on device {mask.device}; expected {q.device}, like the other operands")
+        check_dims("attn_mask", mask, 3, "(..., heads, queries, keys)")
         for dim, size in zip((-3, -2, -1), (heads, queries, keys), strict=True):
             if mask.shape[dim] not in (1, size):
                 raise ValueError(
-                    f"mask has shape {tuple(mask.shape)}; expected one that broadcasts to "
+                    f"attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to "
                     f"(..., {heads}, {queries}, {keys})"
                 )
     batch = broadcast_batch(*batches)
@@ -133,7 +130,8 @@ def forward_results(
 
 
 attention = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> (Tensor, Tensor)",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float scale, bool causal) "
+    "-> (Tensor, Tensor)",
     fake=forward_results,
     own_dims=(3, 3, 3, 3),
 )
@@ -163,7 +161,7 @@ def jvp_results(
 
 
 attention_jvp = define(
-    "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, "
+    "attention_jvp(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor out, Tensor lse, "
     "Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, float scale, bool causal) -> (Tensor, Tensor)",
     fake=jvp_results,
     own_dims=_JVP_DIMS,
@@ -190,8 +188,8 @@ def _and_jvp_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tup
 
 
 attention_and_jvp = define(
-    "attention_and_jvp(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, "
-    "float scale, bool causal) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attention_and_jvp(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? dq, "
+    "Tensor? dk, Tensor? dv, Tensor? dmask, float scale, bool causal) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=and_jvp_results,
     vmap=_and_jvp_vmap,
 )
@@ -205,7 +203,7 @@ def empty_grads(sizes: Sizes, q: Tensor, mask: Optional, mask_grad: bool) -> Gra
     shape: Batch = (*sizes.batch, 0)
     if mask_grad:
         if mask is None or mask.dtype == torch.bool:
-            raise ValueError("mask_grad=True needs a mask that is added to the scores")
+            raise ValueError("mask_grad=True needs an attn_mask that is added to the scores")
         own = tuple(mask.shape)
         shape = sizes.batch[: len(sizes.batch) + 3 - len(own)] + own
     return (
@@ -246,8 +244,9 @@ def column(lse: Optional) -> Optional:
 
 
 attention_backward = define(
-    "attention_backward(Tensor? grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
-    "Tensor lse, float scale, bool causal, bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor? grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor? attn_mask, Tensor out, Tensor lse, float scale, bool causal, bool mask_grad) -> (Tensor, Tensor, "
+    "Tensor, Tensor)",
     fake=backward_results,
     own_dims=(3, 2, 3, 3, 3, 3, 3, 2),
 )
@@ -271,8 +270,9 @@ def backward_jvp_results(*args: Any) -> Grads:
 
 
 attention_backward_jvp = define(
-    "attention_backward_jvp(Tensor? grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
-    "Tensor lse, Tensor? dgrad, Tensor? dgrad_lse, Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, Tensor? dout, "
+    "attention_backward_jvp(Tensor? grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor? attn_mask, Tensor out, Tensor lse, Tensor? dgrad, Tensor? dgrad_lse, Tensor? dq, Tensor? dk, "
+    "Tensor? dv, Tensor? dmask, Tensor? dout, "
     "Tensor? dlse, float scale, bool causal, bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=backward_jvp_results,
     own_dims=_BACKWARD_JVP_DIMS,
@@ -297,8 +297,9 @@ def _backward_and_jvp_vmap(info: Any, in_dims: tuple[int | None, ...], *args: An
 
 
 attention_backward_and_jvp = define(
-    "attention_backward_and_jvp(Tensor? grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, "
-    "Tensor out, Tensor lse, Tensor? dgrad, Tensor? dgrad_lse, Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dmask, "
+    "attention_backward_and_jvp(Tensor? grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor? attn_mask, Tensor out, Tensor lse, Tensor? dgrad, Tensor? dgrad_lse, Tensor? dq, Tensor? dk, "
+    "Tensor? dv, Tensor? dmask, "
     "Tensor? dout, Tensor? dlse, float scale, bool causal, bool mask_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=backward_and_jvp_results,
