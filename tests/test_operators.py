@@ -285,7 +285,7 @@ def test_vectors_of_a_block_may_be_more_than_fit_at_once(monkeypatch: pytest.Mon
     setting = Setting()
     op = setting.operator(GaussNewtonOperator)
     expected = op @ setting.V
-    monkeypatch.setattr(op, "_affordable_rows", 8)
+    monkeypatch.setattr(op._passes, "affordable_rows", 8)
     torch.testing.assert_close(op @ setting.V, expected, rtol=1e-11, atol=1e-14)
 
 

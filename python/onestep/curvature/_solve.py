@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from onestep.curvature.conjugate_gradient import conjugate_gradient, power_of_tw
 
 # Up to so many parameters the matrix is formed, in one pass over the data, and decomposed.
 MOST_DENSE = 128
+# Random vectors behind the diagonal preconditioner, and its least element relative to the mean.
+_DIAGONAL_SAMPLES = 16
+_LEAST_DIAGONAL = 1e-3
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -180,3 +183,32 @@ def minres(product: Product, b: Tensor, tolerance: float, max_iterations: int) -
         x = x + (cos * left) * w
         left *= abs(sin)
     return x, iteration
+
+
+def as_preconditioner(given: Any, damping: float, diagonal_of: Callable[[int], Tensor]) -> Product | None:
+    """What ``solve`` was given as preconditioner, as a function that is checked.
+
+    Args:
+        diagonal_of: number of samples → an estimate of the matrix's diagonal.
+    """
+    if given == "diagonal":
+        diagonal = diagonal_of(_DIAGONAL_SAMPLES).abs()
+        floor = _LEAST_DIAGONAL * diagonal.mean().item()
+        inverse = 1 / (diagonal.clamp_min(floor) + damping)
+        return lambda v: (inverse if v.dim() == 1 else inverse[:, None]).to(v.dtype) * v
+    if not (given is None or callable(given)):
+        raise TypeError(f"preconditioner is {given!r}; expected None, 'diagonal' or a function")
+    if given is None:
+        return None
+
+    def checked(r: Tensor) -> Tensor:
+        z = given(r)
+        if not isinstance(z, Tensor) or z.shape != r.shape:
+            what = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"preconditioner returned {what} for {tuple(r.shape)}; expected the same shape")
+        power = torch.linalg.vecdot(r, z, dim=0)
+        if not bool((power > 0).logical_or(r.norm(dim=0) == 0).all()):
+            raise ValueError(f"preconditioner M⁻¹ has rᵀM⁻¹r = {power.min().item():g}; expected positive definite")
+        return z
+
+    return checked
