@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -15,6 +16,8 @@ from onestep.functional.attention import scaled_dot_product_attention
 from onestep.ops.attention import COMPUTE_DTYPES
 
 _TORCH_ATTENTION = F.scaled_dot_product_attention
+# float16 is for CUDA alone.
+_DTYPES = set(COMPUTE_DTYPES) - {torch.float16}
 _SIGNATURE = inspect.signature(scaled_dot_product_attention)
 
 
@@ -24,8 +27,7 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
     given.apply_defaults()
     operands = [given.arguments[name] for name in ("query", "key", "value")]
     takes = given.arguments["dropout_p"] == 0 and all(
-        operand.device.type == "cpu" and operand.dtype in COMPUTE_DTYPES and not operand.is_nested
-        for operand in operands
+        operand.device.type == "cpu" and operand.dtype in _DTYPES and not operand.is_nested for operand in operands
     )
     out: Tensor = (scaled_dot_product_attention if takes else _TORCH_ATTENTION)(*args, **kwargs)
     return out
