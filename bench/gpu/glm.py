@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import Report, interleaved, relative_error
+from measure import Report, interleaved, relative_error, top_kernels
 from torch import Tensor
 
 from onestep.curvature import glm
@@ -111,6 +111,8 @@ def run(report: Report, case: tuple[str, int, int, int, int, torch.dtype], scale
     }
     if peer is not None:
         values |= {"torch_ms": times["torch"], "ratio": times["torch"] / times["onestep"]}
+    if max(k, m) > 1:
+        values |= top_kernels(lambda: point.hvp(V), 4)
     sides = f", {m} right-hand sides" if m else ""
     report.row(f"{family} {n} x {d}{f' x {k}' if k else ''}{sides} {str(dtype).removeprefix('torch.')}", **values)
 

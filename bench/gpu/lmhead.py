@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import Report, added_bytes, interleaved, relative_error
+from measure import Report, added_bytes, interleaved, relative_error, top_kernels
 from torch import Tensor
 
 from onestep.functional.lmhead import linear_cross_entropy, linear_cross_entropy_ggnvp, linear_cross_entropy_hvp
@@ -95,6 +95,7 @@ def run(report: Report, n: int, d: int, classes: int, dtype: torch.dtype) -> Non
         hvp_autograd_ratio=times["hvp_autograd"] / times["hvp"],
         hvp_share_of_gemm=report.gemm_share(7 * flops, times["hvp"]),
         **memory,
+        **top_kernels(calls["ggn"], 10),
         **check(dtype),
     )
 

@@ -69,6 +69,15 @@ def added_bytes(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def top_kernels(call: Callable[[], Any], count: int = 12) -> dict[str, float]:
+    """Milliseconds of a call by kernel, the longest first, as torch's profiler has them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)[:count]
+    return {f"{event.key[:60]} x{event.count}": event.device_time_total / 1e3 for event in events}
+
+
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """‖got − expected‖ / ‖expected‖ in double."""
     expected = expected.double()

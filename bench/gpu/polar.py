@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import Report, added_bytes, interleaved
+from measure import Report, added_bytes, interleaved, top_kernels
 from torch import Tensor
 
 from onestep.linalg import polar_ex
@@ -90,6 +90,9 @@ def main() -> None:
     report = Report("polar", options.out)
     with torch.no_grad():
         run(report, 48, 1024, 4096, torch.bfloat16)
+        M = matrices(48, 1024, 4096, torch.bfloat16, decay=False)
+        report.row("kernels of the first, ms", **top_kernels(lambda: polar_ex(M)))
+        del M
         if options.quick:
             return
         run(report, 12, 1024, 4096, torch.float32)
