@@ -79,6 +79,7 @@ def run(report: Report, batch: int, n: int, m: int, dtype: torch.dtype) -> None:
         few = matrices(2, n, m, dtype, decay)
         row |= {f"{kind}_{key}": value for key, value in quality(polar_ex(few).factor, few).items()}
         row |= {f"{kind}_newton_schulz_{key}": value for key, value in quality(newton_schulz(few), few).items()}
+    row |= top_kernels(calls["polar"])
     report.row(f"{batch} x ({n} x {m}) {str(dtype).removeprefix('torch.')}", **row)
 
 
@@ -90,9 +91,6 @@ def main() -> None:
     report = Report("polar", options.out)
     with torch.no_grad():
         run(report, 48, 1024, 4096, torch.bfloat16)
-        M = matrices(48, 1024, 4096, torch.bfloat16, decay=False)
-        report.row("kernels of the first, ms", **top_kernels(lambda: polar_ex(M)))
-        del M
         if options.quick:
             return
         run(report, 12, 1024, 4096, torch.float32)
