@@ -32,13 +32,13 @@ class Evaluation(NamedTuple):
         loss: the weighted mean of log Σ eᶻ - z_y.
         gradient: its gradient with respect to V (p, k), float64.
         slopes: its gradient with respect to W, for X's own columns (p, k), float64.
-        spread: the mean over classes and some rows of P(1 - P), by which the Hessian is about spread · ZᵀZ/n.
+        spreads: the mean over some rows of each class's P(1 - P) (k,): its block of the Hessian is about that · ZᵀZ/n.
     """
 
     loss: float
     gradient: Tensor
     slopes: Tensor
-    spread: float
+    spreads: Tensor
 
 
 class Rows(Protocol):
@@ -138,7 +138,7 @@ class DenseRows:
         centred = narrow and self._far
         dtype = torch.float32 if narrow else self.X.dtype
         W = V.float() if centred else self.coordinates.weights(V, dtype)
-        loss, spread, looked_at = 0.0, 0.0, 0
+        loss, looked_at, spreads = 0.0, 0, np.zeros(self.classes)
         gradient = torch.zeros_like(V)
         for rows in self._chunks(dtype):
             X, y, weight = self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows]
@@ -150,14 +150,14 @@ class DenseRows:
             loss += point.loss.item()
             gradient += point.grad
             some = point.output_curvature()[:: max(1, len(X) // _SPREAD_ROWS)].numpy()
-            spread += len(some) - float(np.square(some).sum(dtype=np.float64))
+            spreads += (some * (1 - some)).sum(0, dtype=np.float64)
             looked_at += len(some)
         gradient /= self.total
         if centred:
             slopes = self.coordinates.push_forward(gradient)
         else:
             slopes, gradient = gradient, self.coordinates.pull_back(gradient)
-        return Evaluation(loss / self.total, gradient, slopes, spread / (looked_at * self.classes))
+        return Evaluation(loss / self.total, gradient, slopes, torch.from_numpy(spreads / looked_at))
 
     def movement(self, direction: Tensor) -> float:
         W = self.coordinates.weights(direction, self.X.dtype)

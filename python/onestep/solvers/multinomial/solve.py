@@ -2,10 +2,11 @@
 
 A pass over the rows (loss and gradient: two matrix products) is all that an iteration costs. L-BFGS (Liu and Nocedal,
 Mathematical Programming 45, 1989) starts each iteration from the inverse of spread · ZᵀZ/n + penalty, one Cholesky
-factorisation for all classes, spread being the mean of p(1 - p): what makes features badly conditioned is in there, and
-what is left to learn in a few pairs is how the probabilities vary. A factor for each class, with its own mean of
-p(1 - p), is the better start and the worse end; Newton's method with conjugate gradients takes 1.3 to 3 times the
-passes, as each step forgets what the last one learnt (docs/decisions/0018-multinomial-solver.md).
+factorisation for all classes, spread being the mean of p(1 - p), for an intercept that of its own class. What makes
+features badly conditioned is in there, and what is left to learn in a few pairs is how the probabilities vary. A factor
+for each class, with its own mean of p(1 - p), is the better start and the worse end; Newton's method with conjugate
+gradients takes 1.3 to 3 times the passes, as each step forgets what the last one learnt
+(docs/decisions/0018-multinomial-solver.md).
 
 Early iterations run on samples of the rows, whose pairs stay, and in float32 where X is float64.
 """
@@ -39,6 +40,8 @@ _GRAM_ROWS_PER_FEATURE = 4
 _LARGEST_FACTOR = 8192
 # Where all probabilities are 0 or 1 there is no spread to divide by.
 _LEAST_SPREAD = 1e-8
+# An intercept has no penalty and is divided by its own class's spread, at least so much of their mean.
+_LEAST_SHARE = 1e-2
 # The factor is made anew where the spread has changed by this factor.
 _SPREAD_CHANGE = 2.0
 
@@ -85,7 +88,7 @@ class _Point:
     loss: float
     gradient: Tensor
     slope: float
-    spread: float
+    spreads: Tensor
 
 
 class _Objective:
@@ -105,7 +108,7 @@ class _Objective:
         slopes = found.slopes + self.rows.coordinates.push_forward(pull)
         loss = found.loss + 0.5 * _dot(pull, V)
         slope = (slopes.abs() - self._slope_rounding).max().item()
-        return _Point(V, loss, found.gradient + pull, slope, found.spread)
+        return _Point(V, loss, found.gradient + pull, slope, found.spreads)
 
     @property
     def unpenalised(self) -> bool:
@@ -265,7 +268,8 @@ class _Memory:
         self._pairs: list[tuple[Tensor, Tensor, float]] = []
         self._gram, self._squares = _gram_or_squares(rows)
         self._spread = 0.0
-        self._apply: Callable[[Tensor], Tensor] = lambda R: R
+        self._features: Callable[[Tensor], Tensor] = lambda R: R
+        self._intercept, self._bends = rows.coordinates.intercept, torch.ones(rows.classes, dtype=torch.float64)
 
     def add(self, step: Tensor, change: Tensor) -> None:
         curvature = _dot(step, change)
@@ -283,7 +287,7 @@ class _Memory:
 
     def direction(self, point: _Point) -> Tensor:
         """-H⁻¹g by the two-loop recursion."""
-        self._prepare(point.spread)
+        self._prepare(point.spreads)
         q = point.gradient.clone()
         scaled: list[float] = []
         for step, change, inverse in reversed(self._pairs):
@@ -298,8 +302,11 @@ class _Memory:
             q.add_(step, alpha=a - inverse * _dot(change, q))
         return q.neg_()
 
-    def _prepare(self, spread: float) -> None:
-        spread = max(spread, _LEAST_SPREAD)
+    def _prepare(self, spreads: Tensor) -> None:
+        spread = max(float(spreads.numpy().mean()), _LEAST_SPREAD)
+        if self._intercept:
+            # The intercept's row of ZᵀZ/n is that of the identity, as columns are centred.
+            self._bends = spreads.clamp_min(_LEAST_SHARE * spread)
         if self._spread / _SPREAD_CHANGE < spread < self._spread * _SPREAD_CHANGE:
             return
         self._spread = spread
@@ -307,7 +314,7 @@ class _Memory:
             diagonal = spread * self._squares + self._penalties
             # A feature that is zero in all rows: whatever scale the others have.
             diagonal = diagonal.clamp_min(1e-6 * diagonal.mean().item() + torch.finfo(torch.float64).tiny)[:, None]
-            self._apply = lambda R: R / diagonal
+            self._features = lambda R: R / diagonal
             return
         A = spread * self._gram + torch.diag(self._penalties)
         scale = A.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[:, None]
@@ -318,7 +325,13 @@ class _Memory:
             if not int(info) or raised > 1:
                 break
             raised *= 100
-        self._apply = lambda R: scale * cholesky_solve(scale * R, L)
+        self._features = lambda R: scale * cholesky_solve(scale * R, L)
+
+    def _apply(self, R: Tensor) -> Tensor:
+        result = self._features(R)
+        if self._intercept:
+            result[-1] = R[-1] / self._bends
+        return result
 
 
 def _gram_or_squares(rows: Rows) -> tuple[Tensor | None, Tensor]:
