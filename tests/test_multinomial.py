@@ -7,7 +7,7 @@ from scipy.special import logsumexp
 from sklearn import linear_model
 
 from onestep import LogisticRegression
-from onestep.estimators import glm as estimator
+from onestep.estimators import _path
 from onestep.solvers.coordinates import Coordinates
 from onestep.solvers.multinomial import DenseRows, rows, solve, solve_multinomial
 
@@ -20,7 +20,7 @@ def rng():
 @pytest.fixture(autouse=True)
 def no_newton(monkeypatch):
     """Small problems take this solver, too."""
-    monkeypatch.setattr(estimator, "newton_pays", lambda n, shape: False)
+    monkeypatch.setattr(_path, "newton_pays", lambda n, shape: False)
 
 
 def draw(rng, n, d, k, spread=0.0, offset=0.0):

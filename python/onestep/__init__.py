@@ -16,13 +16,21 @@ from onestep._runtime import info
 from onestep.training import FitResult, fit
 
 if TYPE_CHECKING:
-    from onestep.estimators import LogisticRegression, PoissonRegressor, Ridge, RidgeClassifier, RidgeCV
+    from onestep.estimators import (
+        LogisticRegression,
+        LogisticRegressionCV,
+        PoissonRegressor,
+        Ridge,
+        RidgeClassifier,
+        RidgeCV,
+    )
 
 __version__ = version("onestep")
 
 __all__ = [
     "FitResult",
     "LogisticRegression",
+    "LogisticRegressionCV",
     "PoissonRegressor",
     "Ridge",
     "RidgeCV",
@@ -39,7 +47,9 @@ __all__ = [
 ]
 
 # The estimators need scikit-learn, which is an extra, and take a second to import: they are loaded when asked for.
-_ESTIMATORS = frozenset({"LogisticRegression", "PoissonRegressor", "Ridge", "RidgeCV", "RidgeClassifier"})
+_ESTIMATORS = frozenset(
+    {"LogisticRegression", "LogisticRegressionCV", "PoissonRegressor", "Ridge", "RidgeCV", "RidgeClassifier"}
+)
 
 
 def __getattr__(name: str) -> Any:

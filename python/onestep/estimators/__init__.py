@@ -6,7 +6,8 @@ except ImportError as error:
     raise ImportError("onestep's estimators need scikit-learn: pip install 'onestep[sklearn]'") from error
 
 from onestep.estimators.glm import LogisticRegression, PoissonRegressor
+from onestep.estimators.logistic_cv import LogisticRegressionCV
 from onestep.estimators.ridge import Ridge, RidgeClassifier
 from onestep.estimators.ridge_cv import RidgeCV
 
-__all__ = ["LogisticRegression", "PoissonRegressor", "Ridge", "RidgeCV", "RidgeClassifier"]
+__all__ = ["LogisticRegression", "LogisticRegressionCV", "PoissonRegressor", "Ridge", "RidgeCV", "RidgeClassifier"]

@@ -17,16 +17,15 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import check_flag, give_back, to_numpy
+from onestep.estimators._arrays import Array, check_flag, give_back, to_numpy
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
-from onestep.estimators._newton import Minimum, minimise, newton_pays
-from onestep.estimators._problem import Problem, total_weight
-from onestep.solvers.coordinates import Coordinates
-from onestep.solvers.multinomial import DenseRows, Solution, solve_multinomial
+from onestep.estimators._path import Path
+from onestep.estimators._problem import total_weight
 
 
-def _check_number(name: str, value: Any, *, integer: bool = False, positive: bool = False) -> Any:
+def check_number(name: str, value: Any, *, integer: bool = False, positive: bool = False) -> Any:
+    """`value` if it is such a number."""
     kind: Any = numbers.Integral if integer else numbers.Real
     wanted = f"a {'positive' if positive else 'non-negative'} {'integer' if integer else 'number'}"
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -50,21 +49,9 @@ class _GLM(LinearEstimator):
     def _minimise(self, data: FitData, y: Tensor, family: str, penalty: float, outputs: int) -> Tensor:
         intercept = check_flag("fit_intercept", self.fit_intercept)
         warm = check_flag("warm_start", self.warm_start)
-        tol, max_iter = _check_number("tol", self.tol), _check_number("max_iter", self.max_iter, integer=True)
-        weight = None
-        if data.weight is not None:
-            # Of mean 1, so that their products are in range whatever their scale.
-            weight = (data.weight.double() / (total_weight(data.X, data.weight) / len(data.X))).to(data.X.dtype)
-        coordinates = Coordinates.of(data.X, weight, intercept=intercept)
-        problem = Problem(data.X, y, family, weight, penalty, coordinates)
-        shape = (data.X.shape[1] + intercept, outputs) if family == "softmax" else (data.X.shape[1] + intercept,)
-        start = self._start(data.X, shape) if warm else None
-        start = None if start is None else coordinates.invert(start)
-        if family == "softmax" and not newton_pays(len(data.X), shape):
-            rows = DenseRows(problem.X, problem.y, weight, coordinates, outputs)
-            found: Minimum | Solution = solve_multinomial(rows, penalty, start, tol=tol, max_iter=max_iter)
-        else:
-            found = minimise(problem, shape, start, tol=tol, max_iter=max_iter)
+        tol, max_iter = check_number("tol", self.tol), check_number("max_iter", self.max_iter, integer=True)
+        path = Path(data.X, y, family, data.weight, outputs=outputs, intercept=intercept)
+        found = path.solve(penalty, self._start(data.X, path.shape) if warm else None, tol=tol, max_iter=max_iter)
         if not math.isfinite(found.loss):
             self._explain_non_finite(data.X)
         if found.runaway:
@@ -78,7 +65,7 @@ class _GLM(LinearEstimator):
                 stacklevel=4,
             )
         self.n_iter_ = found.iterations
-        return coordinates.weights(found.V, torch.float64)
+        return path.weights(found)
 
     def _start(self, X: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """The coefficients of the last fit, if they fit this one."""
@@ -180,30 +167,36 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         Warns:
             sklearn.exceptions.ConvergenceWarning: max_iter was reached, or the precision of X's dtype.
         """
-        inverse_penalty = _check_number("C", self.C, positive=True)
-        labels_as_tensor = isinstance(y, Tensor)
+        inverse_penalty = check_number("C", self.C, positive=True)
+        data, classes, indices = self._labelled(X, y, sample_weight)
+        labels, family, outputs = self._targets(data, indices, len(classes))
+        penalty = 1.0 / (inverse_penalty * total_weight(data.X, data.weight))
+        W = self._minimise(data, labels, family, penalty, outputs)
+        self._set_weights(W, data, classes, as_tensor=isinstance(y, Tensor))
+        self.n_iter_ = np.array([self.n_iter_], dtype=np.int32)
+        return self
+
+    def _labelled(self, X: Any, y: Any, sample_weight: Any) -> tuple[FitData, Array, Array]:
+        """The rows with the weights of their classes, the classes, and the number of each row's class."""
         data = self._check_fit(X, y, sample_weight, y_numeric=False)
         classes, indices = encode_labels(data.y)
         if len(classes) < 2:
             raise ValueError(f"y has one class, {classes.tolist()[0]!r}; expected at least two")
-        data = self._weigh_classes(data, classes, indices)
-        binary = len(classes) == 2
+        return self._weigh_classes(data, classes, indices), classes, indices
+
+    @staticmethod
+    def _targets(data: FitData, indices: Array, classes: int) -> tuple[Tensor, str, int]:
+        """y, the family and the number of outputs."""
         labels = torch.from_numpy(indices)
-        W = self._minimise(
-            data,
-            labels.to(data.X.dtype) if binary else labels,
-            "logistic" if binary else "softmax",
-            1.0 / (inverse_penalty * total_weight(data.X, data.weight)),
-            len(classes),
-        )
+        return (labels.to(data.X.dtype), "logistic", 1) if classes == 2 else (labels, "softmax", classes)
+
+    def _set_weights(self, W: Tensor, data: FitData, classes: Array, *, as_tensor: bool) -> None:
         # A shift common to all classes changes no probability; of all optima this is the symmetric one.
-        W = (W if binary else W - W.mean(1, keepdim=True)).to(data.X.dtype)
+        W = (W if W.dim() == 1 else W - W.mean(1, keepdim=True)).to(data.X.dtype)
         coef, intercept = self._weights(W)
         self.coef_ = give_back(coef.mT.contiguous(), tensors=data.tensors)
         self.intercept_ = give_back(intercept.clone(), tensors=data.tensors)
-        self.n_iter_ = np.array([self.n_iter_], dtype=np.int32)
-        self.classes_ = torch.from_numpy(classes) if labels_as_tensor else classes
-        return self
+        self.classes_ = torch.from_numpy(classes) if as_tensor else classes
 
     def _weigh_classes(self, data: FitData, classes: np.ndarray, indices: np.ndarray) -> FitData:
         if self.class_weight is None:
@@ -352,7 +345,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         Warns:
             sklearn.exceptions.ConvergenceWarning: max_iter was reached, or the precision of X's dtype.
         """
-        penalty = float(_check_number("alpha", self.alpha))
+        penalty = float(check_number("alpha", self.alpha))
         data = self._check_fit(X, y, sample_weight, y_numeric=True)
         targets = as_targets(column_or_1d(data.y, warn=True), data.X)[:, 0]
         if targets.min() < 0:

@@ -120,7 +120,9 @@ class _Objective:
         return 4.0 * torch.finfo(self.rows.dtype if self.precise else torch.float32).eps * self._far
 
 
-def solve_multinomial(rows: Rows, penalty: float, start: Tensor | None, *, tol: float, max_iter: int) -> Solution:
+def solve_multinomial(
+    rows: Rows, penalty: float, start: Tensor | None, *, tol: float, max_iter: int, gram: Gram | None = None
+) -> Solution:
     """Minimises Σ wᵢ ℓ(xᵢW, yᵢ) / Σ wᵢ + ½ penalty ‖W‖², the intercept's row being free, over V.
 
     Args:
@@ -129,6 +131,7 @@ def solve_multinomial(rows: Rows, penalty: float, start: Tensor | None, *, tol: 
         start: V (p, k) float64, or None for the best constant scores.
         tol: ends where no slope in W exceeds a tenth of it and the step promises next to nothing.
         max_iter: most iterations over all rows.
+        gram: what `Gram.of(rows)` gave, where several penalties share it.
 
     Returns:
         The solution; its loss is NaN or infinite where X is, or is too large for its type.
@@ -137,7 +140,7 @@ def solve_multinomial(rows: Rows, penalty: float, start: Tensor | None, *, tol: 
     penalties = penalty / coordinates.scale.square()
     if coordinates.intercept:
         penalties = torch.cat((penalties, penalties.new_zeros(1)))
-    memory = _Memory(rows, penalties)
+    memory = _Memory(rows, penalties, gram or Gram.of(rows))
     objective = _Objective(rows, penalties[:, None], rows.count)
     point = _start(objective, memory, max_iter) if start is None else objective.at(start)
     point, iterations, converged = _lbfgs(objective, point, memory, tol, 0.0, max_iter)
@@ -260,13 +263,32 @@ def _line_search(objective: _Objective, point: _Point, direction: Tensor, slope:
     return None
 
 
+@dataclass(frozen=True)
+class Gram:
+    """ZᵀZ/n, where it and its factor cost less than they save, and its diagonal; the same for all penalties."""
+
+    matrix: Tensor | None
+    diagonal: Tensor
+
+    @staticmethod
+    def of(rows: Rows) -> Gram:
+        """Of all rows, or of a sample if need be."""
+        n, d, k = rows.count, len(rows.coordinates.scale), rows.classes
+        budget = _FACTOR_PASSES * 4.0 * n * d * k
+        fitting = int((budget - d**3 / 3.0) / d**2)
+        if d > _LARGEST_FACTOR or fitting < min(n, _GRAM_ROWS_PER_FEATURE * d):
+            return Gram(None, rows.squares())
+        matrix = rows.gram(max(1, n // fitting))
+        return Gram(matrix, matrix.diagonal())
+
+
 class _Memory:
     """Pairs of steps and changes of the gradient, over the inverse of spread · ZᵀZ/n + penalties."""
 
-    def __init__(self, rows: Rows, penalties: Tensor) -> None:
+    def __init__(self, rows: Rows, penalties: Tensor, gram: Gram) -> None:
         self._penalties = penalties
         self._pairs: list[tuple[Tensor, Tensor, float]] = []
-        self._gram, self._squares = _gram_or_squares(rows)
+        self._gram, self._squares = gram.matrix, gram.diagonal
         self._spread = 0.0
         self._features: Callable[[Tensor], Tensor] = lambda R: R
         self._intercept, self._bends = rows.coordinates.intercept, torch.ones(rows.classes, dtype=torch.float64)
@@ -332,18 +354,6 @@ class _Memory:
         if self._intercept:
             result[-1] = R[-1] / self._bends
         return result
-
-
-def _gram_or_squares(rows: Rows) -> tuple[Tensor | None, Tensor]:
-    """The Gram matrix, of a sample of the rows if need be, where its sums and factor cost less than they save."""
-    n, d, k = rows.count, len(rows.coordinates.scale), rows.classes
-    budget = _FACTOR_PASSES * 4.0 * n * d * k
-    factor = d**3 / 3.0
-    fitting = int((budget - factor) / d**2)
-    if d > _LARGEST_FACTOR or fitting < min(n, _GRAM_ROWS_PER_FEATURE * d):
-        return None, rows.squares()
-    gram = rows.gram(max(1, n // fitting))
-    return gram, gram.diagonal()
 
 
 def _dot(A: Tensor, B: Tensor) -> float:

@@ -1,0 +1,51 @@
+"""One set of rows, prepared once for fits of any number of penalties."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from onestep.estimators._newton import Minimum, minimise, newton_pays
+from onestep.estimators._problem import Problem, total_weight
+from onestep.solvers.coordinates import Coordinates
+from onestep.solvers.multinomial import DenseRows, Gram, Solution, solve_multinomial
+
+
+class Path:
+    """Rows X (n, d), y and weight of a generalised linear model of given family, and solutions for penalties.
+
+    y is (n,) floats, or for "softmax" class numbers below ``outputs``.
+    """
+
+    def __init__(
+        self, X: Tensor, y: Tensor, family: str, weight: Tensor | None, *, outputs: int, intercept: bool
+    ) -> None:
+        if weight is not None:
+            # Of mean 1, so that their products are in range whatever their scale.
+            weight = (weight.double() / (total_weight(X, weight) / len(X))).to(X.dtype)
+        self.X, self._y, self._family, self._weight, self._outputs = X, y, family, weight, outputs
+        self.coordinates = Coordinates.of(X, weight, intercept=intercept)
+        columns = X.shape[1] + intercept
+        self.shape = (columns, outputs) if family == "softmax" else (columns,)
+
+    @cached_property
+    def _rows(self) -> DenseRows:
+        return DenseRows(self.X, self._y, self._weight, self.coordinates, self._outputs)
+
+    @cached_property
+    def _gram(self) -> Gram:
+        return Gram.of(self._rows)
+
+    def solve(self, penalty: float, start: Tensor | None, *, tol: float, max_iter: int) -> Minimum | Solution:
+        """The minimum of the mean loss + ½ penalty ‖W‖², from coefficients W of this shape or the best constant."""
+        V = None if start is None else self.coordinates.invert(start)
+        if self._family == "softmax" and not newton_pays(len(self.X), self.shape):
+            return solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
+        problem = Problem(self.X, self._y, self._family, self._weight, penalty, self.coordinates)
+        return minimise(problem, self.shape, V, tol=tol, max_iter=max_iter)
+
+    def weights(self, found: Minimum | Solution) -> Tensor:
+        """W of a solution, with the intercepts' row last; float64."""
+        return self.coordinates.weights(found.V, torch.float64)
