@@ -65,7 +65,7 @@ test-emulated: $(VENV)/.package
 	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
 	$(BIN)/cmake --build build/emulated --target _native_cuda_emulated
 	cp build/emulated/_native_cuda_emulated*.so $$($(BIN)/python -c 'import onestep; print(onestep.__path__[0])')
-	ONESTEP_CUDA_EMULATE=1 $(QUIET_THREADS) $(BIN)/python -m pytest --numprocesses=2 tests/test_cuda_*.py
+	ONESTEP_CUDA_EMULATE=1 $(QUIET_THREADS) $(BIN)/python -m pytest --numprocesses=2 tests/test_cuda_*.py tests/test_device.py
 
 bench: $(VENV)/.package
 	$(BIN)/python bench/report.py

@@ -80,7 +80,7 @@ for section in "${sections[@]}"; do
     case $section in
         tests)
             run tests "${TESTS_LIMIT:-120}" "$python" -m pytest -q -p no:cacheprovider -k cuda -n 4 --maxfail 20 \
-                tests/test_device.py || failed=1
+                tests/test_device.py tests/test_cuda_*.py || failed=1
             ;;
         memcheck | racecheck) run "$section" 90 bash -c "sanitize $section" || failed=1 ;;
         *)

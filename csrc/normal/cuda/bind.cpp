@@ -52,6 +52,19 @@ void bind_factor_solve(const Operand& factor, const Operand& b, const bindings::
 }
 
 template <class T>
+void bind_condition(Address factor, Address norm, Address info, Address rcond, int64_t count, int64_t d, int device,
+                    Address stream) {
+    normal::cuda::ConditionArgs<T> args;
+    args.count = count;
+    args.d = d;
+    args.factor = bindings::pointer<const T>(factor);
+    args.norm = bindings::pointer<const T>(norm);
+    args.info = bindings::pointer<const int32_t>(info);
+    args.rcond = bindings::pointer<T>(rcond);
+    bindings::run_on_device(device, [&] { return normal::cuda::condition(args, bindings::stream_of(stream)); });
+}
+
+template <class T>
 void register_functions(py::module_& module, const std::string& suffix) {
     module.def(("normal_system_" + suffix).c_str(), bind_system<T>, py::kw_only(), "x"_a = py::none(),
                "y"_a = py::none(), "weight"_a = py::none(), "ridge"_a = py::none(), "uniform_ridge"_a = 0.0,
@@ -60,6 +73,8 @@ void register_functions(py::module_& module, const std::string& suffix) {
                "stream"_a);
     module.def(("normal_factor_solve_" + suffix).c_str(), bind_factor_solve<T>, py::kw_only(), "factor"_a, "b"_a,
                "batch"_a, "d"_a, "k"_a, "solution"_a, "device"_a, "stream"_a);
+    module.def(("normal_condition_" + suffix).c_str(), bind_condition<T>, py::kw_only(), "factor"_a, "norm"_a, "info"_a,
+               "rcond"_a, "count"_a, "d"_a, "device"_a, "stream"_a);
     module.def(("normal_most_columns_" + suffix).c_str(), normal::cuda::most_columns<T>, "d"_a);
 }
 
@@ -69,6 +84,7 @@ void register_normal_cuda(py::module_& module) {
     register_functions<float>(module, "f32");
     register_functions<double>(module, "f64");
     module.attr("normal_most_features") = normal::cuda::kMostFeatures;
+    module.attr("normal_small_features") = normal::cuda::kSmallFeatures;
 }
 
 }  // namespace onestep

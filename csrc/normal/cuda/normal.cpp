@@ -33,10 +33,23 @@ Status factor_solve(const FactorSolveArgs<T>& args, cudaStream_t stream) {
     return args.d <= kSmallFeatures ? small_factor_solve(args, stream) : middle_factor_solve(args, stream);
 }
 
-#define ONESTEP_INSTANTIATE(T)                                  \
-    template int64_t most_columns<T>(int64_t);                  \
-    template Status system(const SystemArgs<T>&, cudaStream_t); \
-    template Status factor_solve(const FactorSolveArgs<T>&, cudaStream_t);
+template <class T>
+Status condition(const ConditionArgs<T>& args, cudaStream_t stream) {
+    if (args.count == 0 || args.d == 0) {
+        return Status::ok;
+    }
+    if (args.d > kSmallFeatures) {
+        return onestep::cuda::device_error("d = " + std::to_string(args.d) + "; expected up to " +
+                                           std::to_string(kSmallFeatures));
+    }
+    return small_condition(args, stream);
+}
+
+#define ONESTEP_INSTANTIATE(T)                                             \
+    template int64_t most_columns<T>(int64_t);                             \
+    template Status system(const SystemArgs<T>&, cudaStream_t);            \
+    template Status factor_solve(const FactorSolveArgs<T>&, cudaStream_t); \
+    template Status condition(const ConditionArgs<T>&, cudaStream_t);
 
 ONESTEP_INSTANTIATE(float)
 ONESTEP_INSTANTIATE(double)

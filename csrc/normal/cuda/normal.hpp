@@ -62,11 +62,25 @@ Status factor_solve(const FactorSolveArgs<T>& args, cudaStream_t stream);
 
 inline constexpr int64_t kSmallFeatures = 32;
 
+// rcond = 1 / (‖A‖₁ ‖A⁻¹‖₁) from `count` factors and norms, exactly, d ≤ kSmallFeatures; 0 where info says failed.
+template <class T>
+struct ConditionArgs {
+    int64_t count = 0, d = 0;
+    const T* factor = nullptr;  // d × d, U, row-major
+    const T* norm = nullptr;
+    const int32_t* info = nullptr;
+    T* rcond = nullptr;
+};
+template <class T>
+Status condition(const ConditionArgs<T>& args, cudaStream_t stream);
+
 // The size classes: d ≤ kSmallFeatures, and more.
 template <class T>
 Status small_system(const SystemArgs<T>& args, cudaStream_t stream);
 template <class T>
 Status small_factor_solve(const FactorSolveArgs<T>& args, cudaStream_t stream);
+template <class T>
+Status small_condition(const ConditionArgs<T>& args, cudaStream_t stream);
 template <class T>
 int64_t middle_columns(int64_t d);
 template <class T>

@@ -136,6 +136,17 @@ void test_rows(const Size& size, typename Table<T>::Layout layout) {
     }
     check(difference(got.norm, norms) < tolerance<T>(), name<T>("norm", size));
 
+    if (d <= normal::cuda::kSmallFeatures) {
+        std::vector<T> conditions(static_cast<size_t>(problems), T(-7));
+        std::vector<T> rcond = conditions;
+        reference_args.rcond = conditions.data();
+        check(reference::solve_normal(reference_args) == Status::ok, "reference");
+        normal::cuda::ConditionArgs<T> condition_args{problems,         d,           want.factor.data(), norms.data(),
+                                                      want.info.data(), rcond.data()};
+        check(normal::cuda::condition(condition_args, nullptr) == Status::ok, cuda::last_device_error());
+        check(difference(rcond, conditions) < tolerance<T>(), name<T>("rcond", size));
+    }
+
     Results<T> again(problems, d, k);
     args.solution = again.solution.data();
     args.factor = again.factor.data();

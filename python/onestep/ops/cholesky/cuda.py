@@ -24,6 +24,8 @@ _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 #: The largest d that the kernels take.
 MOST_FEATURES: int = native.normal_most_features
+#: The largest d of which a warp holds the matrix.
+SMALL_FEATURES: int = native.normal_small_features
 
 # Right-hand sides from which torch's triangular solves, made of matrix products, win over a warp for each.
 _MANY_COLUMNS = 64
@@ -102,7 +104,7 @@ def solve_into(L: Tensor, B: Tensor, solution: Tensor) -> None:
     """(LLᵀ)⁻¹B into a contiguous solution (…,d,k)."""
     d, k = B.shape[-2:]
     batch = tuple(solution.shape[:-2])
-    if d > MOST_FEATURES or (d > 32 and k >= _MANY_COLUMNS):
+    if d > MOST_FEATURES or (d > SMALL_FEATURES and k >= _MANY_COLUMNS):
         half = torch.linalg.solve_triangular(L, B.expand(solution.shape), upper=False)
         solution.copy_(torch.linalg.solve_triangular(L.mT, half, upper=True))
         return

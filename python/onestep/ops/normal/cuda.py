@@ -217,6 +217,24 @@ def _refine(
     solution.copy_(wide)
 
 
+def _condition_into(L: Tensor, norm: Tensor, info: Tensor, rcond: Tensor) -> None:
+    """1 / (‖A‖₁ ‖A⁻¹‖₁), exactly; 0 where the factorisation failed."""
+    d = L.shape[-1]
+    if d > cholesky.SMALL_FEATURES:
+        failed = (info > 0) & (info <= d)
+        rcond.copy_(torch.where(failed, 0, 1 / (norm * _inverse_norm(L))))
+        return
+    cholesky.entry("condition", L.dtype)(
+        factor=L.data_ptr(),
+        norm=norm.data_ptr(),
+        info=info.data_ptr(),
+        rcond=rcond.data_ptr(),
+        count=info.numel(),
+        d=d,
+        **place(L),
+    )
+
+
 def _inverse_norm(L: Tensor) -> Tensor:
     """‖(LLᵀ)⁻¹‖₁."""
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
@@ -260,8 +278,7 @@ def _run_solve(
         _refine(X, Y, weight, penalty, L, solution, refine)
         cholesky.finish(solution, info)
     if rcond is not None and norm is not None and L is not None:
-        failed = (info > 0) & (info <= d)
-        rcond.copy_(torch.where(failed, 0, 1 / (norm * _inverse_norm(L))))
+        _condition_into(L, norm, info, rcond)
     for values, code in ((weight, schema.NEGATIVE_WEIGHT), (ridge, schema.NEGATIVE_RIDGE)):
         if values is not None and values.is_cuda:
             info.masked_fill_((values < 0).any(-1), code)
