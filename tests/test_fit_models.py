@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import onestep
-from onestep.evaluation.data import Chunk
+from onestep.evaluation.data import Chunk, Share, as_source
 from onestep.evaluation.losses import LOSSES
 from onestep.evaluation.module import chunk_rows
+from onestep.training.facts import cut
 
 METHODS = ["levenberg_marquardt", "gauss_newton", "newton_cg"]
 
@@ -251,3 +253,32 @@ def test_classes_that_a_plane_separates_are_said_to_be(method: str) -> None:
         head, (X, classes), "cross_entropy", method=method, weight_decay=1e-3, max_steps=300, progress=False
     )
     assert "planes" not in decayed.reason
+
+
+@pytest.mark.parametrize("kind", ["tensors", "batches"])
+def test_rows_are_moved_to_the_device_of_the_model_chunk_by_chunk(kind: str) -> None:
+    """The device "meta", which has shapes without values, stands in for a GPU."""
+    X, y = table(50)
+    source = as_source((X, y) if kind == "tensors" else [(X[:30], y[:30]), (X[30:], y[30:])], 0)
+    source.device = torch.device("meta")
+    chunks = list(cut(source, Share(), 20).all())
+    assert [len(chunk) for chunk in chunks] == ([20, 20, 10] if kind == "tensors" else [20, 10, 20])
+    assert all(chunk.inputs.is_meta and chunk.target.is_meta for chunk in chunks)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["auto", *METHODS, "gradient_descent"])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_models_on_a_gpu_are_fitted_as_on_a_cpu(method: str, loss: str) -> None:
+    X, y = table(200)
+    target = y if loss == "mse" else (X[:, 0] > 0).long() + (X[:, 1] > 0.5).long()
+    for make in (network, lambda: nn.Linear(5, 1).double()):
+        here = make()
+        if loss == "cross_entropy":
+            here = nn.Sequential(here, nn.Linear(1, 3).double())
+        there = copy.deepcopy(here).cuda()
+        options: dict[str, Any] = {"method": method, "max_steps": 3, "weight_decay": 1e-3, "progress": False}
+        expected = onestep.fit(here, (X, target), loss, **options)
+        result = onestep.fit(there, (X, target), loss, **options)
+        assert result.history[0].loss == pytest.approx(expected.history[0].loss, rel=0.05)
+        assert result.loss <= result.initial_loss

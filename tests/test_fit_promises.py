@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, smooth_l1_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import onestep
+from onestep.training import Record
 
 
 def years(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -217,3 +218,23 @@ def test_no_method_claims_a_minimum_that_is_none(method: str) -> None:
         assert right or not converged, (problem.name, squares)
         claimed += converged
     assert claimed >= (3 if method == "levenberg_marquardt" else 0)
+
+
+def test_a_fit_ends_when_its_caller_says_so_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    seen: list[Record] = []
+
+    def callback(record: Record) -> bool:
+        seen.append(record)
+        return record.step == 3
+
+    model = network()
+    options: dict[str, Any] = {"checkpoint": tmp_path / "state.pt", "progress": False}
+    result = onestep.fit(model, (X, Y), callback=callback, **options)
+    assert seen == result.history
+    assert (result.steps, result.converged, result.reason) == (3, False, "the callback asked for the end")
+    result = onestep.fit(model, (X, Y), max_seconds=1e-9, **options)
+    assert (result.steps, result.reason, result.interrupted) == (4, "max_seconds=1e-09 reached", False)
+    with pytest.raises(ValueError, match="max_seconds=0"):
+        onestep.fit(model, (X, Y), max_seconds=0, progress=False)
+    with pytest.raises(TypeError, match="callback is int"):
+        onestep.fit(model, (X, Y), callback=3, progress=False)  # type: ignore[arg-type]

@@ -40,6 +40,12 @@ class Chunk(NamedTuple):
         """The same rows as a part of a piece."""
         return Chunk(self.inputs, self.target, piece)
 
+    def on(self, device: torch.device | None) -> Chunk:
+        """The same rows on a device; where they are for None."""
+        if device is None:
+            return self
+        return Chunk(*tree_map_only(Tensor, lambda t: t.to(device), (self.inputs, self.target)), self.piece)
+
 
 def _first(tree: Any) -> Tensor:
     leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -81,6 +87,8 @@ class Source(ABC):
 
     share = Share()
     chunk_size: int | None = None
+    # Where chunks are moved to; None to leave them where the data is.
+    device: torch.device | None = None
 
     @property
     def known_rows(self) -> int | None:
@@ -137,7 +145,7 @@ class IndexedSource(Source):
             while begin < part.stop:
                 # The chunk size may change on the way.
                 end = min(begin + (self.chunk_size or part.stop), part.stop)
-                yield self.take(index(slice(begin, end))).of_piece(piece)
+                yield self.take(index(slice(begin, end))).of_piece(piece).on(self.device)
                 begin = end
 
     def all(self) -> Iterator[Chunk]:
@@ -212,7 +220,7 @@ class LoaderSource(Source):
         for piece, rows in whole if self.sharded else self.share.of(len(chunk), number):
             size = self.chunk_size or len(rows)
             for begin in range(rows.start, rows.stop, size):
-                yield chunk.rows(slice(begin, min(begin + size, rows.stop))).of_piece(piece)
+                yield chunk.rows(slice(begin, min(begin + size, rows.stop))).of_piece(piece).on(self.device)
 
     def _whole(self, number: int) -> Iterator[Chunk]:
         sampler = getattr(self.loader, "sampler", None)

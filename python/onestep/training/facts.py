@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from onestep.evaluation.data import Chunk, Share, Source
 from onestep.evaluation.losses import Loss
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.objective import DataObjective
+from onestep.training.result import Record
 from onestep.training.structures.affine import explained, why_not_affine
 
 # Rows of the first chunk, which is read before it is known how many rows fit into memory.
@@ -42,6 +43,8 @@ class Settings:
     seed: int
     progress: bool
     checkpoint: Path | None
+    max_seconds: float | None = None
+    callback: Callable[[Record], object] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "curvature_batch_size", "chunk_size", "cg_iterations"):
@@ -50,6 +53,10 @@ class Settings:
                 raise TypeError(f"{name} is {type(value).__name__}; expected an integer")
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}; expected at least 1")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds={self.max_seconds}; expected a number > 0, or None")
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback is {type(self.callback).__name__}; expected a function of a Record")
         if not 0 <= self.tol < 1:
             raise ValueError(f"tol={self.tol}; expected a number from 0, less than 1")
         if not 0 <= self.weight_decay < math.inf:

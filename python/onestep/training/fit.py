@@ -22,7 +22,7 @@ from onestep.training.loop import Checkpoint, Stuck, load_checkpoint, run
 from onestep.training.methods import METHODS
 from onestep.training.methods.affine_equations import NotAffineError
 from onestep.training.plan import look, make_plan
-from onestep.training.result import FitResult
+from onestep.training.result import FitResult, Record
 from onestep.training.structures.affine import NOT_AFFINE
 
 
@@ -45,6 +45,8 @@ def fit(
     seed: int = 0,
     progress: bool = True,
     checkpoint: str | PathLike[str] | None = None,
+    max_seconds: float | None = None,
+    callback: Callable[[Record], object] | None = None,
 ) -> FitResult:
     """Fits the trainable parameters of a model by solving for them: θ ← θ - (B + damping·D)⁻¹∇loss, until converged.
 
@@ -85,9 +87,13 @@ def fit(
         progress: whether to show a bar with loss, damping, CG iterations and the time left. Needs tqdm.
         checkpoint: a file, written whole after each step. If it exists, the fit goes on from it and ends with the same
             bits as one that was never stopped.
+        max_seconds: no further step begins this many seconds after the first one of this call.
+        callback: called with the ``Record`` of each step; if what it returns is true, the fit ends. With several
+            processes the first one calls it.
 
     Returns:
-        ``FitResult``. After Ctrl-C it is what was reached so far, with ``reason="interrupted"``.
+        ``FitResult``. After Ctrl-C it is what was reached so far, with ``interrupted`` true, so that a loop around fit
+        can end too.
 
     Raises:
         NonFiniteError: NaN or infinity in data, loss or gradient, naming step and batch; the model keeps the last good
@@ -118,6 +124,8 @@ def fit(
         seed=seed,
         progress=progress,
         checkpoint=None if checkpoint is None else Path(checkpoint),
+        max_seconds=max_seconds,
+        callback=callback,
     )
     parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
     function = as_loss(loss)

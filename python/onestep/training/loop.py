@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from onestep.evaluation.distributed import together
+from onestep.evaluation.distributed import from_first, together
 from onestep.evaluation.progress import Progress
 from onestep.training import checkpoint as checkpoints
+from onestep.training.facts import Settings
 from onestep.training.methods.base import Run, Taken
 from onestep.training.plan import FitPlan
 from onestep.training.result import FitResult, Record
@@ -56,7 +57,8 @@ def run(
         _resume(path, saved, plan, running, result)
     stuck = False
     most = min(settings.max_steps, plan.method.most_steps or settings.max_steps)
-    begin = time.perf_counter() - (result.history[-1].seconds if result.history else 0.0)
+    started = time.perf_counter()
+    begin = started - (result.history[-1].seconds if result.history else 0.0)
     recorded, start = len(result.history), plan.parameters.read()
     with Progress(most, enabled=settings.progress, done=recorded) as bar:
         try:
@@ -68,9 +70,12 @@ def run(
                 bar.update(loss=taken.loss, damping=taken.damping, cg=taken.cg_iterations)
                 if path is not None:
                     together(partial(_save, path, plan, running, result, identity))
+                asked = from_first(lambda: _asked_to_stop(result, settings, time.perf_counter() - started))
+                # A checkpoint does not keep this reason: the fit can go on from it.
+                result.reason = result.reason or asked
             result.reason = result.reason or f"max_steps={settings.max_steps} reached"
         except KeyboardInterrupt:
-            result.reason, result.converged = "interrupted", False
+            result.reason, result.converged, stuck = "interrupted", False, False
             if len(result.history) == recorded:
                 # A step that is not in the history was not taken.
                 plan.parameters.write(start)
@@ -78,6 +83,15 @@ def run(
     if stuck and len(result.history) < most:
         raise Stuck(result)
     return result
+
+
+def _asked_to_stop(result: FitResult, settings: Settings, seconds: float) -> str:
+    """Why the caller wants no further step; empty if they do."""
+    if settings.callback is not None and settings.callback(result.history[-1]):
+        return "the callback asked for the end"
+    if settings.max_seconds is not None and seconds >= settings.max_seconds:
+        return f"max_seconds={settings.max_seconds:g} reached"
+    return ""
 
 
 def record_step(result: FitResult, taken: Taken, seconds: float) -> None:

@@ -217,7 +217,9 @@ class DataObjective(Objective):
             # Each piece has its own, so that what is drawn does not depend on which process draws it.
             generators: dict[int, torch.Generator] = {}
             for chunk in self.curvature_chunks():
-                generator = generators.setdefault(chunk.piece, torch.Generator().manual_seed(chunk.piece))
+                generator = generators.setdefault(
+                    chunk.piece, torch.Generator(parameters.device).manual_seed(chunk.piece)
+                )
                 factors = Factors(self.module, parameters)
                 with torch.enable_grad(), factors.collecting():
                     outputs = call_model(self.module, chunk.inputs)

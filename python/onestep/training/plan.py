@@ -59,6 +59,8 @@ def look(
 ) -> Facts:
     """Reads the first rows, and runs the model on them to know what a chunk may hold."""
     source, own = as_source(from_numpy(data, parameters.tensors[0]), settings.seed), share()
+    # A CPU's rows may be fitted by a model on a GPU: chunks are moved there one by one.
+    source.device = parameters.device
     _check_equal_batches(data, own.size)
     # The estimate of a softmax head wants rows in random order.
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"

@@ -49,6 +49,7 @@ class FitResult:
         history: a ``Record`` for each step.
         initial_loss: before the first step.
         steps: how many there were.
+        interrupted: whether Ctrl-C ended it.
         reasons: why methods and structures that might have been faster do not apply.
     """
 
@@ -61,6 +62,11 @@ class FitResult:
     initial_loss: float
     history: list[Record] = field(default_factory=list)
     reasons: tuple[str, ...] = ()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the fit."""
+        return self.reason == "interrupted"
 
     @property
     def steps(self) -> int:

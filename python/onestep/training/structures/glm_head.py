@@ -129,7 +129,7 @@ class HeadObjective(DataObjective):
                 blocks = model.gram().unsqueeze(0) if whole else model.gram_blocks()
                 yield chunk.piece, blocks.double(), [self._elements(chunk)]
 
-        like = torch.empty(shape, dtype=torch.float64)
+        like = torch.empty(shape, dtype=torch.float64, device=point.device)
         total, (count,) = summed_by_piece(self.pieces, (like, 1), terms)
         blocks = total / (count or 1)
         # Products of features in float32 are off by some ε of themselves.
