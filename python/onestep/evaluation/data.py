@@ -44,7 +44,8 @@ class Chunk(NamedTuple):
         """The same rows on a device; where they are for None."""
         if device is None:
             return self
-        return Chunk(*tree_map_only(Tensor, lambda t: t.to(device), (self.inputs, self.target)), self.piece)
+        inputs, target = tree_map_only(Tensor, lambda t: t.to(device), (self.inputs, self.target))
+        return Chunk(inputs, target, self.piece)
 
 
 def _first(tree: Any) -> Tensor:
