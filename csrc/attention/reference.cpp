@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "attention/attention.hpp"
@@ -221,14 +222,29 @@ void zero_grads(const AttentionArgs<T>& args) {
     if (args.mask_grad.data == nullptr) {
         return;
     }
-    for (int64_t index = 0; index < problems * args.heads; ++index) {
-        T* to = args.mask_grad.data + offset_of(args.mask_grad.batch, args.mask_grad.head, args.batch,
-                                                index / args.heads, index % args.heads);
-        for (int64_t i = 0; i < args.queries; ++i) {
-            for (int64_t j = 0; j < args.keys; ++j) {
-                to[i * args.mask_grad.row + j * args.mask_grad.col] = T(0);
+    // Every element of the mask's own, whatever shares it: a dimension that it is broadcast over counts once.
+    const AttentionMaskGrad<T>& mask = args.mask_grad;
+    std::vector<std::pair<int64_t, int64_t>> dims;  // sizes and strides
+    for (int dim = 0; dim < args.batch.dims; ++dim) {
+        dims.emplace_back(args.batch.size[dim], mask.batch[dim]);
+    }
+    dims.emplace_back(args.heads, mask.head);
+    dims.emplace_back(args.queries, mask.row);
+    dims.emplace_back(args.keys, mask.col);
+    int64_t count = 1;
+    for (const auto& [size, stride] : dims) {
+        count *= stride != 0 ? size : 1;
+    }
+    for (int64_t index = 0; index < count; ++index) {
+        int64_t offset = 0;
+        int64_t rest = index;
+        for (const auto& [size, stride] : dims) {
+            if (stride != 0) {
+                offset += rest % size * stride;
+                rest /= size;
             }
         }
+        mask.data[offset] = T(0);
     }
 }
 
