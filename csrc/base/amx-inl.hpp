@@ -115,7 +115,7 @@ class AmxTiles {
 };
 #endif
 
-// Of bits in the upper half of each word, in the lower one.
+// Vectors of 16 words of 32 bits.
 typedef uint32_t AmxWords __attribute__((vector_size(64)));
 typedef uint32_t UnalignedAmxWords __attribute__((vector_size(64), aligned(2), may_alias));
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "base/status.hpp"
+#include "base/guarded.hpp"
 
 namespace onestep {
 

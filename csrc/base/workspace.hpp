@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "base/status.hpp"
+#include "base/guarded.hpp"
 
 namespace onestep {
 

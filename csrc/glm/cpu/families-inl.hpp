@@ -36,7 +36,7 @@ ONESTEP_INLINE FamilyValue<T> family_value(Vec<T> eta, Vec<T> y, Vec<T> w) {
     }
 }
 
-// Over `count` elements (whole vectors): eta becomes the slope; returns the loss.
+// For `count` elements (whole vectors): replaces eta by the slope and returns the loss.
 template <class T, GlmFamily Family>
 inline double evaluate_elements(int64_t count, T* eta, const T* y, const T* w, T* curvature) {
     Vec<T> loss = {};
@@ -61,7 +61,7 @@ inline double evaluate_family(GlmFamily family, int64_t count, T* eta, const T* 
     }
 }
 
-// One row under softmax: eta becomes the slope w(P − y), `probabilities` P; returns the loss.
+// One row under softmax: replaces eta by the slope w(P − y), writes P to `probabilities`, and returns the loss.
 template <class T>
 inline double evaluate_softmax(int64_t classes, int64_t padded, T* eta, const T* y, int64_t label, T w,
                                T* probabilities) {
@@ -96,7 +96,7 @@ inline double evaluate_softmax(int64_t classes, int64_t padded, T* eta, const T*
         store<T>(eta + at, w * (y == nullptr ? p : p - load<T>(y + at)));
     }
     if (y == nullptr) {
-        // 1 − p as the sum of the others would be more exact still; the error here is an epsilon of w.
+        // 1 − p summed from the other classes would be more exact; the error here is one epsilon of w.
         eta[label] -= w;
     }
     return static_cast<double>(w) * loss;
@@ -115,8 +115,8 @@ inline void copy_targets(const GlmData<X, T>& data, int64_t row, int64_t padded,
     }
 }
 
-// One row at which several outputs are: eta becomes the slope, and the curvature goes where it is asked for; returns
-// the loss. `y`, `weight` and `curvature` hold columns.stride elements.
+// One row with several outputs: replaces eta by the slope, writes the curvature if it is asked for, and returns the
+// loss. `y`, `weight` and `curvature` hold columns.stride elements.
 template <class X, class T>
 inline double evaluate_row(const GlmPointArgs<X, T>& args, const GlmColumns& columns, int64_t row, T* eta, T* y,
                            T* weight, T* curvature) {

@@ -1,4 +1,4 @@
-// One piece of rows of a generalised linear model, by tiles that stay in the cache between their two products.
+// One piece of rows of a generalised linear model, tile by tile: a tile stays in the cache between its two products.
 #pragma once
 
 #include "glm/cpu/families-inl.hpp"
@@ -121,7 +121,8 @@ inline double glm_point_rows(const GlmPointArgs<X, T>& args, const GlmColumns& c
     return loss;
 }
 
-// z = C z for one row and every right-hand side. What lies behind a row of the curvature meets columns of zeros.
+// z = C z for one row and every right-hand side. Whole vectors of the curvature are read; the elements after the row's
+// end are multiplied by the zeros that pad z.
 template <class X, class T>
 inline void scale_row(const GlmData<X, T>& data, const GlmColumns& columns, int64_t row, const T* curvature, T* z) {
     if (columns.width == 1) {

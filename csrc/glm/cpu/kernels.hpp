@@ -6,8 +6,7 @@
 
 namespace onestep {
 
-// Rows are taken in tiles of at most kMostTileRows, whose part of X fits into kTileBytes unless there is one right-hand
-// side.
+// A tile has at most kMostTileRows rows. With several right-hand sides its part of X fits into kTileBytes.
 inline constexpr int64_t kTileBytes = int64_t{64} << 10;
 inline constexpr int64_t kMostTileRows = 64;
 
@@ -16,19 +15,19 @@ inline constexpr int64_t kMostTileRows = 64;
 struct GlmColumns {
     int64_t groups = 1, width = 1, stride = 1, ld = 1;
 
-    // From so many vectors of columns on there are whole panels of them, and rows are taken in chunks.
+    // With more vectors of columns than this, columns are padded to whole panels and rows are processed in chunks.
     static constexpr int64_t kWideVectors = 12;
     bool wide = false;
 };
 
-// Rows whose products XV are computed, before the way back starts: panels of columns, of `height` rows each. The way
-// back is cut into blocks of `block` columns of X.
+// A chunk of rows: all threads compute its XV first, stored as panels of columns with `height` rows each, and then XᵀZ,
+// which is cut into blocks of `block` columns of X.
 template <class T>
 struct GlmChunk {
     int64_t begin = 0, rows = 0, height = 0, block = 0;
     T* z = nullptr;
 };
-// Rows of one unit of work of the way there.
+// Rows of one piece of the work on XV.
 inline constexpr int64_t kWideTileRows = 64;
 
 template <class X, class T>

@@ -1,4 +1,5 @@
-// A tile of rows of X times right-hand sides, and transposed times what became of those: one column or several.
+// The two products of a tile of rows of X: z = XV with one right-hand side or several, and XᵀZ after the curvature has
+// changed z.
 #pragma once
 
 #include "base/math-inl.hpp"
@@ -15,7 +16,7 @@ inline constexpr int64_t kGlmDepth = 256;
 template <class X, class T>
 inline constexpr bool kSameType = sizeof(X) == sizeof(T);
 
-// Whether tiles of X are read where they lie; else they are copied, widened and padded to whole vectors.
+// Whether tiles of X are read in place. Otherwise they are copied, widened and padded to whole vectors.
 template <class X, class T>
 inline bool read_in_place(const GlmData<X, T>& data) {
     return kSameType<X, T> && data.x.col == 1 && data.d >= kLanes<T>;
@@ -88,7 +89,8 @@ ONESTEP_INLINE GlmTile<T> take_tile(const GlmData<X, T>& data, int64_t begin, in
 
 // ------------------------------------------------------------------------------------------------- one right-hand side
 
-// The columns of a row as vectors. If the last one is not full it lies over the end of the one before, which counts.
+// The columns of a row as vectors. If the last vector is not full, it is moved left until it is, and overlaps the one
+// before it; overlapping elements count for the one before.
 template <class X, class T>
 struct RowVectors {
     int64_t count, last;
@@ -104,12 +106,12 @@ struct RowVectors {
     int64_t overlap() const { return (count - 1) * kLanes<T> - last; }
 };
 
-// Rows of one block: they are multiplied both ways before the next ones are read.
+// Rows of one block. A block is multiplied by v, and its transpose by z, before the next block is read.
 template <class T>
 inline constexpr int kBlockRows = kLanes<T> < 8 ? 8 : kLanes<T>;
 
-// The rows of a block; past its end the last one is repeated. Meanwhile the next block is asked for in memory's order,
-// half of it on the way there and half on the way back, so that memory never waits for arithmetic.
+// The rows of a block; past its end the last row is repeated. The next block is prefetched in the order of its
+// addresses at the same time: half of it during the product with v, half during the product with z.
 template <class T>
 struct BlockRows {
     static constexpr int64_t kAskedPerVector = kBlockRows<T> * ONESTEP_VECTOR_BYTES / 2;
@@ -200,9 +202,9 @@ inline void add_single(const GlmData<X, T>& data, const RowVectors<X, T>& vector
     }
 }
 
-// For rows [begin, end): z = Xv, which change(first, rows, z) makes to what is multiplied back and added to the
-// product, unless that is null. Sums of kMostTileRows rows are added up, for the sake of their rounding. `z` and `out`
-// are work memory, as is `copy`, where X is not read in place.
+// For rows [begin, end): z = Xv; change(first, rows, z) replaces z in place; product += Xᵀz, unless `product` is null.
+// The sum over rows is added to the product every kMostTileRows rows, which keeps rounding errors small. `z`, `out`
+// and, where X is not read in place, `copy` are work memory.
 template <class X, class T, class Change>
 inline void single_rows(const GlmData<X, T>& data, int64_t begin, int64_t end, const T* packed, T* product, T* copy,
                         T* z, T* out, const Change& change) {
@@ -249,7 +251,7 @@ inline void single_rows(const GlmData<X, T>& data, int64_t begin, int64_t end, c
 
 // -------------------------------------------------------------------------------------------- several right-hand sides
 
-// Tiles of a single vector of columns hold twice the rows, or too few sums would be under way at once.
+// With one vector of columns, a tile has twice the rows: fewer accumulators would not hide the latency of an FMA.
 template <class T>
 inline void add_block(int64_t rows, int64_t vectors, int64_t depth, Broadcast<T> a, const T* b, int64_t b_depth, T* c,
                       int64_t c_row) {

@@ -13,8 +13,8 @@ using namespace onestep::ONESTEP_NS;
 template <class T>
 inline constexpr int64_t kWideDepth = 4 * kGemmDepth<T>;
 
-// Work memory: on the way there packed rows of X and one row of z with its y, weight and curvature; on the way back
-// packed columns of X and a panel of their product.
+// Work memory. For XV: packed rows of X, and one row of z with its y, weight and curvature. For XᵀZ: packed columns of
+// X and a panel of their product.
 template <class X, class T>
 inline int64_t wide_work(const GlmData<X, T>&, const GlmColumns& columns, const GlmChunk<T>& chunk) {
     const int64_t there = kWideTileRows * kWideDepth<T> + columns.ld + 3 * columns.stride;
@@ -34,7 +34,7 @@ inline void multiply_wide_panel(int64_t rows, int64_t height, int64_t depth, con
     }
 }
 
-// A row of the chunk's panels to or from one after the other.
+// Copies one row out of the chunk's panels into contiguous memory, or back.
 template <class T>
 inline void gather_row(const GlmChunk<T>& chunk, int64_t row, int64_t ld, T* to) {
     const T* from = chunk.z + row * kPanel<T>;

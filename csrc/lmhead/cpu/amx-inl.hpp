@@ -10,7 +10,7 @@ namespace onestep::lmhead::ONESTEP_NS {
 using namespace onestep::ONESTEP_NS;
 
 using AmxChunk = HeadChunk<float, BFloat16>;
-// Classes and rows are the inner dimension in their turn, hence whole steps of them.
+// Each of classes and rows is the inner dimension of a product, so both are padded to whole steps.
 using AmxRange = BlockRange<float, BFloat16, kAmxStep, kAmxPanel>;
 static_assert(kAmxStep == kAmxPanel);
 
@@ -25,7 +25,7 @@ inline void amx_pack_input(const AmxChunk& chunk, int64_t row_panel) {
     const auto& args = *chunk.args;
     const int64_t begin = row_panel * kAmxPanel;
     const int64_t block = amx_panel_block(chunk);
-    // Logits are computed of a second block without rows, too.
+    // Logits are computed of a second block, even if it has no rows.
     const auto pack = [&](const BFloat16* const* rows, int64_t step, void* panels) {
         auto* to = static_cast<BFloat16*>(panels) + 2 * row_panel * block;
         const int64_t count = minimum(kAmxPanel, chunk.rows - begin);
@@ -55,7 +55,7 @@ inline void amx_pack_input_columns(const AmxChunk& chunk, int64_t feature_panel)
     }
 }
 
-// What a unit of work packs: weights of a block and their tangents, up to kAmxFeatures of them, and both planes of g
+// What a piece of work packs: weights of a block and their tangents, up to kAmxFeatures of them, and both planes of g
 // (or ġ) and of g beside ġ.
 struct AmxWork {
     int64_t weights;

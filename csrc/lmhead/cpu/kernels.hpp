@@ -20,8 +20,8 @@ struct HeadChunk {
 
     const Input* const* input = nullptr;          // a pointer per row
     const Input* const* input_tangent = nullptr;  // likewise, or null
-    // As the target's products take them, for z and for grad_weight: [row panel][feature][row] and [feature panel][row]
-    // [feature] in T, or tiles of bfloat16; and the same of the tangents.
+    // The input packed for the target's products: for z as [row panel][feature][row], for grad_weight as [feature
+    // panel][row][feature], in T or in tiles of bfloat16; and its tangent likewise.
     void* input_panels = nullptr;
     void* tangent_panels = nullptr;
     void* input_columns = nullptr;

@@ -52,7 +52,7 @@ template <class T>
 ONESTEP_INLINE Vec<T> activate(MlpActivation activation, Vec<T> z) {
     switch (activation) {
         case MlpActivation::relu:
-            // NaN stays.
+            // NaN < 0 is false, so NaN is returned.
             return z < Vec<T>{} ? Vec<T>{} : z;
         case MlpActivation::tanh:
             return tanh_lanes<T>(z);

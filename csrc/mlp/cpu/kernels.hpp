@@ -28,7 +28,7 @@ struct MlpKernels {
     int64_t (*packed_size)(const MlpLayer* layers, int64_t count);
     void (*pack)(const MlpNetwork<T>& network, T* to);
 
-    // Scratch in elements that the kernels below need for a block of so many rows, a multiple of `panel`.
+    // Elements of work memory that the kernels below need for a block of `rows` rows, a multiple of `panel`.
     int64_t (*work)(const MlpLayer* layers, int64_t count, int64_t rows);
 
     // Rows [begin, begin + rows): adds their gradient (unless null) and returns their loss.

@@ -9,7 +9,8 @@ namespace onestep::mlp::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-// W in tiles of rows for the way there, and behind it of columns for the way back, layer by layer.
+// Packed weights, layer by layer: W in tiles of rows for the forward pass, then in tiles of columns for the backward
+// pass.
 inline int64_t forward_size(const MlpLayer& layer) { return round_up_to(layer.outputs, kTileRows) * layer.inputs; }
 
 inline int64_t back_size(const MlpLayer& layer) { return round_up_to(layer.inputs, kTileRows) * layer.outputs; }
@@ -43,7 +44,7 @@ struct Units {
     static int64_t padded(int64_t units) { return round_up_to(units, kTileRows) * kPanel<T>; }
     T* at(int64_t q, int64_t unit) const { return data + q * panel + unit * kPanel<T>; }
 
-    // Takes what `next` holds, and leaves it the memory.
+    // Exchanges memory with `next`: its values are this one's now.
     void become(Units& next) {
         T* const free = data;
         *this = next;
@@ -72,7 +73,7 @@ inline int64_t mlp_work(const MlpLayer* layers, int64_t count, int64_t rows) {
     return panels * size + 2 * Units<T>::padded(widest_layer(layers, count));
 }
 
-// One block of rows on its way.
+// One block of rows that passes through the layers.
 template <class T>
 struct Block {
     const MlpNetwork<T>& network;
@@ -164,7 +165,7 @@ struct Block {
         return tangent;
     }
 
-    // to = δ of layer l − 1 from δ of layer l; `tiles` are those of layer l, for the way back.
+    // to = δ of layer l − 1 from δ of layer l; `tiles` are layer l's for the backward pass.
     void step_back(int64_t l, const T* tiles, const Units<T>& activation, const Units<T>& delta,
                    const Units<T>& to) const {
         const MlpLayer& now = layer(l);
@@ -175,12 +176,12 @@ struct Block {
         });
     }
 
-    // Where the tiles of layer l for the way back start.
+    // Where layer l's tiles for the backward pass start.
     const T* back_tiles(int64_t l) const {
         return network.packed + mlp_packed_size(network.layers, l) + forward_size(layer(l));
     }
 
-    // Rows that the last panel holds beyond the block's.
+    // Zeros in the rows of the last panel that lie beyond the block.
     void clear_padding(int64_t units, const Units<T>& values) const {
         const int64_t used = rows - (panels - 1) * kPanel<T>;
         for (int64_t u = 0; used < kPanel<T> && u < units; ++u) {
@@ -356,7 +357,7 @@ inline void mlp_diagonal_rows(const MlpNetwork<T>& network, int64_t begin, int64
     const int64_t count = network.count;
     const int64_t widest = widest_layer(network.layers, count);
     for (int64_t output = 0; output < block.last().outputs; ++output) {
-        // Squares take the place of what they are made of.
+        // Squared in place.
         block.work = work;
         block.forward(activations);
         Units<T> delta = block.take(widest);

@@ -1,0 +1,23 @@
+// Exceptions end here. Apart from status.hpp, since kernel bodies are compiled without exceptions.
+#pragma once
+
+#include <new>
+
+#include "base/status.hpp"
+
+namespace onestep {
+
+// Calls body(), which returns a Status, and turns an exception into one: nothing is thrown across the C interface of a
+// thread pool, nor out of a kernel entry.
+template <class Body>
+Status guarded(const Body& body) noexcept {
+    try {
+        return body();
+    } catch (const std::bad_alloc&) {
+        return Status::out_of_memory;
+    } catch (...) {
+        return Status::unexpected_exception;
+    }
+}
+
+}  // namespace onestep
