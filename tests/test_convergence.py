@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from more_garbow_hillstrom import PROBLEMS
 from torch import Tensor, nn
 
 import onestep
+from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG
 
 ITERATIVE = ["levenberg_marquardt", "gauss_newton", "newton_cg"]
 
@@ -68,3 +72,29 @@ def test_columns_of_unlike_scale(method: str, dtype: torch.dtype) -> None:
     assert result.loss == close or not result.converged, result
     if dtype == torch.float64:
         assert result.converged, result
+
+
+# Of Moré, Garbow and Hillstrom's problems, some that are cheap and of every kind: scales, valleys, singular minima.
+SOME = ["rosenbrock", "brown-badly-scaled", "beale", "bard", "gaussian", "powell-singular", "kowalik-osborne", "meyer"]
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("kind", [LevenbergMarquardt, GaussNewton, NewtonCG])
+def test_an_optimiser_is_right_or_does_not_claim_it(kind: Any, name: str) -> None:
+    """Directly, with a closure: a decrement of 1e-10 of the loss claims a minimum."""
+    problem = next(problem for problem in PROBLEMS if problem.name == name)
+    x = torch.tensor(problem.start, dtype=torch.float64, requires_grad=True)
+    optimizer, claimed = kind([x]), False
+    for _ in range(20):
+        if kind is NewtonCG:
+            optimizer.step(lambda: problem.residuals(x).square().mean())
+        else:
+            optimizer.step(lambda: problem.residuals(x))
+        claimed = optimizer.report.decrement <= 1e-10 * abs(optimizer.report.loss)
+        if claimed or not optimizer.report.accepted:
+            break
+    reached = problem.residuals(x.detach()).square().sum().item()
+    right = any(abs(reached - minimum) <= 1e-6 * max(minimum, 1e-6) for minimum in problem.minima)
+    assert right or not claimed, reached
+    if name in ("bard", "gaussian"):
+        assert right and claimed

@@ -11,7 +11,7 @@ from torch import Tensor
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 
 # Up to so many parameters the matrix is formed, by as many products.
-_MOST_DENSE = 128
+MOST_DENSE = 128
 # Rounds of products with random signs that scale the matrix, and the vectors of each.
 _ROUNDS, _SIGNS = 5, 6
 # Conjugate gradients start at this tolerance, tighten it by this factor, and give up after so many iterations.
@@ -41,7 +41,7 @@ def newton_decrement(
     if not bool(gradient.any()):
         return 0.0
     try:
-        if len(gradient) <= _MOST_DENSE:
+        if len(gradient) <= MOST_DENSE:
             found = _dense(product, gradient)
         else:
             found = _by_conjugate_gradients(product, gradient, precondition, enough)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onestep.curvature.conjugate_gradient import Solve, conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
-from onestep.optim._decrement import newton_decrement
+from onestep.optim._decrement import MOST_DENSE, newton_decrement
 from onestep.optim.objective import Objective, Preconditioner
 from onestep.optim.optimizer import LEAST_DAMPING, DampedOptimizer, Proposal, QuadraticModel
 
@@ -92,9 +92,20 @@ class _ProductModel(QuadraticModel):
         self.of_gradients = cache(of_gradients)
         self.first_damping: float | None = None
         self.concave = False
+        self.taken = 0
+        self.matrix: Tensor | None = None
+
+    def _product(self, v: Tensor) -> Tensor:
+        """By the matrix, once a step has taken as many products as form it: a hard step takes hundreds."""
+        if self.matrix is None and len(v) <= min(self.taken, MOST_DENSE):
+            self.matrix = torch.stack([self.product(column) for column in torch.eye(len(v)).to(v)])
+        if self.matrix is not None:
+            return self.matrix @ v
+        self.taken += 1
+        return self.product(v)
 
     def _undamped(self, v: Tensor) -> Tensor:
-        image = self.product(v)
+        image = self._product(v)
         return image if self.decay is None else image.addcmul_(self.decay, v)
 
     def decrement(self, enough: float) -> float:

@@ -97,7 +97,9 @@ class LevenbergMarquardt(DampedOptimizer):
     def never_used(self, parameters: ParameterVector) -> Tensor:
         """Which parameters (p,) the outputs have not depended on at any step."""
         scale = self.read_state("scale", parameters)
-        return torch.zeros(len(parameters), dtype=torch.bool) if scale is None else scale == 0
+        if scale is None:
+            return torch.zeros(len(parameters), dtype=torch.bool, device=parameters.device)
+        return scale == 0
 
 
 class _MatrixModel(QuadraticModel):
