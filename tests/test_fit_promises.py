@@ -162,6 +162,12 @@ def test_binary_cross_entropy_is_logistic_regression() -> None:
     result = onestep.fit(head, (features, classes), "bce", progress=False)
     assert result.converged
     assert result.loss == pytest.approx(logistic_minimum(features, classes), rel=1e-9)
+    # More parameters than a matrix is formed for.
+    wide = nn.Linear(3000, 1)
+    rows = torch.randn(20, 3000, generator=torch.Generator().manual_seed(0))
+    result = onestep.fit(wide, (rows, classes[:20]), "bce", max_steps=2, progress=False)
+    assert result.method == "newton_cg"
+    assert result.loss < 0.5 * result.initial_loss
 
 
 @pytest.mark.parametrize("chunk_size", [None, 7])

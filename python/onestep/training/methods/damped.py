@@ -43,6 +43,8 @@ _PIECES = 4
 _LEAST_PIECE = 32
 # A loss whose root is under this many ε of the first one's is zero, and so small a part of a loss is noise.
 _ROUNDINGS = 10
+# Losses that are convex in the outputs, besides the squared error.
+_CONVEX = ("cross_entropy", "weighted_cross_entropy", "bce", "poisson")
 # After this many mini-batches in a row that gave no step, fit gives up.
 _MOST_FAILURES = 10
 # Where no step succeeds although the undamped model promises this part of the loss, the method is stuck.
@@ -138,8 +140,8 @@ class NewtonCGSteps(DampedMethod):
 
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
         """For convex losses of affine outputs, whose Hessian is the Gauss-Newton matrix."""
-        if facts.loss.name not in ("cross_entropy", "poisson"):
-            return Mismatch(f"the loss is {facts.loss.name!r}, not 'cross_entropy' or 'poisson'")
+        if facts.loss.name not in _CONVEX:
+            return Mismatch(f"the loss is {facts.loss.name!r}, not one of {', '.join(map(repr, _CONVEX))}")
         if facts.not_affine:
             return Mismatch(facts.not_affine)
         return "outputs are affine in the parameters and the loss is convex"
