@@ -52,14 +52,13 @@ bool tile_fits(int64_t height) {
 template <class X, class T, int columns, bool point>
 Pass<X, T> tile_pass(const GlmData<X, T>& data) {
     const auto bytes = [&](int stages) { return TileLayout<X, T, columns>(height_of(data), stages).bytes; };
-    // Of a multiprocessor's shared memory two blocks, which is what the registers allow, have half each; the system has
-    // a KiB of it for a block.
+    // Of a multiprocessor's shared memory two blocks have half each; the system has a KiB of it for a block.
     const int64_t half = device_limits().shared_bytes / 2 - 1024;
     Pass<X, T> pass;
     pass.kernel = tile_kernel<X, T, columns, point>;
     pass.stages = bytes(2) <= half ? 2 : 1;
     pass.shared_bytes = bytes(pass.stages);
-    pass.blocks = blocks_for(ceil_div<int64_t>(data.n, kTileRows), pass.shared_bytes <= half ? 2 : 1,
+    pass.blocks = blocks_for(ceil_div<int64_t>(data.n, kTileRows), pass.shared_bytes <= half ? kTileResident<T> : 1,
                              ceil_div(data.n, kMostSummedRows));
     return pass;
 }
@@ -75,7 +74,12 @@ Pass<X, T> pass_for(const GlmData<X, T>& data, int64_t m) {
             return rows_pass<X, T, 8, 1, point>(data);
         }
         if (chunks <= 32) {
-            return rows_pass<X, T, 8, 4, point>(data);
+            // Four chunks of 16-bit numbers a lane would leave room for one block on a multiprocessor.
+            if constexpr (sizeof(X) == 2) {
+                return rows_pass<X, T, 32, 1, point>(data);
+            } else {
+                return rows_pass<X, T, 8, 4, point>(data);
+            }
         }
         if (chunks <= 64) {
             return rows_pass<X, T, 32, 2, point>(data);

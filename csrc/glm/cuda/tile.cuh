@@ -70,9 +70,13 @@ __device__ void load_tile(const PassArgs<X, T>& args, int64_t first, X* tile, in
     cp_async_commit();
 }
 
+// Blocks of a multiprocessor: sums in double take more than 128 registers of a thread.
+template <class T>
+inline constexpr int kTileResident = sizeof(T) == 8 ? 1 : 2;
+
 // `columns` is at least m·k.
 template <class X, class T, int columns, bool point>
-__global__ void __launch_bounds__(kThreads, 2) tile_kernel(PassArgs<X, T> args) {
+__global__ void __launch_bounds__(kThreads, kTileResident<T>) tile_kernel(PassArgs<X, T> args) {
     constexpr int kOwned = kOwnedSums / columns;  // columns of X that a thread sums on the way back
     constexpr int kPacked = 16 / static_cast<int>(sizeof(T));
     constexpr int kWarpRows = kTileRows / kWarps;

@@ -88,7 +88,10 @@ class _Head:
         chunks = -(-self.rows // max(affordable, 1))
         self.chunk_rows = min(_round_up(-(-self.rows // max(chunks, 1)), 64), self.rows)
         per_class = arrays * max(self.chunk_rows, 1) * self.dtype.itemsize
-        self.block = max(_round_up(_BLOCK_BYTES // per_class, 256), 256)
+        # Products of odd numbers of classes, as GPT-2's 50,257, are slow: what is beyond whole tiles is a block of its
+        # own.
+        whole_tiles = max(self.classes // 64 * 64, 64)
+        self.block = min(max(_round_up(_BLOCK_BYTES // per_class, 256), 256), whole_tiles)
 
         self.losses = self._empty(self.rows)
         self.values = self._empty(self.rows, dtype=torch.float64)
