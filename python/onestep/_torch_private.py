@@ -42,8 +42,8 @@ __all__ = [
     "unpack_dual",
 ]
 
-#: The releases of torch that were tried; pyproject.toml has the same range. The whole test suite ran on 2.13.0; on 2.11.0
-#: and 2.12.0 these checks and the tests of the ops and their derivatives did (docs/decisions/0033-torch-private.md).
+#: The releases of torch that were tried; pyproject.toml has the same range.
+#: How much of the test suite ran on each: docs/decisions/0033-torch-private.md.
 TESTED = "2.11 to 2.13"
 
 
