@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class LinearEstimator:
 
     coef_: Any
     intercept_: Any
+    # Whether X may be a scipy.sparse matrix.
+    _accepts_sparse = False
 
     def _check_fit(
         self, X: Any, y: Any, sample_weight: Any, *, y_numeric: bool, min_rows: int = 1, reset: bool = True
@@ -63,6 +66,10 @@ class LinearEstimator:
         """X coef_ᵀ + intercept_, in the type and kind of X."""
         check_is_fitted(self)
         tensors = isinstance(X, Tensor)
+        if self._accepts_sparse and issparse(X):
+            rows = validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False)
+            coef = to_numpy("coef_", self.coef_).astype(rows.dtype, copy=False)
+            return rows @ coef.T + to_numpy("intercept_", self.intercept_)
         x = to_tensor(validate_data(self, to_numpy("X", X), dtype=FLOATS, reset=False))
         coef = torch.as_tensor(self.coef_).to(x.dtype)
         values = x @ (coef if coef.ndim == 1 else coef.mT)

@@ -9,19 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import d2_tweedie_score
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import Array, check_flag, give_back, to_numpy
+from onestep.estimators._arrays import FLOATS, Array, check_flag, check_weight, give_back, to_numpy, to_tensor
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
+from onestep.estimators._newton import Minimum
 from onestep.estimators._path import Path
 from onestep.estimators._problem import total_weight
+from onestep.solvers.multinomial import Solution, SparseRows, solve_multinomial
+from onestep.solvers.multinomial.sparse import coordinates_of
+
+# A sparse matrix of so many elements, zeros included, is solved by Newton's method as a dense one: half a megabyte.
+_SMALL_SPARSE = 1 << 16
 
 
 def check_number(name: str, value: Any, *, integer: bool = False, positive: bool = False) -> Any:
@@ -52,8 +59,13 @@ class _GLM(LinearEstimator):
         tol, max_iter = check_number("tol", self.tol), check_number("max_iter", self.max_iter, integer=True)
         path = Path(data.X, y, family, data.weight, outputs=outputs, intercept=intercept)
         found = path.solve(penalty, self._start(data.X, path.shape) if warm else None, tol=tol, max_iter=max_iter)
+        self._accept(found, data.X)
+        return path.weights(found)
+
+    def _accept(self, found: Minimum | Solution, X: Tensor) -> None:
+        """Says what is wrong with a solution, if anything is."""
         if not math.isfinite(found.loss):
-            self._explain_non_finite(data.X)
+            self._explain_non_finite(X)
         if found.runaway:
             raise ValueError(self._no_optimum)
         if not found.converged:
@@ -62,10 +74,9 @@ class _GLM(LinearEstimator):
                 f"largest slope of {found.slope:.2e}; expected at most tol={self.tol}, and a step that promises "
                 "little. Raise max_iter, penalise more, or pass float64.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         self.n_iter_ = found.iterations
-        return path.weights(found)
 
     def _start(self, X: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """The coefficients of the last fit, if they fit this one."""
@@ -124,6 +135,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         array(['yes'], dtype='<U3')
     """
 
+    _accepts_sparse = True
     _no_optimum = (
         "a plane separates the classes, so that without a penalty (C=inf) the coefficients have no finite optimum; "
         "pass a finite C"
@@ -152,7 +164,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
 
         Args:
             X: (n, d), fp32 or fp64 of any strides, read in place; other numbers are converted to fp64 (16-bit tensors
-                to fp32). Array, data frame or CPU tensor.
+                to fp32). Array, data frame, CPU tensor or scipy.sparse (CSR in place, else converted to CSR).
             y: (n,) labels of any kind, of two classes or more.
             sample_weight: (n,) or a number, >= 0; None for ones.
 
@@ -162,18 +174,52 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: shapes that disagree, NaN or infinity, one class, a parameter out of range, a tensor not on the
                 CPU; or without a penalty classes that a plane separates, whose coefficients would be infinite.
-            TypeError: a parameter of the wrong type, sparse X.
+            TypeError: a parameter of the wrong type.
 
         Warns:
             sklearn.exceptions.ConvergenceWarning: max_iter was reached, or the precision of X's dtype.
         """
         inverse_penalty = check_number("C", self.C, positive=True)
+        if issparse(X):
+            if math.prod(X.shape) > _SMALL_SPARSE:
+                return self._fit_sparse(X, y, sample_weight, inverse_penalty)
+            X = X.toarray()
         data, classes, indices = self._labelled(X, y, sample_weight)
         labels, family, outputs = self._targets(data, indices, len(classes))
         penalty = 1.0 / (inverse_penalty * total_weight(data.X, data.weight))
         W = self._minimise(data, labels, family, penalty, outputs)
         self._set_weights(W, data, classes, as_tensor=isinstance(y, Tensor))
         self.n_iter_ = np.array([self.n_iter_], dtype=np.int32)
+        return self
+
+    def _fit_sparse(self, X: Any, y: Any, sample_weight: Any, inverse_penalty: float) -> LogisticRegression:
+        """The fit of a scipy.sparse X, always by the multinomial solver: two classes have the scores ∓η/2."""
+        intercept, warm = check_flag("fit_intercept", self.fit_intercept), check_flag("warm_start", self.warm_start)
+        tol, max_iter = check_number("tol", self.tol), check_number("max_iter", self.max_iter, integer=True)
+        X, labels = validate_data(self, X, to_numpy("y", y), accept_sparse="csr", dtype=FLOATS)
+        weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, X.shape[0], X.dtype))
+        # Stands for X where its shape and type are asked for.
+        like = torch.zeros(1, 1, dtype=torch.float32 if X.dtype == np.float32 else torch.float64).expand(X.shape)
+        classes, indices = encode_labels(labels)
+        if len(classes) < 2:
+            raise ValueError(f"y has one class, {classes.tolist()[0]!r}; expected at least two")
+        data = self._weigh_classes(FitData(like, labels, weight, False), classes, indices)
+        total, weight = total_weight(like, data.weight), data.weight
+        if weight is not None:
+            weight = (weight.double() / (total / X.shape[0])).to(like.dtype)
+        coordinates = coordinates_of(X, weight, intercept=intercept)
+        rows = SparseRows(X, torch.from_numpy(indices), weight, coordinates, len(classes))
+        binary, columns = len(classes) == 2, X.shape[1] + intercept
+        start = self._start(like, (columns,) if binary else (columns, len(classes))) if warm else None
+        if start is not None:
+            start = coordinates.invert(torch.stack((-start / 2, start / 2), 1) if binary else start)
+        # ‖η/2‖² twice is half of ‖η‖².
+        penalty = (2.0 if binary else 1.0) / (inverse_penalty * total)
+        found = solve_multinomial(rows, penalty, start, tol=tol, max_iter=max_iter)
+        self._accept(found, like)
+        W = coordinates.weights(found.V, torch.float64)
+        self._set_weights(W[:, 1] - W[:, 0] if binary else W, data, classes, as_tensor=isinstance(y, Tensor))
+        self.n_iter_ = np.array([found.iterations], dtype=np.int32)
         return self
 
     def _labelled(self, X: Any, y: Any, sample_weight: Any) -> tuple[FitData, Array, Array]:
@@ -281,6 +327,11 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         if scores.dim() == 1:
             scores = torch.stack((torch.zeros_like(scores), scores), dim=1)
         return scores.log_softmax(dim=1)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = self._accepts_sparse
+        return tags
 
 
 class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):

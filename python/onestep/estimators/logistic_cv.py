@@ -43,6 +43,8 @@ class LogisticRegressionCV(LogisticRegression):
         classes_, coef_, intercept_, n_features_in_, feature_names_in_: as for `LogisticRegression`.
     """
 
+    _accepts_sparse = False
+
     def __init__(
         self,
         Cs: Any = 10,

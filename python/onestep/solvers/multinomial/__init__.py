@@ -2,5 +2,6 @@
 
 from onestep.solvers.multinomial.rows import DenseRows, Evaluation, Rows
 from onestep.solvers.multinomial.solve import Gram, Solution, solve_multinomial
+from onestep.solvers.multinomial.sparse import SparseRows
 
-__all__ = ["DenseRows", "Evaluation", "Gram", "Rows", "Solution", "solve_multinomial"]
+__all__ = ["DenseRows", "Evaluation", "Gram", "Rows", "Solution", "SparseRows", "solve_multinomial"]

@@ -57,6 +57,10 @@ class Rows(Protocol):
         """k."""
 
     @property
+    def operations(self) -> int:
+        """Multiplications that a product with one vector takes: n·d, or the number of stored elements."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """X's."""
 
@@ -105,6 +109,10 @@ class DenseRows:
     @property
     def count(self) -> int:
         return len(self.X)
+
+    @property
+    def operations(self) -> int:
+        return self.X.numel()
 
     @property
     def dtype(self) -> torch.dtype:

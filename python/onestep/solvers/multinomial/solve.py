@@ -274,7 +274,7 @@ class Gram:
     def of(rows: Rows) -> Gram:
         """Of all rows, or of a sample if need be."""
         n, d, k = rows.count, len(rows.coordinates.scale), rows.classes
-        budget = _FACTOR_PASSES * 4.0 * n * d * k
+        budget = _FACTOR_PASSES * 4.0 * rows.operations * k
         fitting = int((budget - d**3 / 3.0) / d**2)
         if d > _LARGEST_FACTOR or fitting < min(n, _GRAM_ROWS_PER_FEATURE * d):
             return Gram(None, rows.squares())
