@@ -108,7 +108,8 @@ def test_every_order(size: str, option: str, dtype: torch.dtype) -> None:
     got = problem.results(scaled_dot_product_attention)
     assert all(result.dtype == dtype for result in got)
     theirs = errors(problem.results(math), expected)
-    floor = 1e-12 if dtype == torch.float64 else 5e-7
+    # In 32 bits the kernels' probabilities of a row share the rounding of L; torch's sum to 1.
+    floor = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-7, torch.float16: 2e-4}[dtype]
     for ours, other in zip(errors(got, expected), theirs, strict=True):
         assert ours <= 2 * other + floor
     again = problem.results(scaled_dot_product_attention)
@@ -131,13 +132,23 @@ def test_rows_that_see_no_key(dtype: torch.dtype) -> None:
     assert all(result.isfinite().all() for result in (*first, *second))
 
 
-def test_layouts_are_read_in_place_or_copied() -> None:
-    """Heads last, rows that do not start at 16 bytes, columns that are not next to each other: the same bits."""
+@pytest.mark.parametrize("masked", [True, False])
+def test_layouts_are_read_in_place_or_copied(masked: bool) -> None:
+    """Heads last, columns that are not next to each other, rows that do not start at 16 bytes; by our kernels (with a
+    mask) the same bits."""
     q, k, v = (torch.randn(2, 3, 10, 8, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
-    expected = scaled_dot_product_attention(q, k, v, is_causal=True)
+    mask = torch.ones(10, 10, dtype=torch.bool, device=DEVICE).tril() if masked else None
+
+    def gradient(query: Tensor) -> Tensor:
+        return func.grad(lambda x: scaled_dot_product_attention(x, k, v, mask).square().sum())(query)
+
+    expected = gradient(q)
     shifted = torch.zeros(q.numel() + 1, device=DEVICE, dtype=q.dtype)[1:].view(q.shape).copy_(q)
     for other in (q.transpose(1, 2).contiguous().transpose(1, 2), q.mT.contiguous().mT, shifted):
-        assert torch.equal(scaled_dot_product_attention(other, k, v, is_causal=True), expected)
+        if masked:
+            assert torch.equal(gradient(other), expected)
+        else:
+            torch.testing.assert_close(gradient(other), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_features_that_no_kernel_takes() -> None:

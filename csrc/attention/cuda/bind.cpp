@@ -67,7 +67,7 @@ cuda::AttentionTensors tensors(const Tensors& given, int dims) {
 
 // sizes: heads, kv_heads, queries, keys, d, dv
 cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale,
-                               bool causal, int warp_groups, const Tensors& primal, const Tensors& tangent) {
+                               bool causal, bool warp_groups, const Tensors& primal, const Tensors& tangent) {
     cuda::AttentionProblem result;
     result.element = static_cast<cuda::Element>(element);
     result.batch = bindings::batch_shape(batch);
@@ -87,7 +87,7 @@ cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array
 
 template <Status (*Kernel)(const cuda::AttentionProblem&, const cuda::AttentionOutputs&, cudaStream_t)>
 void run_outputs(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
-                 int warp_groups, const Tensors& primal, const Tensors& tangent, Address out, Address lse, int device,
+                 bool warp_groups, const Tensors& primal, const Tensors& tangent, Address out, Address lse, int device,
                  Address stream) {
     const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
     cuda::AttentionOutputs outputs;
@@ -97,7 +97,7 @@ void run_outputs(int element, const Sizes& batch, const std::array<int64_t, 6>& 
 }
 
 void run_gradients(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
-                   int warp_groups, const Tensors& primal, const Tensors& tangent, bool tangents,
+                   bool warp_groups, const Tensors& primal, const Tensors& tangent, bool tangents,
                    const std::array<Address, 4>& results, Address workspace, int device, Address stream) {
     const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
     cuda::AttentionOutputs outputs;

@@ -30,12 +30,11 @@ const AttentionInstance* first_of(const AttentionInstances& all, int d, int dv) 
     return nullptr;
 }
 
-const AttentionInstance* instance(Element element, int d, int dv, int warp_groups) {
+const AttentionInstance* instance(Element element, int d, int dv, bool warp_groups) {
     const bool half = element == Element::bfloat16 || element == Element::float16;
-    if (half && warp_groups != 0 && device_limits().capability == 90) {
-        const AttentionInstances all = element == Element::float16 ? attention_instances_hopper_f16()
-                                       : warp_groups == 2          ? attention_instances_wide_bf16()
-                                                                   : attention_instances_hopper_bf16();
+    if (half && warp_groups && device_limits().capability == 90) {
+        const AttentionInstances all =
+            element == Element::float16 ? attention_instances_hopper_f16() : attention_instances_hopper_bf16();
         const AttentionInstance* const chosen = first_of(all, d, dv);
         if (chosen != nullptr) {
             return chosen;
@@ -55,7 +54,7 @@ Status unsupported(const AttentionProblem& problem) {
 
 }  // namespace
 
-bool attention_supported(Element element, int d, int dv) { return instance(element, d, dv, 1) != nullptr; }
+bool attention_supported(Element element, int d, int dv) { return instance(element, d, dv, true) != nullptr; }
 
 int64_t attention_gradients_workspace(const AttentionProblem& problem) {
     const int64_t number = problem.element == Element::float64 ? 8 : 4;

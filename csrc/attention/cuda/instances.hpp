@@ -25,6 +25,5 @@ AttentionInstances attention_instances_f16();
 // With the matrix instructions of compute capability 9.0.
 AttentionInstances attention_instances_hopper_bf16();
 AttentionInstances attention_instances_hopper_f16();
-AttentionInstances attention_instances_wide_bf16();
 
 }  // namespace onestep::cuda

@@ -27,7 +27,7 @@ struct Case {
     int64_t problems, heads, kv_heads, queries, keys, d, dv;
     Mask mask;
     Absent absent = Absent::none;
-    int warp_groups = 0;
+    bool warp_groups = false;
 
     std::string name() const {
         std::string text = "element " + std::to_string(static_cast<int>(element)) + " sizes ";
@@ -35,7 +35,7 @@ struct Case {
             text += std::to_string(size) + " ";
         }
         return text + "mask " + std::to_string(static_cast<int>(mask)) + " absent " +
-               std::to_string(static_cast<int>(absent)) + " warp groups " + std::to_string(warp_groups);
+               std::to_string(static_cast<int>(absent)) + (warp_groups ? " warp groups" : "");
     }
 };
 
@@ -397,11 +397,11 @@ int main(int count, char** arguments) {
         cases.push_back({element, 1, 2, 2, 17, 70, 16, 16, Mask::additive_float});
         cases.push_back({element, 1, 2, 1, 3, 0, 16, 16, Mask::none});
         if (size_of(element) == 2) {
-            cases.push_back({element, 1, 1, 1, 150, 76, 64, 64, Mask::causal, Absent::none, 1});
-            cases.push_back({element, 1, 2, 1, 20, 45, 128, 72, Mask::additive, Absent::none, 1});
-            cases.push_back({element, 1, 2, 1, 35, 19, 16, 16, Mask::boolean, Absent::k_and_grad, 1});
-            cases.push_back({element, 2, 1, 1, 19, 35, 16, 128, Mask::none, Absent::q_and_v, 1});
-            cases.push_back({element, 1, 2, 1, 70, 40, 128, 128, Mask::causal, Absent::none, 2});
+            cases.push_back({element, 1, 1, 1, 150, 76, 64, 64, Mask::causal, Absent::none, true});
+            cases.push_back({element, 1, 2, 1, 20, 45, 128, 72, Mask::additive, Absent::none, true});
+            cases.push_back({element, 1, 2, 1, 35, 19, 16, 16, Mask::boolean, Absent::k_and_grad, true});
+            cases.push_back({element, 2, 1, 1, 19, 35, 16, 128, Mask::none, Absent::q_and_v, true});
+            cases.push_back({element, 1, 2, 1, 70, 40, 128, 128, Mask::causal, Absent::none, true});
         }
     }
     for (size_t i = 0; i < cases.size(); ++i) {

@@ -26,7 +26,7 @@ from onestep.ops.attention.schema import Batch, EightGrads, Grads, Optional, Siz
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _BOOLEAN, _ADDITIVE, _ADDITIVE_FLOAT = 1, 2, 3
 # Whether Hopper's own matrix instructions are used where kernels have them (csrc/attention/cuda/attention_cuda.hpp).
-WARP_GROUPS = 1
+WARP_GROUPS = True
 # Operands' rows start at multiples of it.
 _ALIGNMENT = 16
 
@@ -117,17 +117,9 @@ class _Call:
         cols = _padded(shape[-1], self.dtype)
         if cols != shape[-1]:
             tensor = torch.nn.functional.pad(tensor, (0, cols - shape[-1]))
-        each = _ALIGNMENT // self.dtype.itemsize
-        strides = _strides(tensor)
-        if (
-            (strides[-1] != 1 and cols != 1)
-            or any(stride % each != 0 for stride in strides[:-1])
-            or tensor.data_ptr() % _ALIGNMENT != 0
-        ):
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-            strides = _strides(tensor)
+        tensor = _aligned(tensor)
         self.kept.append(tensor)
-        return tensor.data_ptr(), strides
+        return tensor.data_ptr(), _strides(tensor)
 
     def mask(self, mask: Optional) -> Any:
         if mask is None:
@@ -203,6 +195,15 @@ def _strides(tensor: Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor with columns next to each other and rows that start at whole units of 16 bytes; most are so."""
+    each = _ALIGNMENT // tensor.dtype.itemsize
+    *outer, last = _strides(tensor)
+    if last != 1 or any(stride % each != 0 for stride in outer) or tensor.data_ptr() % _ALIGNMENT != 0:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
 def _take(results: tuple[Tensor, ...], computed: tuple[Tensor, ...]) -> None:
     """Drops the features that were added for the kernels."""
     for result, padded in zip(results, computed, strict=True):
@@ -225,6 +226,7 @@ def _prefers_cudnn(q: Tensor, sizes: Sizes) -> bool:
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     if _prefers_cudnn(q, sizes):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
             q, k, v, None, True, 0.0, causal, False, scale=scale
@@ -309,6 +311,7 @@ def _flash_backward(
     sizes: Sizes,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor]
+    grad, q, k, v, out = (_aligned(x) for x in (grad, q, k, v, out))
     lengths = (q.shape[-2], k.shape[-2])
     # Without dropout nothing is drawn; the state of the generator is an empty argument.
     if _prefers_cudnn(q, sizes):
