@@ -102,12 +102,13 @@ class _GLM(LinearEstimator):
 
 
 class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
-    """Binary and multinomial logistic regression with an l2 penalty, by Newton's method, without a copy of X.
+    """Binary and multinomial logistic regression with an l2 penalty, without a copy of X.
 
     Minimises Σ wᵢ ℓ(xᵢ, yᵢ) + ‖W‖² / (2C) over W and the intercepts, which are not penalised: ℓ is the log-loss of one
     sigmoid for two classes, of a softmax for more. A Newton step is a Cholesky solve of the Hessian where there are few
     rows; with many it is conjugate gradients with one-pass Hessian-vector products, preconditioned by the Hessian of a
-    sample (`onestep.curvature.glm`).
+    sample (`onestep.curvature.glm`). Many classes are fitted by preconditioned L-BFGS (`onestep.solvers.multinomial`).
+    Columns are centred and scaled implicitly, so that their units and offsets do not matter.
 
     A drop-in for `sklearn.linear_model.LogisticRegression` on dense data with an l2 penalty or none.
 

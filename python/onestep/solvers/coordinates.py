@@ -18,7 +18,7 @@ from torch import Tensor
 from onestep.linalg import moments
 
 # Rows from which shift and scale are taken. They only have to come near: the minimum does not depend on them.
-_SCALE_ROWS = 16384
+_SCALE_ROWS = 4096
 # Elements of X that are converted to float64 at a time.
 _BLOCK = 1 << 17
 
