@@ -78,5 +78,5 @@ def _driver_version() -> str:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         return "none"
-    found = re.search(r"Kernel Module\D*([\d.]+)", text)
+    found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", text)
     return found[1] if found else "unknown"

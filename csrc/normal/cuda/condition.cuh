@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kConditionWarps* kWarpSize)
     // Uᵀz = e.
     unrolled<kOrder>([&](auto index) {
         constexpr int j = index;
+        __syncwarp();  // or the compiler loads all of U ahead, and spills it
         z[j] *= inverse[j];
 #pragma unroll
         for (int c = (j + 1) / V * V; c < kOrder; c += V) {
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(kConditionWarps* kWarpSize)
     T sum = T(0);
     unrolled<kOrder>([&](auto index) {
         constexpr int j = kOrder - 1 - index;
+        __syncwarp();
 #pragma unroll
         for (int c = (j + 1) / V * V; c < kOrder; c += V) {
             T row[V];
