@@ -98,39 +98,23 @@ __device__ __forceinline__ void middle_load_rows(const MiddleShape<T, kTile>& sh
     const int threads = static_cast<int>(blockDim.x);
     const int width = shape.lines * kTile;
     if (vectors) {
-        // A warp per row, whole vectors of X (d is a multiple of V). Divisions and products only once: they took as
-        // long as the sums.
-        constexpr int kMost = static_cast<int>(kMostFeatures) / (V * kWarpSize) + 1;
-        const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-        const int first = static_cast<int>(threadIdx.x) / kWarpSize;
-        const int step = threads / kWarpSize;
+        // Whole vectors of X; d is a multiple of V.
         const int across = shape.tiles * (kTile / V);
-        const T* from = x.data + (begin + first) * x.row + lane * V;
-        T* to = lines + first * pitch;
-        int position[kMost];
-#pragma unroll
-        for (int v = 0; v < kMost; ++v) {
-            const int at = (lane + v * kWarpSize) * V;
-            position[v] = shape.position(0, at / kTile, at % kTile);
+#pragma unroll 1
+        for (int at = static_cast<int>(threadIdx.x); at < kMiddleRows * across; at += threads) {
+            const int r = at / across;
+            const int q = at - r * across;
+            const bool inside = begin + r < n && q * V < shape.d;
+            const T* from = x.data + (inside ? (begin + r) * x.row + q * V : 0);
+            cp_async<16>(lines + r * pitch + shape.position(0, q * V / kTile, q * V % kTile), from, inside ? 16 : 0);
         }
 #pragma unroll 1
-        for (int r = first; r < kMiddleRows; r += step) {
-            const bool row = begin + r < n;
-#pragma unroll
-            for (int v = 0; v < kMost; ++v) {
-                const int at = lane + v * kWarpSize;
-                if (at < across) {
-                    const bool inside = row && at * V < shape.d;
-                    cp_async<16>(to + position[v], inside ? from + v * kWarpSize * V : x.data, inside ? 16 : 0);
-                }
-            }
-            if (lane < kTile && shape.lines > shape.tiles) {
-                const bool inside = row && lane < k;
-                cp_async<kBytes>(to + shape.position(0, shape.tiles, lane),
-                                 inside ? y.data + (begin + r) * y.row + lane * y.col : x.data, inside ? kBytes : 0);
-            }
-            from += step * x.row;
-            to += step * pitch;
+        for (int at = static_cast<int>(threadIdx.x); at < kMiddleRows * (width - shape.tiles * kTile); at += threads) {
+            const int r = at / kTile;
+            const int c = at - r * kTile;
+            const bool inside = begin + r < n && c < k;
+            const T* from = inside ? y.data + (begin + r) * y.row + c * y.col : x.data;
+            cp_async<kBytes>(lines + r * pitch + shape.position(0, shape.tiles, c), from, inside ? kBytes : 0);
         }
         return;
     }

@@ -39,28 +39,6 @@ __device__ __forceinline__ void store_vector(double* to, const double (&v)[2]) {
     *reinterpret_cast<double2*>(to) = make_double2(v[0], v[1]);
 }
 
-// kCount numbers, where they are whole vectors, or single ones.
-template <class T, int kCount>
-__device__ __forceinline__ void load_vectors(const T* from, T (&to)[kCount]) {
-    constexpr int V = kVector<T>;
-    if constexpr (kCount % V == 0) {
-#pragma unroll
-        for (int c = 0; c < kCount; c += V) {
-            T part[V];
-            load_vector(from + c, part);
-#pragma unroll
-            for (int e = 0; e < V; ++e) {
-                to[c + e] = part[e];
-            }
-        }
-    } else {
-#pragma unroll
-        for (int c = 0; c < kCount; ++c) {
-            to[c] = from[c];
-        }
-    }
-}
-
 template <class T>
 __device__ __forceinline__ T quiet_nan() {
     if constexpr (sizeof(T) == 4) {

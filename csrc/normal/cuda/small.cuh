@@ -35,7 +35,7 @@ struct SmallLane {
     int row;           // of A
     int d;             // real rows
     T* matrix;         // shared: rows of X, then column j of L at matrix + j * pitch
-    T* side;           // shared: of kSmallRows rows, columns of Y and roots of weights
+    T* side;           // shared: kSmallRows × (columns + 1): rows of Y and square roots of weights
     T inverse = T(1);  // of L's diagonal element
     int failed = 0;
 
@@ -44,20 +44,13 @@ struct SmallLane {
     }
 };
 
-// Sums a += XᵀDX and z += XᵀDY over all rows. `diagonal` becomes a[row], which no register index can name.
+// Sums a += XᵀDX and z += XᵀDY over all rows. `diagonal` gets the same sum as a[row], which no register index can name.
 template <class T, int kOrder, int kColumns>
 __device__ __forceinline__ void small_gram(const SmallLane<T, kOrder>& lane, const Matrix<const T>& x,
                                            const Matrix<const T>& y, const Matrix<const T>& weight, int64_t n, int k,
                                            T (&a)[kOrder], T (&z)[kColumns], T& diagonal) {
     using Shape = SmallShape<T, kOrder>;
-    // While rows are summed, the lanes hold A in tiles: a row of X is 128 bytes a lane if each holds a row of A, and
-    // 48 in tiles of 4 × 8. Shared memory delivers 128 bytes a cycle, so that is what the sum is bound by.
-    constexpr int kTileRows = kOrder == 8 ? kVector<T> : 4;
-    constexpr int kTileColumns = kOrder * kOrder / Shape::lanes / kTileRows;
-    constexpr int kAcross = kOrder / kTileColumns;
-    const int tile_row = lane.row / kAcross * kTileRows;
-    const int tile_column = lane.row % kAcross * kTileColumns;
-    T tile[kTileRows][kTileColumns] = {};
+    constexpr int kSide = kColumns + 1;
     const bool real = lane.row < lane.d;
     const bool weighted = weight.data != nullptr;
     const T* from = x.data + (real ? lane.row : 0) * x.col;
@@ -74,29 +67,25 @@ __device__ __forceinline__ void small_gram(const SmallLane<T, kOrder>& lane, con
     load(static_cast<int>(n < kSmallRows ? n : kSmallRows));
     for (int64_t left = n; left > 0; left -= kSmallRows) {
         const int rows = static_cast<int>(left < kSmallRows ? left : kSmallRows);
-        // Columns of Y, scaled as the rows, and the weights' roots, dealt to the lanes.
-        const int side = kSmallRows * (weighted ? kColumns + 1 : kColumns);
-        for (int at = lane.row; at < side; at += Shape::lanes) {
-            const int c = at / kSmallRows;
-            const int r = at % kSmallRows;
+        // Y and the weights of these rows, dealt to the lanes.
+        for (int at = lane.row; at < kSmallRows * kSide; at += Shape::lanes) {
+            const int r = at / kSide;
+            const int c = at - r * kSide;
             T value = T(0);
-            if (r < rows) {
+            if (r < rows && c == kColumns) {
                 value = weighted ? square_root(from_weight[r * weight.row]) : T(1);
-                if (c < kColumns) {
-                    value = c < k ? value * from_y[r * y.row + c * y.col] : T(0);
-                }
+            } else if (r < rows && c < k) {
+                value = from_y[r * y.row + c * y.col];
             }
             lane.side[at] = value;
         }
         from_y += k > 0 ? rows * y.row : 0;
+        from_weight += weighted ? rows * weight.row : 0;
+        __syncwarp();
         T own[kSmallRows];
-        if (weighted) {
-            from_weight += rows * weight.row;
-            __syncwarp();
-        }
 #pragma unroll
         for (int r = 0; r < kSmallRows; ++r) {
-            own[r] = weighted ? next[r] * lane.side[kColumns * kSmallRows + r] : next[r];
+            own[r] = weighted ? next[r] * lane.side[r * kSide + kColumns] : next[r];
             if (lane.row < kOrder) {
                 lane.matrix[r * kOrder + lane.row] = own[r];
             }
@@ -106,44 +95,24 @@ __device__ __forceinline__ void small_gram(const SmallLane<T, kOrder>& lane, con
         load(static_cast<int>(rest < 0 ? 0 : rest < kSmallRows ? rest : kSmallRows));
 #pragma unroll
         for (int r = 0; r < kSmallRows; ++r) {
-            T left[kTileRows];
-            T right[kTileColumns];
-            load_vectors(lane.matrix + r * kOrder + tile_row, left);
-            load_vectors(lane.matrix + r * kOrder + tile_column, right);
 #pragma unroll
-            for (int i = 0; i < kTileRows; ++i) {
-#pragma unroll
-                for (int j = 0; j < kTileColumns; ++j) {
-                    tile[i][j] += left[i] * right[j];
-                }
-            }
-        }
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-            for (int r = 0; r < kSmallRows; r += kVector<T>) {
-                T target[kVector<T>];
-                load_vector(lane.side + c * kSmallRows + r, target);
+            for (int c = 0; c < kOrder; c += kVector<T>) {
+                T row[kVector<T>];
+                load_vector(lane.matrix + r * kOrder + c, row);
 #pragma unroll
                 for (int e = 0; e < kVector<T>; ++e) {
-                    z[c] += own[r + e] * target[e];
+                    a[c + e] += own[r] * row[e];
                 }
+            }
+            diagonal += own[r] * own[r];
+            const T scale = weighted ? lane.side[r * kSide + kColumns] : T(1);
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+                z[c] += own[r] * (scale * lane.side[r * kSide + c]);
             }
         }
         __syncwarp();
     }
-    // From tiles to rows.
-#pragma unroll
-    for (int i = 0; i < kTileRows; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTileColumns; ++j) {
-            lane.matrix[(tile_row + i) * Shape::pitch + tile_column + j] = tile[i][j];
-        }
-    }
-    __syncwarp();
-    load_vectors(lane.matrix + lane.row * Shape::pitch, a);
-    diagonal = lane.matrix[lane.row * (Shape::pitch + 1)];
-    __syncwarp();
 }
 
 // L from A, column after column; z becomes L⁻¹z on the way.
@@ -234,15 +203,8 @@ __device__ __forceinline__ bool small_write(const SmallLane<T, kOrder>& lane, co
     return good;
 }
 
-// Blocks of a multiprocessor, for which registers are kept free.
 template <class T, int kOrder, int kColumns>
-inline constexpr int kSmallBlocks = sizeof(T) == 8 || kColumns > 1 ? 1
-                                    : kOrder <= 16                 ? 5
-                                                                   : 4;
-
-template <class T, int kOrder, int kColumns>
-__global__ void __launch_bounds__(kSmallWarps* kWarpSize, (kSmallBlocks<T, kOrder, kColumns>))
-    small_system_kernel(const SystemArgs<T> args, int64_t count) {
+__global__ void __launch_bounds__(kSmallWarps* kWarpSize) small_system_kernel(const SystemArgs<T> args, int64_t count) {
     using Shape = SmallShape<T, kOrder>;
     ONESTEP_SHARED(T, matrix, [kSmallWarps * Shape::problems * Shape::region]);
     ONESTEP_SHARED(T, side, [kSmallWarps * Shape::problems * kSmallRows * (kColumns + 1)]);
@@ -422,6 +384,9 @@ Status with_small_order(int64_t d, const LaunchSize& launch_size) {
     }
     if (d <= 16) {
         return launch_size.template operator()<16>();
+    }
+    if (d <= 24) {
+        return launch_size.template operator()<24>();
     }
     return launch_size.template operator()<32>();
 }
