@@ -3,7 +3,7 @@
     python bench/cuda_resources.py [--family normal] [--jobs 2]
 
 Writes bench/results/cuda_resources.md (for all families) and fails on a warning, or on a spill in a family of
-NO_SPILLS. Needs nvcc, and no GPU.
+MOST_SPILLS. Needs nvcc, and no GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "cuda_resources.md"
-NO_SPILLS = {"normal", "glm", "polar"}
+# Bytes of spills, stores and loads, that a kernel of a family may have. The few of `normal` are outside of inner loops:
+# kernels that hold no more registers than several blocks of a multiprocessor share.
+MOST_SPILLS = {"normal": 96, "glm": 0, "polar": 0}
 FLAGS = [
     "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Werror=all-warnings",
     "-Xcompiler=-Wall,-Wextra,-Werror,-Wno-unknown-pragmas,-fPIC", "-Xptxas=-v",
@@ -120,7 +122,11 @@ def main() -> None:
             print(f"{k.architecture} {use}  {k.name}")
     else:
         write(kernels)
-    spilled = [f"{k.name} ({k.architecture}): {k.spills} bytes" for k in kernels if k.spills and k.family in NO_SPILLS]
+    spilled = [
+        f"{k.name} ({k.architecture}): {k.spills} bytes"
+        for k in kernels
+        if k.spills > MOST_SPILLS.get(k.family, k.spills)
+    ]
     if spilled:
         sys.exit("kernels that spill registers:\n" + "\n".join(spilled))
     print(f"{len(kernels)} kernels in {len(sources)} files")
