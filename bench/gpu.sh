@@ -94,6 +94,7 @@ for section in "${sections[@]}"; do
             ;;
     esac
 done
+"$python" bench/gpu/table.py "$out" > /dev/null || failed=1
 echo "==== $gpu, $((SECONDS - started)) s"
 printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"
 exit $failed
