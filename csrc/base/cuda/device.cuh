@@ -20,7 +20,7 @@
 #include <cuda_runtime.h>
 #endif
 
-// ONESTEP_SHARED(float, tile, [32][33]): a shared array `tile`; several are apart.
+// ONESTEP_SHARED(float, tile, [32][33]): a shared array `tile`, 16-byte aligned for vector loads; several are apart.
 // ONESTEP_DYNAMIC_SHARED(float, name): a pointer to the block's dynamic shared memory, 128-byte aligned.
 #if defined(ONESTEP_SIMT)
 #define ONESTEP_SHARED(T, name, extent)                       \
@@ -33,7 +33,7 @@
         sizeof(T extent)))
 #define ONESTEP_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::simt::dynamic_shared())
 #else
-#define ONESTEP_SHARED(T, name, extent) __shared__ T name extent
+#define ONESTEP_SHARED(T, name, extent) __shared__ __align__(16) T name extent
 #define ONESTEP_DYNAMIC_SHARED(T, name)                                      \
     extern __shared__ __align__(128) unsigned char onestep_dynamic_shared[]; \
     T* name = reinterpret_cast<T*>(onestep_dynamic_shared)
