@@ -2,11 +2,11 @@
 #include <array>
 #include <tuple>
 
-#include "../testing.hpp"
 #include "normal/cpu/kernels.hpp"
 #include "normal/cuda/normal.hpp"
 #include "normal/normal.hpp"
 #include "simt.hpp"
+#include "testing.hpp"
 
 namespace {
 
