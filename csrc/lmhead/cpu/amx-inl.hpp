@@ -30,7 +30,7 @@ inline void amx_pack_input(const AmxChunk& chunk, int64_t row_panel) {
         auto* to = static_cast<BFloat16*>(panels) + 2 * row_panel * block;
         const int64_t count = minimum(kAmxPanel, chunk.rows - begin);
         amx_pack_rows<AmxSide::right>(ListedRows<BFloat16>{rows}, begin, count, step, 0, args.d, {to, block});
-        if (count <= kAmxBlock) {
+        if (count <= kAmxBlock && block > 0) {
             __builtin_memset(static_cast<void*>(to + block), 0, static_cast<size_t>(block) * sizeof(BFloat16));
         }
     };
