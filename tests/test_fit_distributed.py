@@ -65,7 +65,7 @@ def finished(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]
     """What became of processes that run side by side; a hang fails."""
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=400)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -212,7 +212,7 @@ def test_torchrun_fits_what_one_process_does(tmp_path: Path) -> None:
     for options in ([], launcher):
         process = subprocess.Popen([sys.executable, *options, str(script)], stderr=subprocess.PIPE, text=True)
         try:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=400)
         finally:
             # torchrun ends its processes when it is told to end.
             process.terminate()
