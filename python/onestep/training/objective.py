@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, cached_property, partial
-from typing import Any
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jacrev, vjp, vmap
-from torch.utils._pytree import tree_map_only
 
 import onestep.linalg as linalg
 from onestep.curvature import glm
+from onestep.curvature.jacobian import root_jacobian
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.curvature.products import Route, gauss_newton_products, hessian_product
 from onestep.evaluation.data import Chunk
@@ -26,17 +23,9 @@ from onestep.optim import Objective
 from onestep.optim.objective import CurvatureRoot, Preconditioner
 from onestep.training.kronecker import Factors
 
-# Rows of the Jacobian are formed this many bytes at a time, and up to so many are kept for products.
-_JACOBIAN_BYTES = 64 * 2**20
+# Up to so many bytes of rows of the Jacobian are kept for products.
 _ROOT_BYTES = 64 * 2**20
 _SQUARED_ROWS = 128
-
-
-def jacobian_parts(chunk: Chunk, row_bytes: int) -> Iterator[Chunk]:
-    """The rows whose Jacobian, of so many bytes a row, is formed at a time."""
-    size = max(1, _JACOBIAN_BYTES // row_bytes)
-    for begin in range(0, len(chunk), size):
-        yield chunk.rows(slice(begin, begin + size))
 
 
 class SummedRoot(CurvatureRoot):
@@ -282,52 +271,6 @@ class DataObjective(Objective):
 
     def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
         """Rows R with RᵀR the sum of JᵀHJ over rows of the chunk, a piece at a time."""
-        values = self.values(parameters)
         point = parameters.read()
-
-        def one(vector: Tensor, inputs: Any) -> Tensor:
-            row = tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs)
-            return call_model(self.module, row, values(vector)).squeeze(0)
-
-        def by_torch_func(part: Chunk) -> Tensor:
-            def root(vector: Tensor, inputs: Any, target: Any) -> Tensor:
-                linearized: tuple[Tensor, Any] = vjp(lambda v: one(v, inputs).reshape(-1), vector)  # type: ignore[assignment]
-                outputs, pullback = linearized
-                rows: Tensor = vmap(pullback)(self._root_of_loss(outputs, shape, target))[0]
-                return rows
-
-            return vmap(root, in_dims=(None, 0, 0))(point, part.inputs, part.target)
-
-        def by_reverse_mode(part: Chunk) -> Tensor:
-            """Row by row on torch's own graph, for models that torch.func cannot differentiate."""
-            with torch.enable_grad():
-                leaf = point.detach().requires_grad_()
-                outputs = call_model(self.module, part.inputs, values(leaf)).reshape(len(part), -1)
-                slopes = [torch.autograd.grad(z, leaf, retain_graph=True)[0] for z in outputs.flatten()]
-            J = torch.stack(slopes).reshape(*outputs.shape, -1)
-            factors = vmap(lambda z, target: self._root_of_loss(z, shape, target))(outputs.detach(), part.target)
-            return factors @ J
-
-        outputs = call_model(self.module, chunk.rows(slice(0, 1)).inputs)
-        shape = outputs.shape[1:]
-        for part in jacobian_parts(chunk, outputs.numel() * len(parameters) * outputs.element_size()):
-            rows = self.route.take(partial(by_torch_func, part), partial(by_reverse_mode, part))
+        for rows in root_jacobian(self.module, self.loss, chunk, point, self.values(parameters), self.route):
             yield rows.reshape(-1, len(parameters))
-
-    def _root_of_loss(self, outputs: Tensor, shape: torch.Size, target: Any) -> Tensor:
-        """R (k,k) with RᵀR the Hessian of a row's loss in its k outputs, which are of this shape."""
-        if self.loss.name == "mse":
-            return math.sqrt(2.0) * torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
-
-        def slope(z: Tensor) -> Tensor:
-            result: Tensor = grad(lambda z: self._row_loss(z.reshape(shape), target))(z)
-            return result
-
-        H = jacrev(slope)(outputs)
-        values, vectors = torch.linalg.eigh((H + H.mT) / 2)
-        root: Tensor = (vectors * values.clamp_min(0).sqrt()).mT
-        return root
-
-    def _row_loss(self, outputs: Tensor, target: Any) -> Tensor:
-        target = tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
-        return self.loss.sum(outputs.unsqueeze(0), target)

@@ -10,6 +10,7 @@ import torch
 
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed, together
+from onestep.evaluation.layers import columns, spread
 from onestep.evaluation.losses import like_outputs
 from onestep.evaluation.module import call_model
 from onestep.evaluation.parameters import ParameterVector
@@ -18,7 +19,6 @@ from onestep.training.objective import DataObjective
 from onestep.training.structures.affine import NOT_AFFINE, explained, is_affine_between, why_not_affine
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
 from onestep.training.structures.base import Mismatch
-from onestep.training.structures.layers import columns, spread
 
 # Up to this many parameters a general affine model is solved for; a linear head has no such limit.
 MOST_PARAMETERS = 4096

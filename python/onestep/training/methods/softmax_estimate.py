@@ -12,6 +12,7 @@ from torch import Tensor
 
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import share, summed, together
+from onestep.evaluation.layers import columns
 from onestep.evaluation.losses import IGNORED, scores_and_classes
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim import NonFiniteError
@@ -20,7 +21,6 @@ from onestep.training.objective import DataObjective
 from onestep.training.structures.affine import why_not_affine
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
 from onestep.training.structures.base import Mismatch
-from onestep.training.structures.layers import columns
 
 # Rows of the pilot estimate and of the final one, of all processes together, and the rows out of which the pilot's are
 # drawn; data that has no more than those is solved for as it is.

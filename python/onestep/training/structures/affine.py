@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from onestep.evaluation.data import Chunk
+from onestep.evaluation.layers import spread
 from onestep.evaluation.module import call_model
 from onestep.evaluation.parameters import ParameterVector
-from onestep.training.structures.layers import spread
 
 # Random directions are tried at these multiples of the parameters' size.
 _SCALES = (1.0, 30.0)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from onestep.evaluation.data import Chunk
+from onestep.evaluation.layers import ends_model, is_linear, layer_calls, spread
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.structures.base import Mismatch
-from onestep.training.structures.layers import ends_model, is_linear, layer_calls, spread
 
 
 class Head(NamedTuple):

@@ -13,13 +13,13 @@ import onestep.linalg as linalg
 from onestep.curvature import GLMPoint, glm
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed_by_piece
+from onestep.evaluation.layers import columns
 from onestep.evaluation.losses import IGNORED, Loss, like_outputs, scores_and_classes
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim.objective import Preconditioner
 from onestep.training.objective import DataObjective
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
 from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
-from onestep.training.structures.layers import columns
 
 if TYPE_CHECKING:
     from onestep.training.facts import Facts

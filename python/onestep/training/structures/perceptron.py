@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import onestep.linalg as linalg
+from onestep.curvature.jacobian import jacobian_parts
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed
+from onestep.evaluation.layers import is_plain, is_untouched
 from onestep.evaluation.losses import Loss, like_outputs
 from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.ops.mlp import ACTIVATIONS, MOST_LAYERS, mlp_gradient, mlp_jacobian, mlp_product
 from onestep.optim.objective import CurvatureRoot
-from onestep.training.objective import DataObjective, SummedRoot, jacobian_parts
+from onestep.training.objective import DataObjective, SummedRoot
 from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
-from onestep.training.structures.layers import is_plain, is_untouched
 
 if TYPE_CHECKING:
     from onestep.training.facts import Facts

@@ -12,13 +12,13 @@ from torch.func import jvp, vjp
 
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.evaluation.data import Chunk
+from onestep.evaluation.layers import ends_model, is_plain, layer_calls, spread
 from onestep.evaluation.losses import IGNORED, Loss
 from onestep.evaluation.module import call_model
 from onestep.evaluation.parameters import ParameterVector
 from onestep.functional import linear_cross_entropy, linear_cross_entropy_ggnvp
 from onestep.training.objective import DataObjective
 from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
-from onestep.training.structures.layers import ends_model, is_plain, layer_calls, spread
 
 if TYPE_CHECKING:
     from onestep.training.facts import Facts

@@ -1,4 +1,4 @@
-"""What layers are given and what comes out of them: shared by the structures."""
+"""What layers are given and what comes out of them."""
 
 from __future__ import annotations
 
