@@ -11,14 +11,14 @@ RIDGE = 0.1
 
 
 class Shape(NamedTuple):
-    """A batch of B problems: n rows, d features, k targets; the bars that the project sets itself."""
+    """A batch of B problems: n rows, d features, k targets; the goals that the project sets itself."""
 
     B: int
     n: int
     d: int
     k: int
-    forward_bar: float | None
-    backward_bar: float | None
+    forward_goal: float | None
+    backward_goal: float | None
 
     @property
     def label(self) -> str:

@@ -1,4 +1,8 @@
-"""Runs the benchmarks, prints one table, and stores it with a plot under bench/results/."""
+"""Runs the benchmarks, prints one table, and stores it with a plot under bench/results/<machine>/.
+
+python bench/report.py [pytest options]     # all benchmarks, about half an hour
+python bench/report.py --plot FOLDER        # draws the plot of stored results again
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pytest
 import sklearn
 import torch
+from ratio_plot import plot_ratios
 from rich.console import Console
 from rich.table import Table
 
 import onestep
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -68,6 +69,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def folder_of(where: dict[str, Any]) -> Path:
+    """Where this machine's results are kept: the CPU's name and the target, as words with dashes."""
+    name = "".join(letter if letter.isalnum() else " " for letter in f"{where['cpu']} {where['cpu_target']}".lower())
+    return RESULTS / "-".join(name.split())
+
+
 def row(benchmark: dict[str, Any], limits: dict[str, float]) -> list[str]:
     info = benchmark["extra_info"]
     if "added_mib" in info:
@@ -77,7 +84,7 @@ def row(benchmark: dict[str, Any], limits: dict[str, float]) -> list[str]:
             f"{info['peer_added_mib']:.1f} MiB",
             f"{info['added_mib']:.1f} MiB",
             "",
-            f"< {info['bar_mib']:.0f} MiB",
+            f"< {info['goal_mib']:.0f} MiB",
             "",
             "",
             "",
@@ -92,32 +99,14 @@ def row(benchmark: dict[str, Any], limits: dict[str, float]) -> list[str]:
         f"{info['peer_seconds'] * 1e3:.2f} ms",
         f"{seconds * 1e3:.2f} ms",
         f"{info['ratio']:.2f}",
-        f"≥ {info['bar']}" if info.get("bar") else "",
+        f"≥ {info['goal']}" if info.get("goal") else "",
         f"{gflops:.0f} ({gflops / limits['gemm_gflops']:.0%})" if gflops else "",
         f"{gbps:.1f} ({gbps / limits['read_gbps']:.0%})" if gbps else "",
         f"{info['error']:.1e} / {info['peer_error']:.1e}" if "error" in info else "",
     ]
 
 
-HEADER = ["group", "case", "peer", "onestep", "ratio", "bar", "GFLOP/s (of GEMM)", "GB/s (of read)", "error / peer's"]
-
-
-def plot(benchmarks: list[dict[str, Any]], path: Path) -> None:
-    timed = [benchmark for benchmark in benchmarks if "ratio" in benchmark["extra_info"]]
-    labels = [f"{b['group']}  {b['extra_info']['case']}" for b in timed]
-    ratios = [b["extra_info"]["ratio"] for b in timed]
-    bars = [b["extra_info"].get("bar") for b in timed]
-    figure, axes = plt.subplots(figsize=(9, 0.36 * len(timed) + 1.2), layout="constrained")
-    positions = np.arange(len(timed))[::-1]
-    axes.barh(positions, ratios, color="#3b76af")
-    known = [(bar, position) for bar, position in zip(bars, positions, strict=True) if bar]
-    axes.plot([bar for bar, _ in known], [at for _, at in known], "|", color="#c8553d", markersize=14, label="bar")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(positions, labels)
-    axes.set_xlabel("times faster than the peer (ratio of medians)")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+HEADER = ["group", "case", "peer", "onestep", "ratio", "goal", "GFLOP/s (of GEMM)", "GB/s (of read)", "error / peer's"]
 
 
 def run(path: Path, options: list[str]) -> tuple[list[dict[str, Any]], bool]:
@@ -136,22 +125,30 @@ def run(path: Path, options: list[str]) -> tuple[list[dict[str, Any]], bool]:
 
 def store(benchmarks: list[dict[str, Any]], limits: dict[str, float], where: dict[str, Any]) -> list[list[str]]:
     """Writes table and plot, and returns the table's rows."""
+    folder = folder_of(where)
+    folder.mkdir(exist_ok=True)
     rows = [row(benchmark, limits) for benchmark in benchmarks]
     facts = ", ".join(f"{name} {value}" for name, value in where.items())
     limit_line = f"GEMM peak {limits['gemm_gflops']:.0f} GFLOP/s, read bandwidth {limits['read_gbps']:.1f} GB/s"
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
-    (RESULTS / "table.md").write_text("\n".join([*lines, "", facts, "", limit_line, ""]))
+    (folder / "table.md").write_text("\n".join([*lines, "", facts, "", limit_line, ""]))
     kept = [{"group": b["group"], "median_seconds": b["stats"]["median"], **b["extra_info"]} for b in benchmarks]
-    (RESULTS / "table.json").write_text(
+    (folder / "table.json").write_text(
         json.dumps({"machine": where, "limits": limits, "results": kept}, indent=2) + "\n"
     )
-    plot(benchmarks, RESULTS / "ratios.png")
-    print(f"{facts}\n{limit_line}\nstored under {RESULTS}", flush=True)
+    plot_ratios(kept, facts, folder / "ratios.png")
+    print(f"{facts}\n{limit_line}\nstored under {folder}", flush=True)
     return rows
 
 
 def main() -> int:
     """File by file, so that one which crashes, or Ctrl-C, does not take the results of those before with it."""
+    if sys.argv[1:2] == ["--plot"]:
+        folder = Path(sys.argv[2])
+        stored = json.loads((folder / "table.json").read_text())
+        facts = ", ".join(f"{name} {value}" for name, value in stored["machine"].items())
+        plot_ratios(stored["results"], facts, folder / "ratios.png")
+        return 0
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(2)
     limits, where = physical_limits(), machine()

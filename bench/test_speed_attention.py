@@ -116,7 +116,7 @@ CASES = [(4096, "causal"), (1024, "causal"), (1000, "none"), (77, "causal"), (10
 WITHIN = 0.75
 
 
-def bar(value: float, length: int, option: str) -> float:
+def goal(value: float, length: int, option: str) -> float:
     return value if option == "causal" and length >= 1024 else round(WITHIN * value, 3)
 
 
@@ -134,7 +134,7 @@ def test_first_order(
         getattr(ours, name),
         getattr(flash, name),
         case=f"{name} T {length} {option}",
-        bar=bar(least, length, option),
+        goal=goal(least, length, option),
         flops=products * problem.product_flops,
     )
 
@@ -162,7 +162,7 @@ def test_cost_of_second_order(
         getattr(ours, ours_name),
         getattr(flash, peer_name),
         case=f"{ours_name} of ours to flash's {peer_name}, T {length} {option}",
-        bar=round(bar(least, length, option), 3),
+        goal=round(goal(least, length, option), 3),
         flops=products * problem.product_flops,
     )
 
@@ -182,7 +182,7 @@ def test_bfloat16(compare: Callable[..., float], name: str, products: int) -> No
         getattr(half.with_attention(scaled_dot_product_attention), name),
         getattr(problem.with_attention(scaled_dot_product_attention), name),
         case=f"{name} T 4096 causal, bf16 on AMX to ours of fp32",
-        bar=2.0,
+        goal=2.0,
         flops=products * problem.product_flops,
     )
 
@@ -204,7 +204,7 @@ def test_second_order(
         getattr(math, peer_name),
         rounds=rounds_for(length),
         case=f"{ours_name} to math's {peer_name}, T {length} {option}",
-        bar=least if (length, option) == (4096, "causal") else None,
+        goal=least if (length, option) == (4096, "causal") else None,
     )
 
 
@@ -223,7 +223,7 @@ def test_memory(benchmark: Any, peer: str) -> None:
         case=f"HVP T 4096 to math's {peer}",
         added_mib=ours / 2**20,
         peer_added_mib=theirs / 2**20,
-        bar_mib=theirs / 15 / 2**20,
+        goal_mib=theirs / 15 / 2**20,
     )
 
 
@@ -236,7 +236,7 @@ def test_long_memory(benchmark: Any) -> None:
         case="HVP T 16384 (peer: one T × T matrix per head)",
         added_mib=ours / 2**20,
         peer_added_mib=float(HEADS * 16384**2 * 4 / 2**20),
-        bar_mib=1024,
+        goal_mib=1024,
     )
 
 

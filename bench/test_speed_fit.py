@@ -62,7 +62,7 @@ def test_levenberg_marquardt(compare: Callable[..., float]) -> None:
         lambda: adam(X, y, rate, epochs),
         case=f"10-64-1 network, 20,000 rows: {steps} steps to {target:.5f} (reached {min(trial[:steps]):.5f}), "
         f"Adam {epochs} epochs at {rate:g}",
-        bar=20.0,
+        goal=20.0,
     )
 
 
@@ -103,7 +103,7 @@ def test_gauss_newton_on_text(benchmark: Any, tmp_path: Path) -> None:
 @pytest.mark.benchmark(group="fit memory")
 @pytest.mark.parametrize("method", ["gauss_newton", "newton_cg"])
 def test_matrix_free_memory(benchmark: Any, method: str) -> None:
-    """Peak RSS added by a step, and by a gradient, each in a fresh process; the bar is three gradients."""
+    """Peak RSS added by a step, and by a gradient, each in a fresh process; the goal is three gradients."""
     script = Path(__file__).parent / "fit_memory.py"
     added = {
         name: int(subprocess.check_output([sys.executable, script, name], text=True)) for name in ("gradient", method)
@@ -113,5 +113,5 @@ def test_matrix_free_memory(benchmark: Any, method: str) -> None:
         case=f"{method} step of a 1.1 M Transformer, 64 × 64 tokens; peer: a gradient",
         added_mib=added[method] / 2**20,
         peer_added_mib=added["gradient"] / 2**20,
-        bar_mib=3 * added["gradient"] / 2**20,
+        goal_mib=3 * added["gradient"] / 2**20,
     )

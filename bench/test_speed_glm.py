@@ -15,12 +15,12 @@ from onestep.curvature import glm
 
 
 class Shape(NamedTuple):
-    """n rows, d features, k classes (1: logistic); the bar that the project sets itself."""
+    """n rows, d features, k classes (1: logistic); the goal that the project sets itself."""
 
     n: int
     d: int
     k: int
-    bar: float
+    goal: float
     rounds: int
 
     @property
@@ -94,7 +94,7 @@ def test_product(compare: Callable[..., float], shape: Shape, kept: bool) -> Non
         peer,
         rounds=shape.rounds,
         case=f"{shape.case}; peer: {name}",
-        bar=None if kept else shape.bar,
+        goal=None if kept else shape.goal,
         error=relative_error(point.hvp(V), exact),
         peer_error=relative_error(peer(), exact),
         **shape.cost,
@@ -114,6 +114,6 @@ def test_product_by_hand(compare: Callable[..., float]) -> None:
         lambda: X.T @ (curvature * (X @ V)),
         rounds=shape.rounds,
         case=f"{shape.case}; peer: X.T @ (s * (X @ v))",
-        bar=shape.bar,
+        goal=shape.goal,
         **shape.cost,
     )

@@ -39,7 +39,7 @@ def test_gradient(compare: Callable[..., float]) -> None:
         lambda: WAYS["torch gradient"](head),
         rounds=5,
         case=f"forward + backward, {CASE}",
-        bar=1.0,
+        goal=1.0,
         flops=3 * PRODUCT,
         error=error("onestep gradient", "torch gradient"),
         peer_error=error("torch gradient", "torch gradient"),
@@ -55,10 +55,10 @@ def faster_torch_hvp() -> str:
 # The product alone, in seven matrix products, and through autograd, which computes the gradient as well: ten.
 @pytest.mark.benchmark(group="LM head")
 @pytest.mark.parametrize(
-    ("way", "products", "bar"),
+    ("way", "products", "goal"),
     [("linear_cross_entropy_hvp", 7, 1.5), ("curvature.hvp", 10, None), ("double backward", 10, None)],
 )
-def test_hvp(compare: Callable[..., float], way: str, products: int, bar: float | None) -> None:
+def test_hvp(compare: Callable[..., float], way: str, products: int, goal: float | None) -> None:
     """Against the faster of torch's two ways on this machine."""
     head = Head.random(N, D, V)
     peer = faster_torch_hvp()
@@ -68,7 +68,7 @@ def test_hvp(compare: Callable[..., float], way: str, products: int, bar: float 
         lambda: WAYS[peer](head),
         rounds=5,
         case=f"HVP by {way.removeprefix('onestep ')}, {CASE}; peer: {peer}",
-        bar=bar,
+        goal=goal,
         flops=products * PRODUCT,
         error=error(way, TORCH_HVP[0]),
         peer_error=error(peer, TORCH_HVP[0]),
@@ -89,7 +89,7 @@ def test_bfloat16_hvp(compare: Callable[..., float]) -> None:
         lambda: WAYS[peer](head),
         rounds=5,
         case=f"HVP by linear_cross_entropy_hvp, {N} × {D} × {V} bf16 on AMX; peer: {peer}, fp32",
-        bar=4.0,
+        goal=4.0,
         flops=7 * PRODUCT,
         error=error(way, TORCH_HVP[0], torch.bfloat16),
         peer_error=error(peer, TORCH_HVP[0]),
@@ -123,5 +123,5 @@ def test_memory(benchmark: Any, way: str, peers: tuple[str, ...]) -> None:
         case=f"{way.removeprefix('onestep ')}, {CASE}" + (", results not counted" if column else ""),
         added_mib=bytes_added / 2**20,
         peer_added_mib=peer_bytes / 2**20,
-        bar_mib=peer_bytes / 10 / 2**20,
+        goal_mib=peer_bytes / 10 / 2**20,
     )

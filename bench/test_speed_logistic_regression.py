@@ -15,12 +15,12 @@ from onestep import LogisticRegression
 
 
 class Problem(NamedTuple):
-    """n rows of 64 features, labels drawn from a model of so many classes; scikit-learn's solvers; the bar."""
+    """n rows of 64 features, labels drawn from a model of so many classes; scikit-learn's solvers; the goal."""
 
     n: int
     classes: int
     solvers: tuple[str, ...]
-    bar: float
+    goal: float
 
 
 PROBLEMS = [
@@ -62,7 +62,7 @@ def test_logistic_regression(compare: Callable[..., float], problem: Problem) ->
         rounds=5,
         settle=0.2,
         case=f"{problem.n:,} × {D}, {problem.classes} classes; peer: {name}",
-        bar=problem.bar,
+        goal=problem.goal,
         error=own_loss / least - 1,
         peer_error=peer_loss / least - 1,
     )

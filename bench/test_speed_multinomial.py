@@ -19,7 +19,7 @@ from onestep import LogisticRegression, RidgeClassifier
 
 
 class Case(NamedTuple):
-    """n × d features in k classes; ``decades``: over how many the eigenvalues of XᵀX spread; the bar of the ratio."""
+    """n × d features in k classes; ``decades``: over how many the eigenvalues of XᵀX spread; the goal of the ratio."""
 
     n: int
     d: int
@@ -27,7 +27,7 @@ class Case(NamedTuple):
     C: float
     decades: float
     dtype: Any
-    bar: float
+    goal: float
 
 
 CASES = [
@@ -96,7 +96,7 @@ def test_logistic_regression(compare: Callable[..., float], case: Case, tight: b
             settle=0.2,
             case=f"{case.n:,} × {case.d}, {case.k} classes, C = {case.C:g}, eigenvalues over {case.decades:g} decades, "
             f"{case.dtype.__name__}, {'both at 1e-6' if tight else 'same objective'}",
-            bar=case.bar,
+            goal=case.goal,
             error=objective(ours, X, y, case.C) / target - 1,
             peer_error=0.0,
         )
@@ -113,7 +113,7 @@ def test_breast_cancer(compare: Callable[..., float]) -> None:
         lambda: LogisticRegression().fit(X, y),
         lambda: peer.fit(X, y),
         case="569 × 30, 2 classes",
-        bar=1.0,
+        goal=1.0,
         error=objective(ours, X, y, 1.0) / least - 1,
         peer_error=0.0,
     )
@@ -130,7 +130,7 @@ def test_ridge_classifier(compare: Callable[..., float]) -> None:
         lambda: peer.fit(X, y),
         settle=0.2,
         case="RidgeClassifier, 20,000 × 768, 1,000 classes",
-        bar=6.0,
+        goal=6.0,
         error=float(abs(ours.coef_ - peer.coef_).max()),
         peer_error=0.0,
     )

@@ -85,6 +85,6 @@ def test_product(compare: Callable[..., float], operator: Any, problem: Any, vec
         lambda: ours @ v,
         lambda: peer @ v,
         case=f"{operator.__name__} of {ours.shape[0]:,}, {problem.__name__}, {vectors} at once; peer: curvlinops",
-        bar=1.0,
+        goal=1.0,
         difference=difference,
     )

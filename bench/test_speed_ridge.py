@@ -26,7 +26,7 @@ def test_ridge(compare: Callable[..., float]) -> None:
         lambda: Ridge(alpha=1.0).fit(X, y),
         lambda: SklearnRidge(alpha=1.0, solver="cholesky").fit(X, y),
         case="fit 1,000,000 × 64 fp32",
-        bar=2.0,
+        goal=2.0,
         flops=N * D * (D + 3),
         bytes=4 * N * (D + 1),
     )
@@ -45,5 +45,5 @@ def test_ridge_memory(benchmark: Any) -> None:
         case="fit 1,000,000 × 64 fp32",
         added_mib=added["onestep"] / 2**20,
         peer_added_mib=added["sklearn"] / 2**20,
-        bar_mib=64,
+        goal_mib=64,
     )

@@ -24,7 +24,7 @@ def test_forward(compare: Callable[..., float], shape: Shape) -> None:
         lambda: solve_normal(X, Y, ridge=RIDGE),
         lambda: composite(X, Y, ridge),
         case=shape.label,
-        bar=shape.forward_bar,
+        goal=shape.forward_goal,
         flops=shape.flops,
         bytes=shape.bytes_read,
         error=float((ours - exact).norm() / exact.norm()),
@@ -46,7 +46,7 @@ def test_backward(compare: Callable[..., float], shape: Shape) -> None:
         lambda: gradients(lambda: solve_normal(X, Y, ridge=RIDGE)),
         lambda: gradients(lambda: composite(X, Y, ridge)),
         case=shape.label,
-        bar=shape.backward_bar,
+        goal=shape.backward_goal,
     )
 
 
@@ -62,5 +62,5 @@ def test_single(compare: Callable[..., float]) -> None:
         lambda: repeat(lambda: solve_normal(X, Y, ridge=RIDGE)),
         lambda: repeat(lambda: composite(X, Y, ridge)),
         case="1000 calls of (16,8,1)",
-        bar=1.0,
+        goal=1.0,
     )

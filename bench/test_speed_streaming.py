@@ -69,7 +69,7 @@ def test_streaming(compare: Callable[..., float]) -> None:
         gram_alone,
         rounds=7,
         case="10,000,000 × 128 fp32 in chunks of 100,000; peer: gram alone",
-        bar=round(1 / 1.3, 2),
+        goal=round(1 / 1.3, 2),
         flops=N * D * (D + 3),
         bytes=4 * N * (D + 1),
         error=error,
@@ -87,5 +87,5 @@ def test_streaming_memory(benchmark: Any) -> None:
         case="10,000,000 × 128 fp32 in chunks of 100,000; peer: 1,000,000",
         added_mib=added[N] / 2**20,
         peer_added_mib=added[N // 10] / 2**20,
-        bar_mib=64,
+        goal_mib=64,
     )
