@@ -1,4 +1,4 @@
-"""Second-order optimisers: torch.optim.Optimizer subclasses whose every step is a solve."""
+"""Optimisers: torch.optim.Optimizer subclasses whose every step is a solve."""
 
 from onestep.evaluation.errors import NonFiniteError
 from onestep.optim.gauss_newton import GaussNewton
@@ -6,5 +6,6 @@ from onestep.optim.levenberg_marquardt import LevenbergMarquardt
 from onestep.optim.newton_cg import NewtonCG
 from onestep.optim.objective import Objective
 from onestep.optim.optimizer import StepReport
+from onestep.optim.polar_grad import PolarGrad
 
-__all__ = ["GaussNewton", "LevenbergMarquardt", "NewtonCG", "NonFiniteError", "Objective", "StepReport"]
+__all__ = ["GaussNewton", "LevenbergMarquardt", "NewtonCG", "NonFiniteError", "Objective", "PolarGrad", "StepReport"]
