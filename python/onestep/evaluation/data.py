@@ -296,7 +296,7 @@ class LoaderSource(Source):
     def restore(self, state: Mapping[str, Any]) -> None:
         if not state:
             raise ValueError("the checkpoint is not of a DataLoader, the data is")
-        self._epoch, self._taken = state["epoch"], state["taken"]
+        self._epoch, self._taken, self._iterator = state["epoch"], state["taken"], None
         if self._taken:
             self._iterator = self._whole(self._epoch)
             for _ in range(self._taken):

@@ -42,7 +42,7 @@ class MatrixFreeOptimizer(DampedOptimizer):
         super().__init__(params, settings)
 
     def quadratic_model(
-        self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
+        self, objective: Objective, parameters: ParameterVector, loss: float, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
         """Products only: nothing larger than a few vectors is held."""
         return _ProductModel(

@@ -24,7 +24,7 @@ class GradientDescent(DampedOptimizer):
         super().__init__(params, {"damping": damping, "weight_decay": weight_decay})
 
     def quadratic_model(
-        self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
+        self, objective: Objective, parameters: ParameterVector, loss: float, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
         """A ball of curvature ``damping``."""
         return _Ball(objective, parameters, gradient, decay)

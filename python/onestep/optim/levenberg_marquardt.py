@@ -32,7 +32,8 @@ class LevenbergMarquardt(DampedOptimizer):
 
     For least squares, A = 2/m JᵀJ (Levenberg 1944; Marquardt 1963); for other convex losses H is the loss's Hessian in
     the outputs. D never falls (Moré, Lecture Notes in Mathematics 630, 1978), which makes the method indifferent to the
-    units of the parameters. Memory p², time m p² + p³ a step: for thousands of parameters.
+    units of the parameters. Dⱼⱼ is at least (∇ⱼloss)² / 2 loss, since losses other than squares may lose curvature
+    far from a minimum. Memory p², time m p² + p³ a step: for thousands of parameters.
 
     The closure returns the residuals, whose mean square is minimised, or (outputs, loss_of_outputs).
 
@@ -64,21 +65,25 @@ class LevenbergMarquardt(DampedOptimizer):
         super().__init__(params, settings)
 
     def quadratic_model(
-        self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
+        self, objective: Objective, parameters: ParameterVector, loss: float, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
         """A, assembled in chunks of rows by the Gram kernel, or where it is of a sample of them, products with it."""
         momentum = self.setting("momentum")
         last = self.read_state("direction", parameters) if momentum else None
         carried = None if last is None else last * momentum
+        # ∂ⱼ² / 2 loss is no more than Aⱼⱼ for least squares (Cauchy and Schwarz). Where a loss has lost its curvature,
+        # as cross-entropy has at scores in the hundreds, it stands in: with damping 2, each parameter by itself would
+        # take a loss that falls in a straight line to zero.
+        floor = gradient.double().square() / (2 * abs(loss)) if loss else None
         root = objective.curvature_root(parameters)
         if root is not None:
             diagonal = root.diagonal if decay is None else root.diagonal + decay
-            scale = self._scale(parameters, diagonal.double()).to(parameters.dtype)
-            return _SampledModel(root, diagonal, decay, gradient, scale, carried, self.kept)
+            scale = self._scale(parameters, diagonal.double(), floor).to(parameters.dtype)
+            return _SampledModel(root, diagonal, decay, gradient, scale, carried, self.kept, parameters)
         A = objective.gauss_newton_matrix(parameters)
         if decay is not None:
             A = A + torch.diag(decay.double())
-        scale = self._scale(parameters, A.diagonal())
+        scale = self._scale(parameters, A.diagonal(), floor)
         return _FactoredModel(A, gradient.double(), scale, parameters.dtype, carried)
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
@@ -86,13 +91,29 @@ class LevenbergMarquardt(DampedOptimizer):
         if self.setting("momentum"):
             self.write_state("direction", parameters, step)
 
-    def _scale(self, parameters: ParameterVector, diagonal: Tensor) -> Tensor:
-        """D: the greatest diagonal of A so far. Its root is kept, which cannot overflow the parameters' type."""
+    def _scale(self, parameters: ParameterVector, diagonal: Tensor, floor: Tensor | None) -> Tensor:
+        """D: the greatest diagonal of A so far, or the floor where that is greater now.
+
+        The root of the former is kept, which cannot overflow the parameters' type.
+        """
         before = self.read_state("scale", parameters)
         if before is not None:
             diagonal = torch.maximum(diagonal, before.double().square())
         self.write_state("scale", parameters, diagonal.sqrt())
-        return diagonal
+        return diagonal if floor is None else torch.maximum(diagonal, floor)
+
+    def form_again(self, objective: Objective, parameters: ParameterVector) -> None:
+        """The kept inverse, bit by bit, from the vectors kept with it.
+
+        The parameters are at ``kept["point"]``, and the objective is that of the step that formed the inverse.
+        """
+        root = objective.curvature_root(parameters)
+        if root is None:
+            raise ValueError("the curvature of a sample is no longer by products")
+        kept, matrix = self.kept, _decayed(root.matrix(), self._decay(parameters))
+        inverse = _inverse(matrix, kept["inverse_root"], kept["inverse_damping"].item())
+        if inverse is not None:
+            kept["inverse"] = inverse
 
     def never_used(self, parameters: ParameterVector) -> Tensor:
         """Which parameters (p,) the outputs have not depended on at any step."""
@@ -162,7 +183,8 @@ class _SampledModel(_MatrixModel):
     then the present one is formed and inverted. Products with the sample's rows are far cheaper than their Gram matrix.
 
     Args:
-        kept: where the inverse is kept from step to step, by the name "inverse".
+        kept: where the inverse is kept from step to step, by the name "inverse", with what it was made of.
+        parameters: at the point of the model whenever a step is proposed.
     """
 
     def __init__(
@@ -174,9 +196,10 @@ class _SampledModel(_MatrixModel):
         scale: Tensor,
         carried: Tensor | None,
         kept: dict[str, Tensor],
+        parameters: ParameterVector,
     ) -> None:
         super().__init__(gradient, diagonal, scale, gradient.dtype, carried)
-        self.root, self.decay, self.kept = root, decay, kept
+        self.root, self.decay, self.kept, self.parameters = root, decay, kept, parameters
         self.inverse_root = _inverse_root(scale)
         self.scaled_gradient = gradient * self.inverse_root
 
@@ -190,10 +213,7 @@ class _SampledModel(_MatrixModel):
 
     @cached_property
     def matrix(self) -> Tensor:
-        A = self.root.matrix()
-        if self.decay is not None:
-            A.diagonal().add_(self.decay)
-        return A
+        return _decayed(self.root.matrix(), self.decay)
 
     def undamped(self) -> _Scaled:
         return _Scaled(self.matrix.double(), self.gradient.double(), self.diagonal.double())
@@ -212,11 +232,16 @@ class _SampledModel(_MatrixModel):
         solution, products = self._conjugate_gradients(damping)
         if solution is not None:
             return solution, products
-        system = _Scaled(self.matrix, self.gradient, self.inverse_root.square().reciprocal())
-        inverse = system.inverse(max(damping, _LEAST_INVERTED))
+        damping_of_inverse = max(damping, _LEAST_INVERTED)
+        inverse = _inverse(self.matrix, self.inverse_root, damping_of_inverse)
         if inverse is None:
             return None, products
-        self.kept["inverse"] = inverse
+        self.kept.update(
+            inverse=inverse,
+            point=self.parameters.read(),
+            inverse_root=self.inverse_root,
+            inverse_damping=torch.tensor(damping_of_inverse, dtype=torch.float64),
+        )
         solution, more = self._conjugate_gradients(damping)
         return solution, products + more
 
@@ -247,19 +272,25 @@ class _Scaled:
         self.matrix = A * self.inverse_root[:, None] * self.inverse_root
         self.gradient = gradient * self.inverse_root
 
-    def _damped(self, damping: float) -> Tensor:
+    def solve(self, damping: float) -> Tensor | None:
         damped = self.matrix.clone()
         damped.diagonal().add_(damping)
-        return damped
-
-    def solve(self, damping: float) -> Tensor | None:
-        solution, info, *_ = linalg.solve_spd_ex(self._damped(damping), self.gradient[:, None])
+        solution, info, *_ = linalg.solve_spd_ex(damped, self.gradient[:, None])
         return None if info.item() != 0 else -solution[:, 0]
 
-    def inverse(self, damping: float) -> Tensor | None:
-        """(A + damping I)⁻¹ (p,p), scaled; None if the matrix is not positive definite."""
-        L, info = linalg.cholesky_ex(self._damped(damping))
-        return None if info.item() != 0 else torch.cholesky_inverse(L)
+
+def _decayed(A: Tensor, decay: Tensor | None) -> Tensor:
+    if decay is not None:
+        A.diagonal().add_(decay)
+    return A
+
+
+def _inverse(A: Tensor, inverse_root: Tensor, damping: float) -> Tensor | None:
+    """(A + damping I)⁻¹ (p,p) in the scaled coordinates; None if the matrix is not positive definite."""
+    damped = A * inverse_root[:, None] * inverse_root
+    damped.diagonal().add_(damping)
+    L, info = linalg.cholesky_ex(damped)
+    return None if info.item() != 0 else torch.cholesky_inverse(L)
 
 
 def _inverse_root(scale: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         rules = {"lr": 1.0, "damping_decrease": 1 / 3, "damping_increase": 1.3}
         super().__init__(params, rules | defaults)
         self.report: StepReport | None = None
-        # What can be had again, and is too large for a checkpoint.
+        # "inverse" is too large for a checkpoint: ``form_again`` makes it of the vectors that are kept with it.
         self.kept: dict[str, Tensor] = {}
         self._repeatable: bool | None = None
         self._ahead: tuple[Objective, tuple[int, ...], float, Tensor] | None = None
@@ -209,9 +209,12 @@ class DampedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def quadratic_model(
-        self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
+        self, objective: Objective, parameters: ParameterVector, loss: float, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
-        """The model at the present parameters; ``gradient`` includes weight decay, ``decay`` (p,) is its Hessian."""
+        """The model at the present parameters; loss and gradient include weight decay, whose Hessian is ``decay``."""
+
+    def form_again(self, objective: Objective, parameters: ParameterVector) -> None:
+        """Makes ``kept["inverse"]`` of the rest of ``kept``, after a checkpoint."""
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Called with each step that is kept."""
@@ -313,7 +316,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         loss: float,
         gradient: Tensor,
     ) -> StepReport:
-        model = self.quadratic_model(objective, parameters, gradient, decay)
+        model = self.quadratic_model(objective, parameters, loss, gradient, decay)
         rejected = products = 0
         damping, predicted, promised_first = self.damping, math.nan, math.nan
         lr = float(self.setting("lr"))

@@ -186,6 +186,8 @@ class DampedRun(Run):
         self.report: StepReport | None = None
         self.failures = 0
         self.first_loss = math.nan
+        # The step that formed the optimiser's kept inverse, and the place in the data before it.
+        self.formed: dict[str, Any] = {}
         # Mini-batches are not tested; otherwise the test is not worth more than it asks for.
         eps = torch.finfo(plan.parameters.dtype).eps
         optimizer.settled = max(plan.settings.tol**2, _ROUNDINGS * eps) if plan.settings.batch_size is None else 0.0
@@ -215,11 +217,14 @@ class DampedRun(Run):
 
     def step(self, number: int) -> Taken:
         """One damped step, on all rows or on those of the step."""
+        place, inverse = self.plan.source.state(), self.optimizer.kept.get("inverse")
         self.objective = self._objective(number)
         try:
             self.optimizer.step(self.objective)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {number + 1}, {error}") from error
+        if self.optimizer.kept.get("inverse") is not inverse:
+            self.formed = {"step": number, "source": place}
         report = self.optimizer.report
         assert report is not None
         self.report = report
@@ -340,8 +345,9 @@ class DampedRun(Run):
         """The optimiser's, and what the tests compare with."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            # Without it a resumed fit would go on with other bits.
-            "kept": self.optimizer.kept,
+            # What the inverse (p,p) can be formed of again: without it a resumed fit would go on with other bits.
+            "kept": {k: kept for k, kept in self.optimizer.kept.items() if k != "inverse" or not self.formed},
+            "formed": self.formed,
             "failures": self.failures,
             "first_loss": self.first_loss,
         }
@@ -352,6 +358,21 @@ class DampedRun(Run):
         self.optimizer.kept = state["kept"]
         self.failures = state["failures"]
         self.first_loss = state["first_loss"]
+        # Checkpoints of before have the inverse itself, which is used until the next one is formed.
+        self.formed = state.get("formed", {})
+        if self.formed:
+            self._form_again()
+
+    def _form_again(self) -> None:
+        """The optimiser's inverse, where and over the rows of which it was formed."""
+        parameters = self.plan.parameters
+        reached = parameters.read()
+        self.plan.source.restore(self.formed["source"])
+        try:
+            parameters.write(self.optimizer.kept["point"])
+            self.optimizer.form_again(self._objective(self.formed["step"]), parameters)
+        finally:
+            parameters.write(reached)
 
 
 def _again(chunks: list[Chunk]) -> Callable[[], list[Chunk]]:
