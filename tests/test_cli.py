@@ -712,3 +712,25 @@ def test_a_network_of_california_housing(run):
     code, out, _ = run("fit", CALIFORNIA, "--target", "median_house_value", "--impute", "median", *network)
     score, linear = r2(out, "held out:")
     assert code == 0 and score > linear + 0.03 > 0.65
+
+
+def test_bench_measures_and_compares(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onestep.cli import bench
+
+    monkeypatch.setattr(bench, "CASES", [lambda: bench._normal(50, 8, 4, 1)])
+    monkeypatch.setattr(bench, "_limits", lambda: (100.0, 10.0))
+    code, written, _ = run("bench", "--seconds", "1")
+    assert code == 0
+    assert re.search(r"solve_normal, 50 of 8 × 4 +\d+\.\d\d ms +\d+\.\d\d ms", written)
+    wrong = bench.Case("wrong", lambda: torch.ones(3), lambda: torch.zeros(3) + 2)
+    with pytest.raises(RuntimeError, match="wrong: the results differ"):
+        bench._measure(wrong, 0.01)
+    assert run("bench", "--seconds", "0")[0] == 2
+
+
+def test_completion_of_the_shell(run: Run) -> None:
+    pytest.importorskip("shtab")
+    code, written, _ = run("--print-completion", "bash")
+    assert code == 0
+    assert "predict" in written
+    assert "complete" in written

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ def _select_target() -> None:
 
 def _share_thread_pool() -> None:
     """Injects ``torch_parallel_for`` (libtorch's stable C shim); without the symbol the kernels stay serial."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    library = Path(torch.__file__).parent / "lib" / name
     try:
         function = ctypes.CDLL(str(library)).torch_parallel_for
     except (OSError, AttributeError):

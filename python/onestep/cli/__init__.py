@@ -1,4 +1,4 @@
-"""The command line, `python -m onestep`: `info`, `fit` and `predict`."""
+"""The command line, `python -m onestep`: `info`, `fit`, `predict` and `bench`."""
 
 from .app import main
 

@@ -11,18 +11,21 @@ from typing import NoReturn
 
 from .errors import CliError, Interrupted, say
 
-PROGRAM = "python -m onestep"
+# As it was called: by the name that pip installs, or as a module.
+PROGRAM = "onestep" if Path(sys.argv[0]).name == "onestep" else "python -m onestep"
 EXTRAS = {"pandas", "rich", "safetensors", "sklearn"}
 # What a network is where the command line does not say.
 HIDDEN, MAX_STEPS = 64, 50
 
 EPILOG = """\
-examples:
+examples (onestep and python -m onestep are the same program):
   python -m onestep fit houses.csv --target price
   python -m onestep fit houses.csv --target price --impute median --save model.safetensors
   python -m onestep fit houses.csv --target price --model mlp
   python -m onestep predict model.safetensors new.csv > prices.csv
   python -m onestep info
+  python -m onestep bench
+  onestep --print-completion bash > ~/.local/share/bash-completion/completions/onestep
 """
 
 FIT_EPILOG = """\
@@ -80,6 +83,17 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Completion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _: object, values: object, *__: object) -> NoReturn:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error("--print-completion needs shtab, which is not installed: pip install 'onestep[cli]'")
+        parser.prog = "onestep"
+        print(shtab.complete(parser, shell=str(values)))
+        parser.exit()
+
+
 def _penalty(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
@@ -91,6 +105,13 @@ def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"must be between 1 and 3600, not {text!r}")
     return value
 
 
@@ -122,7 +143,7 @@ def _mark(text: str) -> str:
 
 
 # argparse names the type in its own message for a value that does not parse.
-_penalty.__name__ = _fraction.__name__ = "number"
+_penalty.__name__ = _fraction.__name__ = _seconds.__name__ = "number"
 _seed.__name__ = _size.__name__ = "whole number"
 
 
@@ -136,9 +157,25 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,fit,predict}")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=["bash", "zsh", "tcsh"],
+        help="print a script for the shell's completion of `onestep`, and exit",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,fit,predict,bench}")
 
     commands.add_parser("info", help="version, CPU target, thread source, CUDA build and devices")
+
+    bench = commands.add_parser(
+        "bench",
+        help="say which CPU target runs here, and how fast, beside torch alone",
+        description="Measures typical calls beside torch's own way to the same result, in turn in one process. Says "
+        "which CPU target runs and what share of the machine's GEMM rate the calls reach.",
+    )
+    bench.add_argument(
+        "--seconds", type=_seconds, default=120, metavar="S", help="about how long to measure (default: %(default)s)"
+    )
 
     fit = commands.add_parser(
         "fit",
@@ -265,6 +302,8 @@ def _dispatch(args: argparse.Namespace) -> None:
     # The commands import the extras at the top of their modules, so each is imported only when it is wanted.
     if args.command == "info":
         from .info import run
+    elif args.command == "bench":
+        from .bench import run
     elif args.command == "fit":
         _settle_model(args)
         from .fit import run

@@ -54,8 +54,13 @@ class replace_attention(TorchFunctionMode):
     That holds for every module that calls it, ``torch.nn.MultiheadAttention`` and torch.nn's transformer layers among
     them. Calls that onestep does not take (other devices and dtypes, dropout) stay torch's.
 
-    >>> with onestep.functional.replace_attention():
-    ...     loss = model(tokens)
+    Examples:
+        >>> import torch
+        >>> from onestep.functional import replace_attention
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, dropout=0.0, batch_first=True)
+        >>> with replace_attention():
+        ...     layer(torch.zeros(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

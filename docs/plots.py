@@ -1,0 +1,22 @@
+"""Pictures of the documentation in one style, imported by pages while they are built (see `docs/hooks.py`)."""
+
+import base64
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+plt.rcParams |= {"figure.figsize": (7.2, 3.4), "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+plt.rcParams |= {"grid.alpha": 0.3, "legend.frameon": False, "font.size": 10, "figure.constrained_layout.use": True}
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Prints the figure as an HTML image with its data inside."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=140)
+    plt.close(figure)
+    print(f'<img class="plot" alt="{alt}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">')
