@@ -68,10 +68,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Lists decisions under their own entry of the menu, and lets code on the pages import docs/plots.py."""
+    """Lets code on the pages import docs/plots.py."""
     sys.path.insert(0, str(Path(__file__).parent))
-    nav = config["nav"] or []
-    files = [f"decisions/{file.name}" for file in sorted(DECISIONS.glob("[0-9]*.md"))]
-    for entry in nav:
-        if "Decisions" in entry:
-            entry["Decisions"] = [entry["Decisions"], *files]
