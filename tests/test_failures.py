@@ -196,6 +196,18 @@ def test_rank_deficiency_is_found_although_rounding_hides_it(n, d, dtype):
     assert bool((info <= n + 8).all())
 
 
+def test_rank_deficiency_is_found_in_the_dual_form_too(dtype):
+    """A row that stands twice and next to no ridge: the pivot of its second place is noise, of either sign."""
+    given = cases.inputs(Case("dual-deficient", n=10, d=40, batch=(20,)), dtype)
+    X = given.X.clone()
+    X[:-1, 7] = X[:-1, 3]
+    result = solve_normal_ex(X, given.Y, ridge=1e-30)
+    assert result.info.tolist() == [8] * 19 + [0]
+    assert bool(result.solution[:-1].isnan().all())
+    smallest = torch.linalg.pinv(X[-1].double()) @ given.Y[-1].double()
+    torch.testing.assert_close(result.solution[-1].double(), smallest, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+
+
 def test_overflow_of_the_solution_is_a_failure():
     """A solution beyond the range of float32 is not returned as Inf."""
     X = torch.full((3, 2, 1), 1e-15)

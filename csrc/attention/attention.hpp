@@ -8,30 +8,22 @@
 
 #include <cstdint>
 
-#include "base/batch.hpp"
+#include "base/operand.hpp"
 #include "base/status.hpp"
 
 namespace onestep {
 
-// An input read in place; null data: absent, which for a cotangent or a tangent means zero.
-struct AttentionInput {
-    const void* data = nullptr;
-    bool bfloat16 = false;  // else of the type that the kernel computes in
-    int64_t batch[kMaxBatchDims] = {};
-    int64_t head = 0;
-    int64_t row = 0;
-    int64_t col = 0;
-};
-
+// Inputs, of the type T that the kernel computes in or of bfloat16 under T = float. A cotangent or a tangent that is
+// absent is zero.
 struct AttentionInputs {
-    AttentionInput q;         // heads × queries × d
-    AttentionInput k;         // kv_heads × keys × d
-    AttentionInput v;         // kv_heads × keys × dv
-    AttentionInput mask;      // heads × queries × keys, added to the scores; or bool, see boolean_mask
-    AttentionInput out;       // heads × queries × dv: O
-    AttentionInput lse;       // heads × queries, double: L
-    AttentionInput grad;      // heads × queries × dv: G, the cotangent of O
-    AttentionInput grad_lse;  // heads × queries, double: the cotangent of L
+    HeadedOperand q;         // heads × queries × d
+    HeadedOperand k;         // kv_heads × keys × d
+    HeadedOperand v;         // kv_heads × keys × dv
+    HeadedOperand mask;      // heads × queries × keys, added to the scores; or boolean: 0 hides the key
+    HeadedOperand out;       // heads × queries × dv: O
+    HeadedOperand lse;       // heads × queries, double: L
+    HeadedOperand grad;      // heads × queries × dv: G, the cotangent of O
+    HeadedOperand grad_lse;  // heads × queries, double: the cotangent of L
 };
 
 // The gradient of the mask, summed over its dimensions of stride 0.
@@ -61,8 +53,7 @@ struct AttentionArgs : AttentionResults<T> {
     BatchShape batch;
     int64_t heads = 0, kv_heads = 0, queries = 0, keys = 0, d = 0, dv = 0;
     T scale = T(1);
-    bool causal = false;        // key j is seen by the queries i >= j
-    bool boolean_mask = false;  // mask holds bytes: 0 hides the key
+    bool causal = false;  // key j is seen by the queries i >= j
     AttentionInputs primal;
     AttentionInputs tangent;
     AttentionResults<T> tangents;  // of the functions that compute both

@@ -10,28 +10,17 @@ namespace py = pybind11;
 using bindings::Address;
 using bindings::Sizes;
 
-// (data_ptr, strides: batch dimensions, head, row, col; whether it is bfloat16; the tensor, which keeps the memory).
-using Input = std::optional<std::tuple<Address, Sizes, bool, py::object>>;
+// (address, strides, element type; the tensor, which keeps the memory).
+using Input = std::optional<std::tuple<Address, Sizes, int, py::object>>;
 // Those of AttentionInputs, in its order.
 using Inputs = std::array<Input, 8>;
 
-AttentionInput input(const Input& given, int dims) {
-    AttentionInput result;
+HeadedOperand input(const Input& given, int dims) {
     if (!given.has_value()) {
-        return result;
+        return {};
     }
-    const Sizes& strides = std::get<1>(*given);
-    const auto batch = static_cast<size_t>(dims);
-    if (strides.size() != batch + 3) {
-        throw std::invalid_argument("wrong number of strides");
-    }
-    result.data = bindings::pointer<const void>(std::get<0>(*given));
-    result.bfloat16 = std::get<2>(*given);
-    std::copy_n(strides.begin(), batch, result.batch);
-    result.head = strides[batch];
-    result.row = strides[batch + 1];
-    result.col = strides[batch + 2];
-    return result;
+    const auto& [address, strides, element, tensor] = *given;
+    return bindings::headed(address, strides, element, dims);
 }
 
 AttentionInputs inputs(const Inputs& given, int dims) {
@@ -42,7 +31,7 @@ AttentionInputs inputs(const Inputs& given, int dims) {
 // (heads, kv_heads, queries, keys, d, dv)
 template <class T>
 AttentionArgs<T> arguments(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
-                           const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask) {
+                           const std::array<int64_t, 6>& sizes, double scale, bool causal) {
     AttentionArgs<T> args;
     args.batch = bindings::batch_shape(batch);
     args.heads = sizes[0];
@@ -53,7 +42,6 @@ AttentionArgs<T> arguments(const Inputs& primal, const Inputs& tangent, const Si
     args.dv = sizes[5];
     args.scale = static_cast<T>(scale);
     args.causal = causal;
-    args.boolean_mask = boolean_mask;
     args.primal = inputs(primal, args.batch.dims);
     args.tangent = inputs(tangent, args.batch.dims);
     return args;
@@ -62,8 +50,8 @@ AttentionArgs<T> arguments(const Inputs& primal, const Inputs& tangent, const Si
 // attention_forward and attention_jvp.
 template <class T, Status (*Kernel)(const AttentionArgs<T>&)>
 void bind_outputs(const Inputs& primal, const Inputs& tangent, const Sizes& batch, const std::array<int64_t, 6>& sizes,
-                  double scale, bool causal, bool boolean_mask, Address out, Address lse) {
-    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
+                  double scale, bool causal, Address out, Address lse) {
+    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal);
     args.out = bindings::pointer<T>(out);
     args.lse = bindings::pointer<double>(lse);
     bindings::run([&] { return Kernel(args); });
@@ -72,9 +60,9 @@ void bind_outputs(const Inputs& primal, const Inputs& tangent, const Sizes& batc
 // attention_forward_and_jvp.
 template <class T>
 void bind_outputs_and_tangents(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
-                               const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
-                               Address out, Address lse, Address out_tangent, Address lse_tangent) {
-    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
+                               const std::array<int64_t, 6>& sizes, double scale, bool causal, Address out, Address lse,
+                               Address out_tangent, Address lse_tangent) {
+    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal);
     args.out = bindings::pointer<T>(out);
     args.lse = bindings::pointer<double>(lse);
     args.tangents.out = bindings::pointer<T>(out_tangent);
@@ -92,7 +80,7 @@ void take_grads(const Grads& grads, int dims, AttentionResults<T>& to) {
     to.v_grad = bindings::pointer<T>(std::get<2>(grads));
     const Input& mask_grad = std::get<3>(grads);
     if (mask_grad.has_value()) {
-        const AttentionInput strides = input(mask_grad, dims);
+        const HeadedOperand strides = input(mask_grad, dims);
         to.mask_grad.data = bindings::pointer<T>(std::get<0>(*mask_grad));
         std::copy_n(strides.batch, kMaxBatchDims, to.mask_grad.batch);
         to.mask_grad.head = strides.head;
@@ -104,8 +92,8 @@ void take_grads(const Grads& grads, int dims, AttentionResults<T>& to) {
 // attention_backward and attention_backward_jvp.
 template <class T, Status (*Kernel)(const AttentionArgs<T>&)>
 void bind_grads(const Inputs& primal, const Inputs& tangent, const Sizes& batch, const std::array<int64_t, 6>& sizes,
-                double scale, bool causal, bool boolean_mask, const Grads& grads) {
-    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
+                double scale, bool causal, const Grads& grads) {
+    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal);
     take_grads<T>(grads, args.batch.dims, args);
     bindings::run([&] { return Kernel(args); });
 }
@@ -113,9 +101,9 @@ void bind_grads(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
 // attention_backward_and_jvp.
 template <class T>
 void bind_grads_and_tangents(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
-                             const std::array<int64_t, 6>& sizes, double scale, bool causal, bool boolean_mask,
-                             const Grads& grads, const Grads& tangents) {
-    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal, boolean_mask);
+                             const std::array<int64_t, 6>& sizes, double scale, bool causal, const Grads& grads,
+                             const Grads& tangents) {
+    AttentionArgs<T> args = arguments<T>(primal, tangent, batch, sizes, scale, causal);
     take_grads<T>(grads, args.batch.dims, args);
     take_grads<T>(tangents, args.batch.dims, args.tangents);
     bindings::run([&] { return attention_backward_and_jvp(args); });
@@ -125,7 +113,7 @@ void bind_grads_and_tangents(const Inputs& primal, const Inputs& tangent, const 
 template <class Function, class... Own>
 void define(py::module_& module, const std::string& name, Function function, const Own&... own) {
     module.def(name.c_str(), function, py::arg("primal"), py::arg("tangent"), py::arg("batch"), py::arg("sizes"),
-               py::arg("scale"), py::arg("causal"), py::arg("boolean_mask"), own...);
+               py::arg("scale"), py::arg("causal"), own...);
 }
 
 template <class T>

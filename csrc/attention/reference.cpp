@@ -14,9 +14,9 @@ namespace {
 
 using Dense = std::vector<double>;  // row-major
 
-double widened(const void* data, int64_t offset, int64_t size, bool bfloat16) {
-    const char* at = static_cast<const char*>(data) + offset * size;
-    if (bfloat16) {
+double widened(const void* data, int64_t offset, Element element) {
+    const char* at = static_cast<const char*>(data) + offset * size_of(element);
+    if (element == Element::bfloat16) {
         uint16_t bits = 0;
         std::memcpy(&bits, at, sizeof(bits));
         const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -24,7 +24,7 @@ double widened(const void* data, int64_t offset, int64_t size, bool bfloat16) {
         std::memcpy(&value, &word, sizeof(value));
         return static_cast<double>(value);
     }
-    if (size == 4) {
+    if (element == Element::float32) {
         float value = 0.0F;
         std::memcpy(&value, at, sizeof(value));
         return static_cast<double>(value);
@@ -45,8 +45,8 @@ int64_t offset_of(const int64_t* strides, int64_t head_stride, const BatchShape&
 
 // All of one head's matrix; zeros where the input is absent.
 template <class T>
-Dense matrix(const AttentionArgs<T>& args, const AttentionInput& input, int64_t problem, int64_t head, int64_t rows,
-             int64_t cols, int64_t size = sizeof(T)) {
+Dense matrix(const AttentionArgs<T>& args, const HeadedOperand& input, int64_t problem, int64_t head, int64_t rows,
+             int64_t cols) {
     Dense result(static_cast<size_t>(rows * cols), 0.0);
     if (input.data == nullptr) {
         return result;
@@ -55,7 +55,7 @@ Dense matrix(const AttentionArgs<T>& args, const AttentionInput& input, int64_t 
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t c = 0; c < cols; ++c) {
             result[static_cast<size_t>(r * cols + c)] =
-                widened(input.data, first + r * input.row + c * input.col, input.bfloat16 ? 2 : size, input.bfloat16);
+                widened(input.data, first + r * input.row + c * input.col, input.element);
         }
     }
     return result;
@@ -83,17 +83,17 @@ struct Operands {
 template <class T>
 Operands operands(const AttentionArgs<T>& args, const AttentionInputs& inputs, int64_t problem, int64_t head) {
     const int64_t kv_head = head / (args.heads / args.kv_heads);
-    const auto rows = [&](const AttentionInput& input, int64_t cols) {
+    const auto rows = [&](const HeadedOperand& input, int64_t cols) {
         return matrix(args, input, problem, head, args.queries, cols);
     };
-    return {
-        rows(inputs.q, args.d),
-        matrix(args, inputs.k, problem, kv_head, args.keys, args.d),
-        matrix(args, inputs.v, problem, kv_head, args.keys, args.dv),
-        args.boolean_mask ? Dense(static_cast<size_t>(args.queries * args.keys), 0.0) : rows(inputs.mask, args.keys),
-        rows(inputs.out, args.dv),
-        rows(inputs.grad, args.dv),
-        matrix(args, inputs.grad_lse, problem, head, args.queries, 1, sizeof(double))};
+    return {rows(inputs.q, args.d),
+            matrix(args, inputs.k, problem, kv_head, args.keys, args.d),
+            matrix(args, inputs.v, problem, kv_head, args.keys, args.dv),
+            inputs.mask.element == Element::boolean ? Dense(static_cast<size_t>(args.queries * args.keys), 0.0)
+                                                    : rows(inputs.mask, args.keys),
+            rows(inputs.out, args.dv),
+            rows(inputs.grad, args.dv),
+            matrix(args, inputs.grad_lse, problem, head, args.queries, 1)};
 }
 
 template <class T>
@@ -101,8 +101,8 @@ bool hidden(const AttentionArgs<T>& args, int64_t problem, int64_t head, int64_t
     if (args.causal && j > i) {
         return true;
     }
-    const AttentionInput& mask = args.primal.mask;
-    if (mask.data == nullptr || !args.boolean_mask) {
+    const HeadedOperand& mask = args.primal.mask;
+    if (mask.data == nullptr || mask.element != Element::boolean) {
         return false;
     }
     const int64_t first = offset_of(mask.batch, mask.head, args.batch, problem, head);

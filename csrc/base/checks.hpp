@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "base/batch.hpp"
+#include "base/operand.hpp"
 
 namespace onestep {
 

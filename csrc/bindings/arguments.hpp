@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 #include <optional>
@@ -12,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "base/batch.hpp"
+#include "base/operand.hpp"
 #include "base/status.hpp"
 
 namespace onestep::bindings {
@@ -53,6 +54,22 @@ Batched<T> batched(const Operand& operand, size_t own) {
     std::copy_n(strides.begin(), dims, result.batch);
     result.row = own >= 1 ? strides[dims] : 0;
     result.col = own >= 2 ? strides[dims + 1] : 0;
+    return result;
+}
+
+// An operand with an element type, by its address and strides: batch dimensions, head, row, column.
+inline HeadedOperand headed(Address address, const Sizes& strides, int element, int batch_dims) {
+    const auto batch = static_cast<size_t>(batch_dims);
+    if (strides.size() != batch + 3) {
+        throw std::invalid_argument("wrong number of strides");
+    }
+    HeadedOperand result;
+    result.data = pointer<const void>(address);
+    result.element = static_cast<Element>(element);
+    std::copy_n(strides.begin(), batch, result.batch);
+    result.head = strides[batch];
+    result.row = strides[batch + 1];
+    result.col = strides[batch + 2];
     return result;
 }
 

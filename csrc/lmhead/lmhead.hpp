@@ -15,7 +15,7 @@
 
 #include <cstdint>
 
-#include "base/batch.hpp"
+#include "base/operand.hpp"
 #include "base/bfloat16.hpp"
 #include "base/status.hpp"
 

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "base/batch.hpp"
+#include "base/operand.hpp"
 #include "base/status.hpp"
 
 namespace onestep {

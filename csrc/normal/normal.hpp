@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "base/batch.hpp"
+#include "base/operand.hpp"
 #include "base/status.hpp"
 
 namespace onestep {

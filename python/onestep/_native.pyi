@@ -218,7 +218,7 @@ def mlp_jacobian_f32(
 
 mlp_jacobian_f64 = mlp_jacobian_f32
 
-_AttentionInput = tuple[int, Sequence[int], bool, object] | None
+_AttentionInput = tuple[int, Sequence[int], int, object] | None
 _AttentionInputs = Sequence[_AttentionInput]
 # Addresses of the gradients of q, k and v, and that of the mask.
 _AttentionGrads = tuple[int, int, int, _AttentionInput]
@@ -230,7 +230,6 @@ def attention_forward_f32(
     sizes: Sequence[int],
     scale: float,
     causal: bool,
-    boolean_mask: bool,
     out: int,
     lse: int,
 ) -> None: ...
@@ -244,7 +243,6 @@ def attention_jvp_f32(
     sizes: Sequence[int],
     scale: float,
     causal: bool,
-    boolean_mask: bool,
     out: int,
     lse: int,
 ) -> None: ...
@@ -258,7 +256,6 @@ def attention_forward_and_jvp_f32(
     sizes: Sequence[int],
     scale: float,
     causal: bool,
-    boolean_mask: bool,
     out: int,
     lse: int,
     out_tangent: int,
@@ -274,7 +271,6 @@ def attention_backward_f32(
     sizes: Sequence[int],
     scale: float,
     causal: bool,
-    boolean_mask: bool,
     grads: _AttentionGrads,
 ) -> None: ...
 
@@ -287,7 +283,6 @@ def attention_backward_jvp_f32(
     sizes: Sequence[int],
     scale: float,
     causal: bool,
-    boolean_mask: bool,
     grads: _AttentionGrads,
 ) -> None: ...
 
@@ -300,7 +295,6 @@ def attention_backward_and_jvp_f32(
     sizes: Sequence[int],
     scale: float,
     causal: bool,
-    boolean_mask: bool,
     grads: _AttentionGrads,
     tangents: _AttentionGrads,
 ) -> None: ...

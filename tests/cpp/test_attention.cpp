@@ -41,7 +41,7 @@ struct Table {
     std::vector<T> wide;
     std::vector<BFloat16> half;
     std::vector<uint8_t> bytes;
-    AttentionInput view;
+    HeadedOperand view;
 
     void lay_out(int64_t heads, int64_t rows, int64_t cols, Layout layout) {
         const int64_t step = layout == Layout::strided ? 2 : 1;
@@ -59,6 +59,7 @@ struct Table {
         wide.resize(count);
         std::generate(wide.begin(), wide.end(), [&] { return static_cast<T>(uniform(random)); });
         view.data = wide.data();
+        view.element = kElement<T>;
         if (bfloat16) {
             half.resize(count);
             for (size_t i = 0; i < count; ++i) {
@@ -68,7 +69,7 @@ struct Table {
                 half[i].bits = static_cast<uint16_t>(word >> 16);
             }
             view.data = half.data();
-            view.bfloat16 = true;
+            view.element = Element::bfloat16;
         }
     }
 
@@ -81,7 +82,7 @@ struct Table {
             wide[i] = static_cast<T>(value);
         }
         view.data = wide.data();
-        view.bfloat16 = false;
+        view.element = kElement<T>;
     }
 
     // A mask that every problem shares: bytes, of which one row is all hidden, or numbers of one row for all queries.
@@ -101,6 +102,7 @@ struct Table {
                 result.bytes[static_cast<size_t>(c.queries / 2 * result.view.row + j * result.view.col)] = 0;
             }
             result.view.data = result.bytes.data();
+            result.view.element = Element::boolean;
         }
         return result;
     }
@@ -130,7 +132,6 @@ struct Inputs {
         args.dv = c.dv;
         args.scale = T(0.4);
         args.causal = c.mask == MaskKind::causal;
-        args.boolean_mask = c.mask == MaskKind::boolean;
         const bool masked = c.mask == MaskKind::boolean || c.mask == MaskKind::additive || c.mask == MaskKind::per_key;
         tables.reserve(16);
         const auto keep = [&](Table<T> table) {
@@ -150,7 +151,7 @@ struct Inputs {
             inputs->grad = keep(std::move(grad));
             double_tables.emplace_back(random, c.problems, c.heads, c.queries, 1, c.layout, false);
             inputs->grad_lse = double_tables.back().view;
-            if (masked && (!tangent || !args.boolean_mask)) {
+            if (masked && (!tangent || c.mask != MaskKind::boolean)) {
                 inputs->mask = keep(Table<T>::mask(random, c));
             }
         }
@@ -180,9 +181,10 @@ struct Results {
 };
 
 template <class T>
-AttentionInput contiguous(const std::vector<T>& data, int64_t heads, int64_t rows, int64_t cols) {
-    AttentionInput view;
+HeadedOperand contiguous(const std::vector<T>& data, int64_t heads, int64_t rows, int64_t cols) {
+    HeadedOperand view;
     view.data = data.data();
+    view.element = kElement<T>;
     view.row = cols;
     view.col = 1;
     view.head = rows * cols;
@@ -217,8 +219,8 @@ Results<T> run(const Inputs<T>& in) {
     args.lse = take(results.lse, all_heads * c.queries);
     args.tangents.out = take(results.out_tangent, all_heads * c.queries * c.dv);
     args.tangents.lse = take(results.lse_tangent, all_heads * c.queries);
-    const AttentionInput out = contiguous(results.out, c.heads, c.queries, c.dv);
-    const AttentionInput lse = contiguous(results.lse, c.heads, c.queries, 1);
+    const HeadedOperand out = contiguous(results.out, c.heads, c.queries, c.dv);
+    const HeadedOperand lse = contiguous(results.lse, c.heads, c.queries, 1);
     if (together) {
         attempt(c.name() + " forward and jvp", [&] { return attention_forward_and_jvp(args); });
     } else {

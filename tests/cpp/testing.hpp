@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "base/batch.hpp"
+#include "base/operand.hpp"
 #include "base/parallel.hpp"
 #include "base/target.hpp"
 #include "base/workspace.hpp"

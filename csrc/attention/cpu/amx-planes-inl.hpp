@@ -161,7 +161,7 @@ inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t ro
     if (slice.data == nullptr) {
         return {};
     }
-    if (!slice.bfloat16) {
+    if (slice.element != Element::bfloat16) {
         const int64_t ld = whole_steps(cols);
         float* padded = work.take(whole_steps(rows) * ld);
         pack_rows<float>(slice, row, 0, rows, cols, 1.0F, padded, ld);

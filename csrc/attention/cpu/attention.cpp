@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "attention/cpu/mask_dims.hpp"
 #include "attention/cpu/plan.hpp"
 #include "base/parallel.hpp"
 #include "base/reduce.hpp"
@@ -22,8 +23,9 @@ constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 template <class T>
 const AttentionKernels<T>& active_kernels(const AttentionInputs& inputs) {
     if constexpr (std::is_same_v<T, float>) {
-        const bool half = inputs.q.bfloat16 && inputs.k.bfloat16 && inputs.v.bfloat16;
-        return half ? ONESTEP_AMX_KERNELS(attention, f32) : ONESTEP_KERNELS(attention, f32);
+        const auto half = [](const HeadedOperand& input) { return input.element == Element::bfloat16; };
+        return half(inputs.q) && half(inputs.k) && half(inputs.v) ? ONESTEP_AMX_KERNELS(attention, f32)
+                                                                  : ONESTEP_KERNELS(attention, f32);
     } else {
         return ONESTEP_KERNELS(attention, f64);
     }
@@ -53,35 +55,29 @@ void cut_keys(const AttentionArgs<T>& args, int64_t pieces, AttentionPlan<T>& pl
     plan.pieces = cuts;
 }
 
-// A slice of the input for one problem of the batch and one head; `size` is that of the input's elements.
-AttentionSlice slice(const AttentionInput& input, const BatchShape& batch, int64_t problem, int64_t head,
-                     int64_t size) {
-    if (input.data == nullptr) {
+// The matrix of one problem and head.
+AttentionSlice slice(const HeadedOperand& input, const BatchShape& batch, int64_t problem, int64_t head) {
+    if (!input) {
         return {};
     }
     const int64_t offset = batch.offset(problem, input.batch) + head * input.head;
-    return {static_cast<const char*>(input.data) + offset * size, input.bfloat16, input.row, input.col};
+    return {static_cast<const char*>(input.data) + offset * size_of(input.element), input.element, input.row,
+            input.col};
 }
 
 template <class T>
-AttentionSlices slices(const AttentionArgs<T>& args, const AttentionInputs& inputs, bool bytes, int64_t problem,
-                       int64_t head) {
+AttentionSlices slices(const AttentionArgs<T>& args, const AttentionInputs& inputs, int64_t problem, int64_t head) {
     const int64_t kv_head = head / (args.heads / args.kv_heads);
-    const auto at = [&](const AttentionInput& input, int64_t which) {
-        return slice(input, args.batch, problem, which, input.bfloat16 ? 2 : static_cast<int64_t>(sizeof(T)));
-    };
-    const auto row = [&](const AttentionInput& input) {
-        return slice(input, args.batch, problem, head, static_cast<int64_t>(sizeof(double)));
-    };
+    const auto at = [&](const HeadedOperand& input, int64_t which) { return slice(input, args.batch, problem, which); };
     AttentionSlices result;
     result.q = at(inputs.q, head);
     result.k = at(inputs.k, kv_head);
     result.v = at(inputs.v, kv_head);
-    result.mask = bytes ? slice(inputs.mask, args.batch, problem, head, 1) : at(inputs.mask, head);
+    result.mask = at(inputs.mask, head);
     result.out = at(inputs.out, head);
-    result.lse = row(inputs.lse);
+    result.lse = at(inputs.lse, head);
     result.grad = at(inputs.grad, head);
-    result.grad_lse = row(inputs.grad_lse);
+    result.grad_lse = at(inputs.grad_lse, head);
     return result;
 }
 
@@ -163,9 +159,8 @@ class Call {
         result.tile = plan_.tile;
         result.scale = args_.scale;
         result.causal = args_.causal;
-        result.boolean_mask = args_.boolean_mask;
-        result.primal = slices(args_, args_.primal, args_.boolean_mask, index / args_.heads, index % args_.heads);
-        result.tangent = slices(args_, args_.tangent, false, index / args_.heads, index % args_.heads);
+        result.primal = slices(args_, args_.primal, index / args_.heads, index % args_.heads);
+        result.tangent = slices(args_, args_.tangent, index / args_.heads, index % args_.heads);
         return result;
     }
 
@@ -238,58 +233,13 @@ class Call {
             tile_of_queries);
     }
 
-    // The dimensions of a mask, those of the batch first and then heads. The mask has some of its own; over the others
-    // it is shared, and its gradient is summed.
-    struct MaskDims {
-        int count = 0;
-        int64_t size[kMaxBatchDims + 1];
-        int64_t stride[kMaxBatchDims + 1];
-        int64_t own = 1;
-        int64_t shared = 1;
-
-        MaskDims(const AttentionArgs<T>& args, const AttentionMaskGrad<T>& grad) : count(args.batch.dims + 1) {
-            std::copy_n(args.batch.size, args.batch.dims, size);
-            std::copy_n(grad.batch, args.batch.dims, stride);
-            size[count - 1] = args.heads;
-            stride[count - 1] = grad.head;
-            for (int dim = 0; dim < count; ++dim) {
-                (stride[dim] != 0 ? own : shared) *= size[dim];
-            }
-        }
-
-        // Where the mask's own matrix `index` starts.
-        int64_t offset(int64_t index) const {
-            int64_t result = 0;
-            for (int dim = count - 1; dim >= 0; --dim) {
-                if (stride[dim] != 0) {
-                    result += index % size[dim] * stride[dim];
-                    index /= size[dim];
-                }
-            }
-            return result;
-        }
-
-        // Query head `member` of those that share the mask's own matrix `index`.
-        int64_t head(int64_t index, int64_t member) const {
-            int64_t result = 0;
-            int64_t step = 1;
-            for (int dim = count - 1; dim >= 0; --dim) {
-                int64_t& rest = stride[dim] != 0 ? index : member;
-                result += rest % size[dim] * step;
-                rest /= size[dim];
-                step *= size[dim];
-            }
-            return result;
-        }
-    };
-
     // The gradient of the mask: dS, summed over what the mask is shared by. One piece of work is a tile of the mask, or
     // a row, a column or the whole of tiles where the mask has one column, one row or one element for all.
     Status gradient_of_mask(const AttentionDeltas<T>& deltas, const AttentionMaskGrad<T>& grad, bool tangent) const {
         if (grad.data == nullptr) {
             return Status::ok;
         }
-        const MaskDims dims(args_, grad);
+        const MaskDims dims(args_.batch, args_.heads, grad);
         const bool row_each = grad.row != 0;
         const bool col_each = grad.col != 0;
         const int64_t row_tiles = row_each ? plan_.query_tiles.pieces() : 1;
@@ -340,7 +290,7 @@ class Call {
         if (mask.data == nullptr) {
             return;
         }
-        const MaskDims dims(args_, mask);
+        const MaskDims dims(args_.batch, args_.heads, mask);
         for (int64_t index = 0; index < dims.own; ++index) {
             for (int64_t row = 0; row < (mask.row != 0 ? args_.queries : 1); ++row) {
                 for (int64_t col = 0; col < (mask.col != 0 ? args_.keys : 1); ++col) {
@@ -366,10 +316,11 @@ AttentionArgs<T> for_tangents(const AttentionArgs<T>& args) {
 }
 
 // A result as the input of the next pass: contiguous, (batch…, heads, queries, cols).
-template <class T>
-AttentionInput contiguous(const AttentionArgs<T>& args, const void* data, int64_t cols) {
-    AttentionInput result;
+template <class T, class Result>
+HeadedOperand contiguous(const AttentionArgs<T>& args, const Result* data, int64_t cols) {
+    HeadedOperand result;
     result.data = data;
+    result.element = kElement<Result>;
     result.col = 1;
     result.row = cols;
     result.head = args.queries * cols;

@@ -4,14 +4,15 @@
 
 #include <cstdint>
 
+#include "base/operand.hpp"
 #include "base/target.hpp"
 
 namespace onestep {
 
-// One head's matrix; see AttentionInput.
+// One head's matrix of a HeadedOperand.
 struct AttentionSlice {
     const void* data = nullptr;
-    bool bfloat16 = false;
+    Element element = Element::float32;
     int64_t row = 0;
     int64_t col = 0;
 };
@@ -26,7 +27,6 @@ struct AttentionHead {
     int64_t queries = 0, keys = 0, d = 0, dv = 0, tile = 0;
     T scale = T(1);
     bool causal = false;
-    bool boolean_mask = false;
     AttentionSlices primal, tangent;
 };
 

@@ -101,7 +101,7 @@ template <class T>
 inline void pack_rows(const AttentionSlice& slice, int64_t row, int64_t col, int64_t rows, int64_t cols, T factor,
                       T* to, int64_t ld) {
     if constexpr (sizeof(T) == sizeof(float)) {
-        if (slice.bfloat16) {
+        if (slice.element == Element::bfloat16) {
             pack_rows_of<T>(element<BFloat16>(slice, row, col), slice.row, slice.col, rows, cols, factor, to, ld);
             return;
         }
@@ -114,7 +114,7 @@ template <class T>
 inline void pack_columns(const AttentionSlice& slice, int64_t row, int64_t col, int64_t rows, int64_t cols, T factor,
                          T* to, int64_t ld) {
     if constexpr (sizeof(T) == sizeof(float)) {
-        if (slice.bfloat16) {
+        if (slice.element == Element::bfloat16) {
             pack_columns_of<T>(element<BFloat16>(slice, row, col), slice.row, slice.col, rows, cols, factor, to, ld);
             return;
         }
@@ -203,7 +203,7 @@ inline void pack_mask(const AttentionHead<T>& head, int64_t i, int64_t j, int64_
     const T hidden = -static_cast<T>(__builtin_inf());
     if (mask.data == nullptr) {
         __builtin_memset(to, 0, static_cast<size_t>(ni * ld) * sizeof(T));
-    } else if (head.boolean_mask) {
+    } else if (mask.element == Element::boolean) {
         for (int64_t r = 0; r < ni; ++r) {
             const uint8_t* seen = element<uint8_t>(mask, i + r, j);
             for (int64_t c = 0; c < nj; ++c) {

@@ -8,41 +8,21 @@
 
 #include <cstdint>
 
-#include "base/batch.hpp"
 #include "base/cuda/runtime.hpp"
+#include "base/operand.hpp"
 #include "base/status.hpp"
 
 namespace onestep::cuda {
 
-enum class Element : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
-
-// rows × columns for each head; strides in elements, null data: absent.
-struct AttentionOperand {
-    const void* data = nullptr;
-    int64_t batch[kMaxBatchDims] = {};
-    int64_t head = 0;
-    int64_t row = 0;
-};
-
-enum class MaskKind : int { none = 0, boolean = 1, additive = 2, additive_float = 3 };
-
-// What hides keys (bytes, 0 hides) or is added to the scores, in the operands' type or in float.
-struct AttentionMask {
-    MaskKind kind = MaskKind::none;
-    const void* data = nullptr;
-    int64_t batch[kMaxBatchDims] = {};
-    int64_t head = 0;
-    int64_t row = 0;
-    int64_t col = 0;
-};
-
 struct AttentionTensors {
-    AttentionOperand q;                // heads × queries × d
-    AttentionOperand k;                // kv_heads × keys × d
-    AttentionOperand v;                // kv_heads × keys × dv
-    AttentionMask mask;                // heads × queries × keys; of the tangents additive or none
-    AttentionOperand out;              // heads × queries × dv: O
-    AttentionOperand grad;             // heads × queries × dv: the cotangent of O
+    HeadedOperand q;  // heads × queries × d
+    HeadedOperand k;  // kv_heads × keys × d
+    HeadedOperand v;  // kv_heads × keys × dv
+    // heads × queries × keys: boolean (0 hides the key), or of the operands' type or float and added to the scores. Its
+    // columns may have any stride. The tangents' is not boolean.
+    HeadedOperand mask;
+    HeadedOperand out;                 // heads × queries × dv: O
+    HeadedOperand grad;                // heads × queries × dv: the cotangent of O
     const double* lse = nullptr;       // contiguous, batch × heads × queries: L
     const double* grad_lse = nullptr;  // likewise: the cotangent of L
 };

@@ -11,45 +11,17 @@ namespace py = pybind11;
 using bindings::Address;
 using bindings::Sizes;
 
-// (data_ptr, strides: batch dimensions, head, row, col), or None.
-using Input = std::optional<std::tuple<Address, Sizes>>;
-// (kind, data_ptr, strides), or None.
-using Mask = std::optional<std::tuple<int, Address, Sizes>>;
+// (address, strides, element type), or None.
+using Input = std::optional<std::tuple<Address, Sizes, int>>;
 // q, k, v, mask, out, lse, grad, grad_lse; L and its cotangent by their addresses, 0: absent.
-using Tensors = std::tuple<Input, Input, Input, Mask, Input, Address, Input, Address>;
+using Tensors = std::tuple<Input, Input, Input, Input, Input, Address, Input, Address>;
 
-void check_strides(const Sizes& strides, int dims) {
-    if (strides.size() != static_cast<size_t>(dims) + 3) {
-        throw std::invalid_argument("wrong number of strides");
+HeadedOperand operand(const Input& given, int dims) {
+    if (!given.has_value()) {
+        return {};
     }
-}
-
-cuda::AttentionOperand operand(const Input& given, int dims) {
-    cuda::AttentionOperand result;
-    if (given.has_value()) {
-        const auto& [address, strides] = *given;
-        check_strides(strides, dims);
-        result.data = bindings::pointer<const void>(address);
-        std::copy_n(strides.begin(), dims, result.batch);
-        result.head = strides[static_cast<size_t>(dims)];
-        result.row = strides[static_cast<size_t>(dims) + 1];
-    }
-    return result;
-}
-
-cuda::AttentionMask mask(const Mask& given, int dims) {
-    cuda::AttentionMask result;
-    if (given.has_value()) {
-        const auto& [kind, address, strides] = *given;
-        check_strides(strides, dims);
-        result.kind = static_cast<cuda::MaskKind>(kind);
-        result.data = bindings::pointer<const void>(address);
-        std::copy_n(strides.begin(), dims, result.batch);
-        result.head = strides[static_cast<size_t>(dims)];
-        result.row = strides[static_cast<size_t>(dims) + 1];
-        result.col = strides[static_cast<size_t>(dims) + 2];
-    }
-    return result;
+    const auto& [address, strides, element] = *given;
+    return bindings::headed(address, strides, element, dims);
 }
 
 cuda::AttentionTensors tensors(const Tensors& given, int dims) {
@@ -57,7 +29,7 @@ cuda::AttentionTensors tensors(const Tensors& given, int dims) {
     result.q = operand(std::get<0>(given), dims);
     result.k = operand(std::get<1>(given), dims);
     result.v = operand(std::get<2>(given), dims);
-    result.mask = mask(std::get<3>(given), dims);
+    result.mask = operand(std::get<3>(given), dims);
     result.out = operand(std::get<4>(given), dims);
     result.lse = bindings::pointer<const double>(std::get<5>(given));
     result.grad = operand(std::get<6>(given), dims);
@@ -69,7 +41,7 @@ cuda::AttentionTensors tensors(const Tensors& given, int dims) {
 cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale,
                                bool causal, bool warp_groups, const Tensors& primal, const Tensors& tangent) {
     cuda::AttentionProblem result;
-    result.element = static_cast<cuda::Element>(element);
+    result.element = static_cast<Element>(element);
     result.batch = bindings::batch_shape(batch);
     result.heads = sizes[0];
     result.kv_heads = sizes[1];
@@ -114,7 +86,7 @@ void run_gradients(int element, const Sizes& batch, const std::array<int64_t, 6>
 bool supported(int element, int d, int dv, int device) {
     bool result = false;
     bindings::run_on_device(device, [&] {
-        result = cuda::attention_supported(static_cast<cuda::Element>(element), d, dv);
+        result = cuda::attention_supported(static_cast<Element>(element), d, dv);
         return Status::ok;
     });
     return result;

@@ -52,10 +52,10 @@ inline __device__ int64_t offset_of(const int64_t* batch_strides, int64_t head_s
 // registers.
 template <class T>
 struct HeadRows {
-    const AttentionOperand& operand;
+    const HeadedOperand& operand;
     const T* data = nullptr;
 
-    __device__ __forceinline__ HeadRows(const AttentionOperand& operand_, const BatchShape& batch, int64_t problem,
+    __device__ __forceinline__ HeadRows(const HeadedOperand& operand_, const BatchShape& batch, int64_t problem,
                                         int64_t head)
         : operand(operand_) {
         if (operand.data != nullptr) {
@@ -74,30 +74,30 @@ struct HeadRows {
 template <class T>
 struct HeadMask {
     using Acc = Accumulator<T>;
-    const AttentionMask& mask;
+    const HeadedOperand& mask;
     const void* data = nullptr;
 
-    __device__ __forceinline__ HeadMask(const AttentionMask& mask_, const BatchShape& batch, int64_t problem,
+    __device__ __forceinline__ HeadMask(const HeadedOperand& mask_, const BatchShape& batch, int64_t problem,
                                         int64_t head)
         : mask(mask_) {
-        if (mask.kind != MaskKind::none) {
-            const int64_t size = mask.kind == MaskKind::boolean    ? 1
-                                 : mask.kind == MaskKind::additive ? static_cast<int64_t>(sizeof(T))
-                                                                   : static_cast<int64_t>(sizeof(float));
+        if (mask.data != nullptr) {
+            const int64_t size = mask.element == Element::boolean   ? 1
+                                 : mask.element == Element::float32 ? static_cast<int64_t>(sizeof(float))
+                                                                    : static_cast<int64_t>(sizeof(T));
             data = static_cast<const char*>(mask.data) + size * offset_of(mask.batch, mask.head, batch, problem, head);
         }
     }
 
-    __device__ __forceinline__ explicit operator bool() const { return mask.kind != MaskKind::none; }
+    __device__ __forceinline__ explicit operator bool() const { return mask.data != nullptr; }
 
     // What is added to the score of query i and key j, `member` heads further; −∞: the key is hidden.
     __device__ __forceinline__ Acc value(int64_t member, int64_t i, int64_t j) const {
         const int64_t at = member * mask.head + i * mask.row + j * mask.col;
-        if (mask.kind == MaskKind::boolean) {
+        if (mask.element == Element::boolean) {
             return static_cast<const uint8_t*>(data)[at] != 0 ? Acc(0) : -std::numeric_limits<Acc>::infinity();
         }
-        return mask.kind == MaskKind::additive ? static_cast<Acc>(to_float(static_cast<const T*>(data)[at]))
-                                               : static_cast<Acc>(static_cast<const float*>(data)[at]);
+        return mask.element == Element::float32 ? static_cast<Acc>(static_cast<const float*>(data)[at])
+                                                : static_cast<Acc>(to_float(static_cast<const T*>(data)[at]));
     }
 };
 

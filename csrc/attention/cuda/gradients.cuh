@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(128) attention_row_terms_kernel(const __grid_c
     }
     const int64_t flat = row / problem.queries;
     const int64_t query = row % problem.queries;
-    const auto line = [&](const AttentionOperand& operand) {
+    const auto line = [&](const HeadedOperand& operand) {
         const HeadRows<T> rows(operand, problem.batch, flat / problem.heads, flat % problem.heads);
         return rows ? rows.at(query) : nullptr;
     };

@@ -125,68 +125,33 @@ __device__ __forceinline__ void wgmma_hold_left([[maybe_unused]] unsigned (&a)[4
     ONESTEP_WGMMA_4(d, n), ONESTEP_WGMMA_4(d, n + 1), ONESTEP_WGMMA_4(d, n + 2), ONESTEP_WGMMA_4(d, n + 3)
 #define ONESTEP_WGMMA_32(d, n) ONESTEP_WGMMA_16(d, n), ONESTEP_WGMMA_16(d, n + 4)
 #define ONESTEP_WGMMA_64(d, n) ONESTEP_WGMMA_32(d, n), ONESTEP_WGMMA_32(d, n + 8)
-#define ONESTEP_WGMMA_SHARED_N32(type)                                         \
-    asm volatile(                                                              \
-        "{.reg .pred add; setp.ne.b32 add, %19, 0;"                            \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type            \
-        " {"                                                                   \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-        "}, %16, %17, add, 1, 1, 0, %18;}"                                     \
-        : ONESTEP_WGMMA_16(d, 0)                                               \
-        : "l"(a.bits), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_REGISTERS_N32(type)                                      \
-    asm volatile(                                                              \
-        "{.reg .pred add; setp.ne.b32 add, %22, 0;"                            \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type            \
-        " {"                                                                   \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-        "}, {%16, %17, %18, %19}, %20, add, 1, 1, %21;}"                       \
-        : ONESTEP_WGMMA_16(d, 0)                                               \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_SHARED_N64(type)                                                   \
-    asm volatile(                                                                        \
-        "{.reg .pred add; setp.ne.b32 add, %35, 0;"                                      \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                      \
-        " {"                                                                             \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-        "}, %32, %33, add, 1, 1, 0, %34;}"                                               \
-        : ONESTEP_WGMMA_32(d, 0)                                                         \
-        : "l"(a.bits), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_REGISTERS_N64(type)                                                \
-    asm volatile(                                                                        \
-        "{.reg .pred add; setp.ne.b32 add, %38, 0;"                                      \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                      \
-        " {"                                                                             \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-        "}, {%32, %33, %34, %35}, %36, add, 1, 1, %37;}"                                 \
-        : ONESTEP_WGMMA_32(d, 0)                                                         \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_SHARED_N128(type)                                                    \
-    asm volatile(                                                                          \
-        "{.reg .pred add; setp.ne.b32 add, %67, 0;"                                        \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                       \
-        " {"                                                                               \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"   \
-        "}, %64, %65, add, 1, 1, 0, %66;}"                                                 \
-        : ONESTEP_WGMMA_64(d, 0)                                                           \
-        : "l"(a.bits), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
-#define ONESTEP_WGMMA_REGISTERS_N128(type)                                                 \
-    asm volatile(                                                                          \
-        "{.reg .pred add; setp.ne.b32 add, %70, 0;"                                        \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                       \
-        " {"                                                                               \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"   \
-        "}, {%64, %65, %66, %67}, %68, add, 1, 1, %69;}"                                   \
-        : ONESTEP_WGMMA_64(d, 0)                                                           \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
+#define ONESTEP_WGMMA_OUTPUTS_32 ONESTEP_WGMMA_16(d, 0)
+#define ONESTEP_WGMMA_OUTPUTS_64 ONESTEP_WGMMA_32(d, 0)
+#define ONESTEP_WGMMA_OUTPUTS_128 ONESTEP_WGMMA_64(d, 0)
+#define ONESTEP_WGMMA_NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define ONESTEP_WGMMA_NAMES_64 \
+    ONESTEP_WGMMA_NAMES_32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ONESTEP_WGMMA_NAMES_128                                                          \
+    ONESTEP_WGMMA_NAMES_64                                                               \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// One instruction. Operands count on from the accumulator's: A (`...`, by its names `left`), B, whether B's depth is in
+// rows (after A's flag, if A has one), and 1: add to D.
+#define ONESTEP_WGMMA_OF(type, N, left, right, flags, add, ...)                                               \
+    asm volatile("{.reg .pred add; setp.ne.b32 add, " add                                                     \
+                 ", 0;"                                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" ONESTEP_WGMMA_NAMES_##N \
+                 "}, " left ", " right ", add, 1, 1, " flags ";}"                                             \
+                 : ONESTEP_WGMMA_OUTPUTS_##N                                                                  \
+                 : __VA_ARGS__, "l"(b.bits), "n"(kDepthInRows ? 1 : 0), "r"(1))
+#define ONESTEP_WGMMA(...)                          \
+    if constexpr (std::is_same_v<Half, bfloat16>) { \
+        ONESTEP_WGMMA_OF("bf16", __VA_ARGS__);      \
+    } else {                                        \
+        ONESTEP_WGMMA_OF("f16", __VA_ARGS__);       \
+    }
+#define ONESTEP_WGMMA_SHARED "l"(a.bits)
+#define ONESTEP_WGMMA_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 #endif
 
 // D += A B of one step of depth 16, asynchronously: D is complete after wgmma_commit and wgmma_wait. `b` has N rows of
@@ -199,21 +164,13 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], [[maybe_unused]] Sha
     emulated::wgmma<Half, N, kDepthInRows>(
         d, [&](int row, int k) { return emulated::shared_element<Half>(a, first + row, k); }, b);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    constexpr bool kBFloat16 = std::is_same_v<Half, bfloat16>;
-    if constexpr (N == 32 && kBFloat16) {
-        ONESTEP_WGMMA_SHARED_N32("bf16");
-    } else if constexpr (N == 32 && !kBFloat16) {
-        ONESTEP_WGMMA_SHARED_N32("f16");
-    } else if constexpr (N == 64 && kBFloat16) {
-        ONESTEP_WGMMA_SHARED_N64("bf16");
-    } else if constexpr (N == 64 && !kBFloat16) {
-        ONESTEP_WGMMA_SHARED_N64("f16");
-    } else if constexpr (N == 128 && kBFloat16) {
-        ONESTEP_WGMMA_SHARED_N128("bf16");
-    } else if constexpr (N == 128 && !kBFloat16) {
-        ONESTEP_WGMMA_SHARED_N128("f16");
+    static_assert(N == 32 || N == 64 || N == 128, "no wgmma of this width");
+    if constexpr (N == 32) {
+        ONESTEP_WGMMA(32, "%16", "%17", "0, %18", "%19", ONESTEP_WGMMA_SHARED)
+    } else if constexpr (N == 64) {
+        ONESTEP_WGMMA(64, "%32", "%33", "0, %34", "%35", ONESTEP_WGMMA_SHARED)
     } else {
-        static_assert(N == 32, "no wgmma of this width");
+        ONESTEP_WGMMA(128, "%64", "%65", "0, %66", "%67", ONESTEP_WGMMA_SHARED)
     }
 #else
     __trap();
@@ -229,21 +186,13 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], [[maybe_unused]] con
     emulated::wgmma<Half, N, kDepthInRows>(
         d, [&](int row, int k) { return emulated::fragment_element<Half>(slots, row, k); }, b);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    constexpr bool kBFloat16 = std::is_same_v<Half, bfloat16>;
-    if constexpr (N == 32 && kBFloat16) {
-        ONESTEP_WGMMA_REGISTERS_N32("bf16");
-    } else if constexpr (N == 32 && !kBFloat16) {
-        ONESTEP_WGMMA_REGISTERS_N32("f16");
-    } else if constexpr (N == 64 && kBFloat16) {
-        ONESTEP_WGMMA_REGISTERS_N64("bf16");
-    } else if constexpr (N == 64 && !kBFloat16) {
-        ONESTEP_WGMMA_REGISTERS_N64("f16");
-    } else if constexpr (N == 128 && kBFloat16) {
-        ONESTEP_WGMMA_REGISTERS_N128("bf16");
-    } else if constexpr (N == 128 && !kBFloat16) {
-        ONESTEP_WGMMA_REGISTERS_N128("f16");
+    static_assert(N == 32 || N == 64 || N == 128, "no wgmma of this width");
+    if constexpr (N == 32) {
+        ONESTEP_WGMMA(32, "{%16, %17, %18, %19}", "%20", "%21", "%22", ONESTEP_WGMMA_REGISTERS)
+    } else if constexpr (N == 64) {
+        ONESTEP_WGMMA(64, "{%32, %33, %34, %35}", "%36", "%37", "%38", ONESTEP_WGMMA_REGISTERS)
     } else {
-        static_assert(N == 32, "no wgmma of this width");
+        ONESTEP_WGMMA(128, "{%64, %65, %66, %67}", "%68", "%69", "%70", ONESTEP_WGMMA_REGISTERS)
     }
 #else
     __trap();
@@ -255,12 +204,16 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], [[maybe_unused]] con
 #undef ONESTEP_WGMMA_16
 #undef ONESTEP_WGMMA_32
 #undef ONESTEP_WGMMA_64
-#undef ONESTEP_WGMMA_SHARED_N32
-#undef ONESTEP_WGMMA_REGISTERS_N32
-#undef ONESTEP_WGMMA_SHARED_N64
-#undef ONESTEP_WGMMA_REGISTERS_N64
-#undef ONESTEP_WGMMA_SHARED_N128
-#undef ONESTEP_WGMMA_REGISTERS_N128
+#undef ONESTEP_WGMMA_OUTPUTS_32
+#undef ONESTEP_WGMMA_OUTPUTS_64
+#undef ONESTEP_WGMMA_OUTPUTS_128
+#undef ONESTEP_WGMMA_NAMES_32
+#undef ONESTEP_WGMMA_NAMES_64
+#undef ONESTEP_WGMMA_NAMES_128
+#undef ONESTEP_WGMMA_OF
+#undef ONESTEP_WGMMA
+#undef ONESTEP_WGMMA_SHARED
+#undef ONESTEP_WGMMA_REGISTERS
 #endif
 
 }  // namespace onestep::cuda

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "base/batch.hpp"
+#include "base/operand.hpp"
 #include "base/target.hpp"
 
 namespace onestep {

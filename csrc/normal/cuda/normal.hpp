@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "base/batch.hpp"
+#include "base/operand.hpp"
 #include "base/cuda/runtime.hpp"
 #include "base/status.hpp"
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onestep._processes import collective, initialised, place
 from onestep.evaluation.data import Share
 from onestep.evaluation.errors import NonFiniteError
 
@@ -17,10 +18,8 @@ Result = TypeVar("Result")
 
 def share() -> Share:
     """This process's place; (0, 1) where torch.distributed is not initialised."""
-    if dist.is_available() and dist.is_initialized():
-        size = dist.get_world_size()
-        return Share(dist.get_rank(), size, size)
-    return Share()
+    rank, size = place()
+    return Share(rank, size, size) if initialised() else Share()
 
 
 def together(compute: Callable[[], Result]) -> Result:
@@ -40,7 +39,7 @@ def together(compute: Callable[[], Result]) -> Result:
     # Gravity times size plus rank, so that the greatest says what and where.
     own = _gravity(error) * size + rank if error is not None else 0
     worst = torch.tensor(own)
-    _collective(dist.all_reduce, worst, dist.ReduceOp.MAX)
+    collective(dist.all_reduce, worst, dist.ReduceOp.MAX)
     gravity, where = divmod(int(worst), size)
     if gravity == 0:
         return result
@@ -63,7 +62,7 @@ def from_first(compute: Callable[[], Result]) -> Result:
     if share().size == 1:
         return compute()
     box = [together(lambda: compute() if share().rank == 0 else None)]
-    _collective(dist.broadcast_object_list, box, 0)
+    collective(dist.broadcast_object_list, box, 0)
     result: Any = box[0]
     return result  # type: ignore[no-any-return]
 
@@ -73,11 +72,15 @@ def summed(compute: Callable[[], tuple[Tensor, list[float]]]) -> tuple[Tensor, l
     tensor, numbers = together(compute)
     if share().size == 1:
         return tensor, numbers
+    return _add_up(tensor.contiguous(), numbers)
+
+
+def _add_up(tensor: Tensor, numbers: list[float]) -> tuple[Tensor, list[float]]:
+    """The sums over all processes, the tensor's in its place."""
     values = torch.tensor(numbers, dtype=torch.float64)
-    _collective(dist.all_reduce, values)
-    if tensor.numel():
-        tensor = tensor.contiguous()
-        _collective(dist.all_reduce, tensor)
+    for summand in (tensor, values):
+        if summand.numel():
+            collective(dist.all_reduce, summand)
     return tensor, values.tolist()
 
 
@@ -112,12 +115,7 @@ def summed_by_piece(
         part = sums.pop(piece, None)
         if spread:
             # All but one process have zeros, which change nothing.
-            tensor, numbers = part or (torch.zeros_like(total), [0.0] * like[1])
-            values = torch.tensor(numbers, dtype=torch.float64)
-            for summand in (tensor, values):
-                if summand.numel():
-                    _collective(dist.all_reduce, summand)
-            part = tensor, values.tolist()
+            part = _add_up(*(part or (torch.zeros_like(total), [0.0] * like[1])))
         if part is not None:
             total.add_(part[0])
             counts = [a + b for a, b in zip(counts, part[1], strict=True)]
@@ -129,7 +127,7 @@ def same_everywhere(tensors: list[Tensor]) -> None:
     if share().size > 1:
         for tensor in tensors:
             value = tensor.detach().contiguous()
-            _collective(dist.broadcast, value, 0)
+            collective(dist.broadcast, value, 0)
             tensor.detach().copy_(value)
 
 
@@ -139,13 +137,6 @@ def equal_everywhere(tensor: Tensor) -> bool:
         return True
     numbers = [*tensor.shape, tensor.sum(dtype=torch.float64).item(), tensor.double().norm().item()]
     extremes = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.float64)
-    _collective(dist.all_reduce, extremes, dist.ReduceOp.MAX)
+    collective(dist.all_reduce, extremes, dist.ReduceOp.MAX)
     greatest, least = extremes.chunk(2)
     return torch.equal(greatest, -least)
-
-
-def _collective(operation: Callable[..., Any], *arguments: Any) -> None:
-    try:
-        operation(*arguments)
-    except RuntimeError as error:
-        raise RuntimeError("onestep: lost the connection to another process, which has probably died") from error

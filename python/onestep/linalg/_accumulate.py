@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onestep._processes import collective, initialised, place
 from onestep.linalg import spd
 from onestep.linalg._arguments import floating
 from onestep.linalg._normal import Moments, moments
@@ -195,15 +196,15 @@ class NormalEquations:
             RuntimeError: torch.distributed is not initialised.
             ValueError: this process is not in the group; or, on every rank, d, k, intercept or dtype differ.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not initialised():
             raise RuntimeError("all_reduce needs a process group: call torch.distributed.init_process_group first")
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        rank, size = place(group)
         if rank < 0:
             raise ValueError("this process is not in group; expected a group that it belongs to")
         # Headers of one size first: sums of different sizes would hang, or mix up their numbers.
         mine = torch.tensor([self.d, self.k, self.intercept, self.dtype.itemsize, self.count], device=self.device)
         headers = [torch.empty_like(mine) for _ in range(size)]
-        dist.all_gather(headers, mine, group=group)
+        collective(dist.all_gather, headers, mine, group=group)
         *expected, _ = headers[0].tolist()
         for other, header in enumerate(headers):
             *found, _ = header.tolist()
@@ -214,7 +215,7 @@ class NormalEquations:
         own = torch.cat([part.reshape(-1) for part in self._sums])
         for source in range(size):
             flat = own if source == rank else torch.empty_like(own)
-            dist.broadcast(flat, group=group, group_src=source)
+            collective(dist.broadcast, flat, group=group, group_src=source)
             total = _merged(total, self._split(flat), self.intercept)
         self._sums, self.count = total, sum(int(header[-1]) for header in headers)
         return self

@@ -4,7 +4,7 @@ Everything in onestep that solves such a system and has something else to do whe
 the same matrix is singular to all of it:
 
 - A is **singular** where a pivot, after scaling to a unit diagonal, is at most ``SINGULAR_EPSILONS`` ε: only rounding
-  noise is left of it. The kernels of ``solve_normal`` judge by the same number.
+  noise is left of it. ``solve_normal`` judges by the same number, in its kernels and in the dual form.
 - A solution is **inaccurate** where A's reciprocal condition is under a floor, ``LEAST_RCOND`` for float64 sums: it has
   fewer than half of its digits then, and the caller takes an orthogonal factorisation or an SVD instead.
 """
@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from onestep.linalg._cholesky import cholesky_ex, cholesky_solve
-
-# As in csrc/normal/kernels.hpp: less of a pivot's diagonal element than this many epsilons is rounding noise.
-SINGULAR_EPSILONS = 8
+from onestep.ops.normal.schema import SINGULAR_EPSILONS
 
 # Cholesky on the normal equations loses ε/rcond, and rcond is the square of X's own. Down to this it keeps at least
 # half the digits of float64, 2e-8, and with them all of float32. Eigenvalues, each off by a few ε of the largest,
@@ -58,6 +56,10 @@ class Factor(NamedTuple):
             return self.failed
         noise = self.L.detach().diagonal().square() <= SINGULAR_EPSILONS * torch.finfo(dtype).eps
         return int(noise.nonzero()[0]) if noise.any() else -1
+
+    def least_pivot(self) -> float:
+        """The smallest pivot of SAS, about which part of the digits is left; 0 without a factor."""
+        return self.L.diagonal().min().item() ** 2 if self.succeeded else 0.0
 
     def solve(self, B: Tensor) -> Tensor:
         """A⁻¹B."""

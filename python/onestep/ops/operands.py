@@ -18,8 +18,10 @@ Operand = tuple[int, tuple[int, ...], Tensor]
 # torch does not list it as exported.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
-# csrc/base/batch.hpp, kMaxBatchDims
+# csrc/base/operand.hpp, kMaxBatchDims
 MOST_BATCH_DIMS = 8
+# csrc/base/operand.hpp, Element
+ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 
 # The dtypes of most kernels.
 FLOATING = (torch.float32, torch.float64)

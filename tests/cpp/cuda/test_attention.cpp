@@ -23,7 +23,7 @@ enum class Mask { none, causal, boolean, additive, additive_float };
 enum class Absent { none, q_and_v, k_and_grad };
 
 struct Case {
-    cuda::Element element;
+    Element element;
     int64_t problems, heads, kv_heads, queries, keys, d, dv;
     Mask mask;
     Absent absent = Absent::none;
@@ -39,19 +39,16 @@ struct Case {
     }
 };
 
-int64_t size_of(cuda::Element element) {
-    return element == cuda::Element::float64 ? 8 : element == cuda::Element::float32 ? 4 : 2;
-}
-
-double tolerance(cuda::Element element) {
+double tolerance(Element element) {
     switch (element) {
-        case cuda::Element::float32:
+        case Element::float32:
             return 6e-6;
-        case cuda::Element::float64:
+        case Element::float64:
             return 1e-13;
-        case cuda::Element::bfloat16:
+        case Element::bfloat16:
             return 1.2e-2;
-        case cuda::Element::float16:
+        case Element::float16:
+        case Element::boolean:
             break;
     }
     return 1.5e-3;
@@ -61,9 +58,9 @@ double tolerance(cuda::Element element) {
 struct Numbers {
     std::vector<unsigned char> bytes;
     std::vector<double> wide;
-    cuda::Element element;
+    Element element;
 
-    Numbers(cuda::Element element_, int64_t count)
+    Numbers(Element element_, int64_t count)
         : bytes(static_cast<size_t>(count * size_of(element_))), wide(static_cast<size_t>(count)), element(element_) {}
 
     // NaN, so that an element that is not written is seen.
@@ -78,18 +75,20 @@ struct Numbers {
             wide[static_cast<size_t>(at)] = rounded;
         };
         switch (element) {
-            case cuda::Element::float32:
+            case Element::float32:
                 return put(static_cast<float>(value), static_cast<double>(static_cast<float>(value)));
-            case cuda::Element::float64:
+            case Element::float64:
                 return put(value, value);
-            case cuda::Element::bfloat16: {
+            case Element::bfloat16: {
                 const cuda::bfloat16 number = cuda::to_bfloat16(static_cast<float>(value));
                 return put(number, static_cast<double>(cuda::to_float(number)));
             }
-            case cuda::Element::float16: {
+            case Element::float16: {
                 const cuda::float16 number = cuda::to_float16(static_cast<float>(value));
                 return put(number, static_cast<double>(cuda::to_float(number)));
             }
+            case Element::boolean:
+                break;
         }
     }
 
@@ -99,13 +98,14 @@ struct Numbers {
             return static_cast<double>(cuda::to_float(number));
         };
         switch (element) {
-            case cuda::Element::float32:
+            case Element::float32:
                 return from(float{});
-            case cuda::Element::float64:
+            case Element::float64:
                 return from(double{});
-            case cuda::Element::bfloat16:
+            case Element::bfloat16:
                 return from(cuda::bfloat16{});
-            case cuda::Element::float16:
+            case Element::float16:
+            case Element::boolean:
                 break;
         }
         return from(cuda::float16{});
@@ -130,8 +130,7 @@ struct Inputs {
     cuda::AttentionProblem problem;
 
     // rows × cols for each head; heads between rows, as a projection leaves them.
-    void operand(int64_t heads, int64_t count, int64_t cols, AttentionInput& reference,
-                 cuda::AttentionOperand& device) {
+    void operand(int64_t heads, int64_t count, int64_t cols, HeadedOperand& reference, HeadedOperand& device) {
         const int64_t total = c.problems * heads * count * cols;
         kept.push_back(std::make_unique<Numbers>(c.element, total));
         Numbers& numbers = *kept.back();
@@ -140,7 +139,9 @@ struct Inputs {
             numbers.set(i, uniform(random));
         }
         reference.data = numbers.wide.data();
-        reference.col = 1;
+        reference.element = Element::float64;
+        device.element = c.element;
+        reference.col = device.col = 1;
         reference.row = device.row = heads * cols;
         reference.head = device.head = cols;
         reference.batch[0] = device.batch[0] = count * heads * cols;
@@ -148,10 +149,10 @@ struct Inputs {
     }
 
     // Of one problem, for all; the middle query sees nothing if that can be.
-    void mask(AttentionInput& reference, cuda::AttentionMask& device, bool tangent) {
+    void mask(HeadedOperand& reference, HeadedOperand& device, bool tangent) {
         const int64_t count = c.heads * c.queries * c.keys;
-        const cuda::Element element =
-            c.mask == Mask::additive_float && c.element != cuda::Element::float64 ? cuda::Element::float32 : c.element;
+        const Element element =
+            c.mask == Mask::additive_float && c.element != Element::float64 ? Element::float32 : c.element;
         kept.push_back(std::make_unique<Numbers>(element, count));
         Numbers& numbers = *kept.back();
         std::uniform_real_distribution<double> uniform(-1.5, 1.5);
@@ -162,15 +163,15 @@ struct Inputs {
         }
         reference.data = numbers.wide.data();
         device.data = numbers.bytes.data();
-        device.kind = c.mask == Mask::additive || element == cuda::Element::float64 ? cuda::MaskKind::additive
-                                                                                    : cuda::MaskKind::additive_float;
+        reference.element = Element::float64;
+        device.element = element;
         if (c.mask == Mask::boolean) {
             bytes.resize(static_cast<size_t>(count));
             for (int64_t i = 0; i < count; ++i) {
                 bytes[static_cast<size_t>(i)] = !blind(i) && uniform(random) > -0.5 ? 1 : 0;
             }
             reference.data = device.data = bytes.data();
-            device.kind = cuda::MaskKind::boolean;
+            reference.element = device.element = Element::boolean;
         }
         reference.col = device.col = 1;
         reference.row = device.row = c.keys;
@@ -202,7 +203,6 @@ struct Inputs {
         problem.batch = args.batch;
         args.scale = problem.scale = 0.4;
         args.causal = problem.causal = c.mask == Mask::causal;
-        args.boolean_mask = c.mask == Mask::boolean;
         rows.reserve(8);
         for (const bool tangent : {false, true}) {
             AttentionInputs& to = tangent ? args.tangent : args.primal;
@@ -213,6 +213,7 @@ struct Inputs {
             operand(c.heads, c.queries, c.dv, to.grad, device.grad);
             device.grad_lse = row_numbers();
             to.grad_lse.data = device.grad_lse;
+            to.grad_lse.element = Element::float64;
             to.grad_lse.row = 1;
             to.grad_lse.head = c.queries;
             to.grad_lse.batch[0] = c.heads * c.queries;
@@ -221,7 +222,7 @@ struct Inputs {
                 mask(to.mask, device.mask, tangent);
             }
         }
-        const auto leave_out = [](AttentionInput& reference, cuda::AttentionOperand& device) {
+        const auto leave_out = [](HeadedOperand& reference, HeadedOperand& device) {
             reference.data = nullptr;
             device.data = nullptr;
         };
@@ -300,7 +301,7 @@ Results computed(const Inputs& inputs) {
     cuda::AttentionProblem problem = inputs.problem;
     const int64_t rows = c.problems * c.heads * c.queries;
     const int64_t key_rows = c.problems * c.kv_heads * c.keys;
-    const cuda::Element wide = c.element == cuda::Element::float64 ? cuda::Element::float64 : cuda::Element::float32;
+    const Element wide = c.element == Element::float64 ? Element::float64 : Element::float32;
     const auto run = [&](Status status) { check(status == Status::ok, c.name() + ": " + cuda::last_device_error()); };
     Results results;
     const auto outputs_of = [&](auto kernel, std::vector<double>& out, std::vector<double>& lse, Numbers& numbers) {
@@ -312,8 +313,9 @@ Results computed(const Inputs& inputs) {
         out = numbers.all();
     };
     const auto contiguous = [&](const Numbers& numbers) {
-        cuda::AttentionOperand operand;
+        HeadedOperand operand;
         operand.data = numbers.bytes.data();
+        operand.element = c.element;
         operand.row = c.dv;
         operand.head = c.queries * c.dv;
         operand.batch[0] = c.heads * operand.head;
@@ -380,7 +382,6 @@ void test(const Case& c) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    using cuda::Element;
     // A single case of the list, to look into.
     const int only = count > 1 ? std::atoi(arguments[1]) : -1;
     std::vector<Case> cases;

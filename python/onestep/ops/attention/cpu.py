@@ -12,6 +12,7 @@ from onestep import _native
 from onestep.ops._library import register
 from onestep.ops.attention import schema
 from onestep.ops.attention.schema import Batch, EightGrads, Grads, Optional, Sizes
+from onestep.ops.operands import ELEMENTS
 
 Entries = dict[torch.dtype, Callable[..., None]]
 
@@ -33,10 +34,9 @@ _BACKWARD_AND_JVP: Entries = {
 
 
 def _input(name: str, tensor: Optional, shape: Batch, dtype: torch.dtype, more_strides: Batch = ()) -> Any:
-    """A tensor as the kernels take it (address, strides, whether it is bfloat16, what keeps the memory), or None."""
+    """A tensor as the kernels take it (address, strides, element type, what keeps the memory), or None."""
     if tensor is None:
         return None
-    half = False
     if tensor.dtype != dtype:
         half = tensor.dtype == torch.bfloat16 and dtype == torch.float32
         if not half and tensor.dtype != torch.bool:
@@ -46,7 +46,7 @@ def _input(name: str, tensor: Optional, shape: Batch, dtype: torch.dtype, more_s
             tensor = tensor.expand(shape)
         except RuntimeError:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}") from None
-    return tensor.data_ptr(), tensor.stride() + more_strides, half, tensor
+    return tensor.data_ptr(), tensor.stride() + more_strides, ELEMENTS[tensor.dtype], tensor
 
 
 def _inputs(
@@ -80,10 +80,9 @@ def _inputs(
 _NO_INPUTS = (None,) * 8
 
 
-def _arguments(sizes: Sizes, mask: Optional, scale: float, causal: bool) -> dict[str, Any]:
+def _arguments(sizes: Sizes, scale: float, causal: bool) -> dict[str, Any]:
     """The plain arguments that all kernels share."""
-    boolean = mask is not None and mask.dtype == torch.bool
-    return {"batch": sizes.batch, "sizes": sizes[1:7], "scale": scale, "causal": causal, "boolean_mask": boolean}
+    return {"batch": sizes.batch, "sizes": sizes[1:7], "scale": scale, "causal": causal}
 
 
 @register(schema.attention, device="cpu")
@@ -93,7 +92,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, ca
     _FORWARD[sizes.dtype](
         primal=_inputs(sizes, q, k, v, mask),
         tangent=_NO_INPUTS,
-        **_arguments(sizes, mask, scale, causal),
+        **_arguments(sizes, scale, causal),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
     )
@@ -101,26 +100,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, ca
 
 
 @register(schema.attention_jvp, device="cpu")
-def _attention_jvp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Optional,
-    out: Tensor,
-    lse: Tensor,
-    dq: Optional,
-    dk: Optional,
-    dv: Optional,
-    dmask: Optional,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+def _attention_jvp(*args: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, mask, out, lse, dq, dk, dv, dmask, scale, causal = args
     sizes = schema.check_operands(q, k, v, mask, out, dq, dk, dv, dmask)
     dout, dlse = schema.empty_outputs(sizes, q)
     _JVP[sizes.dtype](
         primal=_inputs(sizes, q, k, v, mask, out, lse),
         tangent=_inputs(sizes, dq, dk, dv, dmask),
-        **_arguments(sizes, mask, scale, causal),
+        **_arguments(sizes, scale, causal),
         out=dout.data_ptr(),
         lse=dlse.data_ptr(),
     )
@@ -135,7 +122,7 @@ def _attention_and_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _FORWARD_AND_JVP[sizes.dtype](
         primal=_inputs(sizes, q, k, v, mask),
         tangent=_inputs(sizes, dq, dk, dv, dmask),
-        **_arguments(sizes, mask, scale, causal),
+        **_arguments(sizes, scale, causal),
         out=results[0].data_ptr(),
         lse=results[1].data_ptr(),
         out_tangent=results[2].data_ptr(),
@@ -160,7 +147,7 @@ def _run_backward(
         kernels[sizes.dtype](
             primal=primal,
             tangent=tangent,
-            **_arguments(sizes, mask, scale, causal),
+            **_arguments(sizes, scale, causal),
             grads=_native_grads(grads, mask_grad),
         )
     return grads
@@ -173,25 +160,14 @@ def _native_grads(grads: Grads, mask_grad: bool) -> tuple[int, int, int, Any]:
         by_mask = grads[3]
         shape_and_strides = zip(by_mask.shape, by_mask.stride(), strict=True)
         strides = tuple(0 if size == 1 else stride for size, stride in shape_and_strides)
-        native_mask_grad = by_mask.data_ptr(), strides, False, by_mask
+        native_mask_grad = by_mask.data_ptr(), strides, ELEMENTS[by_mask.dtype], by_mask
     q, k, v = (grad.data_ptr() for grad in grads[:3])
     return q, k, v, native_mask_grad
 
 
 @register(schema.attention_backward, device="cpu")
-def _attention_backward(
-    grad: Optional,
-    grad_lse: Optional,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Optional,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    mask_grad: bool,
-) -> Grads:
+def _attention_backward(*args: Any) -> Grads:
+    grad, grad_lse, q, k, v, mask, out, lse, scale, causal, mask_grad = args
     sizes = schema.check_operands(q, k, v, mask, out, grad, schema.column(grad_lse))
     primal = _inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse)
     return _run_backward(_BACKWARD, sizes, primal, _NO_INPUTS, q, mask, scale, causal, mask_grad)
@@ -217,7 +193,7 @@ def _attention_backward_and_jvp(*args: Any) -> EightGrads:
         _BACKWARD_AND_JVP[sizes.dtype](
             primal=_inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse),
             tangent=_inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse),
-            **_arguments(sizes, mask, scale, causal),
+            **_arguments(sizes, scale, causal),
             grads=_native_grads(grads, mask_grad),
             tangents=_native_grads(tangents, mask_grad),
         )

@@ -21,10 +21,8 @@ from onestep.ops._library import register
 from onestep.ops.attention import schema
 from onestep.ops.attention.formulas import formula_backward, formula_backward_jvp, formula_forward, formula_jvp
 from onestep.ops.attention.schema import Batch, EightGrads, Grads, Optional, Sizes
+from onestep.ops.operands import ELEMENTS
 
-# csrc/attention/cuda/attention_cuda.hpp, Element and MaskKind
-_ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_BOOLEAN, _ADDITIVE, _ADDITIVE_FLOAT = 1, 2, 3
 # Whether Hopper's own matrix instructions are used where kernels have them (csrc/attention/cuda/attention_cuda.hpp).
 WARP_GROUPS = True
 # Operands' rows start at multiples of it.
@@ -66,7 +64,7 @@ def kernel_fits(q: Tensor, sizes: Sizes) -> str:
     if _cuda.native is None:
         return f"CUDA kernels: {_cuda.status}"
     padded = (_padded(size, q.dtype) for size in (sizes.d, sizes.dv))
-    if not _cuda.native.attention_supported(_ELEMENTS[q.dtype], *padded, _cuda.place(q)["device"]):
+    if not _cuda.native.attention_supported(ELEMENTS[q.dtype], *padded, _cuda.place(q)["device"]):
         return f"they do not take {sizes.d} and {sizes.dv} features in {q.dtype}"
     return ""
 
@@ -99,7 +97,7 @@ class _Call:
         batch, heads, kv_heads, queries, keys, d, dv = sizes[:7]
         self.features = _padded(d, q.dtype), _padded(dv, q.dtype)
         self.plain = {
-            "element": _ELEMENTS[q.dtype],
+            "element": ELEMENTS[q.dtype],
             "batch": list(batch),
             "sizes": [heads, kv_heads, queries, keys, *self.features],
             "scale": scale,
@@ -108,7 +106,7 @@ class _Call:
         }
 
     def operand(self, name: str, tensor: Optional, shape: Batch) -> Any:
-        """(address, strides) of a tensor in the kernels' dtype, with aligned rows; most are read in place."""
+        """A tensor in the kernels' dtype as (address, strides, element type); most are read in place."""
         if tensor is None:
             return None
         if tensor.dtype != self.dtype:
@@ -119,21 +117,15 @@ class _Call:
             tensor = torch.nn.functional.pad(tensor, (0, cols - shape[-1]))
         tensor = _aligned(tensor)
         self.kept.append(tensor)
-        return tensor.data_ptr(), _strides(tensor)
+        return tensor.data_ptr(), _strides(tensor), ELEMENTS[tensor.dtype]
 
     def mask(self, mask: Optional) -> Any:
         if mask is None:
             return None
         batch, heads, _, queries, keys = self.sizes[:5]
-        if mask.dtype == torch.bool:
-            kind = _BOOLEAN
-        elif mask.dtype == self.dtype:
-            kind = _ADDITIVE
-        else:
-            kind = _ADDITIVE_FLOAT
         mask = _expanded("mask", mask, (*batch, heads, queries, keys))
         self.kept.append(mask)
-        return kind, mask.data_ptr(), _strides(mask)
+        return mask.data_ptr(), _strides(mask), ELEMENTS[mask.dtype]
 
     def rows(self, name: str, tensor: Optional) -> int:
         """The address of L or its like."""
@@ -258,20 +250,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, ca
 
 
 @register(schema.attention_jvp, device="cuda")
-def _attention_jvp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Optional,
-    out: Tensor,
-    lse: Tensor,
-    dq: Optional,
-    dk: Optional,
-    dv: Optional,
-    dmask: Optional,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+def _attention_jvp(*args: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, mask, out, lse, dq, dk, dv, dmask, scale, causal = args
     sizes = schema.check_operands(q, k, v, mask, out, dq, dk, dv, dmask)
     if kernel_fits(q, sizes):
         return formula_jvp(q, k, v, mask, dq, dk, dv, dmask, scale, causal)
@@ -379,19 +359,8 @@ def _gradients(tensors: tuple[Any, ...], tangents: bool, scale: float, causal: b
 
 
 @register(schema.attention_backward, device="cuda")
-def _attention_backward(
-    grad: Optional,
-    grad_lse: Optional,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Optional,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    mask_grad: bool,
-) -> Grads:
+def _attention_backward(*args: Any) -> Grads:
+    grad, grad_lse, q, k, v, mask, out, lse, scale, causal, mask_grad = args
     sizes = schema.check_operands(q, k, v, mask, out, grad, schema.column(grad_lse))
     if (
         grad is not None

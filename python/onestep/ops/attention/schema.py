@@ -143,21 +143,9 @@ attention = define(
 _JVP_DIMS = (3, 3, 3, 3, 3, 2, 3, 3, 3, 3)
 
 
-def jvp_results(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Optional,
-    out: Tensor,
-    lse: Tensor,
-    dq: Optional,
-    dk: Optional,
-    dv: Optional,
-    dmask: Optional,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    return empty_outputs(check_operands(q, k, v, mask, out, dq, dk, dv, dmask), q)
+def jvp_results(*args: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, mask, out, _, *tangents = args[:10]
+    return empty_outputs(check_operands(q, k, v, mask, out, *tangents), q)
 
 
 attention_jvp = define(
@@ -223,19 +211,8 @@ def zeroed_without_scores(sizes: Sizes, *grads: Tensor) -> bool:
     return True
 
 
-def backward_results(
-    grad: Optional,
-    grad_lse: Optional,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Optional,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    mask_grad: bool,
-) -> Grads:
+def backward_results(*args: Any) -> Grads:
+    grad, grad_lse, q, k, v, mask, out, _, _, _, mask_grad = args
     return empty_grads(check_operands(q, k, v, mask, out, grad, column(grad_lse)), q, mask, mask_grad)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,26 +20,17 @@ _KERNELS: dict[torch.dtype, Callable[..., None]] = {
 }
 
 
-def _run(
-    row_weight: Tensor,
-    row_weight_tangent: Tensor | None,
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    target: Tensor,
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
-    ignore_index: int,
-    label_smoothing: float,
-    tangent: bool,
-    gauss_newton: bool,
-    wanted: Sequence[bool],
-) -> schema.Results:
-    input, weight, bias = operands
+def _run(given: schema.TangentArguments, tangent: bool) -> schema.Results:
+    """The gradient, or with ``tangent`` its tangent."""
+    input, weight, bias = given.operands
+    target, row_weight, wanted = given.target, given.row_weight, given.wanted
     classes, features = weight.shape
-    schema.check_targets(target, classes, ignore_index)
+    schema.check_targets(target, classes, given.ignore_index)
     rows = tuple(target.shape)
     out = schema.empty_results(input, weight, bias, wanted, row_weight.dtype)
     addresses = [
         gradient.data_ptr() if wants and like is not None else 0
-        for gradient, like, wants in zip(out[2:], operands, wanted, strict=True)
+        for gradient, like, wants in zip(out[2:], given.operands, wanted, strict=True)
     ]
     _KERNELS[input.dtype](
         input=operand(input, rows, 1),
@@ -49,14 +41,14 @@ def _run(
         rows=kernel_batch(rows),
         d=features,
         v=classes,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
+        ignore_index=given.ignore_index,
+        label_smoothing=given.label_smoothing,
         tangent=tangent,
-        gauss_newton=gauss_newton,
-        input_tangent=optional_operand(tangents[0], rows, 1),
-        weight_tangent=optional_operand(tangents[1], (), 2),
-        bias_tangent=optional_operand(tangents[2], (), 1),
-        row_weight_tangent=optional_operand(row_weight_tangent, rows, 0),
+        gauss_newton=given.gauss_newton,
+        input_tangent=optional_operand(given.input_tangent, rows, 1),
+        weight_tangent=optional_operand(given.weight_tangent, (), 2),
+        bias_tangent=optional_operand(given.bias_tangent, (), 1),
+        row_weight_tangent=optional_operand(given.row_weight_tangent, rows, 0),
         value=out[0].data_ptr(),
         loss=out[1].data_ptr(),
         grad_input=addresses[0],
@@ -80,40 +72,15 @@ def _linear_cross_entropy(
     wanted: Sequence[bool],
 ) -> schema.Results:
     schema.check(row_weight, input, weight, bias, target)
-    operands, nothing = (input, weight, bias), (None, None, None)
-    return _run(row_weight, None, operands, target, nothing, ignore_index, label_smoothing, False, False, wanted)
+    no_tangents = (None, None, None)
+    options = (ignore_index, label_smoothing, False, wanted)
+    return _run(
+        schema.TangentArguments(row_weight, None, input, weight, bias, target, *no_tangents, *options), tangent=False
+    )
 
 
 @register(schema.linear_cross_entropy_tangent, device="cpu")
-def _linear_cross_entropy_tangent(
-    row_weight: Tensor,
-    row_weight_tangent: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    input_tangent: Tensor | None,
-    weight_tangent: Tensor | None,
-    bias_tangent: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    gauss_newton: bool,
-    wanted: Sequence[bool],
-) -> schema.Results:
-    tangents = (input_tangent, weight_tangent, bias_tangent)
-    options = (ignore_index, label_smoothing, gauss_newton)
-    schema.tangent_results(
-        row_weight, row_weight_tangent, input, weight, bias, target, *tangents, *options, (False,) * 3
-    )
-    return _run(
-        row_weight,
-        row_weight_tangent,
-        (input, weight, bias),
-        target,
-        tangents,
-        ignore_index,
-        label_smoothing,
-        True,
-        gauss_newton,
-        wanted,
-    )
+def _linear_cross_entropy_tangent(*args: Any) -> schema.Results:
+    given = schema.TangentArguments(*args)
+    given.check()
+    return _run(given, tangent=True)

@@ -241,26 +241,12 @@ def _linear_cross_entropy(
 
 
 @register(schema.linear_cross_entropy_tangent, device="cuda")
-def _linear_cross_entropy_tangent(
-    row_weight: Tensor,
-    row_weight_tangent: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    input_tangent: Tensor | None,
-    weight_tangent: Tensor | None,
-    bias_tangent: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    gauss_newton: bool,
-    wanted: Sequence[bool],
-) -> schema.Results:
-    tangents = input_tangent, weight_tangent, bias_tangent
-    options = ignore_index, label_smoothing, gauss_newton
-    schema.tangent_results(
-        row_weight, row_weight_tangent, input, weight, bias, target, *tangents, *options, (False,) * 3
+def _linear_cross_entropy_tangent(*args: Any) -> schema.Results:
+    given = schema.TangentArguments(*args)
+    given.check()
+    schema.check_targets(given.target, given.weight.shape[0], given.ignore_index)
+    options = given.ignore_index, given.label_smoothing, given.gauss_newton
+    head = _Head(
+        given.row_weight, given.row_weight_tangent, given.operands, given.target, given.tangents, options, given.wanted
     )
-    schema.check_targets(target, weight.shape[0], ignore_index)
-    head = _Head(row_weight, row_weight_tangent, (input, weight, bias), target, tangents, options, wanted)
-    return _shaped(head.run(), input)
+    return _shaped(head.run(), given.input)

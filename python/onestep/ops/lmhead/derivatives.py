@@ -102,22 +102,11 @@ class _LinearCrossEntropy(OpFunction):
         )
 
 
-def _composite_tangent(
-    row_weight: Tensor,
-    row_weight_tangent: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    input_tangent: Tensor | None,
-    weight_tangent: Tensor | None,
-    bias_tangent: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    gauss_newton: bool,
-    wanted: Sequence[bool],
-) -> Results:
+def _composite_tangent(*args: Any) -> Results:
     """linear_cross_entropy_tangent in torch's own ops, with the N × V logits: for derivatives of third order."""
+    row_weight, row_weight_tangent, input, weight, bias, target, *tangents = args[:9]
+    input_tangent, weight_tangent, bias_tangent = tangents
+    ignore_index, label_smoothing, gauss_newton, wanted = args[9:]
 
     def rows(tensor: Tensor | None, *shape: int) -> Tensor | float:
         return 0.0 if tensor is None else tensor.to(row_weight.dtype).reshape(shape)
@@ -156,10 +145,10 @@ def _composite_tangent(
         product(main.mT, h) + product(cross.mT, dh),
         main.sum(0),
     )
-    given = (True, True, bias is not None)
+    exist = (True, True, bias is not None)
     of_input, of_weight, of_bias = (
         of.reshape(shape).to(input.dtype) if wants and exists else input.new_zeros(0)
-        for of, shape, wants, exists in zip(gradients, shapes, wanted, given, strict=True)
+        for of, shape, wants, exists in zip(gradients, shapes, wanted, exist, strict=True)
     )
     return (c * tangents + dc * losses).sum(), tangents.reshape(target.shape), of_input, of_weight, of_bias
 

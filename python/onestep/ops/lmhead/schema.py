@@ -9,7 +9,7 @@ csrc/lmhead/lmhead.hpp.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,33 +122,49 @@ linear_cross_entropy = define(
 # ----------------------------------------------------------------------------------------- linear_cross_entropy_tangent
 
 
-def tangent_results(
-    row_weight: Tensor,
-    row_weight_tangent: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    input_tangent: Tensor | None,
-    weight_tangent: Tensor | None,
-    bias_tangent: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    gauss_newton: bool,
-    wanted: Sequence[bool],
-) -> Results:
-    check(row_weight, input, weight, bias, target)
-    if row_weight_tangent is not None:
-        _check_row_weight("row_weight_tangent", row_weight_tangent, input)
-    tangents = {"input": input_tangent, "weight": weight_tangent, "bias": bias_tangent}
-    for (name, tangent), of in zip(tangents.items(), (input, weight, bias), strict=True):
-        if tangent is None:
-            continue
-        if of is None:
-            raise ValueError(f"{name}_tangent is given, but {name} is None")
-        check_like(f"{name}_tangent", tangent, input)
-        _check_shape(f"{name}_tangent", tangent, of.shape, f"as {name}")
-    return empty_results(input, weight, bias, wanted, input.dtype)
+class TangentArguments(NamedTuple):
+    """What linear_cross_entropy_tangent gets. A tangent that is None is zero."""
+
+    row_weight: Tensor
+    row_weight_tangent: Tensor | None
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    input_tangent: Tensor | None
+    weight_tangent: Tensor | None
+    bias_tangent: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    gauss_newton: bool
+    wanted: Sequence[bool]
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.input, self.weight, self.bias
+
+    @property
+    def tangents(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.input_tangent, self.weight_tangent, self.bias_tangent
+
+    def check(self) -> None:
+        """Raises unless shapes, dtypes and devices of all tensors fit together."""
+        check(self.row_weight, *self.operands, self.target)
+        if self.row_weight_tangent is not None:
+            _check_row_weight("row_weight_tangent", self.row_weight_tangent, self.input)
+        for name, tangent, of in zip(("input", "weight", "bias"), self.tangents, self.operands, strict=True):
+            if tangent is None:
+                continue
+            if of is None:
+                raise ValueError(f"{name}_tangent is given, but {name} is None")
+            check_like(f"{name}_tangent", tangent, self.input)
+            _check_shape(f"{name}_tangent", tangent, of.shape, f"as {name}")
+
+
+def tangent_results(*args: Any) -> Results:
+    given = TangentArguments(*args)
+    given.check()
+    return empty_results(*given.operands, given.wanted, given.input.dtype)
 
 
 linear_cross_entropy_tangent = define(

@@ -11,8 +11,9 @@ from onestep import _native
 from onestep.ops._library import register
 from onestep.ops.cholesky.schema import cholesky_solve
 from onestep.ops.normal import schema
-from onestep.ops.normal.dual import apply_dual, solve_dual
+from onestep.ops.normal.dual import apply_dual
 from onestep.ops.normal.formulas import solve_normal_vjp
+from onestep.ops.normal.solves import Results, register_solves
 from onestep.ops.operands import kernel_batch, operand, optional_operand
 
 Entries = dict[torch.dtype, Callable[..., None]]
@@ -63,7 +64,7 @@ def _moments(X: Tensor, Y: Tensor, weight: Tensor | None = None, center: bool = 
     return out
 
 
-def _run_solve(
+def _solve(
     X: Tensor,
     Y: Tensor,
     weight: Tensor | None,
@@ -71,7 +72,7 @@ def _run_solve(
     uniform_ridge: float,
     refine: int,
     jitter: float,
-    out: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None],
+    out: Results,
 ) -> None:
     schema.check_numbers(uniform_ridge, refine, jitter)
     solution, L, info, rcond, jittered = out
@@ -97,51 +98,7 @@ def _run_solve(
     )
 
 
-@register(schema.solve_normal, device="cpu")
-def _solve_normal(
-    X: Tensor,
-    Y: Tensor,
-    weight: Tensor | None = None,
-    ridge: Tensor | None = None,
-    uniform_ridge: float = 0.0,
-    refine: int = 0,
-    dual: bool = False,
-    check: bool = False,
-) -> tuple[Tensor, Tensor]:
-    solution, info = schema.solve_results(X, Y, weight, ridge, dual=dual)
-    if dual:
-        solve_dual(X, Y, weight, ridge, refine, (solution, None, info, None))
-    else:
-        _run_solve(X, Y, weight, ridge, uniform_ridge, refine, 0.0, (solution, None, info, None, None))
-    if check:
-        schema.raise_if_failed(info, X.shape[-1])
-    return solution, info
-
-
-@register(schema.solve_normal_ex, device="cpu")
-def _solve_normal_ex(
-    X: Tensor,
-    Y: Tensor,
-    weight: Tensor | None = None,
-    ridge: Tensor | None = None,
-    uniform_ridge: float = 0.0,
-    refine: int = 0,
-    jitter: float = 0.0,
-    dual: bool = False,
-    rcond: bool = True,
-    check: bool = False,
-) -> schema.Solved:
-    out = schema.solve_ex_results(X, Y, weight, ridge, dual=dual, rcond=rcond)
-    solution, L, info, condition, jittered = out
-    if dual:
-        solve_dual(X, Y, weight, ridge, refine, (solution, L, info, condition if rcond else None))
-        jittered.zero_()
-    else:
-        results = (solution, L, info, condition if rcond else None, jittered)
-        _run_solve(X, Y, weight, ridge, uniform_ridge, refine, jitter, results)
-    if check:
-        schema.raise_if_failed(info, X.shape[-1])
-    return out
+register_solves("cpu", _solve)
 
 
 @register(schema.solve_normal_backward, device="cpu")

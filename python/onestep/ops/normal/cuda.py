@@ -7,6 +7,8 @@ waits for the GPU; a negative weight or penalty is a status.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,9 @@ from onestep.ops._cuda import place
 from onestep.ops._library import register
 from onestep.ops.cholesky import cuda as cholesky
 from onestep.ops.normal import schema
-from onestep.ops.normal.dual import apply_dual, solve_dual
+from onestep.ops.normal.dual import apply_dual
 from onestep.ops.normal.formulas import column, solve_normal_vjp
+from onestep.ops.normal.solves import Results, register_solves
 from onestep.ops.operands import check_not_negative, kernel_batch, operand, optional_operand
 
 # Rows that are summed in one accumulator: more are cut into pieces by torch's matrix product.
@@ -31,8 +34,6 @@ _REFINE_BYTES = 256 << 20
 
 # Tenfold steps that jitter may take: the last one adds the mean diagonal itself or more.
 _MOST_JITTER_STEPS = 20
-
-Results = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 
 def _fused(X: Tensor, k: int, problems: int) -> bool:
@@ -243,7 +244,7 @@ def _inverse_norm(L: Tensor) -> Tensor:
     return inverse.abs().sum(-2).amax(-1)
 
 
-def _run_solve(
+def _solve(
     X: Tensor,
     Y: Tensor,
     weight: Tensor | None,
@@ -284,70 +285,15 @@ def _run_solve(
             info.masked_fill_((values < 0).any(-1), code)
 
 
-@register(schema.solve_normal, device="cuda")
-def _solve_normal(
-    X: Tensor,
-    Y: Tensor,
-    weight: Tensor | None = None,
-    ridge: Tensor | None = None,
-    uniform_ridge: float = 0.0,
-    refine: int = 0,
-    dual: bool = False,
-    check: bool = False,
-) -> tuple[Tensor, Tensor]:
-    solution, info = schema.solve_results(X, Y, weight, ridge, dual=dual)
-    if dual:
-        solve_dual(X, Y, weight, ridge, refine, (solution, None, info, None))
-    else:
-        _run_solve(X, Y, weight, ridge, uniform_ridge, refine, 0.0, (solution, None, info, None, None))
-    if check:
-        schema.raise_if_failed(info, X.shape[-1])
-    return solution, info
-
-
-@register(schema.solve_normal_ex, device="cuda")
-def _solve_normal_ex(
-    X: Tensor,
-    Y: Tensor,
-    weight: Tensor | None = None,
-    ridge: Tensor | None = None,
-    uniform_ridge: float = 0.0,
-    refine: int = 0,
-    jitter: float = 0.0,
-    dual: bool = False,
-    rcond: bool = True,
-    check: bool = False,
-) -> schema.Solved:
-    out = schema.solve_ex_results(X, Y, weight, ridge, dual=dual, rcond=rcond)
-    solution, L, info, condition, jittered = out
-    if dual:
-        solve_dual(X, Y, weight, ridge, refine, (solution, L, info, condition if rcond else None))
-        jittered.zero_()
-    else:
-        results = (solution, L, info, condition if rcond else None, jittered)
-        _run_solve(X, Y, weight, ridge, uniform_ridge, refine, jitter, results)
-    if check:
-        schema.raise_if_failed(info, X.shape[-1])
-    return out
+register_solves("cuda", _solve)
 
 
 @register(schema.solve_normal_backward, device="cuda")
-def _solve_normal_backward(
-    grad: Tensor,
-    X: Tensor,
-    Y: Tensor,
-    weight: Tensor | None,
-    ridge: Tensor | None,
-    solution: Tensor,
-    L: Tensor,
-    info: Tensor,
-) -> schema.Gradients:
-    batch = tuple(schema.backward_results(grad, X, Y, weight, ridge, solution, L, info)[0].shape[:-2])
-    gradients = solve_normal_vjp(grad, X, Y, weight, ridge, solution, L, info)
-    n, d = X.shape[-2:]
-    shapes = ((n, d), (n, Y.shape[-1]), (n,), (d,))
-    x, y, w, r = (g.expand(*batch, *own).contiguous() for g, own in zip(gradients, shapes, strict=True))
-    return x, y, w, r
+def _solve_normal_backward(*args: Any) -> schema.Gradients:
+    shapes = (result.shape for result in schema.backward_results(*args))
+    gradients = zip(solve_normal_vjp(*args), shapes, strict=True)
+    x, y, weight, ridge = (gradient.expand(shape).contiguous() for gradient, shape in gradients)
+    return x, y, weight, ridge
 
 
 @register(schema.apply_normal_inverse, device="cuda")

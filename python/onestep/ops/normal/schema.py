@@ -31,6 +31,10 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 # negative value, on devices where values are not checked before the kernel runs.
 NEGATIVE_WEIGHT, NEGATIVE_RIDGE = -3, -4
 
+# A system is singular where a pivot is at most this many ε of its diagonal element: rounding noise. The same number as
+# in csrc/normal/cpu/kernels.hpp; linalg/spd.py takes it from here.
+SINGULAR_EPSILONS = 8
+
 
 def check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
     """Checks X (…,n,d), Y (…,n,k), weight (…,n); returns their batch shapes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onestep.evaluation.distributed import share, summed
-from onestep.linalg import NormalEquations
+from onestep.linalg import NormalEquations, spd
 from onestep.optim import NonFiniteError
 
 # Up to this many features rows are read a second time for a QR factorisation where the first pass lost digits.
@@ -127,10 +127,8 @@ class NormalSums(LeastSquares):
         if _FEW * eps * spread > _LOSS_DIGITS * error:
             raise LostDigitsError("the squared error is rounding noise beside the squares that it is a difference of")
         gram = self.equations.sums.gram
-        gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-        root = gram.diagonal().rsqrt()
-        L, info = torch.linalg.cholesky_ex(gram * root * root[:, None])
-        if info.item() != 0 or eps > _MOST_LOST[self.dtype] * L.diagonal().min().item() ** 2:
+        least_pivot = spd.factor(gram + ridge * torch.eye(len(gram), dtype=gram.dtype)).least_pivot()
+        if eps > _MOST_LOST[self.dtype] * least_pivot:
             raise LostDigitsError("features are nearly dependent on each other")
 
 

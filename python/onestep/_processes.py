@@ -1,0 +1,26 @@
+"""torch.distributed as evaluation and linalg use it: a place, and collectives that say what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+
+def initialised() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def place(group: Any = None) -> tuple[int, int]:
+    """This process's number in the group, -1 if it is not in it, and the group's size; (0, 1) without a group."""
+    return (dist.get_rank(group), dist.get_world_size(group)) if initialised() else (0, 1)
+
+
+def collective(operation: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Calls an operation that all processes take part in; RuntimeError says so if one of them does not answer."""
+    try:
+        operation(*arguments, **options)
+    except RuntimeError as error:
+        raise RuntimeError("onestep: lost the connection to another process, which has probably died") from error
