@@ -119,7 +119,7 @@ class AmxTiles {
 typedef uint32_t AmxWords __attribute__((vector_size(64)));
 typedef uint32_t UnalignedAmxWords __attribute__((vector_size(64), aligned(2), may_alias));
 
-// Float to bfloat16, to nearest even; NaN stays NaN.
+// Float to bfloat16, rounded to nearest even; NaN stays NaN. The result is in the lower 16 bits of each word.
 ONESTEP_INLINE AmxWords round_to_bfloat16(Vec<float> value) {
     const auto bits = reinterpret_cast<AmxWords>(value);
     const AmxWords rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
@@ -127,21 +127,21 @@ ONESTEP_INLINE AmxWords round_to_bfloat16(Vec<float> value) {
     return value == value ? rounded : quiet;
 }
 
-// value = high + low up to 2⁻¹⁷ of it; low is zero where high is not finite.
+// value = high + low, to 2⁻¹⁷ of value. low is zero where high is not finite.
 ONESTEP_INLINE void split_to_bfloat16(Vec<float> value, AmxWords& high, AmxWords& low) {
     high = round_to_bfloat16(value);
     const auto rounded = reinterpret_cast<Vec<float>>(high << 16);
     low = round_to_bfloat16(is_finite_lanes<float>(rounded) ? value - rounded : Vec<float>{});
 }
 
-// Where a packed operand goes: its first block, elements between blocks, and elements to the low plane (of float
-// input).
+// Where a packed operand goes: its first block, the elements from a block to the next, and from the high plane to the
+// low one (float input).
 struct AmxPacked {
     BFloat16* data;
     int64_t block;
     int64_t low = 0;
 
-    // Whole, with the low plane behind it.
+    // All of an operand; the low plane follows the high one.
     static ONESTEP_INLINE AmxPacked whole(BFloat16* data, int64_t count, int64_t depth) {
         return {data, amx_steps(depth) * kAmxTile, amx_size(count, depth)};
     }
@@ -177,8 +177,8 @@ inline constexpr int kAmxPlanes = sizeof(*Pointer{}) == sizeof(BFloat16) ? 1 : 2
 
 enum class AmxSide { left, right };
 
-// One tile from its 16 lines (rows of a left tile, or pairs of rows of a right one), transposed if they are the other
-// side's: pairs of the inner dimension are words, and a left tile is the transpose of a right one in words.
+// Stores one tile from its 16 lines: rows of a left tile, or pairs of rows of a right one. Lines of the other side are
+// transposed: with pairs of the inner dimension as words, a left tile is the transpose of a right tile.
 template <bool Transposed>
 ONESTEP_INLINE void store_tile(Vec<float> (&lines)[kAmxBlock], BFloat16* to) {
     if constexpr (Transposed) {
@@ -190,8 +190,8 @@ ONESTEP_INLINE void store_tile(Vec<float> (&lines)[kAmxBlock], BFloat16* to) {
     }
 }
 
-// Packs an operand whose rows (left) or columns (right) are the rows [begin, begin + count) of a matrix: its inner
-// dimension are their elements [first, first + depth), `step` apart.
+// Packs rows [begin, begin + count) of a matrix as rows (left) or columns (right) of an operand. The inner dimension
+// are the rows' elements [first, first + depth), `step` apart.
 template <AmxSide Side, class Rows>
 inline void amx_pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_t step, int64_t first, int64_t depth,
                           AmxPacked to) {
@@ -230,8 +230,8 @@ inline void amx_pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_
     }
 }
 
-// Packs an operand whose inner dimension are the rows [begin, begin + depth) of a matrix: its rows (left) or columns
-// (right) are their elements [first, first + count), `step` apart.
+// Packs rows [begin, begin + depth) of a matrix as the inner dimension of an operand. Its rows (left) or columns
+// (right) are the rows' elements [first, first + count), `step` apart.
 template <AmxSide Side, class Rows>
 inline void amx_pack_columns(const Rows& rows, int64_t begin, int64_t depth, int64_t step, int64_t first, int64_t count,
                              AmxPacked to) {
@@ -260,7 +260,7 @@ inline void amx_pack_columns(const Rows& rows, int64_t begin, int64_t depth, int
     }
 }
 
-// A product of packed operands: their first blocks, and elements between blocks.
+// Two packed operands to multiply: their first blocks, and the elements from a block to the next.
 struct AmxTerm {
     const BFloat16* left;
     int64_t left_block;
@@ -268,7 +268,7 @@ struct AmxTerm {
     int64_t right_block;
 };
 
-// One tile of the result at row i and column j of it; what lies outside of `rows` × `columns` is left alone.
+// Writes one tile of the result at row i and column j. Elements outside of `rows` × `columns` are not touched.
 struct AmxResult {
     const ProductTiles<float>& product;
     bool accumulate;
@@ -357,9 +357,9 @@ ONESTEP_INLINE void amx_multiply_tiles(AmxTiles& tiles, int64_t i, int64_t j, in
     }
 }
 
-// product (+)= Σ left · right over `count` terms, each with `row_blocks` blocks on the left, `column_blocks` on the
-// right and `steps` of the inner dimension. Of the result, columns lie in panels of kAmxPanel, and no more than
-// `rows` × `columns` of it are read or written; a row-major matrix has `panel` = kAmxPanel.
+// product (+)= Σ left · right over `count` terms. Each has `row_blocks` blocks on the left, `column_blocks` on the
+// right, and `steps` steps of the inner dimension. The result is stored in panels of kAmxPanel columns (a row-major
+// matrix has `panel` = kAmxPanel); only `rows` × `columns` of it are read or written.
 inline void amx_multiply(AmxTiles& tiles, int64_t row_blocks, int64_t column_blocks, int64_t steps,
                          const AmxTerm* terms, int64_t count, bool accumulate, const ProductTiles<float>& product) {
     const AmxResult result{product, accumulate};

@@ -8,7 +8,7 @@
 
 namespace onestep {
 
-// Whether any element of the vectors (row stride) is negative; dimensions that repeat are looked at once.
+// Whether any element of the vectors (row stride) is negative. Broadcast dimensions are read once.
 template <class T>
 bool any_negative(const Batched<const T>& vectors, BatchShape batch, int64_t length) {
     if (!vectors || batch.count() == 0) {

@@ -7,7 +7,7 @@
 
 namespace onestep::ONESTEP_NS {
 
-// Inner dimension of one block: a right panel of so many rows stays in a 32 KB L1 beside a left tile.
+// Inner dimension of one block: a right panel of this many rows fits a 32 KB first-level cache, next to a left tile.
 template <class T>
 inline constexpr int64_t kGemmDepth = 24576 / static_cast<int64_t>(sizeof(T)) / kPanel<T> / 8 * 8;
 
@@ -29,9 +29,9 @@ struct ListedRows {
     ONESTEP_INLINE const S* operator()(int64_t index) const { return data[index]; }
 };
 
-// Packs matrix rows [begin, begin + count), of which columns [first, first + depth), so that they are the rows (or,
-// transposed, the columns) of a product: to[i / Width][p][i % Width] = row(begin + i)[first + p]. The last panel is
-// padded with zeros. `step` is the stride along a row.
+// Packs columns [first, first + depth) of the matrix rows [begin, begin + count) into panels of Width rows, for the
+// left side of a product (or for the right side, transposed): to[i / Width][p][i % Width] = row(begin + i)[first + p].
+// The last panel is padded with zeros. `step` is the stride along a row.
 template <int Width, class T, class Rows>
 inline void pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_t step, int64_t first, int64_t depth,
                       T* to) {
@@ -39,7 +39,7 @@ inline void pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_t st
         const int64_t width = minimum(Width, count - i);
         if constexpr (Width <= kTileRows) {
             if (step == 1 && width == Width) {
-                // Rows side by side: the compiler interleaves them in registers.
+                // A loop over rows inside one over columns: the compiler interleaves the rows in registers.
                 decltype(rows(0)) from[Width];
                 for (int j = 0; j < Width; ++j) {
                     from[j] = rows(begin + i + j) + first;
@@ -88,12 +88,12 @@ ONESTEP_INLINE void copy_widened(const S* from, T* to) {
     }
 }
 
-// The same of the transposed matrix: to[c / Width][p][c % Width] = row(begin + p)[first + c], c in [0, count).
+// Packs the transposed matrix: to[c / Width][p][c % Width] = row(begin + p)[first + c], c in [0, count).
 template <int Width, class T, class Rows>
 inline void pack_columns_of_rows(const Rows& rows, int64_t begin, int64_t depth, int64_t step, int64_t first,
                                  int64_t count, T* to) {
-    // Several panels at a time, so that a cache line of a row is read once; rows lie pages apart, where the hardware
-    // does not prefetch.
+    // Several panels at a time, so that each cache line of a row is read once. The hardware does not prefetch here,
+    // since rows are pages apart.
     constexpr int64_t kGroup = Width >= 16 ? Width : 16 / Width * Width;
     constexpr int64_t kAhead = 16;
     for (int64_t group = 0; group < count; group += kGroup) {

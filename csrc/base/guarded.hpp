@@ -1,4 +1,4 @@
-// Exceptions end here. Apart from status.hpp, since kernel bodies are compiled without exceptions.
+// Turns exceptions into statuses. Not in status.hpp, because kernel bodies are compiled without exceptions.
 #pragma once
 
 #include <new>

@@ -60,7 +60,7 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-    static constexpr float kLowest = -86.9F;  // 2^-125.4: what lies below is flushed to zero
+    static constexpr float kLowest = -86.9F;  // e to it is 2^-125.4; below it the result is zero
     static constexpr float kHighest = 88.7228F;
     static constexpr float kLog2Hi = 0.693145752F;
     static constexpr float kLog2Lo = 1.42860677e-6F;
@@ -101,7 +101,7 @@ ONESTEP_INLINE Vec<T> exp_lanes(Vec<T> x) {
     for (unsigned term = 1; term < sizeof(C::kSeries) / sizeof(T); ++term) {
         series = series * r + C::kSeries[term];
     }
-    // Twice eʳ, times 2ⁿ⁻¹, so that n = 128 (1024) needs no exponent beyond the largest.
+    // 2eʳ · 2ⁿ⁻¹ instead of eʳ · 2ⁿ, because 2ⁿ overflows for n = 128 (1024).
     const Vec<T> twice = (series * r + T(2)) * r + T(2);
     const Mask<T> exponent = (reinterpret_cast<Mask<T>>(shifted) << C::kMantissa) +
                              broadcast_integer<T>(static_cast<int64_t>(C::kBias) << C::kMantissa);

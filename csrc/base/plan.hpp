@@ -17,7 +17,7 @@ struct Range {
     int64_t size() const { return end - begin; }
 };
 
-// Ranges of `size` indices, the last one of what is left: chunks and blocks.
+// Ranges of `size` indices; the last one may be shorter. For chunks and blocks.
 struct FixedCut {
     int64_t count = 0, size = 1;
 
@@ -36,14 +36,14 @@ struct EvenCut {
     int64_t begin(int64_t piece) const { return count / pieces * piece + std::min(piece, count % pieces); }
 };
 
-// How many results of `bytes_each` fit into `most_bytes`; at least one.
+// How many results of `bytes_each` fit into `most_bytes`, but at least one.
 constexpr int64_t results_within(int64_t most_bytes, int64_t bytes_each) {
     return std::max<int64_t>(1, most_bytes / std::max<int64_t>(bytes_each, 1));
 }
 
-// About how long a thread takes for so many multiply-adds, or to read or write so many bytes: what parallel_for asks
-// for to tell whether threads pay. Half of what AVX2 reaches in float; too low for small sizes, which is on the safe
-// side.
+// About how long a thread takes for this many multiply-adds, or to read or write this many bytes. parallel_for decides
+// by it whether threads pay. It assumes half the speed that AVX2 reaches in float. Small sizes take longer, so for them
+// the estimate errs towards one thread.
 constexpr int64_t nanoseconds_of_products(int64_t multiply_adds) { return multiply_adds / 16 + 1; }
 constexpr int64_t nanoseconds_of_bytes(int64_t bytes) { return bytes / 8 + 1; }
 

@@ -1,4 +1,4 @@
-// The ordered sum of pieces: the other half of the promise that results do not depend on the number of threads.
+// The ordered sum of pieces. With cuts that depend on sizes alone, it makes results independent of the threads.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace onestep {
 // Sum. Piece i has its elements at pieces + i · stride.
 template <class Sum, class T, class Store>
 void sum_pieces(const T* pieces, int64_t count, int64_t stride, int64_t begin, int64_t end, const Store& store) {
-    // Sums of one block stay in the first-level cache while the pieces pass by.
+    // The sums of one block stay in the first-level cache while all pieces are added to them.
     constexpr int64_t kBlock = 512;
     Sum sums[kBlock];
     for (int64_t block = begin; block < end; block += kBlock) {
@@ -28,7 +28,7 @@ void sum_pieces(const T* pieces, int64_t count, int64_t stride, int64_t begin, i
     }
 }
 
-// high + low += value + value_low; what the addition rounds off goes to the low part (Knuth's two-sum).
+// high + low += value + value_low. The rounding error of the addition goes to the low part (Knuth's two-sum).
 inline void add_compensated(double value, double value_low, double& high, double& low) {
     const double total = high + value;
     const double shifted = total - high;

@@ -111,7 +111,7 @@ ONESTEP_INLINE Vec<T> maximum_lanes(Vec<T> a, Vec<T> b) {
 ONESTEP_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 ONESTEP_INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Keeps the compiler from seeing how `value` came about, so that no product behind it is contracted into a sum.
+// Hides from the compiler how `value` was computed, so that it does not fuse a product in it with a later sum.
 template <class V>
 ONESTEP_INLINE V opaque(V value) {
 #if defined(__x86_64__) && !(defined(ONESTEP_EMULATE) && ONESTEP_VECTOR_BYTES == 64)
@@ -138,8 +138,8 @@ ONESTEP_INLINE Vec<double> multiply_subtract(Vec<double> a, Vec<double> b, Vec<d
     return load<double>(z);
 }
 
-// One step of Eklundh's matrix transposition: exchanges the off-diagonal halves of every 2S×2S block that `a` (upper
-// half) and `b` (lower half) make.
+// One step of Eklundh's matrix transposition: `a` has the upper halves of 2S × 2S blocks and `b` the lower ones. Their
+// off-diagonal quarters change places.
 template <class T, int S, int... Lane>
 ONESTEP_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
     constexpr int P = kLanes<T>;
@@ -162,7 +162,7 @@ ONESTEP_INLINE void transpose_steps(Vec<T>* rows) {
     }
 }
 
-// The sums of kLanes vectors, one in each lane: S = half the lanes first. Their contents are lost.
+// The sums of kLanes vectors, one in each lane. Start with S = half the lanes. The vectors are overwritten.
 template <class T, int S = kLanes<T> / 2>
 ONESTEP_INLINE Vec<T> sums_across(Vec<T>* vectors) {
     if constexpr (S > 0) {

@@ -45,7 +45,7 @@ bool has_amx() {
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBFloat16) != 0 && (edx & kTile) != 0;
 }
 
-// Linux gives a process tile registers when it asks for them: their state makes signal frames 8 KiB larger.
+// Linux gives tile registers only to a process that asks for them, because they make signal frames 8 KiB larger.
 bool tiles_granted() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
     constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM

@@ -7,7 +7,7 @@
 
 namespace onestep {
 
-// amx is avx512 with kernels of its own where products of bfloat16 are taken.
+// amx uses avx512's kernels, but has kernels of its own for products of bfloat16 matrices.
 enum class Target : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 inline constexpr int kTargetCount = 4;
@@ -26,7 +26,7 @@ enum class SelectResult : int { ok = 0, unknown = 1, unsupported = 2 };
 // Makes the named target the active one; changes nothing unless the result is `ok`.
 SelectResult select_target(const char* name);
 
-// Of the tables of kernels that the targets have, the active target's.
+// Picks the active target's table out of those of all targets.
 template <class Table>
 const Table& active_table(const Table& generic) {
     return generic;
@@ -39,8 +39,8 @@ const Table& active_table(const Table& generic, const Table& avx2, const Table& 
 
 }  // namespace onestep
 
-// A family has a table of kernels of this type in the namespace of every target, onestep::family::target::name; the
-// type comes last, since it may hold commas. Within namespace onestep.
+// Declares a family's table of kernels in the namespace of every target: onestep::family::target::name. The type comes
+// last, since it may hold commas. To be used within namespace onestep.
 #define ONESTEP_TABLE_OF(family, target, name, ...) \
     namespace family::target {                      \
     extern const __VA_ARGS__ name;                  \
@@ -53,15 +53,15 @@ const Table& active_table(const Table& generic, const Table& avx2, const Table& 
 #else
 #define ONESTEP_DECLARE_TABLE(family, name, ...) ONESTEP_TABLE_OF(family, generic, name, __VA_ARGS__)
 #endif
-// One that amx has itself, beside those of the other targets.
+// Declares a table that the amx target has of its own.
 #ifdef ONESTEP_AMX_TARGET
 #define ONESTEP_DECLARE_AMX_TABLE(family, name, ...) ONESTEP_TABLE_OF(family, amx, name, __VA_ARGS__)
 #else
 #define ONESTEP_DECLARE_AMX_TABLE(family, name, ...)
 #endif
 
-// The active target's table of this name, for kernels that amx shares with avx512 and for those that it has itself. A
-// plan asks once a call.
+// The active target's table of this name; _AMX_ for tables that amx has of its own. A plan looks it up once for each
+// call.
 #ifdef ONESTEP_X86_TARGETS
 #define ONESTEP_KERNELS(family, name) \
     active_table(family::generic::name, family::avx2::name, family::avx512::name, family::avx512::name)

@@ -14,11 +14,11 @@
 namespace onestep {
 namespace {
 
-// Blocks up to this size stay with the thread that used them; an idle thread holds at most kBlocks of them.
+// Blocks up to this size stay in the cache of the thread that used them.
 constexpr int64_t kMostOfThread = int64_t{8} << 20;
-// One block up to this size is kept for the whole process: what the largest calls work on.
+// One block up to this size is kept for the whole process. The largest calls use it.
 constexpr int64_t kMostShared = int64_t{128} << 20;
-// Workspaces nest a few levels deep; each level finds its own block again.
+// Blocks in a thread's cache. Workspaces nest a few levels deep, and each level finds its own block again.
 constexpr int kBlocks = 4;
 
 std::atomic<int64_t> until_refusal{0};

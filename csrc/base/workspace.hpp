@@ -1,8 +1,8 @@
-// Work memory: a Layout names the parts and adds up their bytes, whoever calls a kernel owns the memory, and a
-// Workspace hands the parts out.
+// Work memory of kernels. A Layout names the parts and adds up their bytes. The caller of a kernel owns the memory. A
+// Workspace hands out the parts.
 //
-// Each part is aligned. Under AddressSanitizer all bytes between parts, and those of parts that are not handed out, are
-// poisoned. That a part lies within the memory is checked always.
+// Each part is aligned. It is always checked that a part lies within the memory. Under AddressSanitizer, bytes between
+// parts and parts that have not been handed out are poisoned.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace onestep {
 
-// Of each part and of the whole: a cache line, and the widest vector.
+// Alignment of the memory and of each part: a cache line, which is also the widest vector.
 inline constexpr int64_t kAlignment = 64;
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -55,12 +55,12 @@ class Layout {
     int64_t bytes_ = 0;
 };
 
-// A view of memory that somebody else owns: `bytes`, aligned to kAlignment.
+// A view of `bytes` of memory that somebody else owns, aligned to kAlignment.
 class Workspace {
  public:
     Workspace(void* memory, int64_t bytes);
 
-    // The part's memory, uninitialised. Throws std::length_error if it does not lie within.
+    // The part's memory, uninitialised. Throws std::length_error if the part is not within the memory.
     template <class T>
     T* get(const Part<T>& part) const {
         return reinterpret_cast<T*>(checked(part.name, part.offset, part.count * static_cast<int64_t>(sizeof(T))));
@@ -80,8 +80,8 @@ class Workspace {
     int64_t bytes_;
 };
 
-// A workspace out of the calling thread's cache, so that a kernel does not pay for page faults each time. Those of a
-// thread nest like a stack. Throws std::bad_alloc.
+// A workspace from the calling thread's cache, which saves the page faults of new memory. Workspaces of a thread nest
+// like a stack. Throws std::bad_alloc.
 class CachedWorkspace {
  public:
     explicit CachedWorkspace(int64_t bytes);
@@ -117,10 +117,10 @@ Status run_cached(const Args& args, Options... options) noexcept {
     });
 }
 
-// Gives the blocks that are cached back to the system: the calling thread's and the large one that threads share.
+// Returns cached blocks to the system: those of the calling thread and the large one that all threads share.
 void release_workspaces();
 
-// For tests: the n-th block that is asked of the system from now on is refused; 0: none is.
+// For tests: the n-th request for a block from the system fails, counted from now; 0: none fails.
 void refuse_workspace(int64_t n);
 
 }  // namespace onestep

@@ -8,13 +8,13 @@ namespace onestep::attention::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-// Keys and values of one tile: by columns for the scores, k by rows for the gradient of q.
+// Keys and values of one tile: packed over columns for the scores, k over rows for the gradient of q.
 struct KeyPlanes {
     Planes kt, vt, k;
     Planes dkt, dvt, dk;
 };
 
-// Passing queries and cotangents: by rows for the scores, by columns for the gradients of k and v.
+// Queries and cotangents of the inner loop: over columns for the scores, over rows for the gradients of k and v.
 struct QueryPlanes {
     Planes q, g, qt, gt;
     Planes dq, dg, dqt, dgt;
@@ -40,7 +40,7 @@ inline KeyPlanes pack_key_planes(const AttentionHead<float>& head, int64_t begin
     return keys;
 }
 
-// Those of a square that starts `at` keys after the tile.
+// The part of a tile's keys from its key `at` on.
 inline KeyPlanes from_key(const KeyPlanes& keys, int64_t at) {
     const int64_t block = at / kAmxBlock;
     const int64_t step = at / kAmxStep;
@@ -71,8 +71,8 @@ inline QueryPlanes pack_query_planes(const AttentionHead<float>& head, int64_t b
     return queries;
 }
 
-// P, dS and their tangents of one square in rows of keys.width, whole steps. What fills a tile is zero: it meets rows
-// of operands that are not there.
+// P, dS and their tangents of one square, in rows of keys.width (whole steps). The padding is set to zero, since it is
+// multiplied by padding of the operands.
 template <bool Tangent>
 inline void compute_square(AmxTiles& tiles, const AttentionHead<float>& head, const AttentionDeltas<float>& deltas,
                            const KeyTile<float>& keys, const KeyPlanes& k, const QueryTile<float>& queries,
@@ -111,7 +111,7 @@ inline void compute_square(AmxTiles& tiles, const AttentionHead<float>& head, co
     }
 }
 
-// Scratch for the scores of a square, zero: rows are longer than what products write.
+// Work memory for the scores of a square. Set to zero: products do not write the ends of the rows.
 inline ScoreTile<float> take_square(bool tangent, Work<float>& work) {
     const ScoreTile<float> scores = take_scores<float>(kSquare * kSquare, tangent, work);
     for (float* tile : {scores.p, scores.ds, scores.p_tangent, scores.ds_tangent}) {
@@ -122,8 +122,8 @@ inline ScoreTile<float> take_square(bool tangent, Work<float>& work) {
     return scores;
 }
 
-// square(queries, planes of them, keys, planes of those, work): each square of the keys [begin, begin + count), of
-// which any is seen, with the queries [first, end).
+// Calls square(queries, their planes, keys, their planes, work) for each square of the keys [begin, begin + count) and
+// the queries [first, end) in which a query sees a key.
 template <bool Tangent, class Square>
 ONESTEP_INLINE void for_squares_by_queries(const AttentionHead<float>& head, int64_t begin, int64_t count,
                                            const KeyPlanes& key_planes, int64_t first, int64_t end,
@@ -166,7 +166,7 @@ inline void bfloat16_backward(const AttentionHead<float>& head, const AttentionD
             PlaneProducts for_v(queries.count);
             PlaneProducts for_k(queries.count);
             PlaneProducts for_q(keys.count);
-            // Only what meets an operand is packed.
+            // Scores are packed only if the operand that they are multiplied by is there.
             const auto by_rows = [&](const Planes& left, const float* from, PlaneProducts& products) {
                 if (left.high != nullptr) {
                     products.add(
@@ -225,8 +225,8 @@ inline void bfloat16_score_grad(const AttentionHead<float>& head, const Attentio
     for_squares_by_queries<Tangent>(head, j, count, key_planes, i, minimum(i + head.tile, head.queries), work, square);
 }
 
-// δ and δ̇ are on the diagonal of GOᵀ: tiles sum them as they sum dP, so that dP − δ is exactly 0 where a query sees one
-// key.
+// δ and δ̇ are the diagonal of GOᵀ. Tiles sum them in the order in which they sum dP, so that dP − δ is exactly 0 where
+// a query sees one key.
 inline void bfloat16_deltas(const AttentionHead<float>& head, int64_t begin, int64_t rows,
                             const AttentionDeltas<float>& deltas, float* memory) {
     AmxTiles tiles;
@@ -261,13 +261,13 @@ inline void bfloat16_deltas(const AttentionHead<float>& head, int64_t begin, int
     }
 }
 
-// In floats, at most; `tile` is a multiple of kSquare.
+// Floats of work memory that are enough for any kernel here. `tile` is a multiple of kSquare.
 inline int64_t bfloat16_work(int64_t d, int64_t dv, int64_t tile) {
-    // Each operand of a tile or of what passes by: two planes, and the float rows that they are made of. There are four
-    // of q and k, four of v and G; and sums of the gradients, or O and Ȯ, on both ways round.
+    // Each packed operand takes two planes and the float rows that these are made of. Of q and k there are four, of v
+    // and G four; sums of the gradients, or O and Ȯ, are there twice, as summed and transposed.
     const int64_t features = whole_steps(d) + whole_steps(dv);
     const int64_t operands = (8 * (tile + kSquare) + 2 * tile) * features;
-    // Scores with their mask and planes of them in squares; and the sum that grad_of_mask keeps here.
+    // Scores, their mask and their planes, in squares; and the tile of the mask's gradient.
     return operands + 12 * kSquare * kSquare + tile * tile + 64 * Work<float>::rounded(1) + 8 * tile;
 }
 

@@ -8,8 +8,8 @@ namespace onestep::attention::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-// square(i, queries, j, keys): each square of the queries [begin + i, …) and the keys [j, …) in which any key is seen.
-// pack(j, keys) comes before the squares of those keys.
+// Calls square(i, queries, j, keys) for each square in which a query sees a key: queries from begin + i on, keys from j
+// on. pack(j, keys) is called before the squares of those keys.
 template <class Pack, class Square>
 ONESTEP_INLINE void for_squares_by_keys(const AttentionHead<float>& head, int64_t begin, int64_t rows, const Pack& pack,
                                         const Square& square) {

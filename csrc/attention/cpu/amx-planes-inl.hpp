@@ -1,13 +1,13 @@
-// The family's kernels for bfloat16 q, k and v on tile registers. Operands enter products as they are; scores, P, dS
-// and their tangents are float and enter as two bfloat16 planes, and so does any float operand whose low plane is not
-// all zeros. The scale multiplies sums, never operands. An infinity in v gives NaN: it meets low planes of either sign.
+// The family's kernels for bfloat16 q, k and v on tile registers. A bfloat16 operand is multiplied as it is. Scores, P,
+// dS, their tangents and other float operands are split into two bfloat16 planes, high + low; a low plane of zeros is
+// left out. The scale multiplies sums, never operands. An infinity in v gives NaN, since low planes have both signs.
 //
-// Pairs of the inner dimension share a word in a packed tile. Of scores in rows of lanes, pairs of rows make the right
-// operand of a product over rows, without a shuffle, and pairs of lanes the left operand of one over lanes. Hence
-// results over rows come out transposed: Oᵀ in the forward pass, dKᵀ and dVᵀ in the backward pass.
+// In a packed tile, two neighbours along the inner dimension share a 32-bit word. Scores can be packed without a
+// shuffle in two ways: pairs of rows make a right operand, for a product over rows; pairs of lanes make a left operand,
+// for a product over lanes. So products over rows come out transposed: Oᵀ (forward), dKᵀ and dVᵀ (backward).
 //
-// Packing an operand is dear beside products of tiles, so a tile of the head (AttentionHead::tile) is large: what
-// passes by is packed once for all of it. Scores are taken in squares of it that stay in the first-level cache.
+// Packing is expensive next to the products of tiles. So AttentionHead::tile is large, and an operand of the inner loop
+// is packed once for the whole tile. Scores are computed in squares of kSquare, which stay in the first-level cache.
 #pragma once
 
 #include "attention/cpu/tiles-inl.hpp"
@@ -19,7 +19,7 @@ using namespace onestep::ONESTEP_NS;
 
 inline constexpr int64_t kSquare = 64;  // queries and keys of a square
 
-// A packed operand; null high: absent, null low: zero.
+// A packed operand. Null high: the operand is absent. Null low: the low plane is zero.
 struct Planes {
     const BFloat16* high = nullptr;
     const BFloat16* low = nullptr;
@@ -37,8 +37,8 @@ ONESTEP_INLINE BFloat16* take_bfloat16(int64_t count, Work<float>& work) {
     return reinterpret_cast<BFloat16*>(work.take((count + 1) / 2));
 }
 
-// value = high + low, and the upper half of `low`'s bits is its plane: exact to 2⁻¹⁶. A third of the instructions of
-// split_to_bfloat16, of which this is the one for T × T numbers: low is cut off, and an infinity becomes NaN.
+// value = high + low; the upper 16 bits of `low` are its plane, which is exact to 2⁻¹⁶. For scores, of which there are
+// many: a third of the instructions of split_to_bfloat16, but low is truncated, and an infinity becomes NaN.
 struct SplitBits {
     AmxWords high, low;
 };
@@ -48,8 +48,8 @@ ONESTEP_INLINE SplitBits split_bits(Vec<float> value) {
     return {high, reinterpret_cast<AmxWords>(value - reinterpret_cast<Vec<float>>(high))};
 }
 
-// One tile in two planes from its 16 lines of pairs: load(line, first, second). Turned: the lines are the other side's,
-// see store_tile. The bits that there are in the low plane.
+// Packs one tile into two planes. load(line, first, second) gives the pairs of one of its 16 lines. Turned: the lines
+// are those of a tile of the other side; see store_tile. Returns the low plane's bits, combined by OR.
 template <bool Turned, class Load>
 ONESTEP_INLINE AmxWords pack_tile(const Load& load_pair, BFloat16* high, BFloat16* low) {
     Vec<float> lines[2][kAmxBlock];
@@ -87,8 +87,8 @@ ONESTEP_INLINE bool any_bits(AmxWords bits) {
     return any != 0;
 }
 
-// Rows of `ld` floats, filled up with zeros to whole steps of rows and whole blocks of columns, as an operand of a
-// product over the rows. `sparse`: look whether the low plane is zero.
+// Packs a float matrix for a product over its rows. Rows have `ld` elements; the matrix is padded with zeros to whole
+// steps of rows and whole blocks of columns. `sparse`: checks whether the low plane is zero.
 template <AmxSide Side>
 inline Planes pack_over_rows(const float* from, int64_t rows, int64_t cols, int64_t ld, bool sparse,
                              Work<float>& work) {
@@ -115,8 +115,8 @@ ONESTEP_INLINE Vec<float> every_other(Vec<float> a, Vec<float> b, std::integer_s
     return __builtin_shufflevector(a, b, (2 * Lane + Odd)...);
 }
 
-// factor times the same, filled up to whole blocks of rows and whole steps of columns, as an operand of a product over
-// the columns.
+// Packs factor times a float matrix for a product over its columns. The matrix is padded with zeros to whole blocks of
+// rows and whole steps of columns.
 template <AmxSide Side>
 inline Planes pack_over_columns(const float* from, int64_t rows, int64_t cols, int64_t ld, float factor, bool sparse,
                                 Work<float>& work) {
@@ -155,7 +155,7 @@ ONESTEP_INLINE float* take_zeroed(int64_t count, Work<float>& work) {
 
 enum class Inner { columns, rows };
 
-// Rows [row, row + rows) of a slice as the operand of a product over its columns, or over those rows.
+// Packs rows [row, row + rows) of a slice for a product over its columns, or over those rows.
 template <AmxSide Side, Inner Along>
 inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t rows, int64_t cols, Work<float>& work) {
     if (slice.data == nullptr) {
@@ -175,7 +175,7 @@ inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t ro
     const int64_t count = Along == Inner::columns ? rows : cols;
     const int64_t depth = Along == Inner::columns ? cols : rows;
     const AmxPacked to = AmxPacked::whole(take_bfloat16(amx_size(count, depth), work), count, depth);
-    // The packers read along rows; a matrix held by columns is the other way round.
+    // The packers read along rows. A matrix that is stored by columns is packed as its transpose.
     const bool turned = slice.row == 1 && slice.col != 1;
     const StridedRows<BFloat16> lines = {element<BFloat16>(slice, row, 0), turned ? slice.col : slice.row};
     const int64_t step = turned ? slice.row : slice.col;
@@ -187,7 +187,7 @@ inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t ro
     return {to.data, nullptr, to.block};
 }
 
-// A sum of products of one depth, as Products. Of two low planes no product is taken: it is 2⁻¹⁶ of the whole.
+// A sum of products of the same depth, as Products. low · low is left out: it is 2⁻¹⁶ of the product.
 struct PlaneProducts {
     int64_t depth;
     int count = 0;
@@ -228,12 +228,12 @@ ONESTEP_INLINE void scale_tile(int64_t count, float factor, float* to) {
     }
 }
 
-// to (cols × ld) = the transpose of `from` (rows × cols, from_row apart).
+// to (cols × ld) = the transpose of `from` (rows × cols, rows `from_row` apart).
 ONESTEP_INLINE void turn(const float* from, int64_t from_row, int64_t rows, int64_t cols, float* to, int64_t ld) {
     pack_columns_of<float>(from, from_row, 1, rows, cols, 1.0F, to, ld);
 }
 
-// sums (rows × cols, rows of `ld`) times the decay of their columns.
+// Multiplies the columns of `sums` (rows × cols, rows of `ld`) by their decay.
 inline void decay_sums(int64_t rows, int64_t cols, const float* decay, float* sums, int64_t ld) {
     for (int64_t c = 0; c < cols; c += kLanes<float>) {
         const Vec<float> factor = load<float>(decay + c);

@@ -12,12 +12,12 @@
 namespace onestep {
 namespace {
 
-// Rows of q, k or v that are longer than this take the tile for long rows.
+// With longer rows of q, k or v the kernels' wide_tile is used.
 constexpr int64_t kWideBytes = 512;
 
-// With fewer heads than this, the keys of one head are cut into pieces, for the threads' sake.
+// With fewer heads than this the keys of a head are cut into pieces, so that there is work for more threads.
 constexpr int64_t kFewHeads = 16;
-// Each piece has a share of the gradient of q; these take no more memory than this.
+// Each piece has its own sums for the gradient of q. Together these take at most this much memory.
 constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 
 template <class T>
@@ -33,7 +33,7 @@ const AttentionKernels<T>& active_kernels(const AttentionInputs& inputs) {
 
 bool is_backward(AttentionFunction function) { return function >= AttentionFunction::backward; }
 
-// Cuts the keys into `pieces` of about equal work: with a causal mask the first keys are seen by the most queries.
+// Cuts the keys into `pieces` of about equal work. With a causal mask the first keys have the most work.
 template <class T>
 void cut_keys(const AttentionArgs<T>& args, int64_t pieces, AttentionPlan<T>& plan) {
     const auto weight = [&](int64_t key_tile) {
@@ -84,7 +84,7 @@ AttentionSlices slices(const AttentionArgs<T>& args, const AttentionInputs& inpu
 // What a pass computes: values, their tangents, or both.
 enum class Pass { values, tangents, both };
 
-// Row statistics of one query head out of those of all.
+// The row statistics of one query head.
 template <class T>
 AttentionDeltas<T> deltas_of(const AttentionDeltas<T>& deltas, int64_t first_row) {
     return {deltas.primal + first_row, deltas.tangent != nullptr ? deltas.tangent + first_row : nullptr};
@@ -164,10 +164,10 @@ class Call {
         return result;
     }
 
-    // About what products of this many scores take.
+    // About the nanoseconds of the products with this many scores.
     int64_t products(int64_t scores) const { return nanoseconds_of_products(scores * (args_.d + args_.dv)); }
 
-    // Gradients of q, k and v. The pieces' shares of the gradient of q are added up in the order of the keys.
+    // Gradients of q, k and v. The pieces' sums for the gradient of q are added up in the order of the keys.
     Status gradients_by_keys(const AttentionDeltas<T>& deltas, Pass pass) const {
         const AttentionResults<T>* const results[2] = {&args_, &args_.tangents};
         const int64_t kinds = pass == Pass::both ? 2 : 1;
@@ -217,7 +217,7 @@ class Call {
             const Range queries = plan_.query_tiles[index % tiles];
             const T* sums = sums_of(kind) + query_head * q_size;
             for (int64_t row = queries.begin; row < queries.end; ++row) {
-                // Pieces of keys that the query does not see have no share.
+                // Pieces whose keys the query does not see wrote nothing for it.
                 int64_t pieces = 1;
                 while (pieces < plan_.pieces && (!args_.causal || row >= plan_.cuts[pieces])) {
                     ++pieces;
@@ -233,8 +233,8 @@ class Call {
             tile_of_queries);
     }
 
-    // The gradient of the mask: dS, summed over what the mask is shared by. One piece of work is a tile of the mask, or
-    // a row, a column or the whole of tiles where the mask has one column, one row or one element for all.
+    // The gradient of the mask: dS, summed over the heads and problems that share it. One piece of work is a tile of
+    // the mask. If the mask has one column, one row or one element, it is a row of tiles, a column of tiles or all.
     Status gradient_of_mask(const AttentionDeltas<T>& deltas, const AttentionMaskGrad<T>& grad, bool tangent) const {
         if (grad.data == nullptr) {
             return Status::ok;
@@ -281,7 +281,7 @@ class Call {
     }
 
  public:
-    // Without a query, a key, a head or a problem there is nothing to add up.
+    // Zeros, where there is no query, key, head or problem.
     void clear_gradients(const AttentionResults<T>& to) const {
         std::fill_n(to.q_grad, plan_.heads * args_.queries * args_.d, T(0));
         std::fill_n(to.k_grad, plan_.kv_heads * args_.keys * args_.d, T(0));
@@ -307,7 +307,7 @@ class Call {
     const AttentionKernels<T>& kernels_;
 };
 
-// The arguments of the pass that computes tangents alone.
+// The arguments of a pass that computes tangents only.
 template <class T>
 AttentionArgs<T> for_tangents(const AttentionArgs<T>& args) {
     AttentionArgs<T> result = args;

@@ -1,5 +1,5 @@
-// Gradients and their tangents: a tile of keys stays while all tiles of queries pass by. Scores are held a key per
-// lane. One recompute of the scores serves all products, since their row statistics are known.
+// Gradients and their tangents: for each tile of keys, a loop over the tiles of queries. Scores have a key in each
+// lane. They are recomputed once for all products, since the row statistics (L and δ) are known.
 #pragma once
 
 #include "attention/cpu/tiles-inl.hpp"
@@ -8,7 +8,7 @@ namespace onestep::attention::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-// Keys and values of one tile: transposed for the scores, by rows for the gradient of q. Scaled where they meet q.
+// Keys and values of one tile: transposed for the scores, by rows for the gradient of q. k has the factor s in it.
 template <class T>
 struct KeyTile {
     int64_t begin, count, width;
@@ -24,7 +24,7 @@ struct QueryTile {
     T *dq, *dg;
 };
 
-// Rows of KeyTile::width: P and dS, and their tangents.
+// P and dS of a tile and their tangents, in rows of KeyTile::width.
 template <class T>
 struct ScoreTile {
     T *p, *ds;
@@ -99,7 +99,7 @@ inline ScoreTile<T> take_scores(int64_t size, bool tangent, Work<T>& work) {
     return scores;
 }
 
-// In: S, dP and their tangents without the tangent of the shift. Out: P, dS and their tangents.
+// Replaces S (in p) and dP (in ds) by P and dS, and likewise their tangents.
 template <class T, bool Tangent, bool Masked>
 inline void score_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const QueryTile<T>& queries,
                        int64_t width, const ScoreTile<T>& scores) {
@@ -135,7 +135,7 @@ inline void score_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& d
     }
 }
 
-// The same, with the mask and its tangent.
+// score_rows with the mask and its tangent, if there are any.
 template <class T, bool Tangent>
 inline void weigh_scores(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const KeyTile<T>& keys,
                          const QueryTile<T>& queries, const ScoreTile<T>& scores) {
@@ -177,7 +177,7 @@ inline void compute_scores(const AttentionHead<T>& head, const AttentionDeltas<T
     weigh_scores<T, Tangent>(head, deltas, keys, queries, scores);
 }
 
-// to = factor · sums, without the padding; or to += with `add`.
+// to = factor · sums, or with `add` to += factor · sums. `sums` has padded rows, `to` has not.
 template <class T>
 inline void put_rows(const T* sums, int64_t rows, int64_t cols, T factor, bool add, T* to) {
     const int64_t ld = whole_vectors<T>(cols);
@@ -189,7 +189,7 @@ inline void put_rows(const T* sums, int64_t rows, int64_t cols, T factor, bool a
     }
 }
 
-// The gradients that a tile of keys and one of queries contribute to each other, on the way to AttentionGrads.
+// Sums of the gradients of a tile of keys, before they go to AttentionGrads.
 template <class T>
 struct GradSums {
     T *k, *v;
@@ -240,7 +240,7 @@ inline void put_sums(const AttentionHead<T>& head, const KeyTile<T>& keys, const
     put_rows<T>(sums.v, keys.count, head.dv, T(1), grads.add, grads.v + keys.begin * head.dv);
 }
 
-// `Gradient`, `Tangent`: which of the two are wanted.
+// Gradients of k and v of the keys [begin, end), and their part of q's: values, tangents or both, as wanted.
 template <class T, bool Gradient, bool Tangent>
 inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
                           const AttentionGrads<T>& grads, const AttentionGrads<T>& tangents, T* memory) {
@@ -309,8 +309,8 @@ inline void score_grad(const AttentionHead<T>& head, const AttentionDeltas<T>& d
     add_rows<T>(Tangent ? scores.ds_tangent : scores.ds, keys.width, queries.count, keys.count, sum, head.tile);
 }
 
-// sum + a·b, a row per lane: in the order in which multiply_tile sums dP, so that dP − δ is exactly 0 where a query
-// sees one key. Absent operands stand for zero.
+// sum + a·b for a row in each lane. The order is that in which multiply_tile sums dP, so that dP − δ is exactly 0
+// where a query sees one key. An absent operand is zero.
 template <class T>
 ONESTEP_INLINE Vec<T> add_row_products(int64_t cols, int64_t ld, const T* a, const T* b, Vec<T> sum) {
     for (int64_t c = 0; a != nullptr && b != nullptr && c < cols; ++c) {

@@ -1,5 +1,5 @@
-// O and L, and their tangents: one tile of queries passes over all keys. Scores are held transposed, a query per lane,
-// so that row statistics need no sums across lanes.
+// O and L, and their tangents: one tile of queries goes over all tiles of keys. Scores are transposed, a query in each
+// lane, so that sums over keys need no sums across lanes.
 #pragma once
 
 #include "attention/cpu/tiles-inl.hpp"
@@ -8,26 +8,26 @@ namespace onestep::attention::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-// Keys that the queries [begin, begin + rows) see.
+// How many keys the queries [begin, begin + rows) see.
 template <class T>
 ONESTEP_INLINE int64_t keys_seen(const AttentionHead<T>& head, int64_t begin, int64_t rows) {
     return head.causal ? minimum(head.keys, begin + rows) : head.keys;
 }
 
-// Scratch for the mask of a tile: transposed, and by rows on the way there.
+// Work memory for the mask of a tile: transposed, as scores are, and by rows as it is read.
 template <class T>
 struct MaskTile {
     T *columns, *rows;
 };
 
-// Per query: the largest score so far, the sum of exp(S − top), and what earlier sums have to be multiplied by.
+// For each query: the largest score so far, the sum of exp(S − top), and the factor for sums of earlier tiles.
 template <class T>
 struct SoftmaxRows {
     T *top, *sum, *decay;
 };
 
-// Online softmax over one more tile (Milakov and Gimelshein 2018): scores become exp(S − top), and `state` is brought
-// up to date.
+// Online softmax over one more tile (Milakov and Gimelshein 2018): replaces scores by exp(S − top) and updates
+// `state`.
 template <class T, bool Masked>
 inline void softmax_step(int64_t keys, int64_t width, T* scores, const T* mask, const SoftmaxRows<T>& state) {
     const Vec<T> hidden = broadcast<T>(-static_cast<T>(__builtin_inf()));
@@ -58,7 +58,7 @@ inline void softmax_step(int64_t keys, int64_t width, T* scores, const T* mask, 
     }
 }
 
-// The same for the keys [j, j + keys), with the mask.
+// softmax_step for the keys [j, j + keys), with the mask if there is one.
 template <class T>
 inline void add_to_softmax(const AttentionHead<T>& head, int64_t begin, int64_t rows, int64_t j, int64_t keys,
                            int64_t width, T* scores, const MaskTile<T>& mask, const SoftmaxRows<T>& state) {
@@ -85,7 +85,7 @@ inline SoftmaxRows<T> take_softmax(int64_t width, Work<T>& work) {
     return state;
 }
 
-// O from rows of `ld` sums of exp(S − top) V, and L.
+// Writes O = sums / state.sum, where `sums` has the rows of Σ exp(S − top) V, and L.
 template <class T>
 inline void put_outputs(const AttentionHead<T>& head, int64_t begin, int64_t rows, const SoftmaxRows<T>& state,
                         const T* sums, int64_t ld, T* out, double* lse) {
@@ -101,13 +101,13 @@ inline void put_outputs(const AttentionHead<T>& head, int64_t begin, int64_t row
     }
 }
 
-// Per query: L as Shift, and the sum of P∘Ṡ.
+// For each query: L as a Shift, and the sum of P∘Ṡ.
 template <class T>
 struct TangentRows {
     T *high, *low, *mean;
 };
 
-// Scores become P, their tangents P∘Ṡ, whose sums go to `state.mean`.
+// Replaces scores by P and their tangents by P∘Ṡ, and adds the sums of P∘Ṡ to `state.mean`.
 template <class T, bool Masked>
 inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, const T* mask,
                            const TangentRows<T>& state) {
@@ -140,7 +140,7 @@ inline void add_mask_tangent(const AttentionHead<T>& head, int64_t begin, int64_
     }
 }
 
-// The same for the keys [j, j + keys), with the mask and its tangent.
+// weigh_tangents for the keys [j, j + keys), with the mask and its tangent if there are any.
 template <class T>
 inline void weigh_masked_tangents(const AttentionHead<T>& head, int64_t begin, int64_t rows, int64_t j, int64_t keys,
                                   int64_t width, T* scores, T* tangents, const MaskTile<T>& mask,
@@ -167,7 +167,7 @@ inline TangentRows<T> take_tangent_rows(const AttentionHead<T>& head, int64_t be
     return state;
 }
 
-// Ȯ from rows of `ld` sums of (P∘Ṡ)V + PV̇, and L̇. `o` has room for the rows of O.
+// Writes Ȯ = sums − L̇∘O, where `sums` has the rows of (P∘Ṡ)V + PV̇, and L̇. `o` is work memory for rows of O.
 template <class T>
 inline void put_output_tangents(const AttentionHead<T>& head, int64_t begin, int64_t rows, const TangentRows<T>& state,
                                 const T* sums, int64_t ld, T* o, T* out, double* lse) {
@@ -182,7 +182,7 @@ inline void put_output_tangents(const AttentionHead<T>& head, int64_t begin, int
     }
 }
 
-// What moves of the operands, the queries' part transposed; absent tangents are null.
+// Packed operands: queries transposed, one tile of keys and values by rows. Absent tangents are null.
 template <class T>
 struct KeyRows {
     T *qt, *k, *v;
@@ -260,7 +260,7 @@ inline void add_value_tangents(int64_t rows, int64_t keys, int64_t width, int64_
     multiply<T, true>(rows, v_row / kLanes<T>, pv, sums, v_row);
 }
 
-// What earlier tiles left, for the largest scores that are known now.
+// Multiplies the sums of earlier tiles by the decay of their rows, since the largest scores have grown.
 template <class T>
 inline void decay_rows(int64_t rows, int64_t ld, const T* decay, T* sums) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -273,7 +273,7 @@ inline void decay_rows(int64_t rows, int64_t ld, const T* decay, T* sums) {
     }
 }
 
-// tangents become exp(S − top)∘Ṡ; their sums per query are added to `mean` after its decay.
+// Replaces tangents by exp(S − top)∘Ṡ. mean = decay · mean + their sums for each query.
 template <class T>
 inline void weigh_online(int64_t keys, int64_t width, const T* scores, const T* decay, T* tangents, T* mean) {
     for (int64_t v = 0; v < width; v += kLanes<T>) {
@@ -287,7 +287,7 @@ inline void weigh_online(int64_t keys, int64_t width, const T* scores, const T* 
     }
 }
 
-// Ȯ from rows of `ld` sums of exp(S − top)(Ṡ V + V̇), and L̇.
+// Writes Ȯ and L̇, where `sums` has the rows of Σ exp(S − top)(Ṡ V + V̇).
 template <class T>
 inline void put_online_tangents(const AttentionHead<T>& head, int64_t begin, int64_t rows, const SoftmaxRows<T>& state,
                                 const T* mean, const T* sums, int64_t ld, const T* out,

@@ -1,5 +1,5 @@
 // What one CPU target provides to attention.cpp: loops over the tiles of one head. Everything here is plain data, so
-// that it can be shared between targets.
+// targets can share it.
 #pragma once
 
 #include <cstdint>
@@ -30,46 +30,46 @@ struct AttentionHead {
     AttentionSlices primal, tangent;
 };
 
-// Where O and L of one query head go, or their tangents: rows of dv and 1, from its first query on.
+// Where O and L of one query head go, or their tangents: rows of dv and of 1, from the head's first query on.
 template <class T>
 struct AttentionRows {
     T* out = nullptr;
     double* lse = nullptr;
 };
 
-// Row statistics that the backward passes share: δ and its tangent, `queries` of each.
+// Row statistics for the backward passes: δ and its tangent, one of each for a query.
 template <class T>
 struct AttentionDeltas {
     T* primal = nullptr;
     T* tangent = nullptr;
 };
 
-// Where the gradients of one query head go. q_grad has rows of `q_row` elements, whole vectors, and is added to; the
-// others have rows of d and dv.
+// Where the gradients of one query head go. q has rows of `q_row` elements (whole vectors) and is added to; k and v
+// have rows of d and dv.
 template <class T>
 struct AttentionGrads {
     T* q = nullptr;
     int64_t q_row = 0;
     T* k = nullptr;
     T* v = nullptr;
-    bool add = false;  // to k and v, else they are overwritten
+    bool add = false;  // whether k and v are added to or overwritten
 };
 
 template <class T>
 struct AttentionKernels {
     int64_t lanes;
-    // Queries and keys per tile, and with long rows: what a pass works on stays within the second-level cache.
+    // Queries and keys of a tile, and of one with long rows: a pass's work memory fits the second-level cache.
     int64_t tile;
     int64_t wide_tile;
 
-    // Scratch in elements that any of the kernels below needs as `work`.
+    // Elements of work memory (`work`) that are enough for any of the kernels below.
     int64_t (*work)(int64_t d, int64_t dv, int64_t tile);
 
     // Queries [begin, begin + rows) of O and L (rows of dv and 1, from the head's first query on), or of their
     // tangents.
     void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
     void (*jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
-    // Both at once, O and L not being read; null: the target has but the two.
+    // Both at once; O and L are not read. Null: the target has no such kernel.
     void (*forward_and_jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionRows<T>& values,
                             const AttentionRows<T>& tangents, T* work);
 
@@ -82,7 +82,7 @@ struct AttentionKernels {
                      const AttentionGrads<T>& grads, T* work);
     void (*backward_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
                          const AttentionGrads<T>& grads, T* work);
-    // Both at once; null: the target has but the two.
+    // Both at once. Null: the target has no such kernel.
     void (*backward_and_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
                              const AttentionGrads<T>& grads, const AttentionGrads<T>& tangents, T* work);
 
@@ -95,7 +95,7 @@ struct AttentionKernels {
 
 ONESTEP_DECLARE_TABLE(attention, f32, AttentionKernels<float>)
 ONESTEP_DECLARE_TABLE(attention, f64, AttentionKernels<double>)
-// For q, k and v of bfloat16; other operands go to avx512's.
+// For bfloat16 q, k and v. Other operands take avx512's table.
 ONESTEP_DECLARE_AMX_TABLE(attention, f32, AttentionKernels<float>)
 
 }  // namespace onestep

@@ -15,7 +15,7 @@ template <class T>
 struct AttentionPlan {
     const AttentionKernels<T>* kernels = nullptr;
     AttentionFunction function = AttentionFunction::forward;
-    // Whether values and tangents come from one pass; else from two, one after the other.
+    // Whether one pass gives values and tangents, or two passes, one after the other.
     bool together = false;
     int64_t tile = 1;      // queries and keys of a tile
     int64_t heads = 0;     // query heads of all problems
@@ -28,14 +28,14 @@ struct AttentionPlan {
     int64_t pieces = 1;
     int64_t cuts[kMostPieces + 1] = {};
 
-    // Of the whole call.
+    // Memory of the whole call.
     Layout layout;
-    int64_t q_row = 0;    // a row of a piece's share of q's gradient: whole vectors
+    int64_t q_row = 0;    // elements of a row of q's gradient in `partial`: whole vectors
     bool direct = false;  // one piece, which writes q's gradient itself
     Part<T> deltas, delta_tangents;
     Part<T> partial;  // [value, tangent][piece][head][query][q_row]
 
-    // Of the thread that works on a tile or a piece.
+    // Memory of a thread while it works on a tile or a piece.
     Layout own_layout;
     Part<T> work;
     Part<T> mask_sum;  // a tile of the mask's gradient

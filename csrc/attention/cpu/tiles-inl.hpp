@@ -14,7 +14,7 @@ ONESTEP_INLINE int64_t whole_vectors(int64_t count) {
     return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// Scratch handed out from the front, each piece aligned to 64 bytes as long as the whole is.
+// Hands out work memory from the front. Each part is aligned to 64 bytes if the memory is.
 template <class T>
 struct Work {
     T* next;
@@ -30,7 +30,7 @@ struct Work {
     }
 };
 
-// The tile that starts at (row, col) of a slice.
+// The address of element (row, col) of a slice.
 template <class E>
 ONESTEP_INLINE const E* element(const AttentionSlice& slice, int64_t row, int64_t col) {
     return static_cast<const E*>(slice.data) + row * slice.row + col * slice.col;
@@ -57,7 +57,7 @@ inline void pack_rows_of(const E* from, int64_t row, int64_t col, int64_t rows, 
     }
 }
 
-// Whole squares of kLanes are transposed in registers.
+// The transpose of pack_rows_of: to[c][r]. Whole squares of kLanes × kLanes are transposed in registers.
 template <class T, class E>
 inline void pack_columns_of(const E* from, int64_t row, int64_t col, int64_t rows, int64_t cols, T factor, T* to,
                             int64_t ld) {
@@ -122,7 +122,7 @@ inline void pack_columns(const AttentionSlice& slice, int64_t row, int64_t col, 
     pack_columns_of<T>(element<T>(slice, row, col), slice.row, slice.col, rows, cols, factor, to, ld);
 }
 
-// A sum of up to two products A·B of one depth: c (+)= Σ a[t](i, p) · b[t][p][·].
+// A sum of up to two products A·B of the same depth: c (+)= Σ_t Σ_p a[t](i, p) · b[t][p][·].
 template <class T>
 struct Products {
     int64_t depth;
@@ -132,7 +132,7 @@ struct Products {
     const T* b[2] = {};
 
     Products(int64_t depth_, int64_t b_depth_) : depth(depth_), b_depth(b_depth_) {}
-    // Absent operands stand for zero.
+    // A product with an absent operand is zero.
     void add(Broadcast<T> left, const T* right) {
         if (left.data != nullptr && right != nullptr) {
             a[count] = left;
@@ -160,7 +160,7 @@ ONESTEP_INLINE void product_tile(const Products<T>& products, int64_t i, int64_t
     }
 }
 
-// A panel of b stays in the first-level cache while all rows of a pass by.
+// All rows of a times one panel of b, which stays in the first-level cache.
 template <class T, bool Add, int NV>
 inline void product_panel(int64_t rows, const Products<T>& products, int64_t column, T* c, int64_t ldc) {
     int64_t i = 0;
@@ -241,7 +241,7 @@ inline void add_tile(int64_t count, const T* from, T* to) {
     }
 }
 
-// L of a query as a sum of two T; +∞ where it sees no key, so that exp(S − L) is 0 for all of them.
+// L of a query as a sum of two T. +∞ if the query sees no key: exp(S − L) is then 0 for every key.
 template <class T>
 struct Shift {
     T high, low;
@@ -257,7 +257,7 @@ ONESTEP_INLINE Shift<T> shift_of(const AttentionSlice& slice, int64_t row) {
     return {high, static_cast<T>(lse - static_cast<double>(high))};
 }
 
-// Scratch of any kernel of the family; see backward_keys, which takes the most.
+// Elements of work memory that are enough for any kernel here; backward_keys takes the most.
 template <class T>
 inline int64_t attention_work(int64_t d, int64_t dv, int64_t tile) {
     const int64_t features = 8 * whole_vectors<T>(d) + 7 * whole_vectors<T>(dv);
