@@ -15,9 +15,11 @@ AttentionInstances instances(Element element) {
         case Element::bfloat16:
             return attention_instances_bf16();
         case Element::float16:
+            return attention_instances_f16();
+        case Element::boolean:
             break;
     }
-    return attention_instances_f16();
+    return {};  // no kernel
 }
 
 // The first instance with room for so many features, if the device has its shared memory.
