@@ -1,8 +1,8 @@
 // The normal-equations family: Gram matrices, Cholesky factors, and the solves that stand on them.
 //
-// Every function works on a batch of independent problems, reads its operands in place through their strides, and
-// writes contiguous row-major results. float and double. A problem that fails is reported in its `info` and cannot
-// touch another one: its numbers are computed apart, or in a vector lane of their own.
+// Every function works on a batch of independent problems in float or double, reads its operands in place through their
+// strides, and writes contiguous row-major results. A problem that fails is reported in its `info`. It cannot affect
+// another one, because every problem is computed apart or in a vector lane of its own.
 //
 // Cholesky factors are stored as U with A = UᵀU, row-major; seen column-major that is LAPACK's lower L = Uᵀ.
 //

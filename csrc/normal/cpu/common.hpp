@@ -21,7 +21,7 @@ const NormalKernels<T>& active_normal_kernels() {
     }
 }
 
-// Columns of a matrix that is worked on: whole panels, and one more where rows would fall on the same cache sets.
+// Columns of a work matrix: whole panels, and one panel more where all rows would fall on the same cache sets.
 template <class T>
 int64_t leading_dimension(const NormalKernels<T>& kernels, int64_t columns) {
     const int64_t ld = round_up(std::max<int64_t>(columns, 1), kernels.panel);
@@ -30,7 +30,7 @@ int64_t leading_dimension(const NormalKernels<T>& kernels, int64_t columns) {
 
 // ---------------------------------------------------------------- packs
 
-// Small problems go a problem to a vector lane where there are enough of them, or where each is tiny.
+// Small problems are solved one in each vector lane if there are enough of them, or if each is tiny.
 template <class T>
 PackPlan<T> plan_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t n, int64_t d, int64_t k) {
     PackPlan<T> plan;
@@ -40,9 +40,9 @@ PackPlan<T> plan_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t
     return plan;
 }
 
-// Calls fill(pack, lane, problem, real) for every lane of every pack, then solve(pack, work), and after(problem), which
-// returns a Status, for every problem of it. The lanes after the last problem repeat it, with `real` false: they have
-// valid input and must get no output.
+// For every pack: calls fill(pack, lane, problem, real) for each lane, then solve(pack, work), then after(problem) for
+// each of its problems, which returns a Status. Lanes beyond the last problem get that problem again with `real` false:
+// their input is valid, and they must write nothing.
 template <class T, class Fill, class Solve, class After>
 Status for_each_pack(const NormalKernels<T>& kernels, const PackPlan<T>& plan, int64_t problems, int64_t products_each,
                      const Fill& fill, const Solve& solve, const After& after) {

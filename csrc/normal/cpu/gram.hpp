@@ -11,13 +11,13 @@ namespace onestep {
 
 // With fewer problems than this, one problem's rows are shared among threads.
 inline constexpr int64_t kFewProblems = 16;
-// Pieces of rows of all problems together,
+// All problems together are cut into at most this many pieces of rows.
 inline constexpr int64_t kMostPieces = 32;
-// as long as their sums take no more memory than this.
+// The sums of all pieces take at most this much memory; there are fewer pieces if need be.
 inline constexpr int64_t kMostPartialBytes = int64_t{32} << 20;
-// Where there are too few rows for that, but many columns, these are shared in so many groups,
+// With too few rows for pieces but many columns, the columns are cut into this many groups.
 inline constexpr int64_t kColumnGroups = 8;
-// each of several panels.
+// Panels that a group of columns has at least.
 inline constexpr int64_t kPanelsPerGroup = 2;
 
 template <class T>

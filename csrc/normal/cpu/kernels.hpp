@@ -9,19 +9,19 @@
 
 namespace onestep {
 
-// The most lanes of any target, and the largest problem that is solved a problem per lane.
-inline constexpr int kMostLanes = 16;
-inline constexpr int64_t kPackFeatures = 32;
-inline constexpr int64_t kPackTargets = 16;
+// The largest problem that is solved one per vector lane, and the most lanes of any target.
+inline constexpr int kMostLanes = 16;         // float under AVX-512
+inline constexpr int64_t kPackFeatures = 32;  // d; beyond it a problem alone fills the vectors
+inline constexpr int64_t kPackTargets = 16;   // k
 
-// Rows per block of packed rows; rows that are summed in T before they are added up in double.
-inline constexpr int64_t kBlockRows = 128;
-inline constexpr int64_t kSlabRows = 4096;
+// How rows are blocked.
+inline constexpr int64_t kBlockRows = 128;  // rows that are packed at a time
+inline constexpr int64_t kSlabRows = 4096;  // rows that are summed in T before they are added to a sum in double
 
-// Rows of the factor that are finished before the rest is updated.
+// Rows of the factor that are computed before the rest of the matrix is updated.
 inline constexpr int64_t kFactorRows = 96;
 
-// A pivot of the normal equations that is this many epsilons of its diagonal element is rounding noise.
+// A pivot of at most this many epsilons of its diagonal element is rounding noise: the equations are singular.
 inline constexpr int kSingularEpsilons = 8;
 
 // One problem's rows. The columns of Z = [X | 1? | Y] less `shift`, times sqrt(weight), are what Gram sums over.
@@ -51,7 +51,7 @@ struct PackOperand {
     }
 };
 
-// Up to kMostLanes problems for one pack. Outputs that are not wanted are null; `clear` makes a lane's outputs so.
+// Up to kMostLanes problems for one pack. Outputs that are not wanted are null; `clear` sets those of a lane to null.
 template <class T>
 struct PackArgs {
     int64_t n = 0, d = 0, k = 0;

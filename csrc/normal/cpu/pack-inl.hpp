@@ -151,9 +151,9 @@ ONESTEP_INLINE void update_pack_tile(const Vec<T>* left, int64_t depth, int64_t 
     }
 }
 
-// Small problems are too short for the hardware to see a stream in any lane: asks for the next pack's rows, which lie
-// as far on as the lanes are apart, into the second-level cache (a pack may fill the first). A prefetch of an address
-// that does not exist does nothing.
+// Prefetches the next pack's rows into the second-level cache, since the rows of a small problem are too few for the
+// hardware to recognise a stream. (A pack may fill the first-level cache.) A prefetch of an address that does not exist
+// does nothing.
 template <class T>
 inline void prefetch_next_pack(const PackOperand<T>& from, int64_t bytes) {
     constexpr int64_t kMostBytes = 4096;
@@ -198,8 +198,8 @@ inline void pack_gram(const PackArgs<T>& args, Pack<T>& pack) {
     }
 }
 
-// UᵀU = A in place, and U⁻ᵀR beside it; a lane that fails keeps the order of its first bad minor in `info` and goes on
-// with the identity, out of its neighbours' way.
+// Factors A = UᵀU in place and computes U⁻ᵀR beside it. A lane that fails records the order of its first bad minor in
+// `info` and continues with the identity, so that its neighbours are not affected.
 template <class T>
 inline void pack_factor(Pack<T>& pack) {
     const int64_t width = pack.width;
@@ -279,7 +279,7 @@ inline void pack_write_solution(const PackArgs<T>& args, Pack<T>& pack) {
     store_lanes<T>(pack.out, pack.d * pack.k, args.solution);
 }
 
-// Lanes whose factor exists, whatever became of the solution.
+// Lanes that have a factor, whether or not their solution is finite.
 template <class T>
 ONESTEP_INLINE Mask<T> pack_factored(const Pack<T>& pack) {
     return (pack.info == 0) | (pack.info == broadcast_integer<T>(pack.d + 1));

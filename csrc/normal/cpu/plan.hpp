@@ -23,11 +23,11 @@ struct GramPlan {
     EvenCut pieces;
     int64_t groups = 1;
 
-    // Of the whole call.
+    // Memory of the whole call.
     Layout layout;
     Part<double> sums;  // of all pieces of all problems; empty where each problem is one piece of work
 
-    // Of the thread that works on a piece or a problem.
+    // Memory of a thread while it works on a piece or a problem.
     Layout own_layout;
     Part<T> packed;
     Part<T> slab;      // the sum of as many rows as are summed in T
@@ -62,7 +62,7 @@ struct FinishPlan {
     Part<double> solution, penalty;
     Part<T> saved;      // the matrix, if jitter may be added
     Part<double> sums;  // of refinement: high and low parts for each piece
-    // Of the thread that works on one of refinement's pieces.
+    // Memory of a thread while it works on one of refinement's pieces.
     Layout piece_layout;
     Part<double> piece_work;
 };

@@ -205,7 +205,7 @@ Status run(const SolveNormalBackwardPlan<T>& plan, const SolveNormalBackwardArgs
     if (status != Status::ok) {
         return status;
     }
-    // The first piece of a problem writes the gradient of ridge, so there is one where there are no rows.
+    // A problem has at least one piece, even without rows: its first piece writes the gradient of ridge.
     const int64_t pieces = std::max<int64_t>(1, plan.rows.pieces());
     auto body = [&](int64_t index) {
         const int64_t problem = index / pieces;
