@@ -540,9 +540,7 @@ REPEATED = {
 }
 # One transform of each kind, for these.
 FEW_TRANSFORMS = [jvp, grad, jvp_of_grad, grad_of_jvp, backward_through_tangent, TRANSFORMS[-2]]
-CASES = [
-    (name, transform) for name in FUNCTIONS for transform in (FEW_TRANSFORMS if name in REPEATED else TRANSFORMS)
-]
+CASES = [(name, transform) for name in FUNCTIONS for transform in (FEW_TRANSFORMS if name in REPEATED else TRANSFORMS)]
 
 
 def stacked(tensors, dim=0, count=3):

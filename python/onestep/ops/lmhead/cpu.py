@@ -72,11 +72,10 @@ def _linear_cross_entropy(
     wanted: Sequence[bool],
 ) -> schema.Results:
     schema.check(row_weight, input, weight, bias, target)
-    no_tangents = (None, None, None)
-    options = (ignore_index, label_smoothing, False, wanted)
-    return _run(
-        schema.TangentArguments(row_weight, None, input, weight, bias, target, *no_tangents, *options), tangent=False
+    given = schema.TangentArguments(
+        row_weight, None, input, weight, bias, target, None, None, None, ignore_index, label_smoothing, False, wanted
     )
+    return _run(given, tangent=False)
 
 
 @register(schema.linear_cross_entropy_tangent, device="cpu")

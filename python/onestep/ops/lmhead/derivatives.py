@@ -104,8 +104,8 @@ class _LinearCrossEntropy(OpFunction):
 
 def _composite_tangent(*args: Any) -> Results:
     """linear_cross_entropy_tangent in torch's own ops, with the N × V logits: for derivatives of third order."""
-    row_weight, row_weight_tangent, input, weight, bias, target, *tangents = args[:9]
-    input_tangent, weight_tangent, bias_tangent = tangents
+    row_weight, row_weight_tangent, input, weight, bias, target = args[:6]
+    input_tangent, weight_tangent, bias_tangent = args[6:9]
     ignore_index, label_smoothing, gauss_newton, wanted = args[9:]
 
     def rows(tensor: Tensor | None, *shape: int) -> Tensor | float:

@@ -1,0 +1,219 @@
+"""Two builds of onestep side by side: `python bench/compare_builds.py OLD NEW [--out FILE] [--only REGEX]`.
+
+OLD and NEW are folders that hold a package `onestep` (a checkout's `python/`). Each build runs in a worker process of
+its own; the two take turns (A B A B ...), and only one works at a time. A kernel's ratio is the median over rounds of
+NEW's time by OLD's time in the same round, beside the ratio of the fastest rounds. Exits with 1 if a kernel is slower
+by more than `--limit` in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# A call is repeated until it takes about this long in one turn.
+TURN_SECONDS = 0.03
+
+
+def cases() -> dict[str, Callable[[], Any]]:
+    """A typical shape of every CPU kernel, as a call without arguments."""
+    import torch
+
+    ops = torch.ops.onestep
+    generator = torch.Generator().manual_seed(0)
+
+    def r(*shape: int, dtype: Any = torch.float32) -> Any:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    found: dict[str, Callable[[], Any]] = {}
+
+    def solves(b: int, n: int, d: int, k: int, dtype: Any = torch.float32, refine: int = 0) -> None:
+        X, Y = r(b, n, d, dtype=dtype), r(b, n, k, dtype=dtype)
+        name = f"{b} x ({n}, {d}, {k}) {str(dtype)[6:]}"
+        if refine:
+            found[f"solve_normal refine={refine} {name}"] = lambda: ops.solve_normal(X, Y, None, None, 0.1, refine)
+            return
+        found[f"gram {name}"] = lambda: ops.gram(X, Y)
+        found[f"solve_normal {name}"] = lambda: ops.solve_normal(X, Y, None, None, 0.1)
+        solution, L, info, *_ = ops.solve_normal_ex(X, Y, None, None, 0.1)
+        grad = torch.ones_like(solution)
+        found[f"solve_normal_backward {name}"] = lambda: ops.solve_normal_backward(
+            grad, X, Y, None, None, solution, L, info
+        )
+
+    solves(4000, 40, 8, 1)
+    solves(1000, 100, 30, 2)
+    solves(64, 300, 64, 4, torch.float64)
+    solves(1, 4000, 300, 10)
+    solves(1, 20_000, 48, 8, refine=1)
+    table = r(200_000, 24)
+    found["moments (200000, 16, 8) float32"] = lambda: ops.moments(table[:, :16], table[:, 16:], None, True)
+    for b, d in ((500, 24), (32, 128), (1, 768)):
+        A = r(b, d, d)
+        A = A @ A.mT / d + torch.eye(d)
+        B = r(b, d, 4)
+        L = ops.cholesky(A)[0]
+        found[f"cholesky {b} x ({d}, {d})"] = lambda A=A: ops.cholesky(A)
+        found[f"cholesky_solve {b} x ({d}, 4)"] = lambda B=B, L=L: ops.cholesky_solve(B, L)
+        found[f"solve_spd {b} x ({d}, 4)"] = lambda A=A, B=B: ops.solve_spd(A, B)
+
+    def models(n: int, d: int, k: int, m: int, family: int, dtype: Any = torch.float32) -> None:
+        wide = torch.float32 if dtype == torch.bfloat16 else dtype
+        X, W, V = r(n, d, dtype=dtype), 0.1 * r(d, k, dtype=wide), r(m, d, k, dtype=wide)
+        y = (torch.arange(n) % k)[:, None] if family == 2 else (r(n, k) > 0).to(wide)
+        curvature = ops.glm_point(X, y, W, None, family, False)[2]
+        name = f"family {family} ({n}, {d}, {k}) {str(dtype)[6:]}"
+        found[f"glm_point {name}"] = lambda: ops.glm_point(X, y, W, None, family, False)
+        found[f"glm_product m={m} {name}"] = lambda: ops.glm_product(V, X, W, None, curvature, family, False)
+
+    models(200_000, 32, 1, 1, 1)
+    models(20_000, 256, 1, 1, 1)
+    models(20_000, 64, 10, 1, 2)
+    models(4000, 256, 500, 1, 2)
+    models(20_000, 64, 1, 16, 1, torch.float64)
+    models(20_000, 64, 1, 1, 3, torch.bfloat16)
+
+    X, y = r(20_000, 16), r(20_000, 1)
+    p, v = 0.3 * r(16 * 8 + 8 + 8 + 1), r(16 * 8 + 8 + 8 + 1)
+    net = ([16, 8, 1], [1, 0], [True, True])
+    found["mlp_gradient 20000 x (16, 8, 1)"] = lambda: ops.mlp_gradient(X, y, p, *net, True)
+    found["mlp_product 20000 x (16, 8, 1)"] = lambda: ops.mlp_product(X, p, v, *net)
+    found["mlp_jacobian 20000 x (16, 8, 1)"] = lambda: ops.mlp_jacobian(X, p, *net, 1.0)
+
+    def heads(n: int, d: int, classes: int, dtype: Any) -> None:
+        H, W, b = r(n, d, dtype=dtype), 0.1 * r(classes, d, dtype=dtype), r(classes, dtype=dtype)
+        t, c = torch.arange(n) * 7 % classes, torch.ones(n)
+        options = (-100, 0.0)
+        name = f"({n}, {d}, {classes}) {str(dtype)[6:]}"
+        found[f"linear_cross_entropy {name}"] = lambda: ops.linear_cross_entropy(c, H, W, b, t, *options, [True] * 3)
+        found[f"linear_cross_entropy_tangent {name}"] = lambda: ops.linear_cross_entropy_tangent(
+            c, None, H, W, b, t, H, W, b, *options, False, [True] * 3
+        )
+
+    heads(256, 256, 8000, torch.float32)
+    heads(256, 256, 8000, torch.bfloat16)
+
+    def attention(heads: int, length: int, d: int, dtype: Any, causal: bool, masked: bool = False) -> None:
+        q, k, v, dq, dk, dv = (r(1, heads, length, d, dtype=dtype) for _ in range(6))
+        mask = r(length, length, dtype=dtype)[None, None] if masked else None
+        out, lse = ops.attention(q, k, v, mask, 0.1, causal)
+        g, dg = r(*out.shape, dtype=out.dtype), r(*out.shape, dtype=out.dtype)
+        move = (dq, dk, dv, None, 0.1, causal)
+        dout, dlse = ops.attention_jvp(q, k, v, mask, out, lse, *move)
+        both = (g, None, q, k, v, mask, out, lse, dg, None, dq, dk, dv, None, dout, dlse, 0.1, causal, masked)
+        how = "causal" if causal else "mask" if masked else "all"
+        name = f"{heads} x ({length}, {d}) {how} {str(dtype)[6:]}"
+        found[f"attention {name}"] = lambda: ops.attention(q, k, v, mask, 0.1, causal)
+        found[f"attention_jvp {name}"] = lambda: ops.attention_jvp(q, k, v, mask, out, lse, *move)
+        found[f"attention_and_jvp {name}"] = lambda: ops.attention_and_jvp(q, k, v, mask, *move)
+        found[f"attention_backward {name}"] = lambda: ops.attention_backward(
+            g, None, q, k, v, mask, out, lse, 0.1, causal, masked
+        )
+        found[f"attention_backward_jvp {name}"] = lambda: ops.attention_backward_jvp(*both)
+        found[f"attention_backward_and_jvp {name}"] = lambda: ops.attention_backward_and_jvp(*both)
+
+    attention(4, 256, 64, torch.float32, True)
+    attention(4, 256, 64, torch.float32, False, masked=True)
+    attention(4, 256, 64, torch.bfloat16, False)
+    attention(2, 200, 32, torch.float64, True)
+    return found
+
+
+def work(only: str) -> None:
+    """A worker: for each line `name calls` on stdin, the seconds that so many calls take."""
+    import onestep
+
+    every = {name: call for name, call in cases().items() if re.search(only, name)}
+    print(json.dumps({"file": onestep.__file__, "info": onestep.info(), "names": list(every)}), flush=True)
+    for line in sys.stdin:
+        name, calls = json.loads(line)
+        call = every[name]
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        print(time.perf_counter() - start, flush=True)
+
+
+class Build:
+    """A worker process that has one of the builds."""
+
+    def __init__(self, folder: Path, only: str) -> None:
+        environment = os.environ | {"PYTHONPATH": str(folder.resolve()), "OMP_WAIT_POLICY": "passive"}
+        command = [sys.executable, __file__, "--worker", "--only", only]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.facts = json.loads(self._line())
+        found = Path(self.facts["file"]).resolve().parents[1]
+        assert found == folder.resolve(), f"{found} was imported; expected {folder}"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a worker has died")
+        return line
+
+    def seconds(self, name: str, calls: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([name, calls]) + "\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+
+def compare(old: Build, new: Build, name: str, rounds: int) -> tuple[float, float, float, float]:
+    """Milliseconds of a call in both builds (fastest round), the ratio of these, and the median of rounds' ratios."""
+    for build in (old, new):
+        build.seconds(name, 1)
+    calls = max(1, round(TURN_SECONDS / max(old.seconds(name, 2) / 2, 1e-6)))
+    times = []
+    for number in range(rounds):
+        pair = (old, new) if number % 2 == 0 else (new, old)
+        taken = {build: build.seconds(name, calls) / calls for build in pair}
+        times.append((taken[old], taken[new]))
+    fastest_old, fastest_new = (min(column) for column in zip(*times, strict=True))
+    median = statistics.median(b / a for a, b in times)
+    return 1e3 * fastest_old, 1e3 * fastest_new, fastest_new / fastest_old, median
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("builds", nargs="*", type=Path, metavar="FOLDER")
+    parser.add_argument("--only", default="", help="a regular expression: kernels by name")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--limit", type=float, default=1.03, help="the ratio above which a kernel counts as slower")
+    parser.add_argument("--out", type=Path, help="a file that the rows of the table are appended to")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        work(given.only)
+        return 0
+    if len(given.builds) != 2:
+        parser.error("expected two folders, OLD and NEW")
+    old, new = (Build(folder, given.only) for folder in given.builds)
+    print(f"{old.facts['info']['cpu_target']}; A: {old.facts['file']}; B: {new.facts['file']}")
+    slower = []
+    for name in new.facts["names"]:
+        a, b, fastest, median = compare(old, new, name, given.rounds)
+        row = f"| {name} | {a:.3f} | {b:.3f} | {fastest:.3f} | {median:.3f} |"
+        print(row, flush=True)
+        if given.out is not None:
+            with given.out.open("a") as file:
+                file.write(row + "\n")
+        if min(fastest, median) > given.limit:
+            slower.append(name)
+    print(f"slower by more than the limit: {', '.join(slower) or 'none'}")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
