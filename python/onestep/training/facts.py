@@ -1,4 +1,4 @@
-"""What fit is given: the arguments, and what a look at model, loss and first rows tells."""
+"""What a plan is made of: the arguments of fit, and facts about the model, the loss and the first rows."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def cut(source: Source, share: Share, chunk_rows: int) -> Source:
 
 
 class FirstPass:
-    """The first chunk of a pass over the data, and the rest of that pass for methods that need no more than one.
+    """The first chunk of a pass over the data, and the rest of that pass, for methods that read the data once.
 
     Attributes:
         first: at most 1,024 rows.
@@ -99,17 +99,18 @@ class FirstPass:
 
 @dataclass(frozen=True)
 class Facts:
-    """What plans are made of.
+    """What is known before a method is chosen. The properties are computed once, when they are asked for.
 
     Attributes:
-        model: in eval mode.
+        model: the user's, in eval mode.
         parameters: those that are trained.
         loss: what is minimised, without weight decay.
-        described: what the loss was given as.
-        source: all rows.
-        share: which of them are this process's.
-        first_pass: its first chunk has been read.
-        chunk_rows: how many rows keep 256 MiB for a backward pass.
+        described: the loss as the user gave it, in words; checkpoints compare it.
+        source: all rows of the data.
+        share: which of the rows this process computes.
+        first_pass: a pass over the data of which the first chunk has been read.
+        chunk_rows: rows of a chunk; with so many, a backward pass keeps about 256 MiB.
+        known_not_affine: why the outputs are not affine, if that is known already.
     """
 
     model: nn.Module
@@ -134,7 +135,7 @@ class Facts:
 
     @cached_property
     def no_jacobian(self) -> str:
-        """Why rows of the Jacobian cannot be had, if so: torch.func.vmap cannot run every module, such as nn.LSTM."""
+        """Why rows of the Jacobian cannot be computed; empty if they can. torch.func.vmap cannot run nn.LSTM."""
         few = self.first.rows(slice(0, 2))
         objective = DataObjective(self.model, self.loss, lambda: [few], lambda: [few], fixed=True)
         try:

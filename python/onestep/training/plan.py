@@ -37,7 +37,7 @@ class FitPlan:
         source: this process's share of the rows, in pieces and chunks as the method wants them. It keeps the place in
             the data, the only thing in a plan that moves.
         curvature_rows: over how many rows curvature is taken; None for all of the step.
-        objective: makes the loss over some rows, from chunks and the other arguments of ``DataObjective``.
+        objective: makes the objective over some rows; called with the arguments of ``DataObjective`` that are left.
         first_pass: gives the rows of the pass that has begun; to be read once, by methods that read all data once.
     """
 
@@ -57,7 +57,7 @@ class FitPlan:
 def look(
     model: nn.Module, parameters: ParameterVector, loss: Loss, described: str, data: Any, settings: Settings
 ) -> Facts:
-    """Reads the first rows, and runs the model on them to know what a chunk may hold."""
+    """Reads the first rows and runs the model on them, to find how many rows a chunk may have."""
     source, own = as_source(from_numpy(data, parameters.tensors[0]), settings.seed), share()
     # A CPU's rows may be fitted by a model on a GPU: chunks are moved there one by one.
     source.device = parameters.device
@@ -70,7 +70,7 @@ def look(
 
 
 def _check_equal_batches(data: Any, processes: int) -> None:
-    """Raises where processes have other numbers of batches or rows, some of which no process would compute."""
+    """Raises unless all processes have equally many batches or rows: some rows would not be computed otherwise."""
     if processes == 1 or not isinstance(data, Sized):
         return
     counts = summed(lambda: (torch.empty(0), [len(data), len(data) ** 2]))[1]
@@ -128,7 +128,7 @@ def make_plan(
 def _choose(
     facts: Facts, settings: Settings, without: Collection[str], resumed: str | None
 ) -> tuple[str, str, tuple[str, ...]]:
-    """The method's name, why it is taken, and why those before it in the table are not."""
+    """The name of the method that is taken, why, and why those before it in the table are not."""
     from onestep.training.methods import METHODS
 
     if settings.method != "auto":
