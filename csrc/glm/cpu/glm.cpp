@@ -12,24 +12,24 @@
 namespace onestep {
 namespace {
 
-// Few columns. About so many pieces of rows are made,
+// Few columns. Rows are cut into about this many pieces.
 constexpr int64_t kPieces = 64;
-// of at least so many rows each,
+// A piece has at least this many rows,
 constexpr int64_t kLeastRows = 256;
-// and at most so many,
+// and at most this many.
 constexpr int64_t kMostRows = 4096;
-// as long as their partial results take no more memory than this.
+// Partial results of all pieces take at most this much memory; there are fewer pieces if need be.
 constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 // Elements of the result that one piece of the final sum adds up.
 constexpr int64_t kSumElements = 4096;
 
-// Many columns. Bytes of XV in a chunk of rows,
+// Many columns. A chunk has the rows whose XV takes this many bytes,
 constexpr int64_t kChunkBytes = int64_t{8} << 20;
-// and the most rows of a chunk.
+// but at most this many rows.
 constexpr int64_t kMostChunkRows = 1024;
-// XᵀZ is cut into about so many blocks of X's columns,
+// For XᵀZ, X's columns are cut into about this many blocks.
 constexpr int64_t kBlocks = 16;
-// of at most so many columns.
+// A block has at most this many columns.
 constexpr int64_t kMostBlockColumns = 96;
 
 template <class X, class T>

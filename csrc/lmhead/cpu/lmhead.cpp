@@ -13,23 +13,23 @@
 namespace onestep {
 namespace {
 
-// A chunk has as many rows as have logits of this size (and a tangent takes as much again),
+// A chunk has the rows whose logits take this many bytes (a tangent takes as much again),
 constexpr int64_t kLogitBytes = int64_t{32} << 20;
-// but no fewer than pay for reading the weights,
+// but at least this many: reading the weights once for each chunk must pay;
 constexpr int64_t kLeastRows = 96;
-// and no more than this.
+// and at most this many.
 constexpr int64_t kMostRows = 480;
 
-// Classes are cut into about so many blocks, for the threads' sake,
+// Classes are cut into about this many blocks, so that there is work for every thread.
 constexpr int64_t kBlocks = 16;
-// of at most so many classes.
+// A block has at most this many classes.
 constexpr int64_t kMostClasses = 128;
 
-// The pieces' shares of grad_input take about this much memory,
+// Sums for grad_input of all pieces together take about this much memory.
 constexpr int64_t kPieceBytes = int64_t{8} << 20;
-// with at least so many pieces, for the threads' sake,
+// There are at least this many pieces, so that there is work for several threads,
 constexpr int64_t kLeastPieces = 4;
-// and at most so many.
+// and at most this many.
 constexpr int64_t kMostPieces = 16;
 
 // About what the statistics of one row in one block take, most of it two exponentials.

@@ -11,13 +11,13 @@
 namespace onestep {
 namespace {
 
-// What a block of rows works on stays within the second-level cache.
+// Bytes of work memory of a block of rows; it stays in the second-level cache.
 constexpr int64_t kBlockBytes = int64_t{192} << 10;
 // The most rows of a block.
 constexpr int64_t kMostBlockRows = 1024;
-// The most pieces,
+// The most pieces.
 constexpr int64_t kMostPieces = 16;
-// as long as their partial results take no more memory than this.
+// Partial results of all pieces take at most this much memory; there are fewer pieces if need be.
 constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 
 template <class T>

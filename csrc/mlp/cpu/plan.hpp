@@ -11,18 +11,18 @@ template <class T>
 struct MlpPlan {
     const MlpKernels<T>* kernels = nullptr;
     FixedCut blocks;          // rows that pass through all layers together
-    EvenCut pieces;           // blocks whose results are added up before those of pieces are, in double and in order
+    EvenCut pieces;           // blocks whose results are summed in T; the sums of pieces are added in double, in order
     int64_t result_size = 0;  // parameters, or 0 where there is no sum over rows
     int64_t row_nanoseconds = 0;  // about what one row takes through all layers and back
 
-    // Of the whole call.
+    // Memory of the whole call.
     Layout layout;
     Part<T> packed;     // the weights
     Part<T> direction;  // the vector of a product, packed likewise
     Part<T> partial;    // one result for each piece
     Part<double> losses;
 
-    // Of the thread that works on a piece or a block.
+    // Memory of a thread while it works on a piece or a block.
     Layout own_layout;
     Part<T> work;
 };

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of random vectors so many elements are held at a time; each such block is one pass over the data.
+# Random vectors are made in blocks of at most this many elements. Each block is one pass over the data.
 _BLOCK_ELEMENTS = 2**24
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onestep.curvature.conjugate_gradient import conjugate_gradient, power_of_two
 
-# Up to so many parameters the matrix is formed, in one pass over the data, and decomposed.
+# With at most this many parameters the matrix is formed, in one pass over the data, and decomposed.
 MOST_DENSE = 128
 # Random vectors behind the diagonal preconditioner, and its least element relative to the mean.
 _DIAGONAL_SAMPLES = 16

@@ -19,9 +19,9 @@ from torch import Tensor
 from onestep.linalg._cholesky import cholesky_ex, cholesky_solve
 from onestep.ops.normal.schema import SINGULAR_EPSILONS as SINGULAR_EPSILONS
 
-# Cholesky on the normal equations loses ε/rcond, and rcond is the square of X's own. Down to this it keeps at least
-# half the digits of float64, 2e-8, and with them all of float32. Eigenvalues, each off by a few ε of the largest,
-# likewise.
+# Cholesky on the normal equations has errors of about ε/rcond, and rcond is the square of X's own. Down to this value
+# it keeps at least half the digits of float64 (2e-8), and so all of float32. The same holds for eigenvalues, which are
+# off by a few ε of the largest.
 LEAST_RCOND = 1e-8
 
 

@@ -62,7 +62,7 @@ class OpFunction(SingleLevelFunction):
 
     @classmethod
     def call(cls, *args: Any) -> Any:
-        """The op's Autograd kernel, which torch.func calls at every level, most of which want no derivative of it."""
+        """The op's Autograd kernel. torch.func calls it at every level; most levels want no derivative of this op."""
         reverse = torch.is_grad_enabled()
         recorded = reverse and any_requires_grad(*args)
         if not recorded or cls.forward_composite is not None:

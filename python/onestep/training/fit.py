@@ -69,7 +69,7 @@ def fit(
             DataLoader should come in random order), "levenberg_marquardt" (forms the p × p Gauss-Newton matrix),
             "gauss_newton" and "newton_cg" (matrix-free), "gradient_descent" (the baseline), or "auto": the first that
             fits.
-        max_steps: at most so many steps.
+        max_steps: the most steps.
         tol: converged when the loss can be lowered by no more than tol² of itself, as far as the method's matrix tells;
             without one, or where damping hides it, when the gradient norm is under tol times the first one and a step
             promises less than tol of the loss. Where the loss can get no lower but the matrix is singular, or a
@@ -81,7 +81,7 @@ def fit(
         curvature_batch_size: rows over which B is taken, drawn anew each step; None for the rows of the step, or for
             Levenberg-Marquardt a sample that is large against the parameters.
         chunk_size: rows computed at a time; None for as many as keep 256 MiB for the backward pass.
-        cg_iterations: at most so many iterations a solve, of a product each, for the matrix-free methods.
+        cg_iterations: the most iterations of a solve, with one product each, for the matrix-free methods.
         initialize: whether to draw the trained layers' parameters anew first (``reset_parameters``, with ``seed``).
         seed: of everything random: the order of rows and the initialisation.
         progress: whether to show a bar with loss, damping, CG iterations and the time left. Needs tqdm.

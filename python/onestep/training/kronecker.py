@@ -16,7 +16,7 @@ from onestep.evaluation.parameters import ParameterVector, flatten
 
 # A larger factor is kept as its diagonal: that of a vocabulary would take most of a step's time, and V² of memory.
 _LARGEST_FACTOR = 2048
-# Rounding makes a factor's eigenvalues wrong by some ε of their sum. Damping of so many leaves them all positive.
+# Rounding makes a factor's eigenvalues wrong by some ε of their sum. Damping of this many ε leaves all positive.
 _ROUNDINGS = 10
 
 

@@ -116,7 +116,7 @@ def load_checkpoint(path: Path | None) -> Checkpoint | None:
     """The checkpoint, if there is one already.
 
     Raises:
-        FileNotFoundError: there is no folder for one. ValueError: the file is none.
+        FileNotFoundError: the folder does not exist. ValueError: the file is not a checkpoint.
     """
     if path is None:
         return None

@@ -23,7 +23,7 @@ from onestep.optim import Objective
 from onestep.optim.objective import CurvatureRoot, Preconditioner
 from onestep.training.kronecker import Factors
 
-# Up to so many bytes of rows of the Jacobian are kept for products.
+# Rows of the Jacobian are kept for products if they take no more bytes than this.
 _ROOT_BYTES = 64 * 2**20
 _SQUARED_ROWS = 128
 
@@ -97,7 +97,7 @@ class DataObjective(Objective):
         trial_chunks: gives the rows on which a step is judged, if not on the batch.
         sampled: whether curvature is of a sample of the rows.
         pieces: how many pieces a batch is cut into, whose sums are added up in their order.
-        kept_rows: up to so many rows, the passes that curvature is made of are kept from product to product.
+        kept_rows: with at most this many rows, forward passes are kept from one product with the curvature to the next.
     """
 
     def __init__(

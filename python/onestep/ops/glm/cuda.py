@@ -1,8 +1,9 @@
 """CUDA kernels of the ops on generalised linear models.
 
-Few columns: one kernel reads X once (csrc/glm/cuda). Many: chunks of rows go through torch's GEMM, there and back, and
-a kernel of ours does what lies between. Nothing waits for the GPU: a bad target or a negative weight makes the results
-NaN, and the status stands behind the curvature (``schema.CURVATURE_SLACK``; ``GLMPoint.info``).
+Few columns: one kernel reads X once (csrc/glm/cuda). Many columns: for a chunk of rows torch's GEMM computes XV, a
+kernel of ours applies the curvature, and torch's GEMM multiplies by Xᵀ. Nothing waits for the GPU: a bad target or a
+negative weight makes the results NaN, and the status stands behind the curvature (``schema.CURVATURE_SLACK``;
+``GLMPoint.info``).
 """
 
 from __future__ import annotations

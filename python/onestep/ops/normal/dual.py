@@ -68,7 +68,7 @@ def _with_singular(info: Tensor, L: Tensor, system: Tensor) -> Tensor:
     noise = L.diagonal(dim1=-2, dim2=-1).square() <= (
         SINGULAR_EPSILONS * torch.finfo(L.dtype).eps * system.diagonal(dim1=-2, dim2=-1)
     )
-    # Behind the last row, so that there is a first one always.
+    # One more entry behind the last pivot, so that argmax always finds one.
     first = torch.nn.functional.pad(noise, (0, 1), value=True).to(torch.int32).argmax(-1)
     return torch.where((info == 0) & (first < L.shape[-1]), (first + 1).to(info.dtype), info)
 

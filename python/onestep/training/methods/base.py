@@ -17,7 +17,7 @@ class Cut(NamedTuple):
     """How a method wants the rows.
 
     Attributes:
-        chunk_rows: at most so many are computed together.
+        chunk_rows: the most rows that are computed together.
         curvature_rows: over how many curvature is taken; None for all of the step.
         pieces: how many pieces a batch is cut into, at least one for each process.
         least: rows that a piece has at least.

@@ -22,9 +22,9 @@ from onestep.training.structures.affine import why_not_affine
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
 from onestep.training.structures.base import Mismatch
 
-# Rows of the pilot estimate and of the final one, of all processes together, and the rows out of which the pilot's are
-# drawn; data that has no more than those is solved for as it is.
+# Rows of the pilot estimate, and of the final one, of all processes together.
 _KEPT = 8192
+# The pilot's rows are drawn from this many first rows. Data with no more rows than that is used whole.
 _FIRST = 4 * _KEPT
 # Ridges of the two estimates relative to one row, in standardised features.
 _PILOT_RIDGE, _RIDGE = 10.0, 1.0

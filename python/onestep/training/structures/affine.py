@@ -12,7 +12,7 @@ from onestep.evaluation.parameters import ParameterVector
 
 # Random directions are tried at these multiples of the parameters' size.
 _SCALES = (1.0, 30.0)
-# Outputs that differ by so many ε of the largest are the same.
+# Outputs count as the same if they differ by at most this many ε of the largest.
 _ROUNDINGS = 1e3
 NOT_AFFINE = "the outputs are not affine in the trained parameters"
 

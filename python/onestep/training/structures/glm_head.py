@@ -31,7 +31,7 @@ _LARGEST_FACTOR = 1024
 # Of the diagonal's mean; directions in which nothing bends, as the common shift of softmax, need some.
 _LEAST_DAMPING = 1e-10
 _ROUNDINGS = 10
-# A matrix that cannot be factored gets 100 times the damping, so many times.
+# If a matrix cannot be factored, its damping is multiplied by the first number; the second is how many times.
 _MORE_DAMPING, _TRIES = 100.0, 8
 
 
