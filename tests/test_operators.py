@@ -372,13 +372,11 @@ def test_the_gradient_belongs_to_the_same_loss() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_draws_from_the_model_average_to_the_fisher_matrix(loss: str) -> None:
     setting = Setting("mlp", loss)
-    F_true, samples = setting.dense(FisherOperator), 4000
-    few = torch.stack(
-        [setting.operator(FisherOperator, mc_samples=40, seed=seed) @ setting.V for seed in range(samples // 40)]
-    )
+    F_true = setting.dense(FisherOperator)
+    few = torch.stack([setting.operator(FisherOperator, mc_samples=25, seed=seed) @ setting.V for seed in range(40)])
     error = (few.mean(0) - F_true @ setting.V).abs() / (few.std(0) / len(few) ** 0.5)
     assert error.max() < 4.5
-    many = setting.operator(FisherOperator, mc_samples=samples) @ setting.V
+    many = setting.operator(FisherOperator, mc_samples=2000) @ setting.V
     torch.testing.assert_close(many, F_true @ setting.V, rtol=0.2, atol=0.1 * (F_true @ setting.V).abs().max().item())
     op = setting.operator(FisherOperator, mc_samples=1)
     A = op @ torch.eye(setting.p, dtype=torch.float64)
@@ -430,9 +428,9 @@ def test_estimates_are_unbiased() -> None:
     setting = Setting()
     A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
     generator = torch.Generator().manual_seed(3)
-    traces = torch.stack([op.trace(2, generator=generator).value for _ in range(150)])
-    assert len(set(traces.tolist())) == 150
-    assert abs(traces.mean() - A.trace()) < 4 * traces.std() / 150**0.5
+    traces = torch.stack([op.trace(2, generator=generator).value for _ in range(50)])
+    assert len(set(traces.tolist())) == 50
+    assert abs(traces.mean() - A.trace()) < 4 * traces.std() / 50**0.5
     # Two samples of a diagonal matrix leave no error.
     assert op.trace(2).standard_error > 0
 
