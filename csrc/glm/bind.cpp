@@ -1,40 +1,20 @@
-#include "bindings/arguments.hpp"
-#include "glm/glm.hpp"
+#include "glm/bind.hpp"
 
 namespace onestep {
 namespace {
 
 namespace py = pybind11;
 using bindings::Address;
+using bindings::glm_data;
+using bindings::matrix;
 using bindings::Operand;
-
-template <class T>
-Matrix<const T> matrix(const Operand& operand, size_t own) {
-    return bindings::batched<const T>(operand, own).at(BatchShape{}, 0);
-}
-
-template <class X, class T>
-GlmData<X, T> data_of(int family, bool intercept, const Operand& x, const Operand& y, const Operand& labels,
-                      const Operand& weight, int64_t n, int64_t d, int64_t k) {
-    GlmData<X, T> data;
-    data.family = static_cast<GlmFamily>(family);
-    data.intercept = intercept;
-    data.n = n;
-    data.d = d;
-    data.k = k;
-    data.x = matrix<X>(x, 2);
-    data.y = matrix<T>(y, 2);
-    data.labels = matrix<int64_t>(labels, 1);
-    data.weight = matrix<T>(weight, 1);
-    return data;
-}
 
 template <class X, class T>
 void bind_point(int family, bool intercept, const Operand& x, const Operand& y, const Operand& labels,
                 const Operand& weight, const Operand& w, int64_t n, int64_t d, int64_t k, Address loss,
                 Address gradient, Address curvature) {
     GlmPointArgs<X, T> args;
-    args.data = data_of<X, T>(family, intercept, x, y, labels, weight, n, d, k);
+    args.data = glm_data<X, T>(family, intercept, x, y, labels, weight, n, d, k);
     args.w = matrix<T>(w, 2);
     args.loss = bindings::pointer<double>(loss);
     args.gradient = bindings::pointer<T>(gradient);
@@ -46,7 +26,7 @@ template <class X, class T>
 void bind_product(int family, bool intercept, const Operand& x, const Operand& weight, Address curvature,
                   const Operand& v, int64_t m, int64_t n, int64_t d, int64_t k, Address product) {
     GlmProductArgs<X, T> args;
-    args.data = data_of<X, T>(family, intercept, x, {}, {}, weight, n, d, k);
+    args.data = glm_data<X, T>(family, intercept, x, {}, {}, weight, n, d, k);
     args.curvature = bindings::pointer<T>(curvature);
     args.m = m;
     args.v = bindings::batched<const T>(v, 2);

@@ -110,26 +110,17 @@ __device__ __forceinline__ unsigned to_tf32(float value) {
     return bits;
 }
 
-__device__ __forceinline__ float fast_exp2(float value) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-}
-__device__ __forceinline__ float fast_log2(float value) {
-    float result;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-}
-__device__ __forceinline__ float fast_reciprocal(float value) {
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-}
-__device__ __forceinline__ float fast_rsqrt(float value) {
-    float result;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-}
+#define ONESTEP_FAST(name, instruction)                          \
+    __device__ __forceinline__ float name(float value) {         \
+        float result;                                            \
+        asm(instruction " %0, %1;" : "=f"(result) : "f"(value)); \
+        return result;                                           \
+    }
+ONESTEP_FAST(fast_exp2, "ex2.approx.ftz.f32")
+ONESTEP_FAST(fast_log2, "lg2.approx.ftz.f32")
+ONESTEP_FAST(fast_reciprocal, "rcp.approx.ftz.f32")
+ONESTEP_FAST(fast_rsqrt, "rsqrt.approx.ftz.f32")
+#undef ONESTEP_FAST
 
 #endif
 

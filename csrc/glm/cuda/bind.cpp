@@ -1,5 +1,6 @@
 #include "base/cuda/bind.hpp"
 
+#include "glm/bind.hpp"
 #include "glm/cuda/glm.hpp"
 
 namespace onestep {
@@ -7,32 +8,11 @@ namespace {
 
 namespace py = pybind11;
 using bindings::Address;
+using bindings::glm_data;
+using bindings::matrix;
 using bindings::Operand;
 using bindings::pointer;
 using py::literals::operator""_a;
-
-// Not Batched::at, which would have to know the 16-bit types.
-template <class T>
-Matrix<const T> matrix(const Operand& operand, size_t own) {
-    const Batched<const T> whole = bindings::batched<const T>(operand, own);
-    return {whole.data, whole.row, whole.col};
-}
-
-template <class X, class T>
-GlmData<X, T> data_of(int family, bool intercept, const Operand& x, const Operand& y, const Operand& labels,
-                      const Operand& weight, int64_t n, int64_t d, int64_t k) {
-    GlmData<X, T> data;
-    data.family = static_cast<GlmFamily>(family);
-    data.intercept = intercept;
-    data.n = n;
-    data.d = d;
-    data.k = k;
-    data.x = matrix<X>(x, 2);
-    data.y = matrix<T>(y, 2);
-    data.labels = matrix<int64_t>(labels, 1);
-    data.weight = matrix<T>(weight, 1);
-    return data;
-}
 
 // Bytes that glm_point (m = 1) or glm_product needs, or -1 if one pass does not take so many columns.
 template <class X, class T>
@@ -41,7 +21,7 @@ int64_t bind_workspace(bool intercept, int64_t n, int64_t d, int64_t k, int64_t 
         return -1;
     }
     const cuda::DeviceGuard guard(device);
-    return cuda::glm_workspace(data_of<X, T>(0, intercept, {}, {}, {}, {}, n, d, k), m);
+    return cuda::glm_workspace(glm_data<X, T>(0, intercept, {}, {}, {}, {}, n, d, k), m);
 }
 
 template <class X, class T>
@@ -49,7 +29,7 @@ void bind_point(int family, bool intercept, const Operand& x, const Operand& y, 
                 const Operand& weight, const Operand& w, int64_t n, int64_t d, int64_t k, Address loss,
                 Address gradient, Address curvature, Address info, Address workspace, int device, Address stream) {
     GlmPointArgs<X, T> args;
-    args.data = data_of<X, T>(family, intercept, x, y, labels, weight, n, d, k);
+    args.data = glm_data<X, T>(family, intercept, x, y, labels, weight, n, d, k);
     args.w = matrix<T>(w, 2);
     args.loss = pointer<double>(loss);
     args.gradient = pointer<T>(gradient);
@@ -64,7 +44,7 @@ void bind_product(int family, bool intercept, const Operand& x, const Operand& w
                   const Operand& v, int64_t m, int64_t n, int64_t d, int64_t k, Address product, Address workspace,
                   int device, Address stream) {
     GlmProductArgs<X, T> args;
-    args.data = data_of<X, T>(family, intercept, x, {}, {}, weight, n, d, k);
+    args.data = glm_data<X, T>(family, intercept, x, {}, {}, weight, n, d, k);
     args.curvature = pointer<T>(curvature);
     args.m = m;
     args.v = bindings::batched<const T>(v, 2);
@@ -77,7 +57,7 @@ template <class X, class T>
 void bind_chunk_point(int family, const Operand& y, const Operand& labels, const Operand& weight, int64_t n, int64_t k,
                       Address outputs, Address curvature, Address losses, Address statuses, int device,
                       Address stream) {
-    const auto data = data_of<X, T>(family, false, {}, y, labels, weight, n, 0, k);
+    const auto data = glm_data<X, T>(family, false, {}, y, labels, weight, n, 0, k);
     bindings::run_on_device(device, [&] {
         return cuda::glm_chunk_point(data, pointer<T>(outputs), pointer<T>(curvature), pointer<double>(losses),
                                      pointer<int>(statuses), bindings::stream_of(stream));
@@ -87,7 +67,7 @@ void bind_chunk_point(int family, const Operand& y, const Operand& labels, const
 template <class X, class T>
 void bind_chunk_product(int family, const Operand& weight, int64_t n, int64_t k, int64_t m, Address outputs,
                         Address curvature, int device, Address stream) {
-    const auto data = data_of<X, T>(family, false, {}, {}, {}, weight, n, 0, k);
+    const auto data = glm_data<X, T>(family, false, {}, {}, {}, weight, n, 0, k);
     bindings::run_on_device(device, [&] {
         return cuda::glm_chunk_product(data, m, pointer<T>(outputs), pointer<const T>(curvature),
                                        bindings::stream_of(stream));
