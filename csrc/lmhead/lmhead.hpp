@@ -15,8 +15,8 @@
 
 #include <cstdint>
 
-#include "base/operand.hpp"
 #include "base/bfloat16.hpp"
+#include "base/operand.hpp"
 #include "base/status.hpp"
 
 namespace onestep {

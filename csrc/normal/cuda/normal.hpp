@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "base/operand.hpp"
 #include "base/cuda/runtime.hpp"
+#include "base/operand.hpp"
 #include "base/status.hpp"
 
 namespace onestep::normal::cuda {
