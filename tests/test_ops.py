@@ -218,7 +218,7 @@ OPS = [
 SAMPLES = [(name, label) for name in OPS for label in samples_of(name, Make(torch.float64))]
 
 
-# Those of tests/test_attention.py, tests/test_mlp.py and tests/test_polar.py.
+# Those of tests/test_attention_ops.py, tests/test_mlp.py and tests/test_polar.py.
 ELSEWHERE = ["attention", "attention_and_jvp", "attention_jvp"]
 ELSEWHERE += ["attention_backward", "attention_backward_and_jvp", "attention_backward_jvp"]
 ELSEWHERE += ["mlp_gradient", "mlp_jacobian", "mlp_product", "polar"]
