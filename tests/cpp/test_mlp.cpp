@@ -103,9 +103,7 @@ void test_case(std::mt19937& random, int64_t n, const Network& network, typename
     check(difference(serial.jacobian, expected.jacobian) < tolerance, "jacobian " + label);
     check(difference(serial.product, expected.product) < tolerance, "product " + label);
     check(difference(serial.diagonal, expected.diagonal) < tolerance, "diagonal " + label);
-    set_parallel_for(three_threads);
-    const Results<T> threaded = run<true>(in);
-    set_parallel_for(nullptr);
+    const Results<T> threaded = with_threads([&] { return run<true>(in); });
     check(identical(threaded.loss, serial.loss) && identical(threaded.gradient, serial.gradient) &&
               identical(threaded.jacobian, serial.jacobian) && identical(threaded.product, serial.product) &&
               identical(threaded.diagonal, serial.diagonal),
@@ -186,7 +184,7 @@ void test_faults() {
 
 int main(int argc, char** argv) {
     return run_targets(argc, argv,
-                       {{"faults", test_faults},
+                       {{"faults", test_faults, Where::first_target},
                         {"fp32", test_type<float>},
                         {"fp64", test_type<double>},
                         {"activations_fp32", test_activations<float>},

@@ -5,11 +5,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <initializer_list>
 #include <limits>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/operand.hpp"
@@ -63,13 +65,16 @@ inline int32_t failing_pool(int64_t begin, int64_t end, int64_t, RangeFunction f
 enum class Trial { plain, faults };
 inline Trial trial = Trial::plain;
 
+// Which allocation or parallel loop fails after the n-th: the first ones differ, those of a long call repeat.
+inline int64_t next_fault(int64_t n) { return n < 4 ? n + 1 : 2 * n; }
+
 // Calls a kernel entry, which must succeed. Under Trial::faults it is called before with the n-th allocation failing,
-// for every n until there is no n-th one: it must say so then; afterwards with the n-th parallel loop failing. The last
-// call has no fault, so that the caller goes on to compare right results.
+// for n = 1, 2, 3, 4, 8, 16 … until there is no n-th one: it must say so then; afterwards with the n-th parallel loop
+// failing. The last call has no fault, so that the caller goes on to compare right results.
 template <class Kernel>
 void attempt(const std::string& what, const Kernel& kernel) {
     if (trial == Trial::faults) {
-        for (int64_t n = 1;; ++n) {
+        for (int64_t n = 1;; n = next_fault(n)) {
             release_workspaces();
             fail_allocation(n);
             const Status status = kernel();
@@ -81,7 +86,7 @@ void attempt(const std::string& what, const Kernel& kernel) {
             check(status == Status::out_of_memory, what + ": allocation " + std::to_string(n) + " fails, status " +
                                                        std::to_string(static_cast<int>(status)));
         }
-        for (int64_t n = 1;; ++n) {
+        for (int64_t n = 1;; n = next_fault(n)) {
             set_parallel_for(failing_pool);
             pool_error = n;
             const Status status = kernel();
@@ -107,6 +112,17 @@ void attempt(const std::string& what, const Kernel& kernel) {
         set_parallel_for(nullptr);
     }
     check(kernel() == Status::ok, what + ": status");
+}
+
+// run() with three threads, for a comparison with what one thread computed; no faults, which run() has met before.
+template <class Run>
+auto with_threads(const Run& run) {
+    const Trial before = std::exchange(trial, Trial::plain);
+    set_parallel_for(three_threads);
+    auto results = run();
+    set_parallel_for(nullptr);
+    trial = before;
+    return results;
 }
 
 // Memory of exactly the size that the strides reach, so that AddressSanitizer sees the first element too many.
@@ -154,9 +170,13 @@ bool identical(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
+// Where a test runs: under every target, or under the first one alone, since what it tests is compiled once.
+enum class Where { every_target, first_target };
+
 struct Test {
     const char* name;
     void (*run)();
+    Where where = Where::every_target;
 };
 
 // Runs the tests under every target that this machine supports, up to the last that has kernels of its own: those whose
@@ -173,8 +193,12 @@ inline int run_targets(int argc, char** argv, std::initializer_list<Test> tests,
         }
         check(select_target(target_name(target)) == SelectResult::ok, "select_target");
         for (const Test& test : tests) {
-            if ((std::string(target_name(target)) + "/" + test.name).find(filter) != std::string::npos) {
+            const std::string name = std::string(target_name(target)) + "/" + test.name;
+            if (name.find(filter) != std::string::npos && (index == 0 || test.where == Where::every_target)) {
+                const std::clock_t start = std::clock();
                 test.run();
+                std::printf("%s: %.1f s of CPU time\n", name.c_str(),
+                            static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC);
             }
         }
     }
