@@ -7,10 +7,11 @@ import traceback
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 import onestep
-from onestep import LogisticRegression, PoissonRegressor, Ridge, RidgeClassifier, RidgeCV
+from onestep import LogisticRegression, LogisticRegressionCV, PoissonRegressor, Ridge, RidgeClassifier, RidgeCV
 from onestep._fork import one_thread_after_fork
 from onestep.curvature import GaussNewtonOperator, hvp
 
@@ -19,6 +20,7 @@ X = rng.normal(size=(2000, 40))
 Y = X[:, :10] + rng.normal(size=(2000, 10))
 LABELS = Y.argmax(1)
 DEPENDENT = np.hstack([X, X[:, :5]])
+SPARSE = scipy.sparse.csr_array(np.where(X > 1.0, X, 0.0))
 
 
 def fitted_module():
@@ -47,10 +49,14 @@ JOBS = {
     "partial_fit": lambda: Ridge(alpha=0.0).partial_fit(DEPENDENT, Y).coef_,
     "RidgeClassifier": lambda: RidgeClassifier().fit(X, LABELS).decision_function(X),
     "LogisticRegression": lambda: LogisticRegression(tol=1e-8).fit(X, LABELS).predict_proba(X),
+    "LogisticRegressionCV": lambda: LogisticRegressionCV(Cs=2, cv=2).fit(X, LABELS).predict_proba(X),
+    "LogisticRegression of sparse X": lambda: LogisticRegression(tol=1e-8).fit(SPARSE, LABELS).predict_proba(SPARSE),
     "PoissonRegressor": lambda: PoissonRegressor().fit(X, Y[:, 0].clip(0)).predict(X),
     "fit": fitted_module,
     "operator": operator_product,
     "hvp": product,
+    "solve_normal": lambda: onestep.linalg.solve_normal(torch.from_numpy(X), torch.from_numpy(Y)).numpy(),
+    "polar": lambda: onestep.linalg.polar(torch.from_numpy(X[:400])).numpy(),
 }
 
 

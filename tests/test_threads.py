@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import onestep
 from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator, ggnvp, hvp
 from onestep.optim import LevenbergMarquardt
 
@@ -124,6 +125,40 @@ def test_threads_may_share_a_model_and_its_data() -> None:
     in_threads(work)
     assert model.training and all(isinstance(p, nn.Parameter) for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+METHODS = ["levenberg_marquardt", "gauss_newton", "newton_cg", "gradient_descent"]
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_fits_in_threads(loss: str) -> None:
+    """Each thread fits models of its own by another method: the losses and parameters of a fit without company."""
+    before, random = settings(), torch.get_rng_state()
+
+    def fitted(number: int) -> list[Any]:
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(60, 5, generator=generator)
+        y = torch.randn(60, 3, generator=generator) if loss == "mse" else torch.randint(3, (60,), generator=generator)
+        model = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 3))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+        result = onestep.fit(model, (x, y), loss, method=METHODS[number], max_steps=3, tol=0.0, progress=False)
+        return [[record.loss for record in result.history], *(p.detach() for p in model.parameters())]
+
+    with torch.random.fork_rng():
+        expected = [fitted(number) for number in range(THREADS)]
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            losses, *parameters = fitted(number)
+            assert losses == expected[number][0]
+            assert all(map(torch.equal, parameters, expected[number][1:]))
+            assert settings() == before
+
+    with torch.random.fork_rng():
+        in_threads(work)
+    assert settings() == before and torch.equal(torch.get_rng_state(), random)
 
 
 def test_functions_and_optimisers_in_threads() -> None:
