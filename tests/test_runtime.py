@@ -135,7 +135,7 @@ def test_info():
     assert facts["version"] == onestep.__version__
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
-    assert facts["thread_source"] == "torch"
+    assert facts["thread_source"] == "pool"
     assert facts["cpu_target"] in facts["cpu_targets_supported"]
     assert set(facts["cpu_targets_supported"]) <= set(ALL_TARGETS)
     assert facts["cpu_targets_supported"][0] == "generic"
@@ -235,12 +235,12 @@ def test_serial_without_torchs_thread_pool(threads):
     inputs = workload()
     expected = solve_all(inputs)
     try:
-        _native.set_parallel_for(0)
+        _native.set_thread_count(0)
         assert onestep.info()["thread_source"] == "serial"
         assert equal(solve_all(inputs), expected)
     finally:
-        _runtime._share_thread_pool()
-    assert onestep.info()["thread_source"] == "torch"
+        _runtime._follow_torchs_threads()
+    assert onestep.info()["thread_source"] == "pool"
     assert equal(solve_all(inputs), expected)
 
 
@@ -251,14 +251,14 @@ class LibraryWithoutShim:
 
 def test_torch_without_the_shim_leaves_the_kernels_serial(monkeypatch):
     try:
-        _native.set_parallel_for(0)
+        _native.set_thread_count(0)
         monkeypatch.setattr(ctypes, "CDLL", LibraryWithoutShim)
-        _runtime._share_thread_pool()
+        _runtime._follow_torchs_threads()
         assert onestep.info()["thread_source"] == "serial"
     finally:
         monkeypatch.undo()
-        _runtime._share_thread_pool()
-    assert onestep.info()["thread_source"] == "torch"
+        _runtime._follow_torchs_threads()
+    assert onestep.info()["thread_source"] == "pool"
 
 
 def test_calls_from_many_python_threads(threads):
@@ -349,7 +349,7 @@ def test_fork_after_threads_were_used(threads):
             os._exit(4)
     assert status_of_child(child) == 0
     assert equal(solve_all(inputs), expected)
-    assert onestep.info()["thread_source"] == "torch"
+    assert onestep.info()["thread_source"] == "pool"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -43,8 +43,8 @@ void register_runtime(pybind11::module_& module) {
     module.def("supported_targets", supported_targets);
     module.def("select_target", select_or_throw, pybind11::arg("name"));
     module.def(
-        "set_parallel_for",
-        [](std::uintptr_t address) { set_parallel_for(reinterpret_cast<ParallelForFunction>(address)); },
+        "set_thread_count",
+        [](std::uintptr_t address) { set_thread_count(reinterpret_cast<ThreadCountFunction>(address)); },
         pybind11::arg("address"));
     // For tests; see base/workspace.hpp and base/parallel.hpp.
     module.def("refuse_workspace", refuse_workspace, pybind11::arg("n"));
@@ -52,8 +52,8 @@ void register_runtime(pybind11::module_& module) {
     module.def("set_least_parallel_nanoseconds", set_least_parallel_nanoseconds, pybind11::arg("nanoseconds"));
     module.def("thread_source", [] {
         switch (thread_source()) {
-            case ThreadSource::torch:
-                return "torch";
+            case ThreadSource::pool:
+                return "pool";
             case ThreadSource::serial_after_fork:
                 return "serial (forked child)";
             case ThreadSource::serial:

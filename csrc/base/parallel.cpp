@@ -4,13 +4,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "base/plan.hpp"
+#include "base/pool.hpp"
 
 namespace onestep {
 namespace {
 
-std::atomic<ParallelForFunction> pool{nullptr};
+std::atomic<ThreadCountFunction> thread_count{nullptr};
 std::atomic<bool> forked{false};
 
 // Enough to even out threads that are slowed down by others' work, few enough for the shared counter to be cheap.
@@ -20,6 +22,9 @@ constexpr int64_t kLeastClaim = 5'000;
 
 // Loops of less work than this stay on the calling thread; half of it is the least share of a thread.
 std::atomic<int64_t> least_parallel{1'000'000};
+
+// Loops in the body of a loop are serial.
+thread_local bool in_loop = false;
 
 struct Loop {
     int64_t count;
@@ -48,29 +53,47 @@ Status run_steps(Loop& loop) {
     return Status::ok;
 }
 
-// Whatever range the pool hands to a thread, it claims steps until none is left: a static half would wait for the
-// slower of two threads. Exceptions must not travel through the C shim, so they end here as a status.
-void run_claims(int64_t, int64_t, void* context) {
+// Each thread claims steps until none is left: a static half would wait for the slower of two threads.
+void run_claims(void* context) {
     auto* loop = static_cast<Loop*>(context);
+    const bool outer = std::exchange(in_loop, true);
     const Status status = guarded([&] { return run_steps(*loop); });
+    in_loop = outer;
     if (status != Status::ok) {
         loop->failure.store(status, std::memory_order_relaxed);
     }
 }
 
+// Never destroyed: its threads sleep in it until the process ends.
+Pool& pool() {
+    static Pool* const instance = new Pool;
+    return *instance;
+}
+
+// How many threads a loop of `count` steps may use, each of which needs a share of `grain` steps at least.
+Status count_threads(int64_t count, int64_t grain, int64_t& threads) {
+    const ThreadCountFunction function = thread_count.load(std::memory_order_relaxed);
+    uint32_t allowed = 1;
+    if (function != nullptr && !in_loop && !forked.load(std::memory_order_relaxed) && function(&allowed) != 0) {
+        return Status::thread_pool_error;
+    }
+    threads = std::min<int64_t>(allowed, ceil_div(count, grain));
+    return Status::ok;
+}
+
 }  // namespace
 
-void set_parallel_for(ParallelForFunction function) {
+void set_thread_count(ThreadCountFunction function) {
     static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
     (void)registered;
-    pool.store(function);
+    thread_count.store(function);
 }
 
 ThreadSource thread_source() {
-    if (pool.load() == nullptr) {
+    if (thread_count.load() == nullptr) {
         return ThreadSource::serial;
     }
-    return forked.load() ? ThreadSource::serial_after_fork : ThreadSource::torch;
+    return forked.load() ? ThreadSource::serial_after_fork : ThreadSource::pool;
 }
 
 int64_t set_least_parallel_nanoseconds(int64_t nanoseconds) { return least_parallel.exchange(nanoseconds); }
@@ -79,11 +102,17 @@ Status parallel_for_indices(int64_t count, int64_t nanoseconds_each, Status (*fn
     const int64_t each = std::max<int64_t>(nanoseconds_each, 1);
     const int64_t least = least_parallel.load(std::memory_order_relaxed);
     Loop loop{count, std::max(ceil_div(kLeastClaim, each), ceil_div(count, kMostClaims)), fn, context};
-    const ParallelForFunction function = pool.load(std::memory_order_relaxed);
-    if (function == nullptr || count <= 1 || count < ceil_div(least, each) || forked.load(std::memory_order_relaxed)) {
-        run_claims(0, count, &loop);
-    } else if (function(0, count, std::max<int64_t>(1, least / 2 / each), run_claims, &loop) != 0) {
-        return Status::thread_pool_error;
+    int64_t threads = 1;
+    if (count > 1 && count >= ceil_div(least, each)) {
+        const Status status = count_threads(count, std::max<int64_t>(1, least / 2 / each), threads);
+        if (status != Status::ok) {
+            return status;
+        }
+    }
+    if (threads > 1) {
+        pool().run(threads - 1, run_claims, &loop);
+    } else {
+        run_claims(&loop);
     }
     return loop.failure.load();
 }

@@ -87,7 +87,7 @@ void run(const Kernel& kernel) {
         case Status::out_of_memory:
             throw std::bad_alloc();
         case Status::thread_pool_error:
-            throw std::runtime_error("torch's thread pool reported an error");
+            throw std::runtime_error("torch reported an error when asked for its number of threads");
         case Status::unexpected_exception:
             throw std::runtime_error("a kernel threw an exception other than std::bad_alloc; please report this");
         case Status::negative_weight:

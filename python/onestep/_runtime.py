@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, chooses the CPU target, and hands torch's thread pool to them."""
+"""Loads the compiled kernels, chooses the CPU target, and lets them ask for torch's number of threads."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def _select_target() -> None:
         raise ImportError(f"{TARGET_VARIABLE}={name!r}: {error}") from None
 
 
-def _share_thread_pool() -> None:
-    """Injects ``torch_parallel_for`` (libtorch's stable C shim); without the symbol the kernels stay serial."""
+def _follow_torchs_threads() -> None:
+    """Hands over ``torch_get_num_threads`` of libtorch's stable C shim; without it the kernels stay serial."""
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     library = Path(torch.__file__).parent / "lib" / name
     try:
-        function = ctypes.CDLL(str(library)).torch_parallel_for
+        function = ctypes.CDLL(str(library)).torch_get_num_threads
     except (OSError, AttributeError):
         return
     address = ctypes.cast(function, ctypes.c_void_p).value
     if address is not None:
-        _native.set_parallel_for(address)
+        _native.set_thread_count(address)
 
 
 _select_target()
-_share_thread_pool()
+_follow_torchs_threads()
 
 
 def info() -> dict[str, str | int | list[str]]:
@@ -49,7 +49,8 @@ def info() -> dict[str, str | int | list[str]]:
 
     Returns:
         A dict with ``version``, ``cpu_target``, ``cpu_targets_supported``, ``threads`` (torch's setting),
-        ``thread_source`` (``"torch"``: torch's own pool; ``"serial"``: this torch has no C shim to share it),
+        ``thread_source`` (``"pool"``: onestep's own threads, as many as torch's setting allows; ``"serial"``: this torch
+        has no C shim to ask for it; ``"serial (forked child)"``),
         ``torch``; ``cuda_build`` (onestep's CUDA kernels: built or not, for which architectures, emulated),
         ``cuda_devices`` (the name and compute capability of each) and ``cuda_driver`` (its version, or "none").
     """

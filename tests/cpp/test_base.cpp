@@ -1,6 +1,12 @@
-// How work is cut, the ordered sum of pieces, and work memory.
+// How work is cut, the ordered sum of pieces, work memory, and threads.
 #include <array>
+#include <cfenv>
+#include <condition_variable>
+#include <mutex>
+#include <numeric>
+#include <set>
 #include <stdexcept>
+#include <thread>
 
 #include "base/plan.hpp"
 #include "base/reduce.hpp"
@@ -123,9 +129,9 @@ void test_workspace() {
 }
 
 // Whatever a body throws or returns ends as the loop's status, on any thread.
-void test_parallel() {
-    for (const ParallelForFunction pool : {ParallelForFunction{nullptr}, ParallelForFunction{three_threads}}) {
-        set_parallel_for(pool);
+void test_status() {
+    for (const ThreadCountFunction threads : {ThreadCountFunction{nullptr}, ThreadCountFunction{three_threads}}) {
+        set_thread_count(threads);
         const auto status_of = [](auto body) { return parallel_for(1000, 1, body); };
         check(status_of([](int64_t) {}) == Status::ok, "ok");
         check(status_of([](int64_t index) { return index == 900 ? Status::negative_ridge : Status::ok; }) ==
@@ -145,19 +151,107 @@ void test_parallel() {
               "any exception");
         check(status_of([](int64_t) { throw 1; }) == Status::unexpected_exception, "what is no std::exception");
     }
-    // Less than a millisecond of work stays on the calling thread.
-    (void)set_least_parallel_nanoseconds(1'000'000);
-    std::vector<std::thread::id> ids(1000);
+    set_thread_count(nullptr);
+}
+
+using Thread = std::thread::id;
+
+std::set<Thread> threads_of(int64_t count, int64_t nanoseconds_each) {
+    std::vector<Thread> ids(static_cast<size_t>(count));
     auto body = [&](int64_t index) { ids[static_cast<size_t>(index)] = std::this_thread::get_id(); };
-    check(parallel_for(1000, 900, body) == Status::ok, "small loop");
-    check(std::all_of(ids.begin(), ids.end(), [](std::thread::id id) { return id == std::this_thread::get_id(); }),
-          "a small loop uses one thread");
-    pool_error = 1;
-    set_parallel_for(failing_pool);
-    check(parallel_for(1000, 900, body) == Status::ok && pool_error == 1, "a small loop does not reach the pool");
-    check(parallel_for(1000, 1100, body) == Status::thread_pool_error, "a larger loop does");
+    if (parallel_for(count, nanoseconds_each, body) != Status::ok) {
+        return {};
+    }
+    return {ids.begin(), ids.end()};
+}
+
+// Small loops stay on the calling thread, and so do all where one thread is allowed.
+void test_threads_of_a_loop() {
+    const std::set<Thread> own = {std::this_thread::get_id()};
+    (void)set_least_parallel_nanoseconds(1'000'000);
+    loop_to_fail = 1;
+    set_thread_count(failing_count);
+    check(threads_of(1000, 900) == own && loop_to_fail == 1, "a small loop does not ask for threads");
+    auto nothing = [](int64_t) {};
+    check(parallel_for(1000, 1100, nothing) == Status::thread_pool_error, "a larger loop does");
+    check(threads_of(1000, 1'000'000) == own, "one thread is allowed");
     (void)set_least_parallel_nanoseconds(0);
-    set_parallel_for(nullptr);
+    set_thread_count(nullptr);
+    check(threads_of(1000, 1'000'000) == own, "nobody said how many");
+}
+
+// Waits until so many have called it, for a minute at most.
+class Meeting {
+ public:
+    bool wait_for(int count) {
+        std::unique_lock lock(mutex_);
+        ++arrived_;
+        changed_.notify_all();
+        return changed_.wait_for(lock, std::chrono::minutes(1), [&] { return arrived_ >= count; });
+    }
+
+ private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    int arrived_ = 0;
+};
+
+// Three threads, each of which has the rounding mode of the caller, and in which another loop is serial.
+void test_helpers() {
+    set_thread_count(three_threads);
+    std::fesetround(FE_UPWARD);
+    Meeting meeting;
+    std::array<Thread, 3> ids;
+    std::array<int, 3> rounding{};
+    auto body = [&](int64_t index) {
+        const bool met = meeting.wait_for(3);
+        ids[static_cast<size_t>(index)] = std::this_thread::get_id();
+        rounding[static_cast<size_t>(index)] = std::fegetround();
+        const bool serial = threads_of(100, 1'000'000) == std::set<Thread>{std::this_thread::get_id()};
+        return met && serial ? Status::ok : Status::device_error;
+    };
+    check(parallel_for(3, 1'000'000, body) == Status::ok, "three threads meet, inner loops are serial");
+    check(std::set<Thread>(ids.begin(), ids.end()).size() == 3, "three threads");
+    check(rounding == std::array{FE_UPWARD, FE_UPWARD, FE_UPWARD}, "the caller's rounding");
+    std::fesetround(FE_TONEAREST);
+    set_thread_count(nullptr);
+}
+
+// A caller whose helpers are busy elsewhere does the work itself; callers at the same time share the helpers.
+void test_callers() {
+    set_thread_count(three_threads);
+    Meeting inside, over;
+    Status lasting = Status::device_error;
+    std::thread other([&] {
+        auto wait = [&](int64_t) {
+            return inside.wait_for(4) && over.wait_for(4) ? Status::ok : Status::device_error;
+        };
+        lasting = parallel_for(3, 1'000'000, wait);
+    });
+    check(inside.wait_for(4), "both helpers are taken");
+    check(threads_of(1000, 1'000'000) == std::set<Thread>{std::this_thread::get_id()}, "nobody is waited for");
+    check(over.wait_for(4), "the end");
+    other.join();
+    check(lasting == Status::ok, "a loop that lasts");
+    std::vector<std::thread> callers;
+    std::array<int64_t, 4> sums{};
+    for (int64_t& sum : sums) {
+        callers.emplace_back([&sum] {
+            for (int round = 0; round < 200; ++round) {
+                std::array<int64_t, 50> values{};
+                auto body = [&](int64_t index) { values[static_cast<size_t>(index)] = index; };
+                if (parallel_for(50, 100'000, body) != Status::ok) {
+                    return;
+                }
+                sum = std::accumulate(values.begin(), values.end(), sum);
+            }
+        });
+    }
+    for (std::thread& caller : callers) {
+        caller.join();
+    }
+    check(sums == std::array<int64_t, 4>{245000, 245000, 245000, 245000}, "every index of every loop, once");
+    set_thread_count(nullptr);
 }
 
 }  // namespace
@@ -165,6 +259,12 @@ void test_parallel() {
 int main(int argc, char** argv) {
     return run_targets(
         argc, argv,
-        {{"cuts", test_cuts}, {"sums", test_sums}, {"workspace", test_workspace}, {"parallel", test_parallel}},
+        {{"cuts", test_cuts},
+         {"sums", test_sums},
+         {"workspace", test_workspace},
+         {"status", test_status},
+         {"threads_of_a_loop", test_threads_of_a_loop},
+         {"helpers", test_helpers},
+         {"callers", test_callers}},
         Target::generic);
 }

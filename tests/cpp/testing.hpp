@@ -10,7 +10,6 @@
 #include <limits>
 #include <random>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -33,32 +32,17 @@ inline void check(bool good, const std::string& what) {
     }
 }
 
-// Three threads with uneven shares, whatever the machine has.
-inline int32_t three_threads(int64_t begin, int64_t end, int64_t, RangeFunction fn, void* context) {
-    const int64_t count = end - begin;
-    const int64_t first = begin + count / 2;
-    const int64_t second = first + (end - first) / 3;
-    std::thread one;
-    std::thread two;
-    {
-        const WithoutFaults starting;
-        one = std::thread([&] { fn(begin, first, context); });
-        two = std::thread([&] { fn(first, second, context); });
-    }
-    fn(second, end, context);
-    one.join();
-    two.join();
+// Three threads, whatever the machine has.
+inline int32_t three_threads(uint32_t* threads) {
+    *threads = 3;
     return 0;
 }
 
-// A pool that reports an error at its `pool_error`-th loop from now on.
-inline int64_t pool_error = 0;
-inline int32_t failing_pool(int64_t begin, int64_t end, int64_t, RangeFunction fn, void* context) {
-    if (pool_error > 0 && --pool_error == 0) {
-        return 1;
-    }
-    fn(begin, end, context);
-    return 0;
+// One thread, and an error at the `loop_to_fail`-th loop from now on.
+inline int64_t loop_to_fail = 0;
+inline int32_t failing_count(uint32_t* threads) {
+    *threads = 1;
+    return loop_to_fail > 0 && --loop_to_fail == 0 ? 1 : 0;
 }
 
 // How attempt calls a kernel.
@@ -87,20 +71,20 @@ void attempt(const std::string& what, const Kernel& kernel) {
                                                        std::to_string(static_cast<int>(status)));
         }
         for (int64_t n = 1;; n = next_fault(n)) {
-            set_parallel_for(failing_pool);
-            pool_error = n;
+            set_thread_count(failing_count);
+            loop_to_fail = n;
             const Status status = kernel();
-            set_parallel_for(nullptr);
-            if (pool_error > 0) {
+            set_thread_count(nullptr);
+            if (loop_to_fail > 0) {
                 break;
             }
             check(status == Status::thread_pool_error, what + ": parallel loop " + std::to_string(n) +
                                                            " fails, status " +
                                                            std::to_string(static_cast<int>(status)));
         }
-        pool_error = 0;
+        loop_to_fail = 0;
         // Threads that meet the fault.
-        set_parallel_for(three_threads);
+        set_thread_count(three_threads);
         for (const int64_t n : {1, 2, 3}) {
             release_workspaces();
             fail_allocation(n);
@@ -109,7 +93,7 @@ void attempt(const std::string& what, const Kernel& kernel) {
             check(status == (allocation_failed() ? Status::out_of_memory : Status::ok),
                   what + ": allocation " + std::to_string(n) + " fails with threads");
         }
-        set_parallel_for(nullptr);
+        set_thread_count(nullptr);
     }
     check(kernel() == Status::ok, what + ": status");
 }
@@ -118,9 +102,9 @@ void attempt(const std::string& what, const Kernel& kernel) {
 template <class Run>
 auto with_threads(const Run& run) {
     const Trial before = std::exchange(trial, Trial::plain);
-    set_parallel_for(three_threads);
+    set_thread_count(three_threads);
     auto results = run();
-    set_parallel_for(nullptr);
+    set_thread_count(nullptr);
     trial = before;
     return results;
 }
@@ -183,8 +167,12 @@ struct Test {
 // "target/name" holds the first argument of the command line, if there is one. The exit status of main.
 inline int run_targets(int argc, char** argv, std::initializer_list<Test> tests, Target last = Target::amx) {
     const std::string filter = argc > 1 ? argv[1] : "";
-    // Loops of any size are shared among threads.
+    // Loops of any size are shared among threads, which a first loop starts: later ones allocate nothing.
     (void)set_least_parallel_nanoseconds(0);
+    set_thread_count(three_threads);
+    auto nothing = [](int64_t) {};
+    check(parallel_for(2, 1, nothing) == Status::ok, "a first loop");
+    set_thread_count(nullptr);
     for (int index = 0; index <= static_cast<int>(last); ++index) {
         const auto target = static_cast<Target>(index);
         if (!target_supported(target)) {

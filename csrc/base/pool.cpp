@@ -1,0 +1,144 @@
+#include "base/pool.hpp"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+namespace onestep {
+namespace {
+
+// How long a thread looks for work before it sleeps. Waking it takes 5 to 50 us; loops that follow each other within a
+// kernel are a few microseconds apart.
+constexpr std::chrono::microseconds kIdle{20};
+// How long a caller looks for the end of claims before it sleeps. It sleeps soon: a helper that lost its core to another
+// process comes onto the caller's then.
+constexpr std::chrono::microseconds kPatience{10};
+
+void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+template <class Condition>
+void spin(std::chrono::microseconds most, const Condition& condition) {
+    const auto end = std::chrono::steady_clock::now() + most;
+    do {
+        for (int turn = 0; turn < 16; ++turn) {
+            if (condition()) {
+                return;
+            }
+            relax();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+}
+
+}  // namespace
+
+struct Pool::Job {
+    void (*task)(void*);
+    void* context;
+    int64_t wanted;  // more helpers
+    std::atomic<int64_t> inside{0};
+    // Denormals and rounding are the caller's in every thread: results do not depend on who computes them.
+    std::fenv_t environment{};
+    Job* next = nullptr;
+};
+
+Pool::Job* Pool::first_open() const {
+    Job* job = jobs_;
+    while (job != nullptr && job->wanted == 0) {
+        job = job->next;
+    }
+    return job;
+}
+
+void Pool::run(int64_t helpers, void (*task)(void*), void* context) {
+    Job job{task, context, helpers};
+    std::fegetenv(&job.environment);
+    int64_t awaken = 0;
+    {
+        const std::lock_guard lock(mutex_);
+        start_threads(helpers);
+        job.wanted = std::min(helpers, threads_);
+        job.next = jobs_;
+        jobs_ = &job;
+        open_ += job.wanted > 0 ? 1 : 0;
+        awaken = std::min(job.wanted, sleeping_);
+    }
+    for (; awaken > 0; --awaken) {
+        opened_.notify_one();
+    }
+    task(context);
+    std::unique_lock lock(mutex_);
+    Job** place = &jobs_;
+    while (*place != &job) {
+        place = &(*place)->next;
+    }
+    *place = job.next;
+    open_ -= job.wanted > 0 ? 1 : 0;
+    if (job.inside > 0) {
+        lock.unlock();
+        spin(kPatience, [&] { return job.inside == 0; });
+        lock.lock();
+        left_.wait(lock, [&] { return job.inside == 0; });
+    }
+}
+
+// A helper's life.
+void Pool::help() {
+    std::unique_lock lock(mutex_);
+    bool looked = false;
+    for (;;) {
+        Job* job = first_open();
+        if (job == nullptr) {
+            if (!looked) {
+                lock.unlock();
+                spin(kIdle, [&] { return open_ > 0; });
+                lock.lock();
+                looked = true;
+                continue;
+            }
+            ++sleeping_;
+            opened_.wait(lock);
+            --sleeping_;
+            continue;
+        }
+        looked = false;
+        if (--job->wanted == 0) {
+            --open_;
+        }
+        ++job->inside;
+        lock.unlock();
+        std::fesetenv(&job->environment);
+        job->task(job->context);
+        lock.lock();
+        if (--job->inside == 0) {
+            left_.notify_all();
+        }
+    }
+}
+
+// With all signals blocked: a program's handlers run on threads of its own.
+void Pool::start_threads(int64_t wanted) {
+    if (threads_ >= wanted) {
+        return;
+    }
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+        for (; threads_ < wanted; ++threads_) {
+            std::thread([this] { help(); }).detach();
+        }
+    } catch (...) {  // no memory, or too many threads: those that there are do
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+}  // namespace onestep
