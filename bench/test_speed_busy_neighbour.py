@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,7 +248,7 @@ def neighbour() -> Iterator[None]:
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
-    """Of calls that follow each other without a pause: a process that sleeps in between is preferred by the scheduler."""
+    """Of calls without a pause between them: the scheduler prefers a process that sleeps now and then."""
     call()
     seconds: list[float] = []
     while len(seconds) < LEAST_ROUNDS or (len(seconds) < MOST_ROUNDS and sum(seconds) < SECONDS):
@@ -283,6 +284,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="cases whose name holds one of them; all without any")
     parser.add_argument("--write", type=Path, help="a JSON file to add the figures to")
     given = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)  # scikit-learn's, of its next version
     known: dict[str, Any] = {}
     for name in CASES:
         if given.words and not any(word in name for word in given.words):

@@ -9,34 +9,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import faulthandler
 import inspect
 import io
 import itertools
 import random
-import re
-import signal
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
-import numpy as np
 import torch
+from fuzz_draws import SIZES, Call, ForeignError, attempt, maybe, same_dtype, sizes, tensors
+from fuzz_models import estimator_calls, fit_calls, operator_calls, polar_calls
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-import onestep
 from onestep import curvature, functional, linalg
 from onestep.cli import main
 
-# A call that runs longer hangs: the sizes are small.
-SECONDS_PER_CALL = 30
-ALLOWED = (ValueError, TypeError, torch.linalg.LinAlgError, np.linalg.LinAlgError, NotImplementedError, MemoryError)
-SIZES = (0, 1, 2, 3, 5, 8, 9, 16, 17, 33)
-FLOATS = (torch.float32, torch.float64)
-OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool, torch.complex64)
 LINALG = (
     "solve_normal",
     "solve_normal_ex",
@@ -51,106 +41,11 @@ LINALG += ("solve_spd_ex", "equations")
 FAMILIES = ("gaussian", "logistic", "softmax", "poisson")
 
 
-class ForeignError(AssertionError):
-    """An error that a user cannot act on."""
-
-
-@contextlib.contextmanager
-def time_limit() -> Iterator[None]:
-    """Raises in a call that does not end; faulthandler shows where a call that cannot be interrupted is."""
-
-    def stop(*_: object) -> None:
-        raise ForeignError(f"no answer after {SECONDS_PER_CALL} s")
-
-    faulthandler.dump_traceback_later(2 * SECONDS_PER_CALL, exit=True)
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS_PER_CALL)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        faulthandler.cancel_dump_traceback_later()
-
-
-def attempt(function: Callable[..., Any], arguments: dict[str, Any], names: tuple[str, ...] = ()) -> Any:
-    """Calls the function; an error must be one of ALLOWED and name an argument."""
-    try:
-        with time_limit(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return function(**arguments)
-    except ALLOWED as error:
-        known = {*arguments, *names}
-        if not isinstance(error, MemoryError) and not any(re.search(rf"\b{name}\b", str(error)) for name in known):
-            raise ForeignError(f"{type(error).__name__} names no argument of {sorted(known)}: {error}") from error
-    except ForeignError:
-        raise
-    except Exception as error:
-        raise ForeignError(f"{type(error).__name__}: {error}") from error
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------------- tensors
-
-
-@st.composite
-def tensors(draw: Any, shape: tuple[int, ...], *, positive: bool = False, classes: int | None = None) -> torch.Tensor:
-    """A tensor of this shape, one time in eight of another one or of a dtype that is not taken; of any strides."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    odd = draw(st.integers(0, 15))
-    if odd == 0:
-        shape = tuple(draw(st.lists(st.sampled_from(SIZES), max_size=4)))
-    dtype = draw(st.sampled_from(OTHER_DTYPES)) if odd == 1 else draw(st.sampled_from(FLOATS))
-    layout = draw(st.sampled_from(("contiguous", "transposed", "sliced", "expanded")))
-    if layout == "expanded" and shape:
-        values = torch.randn(*shape[:-1], 1, generator=generator, dtype=torch.float64).expand(shape)
-    elif layout == "transposed" and len(shape) >= 2:
-        values = torch.randn(*shape[:-2], shape[-1], shape[-2], generator=generator, dtype=torch.float64).mT
-    elif layout == "sliced" and shape:
-        values = torch.randn(*shape[:-1], 2 * shape[-1] + 1, generator=generator, dtype=torch.float64)[..., 1::2]
-    else:
-        values = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if classes is not None and odd != 1:
-        return torch.randint(-1 if odd == 2 else 0, max(classes, 1) + (odd == 3), shape, generator=generator)
-    if positive and odd != 4:
-        values = values.abs()
-    if odd == 5 and values.numel():
-        values = values.contiguous().clone()
-        values.view(-1)[draw(st.integers(0, values.numel() - 1))] = draw(
-            st.sampled_from((float("nan"), float("inf"), 1e300, -1e300))
-        )
-    if odd == 6:
-        values = values * 1e-30
-    return values.to(dtype)
-
-
-def maybe(draw: Any, strategy: Any) -> Any:
-    return draw(strategy) if draw(st.booleans()) else None
-
-
-def same_dtype(draw: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Seven times in eight all floating tensors get one dtype."""
-    if draw(st.integers(0, 7)):
-        dtype = draw(st.sampled_from((*FLOATS, torch.bfloat16)))
-        arguments = {
-            name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for name, value in arguments.items()
-        }
-    return arguments
-
-
-@st.composite
-def sizes(draw: Any) -> tuple[tuple[int, ...], int, int, int]:
-    """Batch, n, d, k."""
-    batch = tuple(draw(st.lists(st.sampled_from((0, 1, 2, 3)), max_size=2)))
-    return batch, *(draw(st.sampled_from(SIZES)) for _ in range(3))
-
-
 # --------------------------------------------------------------------------------------------------------------- calls
 
 
 @st.composite
-def linalg_calls(draw: Any) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
+def linalg_calls(draw: Any) -> Call:
     batch, n, d, k = draw(sizes())
     X, Y = draw(tensors((*batch, n, d))), draw(tensors((*batch, n, k)))
     A, B = draw(tensors((*batch, d, d))), draw(tensors((*batch, d, k)))
@@ -185,7 +80,7 @@ def linalg_calls(draw: Any) -> tuple[Callable[..., Any], dict[str, Any], tuple[s
 
 
 @st.composite
-def functional_calls(draw: Any) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
+def functional_calls(draw: Any) -> Call:
     batch, n, d, k = draw(sizes())
     if draw(st.booleans()):
         classes = max(k, 1)
@@ -238,7 +133,7 @@ def differentiated(draw: Any, function: Callable[..., Any]) -> Callable[..., Any
 
 
 @st.composite
-def glm_calls(draw: Any) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
+def glm_calls(draw: Any) -> Call:
     _, n, d, k = draw(sizes())
     family = draw(st.sampled_from((*FAMILIES, "gamma")))
     intercept = draw(st.booleans())
@@ -260,43 +155,7 @@ def glm_calls(draw: Any) -> tuple[Callable[..., Any], dict[str, Any], tuple[str,
 
 
 @st.composite
-def estimator_calls(draw: Any) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
-    _, n, d, k = draw(sizes())
-    name = draw(st.sampled_from(("Ridge", "RidgeCV", "RidgeClassifier", "LogisticRegression", "PoissonRegressor")))
-    classifies = name in ("RidgeClassifier", "LogisticRegression")
-    y = tensors((n,), positive=True, classes=draw(st.sampled_from((1, 2, 3))) if classifies else None)
-    if name == "Ridge" and draw(st.booleans()):
-        y = tensors((n, k))
-    weight = maybe(draw, tensors((n,), positive=True))
-    arguments = {
-        "X": _array(draw(tensors((n, d)))),
-        "y": _array(draw(y)),
-        "sample_weight": None if weight is None else _array(weight),
-    }
-    options = (
-        {"alpha": draw(st.sampled_from((0.0, 1.0, 1e-12, -1.0)))}
-        if name not in ("RidgeCV", "LogisticRegression")
-        else {}
-    )
-    options["fit_intercept"] = draw(st.booleans())
-
-    def fitted(X: Any, y: Any, sample_weight: Any) -> Any:
-        return getattr(onestep, name)(**options).fit(X, y, sample_weight=sample_weight).predict(X)
-
-    # What scikit-learn's own checks call them.
-    return (
-        fitted,
-        arguments,
-        ("alpha", "sample", "samples", "feature", "features", "class", "classes", "Input", "label", "array", "data"),
-    )
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-@st.composite
-def op_calls(draw: Any) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
+def op_calls(draw: Any) -> Call:
     """torch.ops.onestep.* called bare, with plain numbers that nobody has checked."""
     _, n, d, k = draw(sizes())
     X, weight = draw(tensors((n, d))), maybe(draw, tensors((n,), positive=True))
@@ -364,44 +223,75 @@ CELLS = (
 ODD_CELLS = ('"', "\0", "é", "9007199254740993", "x" * 50, "1e999", "\r")
 
 
-@st.composite
-def command_lines(draw: Any) -> tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]:
-    columns, rows = draw(st.integers(1, 4)), draw(st.integers(0, 12))
+def tables(draw: Any, columns: int, rows: int) -> str:
+    """A CSV file, mostly one."""
     cells = st.sampled_from(CELLS + ODD_CELLS if draw(st.integers(0, 3)) == 0 else CELLS)
     if draw(st.booleans()):
         cells = st.floats(-100, 100).map(str)
     lines = [[f"c{i}" for i in range(columns)]]
     lines += [[draw(cells) for _ in range(columns - (draw(st.integers(0, 40)) == 0))] for _ in range(rows)]
     quote = draw(st.booleans())
-    text = "\n".join(",".join(f'"{c}"' if quote else c for c in line) for line in lines) + "\n"
+    return "\n".join(",".join(f'"{c}"' if quote else c for c in line) for line in lines) + "\n"
+
+
+@st.composite
+def command_lines(draw: Any) -> Call:
+    columns, rows = draw(st.integers(1, 4)), draw(st.integers(0, 12))
+    text = tables(draw, columns, rows)
+    # Other rows, or another number of columns, to predict for.
+    other = tables(draw, max(1, columns + draw(st.sampled_from((0, 0, 0, -1, 1)))), draw(st.integers(0, 5)))
     options = draw(
         st.lists(
             st.sampled_from(("--impute median", "--alpha 1", "--test-size 0", "--task classification", "--missing"))
-            | st.sampled_from(("--thousands ,", "--decimal ,", "--dates c1", "--categorical c1", "--dtype float32")),
+            | st.sampled_from(("--thousands ,", "--decimal ,", "--dates c1", "--categorical c1", "--dtype float32"))
+            | st.sampled_from(("--model mlp --hidden 2 --max-steps 2", "--ignore c1", "--date-format %d", "--sep ;")),
             max_size=3,
             unique=True,
         )
     )
+    use = draw(st.lists(st.sampled_from(("--missing", "--decimal ,", "--thousands .", "--sep ;")), max_size=1))
+    broken = draw(st.integers(0, 9)) == 0
 
-    def run(text: str, options: list[str]) -> Any:
+    def run(text: str, other: str, options: list[str], use: list[str]) -> Any:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "data.csv"
+            path, rows = Path(folder) / "data.csv", Path(folder) / "other.csv"
             path.write_bytes(text.encode())
+            rows.write_bytes(other.encode())
             model = path.with_suffix(".safetensors")
             words = ["fit", str(path), "--target", "c0", "--save", str(model), *" ".join(options).split()]
             out = io.StringIO()
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                codes = [main(words)]
+                codes = [exit_code(words)]
                 if model.exists():
-                    codes.append(main(["predict", str(model), str(path)]))
+                    if broken:
+                        model.write_bytes(model.read_bytes()[: 40 * len(other) % 300])
+                    codes += [exit_code(["predict", str(model), str(p), *" ".join(use).split()]) for p in (path, rows)]
         if not set(codes) <= {0, 2} or "Traceback" in out.getvalue():
             raise ForeignError(f"exit codes {codes}: {out.getvalue()}")
         return codes
 
-    return run, {"text": text, "options": options}, ()
+    return run, {"text": text, "other": other, "options": options, "use": use}, ()
 
 
-CALLS = st.one_of(op_calls(), linalg_calls(), functional_calls(), glm_calls(), estimator_calls(), command_lines())
+def exit_code(words: list[str]) -> Any:
+    """What the process would end with; argparse leaves by SystemExit."""
+    try:
+        return main(words)
+    except SystemExit as end:
+        return end.code
+
+
+CALLS = st.one_of(
+    op_calls(),
+    linalg_calls(),
+    polar_calls(),
+    functional_calls(),
+    glm_calls(),
+    operator_calls(),
+    estimator_calls(),
+    fit_calls(),
+    command_lines(),
+)
 
 
 def run_calls(calls: int, number: int) -> None:
@@ -416,7 +306,7 @@ def run_calls(calls: int, number: int) -> None:
     )
     @seed(number)
     @given(CALLS)
-    def check(call: tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]) -> None:
+    def check(call: Call) -> None:
         attempt(*call)
 
     check()

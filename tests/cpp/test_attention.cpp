@@ -323,11 +323,15 @@ void compare(std::mt19937& random, const Case& c) {
 template <class T>
 void test(Half half) {
     std::mt19937 random(1);
+    int64_t turn = 0;
     for (const MaskKind mask :
          {MaskKind::none, MaskKind::causal, MaskKind::boolean, MaskKind::additive, MaskKind::per_key}) {
         for (const Layout layout : {Layout::rows, Layout::columns, Layout::strided}) {
             compare<T>(random, {2, 2, 2, 5, 7, 3, 4, mask, layout, half});
-            compare<T>(random, {1, 4, 2, 65, 66, 8, 5, mask, layout, half});
+            // Several tiles: every layout and every mask, not each pair of them.
+            if (turn++ % 2 == 0) {
+                compare<T>(random, {1, 4, 2, 65, 66, 8, 5, mask, layout, half});
+            }
         }
         const Layout rows = Layout::rows;
         compare<T>(random, {1, 1, 1, 1, 1, 1, 1, mask, rows, half});
@@ -363,12 +367,11 @@ void test_tiles() {
     compare<float>(random, {1, 1, 1, 70, 20, 64, 128, MaskKind::additive, rows, Half::primal});
     compare<float>(random, {1, 1, 1, 66, 65, 256, 129, MaskKind::causal, rows, Half::primal});
     compare<float>(random, {1, 1, 1, 130, 129, 129, 1, MaskKind::causal, rows, Half::operands});
-    for (const MaskKind mask : {MaskKind::causal, MaskKind::boolean, MaskKind::additive}) {
-        compare<float>(random, {1, 2, 1, 63, 129, 8, 8, mask, rows, Half::operands});
-        compare<float>(random, {1, 1, 1, 129, 64, 8, 8, mask, rows, Half::primal});
-        compare<float>(random, {1, 1, 1, 257, 255, 4, 4, mask, rows, Half::operands});
-        compare<float>(random, {1, 1, 1, 255, 321, 4, 4, mask, rows, Half::primal});
-    }
+    compare<float>(random, {1, 2, 1, 63, 129, 8, 8, MaskKind::boolean, rows, Half::operands});
+    compare<float>(random, {1, 1, 1, 129, 64, 8, 8, MaskKind::additive, rows, Half::primal});
+    compare<float>(random, {1, 1, 1, 257, 65, 4, 4, MaskKind::causal, rows, Half::operands});
+    compare<float>(random, {1, 1, 1, 63, 321, 4, 4, MaskKind::additive, rows, Half::operands});
+    compare<float>(random, {1, 1, 1, 255, 257, 4, 4, MaskKind::causal, rows, Half::primal});
 }
 
 // Every allocation fails once, and every parallel loop.
