@@ -95,7 +95,7 @@ BAD_SHAPES = [
     *refused(ValueError, r"L has shape \(2, 3\)", lambda: cholesky_solve(ROWS, SQUARE[:2])),
     *refused(ValueError, r"B has shape \(2, 2\); expected \(..., 3, k\)", lambda: cholesky_solve(ROWS[:2], SQUARE),
              lambda: solve_spd(SQUARE, ROWS[:2])),
-    *refused(ValueError, r"batch dimensions do not broadcast: got \(2,\), \(3,\)",
+    *refused(ValueError, r"X, Y, weight.*: batch dimensions do not broadcast: got \(2,\), \(3,\)",
              lambda: solve_normal(torch.ones(2, 6, 3), torch.ones(3, 6, 2)),
              lambda: gram(torch.ones(2, 6, 3), torch.ones(3, 6, 2))),
     *refused(ValueError, "batch dimensions do not broadcast",

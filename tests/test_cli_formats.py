@@ -66,6 +66,7 @@ TARGET = 3 * AMOUNTS + 5
         (lambda v: f"-€ {v}.25", lambda v: -v - 0.25, []),
         (lambda v: f"{v} %", lambda v: v, []),
         (lambda v: f"£{v:,}", lambda v: v, ["--thousands", ","]),
+        (lambda v: f"\u2212{v}", lambda v: -v, []),
     ],
 )
 def test_numerals(run, table, tmp_path, written, value, options):
@@ -91,6 +92,16 @@ def test_numerals(run, table, tmp_path, written, value, options):
         ([f"{1 + v % 28}/3/2021" for v in AMOUNTS], "seems to hold dates"),
         ([2**53 + int(v) for v in AMOUNTS], "whole numbers beyond 2^53 (9007199254741892 on line 2)"),
         ([2**70 + int(v) for v in AMOUNTS], "whole numbers beyond 2^53"),
+        ([f"({v})" for v in AMOUNTS], "seems to hold numbers, such as '(900)' on line 2; write them with the digits"),
+        ([f"{v}-" for v in AMOUNTS % 5], "such as '0-' on line 2"),
+        ([hex(v) for v in AMOUNTS], "such as '0x384' on line 2"),
+        ([f"{v}_000" for v in AMOUNTS], "such as '900_000' on line 2"),
+        ([f"{v},5e3" for v in AMOUNTS], "such as '900,5e3' on line 2"),
+        (["\u0661\u0662", "\uff11\uff12"] * 20, "seems to hold numbers"),
+        (
+            [f"{v} kg" for v in AMOUNTS],
+            "'amount' is text with 32 different values in 32 training rows ('900 kg' on line",
+        ),
         (["", *(2**53 + int(v) for v in AMOUNTS[1:])], "whole numbers beyond 2^53"),
     ],
 )

@@ -1,8 +1,8 @@
 // parallel_for: the only way in which kernels use more than one thread.
 //
 // The threads are a small pool of our own (pool.cpp). Python hands over torch_get_num_threads of libtorch's C shim,
-// which every loop asks, so that torch.set_num_threads holds here, too. Until then, and in a forked child (whose copy of
-// the parent's pool has no threads behind it), loops run serially on the calling thread.
+// which every loop asks, so that torch.set_num_threads holds here, too. Until then, and in a forked child (whose copy
+// of the parent's pool has no threads behind it), loops run serially on the calling thread.
 #pragma once
 
 #include <cstdint>

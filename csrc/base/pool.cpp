@@ -13,8 +13,8 @@ namespace {
 // How long a thread looks for work before it sleeps. Waking it takes 5 to 50 us; loops that follow each other within a
 // kernel are a few microseconds apart.
 constexpr std::chrono::microseconds kIdle{20};
-// How long a caller looks for the end of claims before it sleeps. It sleeps soon: a helper that lost its core to another
-// process comes onto the caller's then.
+// How long a caller looks for the end of claims before it sleeps. It sleeps soon: a helper that lost its core to
+// another process comes onto the caller's then.
 constexpr std::chrono::microseconds kPatience{10};
 
 void relax() {

@@ -17,8 +17,8 @@ namespace onestep {
 class Pool {
  public:
     // Runs task(context) on the calling thread and on up to `helpers` others at a time. The task must be one that is
-    // complete when it has returned once on each thread that began it. Throws nothing, and allocates only to start threads;
-    // where none can be started, there are fewer helpers.
+    // complete when it has returned once on each thread that began it. Throws nothing, and allocates only to start
+    // threads; where none can be started, there are fewer helpers.
     void run(int64_t helpers, void (*task)(void* context), void* context);
 
  private:

@@ -49,8 +49,8 @@ def info() -> dict[str, str | int | list[str]]:
 
     Returns:
         A dict with ``version``, ``cpu_target``, ``cpu_targets_supported``, ``threads`` (torch's setting),
-        ``thread_source`` (``"pool"``: onestep's own threads, as many as torch's setting allows; ``"serial"``: this torch
-        has no C shim to ask for it; ``"serial (forked child)"``),
+        ``thread_source`` (``"pool"``: onestep's own threads, as many as torch's setting allows; ``"serial"``: this
+        torch has no C shim to ask for it; ``"serial (forked child)"``),
         ``torch``; ``cuda_build`` (onestep's CUDA kernels: built or not, for which architectures, emulated),
         ``cuda_devices`` (the name and compute capability of each) and ``cuda_driver`` (its version, or "none").
     """

@@ -223,9 +223,7 @@ void test_callers() {
     Meeting inside, over;
     Status lasting = Status::device_error;
     std::thread other([&] {
-        auto wait = [&](int64_t) {
-            return inside.wait_for(4) && over.wait_for(4) ? Status::ok : Status::device_error;
-        };
+        auto wait = [&](int64_t) { return inside.wait_for(4) && over.wait_for(4) ? Status::ok : Status::device_error; };
         lasting = parallel_for(3, 1'000'000, wait);
     });
     check(inside.wait_for(4), "both helpers are taken");
@@ -257,14 +255,13 @@ void test_callers() {
 }  // namespace
 
 int main(int argc, char** argv) {
-    return run_targets(
-        argc, argv,
-        {{"cuts", test_cuts},
-         {"sums", test_sums},
-         {"workspace", test_workspace},
-         {"status", test_status},
-         {"threads_of_a_loop", test_threads_of_a_loop},
-         {"helpers", test_helpers},
-         {"callers", test_callers}},
-        Target::generic);
+    return run_targets(argc, argv,
+                       {{"cuts", test_cuts},
+                        {"sums", test_sums},
+                        {"workspace", test_workspace},
+                        {"status", test_status},
+                        {"threads_of_a_loop", test_threads_of_a_loop},
+                        {"helpers", test_helpers},
+                        {"callers", test_callers}},
+                       Target::generic);
 }

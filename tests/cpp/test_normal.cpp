@@ -216,10 +216,10 @@ template <class T>
 void test_sizes(const char* type) {
     std::mt19937 random(1);
     const std::vector<Size<T>> sizes = {
-        {1, 1, 1, 1},     {3, 0, 2, 1},     {17, 5, 2, 3},     {9, 16, 8, 1},    {5, 20, 15, 2},  {33, 33, 16, 16},
-        {6, 40, 31, 5},   {4, 50, 32, 16},  {3, 60, 32, 17},   {2, 70, 33, 1},   {2, 129, 47, 4}, {1, 128, 48, 3},
-        {1, 140, 49, 49}, {2, 100, 95, 2},  {1, 110, 96, 100}, {1, 130, 97, 1},  {1, 60, 120, 7}, {1, 290, 257, 2},
-        {1, 4097, 5, 2},  {2, 8200, 10, 1}, {1, 12500, 5, 1},  {1, 130, 400, 1},
+        {1, 1, 1, 1},     {3, 0, 2, 1},     {17, 5, 2, 3},     {9, 16, 8, 1},   {5, 20, 15, 2},  {33, 33, 16, 16},
+        {6, 40, 31, 5},   {4, 50, 32, 16},  {3, 60, 32, 17},   {2, 70, 33, 1},  {2, 129, 47, 4}, {1, 128, 48, 3},
+        {1, 140, 49, 49}, {2, 100, 95, 2},  {1, 110, 96, 100}, {1, 130, 97, 1}, {1, 60, 120, 7}, {1, 70, 257, 2},
+        {1, 4097, 5, 2},  {2, 8200, 10, 1}, {1, 12500, 5, 1},  {1, 40, 400, 1},
     };
     using Layout = typename Table<T>::Layout;
     for (const Size<T>& size : sizes) {
@@ -229,7 +229,8 @@ void test_sizes(const char* type) {
                 continue;
             }
             for (const int64_t refine : {0, 1}) {
-                if (refine > 0 && layout != Layout::rows) {
+                // Refinement reads rows as the first pass does, and solves as for smaller matrices.
+                if (refine > 0 && (layout != Layout::rows || size.d > 257)) {
                     continue;
                 }
                 const std::string name = std::string(type) + " B" + std::to_string(size.problems) + " n" +
@@ -281,7 +282,7 @@ void test_faults(const char* type) {
     trial = Trial::faults;
     std::mt19937 random(3);
     const std::vector<Size<T>> sizes = {
-        {17, 5, 2, 3}, {2, 100, 95, 2}, {1, 290, 257, 2}, {1, 8200, 10, 1}, {1, 130, 400, 1}};
+        {17, 5, 2, 3}, {2, 100, 95, 2}, {1, 290, 160, 2}, {1, 8200, 10, 1}, {1, 40, 257, 1}};
     for (const Size<T>& size : sizes) {
         for (const int64_t refine : {0, 1}) {
             compare(Inputs<T>(random, size, Table<T>::Layout::rows, refine), std::string(type) + " faults");

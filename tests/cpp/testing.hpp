@@ -187,6 +187,7 @@ inline int run_targets(int argc, char** argv, std::initializer_list<Test> tests,
                 test.run();
                 std::printf("%s: %.1f s of CPU time\n", name.c_str(),
                             static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC);
+                std::fflush(stdout);
             }
         }
     }

@@ -12,6 +12,9 @@ from . import numerals
 from .errors import CliError, count, listed, note
 from .table import Table
 
+# Texts that differ in most rows say which row it is: more levels than this are refused then, or than MANY_LEVELS
+# where --categorical asks for them.
+SOME_LEVELS = 10
 MANY_LEVELS = 50
 MOST_LEVELS = 1000
 
@@ -136,12 +139,15 @@ def level_order(level: str) -> tuple[float, str]:
 
 def _category(name: str, table: Table, values: Any, impute: bool) -> Category | None:
     counts = values.value_counts()
-    if len(counts) > MANY_LEVELS and (2 * len(counts) > len(values) or len(counts) > MOST_LEVELS):
+    most_rows_differ = 2 * len(counts) > len(values)
+    allowed = MANY_LEVELS if name in table.text else SOME_LEVELS
+    if (most_rows_differ and len(counts) > allowed) or len(counts) > MOST_LEVELS:
         row = values.first_valid_index()
+        wanted = f", or take it for categories all the same with --categorical {name!r}"
         raise CliError(
             f"{table.source}: column {name!r} is text with {len(counts):,} different values in "
             f"{count(len(values), 'training row')} ({values[row]!r} on line {table.line(row)}): too many for "
-            f"categories; leave it out with --ignore {name!r}"
+            f"categories; leave it out with --ignore {name!r}{wanted if len(counts) <= MANY_LEVELS else ''}"
         )
     if len(counts) < 2:
         return None

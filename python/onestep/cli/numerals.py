@@ -15,6 +15,9 @@ _AFTER = re.compile(rf"\s*[%{_CURRENCIES}]$")
 _SYMBOL = re.compile(rf"[%{_CURRENCIES}]")
 # Digits in groups, or with decimals behind a comma: 1,037 and 1.037.000 and 3,5 and 1 037,25.
 _SEPARATED = re.compile(r"[-+]?(?:\d{1,3}(?:[,.' \u00a0\u202f]\d{3})+(?:[.,]\d+)?|\d+,\d+)")
+# Negative in parentheses or with the sign behind, hexadecimal, digits in groups by underscores, digits of other scripts.
+_NOTATION = re.compile(r"\(\d[\d.,]*\)|\d[\d.,]*-|0[xX][0-9a-fA-F]+|\d+(?:_\d+)+|[-+]?\d+(?:[.,]\d+)?(?:[eE][-+]?\d+)?")
+_MINUS = "\u2212"  # of typesetters
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?:[T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](?:\d{4}|\d{2})(?: .*)?")
 _WHOLE = re.compile(r"[-+]?\d{16,}")
 # From here on float64 skips whole numbers.
@@ -24,6 +27,7 @@ LARGEST_WHOLE = 2**53
 def plain(values: Any, conventions: Conventions) -> Any:
     """The texts as Python writes numbers: without a currency or percent sign, without thousands separators."""
     texts = values.astype("string")
+    texts = texts.str.replace(_MINUS, "-", regex=False)
     texts = texts.str.replace(_BEFORE, r"\1", regex=True).str.replace(_AFTER, "", regex=True)
     if conventions.thousands:
         grouped = re.compile(rf"(?<=\d){re.escape(conventions.thousands)}(?=\d{{3}})")
@@ -50,6 +54,11 @@ def symbols(values: Any) -> list[str]:
 def is_separated(text: str) -> bool:
     """Whether a text looks like a number with thousands separators or a decimal comma."""
     return bool(_SEPARATED.fullmatch(_AFTER.sub("", _BEFORE.sub(r"\1", text))))
+
+
+def is_notation(text: str) -> bool:
+    """Whether a text is a number in a notation that is not read as one; ask after ``to_numbers`` has not."""
+    return bool(_NOTATION.fullmatch(text))
 
 
 def is_date(text: str) -> bool:

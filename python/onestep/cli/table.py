@@ -172,6 +172,13 @@ class Table:
                 f"{self.source}: column {name!r} seems to hold numbers, such as {values[row]!r} on line "
                 f"{self.line(row)}; {numerals.separator_hint(values[row])}, {keep}"
             )
+        notation = values.map(numerals.is_notation) & ~number
+        if notation.any() and 2 * (number | notation).sum() > len(values):
+            row = notation.idxmax()
+            raise CliError(
+                f"{self.source}: column {name!r} seems to hold numbers, such as {values[row]!r} on line "
+                f"{self.line(row)}; write them with the digits 0 to 9, as in -1234.5, {keep}"
+            )
         dates = values.map(numerals.is_date)
         if 2 * dates.sum() > len(values):
             row = dates.idxmax()

@@ -82,7 +82,7 @@ def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor)
             return _Problem(X, Y, weight, X.new_full((1,), penalty).expand(d), 0.0, True, is_vector)
         return _Problem(X, Y, weight, None, penalty, False, is_vector)
     shapes = [tuple(X.shape[:-2]), tuple(Y.shape[:-2])] + ([] if weight is None else [tuple(weight.shape[:-1])])
-    penalties = ridge_per_feature(ridge, X, torch.Size(broadcast_batch(*shapes)))
+    penalties = ridge_per_feature(ridge, X, torch.Size(broadcast_batch("X, Y, weight", *shapes)))
     dual = may_be_dual and values_are_known(penalties) and bool((penalties >= torch.finfo(X.dtype).tiny).all())
     return _Problem(X, Y, weight, penalties, 0.0, dual, is_vector)
 

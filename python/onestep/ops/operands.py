@@ -71,8 +71,8 @@ def check_size(name: str, tensor: Tensor, dim: int, size: Any, meaning: str) -> 
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {meaning}")
 
 
-def broadcast_batch(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """The broadcast batch shape; ValueError names all shapes if there is none."""
+def broadcast_batch(names: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The broadcast batch shape; ValueError names the operands and all shapes if there is none."""
     first = shapes[0]
     for shape in shapes:
         if shape != first:
@@ -83,7 +83,7 @@ def broadcast_batch(*shapes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         listed = ", ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"batch dimensions do not broadcast: got {listed}") from None
+        raise ValueError(f"{names}: batch dimensions do not broadcast: got {listed}") from None
 
 
 def operand(tensor: Tensor, batch: tuple[int, ...], own: int) -> Operand:

@@ -108,7 +108,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Opt
                     f"attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to "
                     f"(..., {heads}, {queries}, {keys})"
                 )
-    batch = broadcast_batch(*batches)
+    batch = broadcast_batch("query, key, value, attn_mask", *batches)
     if len(batch) > MOST_BATCH_DIMS:
         raise ValueError(f"batch dimensions {batch}; expected at most {MOST_BATCH_DIMS}")
     return Sizes(batch, heads, kv_heads, queries, keys, d, dv, dtype, result_dtype(q))

@@ -63,7 +63,7 @@ def cholesky_solve_results(B: Tensor, L: Tensor) -> Tensor:
     """Checks the operands; returns the solution (…,d,k), empty."""
     _check_square("L", L)
     _check_right(B, L)
-    batch = broadcast_batch(tuple(B.shape[:-2]), tuple(L.shape[:-2]))
+    batch = broadcast_batch("B, L", tuple(B.shape[:-2]), tuple(L.shape[:-2]))
     return B.new_empty((*batch, *B.shape[-2:]))
 
 
@@ -79,7 +79,7 @@ def solve_spd_results(A: Tensor, B: Tensor, check: bool = False) -> Solved:
     _check_square("A", A)
     d = A.shape[-1]
     _check_right(B, A)
-    batch = broadcast_batch(tuple(A.shape[:-2]), tuple(B.shape[:-2]))
+    batch = broadcast_batch("A, B", tuple(A.shape[:-2]), tuple(B.shape[:-2]))
     return (
         A.new_empty((*batch, d, B.shape[-1])),
         empty_factor(A, batch, d),

@@ -57,7 +57,9 @@ def parameter_dtype(X: Tensor) -> torch.dtype:
 
 
 def batches(*operands: tuple[Tensor | None, int]) -> tuple[int, ...]:
-    return broadcast_batch(*(tuple(t.shape[: t.dim() - own]) for t, own in operands if t is not None))
+    return broadcast_batch(
+        "X, y, W, weight", *(tuple(t.shape[: t.dim() - own]) for t, own in operands if t is not None)
+    )
 
 
 def matrices(tensor: Tensor | None, batch: tuple[int, ...], own: int) -> Any:

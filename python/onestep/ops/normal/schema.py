@@ -72,7 +72,7 @@ def check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
 
 def gram_results(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Checks the operands; returns XᵀDX (…,d,d) and XᵀDY (…,d,k), empty."""
-    batch = broadcast_batch(*check_rows(X, Y, weight))
+    batch = broadcast_batch("X, Y, weight", *check_rows(X, Y, weight))
     d, k = X.shape[-1], Y.shape[-1]
     return X.new_empty(*batch, d, d), X.new_empty(*batch, d, k)
 
@@ -118,7 +118,7 @@ def _solve_batch(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: Tensor | No
         batches.append(tuple(ridge.shape[:-1]))
     elif dual:
         raise ValueError("dual=True needs ridge > 0; got ridge=None")
-    return broadcast_batch(*batches)
+    return broadcast_batch("X, Y, weight, ridge", *batches)
 
 
 def check_numbers(uniform_ridge: float, refine: int, jitter: float) -> None:
@@ -249,7 +249,7 @@ def backward_results(
     _check_implied(X, weight, ridge, L)
     if info.dtype != torch.int32:
         raise TypeError(f"info has dtype {info.dtype}; expected torch.int32")
-    batch = broadcast_batch(*batches, tuple(L.shape[:-2]), tuple(info.shape))
+    batch = broadcast_batch("X, Y, weight, grad, solution, L, info", *batches, tuple(L.shape[:-2]), tuple(info.shape))
     return (
         X.new_empty((*batch, n, d)),
         X.new_empty((*batch, n, k)),
@@ -273,7 +273,7 @@ def apply_results(B: Tensor, X: Tensor, weight: Tensor | None, ridge: Tensor | N
     check_dims("B", B, 2, "(..., d, k)")
     _check_matrix("B", B, X, X.shape[-1], B.shape[-1])
     _check_implied(X, weight, ridge, L)
-    batch = broadcast_batch(tuple(B.shape[:-2]), tuple(L.shape[:-2]))
+    batch = broadcast_batch("B, L", tuple(B.shape[:-2]), tuple(L.shape[:-2]))
     return B.new_empty((*batch, *B.shape[-2:]))
 
 
