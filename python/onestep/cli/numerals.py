@@ -15,7 +15,7 @@ _AFTER = re.compile(rf"\s*[%{_CURRENCIES}]$")
 _SYMBOL = re.compile(rf"[%{_CURRENCIES}]")
 # Digits in groups, or with decimals behind a comma: 1,037 and 1.037.000 and 3,5 and 1 037,25.
 _SEPARATED = re.compile(r"[-+]?(?:\d{1,3}(?:[,.' \u00a0\u202f]\d{3})+(?:[.,]\d+)?|\d+,\d+)")
-# Negative in parentheses or with the sign behind, hexadecimal, digits in groups by underscores, digits of other scripts.
+# Negative in parentheses or with the sign behind, hexadecimal, in groups by underscores, digits of other scripts.
 _NOTATION = re.compile(r"\(\d[\d.,]*\)|\d[\d.,]*-|0[xX][0-9a-fA-F]+|\d+(?:_\d+)+|[-+]?\d+(?:[.,]\d+)?(?:[eE][-+]?\d+)?")
 _MINUS = "\u2212"  # of typesetters
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?:[T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](?:\d{4}|\d{2})(?: .*)?")
