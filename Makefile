@@ -50,7 +50,7 @@ test-cpp: $(VENV)/.environment
 	$(BIN)/cmake --build $(CPP_BUILD)
 	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
 
-# The C++ tests of the CPU kernels with ThreadSanitizer, under the targets that this machine has.
+# The C++ tests of the CPU kernels with ThreadSanitizer, under one target.
 test-tsan: $(VENV)/.environment
 	$(BIN)/cmake -S . -B $(TSAN_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_PYTHON=OFF \
 	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=thread -DONESTEP_CUDA=OFF -DONESTEP_WERROR=$(WERROR) > /dev/null

@@ -100,7 +100,7 @@ def test_numerals(run, table, tmp_path, written, value, options):
         (["\u0661\u0662", "\uff11\uff12"] * 20, "seems to hold numbers"),
         (
             [f"{v} kg" for v in AMOUNTS],
-            "'amount' is text with 32 different values in 32 training rows ('900 kg' on line",
+            "'amount' is text with 32 different values in 32 training rows",
         ),
         (["", *(2**53 + int(v) for v in AMOUNTS[1:])], "whole numbers beyond 2^53"),
     ],
