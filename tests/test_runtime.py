@@ -244,6 +244,21 @@ def test_serial_without_torchs_thread_pool(threads):
     assert equal(solve_all(inputs), expected)
 
 
+def test_threads_flush_denormals_as_their_caller_does(threads):
+    """torch.set_flush_denormal holds for the calling thread; the bits must not depend on who else computes."""
+    threads(2)
+    X = torch.full((200_000, 32), 1e-20)
+    assert (gram(X)[0] > 0).all()
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this CPU does not flush denormals")
+        flushed = gram(X)[0]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(flushed, torch.zeros(32, 32))
+    assert (gram(X)[0] > 0).all()
+
+
 class LibraryWithoutShim:
     def __init__(self, path):
         pass

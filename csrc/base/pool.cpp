@@ -16,6 +16,8 @@ constexpr std::chrono::microseconds kIdle{20};
 // How long a caller looks for the end of claims before it sleeps. It sleeps soon: a helper that lost its core to
 // another process comes onto the caller's then.
 constexpr std::chrono::microseconds kPatience{10};
+// How many threads a thread wakes for a job: each of these wakes as many, while the first ones work already.
+constexpr int64_t kAwakened = 2;
 
 void relax() {
 #if defined(__x86_64__)
@@ -58,10 +60,19 @@ Pool::Job* Pool::first_open() const {
     return job;
 }
 
+// How many sleeping threads to wake for a job. The lock is held.
+int64_t Pool::sleepers_for(const Job& job) const { return std::min({job.wanted, sleeping_, kAwakened}); }
+
+void Pool::awaken(int64_t threads) {
+    for (; threads > 0; --threads) {
+        opened_.notify_one();
+    }
+}
+
 void Pool::run(int64_t helpers, void (*task)(void*), void* context) {
     Job job{task, context, helpers};
     std::fegetenv(&job.environment);
-    int64_t awaken = 0;
+    int64_t sleepers = 0;
     {
         const std::lock_guard lock(mutex_);
         start_threads(helpers);
@@ -69,11 +80,9 @@ void Pool::run(int64_t helpers, void (*task)(void*), void* context) {
         job.next = jobs_;
         jobs_ = &job;
         open_ += job.wanted > 0 ? 1 : 0;
-        awaken = std::min(job.wanted, sleeping_);
+        sleepers = sleepers_for(job);
     }
-    for (; awaken > 0; --awaken) {
-        opened_.notify_one();
-    }
+    awaken(sleepers);
     task(context);
     std::unique_lock lock(mutex_);
     Job** place = &jobs_;
@@ -114,7 +123,9 @@ void Pool::help() {
             --open_;
         }
         ++job->inside;
+        const int64_t sleepers = sleepers_for(*job);
         lock.unlock();
+        awaken(sleepers);
         std::fesetenv(&job->environment);
         job->task(job->context);
         lock.lock();

@@ -27,6 +27,8 @@ class Pool {
     void start_threads(int64_t wanted);
     void help();
     Job* first_open() const;
+    int64_t sleepers_for(const Job& job) const;
+    void awaken(int64_t threads);
 
     std::mutex mutex_;
     std::condition_variable opened_;  // a job takes helpers
