@@ -130,6 +130,9 @@ def samples_of(name, make):
             "one": (make.normal(3, 2), make.factor(3)),
             "broadcasting": (make.normal(2, 1, 3, 2), make.factor(4, 3)),
         }
+    if name == "inverse_cholesky":
+        constant = Make(make.dtype)
+        return {"one": (make.spd(3), constant.positive()), "batch": (make.spd(2, 4, 3), constant.positive(4))}
     if name == "solve_spd":
         return {
             "one": (make.spd(3), make.normal(3, 2)),
@@ -207,6 +210,7 @@ OPS = [
     "glm_point",
     "glm_product",
     "gram",
+    "inverse_cholesky",
     "linear_cross_entropy",
     "linear_cross_entropy_tangent",
     "moments",
@@ -218,10 +222,10 @@ OPS = [
 SAMPLES = [(name, label) for name in OPS for label in samples_of(name, Make(torch.float64))]
 
 
-# Those of tests/test_attention_ops.py, tests/test_mlp.py and tests/test_polar.py.
+# Those of tests/test_attention_ops.py, test_compensated_sweep.py, test_mlp.py and test_polar.py.
 ELSEWHERE = ["attention", "attention_and_jvp", "attention_jvp"]
 ELSEWHERE += ["attention_backward", "attention_backward_and_jvp", "attention_backward_jvp"]
-ELSEWHERE += ["mlp_gradient", "mlp_jacobian", "mlp_product", "polar"]
+ELSEWHERE += ["compensated_sweep", "mlp_gradient", "mlp_jacobian", "mlp_product", "polar"]
 
 
 def test_every_op_is_tested():

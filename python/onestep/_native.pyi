@@ -178,6 +178,38 @@ def linear_cross_entropy_f32(
 linear_cross_entropy_f64 = linear_cross_entropy_f32
 linear_cross_entropy_bf16 = linear_cross_entropy_f32
 
+def inverse_cholesky_f32(
+    a: _Operand,
+    damping: _Operand,
+    batch: Sequence[int],
+    n: int,
+    factor: int,
+    info: int,
+) -> None: ...
+
+inverse_cholesky_f64 = inverse_cholesky_f32
+
+def compensated_sweep_f32(
+    w: int,
+    u: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    symmetric: bool,
+    group_size: int,
+    group: int,
+    groups: int,
+    scale: int,
+    zero: int,
+    codes: int,
+    sparsity: float,
+    keep: int,
+    of: int,
+    error: int,
+) -> None: ...
+
+compensated_sweep_f64 = compensated_sweep_f32
+
 def mlp_gradient_f32(
     widths: Sequence[int],
     activations: Sequence[int],

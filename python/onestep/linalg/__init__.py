@@ -6,10 +6,12 @@ does, and reads them in place. bfloat16 and float16 inputs are converted to floa
 
 from onestep.linalg._accumulate import LinearSolution, NormalEquations
 from onestep.linalg._cholesky import cholesky, cholesky_ex, cholesky_solve, solve_spd, solve_spd_ex
+from onestep.linalg._inverse_cholesky import InverseCholeskyResult, inverse_cholesky
 from onestep.linalg._normal import Moments, SolveNormalResult, gram, moments, solve_normal, solve_normal_ex
 from onestep.linalg._polar import PolarResult, polar, polar_ex
 
 __all__ = [
+    "InverseCholeskyResult",
     "LinearSolution",
     "Moments",
     "NormalEquations",
@@ -19,6 +21,7 @@ __all__ = [
     "cholesky_ex",
     "cholesky_solve",
     "gram",
+    "inverse_cholesky",
     "moments",
     "polar",
     "polar_ex",

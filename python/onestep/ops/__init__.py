@@ -4,10 +4,21 @@ A family is a folder: ``schema.py`` (schema, checks of operands, shapes of resul
 ``cuda.py`` (the kernels of a device), ``derivatives.py``.
 """
 
-from onestep.ops import attention, cholesky, glm, lmhead, mlp, normal, polar
+from onestep.ops import attention, cholesky, compensated, glm, lmhead, mlp, normal, polar
 from onestep.ops._cuda import build as cuda_build
 from onestep.ops._library import install_kernels, records_derivatives
 
 install_kernels()
 
-__all__ = ["attention", "cholesky", "cuda_build", "glm", "lmhead", "mlp", "normal", "polar", "records_derivatives"]
+__all__ = [
+    "attention",
+    "cholesky",
+    "compensated",
+    "cuda_build",
+    "glm",
+    "lmhead",
+    "mlp",
+    "normal",
+    "polar",
+    "records_derivatives",
+]

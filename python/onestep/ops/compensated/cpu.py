@@ -1,0 +1,81 @@
+"""CPU kernels of the ops on one layer: allocate the results and call csrc/compensated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from onestep import _native
+from onestep.ops._library import register
+from onestep.ops.compensated import schema
+from onestep.ops.operands import kernel_batch, operand
+
+Entries = dict[torch.dtype, Callable[..., None]]
+
+_INVERSE: Entries = {torch.float32: _native.inverse_cholesky_f32, torch.float64: _native.inverse_cholesky_f64}
+_SWEEP: Entries = {torch.float32: _native.compensated_sweep_f32, torch.float64: _native.compensated_sweep_f64}
+
+
+@register(schema.inverse_cholesky, device="cpu")
+def _inverse_cholesky(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    U, info = schema.inverse_cholesky_results(A, damping)
+    batch = tuple(info.shape)
+    if U.numel() == 0:
+        return U, info.zero_()
+    _INVERSE[A.dtype](
+        a=operand(A, batch, 2),
+        damping=operand(damping, batch, 0),
+        batch=kernel_batch(batch),
+        n=A.shape[-1],
+        factor=U.data_ptr(),
+        info=info.data_ptr(),
+    )
+    return U, info
+
+
+@register(schema.compensated_sweep, device="cpu")
+def _compensated_sweep(
+    W: Tensor,
+    U: Tensor,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    group: Tensor | None = None,
+    bits: int = 0,
+    symmetric: bool = False,
+    group_size: int = 1,
+    sparsity: float = 0.0,
+    keep: int = 0,
+    of: int = 0,
+) -> schema.Swept:
+    out = schema.compensated_sweep_results(W, U, scale, zero, group, bits, symmetric, group_size, sparsity, keep, of)
+    swept, codes, scales, zeros, error = out
+    swept.copy_(W)
+    columns = None
+    if group is not None and scale is not None and zero is not None:
+        scales.copy_(scale)
+        zeros.copy_(zero)
+        columns = group.contiguous()
+        if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < scales.shape[1]:
+            raise ValueError(f"group has values outside 0 to {scales.shape[1] - 1}, the columns of scale")
+    upper = U.contiguous()
+    _SWEEP[W.dtype](
+        w=swept.data_ptr(),
+        u=upper.data_ptr(),
+        rows=W.shape[0],
+        columns=W.shape[1],
+        bits=bits,
+        symmetric=symmetric,
+        group_size=group_size,
+        group=0 if columns is None else columns.data_ptr(),
+        groups=scales.shape[1],
+        scale=scales.data_ptr(),
+        zero=zeros.data_ptr(),
+        codes=codes.data_ptr(),
+        sparsity=sparsity,
+        keep=keep,
+        of=of,
+        error=error.data_ptr(),
+    )
+    return out

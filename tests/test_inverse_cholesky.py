@@ -1,0 +1,139 @@
+"""``linalg.inverse_cholesky``: values, failures and damping, derivatives, threads."""
+
+import threading
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from onestep.linalg import inverse_cholesky
+
+
+def gram_of(n, *batch, rows=None, dtype=torch.float64):
+    X = torch.randn(*batch, rows or 2 * n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    return (X.mT @ X / X.shape[-2]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch,n", [((), 1), ((), 130), ((2, 3), 7), ((), 450)])
+def test_it_is_the_factor_of_the_inverse(batch, n, dtype):
+    A = gram_of(n, *batch, dtype=dtype)
+    U, info, damping = inverse_cholesky(A)
+    expected = torch.linalg.cholesky(torch.linalg.inv(A.double()), upper=True)
+    torch.testing.assert_close(U.double(), expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-12)
+    assert torch.equal(U, U.triu())
+    assert info.dtype == torch.int32
+    assert not info.any()
+    assert not damping.any()
+    assert torch.equal(inverse_cholesky(A, upper=False).U, U.mT)
+
+
+def test_only_the_lower_triangle_is_read_through_any_strides():
+    A = gram_of(40)
+    expected = inverse_cholesky(A).U
+    assert torch.equal(inverse_cholesky(A.tril()).U, expected)
+    wide = torch.full((80, 120), torch.nan, dtype=A.dtype)
+    wide[::2, ::3] = A
+    assert torch.equal(inverse_cholesky(wide[::2, ::3]).U, expected)
+    assert torch.equal(inverse_cholesky(A.mT.contiguous().mT).U, expected)
+    assert torch.equal(inverse_cholesky(A.expand(2, 40, 40)).U[1], expected)
+
+
+def test_damping_adds_to_the_diagonal_and_the_units_of_features_do_not_matter():
+    A = gram_of(30)
+    damped = A + 0.1 * A.diagonal().mean() * torch.eye(30, dtype=A.dtype)
+    torch.testing.assert_close(inverse_cholesky(A, damping=0.1).U, inverse_cholesky(damped).U)
+    units = torch.logspace(-6, 6, 30, dtype=A.dtype)
+    U, info, _ = inverse_cholesky(units[:, None] * A * units)
+    assert info == 0
+    torch.testing.assert_close(U * units, inverse_cholesky(A).U, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_failures_are_told_apart_and_leave_their_neighbours_alone(dtype):
+    A = gram_of(50, 5, dtype=dtype)
+    good = inverse_cholesky(A).U
+    A[1, 30, 4] = torch.nan
+    A[2] = gram_of(50, rows=20, dtype=dtype)  # of rank 20
+    A[3] = -torch.eye(50)
+    U, info, damping = inverse_cholesky(A)
+    assert torch.equal(U[[0, 4]], good[[0, 4]])
+    assert info[[0, 1, 4]].tolist() == [0, -1, 0]
+    assert 21 <= info[2] <= 50
+    assert info[3] == 1
+    assert damping[[0, 4]].tolist() == [0, 0]
+    assert damping[[1, 3]].isnan().all()
+    assert U[[1, 3]].isnan().all()
+    # What was reported is what was added.
+    assert 0 < damping[2] <= 1e-3
+    assert torch.equal(U[2], inverse_cholesky(A[2], damping=damping[2]).U)
+
+
+def test_derivatives():
+    A = gram_of(4, 2).requires_grad_()
+
+    def factor(A):
+        return inverse_cholesky((A + A.mT) / 2, damping=0.3).U  # the gradient of a symmetric A is symmetric
+
+    assert gradcheck(factor, A, check_forward_ad=True)
+    assert gradgradcheck(factor, A)
+    rows, tangent = A.detach(), gram_of(4)
+    _, found = torch.func.jvp(torch.vmap(lambda A: inverse_cholesky(A).U), (rows,), (tangent.expand(2, 4, 4),))
+    step = 1e-6
+    expected = (inverse_cholesky(rows + step * tangent).U - inverse_cholesky(rows - step * tangent).U) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_of_what_failed_is_zero():
+    A = gram_of(4, 2)
+    A[0, 1, 0] = torch.nan
+    A.requires_grad_()
+    inverse_cholesky(A).U[1].sum().backward()
+    assert A.grad[0].eq(0).all()
+    assert A.grad[1].isfinite().all() and A.grad[1].any()
+
+
+def test_the_same_bits_from_four_threads_and_for_any_number_of_them():
+    A = gram_of(700, dtype=torch.float32)
+    expected = inverse_cholesky(A).U
+    found = [None] * 4
+
+    def call(index):
+        found[index] = inverse_cholesky(A).U
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(U, expected) for U in found)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(inverse_cholesky(A).U, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"A has shape \(2, 3\); expected square"):
+        inverse_cholesky(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"A has shape \(3,\); expected square"):
+        inverse_cholesky(torch.ones(3))
+    with pytest.raises(TypeError, match=r"A has dtype torch.int64"):
+        inverse_cholesky(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="damping=-1"):
+        inverse_cholesky(torch.eye(2), damping=-1)
+    with pytest.raises(ValueError, match="damping has values that are negative or not finite"):
+        inverse_cholesky(torch.eye(2), damping=torch.tensor(torch.nan))
+    with pytest.raises(ValueError, match=r"do not broadcast: got \(2,\), \(3,\)"):
+        inverse_cholesky(torch.eye(2).expand(2, 2, 2), damping=torch.zeros(3))
+    assert inverse_cholesky(torch.ones(0, 3, 3)).U.shape == (0, 3, 3)
+    assert inverse_cholesky(torch.ones(2, 0, 0)).info.tolist() == [0, 0]
+    with pytest.raises(NotImplementedError, match="rounding has none"):
+        torch.ops.onestep.compensated_sweep(torch.ones(2, 2, requires_grad=True), torch.eye(2))
+
+
+def test_half_precision_is_computed_in_float32():
+    A = torch.eye(3, dtype=torch.bfloat16) * 4
+    assert torch.equal(inverse_cholesky(A).U, torch.eye(3) / 2)
