@@ -159,9 +159,12 @@ Swept<T> sweep(const Sweep& sizes, const std::vector<T>& w, const std::vector<T>
         group[j] = static_cast<int64_t>(j % 2);
     }
     Swept<T> out;
+    out = {w, std::vector<T>(rows * groups), std::vector<T>(rows * groups), std::vector<uint8_t>(rows * columns),
+           std::vector<double>(rows)};
     const auto once = [&] {
-        out = {w, std::vector<T>(rows * groups, T(0.07)), std::vector<T>(rows * groups, T(5)),
-               std::vector<uint8_t>(rows * columns), std::vector<double>(rows)};
+        std::copy(w.begin(), w.end(), out.w.begin());
+        std::fill(out.scale.begin(), out.scale.end(), T(0.07));
+        std::fill(out.zero.begin(), out.zero.end(), T(5));
         SweepArgs<T> args;
         args.rows = sizes.rows;
         args.columns = sizes.columns;

@@ -214,6 +214,10 @@ InverseCholeskyPlan<T> plan(const InverseCholeskyArgs<T>& args) {
 template <class T>
 Status run(const InverseCholeskyPlan<T>& plan, const InverseCholeskyArgs<T>& args, const Workspace&) {
     const int64_t n = args.n;
+    if (n == 0) {
+        std::fill_n(args.info, args.batch.count(), 0);
+        return Status::ok;
+    }
     auto body = [&](int64_t problem) {
         const CachedWorkspace own(plan.own_layout);
         Elimination<T> matrix{plan,
@@ -236,7 +240,7 @@ Status run(const InverseCholeskyPlan<T>& plan, const InverseCholeskyArgs<T>& arg
         }
         return status;
     };
-    return n == 0 ? Status::ok : parallel_for(args.batch.count(), nanoseconds_of_products(n * n * (n / 3 + 1)), body);
+    return parallel_for(args.batch.count(), nanoseconds_of_products(n * n * (n / 3 + 1)), body);
 }
 
 template <class T>

@@ -1,0 +1,30 @@
+"""The linear layers of a trained network, solved one by one with the Gram matrices of their inputs.
+
+Every function here solves W ← argmin Σ‖Wx − t‖² + a penalty, for one layer after the other, from one pass of data
+through the network each: to compress it (``quantize``, ``prune``), to mend it (``refit``), to leave blocks out
+(``replace_blocks``), to put several into one (``merge``), to change what it says (``edit``).
+"""
+
+from onestep.layerwise.compress import prune, quantize
+from onestep.layerwise.editing import edit
+from onestep.layerwise.export import QuantizedWeight, save
+from onestep.layerwise.merging import merge
+from onestep.layerwise.refitting import refit
+from onestep.layerwise.replacing import replace_blocks
+from onestep.layerwise.report import LayerReport, Report
+from onestep.layerwise.statistics import InputSums, LayerStatistics
+
+__all__ = [
+    "InputSums",
+    "LayerReport",
+    "LayerStatistics",
+    "QuantizedWeight",
+    "Report",
+    "edit",
+    "merge",
+    "prune",
+    "quantize",
+    "refit",
+    "replace_blocks",
+    "save",
+]

@@ -1,0 +1,197 @@
+"""Quantisation and pruning with compensated errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestep.layerwise.export import QuantizedWeight
+from onestep.layerwise.layers import Layer, Patterns, evaluating
+from onestep.layerwise.order import Sums, solve_in_order
+from onestep.layerwise.report import Report
+from onestep.layerwise.statistics import LayerStatistics
+from onestep.ops.compensated import compensated_sweep
+
+
+def quantize(
+    model: nn.Module,
+    data: Any,
+    bits: int = 4,
+    group_size: int | None = 64,
+    *,
+    layers: Patterns = "*",
+    symmetric: bool = False,
+    act_order: bool = False,
+    damping: float = 0.01,
+    sequential: bool = True,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> Report:
+    """Rounds the weights of linear layers to a few bits, so that the layers' outputs on ``data`` change least.
+
+    Column by column, each weight is rounded and its error is made up for by the columns to come: with A = E[xxᵀ] and
+    A⁻¹ = UᵀU, w ← w − (w_j − q)/U_jj · U_j: (Hassibi and Stork 1993; GPTQ, Frantar et al. 2022). The weights are
+    replaced in place by the rounded ones; the report has their codes.
+
+    Args:
+        model: any nn.Module with nn.Linear layers, or transformers' Conv1D.
+        data: batches that can be gone through again, each a tensor, a tuple of positional arguments, or a mapping of
+            keyword arguments (whose ``attention_mask`` leaves padding out).
+        bits: 2 to 8.
+        group_size: columns that share a scale; None: a scale for each row.
+        layers: a pattern of names such as "*.mlp.*", or several; "!head" leaves a layer out.
+        symmetric: codes around 2^(bits−1); otherwise each group's range from its least to its largest weight.
+        act_order: columns with the largest inputs first; the groups stay those of neighbouring columns.
+        damping: added to A's diagonal, in means of the diagonal; more where A is rank deficient, as the report says.
+        sequential: each layer sees inputs from the layers that are rounded already. False: one pass over the data.
+        dtype: of the sums, torch.float32 or torch.float64.
+        progress: show a bar.
+
+    Returns:
+        A ``Report``: for each layer the rows, damping and errors, rounding to nearest beside it, and its codes.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range; no layer matches; weights or inputs that are not finite.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import quantize
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+        >>> report = quantize(model, torch.randn(100, 16), bits=4, group_size=16, progress=False)
+        >>> report["0"].error <= report["0"].error_before
+        True
+    """
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"bits is {bits!r}; expected an integer from 2 to 8")
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+        raise ValueError(f"group_size is {group_size!r}; expected a positive integer, or None for a scale for each row")
+    report = Report()
+
+    def solve(layer: Layer, statistics: LayerStatistics) -> None:
+        weight = _weight_of(layer, dtype)
+        sums = Sums(statistics, layer.name)
+        size = group_size or weight.shape[1]
+        plain = _rounded(weight, bits, size, symmetric)
+        if act_order:
+            order = sums.gram.diagonal().argsort(descending=True, stable=True)
+            ordered = Sums(statistics, layer.name)
+            ordered.gram = sums.gram[order][:, order]
+            result = ordered.factor(damping)
+            _, codes, scale, zero, _ = compensated_sweep(
+                weight[:, order], result.U, plain.scale, plain.zero, plain.group[order], bits, symmetric
+            )
+            back = order.argsort()
+            codes = codes[:, back]
+        else:
+            result = sums.factor(damping)
+            _, codes, scale, zero, _ = compensated_sweep(weight, result.U, None, None, None, bits, symmetric, size)
+        quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
+        solved = quantized.dequantize()
+        layer.write(solved)
+        report.quantized[layer.name] = quantized
+        report.layers.append(sums.report(layer.name, weight, plain.dequantize(), solved, result))
+
+    with evaluating(model):
+        solve_in_order(
+            model, data, layers, solve, sequential=sequential, dtype=dtype, progress=progress, what="quantize"
+        )
+    return report
+
+
+def prune(
+    model: nn.Module,
+    data: Any,
+    sparsity: float | tuple[int, int] = 0.5,
+    *,
+    layers: Patterns = "*",
+    damping: float = 0.01,
+    sequential: bool = True,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> Report:
+    """Removes weights of linear layers, so that the layers' outputs on ``data`` change least.
+
+    As ``quantize``, with weights that become 0 where w²/U_jj², what removing it costs, is smallest (SparseGPT, Frantar
+    and Alistarh 2023). Which ones, is decided block by block, after what came before has been made up for.
+
+    Args:
+        model, data, layers, damping, sequential, dtype, progress: as in ``quantize``.
+        sparsity: the fraction that is removed of each block of 128 columns; or (n, m): of every m neighbouring weights
+            of a row, n are kept, such as (2, 4).
+
+    Returns:
+        A ``Report``, with pruning by size beside it.
+
+    Raises:
+        ValueError, TypeError: as ``quantize``; or a layer's features are not a multiple of m.
+    """
+    fraction, keep, of = _sparsity(sparsity)
+    report = Report()
+
+    def solve(layer: Layer, statistics: LayerStatistics) -> None:
+        weight = _weight_of(layer, dtype)
+        if of and weight.shape[1] % of:
+            raise ValueError(f"layer {layer.name!r} has {weight.shape[1]} features; expected a multiple of {of}")
+        sums = Sums(statistics, layer.name)
+        result = sums.factor(damping)
+        solved = compensated_sweep(weight, result.U, None, None, None, 0, False, 1, fraction, keep, of)[0]
+        layer.write(solved)
+        plain = _smallest_removed(weight, fraction, keep, of)
+        report.layers.append(sums.report(layer.name, weight, plain, solved, result))
+
+    with evaluating(model):
+        solve_in_order(model, data, layers, solve, sequential=sequential, dtype=dtype, progress=progress, what="prune")
+    return report
+
+
+def _weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
+    # A copy: the layer's own is written to before it is compared with.
+    weight = layer.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"the weight of layer {layer.name!r} holds NaN or infinity; expected finite values")
+    return weight
+
+
+def _rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> QuantizedWeight:
+    """Rounding to nearest, each group of columns on the grid of its own range."""
+    group = torch.arange(weight.shape[1]) // group_size
+    scales, zeros = [], []
+    most = 2**bits - 1
+    for part in weight.split(group_size, dim=1):
+        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+        if symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        empty = (low == 0) & (high == 0)
+        low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
+        scales.append((high - low) / most)
+        zeros.append(torch.full_like(low, (most + 1) / 2) if symmetric else (-low / scales[-1]).round())
+    scale, zero = torch.stack(scales, 1), torch.stack(zeros, 1)
+    codes = ((weight / scale[:, group]).round() + zero[:, group]).clamp(0, most).to(torch.uint8)
+    return QuantizedWeight(codes, scale, zero, group, bits)
+
+
+def _sparsity(sparsity: float | tuple[int, int]) -> tuple[float, int, int]:
+    """The fraction, or how many are kept of how many."""
+    if isinstance(sparsity, (tuple, list)):
+        if len(sparsity) != 2 or not all(isinstance(n, int) for n in sparsity) or not 0 <= sparsity[0] <= sparsity[1]:
+            raise ValueError(f"sparsity is {sparsity!r}; expected (n, m) with 0 <= n <= m, of which n are kept")
+        return 0.0, sparsity[0], sparsity[1]
+    if not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity is {sparsity!r}; expected a fraction from 0 to 1, or (n, m)")
+    return float(sparsity), 0, 0
+
+
+def _smallest_removed(weight: Tensor, fraction: float, keep: int, of: int) -> Tensor:
+    """Pruning by size."""
+    if of:
+        runs = weight.reshape(len(weight), -1, of)
+        gone = runs.abs().argsort(dim=-1, stable=True)[..., : of - keep]
+        return runs.scatter(-1, gone, 0.0).reshape(weight.shape)
+    removed = round(fraction * weight.numel())
+    if removed == 0:
+        return weight
+    threshold = weight.abs().flatten().kthvalue(removed).values
+    return weight.masked_fill(weight.abs() <= threshold, 0.0)

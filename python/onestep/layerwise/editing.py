@@ -1,0 +1,113 @@
+"""Facts written into a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestep.layerwise.layers import call, evaluating, find_layers, mask_of
+from onestep.layerwise.order import Sums
+from onestep.layerwise.report import LayerReport, Report
+from onestep.layerwise.statistics import LayerStatistics
+
+
+def edit(
+    model: nn.Module,
+    subjects: Any,
+    targets: Tensor,
+    *,
+    layer: str,
+    statistics: LayerStatistics,
+    strength: float = 1.0,
+    damping: float = 1e-4,
+) -> Report:
+    """Changes one linear layer so that it puts out ``targets`` for ``subjects``, and what it did for all else (MEMIT).
+
+    Δ = R Kᵀ(C + KKᵀ)⁻¹, with the keys K the layer's inputs at each subject's last place, R = targets − WK what is
+    missing, and C = E[xxᵀ] / strength of ordinary text (Meng et al. 2023). By Woodbury's identity that is
+    R (1 + KᵀC⁻¹K)⁻¹ KᵀC⁻¹: C⁻¹ = UᵀU is factored once for each ``statistics`` and kept there, and a batch of m edits
+    solves m × m equations.
+
+    Args:
+        model: changed in place.
+        subjects: one batch, as in ``quantize``, of m sequences. The key of a sequence is the layer's input at its last
+            place that is not padding; a layer whose inputs have one row for each subject (m, d) is taken as it is.
+        targets: (m, outputs), what the layer is to put out for them, its bias included.
+        layer: its name.
+        statistics: of ordinary text, with this layer among its names.
+        strength: above 0; larger values write the targets more exactly, at the cost of all else.
+        damping: of C, in means of its diagonal; more where it is rank deficient.
+
+    Returns:
+        A ``Report`` of one layer: Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after.
+
+    Raises:
+        ValueError: the layer is not there, was not reached, or ``targets`` has another shape.
+    """
+    if not strength > 0:
+        raise ValueError(f"strength is {strength!r}; expected a number above 0")
+    found = find_layers(model, layer)
+    if layer not in found:
+        raise ValueError(f"layer is {layer!r}; expected the full name of one layer")
+    if layer not in statistics.names:
+        raise ValueError(f"statistics has no layer {layer!r}; expected it among {statistics.names[:3]}, ...")
+    chosen = found[layer]
+    dtype = statistics[layer].gram.dtype
+    keys = _keys(model, chosen.module, subjects).to(dtype)
+    weight = chosen.weight.to(dtype)
+    if targets.shape != (len(keys), len(weight)):
+        raise ValueError(f"targets has shape {tuple(targets.shape)}; expected ({len(keys)}, {len(weight)})")
+    wanted = targets.detach().to(dtype)
+    if chosen.bias is not None:
+        wanted = wanted - chosen.bias.to(dtype)
+    missing = wanted - keys @ weight.mT
+    sums = Sums(statistics, layer)
+    result, scale = statistics.kept_factor(layer, damping)
+    # Of C = scale · (UᵀU)⁻¹ / strength.
+    reduced = result.U @ keys.mT
+    inner = torch.eye(len(keys), dtype=dtype) + (strength / scale) * (reduced.mT @ reduced)
+    change = torch.linalg.solve(inner, (strength / scale) * (reduced.mT @ result.U))
+    chosen.write(weight + missing.mT @ change)
+    whole = float(wanted.square().sum()) or 1.0
+    after = float((wanted - keys @ chosen.weight.to(dtype).mT).square().sum())
+    return Report(
+        [
+            LayerReport(
+                name=layer,
+                rows=len(keys),
+                features=weight.shape[1],
+                dead=int(sums.dead.sum()),
+                info=int(result.info),
+                damping=float(result.damping),
+                error_before=float(missing.square().sum()) / whole,
+                error=after / whole,
+            )
+        ]
+    )
+
+
+def _keys(model: nn.Module, module: nn.Module, subjects: Any) -> Tensor:
+    """The layer's inputs (m, d) at each subject's last place."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else next(iter(kwargs.values())))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with evaluating(model):
+            call(model, subjects)
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise ValueError(f"the layer was called {len(seen)} times for the subjects; expected once")
+    x = seen[0]
+    if x.dim() == 2:
+        return x
+    mask = mask_of(subjects)
+    if mask is None or mask.shape != x.shape[:-1]:
+        return x[:, -1]
+    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1).amax(1)
+    return x[torch.arange(len(x), device=x.device), places]

@@ -1,0 +1,77 @@
+"""Results on disk that load without onestep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight matrix as codes: W = scale[:, group] · (codes − zero[:, group]).
+
+    Attributes:
+        codes: (outputs, features) uint8, under 2^bits.
+        scale: (outputs, groups).
+        zero: (outputs, groups), the code of 0, a whole number.
+        group: (features,) int64, the group of each feature.
+        bits: 2 to 8.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+    bits: int
+
+    def dequantize(self) -> Tensor:
+        """W."""
+        return self.scale[:, self.group] * (self.codes - self.zero[:, self.group])
+
+
+def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWeight] | None = None) -> None:
+    """Writes a model's parameters and buffers as safetensors, which ``safetensors.torch.load_file`` reads.
+
+    Without ``quantized`` every weight is written as it is, dequantised, and ``model.load_state_dict`` takes the file.
+    With it (``report.quantized``) the weights named there are written as ``NAME.codes`` (uint8; up to 4 bits two to a
+    byte, the even column low), ``NAME.scale``, ``NAME.zero`` and ``NAME.group``; the metadata's ``onestep`` is a JSON
+    object of NAME → bits and shape. W = scale[:, group] · (codes − zero[:, group]).
+
+    Args:
+        model: tied parameters are written once, under the first of their names.
+        path: the file.
+        quantized: what ``quantize`` reported.
+
+    Raises:
+        ModuleNotFoundError: safetensors is not installed.
+        ValueError: a name is no layer of the model.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("layerwise.save needs safetensors: pip install 'onestep[layerwise]'") from None
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), tuple(value.shape), value.stride())
+        if value.numel() == 0 or place not in seen:
+            tensors[name] = value.detach().contiguous()
+            seen.add(place)
+    about = {}
+    for name, weight in (quantized or {}).items():
+        if f"{name}.weight" not in tensors:
+            raise ValueError(f"quantized names {name!r}, which is no layer of the model")
+        del tensors[f"{name}.weight"]
+        codes = weight.codes
+        if weight.bits <= 4:
+            even, odd = codes[:, 0::2], codes[:, 1::2]
+            codes = even | torch.nn.functional.pad(odd, (0, even.shape[1] - odd.shape[1])) << 4
+        parts = {"codes": codes, "scale": weight.scale, "zero": weight.zero, "group": weight.group}
+        tensors |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
+        about[name] = {"bits": weight.bits, "shape": list(weight.codes.shape)}
+    save_file(tensors, str(path), metadata={"format": "pt", "onestep": json.dumps(about)})

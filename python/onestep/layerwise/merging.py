@@ -1,0 +1,85 @@
+"""Several models of one architecture put into one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from onestep import linalg
+from onestep.layerwise.layers import Patterns, find_layers
+from onestep.layerwise.statistics import LayerStatistics
+from onestep.ops.operands import LinAlgError
+
+
+def merge(
+    models: Sequence[nn.Module],
+    data: Sequence[Any],
+    *,
+    layers: Patterns = "*",
+    shrinkage: float = 0.1,
+    damping: float = 1e-6,
+    dtype: torch.dtype = torch.float64,
+    progress: bool = True,
+) -> nn.Module:
+    """Merges models that were trained apart on different data from the same start, in closed form (RegMean).
+
+    Each linear layer becomes argmin Σᵢ Σ‖Wx − Wᵢx‖² over model i's inputs: W = (Σ Aᵢ)⁻¹ Σ AᵢWᵢ, with Aᵢ = Σxxᵀ whose
+    elements off the diagonal are shrunk (Jin, Ren, Preotiuc-Pietro and Cheng 2023). All other parameters and floating
+    buffers become means.
+
+    Args:
+        models: two or more, with parameters of the same names and shapes; left as they are.
+        data: for each model its batches, as in ``quantize``.
+        layers: a pattern of the layers that are solved for.
+        shrinkage: 0 to 1, how much smaller elements off the diagonal are made.
+        damping: added to the diagonal of Σ Aᵢ, in means of it; more where that is singular.
+        dtype: of the sums and of the solves.
+        progress: show bars.
+
+    Returns:
+        A new model.
+
+    Raises:
+        ValueError: other than one ``data`` a model, fewer than two models, or models that differ in their parameters.
+    """
+    if len(models) < 2 or len(data) != len(models):
+        raise ValueError(f"there are {len(models)} models and {len(data)} data; expected two or more, and as many data")
+    if not 0.0 <= shrinkage <= 1.0:
+        raise ValueError(f"shrinkage is {shrinkage!r}; expected a number from 0 to 1")
+    states = [model.state_dict() for model in models]
+    for index, state in enumerate(states):
+        shapes = {name: value.shape for name, value in state.items()}
+        if shapes != {name: value.shape for name, value in states[0].items()}:
+            raise ValueError(f"model {index} has other parameters than model 0; expected the same names and shapes")
+    merged = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for name, value in merged.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(torch.stack([state[name].to(dtype) for state in states]).mean(0))
+    own = [
+        LayerStatistics(model, layers, dtype=dtype).collect(part, progress=progress)
+        for model, part in zip(models, data, strict=True)
+    ]
+    found = [find_layers(model, layers) for model in models]
+    for name, layer in find_layers(merged, layers).items():
+        weights = [each[name].weight.to(dtype) for each in found]
+        grams = [statistics[name].gram for statistics in own]
+        shrunk = [(1 - shrinkage) * gram + shrinkage * torch.diag(gram.diagonal()) for gram in grams]
+        total = sum(shrunk, torch.zeros_like(grams[0]))
+        right = sum((gram @ W.mT for gram, W in zip(shrunk, weights, strict=True)), torch.zeros_like(weights[0].mT))
+        mean = torch.stack(weights).mean(0)
+        # Where no input was other than 0 there is nothing to weigh by: the mean.
+        dead = total.diagonal() == 0
+        system = total + torch.diag(dead.to(dtype))
+        right = torch.where(dead[:, None], mean.mT, right)
+        U, _, used = linalg.inverse_cholesky(system, damping=damping)
+        if bool(used.isnan()):
+            raise LinAlgError(f"the inputs of layer {name!r} have no Gram matrix that can be factored")
+        # The damping pulls towards the mean.
+        pull = float(used) * float(system.diagonal().mean())
+        layer.write((U.mT @ (U @ (right + pull * mean.mT))).mT)
+    return merged

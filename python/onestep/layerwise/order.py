@@ -1,0 +1,121 @@
+"""Layers one group after the other, in the order in which the model calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestep import linalg
+from onestep.evaluation.progress import Progress
+from onestep.layerwise.layers import Layer, Patterns, batches_of, find_layers
+from onestep.layerwise.report import LayerReport
+from onestep.layerwise.statistics import LayerStatistics
+from onestep.ops.operands import LinAlgError
+
+
+def solve_in_order(
+    model: nn.Module,
+    data: Any,
+    layers: Patterns,
+    solve: Callable[[Layer, LayerStatistics], None],
+    *,
+    teacher: nn.Module | None = None,
+    sequential: bool,
+    dtype: torch.dtype,
+    progress: bool,
+    what: str,
+) -> None:
+    """Calls ``solve`` for each layer with the statistics of its inputs.
+
+    Sequential: layers that share their inputs are a group, and a group's statistics are taken when all groups before
+    it are solved, so that later layers see, and mend, what earlier ones have become. Otherwise all statistics are
+    taken in one pass over the data, of the model as it was.
+    """
+    chosen = find_layers(model, layers)
+    batches = batches_of(data)
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("data has no batches; expected at least one")
+    if not sequential:
+        statistics = LayerStatistics(model, list(chosen), teacher=teacher, dtype=dtype)
+        statistics.collect(batches, progress=progress)
+        with Progress(len(chosen), enabled=progress, what=what, unit="layer") as bar:
+            for layer in chosen.values():
+                solve(layer, statistics)
+                bar.update()
+        return
+    trace = _called(model, chosen, first)
+    with Progress(len(chosen), enabled=progress, what=what, unit="layer") as bar:
+        for group, once in trace:
+            statistics = LayerStatistics(model, group, teacher=teacher, dtype=dtype)
+            for batch in batches:
+                statistics.update(batch, stop_early=once)
+            for name in group:
+                solve(chosen[name], statistics)
+                bar.update()
+
+
+def _called(model: nn.Module, chosen: dict[str, Layer], batch: Any) -> list[tuple[list[str], bool]]:
+    """Groups of layers with the same inputs in the order of their first calls, and whether each is called once."""
+    calls = LayerStatistics(model, list(chosen)).trace(batch)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, keys in calls.items():
+        groups.setdefault(tuple(keys), []).append(name)
+    called = [(names, len(keys) == 1) for keys, names in groups.items()]
+    # Those that the first batch does not reach, such as experts that it has no rows for, come last, each by itself.
+    return called + [([name], False) for name in chosen if name not in calls]
+
+
+class Sums:
+    """The Gram matrix of a layer's inputs, ready to be solved with: means over the rows, dead inputs set apart.
+
+    Attributes:
+        gram: (d,d), of mean diagonal 1 where there are rows.
+        dead: (d,), inputs that were 0 in all rows; their diagonal elements are 1.
+        rows: how many there were.
+    """
+
+    def __init__(self, statistics: LayerStatistics, name: str) -> None:
+        sums = statistics[name]
+        self.rows = sums.count
+        self.raw = sums.gram
+        diagonal = sums.gram.diagonal()
+        self.dead = diagonal == 0
+        live = int((~self.dead).sum())
+        scale = diagonal.sum() / live if live else torch.ones_like(diagonal[:1]).squeeze(0)
+        self.gram = sums.gram / scale + torch.diag(self.dead.to(sums.gram.dtype))
+
+    def loss(self, change: Tensor) -> float:
+        """Σ‖change · x‖² over the rows, for change (k,d)."""
+        change = change.to(self.raw.dtype)
+        return float(((change @ self.raw) * change).sum(dtype=torch.float64).clamp(min=0.0))
+
+    def factor(self, damping: float) -> linalg.InverseCholeskyResult:
+        """U of the damped Gram matrix.
+
+        Raises:
+            LinAlgError: there is none with any damping.
+        """
+        result = linalg.inverse_cholesky(self.gram, damping=damping)
+        if bool(result.damping.isnan()):
+            raise LinAlgError("the Gram matrix of a layer's inputs has no factor with any damping")
+        return result
+
+    def report(
+        self, name: str, weight: Tensor, plain: Tensor, solved: Tensor, result: linalg.InverseCholeskyResult
+    ) -> LayerReport:
+        """What ``solved`` and, without the solve, ``plain`` lose of what ``weight`` puts out."""
+        whole = self.loss(weight) or 1.0
+        return LayerReport(
+            name=name,
+            rows=self.rows,
+            features=weight.shape[1],
+            dead=int(self.dead.sum()),
+            info=int(result.info),
+            damping=float(result.damping),
+            error_before=self.loss(weight - plain) / whole,
+            error=self.loss(weight - solved) / whole,
+        )

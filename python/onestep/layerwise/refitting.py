@@ -1,0 +1,145 @@
+"""Layers solved towards a teacher's outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestep import linalg
+from onestep.layerwise.layers import Layer, Patterns
+from onestep.layerwise.order import Sums, solve_in_order
+from onestep.layerwise.report import LayerReport, Report
+from onestep.layerwise.statistics import LayerStatistics
+from onestep.ops.operands import LinAlgError
+
+# Elements of the matrices that are solved with at a time where each output has features of its own.
+_MOST_ELEMENTS = 1 << 26
+
+
+def refit(
+    model: nn.Module,
+    data: Any,
+    teacher: nn.Module,
+    *,
+    layers: Patterns = "*",
+    ridge: float = 1e-3,
+    keep_zeros: bool = True,
+    sequential: bool = True,
+    dtype: torch.dtype = torch.float64,
+    progress: bool = True,
+) -> Report:
+    """Solves each linear layer towards the teacher's outputs, on the inputs that it gets in this model.
+
+    W, b ← argmin Σ‖Wx + b − t‖² + λ‖W − W₀‖², λ = ridge · mean diag Σxxᵀ, with t the outputs of the teacher's layer
+    of the same name. In order: a layer's inputs come from layers that are solved already, whose errors it mends.
+    For a model that has been pruned, quantised (its weights are no longer on the grid then) or lost blocks.
+
+    Args:
+        model: as in ``quantize``; its weights and biases are replaced in place.
+        data: batches, as in ``quantize``.
+        teacher: a model with layers of the same names, which sees the same batches: what the model was before.
+        layers: a pattern of names, or several.
+        ridge: 0 or more. It pulls towards the weights as they are.
+        keep_zeros: weights that are 0 stay 0.
+        sequential: False: all layers from one pass over the data, of the model as it is.
+        dtype: of the sums and of the solves.
+        progress: show a bar.
+
+    Returns:
+        A ``Report`` of Σ‖t − Wx − b‖² / Σ‖t‖² before and after.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range; no layer matches; the teacher has other layers.
+    """
+    if not ridge >= 0:
+        raise ValueError(f"ridge is {ridge!r}; expected a number of 0 or more")
+    if teacher is model:
+        raise ValueError("teacher is model itself; expected another one, such as copy.deepcopy(model) from before")
+    report = Report()
+
+    def solve(layer: Layer, statistics: LayerStatistics) -> None:
+        problem = _Refit(layer, statistics, dtype)
+        report.layers.append(problem.solve(ridge, keep_zeros))
+
+    solve_in_order(
+        model,
+        data,
+        layers,
+        solve,
+        teacher=teacher,
+        sequential=sequential,
+        dtype=dtype,
+        progress=progress,
+        what="refit",
+    )
+    return report
+
+
+class _Refit:
+    """One layer's equations, with a feature that is always 1 where there is a bias."""
+
+    def __init__(self, layer: Layer, statistics: LayerStatistics, dtype: torch.dtype) -> None:
+        self.layer, self.rows = layer, statistics[layer.name].count
+        weight = layer.weight.to(dtype)
+        self.weight = weight
+        self.sums = Sums(statistics, layer.name)
+        if self.rows == 0:
+            return
+        inputs, targets = statistics[layer.name], statistics.targets(layer.name)
+        self.gram, self.cross, self.square = inputs.gram, targets.cross, float(targets.square)
+        if layer.bias is not None:
+            self.weight = torch.cat([weight, layer.bias.to(dtype)[:, None]], 1)
+            count = torch.full((1, 1), float(self.rows), dtype=dtype)
+            total = inputs.total[:, None]
+            self.gram = torch.cat([torch.cat([inputs.gram, total], 1), torch.cat([total.mT, count], 1)])
+            self.cross = torch.cat([self.cross, targets.total[None]])
+
+    def error(self, weight: Tensor) -> float:
+        """Σ‖t − Wx − b‖² / Σ‖t‖²."""
+        fitted = ((weight @ self.gram) * weight).sum() - 2 * (weight * self.cross.mT).sum()
+        return max(float(fitted) + self.square, 0.0) / (self.square or 1.0)
+
+    def solve(self, ridge: float, keep_zeros: bool) -> LayerReport:
+        d, dead = self.layer.weight.shape[1], int(self.sums.dead.sum())
+        if self.rows == 0:
+            return LayerReport(self.layer.name, 0, d, dead, 0, 0.0, 0.0, 0.0)
+        before = self.error(self.weight)
+        scale = float(self.sums.raw.diagonal().mean()) or 1.0
+        zeros = self.weight == 0
+        if self.layer.bias is not None:
+            zeros[:, -1] = False
+        masked = keep_zeros and bool(zeros.any())
+        penalty, info = ridge, 0
+        while True:
+            solved, failed = self._solved(penalty * scale, zeros if masked else None)
+            if not failed:
+                break
+            info = info or failed
+            penalty = max(10.0 * penalty, 1e-12 if self.weight.dtype == torch.float64 else 1e-6)
+            if penalty > 1.0:
+                raise LinAlgError(f"layer {self.layer.name!r} has no solution with any ridge up to 1")
+        # Rounding in the solve may lose more than there was to gain.
+        if self.error(solved) > before:
+            solved = self.weight
+        self.layer.write(solved[:, :d], solved[:, -1] if self.layer.bias is not None else None)
+        return LayerReport(self.layer.name, self.rows, d, dead, info, penalty, before, self.error(solved))
+
+    def _solved(self, penalty: float, zeros: Tensor | None) -> tuple[Tensor, int]:
+        """W, and the status of its equations."""
+        system = self.gram + penalty * torch.eye(len(self.gram), dtype=self.gram.dtype)
+        right = self.cross + penalty * self.weight.mT
+        if zeros is None:
+            solution, info = linalg.solve_spd_ex(system, right)
+            return solution.mT, int(info)
+        # Each output has features of its own: its equations are those of the others' rows and columns removed.
+        parts = []
+        for rows in torch.arange(len(zeros)).split(max(1, _MOST_ELEMENTS // system.numel())):
+            kept = (~zeros[rows]).to(system.dtype)
+            own = system * kept[:, :, None] * kept[:, None, :] + torch.diag_embed(1 - kept)
+            solution, info = linalg.solve_spd_ex(own, right.mT[rows] * kept)
+            if bool(info.any()):
+                return self.weight, int(info.max())
+            parts.append(solution * kept)
+        return torch.cat(parts), 0

@@ -1,0 +1,174 @@
+"""A run of blocks replaced by one linear map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestep import linalg
+from onestep.evaluation.progress import Progress
+from onestep.layerwise.layers import batches_of, call, count_of, evaluating, mask_of
+from onestep.layerwise.report import LayerReport, Report
+
+
+class LinearBlock(nn.Module):
+    """A block that is a linear map of its first argument; other arguments are ignored.
+
+    Attributes:
+        map: nn.Linear.
+        in_tuple: whether the block returns a tuple of one.
+    """
+
+    def __init__(self, map: nn.Linear, in_tuple: bool) -> None:
+        super().__init__()
+        self.map, self.in_tuple = map, in_tuple
+
+    def forward(self, hidden: Tensor, *unused: Any, **also_unused: Any) -> Any:
+        """hidden (…, d) → (…, d)."""
+        out = self.map(hidden)
+        return (out,) if self.in_tuple else out
+
+
+def replace_blocks(
+    model: nn.Module,
+    data: Any,
+    blocks: Sequence[str],
+    *,
+    ridge: float = 1e-4,
+    dtype: torch.dtype = torch.float64,
+    progress: bool = True,
+) -> Report:
+    """Replaces a run of blocks of a model by one linear map, fitted to what the run does to ``data``.
+
+    W, b ← argmin Σ‖Wx + b − t‖² + λ‖W − 1‖², with x what the first block is given, t what the last returns, and λ =
+    ridge · mean diag Σxxᵀ. The map takes the first block's place and the others leave their container (an nn.Sequential
+    or nn.ModuleList). A first block that is given and returns one tensor becomes an nn.Linear, which loads without
+    onestep; any other a ``LinearBlock``, which ignores the other arguments and has its nn.Linear as ``map``.
+
+    Args:
+        model: changed in place.
+        data: batches, as in ``quantize``; gone through once.
+        blocks: the names of neighbouring blocks in order, such as ["blocks.1", "blocks.2"], whose first argument and
+            result (or the first of them) are of the same shape (…, d).
+        ridge: 0 or more. It pulls towards leaving the blocks out.
+        dtype: of the sums and of the solve.
+        progress: show a bar.
+
+    Returns:
+        A ``Report`` of one: Σ‖t − Wx − b‖² / Σ‖t‖², and the same for plain removal.
+
+    Raises:
+        ValueError, TypeError: the blocks are not neighbours in one container, or an argument is out of its range.
+        LinAlgError: the equations are singular; pass a larger ridge.
+    """
+    if not ridge >= 0:
+        raise ValueError(f"ridge is {ridge!r}; expected a number of 0 or more")
+    container, first, count = _run_of(model, blocks)
+    seen = _Run(dtype)
+    handles = [
+        container[first].register_forward_pre_hook(seen.enter, with_kwargs=True),
+        container[first + count - 1].register_forward_hook(seen.leave),
+    ]
+    batches = batches_of(data)
+    try:
+        with (
+            evaluating(model),
+            Progress(count_of(batches), enabled=progress, what="replace_blocks", unit="batch") as bar,
+        ):
+            for batch in batches:
+                seen.mask = mask_of(batch)
+                call(model, batch)
+                bar.update()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if seen.equations is None:
+        raise ValueError(f"no row of data reached the block {blocks[0]!r}")
+    d = seen.equations.d
+    sums = seen.equations.sums
+    scale = float(sums.gram.diagonal().mean()) or 1.0
+    # Fitted to what the blocks add, t − x, so that the penalty pulls towards adding nothing.
+    added, intercept = seen.equations.solve(ridge * scale)
+    parameter = next(model.parameters())
+    linear = nn.Linear(d, d, dtype=parameter.dtype, device=parameter.device)
+    with torch.no_grad():
+        linear.weight.copy_(added.mT + torch.eye(d, dtype=dtype))
+        linear.bias.copy_(intercept)
+    block: nn.Module = linear if seen.plain else LinearBlock(linear, seen.in_tuple)
+    kept = [module for index, module in enumerate(container) if not first < index < first + count]
+    kept[first] = block.train(model.training)
+    for _ in range(len(container)):
+        del container[-1]
+    container.extend(kept)
+    # Of centred sums: the intercept takes the means.
+    fitted = ((added.mT @ sums.gram) * added.mT).sum() - 2 * (added * sums.cross).sum()
+    lost = max(float(fitted) + seen.centred_square(), 0.0)
+    report = LayerReport(
+        blocks[0],
+        seen.equations.count,
+        d,
+        0,
+        0,
+        ridge,
+        seen.added_square / (seen.square or 1.0),
+        lost / (seen.square or 1.0),
+    )
+    return Report([report])
+
+
+def _run_of(model: nn.Module, blocks: Sequence[str]) -> tuple[Any, int, int]:
+    """The container, the place of the first block in it, and how many there are."""
+    if isinstance(blocks, str) or not blocks:
+        raise TypeError(f"blocks is {blocks!r}; expected the names of one or more blocks")
+    names = [name.rpartition(".") for name in blocks]
+    parents = {parent for parent, _, _ in names}
+    places = [int(place) if place.isdigit() else -1 for _, _, place in names]
+    if len(parents) != 1 or places != list(range(places[0], places[0] + len(places))) or places[0] < 0:
+        raise ValueError(f"blocks is {list(blocks)}; expected neighbours of one container, such as blocks.1, blocks.2")
+    container = model.get_submodule(parents.pop())
+    if not isinstance(container, (nn.Sequential, nn.ModuleList)) or places[-1] >= len(container):
+        raise ValueError(
+            f"blocks is {list(blocks)}; expected blocks of an nn.Sequential or nn.ModuleList, which is "
+            f"{type(container).__name__} of {len(list(container.children()))} here"
+        )
+    return container, places[0], len(places)
+
+
+class _Run:
+    """What goes into a run of blocks, and what comes out of it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.mask: Tensor | None = None
+        self.equations: linalg.NormalEquations | None = None
+        self.plain, self.in_tuple = True, False
+        self.square = self.added_square = 0.0
+        self._given: list[Tensor] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.plain = self.plain and len(args) == 1 and not kwargs
+        self._given.append(args[0] if args else next(iter(kwargs.values())))
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.in_tuple = isinstance(output, tuple)
+        self.plain = self.plain and not self.in_tuple
+        out, given = output[0] if self.in_tuple else output, self._given.pop()
+        if out.shape != given.shape:
+            raise ValueError(f"the blocks turn {tuple(given.shape)} into {tuple(out.shape)}; expected one shape")
+        if self.mask is not None and self.mask.shape == given.shape[:-1]:
+            out, given = out[self.mask], given[self.mask]
+        X = given.reshape(-1, given.shape[-1]).to(self.dtype)
+        T = out.reshape(X.shape).to(self.dtype)
+        if self.equations is None:
+            self.equations = linalg.NormalEquations(X.shape[1], X.shape[1], intercept=True, dtype=self.dtype)
+        self.equations.update(X, T - X)
+        self.square += float(T.square().sum())
+        self.added_square += float((T - X).square().sum())
+
+    def centred_square(self) -> float:
+        """Σ‖(t − x) − mean‖²."""
+        assert self.equations is not None
+        return self.added_square - self.equations.count * float(self.equations.sums.y_mean.square().sum())

@@ -1,0 +1,66 @@
+"""What was done to each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from onestep.layerwise.export import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        name: its name in the model.
+        rows: rows of data that reached it, padding not counted; 0: none did, and nothing could be made up for.
+        features: of its inputs.
+        dead: inputs that were 0 in all rows.
+        info: the status of its Gram matrix with the damping that was asked for (``linalg.inverse_cholesky``): 0, or
+            positive where features depend on each other, as they must where there are fewer rows than features.
+        damping: what was added to the diagonal in the end, in means of the diagonal.
+        error_before: Σ‖t − Ŵx‖² / Σ‖t‖² over the rows without the solve: rounded to nearest, pruned by size, as it was.
+        error: the same with it.
+    """
+
+    name: str
+    rows: int
+    features: int
+    dead: int
+    info: int
+    damping: float
+    error_before: float
+    error: float
+
+
+@dataclass
+class Report:
+    """All layers, in the order in which they were solved.
+
+    Attributes:
+        layers: one report each.
+        quantized: the codes and grids of those that were quantised, by name.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """The layer of a name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        """A table."""
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        head = f"{'layer':<{width}} {'rows':>9} {'features':>8} {'dead':>5} {'damping':>8} {'before':>9} {'error':>9}"
+        return "\n".join(
+            [head]
+            + [
+                f"{layer.name:<{width}} {layer.rows:>9,} {layer.features:>8,} {layer.dead:>5} {layer.damping:>8.1e} "
+                f"{layer.error_before:>9.2e} {layer.error:>9.2e}" + (" rank deficient" if layer.info > 0 else "")
+                for layer in self.layers
+            ]
+        )

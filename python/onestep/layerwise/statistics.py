@@ -1,0 +1,395 @@
+"""XᵀX of the inputs of chosen layers, and XᵀT with a teacher's outputs, added up batch by batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestep import linalg
+from onestep.evaluation.progress import Progress
+from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, mask_of
+from onestep.ops.operands import LinAlgError
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class _Enough(Exception):
+    """Ends a forward pass when all that was waited for has been seen."""
+
+
+@dataclass(frozen=True)
+class InputSums:
+    """Over the rows x that reached a layer.
+
+    Attributes:
+        gram: (d,d), Σxxᵀ.
+        total: (d,), Σx.
+        count: rows.
+    """
+
+    gram: Tensor
+    total: Tensor
+    count: int
+
+    def plus(self, other: InputSums) -> InputSums:
+        """The sums over both."""
+        return InputSums(self.gram + other.gram, self.total + other.total, self.count + other.count)
+
+
+@dataclass(frozen=True)
+class TargetSums:
+    """Over the rows x that reached a layer and the teacher's outputs t for them.
+
+    Attributes:
+        cross: (d,k), Σxtᵀ.
+        total: (k,), Σt.
+        square: (), Σ‖t‖².
+    """
+
+    cross: Tensor
+    total: Tensor
+    square: Tensor
+
+    def plus(self, other: TargetSums) -> TargetSums:
+        """The sums over both."""
+        return TargetSums(self.cross + other.cross, self.total + other.total, self.square + other.square)
+
+
+class LayerStatistics:
+    """Streams Σxxᵀ (and Σxtᵀ) of the inputs of a model's linear layers while data passes through it.
+
+    Layers that are given the same tensor (q, k and v of attention) share their sums. Experts of a mixture have the rows
+    that are sent to them, each its own number. Where a batch has an ``attention_mask``, padding is left out of layers
+    that are given all places. A layer that is called several times in a pass sees the rows of all calls. The model is
+    run in eval mode without gradients; hooks are there during ``update`` only.
+
+    Args:
+        model: any nn.Module.
+        layers: a pattern of names such as "*.mlp.*", or several; those that begin with "!" leave layers out. nn.Linear
+            and transformers' Conv1D.
+        teacher: a model with layers of the same names, whose outputs for the same batch are the targets.
+        dtype: of the sums, torch.float32 or torch.float64. Rows of other dtypes are converted.
+
+    Attributes:
+        names: the layers.
+        batches: how many batches have been added.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import LayerStatistics
+        >>> statistics = LayerStatistics(torch.nn.Sequential(torch.nn.Linear(2, 3)))
+        >>> statistics.collect([torch.ones(4, 2), torch.ones(1, 2)], progress=False)["0"].gram
+        tensor([[5., 5.],
+                [5., 5.]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Patterns = "*",
+        *,
+        teacher: nn.Module | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype is {dtype}; expected torch.float32 or torch.float64")
+        self._layers = find_layers(model, layers)
+        self._model, self._teacher, self._dtype = model, teacher, dtype
+        self._teachers: dict[str, Layer] = {}
+        if teacher is not None:
+            self._teachers = find_layers(teacher, list(self._layers))
+            missing = [name for name in self._layers if name not in self._teachers]
+            if missing:
+                raise ValueError(f"teacher has no linear layer {missing[0]!r}; expected the model's layers")
+        self.names = list(self._layers)
+        self.batches = 0
+        # Layers with the same sums share one object. Replaced, never written into.
+        self._inputs: dict[str, InputSums] = {}
+        self._targets: dict[str, TargetSums] = {}
+        self._factors: dict[str, tuple[InputSums, float, linalg.InverseCholeskyResult, float]] = {}
+
+    def __getitem__(self, name: str) -> InputSums:
+        """The sums of a layer's inputs; zeros if no row has reached it."""
+        layer = self._layers[name]
+        d = layer.weight.shape[1]
+        zeros = layer.weight.new_zeros(0, dtype=self._dtype)
+        return self._inputs.get(name) or InputSums(zeros.new_zeros(d, d), zeros.new_zeros(d), 0)
+
+    def targets(self, name: str) -> TargetSums:
+        """The sums with the teacher's outputs.
+
+        Raises:
+            KeyError: there is no teacher, or no row has reached the layer.
+        """
+        return self._targets[name]
+
+    def shared(self) -> list[list[str]]:
+        """The layers in groups that have had the same inputs, in the model's order; those without rows alone."""
+        groups: dict[int, list[str]] = {}
+        for index, name in enumerate(self.names):
+            sums = self._inputs.get(name)
+            groups.setdefault(-1 - index if sums is None else id(sums), []).append(name)
+        return list(groups.values())
+
+    def update(self, batch: Any, *, stop_early: bool = False) -> LayerStatistics:
+        """Adds one batch: a tensor, a tuple of positional arguments, or a mapping of keyword arguments of the model.
+
+        Args:
+            batch: what the model is called with.
+            stop_early: end the model's forward pass when every layer has been called once.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: a layer's inputs hold NaN or infinity, or overflow; nothing of the batch has been added then.
+        """
+        seen = _Pass(self._dtype, mask_of(batch), set(self.names) if stop_early else None)
+        models = [self._model] if self._teacher is None else [self._teacher, self._model]
+        with evaluating(*models):
+            if self._teacher is not None:
+                with _hooks(self._teachers, lambda name: _after(seen.take_target, name), after=True):
+                    call(self._teacher, batch)
+            before = _hooks(self._layers, lambda name: _before(seen.take_input, name), after=False)
+            with before, suppress(_Enough):
+                call(self._model, batch)
+        self._commit(seen)
+        return self
+
+    def collect(
+        self, data: Any, *, checkpoint: str | Path | None = None, every: int = 16, progress: bool = True
+    ) -> LayerStatistics:
+        """Adds all batches of ``data``, and with ``checkpoint`` goes on from where an interrupted call was.
+
+        The file is replaced in one step after every ``every`` batches and at the end. A call that finds it skips the
+        batches that are in it: killed at any time and called again, it ends with the same bits.
+
+        Args:
+            data: batches as in ``update``, in the same order at every call.
+            checkpoint: a file; written by ``save``.
+            every: batches from one writing to the next.
+            progress: show a bar.
+
+        Returns:
+            self.
+        """
+        batches = batches_of(data)
+        if checkpoint is not None and Path(checkpoint).exists():
+            self.load(checkpoint)
+        with Progress(count_of(batches), enabled=progress, done=self.batches, what="statistics", unit="batch") as bar:
+            for index, batch in enumerate(batches):
+                if index < self.batches:
+                    continue
+                self.update(batch)
+                bar.update()
+                if checkpoint is not None and self.batches % every == 0:
+                    self.save(checkpoint)
+        if checkpoint is not None:
+            self.save(checkpoint)
+        return self
+
+    def merge(self, other: LayerStatistics) -> LayerStatistics:
+        """Adds what another one has seen, in this process or read from a file; returns self.
+
+        Raises:
+            ValueError: it is of other layers.
+        """
+        if other.names != self.names:
+            raise ValueError(f"other is of the layers {other.names[:3]}, ...; expected {self.names[:3]}, ...")
+        merged: dict[tuple[int, int], InputSums] = {}
+        inputs = dict(self._inputs)
+        for name, added in other._inputs.items():
+            mine = self._inputs.get(name)
+            key = (id(mine), id(added))
+            if key not in merged:
+                merged[key] = added if mine is None else mine.plus(added)
+            inputs[name] = merged[key]
+        targets = dict(self._targets)
+        for name, sums in other._targets.items():
+            targets[name] = targets[name].plus(sums) if name in targets else sums
+        self._inputs, self._targets, self.batches = inputs, targets, self.batches + other.batches
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything to a file, which is replaced in one step; torch.load reads it."""
+        slots = {id(sums): sums for sums in self._inputs.values()}
+        places = {key: index for index, key in enumerate(slots)}
+        state = {
+            "batches": self.batches,
+            "layers": {name: places[id(sums)] for name, sums in self._inputs.items()},
+            "inputs": [[sums.gram, sums.total, sums.count] for sums in slots.values()],
+            "targets": {name: [sums.cross, sums.total, sums.square] for name, sums in self._targets.items()},
+            "dtype": str(self._dtype),
+        }
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def load(self, path: str | Path) -> LayerStatistics:
+        """Takes everything from a file that ``save`` wrote; returns self.
+
+        Raises:
+            ValueError: the file is of other layers or another dtype.
+        """
+        state = torch.load(path, weights_only=True)
+        unknown = [name for name in state["layers"] if name not in self._layers]
+        if unknown or state["dtype"] != str(self._dtype):
+            raise ValueError(
+                f"{path} is of {state['dtype']} sums"
+                + (f" and of the layer {unknown[0]!r}, which this one has not" if unknown else "")
+                + f"; expected {self._dtype} sums of {len(self.names)} layers such as {self.names[0]!r}"
+            )
+        slots = [InputSums(*parts) for parts in state["inputs"]]
+        self._inputs = {name: slots[index] for name, index in state["layers"].items()}
+        self._targets = {name: TargetSums(*parts) for name, parts in state["targets"].items()}
+        self.batches = state["batches"]
+        return self
+
+    def trace(self, batch: Any) -> dict[str, list[int]]:
+        """The layers that one batch reaches, in the order of their first calls, and which inputs each is given.
+
+        Nothing is added. Inputs are numbered; the same number is the same tensor.
+        """
+        seen = _Pass(self._dtype, None, None, sums=False)
+        with evaluating(self._model), _hooks(self._layers, lambda name: _before(seen.take_input, name), after=False):
+            call(self._model, batch)
+        return seen.given
+
+    def kept_factor(self, name: str, damping: float) -> tuple[linalg.InverseCholeskyResult, float]:
+        """U of E[xxᵀ] of a layer over its mean diagonal element, and that element; factored once, and kept.
+
+        Raises:
+            ValueError: no row has reached the layer.
+            LinAlgError: there is no factor with any damping.
+        """
+        sums = self[name]
+        kept = self._factors.get(name)
+        if kept is None or kept[0] is not sums or kept[1] != damping:
+            scale = float(sums.gram.diagonal().mean())
+            if not scale > 0:
+                raise ValueError(f"no row other than 0 has reached layer {name!r}: collect statistics first")
+            result = linalg.inverse_cholesky(sums.gram / scale, damping=damping)
+            if bool(result.damping.isnan()):
+                raise LinAlgError(f"the inputs of layer {name!r} have no factor with any damping")
+            kept = self._factors[name] = (sums, damping, result, scale / sums.count)
+        return kept[2], kept[3]
+
+    def _commit(self, seen: _Pass) -> None:
+        """Adds what one pass has seen: layers that had the same sums and were given the same inputs still do."""
+        for name, keys in seen.given.items():
+            for key in keys:
+                if not seen.sums[key].gram.diagonal().sum().isfinite():
+                    raise ValueError(f"the inputs of layer {name!r} hold NaN or infinity, or overflow {self._dtype}")
+        moved: dict[tuple[Any, ...], InputSums] = {}
+        inputs = dict(self._inputs)
+        for name, keys in seen.given.items():
+            old = self._inputs.get(name)
+            place = (id(old), *keys)
+            if place not in moved:
+                new = old
+                for key in keys:
+                    new = seen.sums[key] if new is None else new.plus(seen.sums[key])
+                assert new is not None
+                moved[place] = new
+            inputs[name] = moved[place]
+        targets = dict(self._targets)
+        for name, sums in seen.crossed.items():
+            targets[name] = targets[name].plus(sums) if name in targets else sums
+        self._inputs, self._targets, self.batches = inputs, targets, self.batches + 1
+
+
+class _Pass:
+    """What the hooks see during one forward pass."""
+
+    def __init__(self, dtype: torch.dtype, mask: Tensor | None, awaited: set[str] | None, *, sums: bool = True) -> None:
+        self.dtype, self.mask, self.awaited, self._adds = dtype, mask, awaited, sums
+        self.sums: dict[int, InputSums] = {}  # by the tensor's id
+        self.given: dict[str, list[int]] = {}
+        self.crossed: dict[str, TargetSums] = {}
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.kept: list[Tensor] = []  # so that ids stay theirs
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(rows, d), padding left out."""
+        if self.mask is not None and x.shape[:-1] == self.mask.shape:
+            x = x[self.mask]
+        return x.reshape(-1, x.shape[-1]).to(self.dtype)
+
+    def take_target(self, name: str, output: Tensor) -> None:
+        self.outputs.setdefault(name, []).append(output)
+
+    def take_input(self, name: str, x: Tensor) -> None:
+        key = id(x)
+        rows = None
+        if not self._adds:
+            self.kept.append(x)
+        elif key not in self.sums:
+            rows = self.rows(x)
+            gram = linalg.gram(rows)[0]
+            self.sums[key] = InputSums(gram, rows.sum(0), len(rows))
+            self.kept.append(x)
+        calls = self.given.setdefault(name, [])
+        if self.outputs:
+            self._cross(name, self.rows(x) if rows is None else rows, len(calls))
+        calls.append(key)
+        if self.awaited is not None:
+            self.awaited.discard(name)
+            if not self.awaited:
+                raise _Enough
+
+    def _cross(self, name: str, rows: Tensor, index: int) -> None:
+        outputs = self.outputs.get(name, [])
+        if index >= len(outputs) or self.rows(outputs[index]).shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"layer {name!r} has {rows.shape[0]} rows in call {index + 1}; expected those of the teacher's layer: "
+                "the two models send rows to it differently"
+            )
+        target = self.rows(outputs[index])
+        added = TargetSums(rows.mT @ target, target.sum(0), target.square().sum())
+        self.crossed[name] = self.crossed[name].plus(added) if name in self.crossed else added
+
+
+def _before(take: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(name, args[0] if args else next(iter(kwargs.values())))
+
+    return hook
+
+
+def _after(take: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        take(name, output)
+
+    return hook
+
+
+class _hooks:
+    """Hooks on layers, there for a ``with`` block."""
+
+    def __init__(self, layers: dict[str, Layer], make: Callable[[str], Callable[..., None]], *, after: bool) -> None:
+        self._layers, self._make, self._after = layers, make, after
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, layer in self._layers.items():
+            hook = self._make(name)
+            self._handles.append(
+                layer.module.register_forward_hook(hook)
+                if self._after
+                else layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+            )
+
+    def __exit__(self, *unused: object) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,346 @@
+"""``onestep.layerwise``: statistics, and each way of solving layers, against the same done by hand."""
+
+import copy
+import json
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from onestep.layerwise import LayerStatistics, edit, merge, prune, quantize, refit, replace_blocks, save
+
+
+class Mixture(nn.Module):
+    """Three experts: a tenth of the rows go to the first, none to the last."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.zeros_like(rows)
+        to_first = rows[:, 0] > rows[:, 0].quantile(0.9)
+        out[to_first] = self.experts[0](rows[to_first])
+        out[~to_first] = self.experts[1](rows[~to_first])
+        return out.view_as(x)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.k = nn.Linear(width, width, bias=False), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        x = x + 0.3 * torch.tanh(self.q(x)) * self.k(x)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, width=12, blocks=3):
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x, attention_mask=None):
+        return self.head(self.blocks(x))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def correlated(n, places, width):
+    return torch.randn(n, places, width) @ (torch.eye(width) + 0.4 * torch.randn(width, width))
+
+
+def inputs_of(module, run):
+    """What a module is given while ``run`` runs, as rows."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_statistics_are_those_of_the_layers_inputs_and_are_shared():
+    model = Model()
+    data = [correlated(3, 4, 12) for _ in range(3)]
+    statistics = LayerStatistics(model, ["blocks.*", "!*.down"], dtype=torch.float64).collect(data, progress=False)
+    assert ["blocks.0.q", "blocks.0.k"] in statistics.shared()
+    assert ["blocks.1.up"] in statistics.shared()
+    rows = inputs_of(model.blocks[1].up, lambda: [model(batch) for batch in data]).double()
+    assert statistics["blocks.1.up"].count == 36
+    torch.testing.assert_close(statistics["blocks.1.up"].gram, rows.mT @ rows)
+    torch.testing.assert_close(statistics["blocks.1.up"].total, rows.sum(0))
+    assert model.training
+    assert not model.blocks[0].q._forward_pre_hooks
+    halves = [LayerStatistics(model, "blocks.*.up", dtype=torch.float64) for _ in range(2)]
+    halves[0].collect(data[:1], progress=False)
+    halves[1].collect(data[1:], progress=False)
+    merged = halves[0].merge(halves[1])
+    assert merged.batches == 3
+    torch.testing.assert_close(merged["blocks.1.up"].gram, statistics["blocks.1.up"].gram)
+
+
+def test_padding_is_left_out_and_experts_have_their_own_rows():
+    model = nn.Sequential(nn.Linear(6, 6), Mixture(6))
+    x = torch.randn(5, 8, 6)
+    statistics = LayerStatistics(model).collect([(x,)], progress=False)
+    assert [statistics[f"1.experts.{i}"].count for i in range(3)] == [4, 36, 0]
+    rows = model[0](x).reshape(-1, 6)
+    rows = rows[rows[:, 0].argsort(descending=True)[:4]]
+    torch.testing.assert_close(statistics["1.experts.0"].gram, rows.mT @ rows)
+    model, mask = Model(), torch.rand(5, 8) > 0.5
+    batch = {"x": torch.randn(5, 8, 12), "attention_mask": mask.long()}
+    sums = LayerStatistics(model, "head").update(batch)["head"]
+    assert sums.count == int(mask.sum())
+    x = batch["x"][mask]
+    torch.testing.assert_close(sums.gram, model.blocks(x).mT @ model.blocks(x), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_stop_sharing_keep_what_they_shared():
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x, both=True):
+            return self.a(x) + self.b(x if both else x + 1)
+
+    model, x = Switch(), torch.randn(4, 2)
+    statistics = LayerStatistics(model).update(x).update((x, False))
+    torch.testing.assert_close(statistics["a"].gram, 2 * x.mT @ x)
+    torch.testing.assert_close(statistics["b"].gram, x.mT @ x + (x + 1).mT @ (x + 1))
+
+
+def test_a_killed_collection_resumes_with_the_same_bits(tmp_path):
+    layers, batches = 100, 9
+    model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(layers)))
+    data = [torch.randn(5, 6) for _ in range(batches)]
+    whole = LayerStatistics(model).collect(data, progress=False)
+    checkpoint = tmp_path / "statistics.pt"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+
+        class Reported(list):
+            def __iter__(self):
+                for index, batch in enumerate(super().__iter__()):
+                    os.write(writer, bytes([index]))
+                    yield batch
+
+        LayerStatistics(model).collect(Reported(data), checkpoint=checkpoint, every=2, progress=False)
+        os._exit(0)
+    while os.read(reader, 1) != bytes([5]):
+        pass
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    resumed = LayerStatistics(model).load(checkpoint)
+    assert 0 < resumed.batches < batches
+    resumed = LayerStatistics(model).collect(data, checkpoint=checkpoint, progress=False)
+    assert resumed.batches == batches
+    assert resumed["99"].count == 5 * batches
+    assert all(torch.equal(resumed[name].gram, whole[name].gram) for name in whole.names)
+    with pytest.raises(ValueError, match=r"expected torch.float64 sums"):
+        LayerStatistics(model, dtype=torch.float64).load(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------------------- compress
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"symmetric": True, "sequential": False}])
+def test_quantised_layers_are_on_their_grids_and_lose_less(options, tmp_path):
+    model = Model(width=32)
+    data = [correlated(8, 16, 32) for _ in range(2)]
+    before = copy.deepcopy(model)
+    report = quantize(model, data, bits=3, group_size=16, layers=["*", "!head"], progress=False, **options)
+    assert [layer.name for layer in report.layers][:2] == ["blocks.0.q", "blocks.0.k"]
+    assert torch.equal(model.head.weight, before.head.weight)
+    assert all(layer.error < layer.error_before for layer in report.layers)
+    assert sum(layer.error for layer in report.layers) < 0.7 * sum(layer.error_before for layer in report.layers)
+    quantized = report.quantized["blocks.1.up"]
+    torch.testing.assert_close(model.blocks[1].up.weight, quantized.dequantize(), rtol=0, atol=0)
+    assert quantized.codes.max() <= 7
+    if "sequential" not in options:
+        # The error that is reported is on the inputs that the layer gets in the quantised model.
+        rows = inputs_of(model.blocks[1].up, lambda: [model(batch) for batch in data])
+        lost = (rows @ (before.blocks[1].up.weight - model.blocks[1].up.weight).mT).square().sum()
+        expected = lost / (rows @ before.blocks[1].up.weight.mT).square().sum()
+        assert abs(report["blocks.1.up"].error / expected.item() - 1) < 1e-3
+    save(model, tmp_path / "dense.safetensors")
+    before.load_state_dict(load_file(tmp_path / "dense.safetensors"))
+    assert torch.equal(before(data[0]), model(data[0]))
+    save(model, tmp_path / "packed.safetensors", report.quantized)
+    packed = load_file(tmp_path / "packed.safetensors")
+    with safe_open(tmp_path / "packed.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["onestep"])["blocks.1.up"] == {"bits": 3, "shape": [64, 32]}
+    codes = torch.stack([packed["blocks.1.up.codes"] & 15, packed["blocks.1.up.codes"] >> 4], -1).flatten(1)
+    scale, zero, group = (packed[f"blocks.1.up.{part}"] for part in ("scale", "zero", "group"))
+    assert torch.equal(scale[:, group] * (codes - zero[:, group]), model.blocks[1].up.weight)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, (2, 4)])
+def test_pruned_layers_lose_less_than_by_size(sparsity):
+    model = Model(width=32)
+    report = prune(model, [correlated(8, 32, 32)], sparsity, progress=False)
+    assert sum(layer.error for layer in report.layers) < 0.8 * sum(layer.error_before for layer in report.layers)
+    for layer in report.layers:
+        weight = model.get_submodule(layer.name).weight
+        assert abs((weight == 0).float().mean() - 0.5) < 0.02
+        if sparsity == (2, 4):
+            assert ((weight.reshape(len(weight), -1, 4) == 0).sum(-1) >= 2).all()
+
+
+def test_starved_experts_and_dead_inputs():
+    """Experts with fewer rows than features, or none, and inputs that are always 0."""
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), Mixture(40), nn.Linear(40, 8))
+    with torch.no_grad():
+        model[0].weight[3:6] = 0
+        model[0].bias[3:6] = -1
+    x = torch.randn(6, 20, 40)
+    for damping in (0.0, 0.01):
+        solved = copy.deepcopy(model)
+        solve = quantize if damping == 0 else prune
+        report = solve(solved, [x], damping=damping, progress=False)
+        first = report["2.experts.0"]
+        assert 0 < first.rows < 40
+        assert (first.info > 0) == (damping == 0)
+        assert 0 < first.damping < 0.011
+        assert ("rank deficient" in str(report)) == (damping == 0)
+        assert first.dead >= 3
+        assert report["2.experts.2"].rows == 0
+        assert all(parameter.isfinite().all() for parameter in solved.parameters())
+        assert solved(x).isfinite().all()
+
+
+def test_conv1d_of_transformers():
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(6, 16))
+    x = correlated(1, 100, 16)[0]
+    before = model[0].weight.detach().clone()
+    report = quantize(model, [x], bits=4, group_size=None, progress=False)
+    assert report["0"].features == 16
+    assert model[0].weight.shape == (16, 6)
+    assert torch.equal(model[0].weight, report.quantized["0"].dequantize().mT)
+    assert not torch.equal(model[0].weight, before)
+
+
+# ----------------------------------------------------------------------------------------------------------- the others
+
+
+def test_refit_solves_towards_the_teacher():
+    teacher = nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 4)).double()
+    model = copy.deepcopy(teacher)
+    x = correlated(1, 200, 10)[0].double()
+    with torch.no_grad():
+        model[0].weight += 0.1 * torch.randn(7, 10)
+        model[2].weight += 0.1 * torch.randn(4, 7)
+        model[2].bias += 1
+    only = copy.deepcopy(model)
+    report = refit(only, [x], teacher, layers="2", ridge=0.0, progress=False)
+    rows = torch.cat([model[1](model[0](x)), torch.ones(200, 1)], 1).detach().double()
+    expected = torch.linalg.lstsq(rows, teacher(x).detach()).solution
+    torch.testing.assert_close(torch.cat([only[2].weight.mT, only[2].bias[None]]).detach(), expected)
+    residual = (rows @ expected - teacher(x)).square().sum() / teacher(x).square().sum()
+    assert abs(report["2"].error - residual.item()) < 1e-10
+    assert report["2"].error < report["2"].error_before
+    # All layers: the first can be what it was.
+    refit(model, [x], teacher, ridge=0.0, progress=False)
+    torch.testing.assert_close(model(x), teacher(x))
+
+
+def test_refit_keeps_zeros():
+    teacher = nn.Sequential(nn.Linear(9, 5)).double()
+    model, x = copy.deepcopy(teacher), correlated(1, 80, 9)[0].double()
+    with torch.no_grad():
+        model[0].weight[torch.rand(5, 9) < 0.5] = 0
+    zeros = model[0].weight == 0
+    refit(model, [x], teacher, ridge=0.0, progress=False)
+    assert torch.equal(model[0].weight == 0, zeros)
+    rows = torch.cat([x, torch.ones(80, 1)], 1)
+    for output in range(5):
+        kept = torch.cat([~zeros[output], torch.tensor([True])])
+        expected = torch.linalg.lstsq(rows[:, kept], teacher(x)[:, [output]].detach()).solution[:, 0]
+        torch.testing.assert_close(model[0].weight[output, kept[:-1]].detach(), expected[:-1])
+
+
+def test_blocks_become_a_linear_map():
+    model = Model(width=12, blocks=4).double()
+    data = [correlated(4, 30, 12).double() for _ in range(2)]
+    x = inputs_of(model.blocks[1], lambda: [model(batch) for batch in data])
+    t = inputs_of(model.blocks[3], lambda: [model(batch) for batch in data])
+    report = replace_blocks(model, data, ["blocks.1", "blocks.2"], ridge=0.0, progress=False)
+    assert len(model.blocks) == 3
+    assert isinstance(model.blocks[1], nn.Linear)
+    rows = torch.cat([x, torch.ones(len(x), 1)], 1)
+    expected = torch.linalg.lstsq(rows, t).solution
+    torch.testing.assert_close(torch.cat([model.blocks[1].weight.mT, model.blocks[1].bias[None]]).detach(), expected)
+    lost = (rows @ expected - t).square().sum() / t.square().sum()
+    assert abs(report["blocks.1"].error / lost.item() - 1) < 1e-6
+    assert abs(report["blocks.1"].error_before / ((x - t).square().sum() / t.square().sum()).item() - 1) < 1e-6
+    with pytest.raises(ValueError, match="expected neighbours of one container"):
+        replace_blocks(model, data, ["blocks.0", "blocks.2"])
+
+
+def test_merging_is_exact_where_the_models_agree_and_weighs_inputs_else():
+    one, two = (nn.Sequential(nn.Linear(6, 3, bias=False)).double() for _ in range(2))
+    # Each model sees half of the features.
+    x, y = torch.randn(50, 6).double(), torch.randn(50, 6).double()
+    x[:, :3], y[:, 3:] = 0, 0
+    merged = merge([one, two], [[x], [y]], shrinkage=0.0, progress=False)
+    torch.testing.assert_close(merged(x), one(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged(y), two(y), rtol=1e-4, atol=1e-4)
+    same = merge([one, copy.deepcopy(one)], [[x], [y]], progress=False)
+    torch.testing.assert_close(same[0].weight, one[0].weight)
+
+
+def test_edits_write_targets_and_leave_the_rest():
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 6)).double()
+    text = correlated(1, 3000, 20)[0].double()
+    statistics = LayerStatistics(model, "2", dtype=torch.float64).collect([text], progress=False)
+    subjects, targets = torch.randn(3, 20).double() * 4, torch.randn(3, 6).double()
+    before, keys = model(text).detach(), model[1](model[0](subjects)).detach()
+    weight = model[2].weight.detach().clone()
+    report = edit(model, subjects, targets, layer="2", statistics=statistics, strength=10.0, damping=0.0)
+    C = statistics["2"].gram / statistics["2"].count / 10.0
+    missing = targets - model[2].bias - keys @ weight.mT
+    expected = weight + missing.mT @ keys @ torch.linalg.inv(C + keys.mT @ keys)
+    torch.testing.assert_close(model[2].weight.detach(), expected.detach())
+    assert report["2"].error < 0.05 * report["2"].error_before
+    assert (model(text) - before).square().sum() < 0.5 * before.square().sum()
+    # The factor is kept.
+    begin = statistics.kept_factor("2", 0.0)[0].U
+    assert statistics.kept_factor("2", 0.0)[0].U is begin
+
+
+def test_bad_input():
+    model, x = Model(), torch.randn(2, 3, 12)
+    with pytest.raises(ValueError, match=r"no linear layer of the model matches 'nothing'"):
+        quantize(model, [x], layers="nothing")
+    with pytest.raises(ValueError, match="bits is 9"):
+        quantize(model, [x], bits=9)
+    with pytest.raises(TypeError, match="expected batches that can be gone through more than once"):
+        quantize(model, iter([x]), progress=False)
+    with pytest.raises(ValueError, match="data has no batches"):
+        prune(model, [], progress=False)
+    with pytest.raises(ValueError, match=r"expected a multiple of 5"):
+        prune(model, [x], (2, 5), progress=False)
+    with pytest.raises(ValueError, match=r"the inputs of layer 'blocks.0.q' hold NaN"):
+        quantize(model, [x * torch.nan], progress=False)
+    with pytest.raises(ValueError, match="teacher is model itself"):
+        refit(model, [x], model)
+    with pytest.raises(ValueError, match="two or more"):
+        merge([model], [[x]])
