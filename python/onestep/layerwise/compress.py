@@ -76,9 +76,7 @@ def quantize(
         plain = _rounded(weight, bits, size, symmetric)
         if act_order:
             order = sums.gram.diagonal().argsort(descending=True, stable=True)
-            ordered = Sums(statistics, layer.name)
-            ordered.gram = sums.gram[order][:, order]
-            result = ordered.factor(damping)
+            result = sums.factor(damping, order)
             _, codes, scale, zero, _ = compensated_sweep(
                 weight[:, order], result.U, plain.scale, plain.zero, plain.group[order], bits, symmetric
             )

@@ -93,13 +93,14 @@ class Sums:
         change = change.to(self.raw.dtype)
         return float(((change @ self.raw) * change).sum(dtype=torch.float64).clamp(min=0.0))
 
-    def factor(self, damping: float) -> linalg.InverseCholeskyResult:
-        """U of the damped Gram matrix.
+    def factor(self, damping: float, order: Tensor | None = None) -> linalg.InverseCholeskyResult:
+        """U of the damped Gram matrix, with its rows and columns in another order if one is given.
 
         Raises:
             LinAlgError: there is none with any damping.
         """
-        result = linalg.inverse_cholesky(self.gram, damping=damping)
+        gram = self.gram if order is None else self.gram[order][:, order]
+        result = linalg.inverse_cholesky(gram, damping=damping)
         if bool(result.damping.isnan()):
             raise LinAlgError("the Gram matrix of a layer's inputs has no factor with any damping")
         return result

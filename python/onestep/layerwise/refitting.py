@@ -15,7 +15,7 @@ from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.operands import LinAlgError
 
 # Elements of the matrices that are solved with at a time where each output has features of its own.
-_MOST_ELEMENTS = 1 << 26
+_MOST_ELEMENTS = 1 << 24
 
 
 def refit(
