@@ -238,11 +238,11 @@ const Sweep kSweeps[] = {
     {"no rows", 0, 5, 4, true, 5},
     {"2 bits in groups of 24", 65, 150, 2, false, 24},
     {"3 bits in groups of 32, symmetric", 63, 131, 3, true, 32},
-    {"4 bits in groups of 200", 70, 260, 4, false, 200},
+    {"4 bits in groups of 200", 70, 460, 4, false, 200},
     {"8 bits, a grid a row", 64, 129, 8, true, 129},
     {"4 bits, grids given", 3, 140, 4, false, 1, true},
     {"half", 66, 131, 0, false, 1, false, 0.5},
-    {"2 of 4", 65, 264, 0, false, 1, false, 0.0, 2, 4},
+    {"2 of 4", 65, 420, 0, false, 1, false, 0.0, 2, 4},
     {"1 of 3", 5, 150, 0, false, 1, false, 0.0, 1, 3},
     {"16 of 32, 4 bits in groups of 64", 9, 160, 4, true, 64, false, 0.0, 16, 32},
     {"half, 4 bits in groups of 16", 66, 131, 4, true, 16, false, 0.5},
@@ -259,7 +259,7 @@ void test_sweep() {
 void test_faults() {
     trial = Trial::faults;
     std::mt19937 random(4);
-    test_inverse_case<float>(random, 2, 290);
+    test_inverse_case<float>(random, 2, 250);
     test_sweep_case<double>(random, {"faults", 70, 150, 4, true, 64, false, 0.5});
     trial = Trial::plain;
 }

@@ -12,10 +12,12 @@ namespace {
 
 // Rows of a step: a multiple of every panel, so that steps start with one.
 constexpr int64_t kStep = 192;
-// Rows that a piece of work loads, updates or writes.
+// Rows that a piece of work loads, updates or writes: kStep is a multiple, so that what an update leaves below the
+// diagonal stays within the diagonal block of a step, which is written over.
 constexpr int64_t kRows = 96;
 // Panels of a step's rows that a piece of work finishes.
 constexpr int64_t kPanels = 4;
+static_assert(kStep % kRows == 0);
 
 template <class T>
 InverseCholeskyPlan<T> with_tables() {

@@ -12,6 +12,16 @@ namespace onestep {
 // Rows of W that are swept together: whole vectors of every target.
 inline constexpr int64_t kSweepRows = 64;
 
+// The errors that some rows' blocks of columns leave, and where they go to: w[:, end: until] −= e · right.
+template <class T>
+struct SweepErrors {
+    T* block = nullptr;        // [column][kSweepRows], −e: of the block that is swept
+    const T* first = nullptr;  // that of the first column of `depth` whose errors go on
+    int64_t depth = 0;
+    int64_t until = 0;
+    const T* right = nullptr;  // those columns' rows of u, packed, from column `end` on
+};
+
 template <class T>
 struct CompensatedKernels {
     int64_t panel;
@@ -23,11 +33,11 @@ struct CompensatedKernels {
     // c (rows × columns) += left · right.
     void (*multiply_add)(const T* left, const T* right, int64_t depth, int64_t rows, int64_t columns, T* c, int64_t ld);
 
-    // Columns [start, end) of rows [begin, begin + rows), rows at most kSweepRows: Ŵ, codes, grids and errors; and into
-    // the columns from `end` on, −e · `right`, the packed rows [start, end) of u from column `end` on. Elements with
-    // w² / U_jj² up to `threshold` are removed. `work` holds sweep_work elements.
+    // Columns [start, end) of rows [begin, begin + rows), rows at most kSweepRows: Ŵ, codes, grids and errors; and what
+    // the errors do to columns behind them. Elements with w² / U_jj² up to `threshold` are removed. `work` holds
+    // sweep_work elements.
     void (*sweep_block)(const SweepArgs<T>& args, int64_t begin, int64_t rows, int64_t start, int64_t end, T threshold,
-                        const T* right, T* work);
+                        const SweepErrors<T>& errors, T* work);
     int64_t (*sweep_work)(int64_t block);
 };
 

@@ -32,9 +32,11 @@ struct InverseCholeskyPlan {
 template <class T>
 struct SweepPlan {
     const CompensatedKernels<T>* kernels = nullptr;
-    FixedCut pieces;  // of rows
+    FixedCut pieces;        // of rows
+    int64_t run_width = 0;  // the most columns of a run of blocks
     Layout layout;
     Part<T> right;   // rows of U, packed
+    Part<T> errors;  // of a run: [piece][column][kSweepRows]
     Part<T> scores;  // of a block, where a threshold is looked for
     Layout own_layout;
     Part<T> work;

@@ -45,10 +45,24 @@ struct SweepBlock {
 template <class T>
 inline void load_block(const SweepBlock<T>& block) {
     const int64_t width = block.end - block.start;
-    for (int64_t r = 0; r < kSweepRows; ++r) {
-        const T* from = block.args.w + (block.begin + r) * block.args.columns + block.start;
-        for (int64_t c = 0; c < width; ++c) {
-            block.w[c * kSweepRows + r] = r < block.rows ? from[c] : T(0);
+    const int64_t step = block.args.columns;
+    for (int64_t r = 0; r < kSweepRows; r += kLanes<T>) {
+        const T* from = block.args.w + (block.begin + r) * step + block.start;
+        int64_t c = 0;
+        for (; r + kLanes<T> <= block.rows && c + kLanes<T> <= width; c += kLanes<T>) {
+            Vec<T> square[kLanes<T>];
+            for (int i = 0; i < kLanes<T>; ++i) {
+                square[i] = load<T>(from + i * step + c);
+            }
+            transpose<T>(square);
+            for (int i = 0; i < kLanes<T>; ++i) {
+                store<T>(block.w + (c + i) * kSweepRows + r, square[i]);
+            }
+        }
+        for (; c < width; ++c) {
+            for (int64_t i = 0; i < kLanes<T>; ++i) {
+                block.w[c * kSweepRows + r + i] = r + i < block.rows ? from[i * step + c] : T(0);
+            }
         }
     }
 }
@@ -56,10 +70,24 @@ inline void load_block(const SweepBlock<T>& block) {
 template <class T>
 inline void store_block(const SweepBlock<T>& block) {
     const int64_t width = block.end - block.start;
-    for (int64_t r = 0; r < block.rows; ++r) {
-        T* to = block.args.w + (block.begin + r) * block.args.columns + block.start;
-        for (int64_t c = 0; c < width; ++c) {
-            to[c] = block.w[c * kSweepRows + r];
+    const int64_t step = block.args.columns;
+    for (int64_t r = 0; r < block.rows; r += kLanes<T>) {
+        T* to = block.args.w + (block.begin + r) * step + block.start;
+        int64_t c = 0;
+        for (; r + kLanes<T> <= block.rows && c + kLanes<T> <= width; c += kLanes<T>) {
+            Vec<T> square[kLanes<T>];
+            for (int i = 0; i < kLanes<T>; ++i) {
+                square[i] = load<T>(block.w + (c + i) * kSweepRows + r);
+            }
+            transpose<T>(square);
+            for (int i = 0; i < kLanes<T>; ++i) {
+                store<T>(to + i * step + c, square[i]);
+            }
+        }
+        for (; c < width; ++c) {
+            for (int64_t i = 0; i < minimum(kLanes<T>, block.rows - r); ++i) {
+                to[i * step + c] = block.w[c * kSweepRows + r + i];
+            }
         }
     }
 }
@@ -226,24 +254,24 @@ inline int64_t step_end(const SweepArgs<T>& args, int64_t step, int64_t end) {
 
 template <class T>
 inline int64_t sweep_work(int64_t block) {
-    return (3 * block + 3) * kSweepRows;
+    return (2 * block + 3) * kSweepRows;
 }
 
 template <class T>
 inline void sweep_block(const SweepArgs<T>& args, int64_t begin, int64_t rows, int64_t start, int64_t end, T threshold,
-                        const T* right, T* work) {
+                        const SweepErrors<T>& errors, T* work) {
     const int64_t size = (end - start) * kSweepRows;
-    T* const grids = work + 3 * size;
+    T* const grids = work + 2 * size;
     const SweepBlock<T> block{args,
                               begin,
                               rows,
                               start,
                               end,
                               work,
-                              work + size,
+                              errors.block,
                               grids,
                               grids + kSweepRows,
-                              work + 2 * size,
+                              work + size,
                               grids + 2 * kSweepRows};
     for (int64_t r = 0; r < kSweepRows; ++r) {
         block.square[r] = T(0);
@@ -280,11 +308,12 @@ inline void sweep_block(const SweepArgs<T>& args, int64_t begin, int64_t rows, i
         args.error[begin + r] += static_cast<double>(block.square[r]);
     }
     store_block(block);
-    if (end < args.columns) {
-        multiply_panels<T>(
-            round_up_to(rows, kTileRows) / kTileRows, round_up_to(args.columns - end, kPanel<T>) / kPanel<T>, 1,
-            end - start, LeftTiles<T>{block.e, kTileRows, 1, kSweepRows, 0}, {right, kPanel<T> * (end - start), 0},
-            true, {args.w + begin * args.columns + end, args.columns, kPanel<T>, rows, args.columns - end});
+    if (end < errors.until) {
+        multiply_panels<T>(round_up_to(rows, kTileRows) / kTileRows,
+                           round_up_to(errors.until - end, kPanel<T>) / kPanel<T>, 1, errors.depth,
+                           LeftTiles<T>{errors.first, kTileRows, 1, kSweepRows, 0},
+                           {errors.right, kPanel<T> * errors.depth, 0}, true,
+                           {args.w + begin * args.columns + end, args.columns, kPanel<T>, rows, errors.until - end});
     }
 }
 

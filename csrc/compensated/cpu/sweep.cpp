@@ -1,4 +1,6 @@
-// The entry compensated_sweep: blocks of columns one after the other, threads over rows.
+// The entry compensated_sweep: blocks of columns one after the other, threads over rows. A block's errors go to the
+// rest of its run of blocks at once, and to all columns behind the run when the run is done, so that W is read and
+// written once a run.
 #include <type_traits>
 
 #include "base/parallel.hpp"
@@ -6,6 +8,11 @@
 
 namespace onestep {
 namespace {
+
+// Columns of a run, if a block is not longer.
+constexpr int64_t kRunColumns = 256;
+// Panels that a piece of work packs.
+constexpr int64_t kPanels = 8;
 
 // The most columns of a block.
 template <class T>
@@ -15,6 +22,22 @@ int64_t widest_block(const SweepArgs<T>& args) {
         widest = std::max(widest, sweep_block_end(args, start) - start);
     }
     return widest;
+}
+
+// The end of the run that starts at a column. A grid is found from all columns of its group, which may lie behind the
+// run: groups longer than a block begin a run.
+template <class T>
+int64_t run_end(const SweepArgs<T>& args, int64_t start) {
+    const bool grids = args.bits > 0 && args.group == nullptr && args.group_size > kSweepBlock;
+    int64_t end = sweep_block_end(args, start);
+    while (end < args.columns && !(grids && end % args.group_size == 0)) {
+        const int64_t next = sweep_block_end(args, end);
+        if (next - start > kRunColumns) {
+            break;
+        }
+        end = next;
+    }
+    return end;
 }
 
 // The score up to which the elements of a block are removed; below 0: none is.
@@ -47,7 +70,9 @@ SweepPlan<T> plan(const SweepArgs<T>& args) {
     }
     const int64_t widest = widest_block(args);
     plan.pieces = {args.rows, kSweepRows};
-    plan.right = plan.layout.template add<T>("right", widest * round_up(args.columns, plan.kernels->panel));
+    plan.run_width = std::max(widest, std::min(kRunColumns, args.columns));
+    plan.right = plan.layout.template add<T>("right", plan.run_width * round_up(args.columns, plan.kernels->panel));
+    plan.errors = plan.layout.template add<T>("errors", plan.pieces.pieces() * plan.run_width * kSweepRows);
     plan.scores = plan.layout.template add<T>("scores", args.sparsity > 0.0 ? args.rows * widest : 0);
     plan.work = plan.own_layout.template add<T>("work", plan.kernels->sweep_work(widest));
     return plan;
@@ -55,22 +80,49 @@ SweepPlan<T> plan(const SweepArgs<T>& args) {
 
 template <class T>
 Status run(const SweepPlan<T>& plan, const SweepArgs<T>& args, const Workspace& workspace) {
+    const CompensatedKernels<T>& kernels = *plan.kernels;
     const int64_t n = args.columns;
     std::fill_n(args.error, args.rows, 0.0);
     T* right = workspace.get(plan.right);
+    T* errors = workspace.get(plan.errors);
     T* scores = workspace.get(plan.scores);
+    int64_t run_start = 0;
+    int64_t run_stop = 0;
     for (int64_t start = 0; start < n;) {
         const int64_t end = sweep_block_end(args, start);
-        const int64_t depth = end - start;
+        if (start == run_stop) {
+            run_start = start;
+            run_stop = run_end(args, start);
+        }
+        // The errors of this block go to the rest of the run; those of the whole run behind it.
+        const int64_t first = end < run_stop ? start : run_start;
+        const int64_t until = end < run_stop ? run_stop : n;
+        const int64_t depth = end - first;
+        const FixedCut packs{ceil_div(until - end, kernels.panel), kPanels};
+        auto pack = [&](int64_t piece) {
+            const Range columns{packs[piece].begin * kernels.panel,
+                                std::min(until - end, packs[piece].end * kernels.panel)};
+            kernels.pack_right(args.u + first * n + end + columns.begin, n, depth, columns.size(),
+                               right + columns.begin * depth);
+        };
+        Status status =
+            parallel_for(packs.pieces(),
+                         nanoseconds_of_bytes(kPanels * kernels.panel * depth * static_cast<int64_t>(sizeof(T))), pack);
+        if (status != Status::ok) {
+            return status;
+        }
         const T threshold = threshold_of(args, start, end, scores);
-        plan.kernels->pack_right(args.u + start * n + end, n, depth, n - end, right);
         auto body = [&](int64_t piece) {
             const CachedWorkspace own(plan.own_layout);
             const Range rows = plan.pieces[piece];
-            plan.kernels->sweep_block(args, rows.begin, rows.size(), start, end, threshold, right, own.get(plan.work));
+            T* of_run = errors + piece * plan.run_width * kSweepRows;
+            const SweepErrors<T> spread{of_run + (start - run_start) * kSweepRows,
+                                        of_run + (first - run_start) * kSweepRows, depth, until, right};
+            kernels.sweep_block(args, rows.begin, rows.size(), start, end, threshold, spread, own.get(plan.work));
         };
-        const Status status =
-            parallel_for(plan.pieces.pieces(), nanoseconds_of_products(kSweepRows * depth * (n - end + depth)), body);
+        status = parallel_for(
+            plan.pieces.pieces(),
+            nanoseconds_of_products(kSweepRows * (depth * (until - end) + (end - start) * (end - start))), body);
         if (status != Status::ok) {
             return status;
         }
