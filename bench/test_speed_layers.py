@@ -29,6 +29,7 @@ def chain(A: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(A)), upper=True)
 
 
+@pytest.mark.benchmark(group="layers of language models")
 @pytest.mark.parametrize("n", [1024, 2048, 4096])
 def test_inverse_cholesky(compare: Callable[..., float], n: int) -> None:
     A = gram_matrix(n)
@@ -41,7 +42,7 @@ def test_inverse_cholesky(compare: Callable[..., float], n: int) -> None:
         rounds=3,
         case=f"inverse_cholesky, n = {n}; peer: torch's cholesky, cholesky_inverse, cholesky",
         flops=2 * n**3 / 3,
-        bar=1.7,
+        goal=1.7,
         error=float(ours),
         peer_error=float(theirs),
     )
@@ -76,6 +77,7 @@ def gptq(W: Tensor, A: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     return codes, W
 
 
+@pytest.mark.benchmark(group="layers of language models")
 @pytest.mark.parametrize("n", [1024, 4096])
 def test_quantising_a_layer(compare: Callable[..., float], n: int) -> None:
     A, W = gram_matrix(n), torch.randn(n, n, generator=torch.Generator().manual_seed(1))
@@ -98,11 +100,12 @@ def test_quantising_a_layer(compare: Callable[..., float], n: int) -> None:
         lambda: gptq(W, A),
         rounds=1,
         case=f"{n} × {n} layer to 4 bits from its Gram matrix; peer: GPTQ's loop in torch",
-        bar=5 if n == 4096 else None,
+        goal=5 if n == 4096 else None,
         same_codes=same,
     )
 
 
+@pytest.mark.benchmark(group="layers of language models")
 def test_gram_of_a_layers_inputs(compare: Callable[..., float]) -> None:
     X = torch.randn(16_384, 4_096)
     compare(
@@ -111,5 +114,5 @@ def test_gram_of_a_layers_inputs(compare: Callable[..., float]) -> None:
         rounds=3,
         case="gram of 16,384 × 4,096; peer: X.T @ X",
         flops=len(X) * 4_096**2,
-        bar=1.6,
+        goal=1.6,
     )
