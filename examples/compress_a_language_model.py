@@ -51,7 +51,7 @@ class Effort:
 
 
 FULL = Effort(width=96, blocks=6, steps=500, batch=24, calibration=256, held_out=128)
-QUICK = Effort(width=32, blocks=4, steps=60, batch=16, calibration=32, held_out=32)
+QUICK = Effort(width=32, blocks=4, steps=50, batch=8, calibration=32, held_out=16)
 
 
 class Block(nn.Module):
