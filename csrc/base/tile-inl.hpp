@@ -13,6 +13,9 @@ template <class T>
 inline constexpr int kTileVectors = 3 * kLanes<T> % kTileRows == 0 ? 3 : 2;
 template <class T>
 inline constexpr int kPanel = kTileVectors<T> * kLanes<T>;
+// Loops over the rows of a tile are unrolled this often, the number in the pragmas below: accumulators of a loop that
+// is not unrolled in full live in memory, with a load and a store for each FMA.
+inline constexpr int kUnrolledRows = 16;
 
 // An operand whose elements are broadcast: element (i, p) is data[i * row + p * depth].
 template <class T>
@@ -25,6 +28,7 @@ struct Broadcast {
 // acc[i][v] += Σ_p a(i, p) · b[p * b_depth + v * lanes ...], p in [0, depth).
 template <class T, int M, int NV>
 ONESTEP_INLINE void multiply_tile(int64_t depth, Broadcast<T> a, const T* b, int64_t b_depth, Vec<T> (&acc)[M][NV]) {
+    static_assert(M <= kUnrolledRows && NV <= 4);
     const T* a_at = a.data;
     for (int64_t p = 0; p < depth; ++p) {
         Vec<T> row[NV];
@@ -32,7 +36,7 @@ ONESTEP_INLINE void multiply_tile(int64_t depth, Broadcast<T> a, const T* b, int
         for (int v = 0; v < NV; ++v) {
             row[v] = load<T>(b + v * kLanes<T>);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
             const Vec<T> scale = broadcast<T>(a_at[i * a.row]);
 #pragma GCC unroll 4
@@ -50,7 +54,7 @@ template <class T, int M, int NV, int Sign>
 ONESTEP_INLINE void update_tile(int64_t depth, Broadcast<T> a, const T* b, int64_t b_depth, T* c, int64_t c_row) {
     Vec<T> acc[M][NV] = {};
     multiply_tile<T, M, NV>(depth, a, b, b_depth, acc);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {

@@ -13,19 +13,33 @@ using namespace onestep::ONESTEP_NS;
 template <class T>
 inline void pack_columns(const Matrix<const T>& from, int64_t begin, int64_t rows, int64_t first, int64_t count,
                          T* packed) {
-    const int64_t panel = kPanel<T>;
+    constexpr int64_t panel = kPanel<T>;
     const T* source = from.data + begin * from.row;
     if (from.col == 1) {
+        const int64_t within = first % panel;
+        const int64_t head = within == 0 ? 0 : minimum(panel - within, count);  // up to the first whole panel
+        const int64_t whole = head + (count - head) / panel * panel;
+        const int64_t vectors = whole + (count - whole) / kLanes<T> * kLanes<T>;
+        T* start = packed + first / panel * kBlockRows * panel + within;
+        T* next = packed + (first + head) / panel * kBlockRows * panel;
         for (int64_t p = 0; p < rows; ++p) {
             const T* row = source + p * from.row;
-            for (int64_t c = first; c < first + count;) {
-                const int64_t within = c % panel;
-                const int64_t run = minimum(panel - within, first + count - c);
-                T* to = packed + (c / panel) * kBlockRows * panel + p * panel + within;
-                for (int64_t j = 0; j < run; ++j) {
-                    to[j] = row[c - first + j];
+            for (int64_t j = 0; j < head; ++j) {
+                start[p * panel + j] = row[j];
+            }
+            T* to = next + p * panel;
+            for (int64_t c = head; c < whole; c += panel) {
+#pragma GCC unroll 3
+                for (int v = 0; v < kTileVectors<T>; ++v) {
+                    store<T>(to + v * kLanes<T>, load<T>(row + c + v * kLanes<T>));
                 }
-                c += run;
+                to += kBlockRows * panel;
+            }
+            for (int64_t c = whole; c < vectors; c += kLanes<T>) {
+                store<T>(to + c - whole, load<T>(row + c));
+            }
+            for (int64_t c = vectors; c < count; ++c) {
+                to[c - whole] = row[c];
             }
         }
         return;
@@ -60,6 +74,33 @@ inline void shift_and_scale(const RowsArgs<T>& args, int64_t begin, int64_t rows
     }
 }
 
+// c += the products of the first `height` columns of Z with those of panel q, over a block of packed rows. Vectors that
+// lie below the diagonal or past the last column are left out: they stay 0.
+template <class T>
+inline void gram_panel(const T* packed, int64_t rows, int64_t q, int64_t height, int64_t columns, T* c, int64_t ld) {
+    constexpr int64_t lanes = kLanes<T>;
+    constexpr int64_t panel = kPanel<T>;
+    const T* b = packed + q * kBlockRows * panel;
+    const int64_t end = minimum(kTileVectors<T>, (columns - q * panel + lanes - 1) / lanes);
+    const auto first_vector = [&](int64_t i) { return maximum(0, i - q * panel) / lanes; };
+    for (int64_t i = 0; i < height; i += kTileRows) {
+        const int64_t v = first_vector(i);
+        const Broadcast<T> a = {packed + (i / panel) * kBlockRows * panel + i % panel, 1, panel};
+        T* to = c + i * ld + v * lanes;
+        if (end - v >= 3) {
+            update_tile<T, kTileRows, 3, 1>(rows, a, b + v * lanes, panel, to, ld);
+        } else if (end - v == 2) {
+            update_tile<T, kTileRows, 2, 1>(rows, a, b + v * lanes, panel, to, ld);
+        } else if (i + kTileRows < height && (i + kTileRows) % panel != 0 && first_vector(i + kTileRows) == v) {
+            // One vector: with twice the rows, since fewer accumulators would not hide the latency of an FMA.
+            update_tile<T, 2 * kTileRows, 1, 1>(rows, a, b + v * lanes, panel, to, ld);
+            i += kTileRows;
+        } else {
+            update_tile<T, kTileRows, 1, 1>(rows, a, b + v * lanes, panel, to, ld);
+        }
+    }
+}
+
 template <class T>
 inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, int64_t first, int64_t last, T* packed, T* c,
                       int64_t ld) {
@@ -88,12 +129,7 @@ inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, int64
             shift_and_scale<T>(args, block, rows, last, packed);
         }
         for (int64_t q = first; q < last; ++q) {
-            const T* b = packed + q * kBlockRows * panel;
-            for (int64_t i = 0; i < minimum(features, (q + 1) * panel); i += kTileRows) {
-                const T* a = packed + (i / panel) * kBlockRows * panel + i % panel;
-                update_tile<T, kTileRows, kTileVectors<T>, 1>(rows, {a, 1, panel}, b, panel,
-                                                              c + i * ld + (q - first) * panel, ld);
-            }
+            gram_panel<T>(packed, rows, q, minimum(features, (q + 1) * panel), columns, c + (q - first) * panel, ld);
         }
     }
 }

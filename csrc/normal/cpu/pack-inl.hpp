@@ -81,6 +81,39 @@ inline void load_lanes(const PackOperand<T>& from, int64_t offset, int64_t strid
     }
 }
 
+// rows × cols that follow each other in every lane's matrix, loaded as one run: whole vectors, whatever row they are
+// of.
+template <class T>
+inline void load_run(const PackOperand<T>& from, int64_t offset, int64_t rows, int64_t cols, Vec<T>* to,
+                     int64_t width) {
+    const int64_t whole = rows * cols / kLanes<T> * kLanes<T>;
+    int64_t c = 0;
+    for (int64_t e = 0; e < whole; e += kLanes<T>) {
+        Vec<T> square[kLanes<T>];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+            square[lane] = load<T>(from.data[lane] + offset + e);
+        }
+        transpose<T>(square);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+            to[c] = square[lane];
+            if (++c == cols) {
+                c = 0;
+                to += width;
+            }
+        }
+    }
+    // What is left is the end of the last rows, element by element.
+    for (int64_t e = whole; e < rows * cols; ++e) {
+        load_lanes<T>(from, offset + e, 1, 1, to + c, 1);
+        if (++c == cols) {
+            c = 0;
+            to += width;
+        }
+    }
+}
+
 // A block of rows × cols from every lane's matrix, read along whichever stride is 1.
 template <class T>
 inline void load_block(const PackOperand<T>& from, int64_t first_row, int64_t rows, int64_t cols, Vec<T>* to,
@@ -91,6 +124,8 @@ inline void load_block(const PackOperand<T>& from, int64_t first_row, int64_t ro
         for (int64_t c = 0; c < cols; ++c) {
             load_lanes<T>(from, first_row * row + c * col, row, rows, to + c, width);
         }
+    } else if (col == 1 && row == cols && cols % kLanes<T> != 0) {
+        load_run<T>(from, first_row * row, rows, cols, to, width);
     } else {
         for (int64_t r = 0; r < rows; ++r) {
             load_lanes<T>(from, (first_row + r) * row, col, cols, to + r * width, 1);
