@@ -280,6 +280,17 @@ struct AmxResult {
         return i + kAmxBlock <= product.rows && j + kAmxBlock <= product.columns;
     }
 
+    // Asks for a tile's cache lines to write to: large results lie in memory, where the products would wait for them.
+    ONESTEP_INLINE void ask(int64_t i, int64_t j) const {
+        if (whole(i, j)) {
+            const float* first = at(i, j);
+#pragma GCC unroll 16
+            for (int64_t row = 0; row < kAmxBlock; ++row) {
+                __builtin_prefetch(first + row * product.row, 1);
+            }
+        }
+    }
+
     template <int Tile>
     ONESTEP_INLINE void start(AmxTiles& tiles, int64_t i, int64_t j) const {
         if (accumulate && whole(i, j)) {
@@ -313,6 +324,14 @@ ONESTEP_INLINE void amx_multiply_tiles(AmxTiles& tiles, int64_t i, int64_t j, in
     constexpr int64_t kRowBytes = kAmxStep * static_cast<int64_t>(sizeof(BFloat16));
     const int64_t row = i * kAmxBlock;
     const int64_t column = j * kAmxBlock;
+    // Tiles that are overwritten are needed at the end of this product, those that are added to at the start of the
+    // next one below.
+    const int64_t asked = result.accumulate ? row + R * kAmxBlock : row;
+    for (int64_t below = 0; below < R; ++below) {
+        for (int64_t beside = 0; beside < C; ++beside) {
+            result.ask(asked + below * kAmxBlock, column + beside * kAmxBlock);
+        }
+    }
     result.start<0>(tiles, row, column);
     if constexpr (C == 2) {
         result.start<1>(tiles, row, column + kAmxBlock);

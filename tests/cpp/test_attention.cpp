@@ -399,6 +399,33 @@ void test_one_key(Half half) {
     }
 }
 
+// Values where the largest score rises from square to square by more than the lazy maximum allows, and where the scale
+// turns the order of scores round.
+void test_scales() {
+    std::mt19937 random(5);
+    for (const float scale : {6.0F, -0.7F}) {
+        for (const MaskKind mask : {MaskKind::none, MaskKind::additive}) {
+            Inputs<float> in(random, {1, 1, 1, 65, 321, 16, 16, mask, Layout::rows, Half::operands});
+            in.args.scale = scale;
+            Results<float> expected;
+            Results<float> got;
+            for (Results<float>* results : {&expected, &got}) {
+                results->out.resize(65 * 16);
+                results->lse.resize(65);
+                AttentionArgs<float> args = in.args;
+                args.out = results->out.data();
+                args.lse = results->lse.data();
+                const Status status =
+                    results == &expected ? reference::attention_forward(args) : attention_forward(args);
+                check(status == Status::ok, in.c.name());
+            }
+            const std::string name = in.c.name() + " scale " + std::to_string(scale);
+            check(difference(got.out, expected.out, 1.0) <= 0x1p-14, name + " out");
+            check(difference(got.lse, expected.lse, 1.0) <= 1e-6, name + " lse");
+        }
+    }
+}
+
 // The amx target has kernels of its own for bfloat16 alone.
 template <class T>
 void test_wide() {
@@ -411,6 +438,7 @@ void test_wide() {
 void test_half() {
     test<float>(Half::operands);
     test_one_key<float>(Half::operands);
+    test_scales();
     if (active_target() == Target::amx) {
         test_one_key<float>(Half::primal);
         test_tiles();

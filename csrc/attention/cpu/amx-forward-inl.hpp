@@ -38,6 +38,8 @@ inline void bfloat16_forward(const AttentionHead<float>& head, int64_t begin, in
     const Planes q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
     Work<float> inner = work;
     Planes k, vt;
+    // A scale that is not positive does not keep the order of scores: it multiplies them before their maximum is taken.
+    const bool late_scale = head.scale > 0.0F;
     const auto pack = [&](int64_t j, int64_t keys) {
         inner = work;
         k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
@@ -50,8 +52,11 @@ inline void bfloat16_forward(const AttentionHead<float>& head, int64_t begin, in
         PlaneProducts s(head.d);
         s.add(k, q.from_block(i / kAmxBlock));
         multiply_planes<false>(tiles, whole_blocks(keys), width, s, scores, width);
-        scale_tile(keys * width, head.scale, scores);
-        add_to_softmax<float>(head, begin + i, queries, j, keys, width, scores, mask, rows_state);
+        if (!late_scale) {
+            scale_tile(keys * width, head.scale, scores);
+        }
+        add_to_softmax<float, true>(head, begin + i, queries, j, keys, width, late_scale ? head.scale : 1.0F, scores,
+                                    mask, rows_state);
         clear(scores + keys * width, (whole_steps(keys) - keys) * width);
         if (j > 0) {
             decay_sums(head.dv, width, rows_state.decay, sums + i, ld);

@@ -237,6 +237,9 @@ ONESTEP_INLINE void turn(const float* from, int64_t from_row, int64_t rows, int6
 inline void decay_sums(int64_t rows, int64_t cols, const float* decay, float* sums, int64_t ld) {
     for (int64_t c = 0; c < cols; c += kLanes<float>) {
         const Vec<float> factor = load<float>(decay + c);
+        if (!any_bits(reinterpret_cast<AmxWords>(factor) ^ reinterpret_cast<AmxWords>(broadcast<float>(1.0F)))) {
+            continue;  // as almost always, see kLazyMaximum
+        }
         for (int64_t r = 0; r < rows; ++r) {
             float* at = sums + r * ld + c;
             store<float>(at, load<float>(at) * factor);

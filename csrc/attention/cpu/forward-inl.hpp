@@ -26,47 +26,59 @@ struct SoftmaxRows {
     T *top, *sum, *decay;
 };
 
-// Online softmax over one more tile (Milakov and Gimelshein 2018): replaces scores by exp(S − top) and updates
-// `state`.
-template <class T, bool Masked>
-inline void softmax_step(int64_t keys, int64_t width, T* scores, const T* mask, const SoftmaxRows<T>& state) {
+// With Lazy, sums of exp(S − top) may grow by e to this power before they have to be multiplied by a decay: far from
+// overflow, and rare.
+inline constexpr int kLazyMaximum = 8;
+
+// Online softmax over one more tile (Milakov and Gimelshein 2018): scores times `scale` become exp(S − top), and
+// `state` is brought up to date. Lazy: `top` follows only a maximum that exceeds it by more than kLazyMaximum, so that
+// the decay is 1 almost always. A scale other than 1 is positive.
+template <class T, bool Masked, bool Lazy>
+inline void softmax_step(int64_t keys, int64_t width, T scale, T* scores, const T* mask, const SoftmaxRows<T>& state) {
     const Vec<T> hidden = broadcast<T>(-static_cast<T>(__builtin_inf()));
     for (int64_t v = 0; v < width; v += kLanes<T>) {
         const Vec<T> old = load<T>(state.top + v);
-        Vec<T> most = old;
+        Vec<T> most = hidden;
         for (int64_t j = 0; j < keys; ++j) {
             T* at = scores + j * width + v;
             Vec<T> x = load<T>(at);
             if constexpr (Masked) {
-                x += load<T>(mask + j * width + v);
+                x = x * scale + load<T>(mask + j * width + v);
                 store<T>(at, x);
             }
             most = maximum_lanes<T>(most, x);
         }
+        if constexpr (!Masked) {
+            most *= scale;
+        }
+        const Vec<T> slack = broadcast<T>(Lazy ? T(kLazyMaximum) : T(0));
+        const Mask<T> raised = most > old + slack;
+        most = raised ? most : old;
         const Vec<T> shift = most == hidden ? Vec<T>{} : most;
+        const T factor = Masked ? T(1) : scale;
         Vec<T> total = {};
         for (int64_t j = 0; j < keys; ++j) {
             T* at = scores + j * width + v;
-            const Vec<T> p = exp_lanes<T>(load<T>(at) - shift);
+            const Vec<T> p = exp_lanes<T>(load<T>(at) * factor - shift);
             store<T>(at, p);
             total += p;
         }
-        const Vec<T> factor = exp_lanes<T>(old - shift);
+        const Vec<T> decay = raised ? exp_lanes<T>(old - shift) : broadcast<T>(T(1));
         store<T>(state.top + v, most);
-        store<T>(state.sum + v, load<T>(state.sum + v) * factor + total);
-        store<T>(state.decay + v, factor);
+        store<T>(state.sum + v, load<T>(state.sum + v) * decay + total);
+        store<T>(state.decay + v, decay);
     }
 }
 
 // softmax_step for the keys [j, j + keys), with the mask if there is one.
-template <class T>
+template <class T, bool Lazy = false>
 inline void add_to_softmax(const AttentionHead<T>& head, int64_t begin, int64_t rows, int64_t j, int64_t keys,
-                           int64_t width, T* scores, const MaskTile<T>& mask, const SoftmaxRows<T>& state) {
+                           int64_t width, T scale, T* scores, const MaskTile<T>& mask, const SoftmaxRows<T>& state) {
     if (is_masked<T>(head, begin, j, keys)) {
         pack_mask_columns<T>(head, begin, j, rows, keys, mask.columns, width, mask.rows);
-        softmax_step<T, true>(keys, width, scores, mask.columns, state);
+        softmax_step<T, true, Lazy>(keys, width, scale, scores, mask.columns, state);
     } else {
-        softmax_step<T, false>(keys, width, scores, nullptr, state);
+        softmax_step<T, false, Lazy>(keys, width, scale, scores, nullptr, state);
     }
 }
 
@@ -332,7 +344,7 @@ inline void forward_rows(const AttentionHead<T>& head, int64_t begin, int64_t ro
             multiply_score_tangents<T>(head, keys, width, operands, score_tangents);
             add_mask_tangent<T>(head, begin, rows, j, keys, width, mask, score_tangents);
         }
-        add_to_softmax<T>(head, begin, rows, j, keys, width, scores, mask, state);
+        add_to_softmax<T>(head, begin, rows, j, keys, width, T(1), scores, mask, state);
         if (j > 0) {
             decay_rows<T>(rows, v_row, state.decay, sums);
         }
