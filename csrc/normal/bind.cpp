@@ -69,6 +69,32 @@ void bind_solve_normal(const Operand& x, const Operand& y, const Operand& weight
 }
 
 template <class T>
+void bind_solve_segments(const Operand& x, const Operand& y, Address offsets, Address indices, const Operand& weight,
+                         const Operand& base, const Operand& ridge, double uniform_ridge, int64_t segments,
+                         int64_t entries, int64_t rows, int64_t d, int64_t k, Address solution, Address factor,
+                         Address info) {
+    const BatchShape single;
+    SolveSegmentsArgs<T> args;
+    args.segments = segments;
+    args.entries = entries;
+    args.rows = rows;
+    args.d = d;
+    args.k = k;
+    args.offsets = bindings::pointer<const int64_t>(offsets);
+    args.indices = bindings::pointer<const int64_t>(indices);
+    args.x = bindings::batched<const T>(x, 2).at(single, 0);
+    args.y = bindings::batched<const T>(y, 2).at(single, 0);
+    args.weight = bindings::batched<const T>(weight, 1).at(single, 0);
+    args.base = bindings::batched<const T>(base, 2).at(single, 0);
+    args.ridge = bindings::batched<const T>(ridge, 2).at(single, 0);
+    args.uniform_ridge = uniform_ridge;
+    args.solution = bindings::pointer<T>(solution);
+    args.factor = bindings::pointer<T>(factor);
+    args.info = bindings::pointer<int32_t>(info);
+    bindings::run([&] { return solve_segments(args); });
+}
+
+template <class T>
 void bind_solve_normal_backward(const Operand& grad, const Operand& x, const Operand& y, const Operand& weight,
                                 const Operand& solution, const Operand& factor, const Operand& info,
                                 const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k, Address grad_x,
@@ -142,6 +168,10 @@ void register_functions(py::module_& module, const std::string& suffix) {
                py::arg("ridge"), py::arg("uniform_ridge"), py::arg("batch"), py::arg("n"), py::arg("d"), py::arg("k"),
                py::arg("refine"), py::arg("jitter"), py::arg("solution"), py::arg("factor"), py::arg("info"),
                py::arg("rcond"), py::arg("jittered"));
+    module.def(("solve_segments_" + suffix).c_str(), bind_solve_segments<T>, py::arg("x"), py::arg("y"),
+               py::arg("offsets"), py::arg("indices"), py::arg("weight"), py::arg("base"), py::arg("ridge"),
+               py::arg("uniform_ridge"), py::arg("segments"), py::arg("entries"), py::arg("rows"), py::arg("d"),
+               py::arg("k"), py::arg("solution"), py::arg("factor"), py::arg("info"));
     module.def(("solve_normal_backward_" + suffix).c_str(), bind_solve_normal_backward<T>, py::arg("grad"),
                py::arg("x"), py::arg("y"), py::arg("weight"), py::arg("solution"), py::arg("factor"), py::arg("info"),
                py::arg("batch"), py::arg("n"), py::arg("d"), py::arg("k"), py::arg("grad_x"), py::arg("grad_y"),

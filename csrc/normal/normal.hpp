@@ -71,6 +71,26 @@ struct SolveNormalArgs {
 template <class T>
 Status solve_normal(SolveNormalArgs<T> args);
 
+// Ragged problems: problem b has the entries e from offsets[b] to offsets[b + 1], and entry e the row i(e) of X:
+// W_b = (Σ w_e x_i(e) x_i(e)ᵀ + ½(base + baseᵀ) + diag(ridge_b))⁻¹ Σ w_e x_i(e) y_eᵀ. Offsets and indices are in range.
+template <class T>
+struct SolveSegmentsArgs {
+    int64_t segments = 0, entries = 0, rows = 0, d = 0, k = 0;
+    const int64_t* offsets = nullptr;  // segments + 1: from 0 to entries, none less than the one before
+    const int64_t* indices = nullptr;  // entries: the rows of X; null: i(e) = e
+    Matrix<const T> x;                 // rows × d
+    Matrix<const T> y;                 // entries × k
+    Matrix<const T> weight;            // entries (row stride), or null for ones
+    Matrix<const T> base;              // d × d, or null for zeros
+    Matrix<const T> ridge;             // segments × d, or null for uniform_ridge
+    double uniform_ridge = 0.0;
+    T* solution = nullptr;    // segments × d × k; NaN where it failed
+    T* factor = nullptr;      // segments × d × d, U; may be null
+    int32_t* info = nullptr;  // segments
+};
+template <class T>
+Status solve_segments(const SolveSegmentsArgs<T>& args);
+
 // Gradients of W for the cotangent `grad`: V = A⁻¹ grad, E = Y − XW,
 // ∂X = D(EVᵀ − XVWᵀ), ∂Y = DXV, ∂weight = rowsum(XV∘E), ∂ridge = −rowsum(V∘W); zeros where info ≠ 0.
 template <class T>
@@ -138,6 +158,8 @@ template <class T>
 Status moments(const MomentsArgs<T>& args);
 template <class T>
 Status solve_normal(SolveNormalArgs<T> args);
+template <class T>
+Status solve_segments(const SolveSegmentsArgs<T>& args);
 template <class T>
 Status solve_normal_backward(const SolveNormalBackwardArgs<T>& args);
 template <class T>

@@ -255,6 +255,49 @@ Status solve_normal(SolveNormalArgs<T> args) {
 }
 
 template <class T>
+Status solve_segments(const SolveSegmentsArgs<T>& args) {
+    const int64_t d = args.d;
+    const int64_t k = args.k;
+    for (int64_t segment = 0; segment < args.segments; ++segment) {
+        Dense<T> a(static_cast<size_t>(d * d), T(0));
+        Dense<T> z(static_cast<size_t>(d * k), T(0));
+        Dense<T> floor(static_cast<size_t>(d));
+        for (int64_t i = 0; i < d; ++i) {
+            for (int64_t j = 0; j < d && args.base.data != nullptr; ++j) {
+                a[i * d + j] = (at(args.base, i, j) + at(args.base, j, i)) / 2;
+            }
+            a[i * d + i] +=
+                args.ridge.data != nullptr ? at(args.ridge, segment, i) : static_cast<T>(args.uniform_ridge);
+        }
+        for (int64_t e = args.offsets[segment]; e < args.offsets[segment + 1]; ++e) {
+            const int64_t row = args.indices != nullptr ? args.indices[e] : e;
+            for (int64_t i = 0; i < d; ++i) {
+                const T scaled = weight_of(args.weight, e) * at(args.x, row, i);
+                for (int64_t j = 0; j < d; ++j) {
+                    a[i * d + j] += scaled * at(args.x, row, j);
+                }
+                for (int64_t c = 0; c < k; ++c) {
+                    z[i * k + c] += scaled * at(args.y, e, c);
+                }
+            }
+        }
+        for (int64_t i = 0; i < d; ++i) {
+            floor[i] = std::max(T(0), a[i * d + i] * (kSingularEpsilons * std::numeric_limits<T>::epsilon()));
+        }
+        const int32_t failed = factor(a, d, floor);
+        if (failed == 0) {
+            solve(a.data(), d, 1, d, k, z.data());
+        }
+        const bool good = write_solution(z, failed != 0, args.solution + segment * d * k);
+        args.info[segment] = failed != 0 ? failed : good ? 0 : static_cast<int32_t>(d + 1);
+        if (args.factor != nullptr) {
+            write_factor(a, d, failed != 0, args.factor + segment * d * d);
+        }
+    }
+    return Status::ok;
+}
+
+template <class T>
 Status solve_normal_backward(const SolveNormalBackwardArgs<T>& args) {
     const int64_t n = args.n;
     const int64_t d = args.d;
@@ -376,6 +419,7 @@ Status cholesky_solve(const CholeskySolveArgs<T>& args) {
     template Status gram<T>(const GramArgs<T>&);                                 \
     template Status moments<T>(const MomentsArgs<T>&);                           \
     template Status solve_normal<T>(SolveNormalArgs<T>);                         \
+    template Status solve_segments<T>(const SolveSegmentsArgs<T>&);              \
     template Status solve_normal_backward<T>(const SolveNormalBackwardArgs<T>&); \
     template Status solve_spd<T>(const SolveSpdArgs<T>&);                        \
     template Status cholesky<T>(const CholeskyArgs<T>&);                         \

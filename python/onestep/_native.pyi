@@ -61,6 +61,27 @@ def solve_normal_f32(
 
 solve_normal_f64 = solve_normal_f32
 
+def solve_segments_f32(
+    x: _Operand,
+    y: _Operand,
+    offsets: int,
+    indices: int,
+    weight: _Operand,
+    base: _Operand,
+    ridge: _Operand,
+    uniform_ridge: float,
+    segments: int,
+    entries: int,
+    rows: int,
+    d: int,
+    k: int,
+    solution: int,
+    factor: int,
+    info: int,
+) -> None: ...
+
+solve_segments_f64 = solve_segments_f32
+
 def solve_normal_backward_f32(
     grad: _Operand,
     x: _Operand,

@@ -275,6 +275,131 @@ void test_isolation(const char* type) {
     }
 }
 
+// Ragged problems of n = 0, 1, 2, ... rows, around the number of features too; every third row of X is named twice.
+template <class T>
+struct Segments {
+    SolveSegmentsArgs<T> args;
+    std::vector<int64_t> offsets{0}, indices;
+    std::vector<T> base;
+    Table<T> x, y, weight, ridge;
+
+    Segments(std::mt19937& random, const std::vector<int64_t>& lengths, int64_t d, int64_t k, bool gathers,
+             typename Table<T>::Layout layout)
+        : x(random, 1, 0, d, layout), y(x), weight(x), ridge(x) {
+        for (const int64_t length : lengths) {
+            offsets.push_back(offsets.back() + length);
+        }
+        args.segments = static_cast<int64_t>(lengths.size());
+        args.entries = offsets.back();
+        args.rows = gathers ? args.entries * 2 / 3 + 1 : args.entries;
+        args.d = d;
+        args.k = k;
+        for (int64_t e = 0; e < args.entries; ++e) {
+            indices.push_back(e * 7 % args.rows);
+        }
+        x = Table<T>(random, 1, args.rows, d, layout);
+        y = Table<T>(random, 1, args.entries, k, layout);
+        weight = Table<T>(random, 1, args.entries, 1, layout, T(0.1));
+        ridge = Table<T>(random, 1, args.segments, d, layout, T(0.5));
+        base.resize(static_cast<size_t>(d * d));
+        for (int64_t i = 0; i < d; ++i) {
+            for (int64_t j = 0; j < d; ++j) {  // not symmetric: the mean of both triangles counts
+                base[i * d + j] = i == j ? T(3) : T(0.5) / static_cast<T>(d) * static_cast<T>(i < j ? 1 : -0.5);
+            }
+        }
+        const BatchShape single;
+        args.offsets = offsets.data();
+        args.indices = gathers ? indices.data() : nullptr;
+        args.x = x.view.at(single, 0);
+        args.y = y.view.at(single, 0);
+        args.weight = weight.view.at(single, 0);
+        args.base = {base.data(), d, 1};
+        args.ridge = ridge.view.at(single, 0);
+    }
+
+    Results<T> run(bool tuned, bool factors) {
+        Results<T> out;
+        out.solution.resize(static_cast<size_t>(args.segments * args.d * args.k));
+        out.factor.resize(static_cast<size_t>(factors ? args.segments * args.d * args.d : 0));
+        out.info.resize(static_cast<size_t>(args.segments));
+        args.solution = out.solution.data();
+        args.factor = factors ? out.factor.data() : nullptr;
+        args.info = out.info.data();
+        if (tuned) {
+            attempt("solve_segments", [&] { return solve_segments(args); });
+        } else {
+            check(reference::solve_segments(args) == Status::ok, "reference");
+        }
+        return out;
+    }
+
+    void compare(const std::string& name) {
+        for (const bool factors : {false, true}) {
+            const Results<T> expected = run(false, factors);
+            const Results<T> got = run(true, factors);
+            check(difference(got.solution, expected.solution) <= tolerance<T>(50.0), name + " solution");
+            check(difference(got.factor, expected.factor) <= tolerance<T>(50.0), name + " factor");
+            check(identical(got.info, expected.info), name + " info");
+            set_parallel_for(three_threads);
+            const Results<T> threaded = run(true, factors);
+            set_parallel_for(nullptr);
+            check(identical(threaded.solution, got.solution) && identical(threaded.factor, got.factor),
+                  name + " with threads: not bitwise the same");
+        }
+    }
+};
+
+// The lengths of problems around d, many short ones among them so that the dual form pays.
+inline std::vector<int64_t> lengths_around(int64_t d) {
+    std::vector<int64_t> lengths = {0, 3 * d, d, std::max<int64_t>(d - 1, 0), d + 1, 0};
+    for (int64_t problem = 0; problem < 12; ++problem) {
+        lengths.push_back(problem * d / 12);
+    }
+    return lengths;
+}
+
+template <class T>
+void test_segments(const char* type) {
+    std::mt19937 random(4);
+    using Layout = typename Table<T>::Layout;
+    for (const int64_t d : {1, 7, 25, 48, 130}) {
+        for (const Layout layout : {Layout::rows, Layout::columns, Layout::strided}) {
+            if (layout != Layout::rows && d > 25) {
+                continue;
+            }
+            const int64_t k = d % 3 + 1;
+            const std::string name = std::string(type) + " segments d" + std::to_string(d) + " layout " +
+                                     std::to_string(static_cast<int>(layout));
+            Segments<T> gathered(random, lengths_around(d), d, k, true, layout);
+            gathered.compare(name + " ridge of each");
+            gathered.args.ridge.row = 0;  // one ridge for all: the dual form
+            gathered.compare(name + " ridge");
+            gathered.args.ridge = {};
+            gathered.args.weight = {};
+            gathered.compare(name + " base alone");
+            Segments<T> in_order(random, lengths_around(d), d, k, false, layout);
+            in_order.args.base = in_order.args.ridge = {};
+            in_order.args.uniform_ridge = 0.5;
+            in_order.compare(name + " uniform ridge");
+        }
+    }
+    Segments<T>(random, {3, 8200, 5, 12300, 2}, 5, 1, true, Layout::rows).compare(std::string(type) + " long segments");
+    // Bad rows of a dual problem and of a primal one fail these two alone.
+    Segments<T> in(random, lengths_around(20), 20, 1, false, Layout::rows);
+    in.args.ridge.row = 0;
+    const Results<T> clean = in.run(true, false);
+    in.x.data[static_cast<size_t>(in.offsets[1] * 20 + 4)] = std::numeric_limits<T>::quiet_NaN();
+    in.x.data[static_cast<size_t>(in.offsets[16] * 20 + 4)] = std::numeric_limits<T>::quiet_NaN();
+    in.y.data[static_cast<size_t>(in.offsets[15])] = std::numeric_limits<T>::infinity();
+    const Results<T> got = in.run(true, false);
+    for (int64_t segment = 0; segment < in.args.segments; ++segment) {
+        const int32_t expected = segment == 1 || segment == 16 ? 5 : segment == 15 ? 21 : 0;
+        check(got.info[segment] == expected, std::string(type) + " segments: info " + std::to_string(segment));
+        const bool same = std::memcmp(&got.solution[segment * 20], &clean.solution[segment * 20], 20 * sizeof(T)) == 0;
+        check(same == (expected == 0), std::string(type) + " segments: isolation " + std::to_string(segment));
+    }
+}
+
 // Every allocation fails once, and every parallel loop: packs, one problem, rows in pieces and groups of columns, a
 // factorisation that is shared among threads, refinement.
 template <class T>
@@ -288,6 +413,8 @@ void test_faults(const char* type) {
             compare(Inputs<T>(random, size, Table<T>::Layout::rows, refine), std::string(type) + " faults");
         }
     }
+    Segments<T>(random, lengths_around(9), 9, 2, true, Table<T>::Layout::rows).compare("segments faults");
+    Segments<T>(random, {8200, 2}, 3, 1, false, Table<T>::Layout::rows).compare("long segments faults");
     // Singular matrices that get jitter, in a pack and alone.
     for (const int64_t d : {3, 40}) {
         const std::vector<T> x(static_cast<size_t>(20 * d), T(1));
@@ -319,6 +446,8 @@ int main(int argc, char** argv) {
           [] { check(select_target("no such target") == SelectResult::unknown, "select_target of an unknown name"); }},
          {"sizes_fp32", [] { test_sizes<float>("fp32"); }},
          {"sizes_fp64", [] { test_sizes<double>("fp64"); }},
+         {"segments_fp32", [] { test_segments<float>("fp32"); }},
+         {"segments_fp64", [] { test_segments<double>("fp64"); }},
          {"isolation_fp32", [] { test_isolation<float>("fp32"); }},
          {"isolation_fp64", [] { test_isolation<double>("fp64"); }},
          {"faults_fp32", [] { test_faults<float>("fp32"); }, Where::first_target},

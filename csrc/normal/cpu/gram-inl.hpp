@@ -8,13 +8,19 @@ namespace onestep::normal::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
+// Rows that are asked for ahead where they do not follow each other.
+inline constexpr int64_t kRowsAhead = 8;
+
 // Copies columns [first, first + count) of Z from `from` into panels: element (p, c) goes to
-// packed[c / panel][p][c % panel]. The inner loop runs along the stride that is 1, if there is one.
+// packed[c / panel][p][c % panel]. Row p of Z is row begin + p of `from`, or row index[begin + p]. The inner loop runs
+// along the stride that is 1, if there is one.
 template <class T>
-inline void pack_columns(const Matrix<const T>& from, int64_t begin, int64_t rows, int64_t first, int64_t count,
-                         T* packed) {
+inline void pack_columns(const Matrix<const T>& from, const int64_t* index, int64_t begin, int64_t rows, int64_t first,
+                         int64_t count, T* packed) {
     constexpr int64_t panel = kPanel<T>;
-    const T* source = from.data + begin * from.row;
+    const auto row_of = [&](int64_t p) {
+        return from.data + (index != nullptr ? index[begin + p] : begin + p) * from.row;
+    };
     if (from.col == 1) {
         const int64_t within = first % panel;
         const int64_t head = within == 0 ? 0 : minimum(panel - within, count);  // up to the first whole panel
@@ -23,7 +29,13 @@ inline void pack_columns(const Matrix<const T>& from, int64_t begin, int64_t row
         T* start = packed + first / panel * kBlockRows * panel + within;
         T* next = packed + (first + head) / panel * kBlockRows * panel;
         for (int64_t p = 0; p < rows; ++p) {
-            const T* row = source + p * from.row;
+            const T* row = row_of(p);
+            if (index != nullptr) {  // such rows lie anywhere: they are asked for ahead
+                const auto next = reinterpret_cast<const char*>(row_of(minimum(p + kRowsAhead, rows - 1)));
+                for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) {
+                    __builtin_prefetch(next + byte);
+                }
+            }
             for (int64_t j = 0; j < head; ++j) {
                 start[p * panel + j] = row[j];
             }
@@ -45,10 +57,9 @@ inline void pack_columns(const Matrix<const T>& from, int64_t begin, int64_t row
         return;
     }
     for (int64_t c = first; c < first + count; ++c) {
-        const T* column = source + (c - first) * from.col;
         T* to = packed + (c / panel) * kBlockRows * panel + c % panel;
         for (int64_t p = 0; p < rows; ++p) {
-            to[p * panel] = column[p * from.row];
+            to[p * panel] = row_of(p)[(c - first) * from.col];
         }
     }
 }
@@ -115,7 +126,7 @@ inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, int64
     }
     for (int64_t block = begin; block < end; block += kBlockRows) {
         const int64_t rows = minimum(kBlockRows, end - block);
-        pack_columns<T>(args.x, block, rows, 0, minimum(args.d, needed), packed);
+        pack_columns<T>(args.x, args.index, block, rows, 0, minimum(args.d, needed), packed);
         if (args.ones && args.d < needed) {
             T* ones = packed + (args.d / panel) * kBlockRows * panel + args.d % panel;
             for (int64_t p = 0; p < rows; ++p) {
@@ -123,7 +134,7 @@ inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, int64
             }
         }
         if (features < needed) {
-            pack_columns<T>(args.y, block, rows, features, needed - features, packed);
+            pack_columns<T>(args.y, nullptr, block, rows, features, needed - features, packed);
         }
         if (args.weight.data != nullptr || args.shift != nullptr) {
             shift_and_scale<T>(args, block, rows, last, packed);

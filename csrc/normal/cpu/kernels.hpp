@@ -31,8 +31,18 @@ struct RowsArgs {
     bool ones = false;
     Matrix<const T> x;
     Matrix<const T> y;
-    Matrix<const T> weight;    // null data: ones
-    const T* shift = nullptr;  // one per column of Z, padded to whole panels; or null
+    Matrix<const T> weight;          // null data: ones
+    const T* shift = nullptr;        // one per column of Z, padded to whole panels; or null
+    const int64_t* index = nullptr;  // the row of x that each row has; null: x is in order
+};
+
+// Rows of `ld` elements, whole vectors, that the entries of ragged problems name.
+template <class T>
+struct SegmentRows {
+    const T* data = nullptr;
+    int64_t ld = 0;
+    int64_t entries = 0;
+    const int64_t* index = nullptr;  // null: entry e names row e
 };
 
 // An operand of a pack: a matrix per lane, all with the same strides.
@@ -116,6 +126,13 @@ struct NormalKernels {
     // Rows [begin, end) of the gradients. `work` holds backward_work(d, k) elements.
     void (*backward_rows)(const BackwardRowsArgs<T>& args, int64_t begin, int64_t end, T* work);
     int64_t (*backward_work)(int64_t d, int64_t k);
+
+    // Of ragged problems; see segments-inl.hpp.
+    void (*multiply_rows)(int64_t rows, int64_t depth, const Matrix<const T>& a, const T* b, int64_t ldb, T* c);
+    void (*dual_gram)(const SegmentRows<T>& rows, int64_t begin, int64_t n, const T* scale, T* packed, T* c,
+                      int64_t ld);
+    void (*dual_back)(const SegmentRows<T>& rows, int64_t begin, int64_t n, const T* scale, const T* a, int64_t step,
+                      T* v);
 
     // A pack of `lanes` problems. `work` holds pack_work(d, k) elements.
     void (*pack_solve_normal)(const PackArgs<T>& args, T* work);

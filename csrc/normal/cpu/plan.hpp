@@ -115,11 +115,39 @@ struct SolveNormalBackwardPlan {
 };
 
 template <class T>
+struct SolveSegmentsPlan {
+    GramPlan<T> gram;  // of a problem in the primal form
+    // Problems are taken to be offsets[b] + b · d units long, about their work in rows, and piece p has those that
+    // begin in the units [p · units, (p + 1) · units).
+    int64_t units = 1;
+    int64_t pieces = 0;
+    bool whitens = false;  // for the dual form
+    int64_t ldz = 0;       // right-hand sides in whole vectors
+    int64_t ldd = 0;       // features in whole vectors
+    int64_t buffers = 0;   // pieces of long problems that are summed at a time
+
+    Layout layout;
+    Part<T> shared;                   // what all matrices have in common
+    Part<double> sums;                // of pieces of long problems
+    Part<T> inverse, inverse_turned;  // U⁻¹ and its transpose, of base + ridge = UᵀU
+    Part<T> whitened;                 // XU⁻¹
+
+    // Of the thread that works on a problem or a piece.
+    Layout own_layout;
+    Part<T> matrix, floor, inverse_diagonal, z;
+    Part<T> scale;       // of the rows of a dual problem
+    Part<T> v, w;        // of the piece's dual problems: UW, and W, a row for each right-hand side
+    Part<int64_t> dual;  // which they are
+};
+
+template <class T>
 GramPlan<T> plan(const GramArgs<T>& args);
 template <class T>
 MomentsPlan<T> plan(const MomentsArgs<T>& args);
 template <class T>
 SolveNormalPlan<T> plan(const SolveNormalArgs<T>& args);
+template <class T>
+SolveSegmentsPlan<T> plan(const SolveSegmentsArgs<T>& args);
 template <class T>
 SolveNormalBackwardPlan<T> plan(const SolveNormalBackwardArgs<T>& args);
 template <class T>
@@ -134,6 +162,8 @@ template <class T>
 Status run(const MomentsPlan<T>& plan, const MomentsArgs<T>& args, const Workspace& workspace);
 template <class T>
 Status run(const SolveNormalPlan<T>& plan, const SolveNormalArgs<T>& args, const Workspace& workspace);
+template <class T>
+Status run(const SolveSegmentsPlan<T>& plan, const SolveSegmentsArgs<T>& args, const Workspace& workspace);
 template <class T>
 Status run(const SolveNormalBackwardPlan<T>& plan, const SolveNormalBackwardArgs<T>& args, const Workspace& workspace);
 template <class T>

@@ -3,6 +3,7 @@
 #include "normal/cpu/gram-inl.hpp"
 #include "normal/cpu/pack-inl.hpp"
 #include "normal/cpu/rows-inl.hpp"
+#include "normal/cpu/segments-inl.hpp"
 
 namespace onestep::normal::ONESTEP_NS {
 
@@ -11,14 +12,25 @@ using namespace onestep::ONESTEP_NS;
 template <class T>
 constexpr NormalKernels<T> normal_kernels() {
     return {
-        kLanes<T>,          kTileRows,
-        kPanel<T>,          gram_rows<T>,
-        factor_diagonal<T>, factor_panel<T>,
-        factor_update<T>,   solve_transposed<T>,
-        solve_upper<T>,     inverse_norm1<T>,
-        residual_rows<T>,   backward_rows<T>,
-        backward_work<T>,   pack_solve_normal<T>,
-        pack_solve_spd<T>,  pack_cholesky_solve<T>,
+        kLanes<T>,
+        kTileRows,
+        kPanel<T>,
+        gram_rows<T>,
+        factor_diagonal<T>,
+        factor_panel<T>,
+        factor_update<T>,
+        solve_transposed<T>,
+        solve_upper<T>,
+        inverse_norm1<T>,
+        residual_rows<T>,
+        backward_rows<T>,
+        backward_work<T>,
+        multiply_rows<T>,
+        dual_gram<T>,
+        dual_back<T>,
+        pack_solve_normal<T>,
+        pack_solve_spd<T>,
+        pack_cholesky_solve<T>,
         pack_work<T>,
     };
 }

@@ -9,6 +9,7 @@ from onestep.linalg._cholesky import cholesky, cholesky_ex, cholesky_solve, solv
 from onestep.linalg._inverse_cholesky import InverseCholeskyResult, inverse_cholesky
 from onestep.linalg._normal import Moments, SolveNormalResult, gram, moments, solve_normal, solve_normal_ex
 from onestep.linalg._polar import PolarResult, polar, polar_ex
+from onestep.linalg._segments import SolveSegmentsResult, solve_normal_segments, solve_normal_segments_ex
 
 __all__ = [
     "InverseCholeskyResult",
@@ -17,6 +18,7 @@ __all__ = [
     "NormalEquations",
     "PolarResult",
     "SolveNormalResult",
+    "SolveSegmentsResult",
     "cholesky",
     "cholesky_ex",
     "cholesky_solve",
@@ -27,6 +29,8 @@ __all__ = [
     "polar_ex",
     "solve_normal",
     "solve_normal_ex",
+    "solve_normal_segments",
+    "solve_normal_segments_ex",
     "solve_spd",
     "solve_spd_ex",
 ]
