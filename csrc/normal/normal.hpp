@@ -18,12 +18,20 @@
 
 namespace onestep {
 
+// Rows of 16-bit numbers that are read in place of x, and widened while they are packed; T is float then.
+enum class HalfType : int { none = 0, bfloat16 = 1, float16 = 2 };
+struct HalfRows {
+    HalfType type = HalfType::none;
+    Batched<const uint16_t> rows;
+};
+
 // A = XᵀDX and R = XᵀDY, D = diag(weight).
 template <class T>
 struct GramArgs {
     BatchShape batch;
     int64_t n = 0, d = 0, k = 0;
     Batched<const T> x;       // n × d
+    HalfRows x_half;          // likewise; see HalfRows
     Batched<const T> y;       // n × k
     Batched<const T> weight;  // n (row stride), or null for ones
     T* gram = nullptr;        // d × d, both triangles
@@ -39,6 +47,7 @@ template <class T>
 struct MomentsArgs {
     int64_t n = 0, d = 0, k = 0;
     Matrix<const T> x;
+    HalfRows x_half;  // without batch dimensions
     Matrix<const T> y;
     Matrix<const T> weight;  // row stride; null data for ones
     bool center = false;
@@ -56,6 +65,7 @@ struct SolveNormalArgs {
     BatchShape batch;
     int64_t n = 0, d = 0, k = 0;
     Batched<const T> x;       // n × d
+    HalfRows x_half;          // likewise; see HalfRows
     Batched<const T> y;       // n × k
     Batched<const T> weight;  // n (row stride), or null for ones
     Batched<const T> ridge;   // d (row stride), or null for uniform_ridge

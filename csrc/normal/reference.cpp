@@ -22,6 +22,32 @@ T at(const Matrix<const T>& a, int64_t i, int64_t j) {
     return a.data[i * a.row + j * a.col];
 }
 
+// The rows of one problem as T, as they are or out of 16 bits, which `storage` keeps.
+template <class T>
+Matrix<const T> rows_as(const Matrix<const T>& wide, const HalfRows& half, const BatchShape& batch, int64_t problem,
+                        int64_t n, int64_t d, Dense<T>& storage) {
+    if (half.type == HalfType::none) {
+        return wide;
+    }
+    const bool bfloat16 = half.type == HalfType::bfloat16;
+    const int fraction = bfloat16 ? 7 : 10;
+    const int bias = bfloat16 ? 127 : 15;
+    const auto from = half.rows.at(batch, problem);
+    for (int64_t e = 0; e < n * d; ++e) {
+        const int bits = at(from, e / d, e % d);
+        const int exponent = (bits & 0x7FFF) >> fraction;
+        const int digits = bits & ((1 << fraction) - 1);
+        const int leading = exponent == 0 ? 0 : 1 << fraction;
+        const double size = std::ldexp(leading + digits, (exponent == 0 ? 1 : exponent) - bias - fraction);
+        const bool special = exponent == 2 * bias + 1;
+        const double value = !special      ? size
+                             : digits == 0 ? std::numeric_limits<double>::infinity()
+                                           : std::numeric_limits<double>::quiet_NaN();
+        storage.push_back(static_cast<T>((bits & 0x8000) != 0 ? -value : value));
+    }
+    return {storage.data(), d, 1};
+}
+
 // Upper factor of a (d × d) in place; 0 or the order of the failed minor.
 template <class T>
 int32_t factor(Dense<T>& a, int64_t d, const Dense<T>& floor) {
@@ -103,7 +129,9 @@ bool write_solution(const Dense<T>& z, bool failed, T* to) {
 template <class T>
 Status gram(const GramArgs<T>& args) {
     for (int64_t problem = 0; problem < args.batch.count(); ++problem) {
-        const auto x = args.x.at(args.batch, problem);
+        Dense<T> storage;
+        const auto x =
+            rows_as(args.x.at(args.batch, problem), args.x_half, args.batch, problem, args.n, args.d, storage);
         const auto y = args.y.at(args.batch, problem);
         const auto weight = args.weight.at(args.batch, problem);
         for (int64_t i = 0; i < args.d; ++i) {
@@ -130,8 +158,10 @@ template <class T>
 Status moments(const MomentsArgs<T>& args) {
     const int64_t d = args.d;
     const int64_t k = args.k;
+    Dense<T> storage;
+    const auto x = rows_as(args.x, args.x_half, BatchShape{}, 0, args.n, d, storage);
     const auto value = [&](int64_t row, int64_t c) {
-        return static_cast<double>(c < d ? at(args.x, row, c) : at(args.y, row, c - d));
+        return static_cast<double>(c < d ? at(x, row, c) : at(args.y, row, c - d));
     };
     double total = 0.0;
     Dense<double> mean(static_cast<size_t>(d + k), 0.0);
@@ -175,7 +205,8 @@ Status solve_normal(SolveNormalArgs<T> args) {
         one.n = args.n;
         one.d = d;
         one.k = k;
-        const auto x = args.x.at(args.batch, problem);
+        Dense<T> storage;
+        const auto x = rows_as(args.x.at(args.batch, problem), args.x_half, args.batch, problem, args.n, d, storage);
         const auto y = args.y.at(args.batch, problem);
         const auto weight = args.weight.at(args.batch, problem);
         const auto ridge = args.ridge.at(args.batch, problem);

@@ -3,7 +3,8 @@
 #include <numeric>
 
 #include "normal/normal.hpp"
-#include "testing.hpp"
+#include "normal_results.hpp"
+#include "segments.hpp"
 
 namespace {
 
@@ -11,28 +12,29 @@ using namespace onestep;
 using namespace onestep::testing;
 
 template <class T>
-struct Size {
-    int64_t problems, n, d, k;
-};
-
-template <class T>
-double tolerance(double condition) {
-    return 200.0 * condition * static_cast<double>(std::numeric_limits<T>::epsilon());
-}
-
-template <class T>
-struct Results {
-    std::vector<T> gram, cross, solution, factor, rcond, jittered, grad_x, grad_y, grad_weight, grad_ridge, spd, packed;
-    std::vector<double> moments, means;
-    std::vector<int32_t> info, spd_info;
-};
-
-template <class T>
 struct Inputs {
     BatchShape batch;
     Size<T> size;
     Table<T> x, y, weight, ridge, grad;
     int64_t refine;
+    std::vector<uint16_t> bits;
+    HalfRows x_half;
+
+    // x becomes multiples of 2⁻⁷ or 2⁻¹⁰ below 1, which 16 bits hold.
+    void narrow(HalfType type) {
+        const int fraction = type == HalfType::bfloat16 ? 7 : 10;
+        const int bias = type == HalfType::bfloat16 ? 127 : 15;
+        bits.resize(x.data.size());
+        for (size_t e = 0; e < bits.size(); ++e) {
+            const int digits = static_cast<int>(std::ldexp(x.data[e], fraction));
+            x.data[e] = std::ldexp(static_cast<T>(digits), -fraction);
+            const int exponent = digits == 0 ? -bias : std::ilogb(digits) - fraction;
+            const int below = digits == 0 ? 0 : (std::abs(digits) << -exponent) & ((1 << fraction) - 1);
+            bits[e] = static_cast<uint16_t>((digits < 0 ? 0x8000 : 0) | (exponent + bias) << fraction | below);
+        }
+        x_half.type = type;
+        x_half.rows = {bits.data(), x.view.row, x.view.col, {x.view.batch[0]}};
+    }
 
     Inputs(std::mt19937& random, Size<T> size_, typename Table<T>::Layout layout, int64_t refine_)
         : size(size_),
@@ -60,6 +62,7 @@ Results<T> run(const Inputs<T>& in) {
     gram_args.d = d;
     gram_args.k = k;
     gram_args.x = in.x.view;
+    gram_args.x_half = in.x_half;
     gram_args.y = in.y.view;
     gram_args.weight = in.weight.view;
     resize(out.gram, problems * d * d);
@@ -72,6 +75,7 @@ Results<T> run(const Inputs<T>& in) {
     moments_args.d = d;
     moments_args.k = k;
     moments_args.x = in.x.view.at(in.batch, 0);
+    moments_args.x_half = in.x_half;
     moments_args.y = in.y.view.at(in.batch, 0);
     moments_args.weight = in.weight.view.at(in.batch, 0);
     moments_args.center = true;
@@ -88,6 +92,7 @@ Results<T> run(const Inputs<T>& in) {
     solve_args.d = d;
     solve_args.k = k;
     solve_args.x = in.x.view;
+    solve_args.x_half = in.x_half;
     solve_args.y = in.y.view;
     solve_args.weight = in.weight.view;
     solve_args.ridge = in.ridge.view;
@@ -243,6 +248,33 @@ void test_sizes(const char* type) {
     }
 }
 
+// Rows of 16 bits: as the reference has them, and bitwise what the same numbers in float give.
+void test_half() {
+    std::mt19937 random(5);
+    using Layout = Table<float>::Layout;
+    for (const HalfType type : {HalfType::bfloat16, HalfType::float16}) {
+        for (const Layout layout : {Layout::rows, Layout::columns, Layout::strided}) {
+            for (const Size<float>& size :
+                 {Size<float>{17, 9, 5, 2}, {5, 40, 31, 3}, {2, 70, 33, 1}, {1, 300, 75, 2}}) {
+                Inputs<float> in(random, size, layout, size.d == 33 ? 1 : 0);
+                in.narrow(type);
+                const std::string name = "half " + std::to_string(static_cast<int>(type)) + " d" +
+                                         std::to_string(size.d) + " layout " + std::to_string(static_cast<int>(layout));
+                compare(in, name);
+                const Results<float> half = run<true>(in);
+                in.x_half = {};
+                const Results<float> wide = run<true>(in);
+                check(identical(half.gram, wide.gram) && identical(half.cross, wide.cross) &&
+                          identical(half.moments, wide.moments) && identical(half.solution, wide.solution),
+                      name + ": not bitwise that of floats");
+            }
+        }
+    }
+    Inputs<float> long_rows(random, {1, 8300, 9, 1}, Layout::rows, 0);
+    long_rows.narrow(HalfType::bfloat16);
+    compare(long_rows, "half long");
+}
+
 // A bad problem must be reported and must not change one bit of another.
 template <class T>
 void test_isolation(const char* type) {
@@ -273,89 +305,6 @@ void test_isolation(const char* type) {
         check(got.info[11] == 3, name + ": info is " + std::to_string(got.info[11]));
         check(got.info[20] == d + 1, name + ": info is " + std::to_string(got.info[20]));
     }
-}
-
-// Ragged problems of n = 0, 1, 2, ... rows, around the number of features too; every third row of X is named twice.
-template <class T>
-struct Segments {
-    SolveSegmentsArgs<T> args;
-    std::vector<int64_t> offsets{0}, indices;
-    std::vector<T> base;
-    Table<T> x, y, weight, ridge;
-
-    Segments(std::mt19937& random, const std::vector<int64_t>& lengths, int64_t d, int64_t k, bool gathers,
-             typename Table<T>::Layout layout)
-        : x(random, 1, 0, d, layout), y(x), weight(x), ridge(x) {
-        for (const int64_t length : lengths) {
-            offsets.push_back(offsets.back() + length);
-        }
-        args.segments = static_cast<int64_t>(lengths.size());
-        args.entries = offsets.back();
-        args.rows = gathers ? args.entries * 2 / 3 + 1 : args.entries;
-        args.d = d;
-        args.k = k;
-        for (int64_t e = 0; e < args.entries; ++e) {
-            indices.push_back(e * 7 % args.rows);
-        }
-        x = Table<T>(random, 1, args.rows, d, layout);
-        y = Table<T>(random, 1, args.entries, k, layout);
-        weight = Table<T>(random, 1, args.entries, 1, layout, T(0.1));
-        ridge = Table<T>(random, 1, args.segments, d, layout, T(0.5));
-        base.resize(static_cast<size_t>(d * d));
-        for (int64_t i = 0; i < d; ++i) {
-            for (int64_t j = 0; j < d; ++j) {  // not symmetric: the mean of both triangles counts
-                base[i * d + j] = i == j ? T(3) : T(0.5) / static_cast<T>(d) * static_cast<T>(i < j ? 1 : -0.5);
-            }
-        }
-        const BatchShape single;
-        args.offsets = offsets.data();
-        args.indices = gathers ? indices.data() : nullptr;
-        args.x = x.view.at(single, 0);
-        args.y = y.view.at(single, 0);
-        args.weight = weight.view.at(single, 0);
-        args.base = {base.data(), d, 1};
-        args.ridge = ridge.view.at(single, 0);
-    }
-
-    Results<T> run(bool tuned, bool factors) {
-        Results<T> out;
-        out.solution.resize(static_cast<size_t>(args.segments * args.d * args.k));
-        out.factor.resize(static_cast<size_t>(factors ? args.segments * args.d * args.d : 0));
-        out.info.resize(static_cast<size_t>(args.segments));
-        args.solution = out.solution.data();
-        args.factor = factors ? out.factor.data() : nullptr;
-        args.info = out.info.data();
-        if (tuned) {
-            attempt("solve_segments", [&] { return solve_segments(args); });
-        } else {
-            check(reference::solve_segments(args) == Status::ok, "reference");
-        }
-        return out;
-    }
-
-    void compare(const std::string& name) {
-        for (const bool factors : {false, true}) {
-            const Results<T> expected = run(false, factors);
-            const Results<T> got = run(true, factors);
-            check(difference(got.solution, expected.solution) <= tolerance<T>(50.0), name + " solution");
-            check(difference(got.factor, expected.factor) <= tolerance<T>(50.0), name + " factor");
-            check(identical(got.info, expected.info), name + " info");
-            set_parallel_for(three_threads);
-            const Results<T> threaded = run(true, factors);
-            set_parallel_for(nullptr);
-            check(identical(threaded.solution, got.solution) && identical(threaded.factor, got.factor),
-                  name + " with threads: not bitwise the same");
-        }
-    }
-};
-
-// The lengths of problems around d, many short ones among them so that the dual form pays.
-inline std::vector<int64_t> lengths_around(int64_t d) {
-    std::vector<int64_t> lengths = {0, 3 * d, d, std::max<int64_t>(d - 1, 0), d + 1, 0};
-    for (int64_t problem = 0; problem < 12; ++problem) {
-        lengths.push_back(problem * d / 12);
-    }
-    return lengths;
 }
 
 template <class T>
@@ -446,6 +395,7 @@ int main(int argc, char** argv) {
           [] { check(select_target("no such target") == SelectResult::unknown, "select_target of an unknown name"); }},
          {"sizes_fp32", [] { test_sizes<float>("fp32"); }},
          {"sizes_fp64", [] { test_sizes<double>("fp64"); }},
+         {"half", test_half},
          {"segments_fp32", [] { test_segments<float>("fp32"); }},
          {"segments_fp64", [] { test_segments<double>("fp64"); }},
          {"isolation_fp32", [] { test_isolation<float>("fp32"); }},

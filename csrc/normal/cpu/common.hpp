@@ -30,13 +30,20 @@ int64_t leading_dimension(const NormalKernels<T>& kernels, int64_t columns) {
 
 // ---------------------------------------------------------------- packs
 
+// The rows of a pack's problems, if they are of 16 bits, are widened first, and stay in the second-level cache.
+inline constexpr int64_t kMostWidenedBytes = int64_t{256} << 10;
+
 // Small problems are solved one in each vector lane if there are enough of them, or if each is tiny.
 template <class T>
-PackPlan<T> plan_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t n, int64_t d, int64_t k) {
+PackPlan<T> plan_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t n, int64_t d, int64_t k,
+                      bool half = false) {
     PackPlan<T> plan;
-    const bool small = d <= kPackFeatures && k <= kPackTargets;
+    const int64_t widened = half ? kernels.lanes * n * d : 0;
+    const bool small =
+        d <= kPackFeatures && k <= kPackTargets && widened * static_cast<int64_t>(sizeof(T)) <= kMostWidenedBytes;
     plan.packed = problems > 0 && small && (problems >= kernels.lanes / 2 || n * d <= 4096);
     plan.work = plan.own_layout.template add<T>("work", plan.packed ? kernels.pack_work(d, k) : 0);
+    plan.widened = plan.own_layout.template add<T>("widened", plan.packed ? widened : 0);
     return plan;
 }
 
@@ -49,16 +56,15 @@ Status for_each_pack(const NormalKernels<T>& kernels, const PackPlan<T>& plan, i
     const FixedCut packs{problems, kernels.lanes};
     auto body = [&](int64_t index) {
         PackArgs<T> pack;
+        const CachedWorkspace own(plan.own_layout);
+        pack.widened = own.get(plan.widened);
         const Range range = packs[index];
         for (int64_t lane = 0; lane < kernels.lanes; ++lane) {
             const bool real = range.begin + lane < problems;
             pack.clear(lane);
             fill(pack, lane, real ? range.begin + lane : problems - 1, real);
         }
-        {
-            const CachedWorkspace own(plan.own_layout);
-            solve(pack, own.get(plan.work));
-        }
+        solve(pack, own.get(plan.work));
         for (int64_t problem = range.begin; problem < range.end; ++problem) {
             const Status status = after(problem);
             if (status != Status::ok) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "base/tile-inl.hpp"
+#include "normal/cpu/half-inl.hpp"
 #include "normal/cpu/kernels.hpp"
 
 namespace onestep::normal::ONESTEP_NS {
@@ -126,7 +127,11 @@ inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, int64
     }
     for (int64_t block = begin; block < end; block += kBlockRows) {
         const int64_t rows = minimum(kBlockRows, end - block);
-        pack_columns<T>(args.x, args.index, block, rows, 0, minimum(args.d, needed), packed);
+        if (args.half != HalfType::none) {
+            pack_half_columns<T>(args, block, rows, minimum(args.d, needed), packed);
+        } else {
+            pack_columns<T>(args.x, args.index, block, rows, 0, minimum(args.d, needed), packed);
+        }
         if (args.ones && args.d < needed) {
             T* ones = packed + (args.d / panel) * kBlockRows * panel + args.d % panel;
             for (int64_t p = 0; p < rows; ++p) {

@@ -9,6 +9,21 @@ namespace {
 // Rows of the sample from which moments takes its provisional means.
 constexpr int64_t kSampleRows = 1024;
 
+// An element of X.
+template <class T>
+double x_value(const MomentsArgs<T>& args, int64_t row, int64_t c) {
+    if constexpr (std::is_same_v<T, float>) {
+        if (args.x_half.type != HalfType::none) {
+            const Batched<const uint16_t>& from = args.x_half.rows;
+            float value = 0.0F;
+            active_normal_kernels<T>().widen_rows(args.x_half.type, {from.data + row * from.row + c * from.col, 0, 0},
+                                                  1, 1, &value);
+            return static_cast<double>(value);
+        }
+    }
+    return static_cast<double>(args.x.data[row * args.x.row + c * args.x.col]);
+}
+
 // Provisional means, from rows spread over the table; from all of them if those happen to have no weight.
 template <class T>
 void provisional_means(const MomentsArgs<T>& args, double* sums, T* shift) {
@@ -23,9 +38,9 @@ void provisional_means(const MomentsArgs<T>& args, double* sums, T* shift) {
             total += weight;
             for (int64_t c = 0; c < columns; ++c) {
                 if (c != d) {
-                    const Matrix<const T>& from = c < d ? args.x : args.y;
-                    const T z = from.data[row * from.row + (c < d ? c : c - d - 1) * from.col];
-                    sums[c] += weight * static_cast<double>(z);
+                    sums[c] += weight *
+                               (c < d ? x_value(args, row, c)
+                                      : static_cast<double>(args.y.data[row * args.y.row + (c - d - 1) * args.y.col]));
                 }
             }
         }
@@ -91,6 +106,8 @@ Status run(const MomentsPlan<T>& plan, const MomentsArgs<T>& args, const Workspa
     rows.k = args.k;
     rows.ones = true;
     rows.x = args.x;
+    rows.half = args.x_half.type;
+    rows.x_half = args.x_half.rows.at(BatchShape{}, 0);
     rows.y = args.y;
     rows.weight = args.weight;
     T* shift = workspace.zeroed(plan.shift);

@@ -6,6 +6,7 @@
 
 #include "base/operand.hpp"
 #include "base/target.hpp"
+#include "normal/normal.hpp"
 
 namespace onestep {
 
@@ -30,6 +31,8 @@ struct RowsArgs {
     int64_t d = 0, k = 0;
     bool ones = false;
     Matrix<const T> x;
+    HalfType half = HalfType::none;
+    Matrix<const uint16_t> x_half;  // in place of x, if `half` says so
     Matrix<const T> y;
     Matrix<const T> weight;          // null data: ones
     const T* shift = nullptr;        // one per column of Z, padded to whole panels; or null
@@ -66,6 +69,7 @@ template <class T>
 struct PackArgs {
     int64_t n = 0, d = 0, k = 0;
     PackOperand<T> x, y, weight, ridge, a, b;
+    T* widened = nullptr;  // memory for the lanes' x, where that is of 16 bits
     T* solution[kMostLanes];
     T* factor[kMostLanes];
     T* rcond[kMostLanes];
@@ -126,6 +130,9 @@ struct NormalKernels {
     // Rows [begin, end) of the gradients. `work` holds backward_work(d, k) elements.
     void (*backward_rows)(const BackwardRowsArgs<T>& args, int64_t begin, int64_t end, T* work);
     int64_t (*backward_work)(int64_t d, int64_t k);
+
+    // to (contiguous) = rows × cols of 16-bit numbers; float alone.
+    void (*widen_rows)(HalfType type, const Matrix<const uint16_t>& from, int64_t rows, int64_t cols, T* to);
 
     // Of ragged problems; see segments-inl.hpp.
     void (*multiply_rows)(int64_t rows, int64_t depth, const Matrix<const T>& a, const T* b, int64_t ldb, T* c);

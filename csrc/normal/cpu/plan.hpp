@@ -73,6 +73,7 @@ struct PackPlan {
     bool packed = false;
     Layout own_layout;
     Part<T> work;
+    Part<T> widened;  // X of 16 bits, of all lanes
 };
 
 template <class T>

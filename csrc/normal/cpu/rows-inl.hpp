@@ -2,6 +2,7 @@
 #pragma once
 
 #include "base/tile-inl.hpp"
+#include "normal/cpu/half-inl.hpp"
 #include "normal/cpu/kernels.hpp"
 
 namespace onestep::normal::ONESTEP_NS {
@@ -46,6 +47,29 @@ ONESTEP_INLINE void add_products_compensated(int64_t rows, const double* x, int6
     }
 }
 
+// One row of X in double.
+template <class T>
+ONESTEP_INLINE void load_row(const RowsArgs<T>& args, int64_t row, double* to) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (args.half != HalfType::none) {
+            const uint16_t* from = args.x_half.data + row * args.x_half.row;
+            for (int64_t j = 0; j < args.d; j += kLanes<T>) {
+                T some[kLanes<T>];
+                const int64_t count = minimum(kLanes<T>, args.d - j);
+                widen_run(args.half, from + j * args.x_half.col, args.x_half.col, count, some, 1);
+                for (int64_t lane = 0; lane < count; ++lane) {
+                    to[j + lane] = static_cast<double>(some[lane]);
+                }
+            }
+            return;
+        }
+    }
+    const T* from = args.x.data + row * args.x.row;
+    for (int64_t j = 0; j < args.d; ++j) {
+        to[j] = static_cast<double>(from[j * args.x.col]);
+    }
+}
+
 template <class T>
 inline void residual_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, const double* w, double* g, int64_t ldk,
                           double* work) {
@@ -56,10 +80,7 @@ inline void residual_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, c
     for (int64_t block = begin; block < end; block += kBlockRows) {
         const int64_t rows = minimum(kBlockRows, end - block);
         for (int64_t p = 0; p < rows; ++p) {
-            const T* from = args.x.data + (block + p) * args.x.row;
-            for (int64_t j = 0; j < args.d; ++j) {
-                x[p * args.d + j] = static_cast<double>(from[j * args.x.col]);
-            }
+            load_row<T>(args, block + p, x + p * args.d);
             for (int64_t c = 0; c < ldk; ++c) {
                 e[p * ldk + c] =
                     c < args.k ? static_cast<double>(args.y.data[(block + p) * args.y.row + c * args.y.col]) : 0.0;

@@ -239,7 +239,13 @@ Status solve_packed(const SolveNormalPlan<T>& plan, const SolveNormalArgs<T>& ar
         pack.n = args.n;
         pack.d = d;
         pack.k = k;
-        pack.x.set(lane, args.x.at(args.batch, problem));
+        if (args.x_half.type != HalfType::none) {
+            T* to = pack.widened + lane * args.n * d;
+            kernels.widen_rows(args.x_half.type, args.x_half.rows.at(args.batch, problem), args.n, d, to);
+            pack.x.set(lane, {to, d, 1});
+        } else {
+            pack.x.set(lane, args.x.at(args.batch, problem));
+        }
         pack.y.set(lane, args.y.at(args.batch, problem));
         pack.weight.set(lane, args.weight.at(args.batch, problem));
         pack.ridge.set(lane, args.ridge.at(args.batch, problem));
@@ -273,7 +279,7 @@ SolveNormalPlan<T> plan(const SolveNormalArgs<T>& args) {
     const int64_t problems = args.batch.count();
     SolveNormalPlan<T> plan;
     if (args.refine == 0) {
-        plan.pack = plan_pack(kernels, problems, args.n, args.d, args.k);
+        plan.pack = plan_pack(kernels, problems, args.n, args.d, args.k, args.x_half.type != HalfType::none);
     }
     // A problem of a pack that gets jitter goes on alone, its rows in one piece.
     const int64_t together = plan.pack.packed ? std::max(problems, kFewProblems) : problems;

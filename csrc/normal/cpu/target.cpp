@@ -1,6 +1,7 @@
 // The family's kernels for one CPU target; CMake compiles this file once per target.
 #include "normal/cpu/cholesky-inl.hpp"
 #include "normal/cpu/gram-inl.hpp"
+#include "normal/cpu/half-inl.hpp"
 #include "normal/cpu/pack-inl.hpp"
 #include "normal/cpu/rows-inl.hpp"
 #include "normal/cpu/segments-inl.hpp"
@@ -12,25 +13,16 @@ using namespace onestep::ONESTEP_NS;
 template <class T>
 constexpr NormalKernels<T> normal_kernels() {
     return {
-        kLanes<T>,
-        kTileRows,
-        kPanel<T>,
-        gram_rows<T>,
-        factor_diagonal<T>,
-        factor_panel<T>,
-        factor_update<T>,
-        solve_transposed<T>,
-        solve_upper<T>,
-        inverse_norm1<T>,
-        residual_rows<T>,
-        backward_rows<T>,
-        backward_work<T>,
-        multiply_rows<T>,
-        dual_gram<T>,
-        dual_back<T>,
-        pack_solve_normal<T>,
-        pack_solve_spd<T>,
-        pack_cholesky_solve<T>,
+        kLanes<T>,          kTileRows,
+        kPanel<T>,          gram_rows<T>,
+        factor_diagonal<T>, factor_panel<T>,
+        factor_update<T>,   solve_transposed<T>,
+        solve_upper<T>,     inverse_norm1<T>,
+        residual_rows<T>,   backward_rows<T>,
+        backward_work<T>,   widen_rows<T>,
+        multiply_rows<T>,   dual_gram<T>,
+        dual_back<T>,       pack_solve_normal<T>,
+        pack_solve_spd<T>,  pack_cholesky_solve<T>,
         pack_work<T>,
     };
 }

@@ -1,7 +1,8 @@
 """Batched least squares and Cholesky solves, differentiable to every order.
 
 Every function takes float32 or float64 CPU tensors of any strides and any batch dimensions, broadcast as torch.linalg
-does, and reads them in place. bfloat16 and float16 inputs are converted to float32, in which the result is returned.
+does, and reads them in place. Results of bfloat16 and float16 inputs are float32. The rows X of ``gram``, ``moments``,
+``solve_normal`` and ``NormalEquations`` are widened as they are read; other inputs are converted.
 """
 
 from onestep.linalg._accumulate import LinearSolution, NormalEquations

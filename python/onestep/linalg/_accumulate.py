@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onestep._processes import collective, initialised, place
 from onestep.linalg import spd
-from onestep.linalg._arguments import floating
+from onestep.linalg._arguments import features, floating
 from onestep.linalg._normal import Moments, moments
 from onestep.linalg.constant_columns import without_constants
 from onestep.ops import normal
@@ -124,7 +124,8 @@ class NormalEquations:
 
         After an error nothing of the chunk has been added.
         """
-        X = self._rows("X", X)
+        half = isinstance(X, Tensor) and X.dtype in (torch.bfloat16, torch.float16) and self.dtype == torch.float32
+        X = self._on_device("X", features(X)) if half else self._rows("X", X)
         if X.dim() != 2 or X.shape[1] != self.d:
             raise ValueError(f"X has shape {tuple(X.shape)}; expected (n, {self.d})")
         n = len(X)
@@ -144,10 +145,13 @@ class NormalEquations:
         self._sums, self.count = _merged(self._sums, added, self.intercept), self.count + n
         return self
 
-    def _rows(self, name: str, value: Tensor) -> Tensor:
-        value = floating(name, value)
+    def _on_device(self, name: str, value: Tensor) -> Tensor:
         if value.device != self.device:
             raise ValueError(f"{name} is on device {value.device}; expected {self.device}")
+        return value
+
+    def _rows(self, name: str, value: Tensor) -> Tensor:
+        value = self._on_device(name, floating(name, value))
         if value.dtype.itemsize > self.dtype.itemsize:
             raise TypeError(
                 f"{name} has dtype {value.dtype}; expected {self.dtype}, or narrower: pass {name}.float(), or make "

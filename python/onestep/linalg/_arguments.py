@@ -30,6 +30,19 @@ def floating(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
     return value
 
 
+def features(X: object) -> Tensor:
+    """The rows X (…,n,d) as the kernels of the normal equations read them: bfloat16 and float16 as they are."""
+    if isinstance(X, Tensor) and X.dtype in _HALF:
+        check_dense("X", X)
+        return X
+    return floating("X", X)  # type: ignore[arg-type]
+
+
+def result_dtype(X: Tensor) -> torch.dtype:
+    """The dtype of everything but X, and of the results."""
+    return torch.float32 if X.dtype in _HALF else X.dtype
+
+
 def as_columns(name: str, value: Tensor, matrix: Tensor, rows: int) -> tuple[Tensor, bool]:
     """Right-hand sides (…,rows,k), and whether they came as vectors (…,rows).
 
@@ -50,7 +63,7 @@ def ridge_per_feature(ridge: Tensor, X: Tensor, batch: torch.Size) -> Tensor:
     It is a scalar (), one penalty per problem (the batch shape, or (…,1)), or one per feature (…,d).
     """
     d = X.shape[-1]
-    penalty = floating("ridge", ridge, X).to(X.dtype)
+    penalty = floating("ridge", ridge, X).to(result_dtype(X))
     if penalty.dim() == 0:
         return penalty.expand(d)
     per_feature = penalty.shape[-1] in (1, d) and _broadcasts(penalty.shape[:-1], batch)

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onestep.linalg._arguments import as_columns, floating, number, ridge_per_feature, steps, values_are_known
+from onestep.linalg._arguments import (
+    as_columns,
+    features,
+    floating,
+    number,
+    result_dtype,
+    ridge_per_feature,
+    steps,
+    values_are_known,
+)
 from onestep.ops import normal
 from onestep.ops.operands import broadcast_batch
 
@@ -63,7 +72,7 @@ class _Problem(NamedTuple):
 
 
 def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor) -> _Problem:
-    X = floating("X", X)
+    X = features(X)
     Y = floating("Y", Y, X)
     if X.dim() < 2:
         raise ValueError(f"X has shape {tuple(X.shape)}; expected (..., n, d)")
@@ -76,14 +85,14 @@ def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor)
     may_be_dual = n < d and d > _PACKED_FEATURES
     if not isinstance(ridge, Tensor):
         penalty = number(
-            "ridge", ridge, 0.0, torch.finfo(X.dtype).max, "a tensor or a number from 0, finite in X's dtype"
+            "ridge", ridge, 0.0, torch.finfo(result_dtype(X)).max, "a tensor or a number from 0, finite in X's dtype"
         )
-        if may_be_dual and penalty >= torch.finfo(X.dtype).tiny:
-            return _Problem(X, Y, weight, X.new_full((1,), penalty).expand(d), 0.0, True, is_vector)
+        if may_be_dual and penalty >= torch.finfo(result_dtype(X)).tiny:
+            return _Problem(X, Y, weight, Y.new_full((1,), penalty).expand(d), 0.0, True, is_vector)
         return _Problem(X, Y, weight, None, penalty, False, is_vector)
     shapes = [tuple(X.shape[:-2]), tuple(Y.shape[:-2])] + ([] if weight is None else [tuple(weight.shape[:-1])])
     penalties = ridge_per_feature(ridge, X, torch.Size(broadcast_batch("X, Y, weight", *shapes)))
-    dual = may_be_dual and values_are_known(penalties) and bool((penalties >= torch.finfo(X.dtype).tiny).all())
+    dual = may_be_dual and values_are_known(penalties) and bool((penalties >= torch.finfo(penalties.dtype).tiny).all())
     return _Problem(X, Y, weight, penalties, 0.0, dual, is_vector)
 
 
@@ -101,7 +110,8 @@ def solve_normal(
     QR factorisation while cond(X)² stays below 1/ε.
 
     Args:
-        X: (…,n,d) rows of features, float32 or float64, any strides.
+        X: (…,n,d) rows of features, float32 or float64, any strides; bfloat16 and float16 are widened as they are read,
+            without a copy, and summed in float32.
         Y: (…,n,k) or (…,n) targets.
         weight: (…,n) weights of the rows, >= 0.
         ridge: penalty >= 0: a number or scalar tensor, one per problem (the batch shape, or (…,1)), or one per
@@ -188,17 +198,20 @@ def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) ->
     """Computes XᵀDX and XᵀDY in one pass over the rows, D = diag(weight).
 
     Args:
-        X: (…,n,d) float32 or float64, any strides.
+        X: (…,n,d) float32 or float64, any strides; bfloat16 or float16, which are widened as they are read.
         Y: (…,n,k) or (…,n); None for no targets, k = 0.
         weight: (…,n), >= 0.
 
     Returns:
         (…,d,d), exactly symmetric, and (…,d,k), or (…,d) if Y is (…,n). Differentiable to every order.
     """
-    X = floating("X", X)
+    X = features(X)
     if X.dim() < 2:
         raise ValueError(f"X has shape {tuple(X.shape)}; expected (..., n, d)")
-    columns, is_vector = (X[..., :0], False) if Y is None else as_columns("Y", floating("Y", Y, X), X, X.shape[-2])
+    if Y is None:
+        columns, is_vector = X[..., :0].to(result_dtype(X)), False
+    else:
+        columns, is_vector = as_columns("Y", floating("Y", Y, X), X, X.shape[-2])
     if weight is not None:
         weight = floating("weight", weight, X)
     products, cross = normal.gram(X, columns, weight)
@@ -212,12 +225,12 @@ def moments(X: Tensor, Y: Tensor, *, weight: Tensor | None = None, center: bool 
     1983), so that columns whose mean is large against their spread lose no digits. Not differentiable.
 
     Args:
-        X: (n,d) float32 or float64, any strides.
+        X: (n,d) float32 or float64, any strides; bfloat16 or float16, which are widened as they are read.
         Y: (n,k), same dtype.
         weight: (n,), >= 0, same dtype.
         center: whether to subtract the weighted means.
     """
-    X = floating("X", X)
+    X = features(X)
     if weight is not None:
         weight = floating("weight", weight, X)
     products, cross, mean, weight_sum = normal.moments(X, floating("Y", Y, X), weight, center)

@@ -31,8 +31,9 @@ _BACKWARD: Entries = {
 def _gram(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     gram, cross = schema.gram_results(X, Y, weight)
     batch = tuple(gram.shape[:-2])
-    _GRAM[X.dtype](
+    _GRAM[Y.dtype](
         x=operand(X, batch, 2),
+        x_half=schema.HALF.get(X.dtype, 0),
         y=operand(Y, batch, 2),
         weight=optional_operand(weight, batch, 1),
         batch=kernel_batch(batch),
@@ -48,8 +49,9 @@ def _gram(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, T
 @register(schema.moments, device="cpu")
 def _moments(X: Tensor, Y: Tensor, weight: Tensor | None = None, center: bool = False) -> schema.Moments:
     out = schema.moments_results(X, Y, weight)
-    _MOMENTS[X.dtype](
+    _MOMENTS[Y.dtype](
         x=operand(X, (), 2),
+        x_half=schema.HALF.get(X.dtype, 0),
         y=operand(Y, (), 2),
         weight=optional_operand(weight, (), 1),
         n=X.shape[-2],
@@ -78,8 +80,9 @@ def _solve(
     solution, L, info, rcond, jittered = out
     batch = tuple(info.shape)
     n, d = X.shape[-2:]
-    _SOLVE[X.dtype](
+    _SOLVE[Y.dtype](
         x=operand(X, batch, 2),
+        x_half=schema.HALF.get(X.dtype, 0),
         y=operand(Y, batch, 2),
         weight=None if weight is None else operand(weight, batch, 1),
         ridge=None if ridge is None else operand(ridge, batch, 1),
@@ -113,6 +116,7 @@ def _solve_normal_backward(
     info: Tensor,
 ) -> schema.Gradients:
     out = schema.backward_results(grad, X, Y, weight, ridge, solution, L, info)
+    X = X.to(Y.dtype)
     if L.shape[-1] != X.shape[-1]:
         return solve_normal_vjp(grad, X, Y, weight, ridge, solution, L, info)
     batch = tuple(out[0].shape[:-2])

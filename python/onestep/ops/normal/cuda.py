@@ -80,6 +80,7 @@ def _gram_into(X: Tensor, Y: Tensor, weight: Tensor | None, gram: Tensor, cross:
 @register(schema.gram, device="cuda")
 def _gram(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     gram, cross = schema.gram_results(X, Y, weight)
+    X = X.to(Y.dtype)
     check_not_negative("weight", weight)
     if gram.numel():
         _gram_into(X, Y, weight, gram, cross)
@@ -89,6 +90,7 @@ def _gram(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, T
 @register(schema.moments, device="cuda")
 def _moments(X: Tensor, Y: Tensor, weight: Tensor | None = None, center: bool = False) -> schema.Moments:
     out = schema.moments_results(X, Y, weight)
+    X = X.to(Y.dtype)
     check_not_negative("weight", weight)
     gram, cross, mean, total = out
     n, d = X.shape
@@ -254,6 +256,7 @@ def _solve(
     jitter: float,
     out: Results,
 ) -> None:
+    X = X.to(Y.dtype)
     schema.check_numbers(uniform_ridge, refine, jitter)
     check_not_negative("weight", weight)
     check_not_negative("ridge", ridge)
@@ -289,9 +292,9 @@ register_solves("cuda", _solve)
 
 
 @register(schema.solve_normal_backward, device="cuda")
-def _solve_normal_backward(*args: Any) -> schema.Gradients:
-    shapes = (result.shape for result in schema.backward_results(*args))
-    gradients = zip(solve_normal_vjp(*args), shapes, strict=True)
+def _solve_normal_backward(grad: Tensor, X: Tensor, Y: Tensor, *rest: Any) -> schema.Gradients:
+    shapes = (result.shape for result in schema.backward_results(grad, X, Y, *rest))
+    gradients = zip(solve_normal_vjp(grad, X.to(Y.dtype), Y, *rest), shapes, strict=True)
     x, y, weight, ridge = (gradient.expand(shape).contiguous() for gradient, shape in gradients)
     return x, y, weight, ridge
 

@@ -24,6 +24,11 @@ from onestep.ops.normal.schema import (
 )
 
 
+def _wide(X: Tensor, Y: Tensor, *others: Any) -> tuple[Any, ...]:
+    """The operands with X in the type of the results: it may be of 16 bits."""
+    return X.to(Y.dtype), Y, *others
+
+
 class _Gram(OpFunction):
     """G = XᵀDX, R = XᵀDY: ∂X = D(X(Ḡ + Ḡᵀ) + Y R̄ᵀ), ∂Y = D X R̄, ∂weight = rowsum(X∘XḠ + Y∘XR̄)."""
 
@@ -35,7 +40,7 @@ class _Gram(OpFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_gram: Tensor, grad_cross: Tensor) -> tuple[Any, ...]:
-        X, Y, weight = ctx.saved_tensors
+        X, Y, weight = _wide(*ctx.saved_tensors)
         through_gram = X @ (grad_gram + grad_gram.mT)
         through_cross = X @ grad_cross
         grad_x = column(weight, through_gram + Y @ grad_cross.mT)
@@ -48,8 +53,8 @@ class _Gram(OpFunction):
 
     @staticmethod
     def jvp(ctx: Any, dX: Tensor | None, dY: Tensor | None, dweight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        X, Y, weight = ctx.saved_tensors
-        dX, dY = _zeros_if_none(dX, X), _zeros_if_none(dY, Y)
+        X, Y, weight = _wide(*ctx.saved_tensors)
+        dX, dY = _zeros_if_none(dX, X).to(Y.dtype), _zeros_if_none(dY, Y)
         half = dX.mT @ column(weight, X)
         cross = dX.mT @ column(weight, Y) + X.mT @ column(weight, dY)
         gram = half + half.mT
@@ -82,7 +87,7 @@ class _SolveNormalEx(OpFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        X, Y, weight, ridge, solution, L, info = ctx.saved_tensors
+        X, Y, weight, ridge, solution, L, info = _wide(*ctx.saved_tensors)
         others = (None,) * (len(ctx.needs_input_grad) - 4)
         if grad is None:
             return (None, None, None, None, *others)
@@ -95,11 +100,12 @@ class _SolveNormalEx(OpFunction):
 
     @staticmethod
     def jvp(ctx: Any, dX: Any, dY: Any, dweight: Any = None, dridge: Any = None, *unused: Any) -> tuple[Any, ...]:
-        X, Y, weight, ridge, solution, L, info = ctx.saved_tensors
+        X, Y, weight, ridge, solution, L, info = _wide(*ctx.saved_tensors)
         X, Y, weight, solution, L = without_failed(info, X, Y, weight, solution, L)
         residual = Y - X @ solution
         right = torch.zeros_like(solution)
         if dX is not None:
+            dX = dX.to(Y.dtype)
             right = right + dX.mT @ column(weight, residual) - X.mT @ column(weight, dX @ solution)
         if dY is not None:
             right = right + X.mT @ column(weight, dY)

@@ -27,6 +27,9 @@ Moments = tuple[Tensor, Tensor, Tensor, Tensor]
 Solved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
+# What the rows of X may be beside the types of most kernels, and what csrc/normal calls them (HalfType).
+HALF = {torch.bfloat16: 1, torch.float16: 2}
+
 # ``info`` of a problem whose weight or ridge (the ops' third and fourth arguments, counted as LAPACK does) has a
 # negative value, on devices where values are not checked before the kernel runs.
 NEGATIVE_WEIGHT, NEGATIVE_RIDGE = -3, -4
@@ -37,7 +40,10 @@ SINGULAR_EPSILONS = 8
 
 
 def check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
-    """Checks X (…,n,d), Y (…,n,k), weight (…,n); returns their batch shapes."""
+    """Checks X (…,n,d), Y (…,n,k), weight (…,n); returns their batch shapes.
+
+    X may be bfloat16 or float16, which kernels widen as they read it: Y, weight and the results are float32 then.
+    """
     x_shape, y_shape = X.shape, Y.shape
     # The good case is one expression, since this is a large part of what a small problem takes.
     if not (
@@ -49,8 +55,15 @@ def check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
         and len(y_shape) >= 2
         and x_shape[-2] == y_shape[-2]
     ):
-        check_floating("X", X)
-        check_like("Y", Y, X)
+        if X.dtype in HALF:
+            check_floating("Y", Y)
+            if Y.dtype != torch.float32:
+                raise TypeError(f"Y has dtype {Y.dtype}; expected torch.float32, beside X of {X.dtype}")
+            if Y.device != X.device:
+                raise ValueError(f"Y is on device {Y.device}; expected {X.device}, like the other operands")
+        else:
+            check_floating("X", X)
+            check_like("Y", Y, X)
         check_dims("X", X, 2, "(..., n, d)")
         check_dims("Y", Y, 2, "(..., n, k)")
         check_size("Y", Y, -2, x_shape[-2], f"(..., {x_shape[-2]}, k): as many rows as X")
@@ -60,7 +73,7 @@ def check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
     ]
     if weight is not None:
         n = x_shape[-2]
-        check_like("weight", weight, X)
+        check_like("weight", weight, Y)
         check_dims("weight", weight, 1, "(..., n)")
         check_size("weight", weight, -1, n, f"(..., {n}): one weight per row of X")
         batches.append(weight.shape[:-1])
@@ -74,7 +87,7 @@ def gram_results(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Te
     """Checks the operands; returns XᵀDX (…,d,d) and XᵀDY (…,d,k), empty."""
     batch = broadcast_batch("X, Y, weight", *check_rows(X, Y, weight))
     d, k = X.shape[-1], Y.shape[-1]
-    return X.new_empty(*batch, d, d), X.new_empty(*batch, d, k)
+    return Y.new_empty(*batch, d, d), Y.new_empty(*batch, d, k)
 
 
 gram = define(
@@ -112,7 +125,7 @@ def _solve_batch(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: Tensor | No
     batches = check_rows(X, Y, weight)
     if ridge is not None:
         d = X.shape[-1]
-        check_like("ridge", ridge, X)
+        check_like("ridge", ridge, Y)
         check_dims("ridge", ridge, 1, "(..., d)")
         check_size("ridge", ridge, -1, d, f"(..., {d}): one penalty per feature")
         batches.append(tuple(ridge.shape[:-1]))
@@ -144,7 +157,7 @@ def solve_results(
     """Checks the operands; returns solution (…,d,k) and info (…), empty."""
     batch = _solve_batch(X, Y, weight, ridge, dual)
     # Sizes as arguments of their own take a microsecond less than a tuple.
-    return X.new_empty(*batch, X.shape[-1], Y.shape[-1]), X.new_empty(batch, dtype=torch.int32)
+    return Y.new_empty(*batch, X.shape[-1], Y.shape[-1]), Y.new_empty(batch, dtype=torch.int32)
 
 
 solve_normal = define(
@@ -171,11 +184,11 @@ def solve_ex_results(
     batch = _solve_batch(X, Y, weight, ridge, dual)
     order = X.shape[-2] if dual else X.shape[-1]
     return (
-        X.new_empty((*batch, X.shape[-1], Y.shape[-1])),
-        empty_factor(X, batch, order),
-        X.new_empty(batch, dtype=torch.int32),
-        X.new_empty(batch if rcond else (*batch, 0)),
-        X.new_empty(batch),
+        Y.new_empty((*batch, X.shape[-1], Y.shape[-1])),
+        empty_factor(Y, batch, order),
+        Y.new_empty(batch, dtype=torch.int32),
+        Y.new_empty(batch if rcond else (*batch, 0)),
+        Y.new_empty(batch),
     )
 
 

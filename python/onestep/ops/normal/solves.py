@@ -32,7 +32,7 @@ def register_solves(device: str, solve: Solve) -> None:
     ) -> tuple[Tensor, Tensor]:
         solution, info = schema.solve_results(X, Y, weight, ridge, dual=dual)
         if dual:
-            solve_dual(X, Y, weight, ridge, refine, (solution, None, info, None))
+            solve_dual(X.to(Y.dtype), Y, weight, ridge, refine, (solution, None, info, None))
         else:
             solve(X, Y, weight, ridge, uniform_ridge, refine, 0.0, (solution, None, info, None, None))
         if check:
@@ -55,7 +55,7 @@ def register_solves(device: str, solve: Solve) -> None:
         out = schema.solve_ex_results(X, Y, weight, ridge, dual=dual, rcond=rcond)
         solution, L, info, condition, jittered = out
         if dual:
-            solve_dual(X, Y, weight, ridge, refine, (solution, L, info, condition if rcond else None))
+            solve_dual(X.to(Y.dtype), Y, weight, ridge, refine, (solution, L, info, condition if rcond else None))
             jittered.zero_()
         else:
             results = (solution, L, info, condition if rcond else None, jittered)
