@@ -160,16 +160,24 @@ ONESTEP_INLINE void load_planes(const BFloat16* from, int64_t step, int64_t coun
     }
 }
 
-ONESTEP_INLINE void load_planes(const float* from, int64_t step, int64_t count, AmxWords (&planes)[2]) {
-    Vec<float> values{};
+ONESTEP_INLINE Vec<float> load_some(const float* from, int64_t step, int64_t count) {
     if (step == 1 && count >= kAmxBlock) {
-        values = load<float>(from);
-    } else {
-        for (int64_t e = 0; e < minimum(count, kAmxBlock); ++e) {
-            values[e] = from[e * step];
-        }
+        return load<float>(from);
     }
-    split_to_bfloat16(values, planes[0], planes[1]);
+    Vec<float> values{};
+    for (int64_t e = 0; e < minimum(count, kAmxBlock); ++e) {
+        values[e] = from[e * step];
+    }
+    return values;
+}
+
+ONESTEP_INLINE void load_planes(const float* from, int64_t step, int64_t count, AmxWords (&planes)[2]) {
+    split_to_bfloat16(load_some(from, step, count), planes[0], planes[1]);
+}
+
+// Float rounded to one plane.
+ONESTEP_INLINE void load_planes(const float* from, int64_t step, int64_t count, AmxWords (&planes)[1]) {
+    planes[0] = round_to_bfloat16(load_some(from, step, count));
 }
 
 template <class Pointer>
@@ -192,10 +200,12 @@ ONESTEP_INLINE void store_tile(Vec<float> (&lines)[kAmxBlock], BFloat16* to) {
 
 // Packs rows [begin, begin + count) of a matrix as rows (left) or columns (right) of an operand. The inner dimension
 // are the rows' elements [first, first + depth), `step` apart.
-template <AmxSide Side, class Rows>
+// Planes: 0 for all that the numbers have.
+template <AmxSide Side, int Planes = 0, class Rows>
 inline void amx_pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_t step, int64_t first, int64_t depth,
                           AmxPacked to) {
-    constexpr int kPlanes = kAmxPlanes<decltype(rows(0))>;
+    constexpr bool kHalf = kAmxPlanes<decltype(rows(0))> == 1;
+    constexpr int kPlanes = Planes != 0 ? Planes : kAmxPlanes<decltype(rows(0))>;
     for (int64_t b = 0; b < amx_blocks(count); ++b) {
         const int64_t height = minimum(kAmxBlock, count - b * kAmxBlock);
         for (int64_t s = 0; s < amx_steps(depth); ++s) {
@@ -203,7 +213,7 @@ inline void amx_pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_
             const int64_t p = s * kAmxStep;
             for (int64_t i = 0; i < height; ++i) {
                 const auto* from = rows(begin + b * kAmxBlock + i) + (first + p) * step;
-                if constexpr (kPlanes == 1) {
+                if constexpr (kHalf) {
                     if (step == 1 && depth - p >= kAmxStep) {  // a line as it is in memory
                         const auto words = *reinterpret_cast<const UnalignedAmxWords*>(from);
                         lines[0][i] = reinterpret_cast<Vec<float>>(words);
@@ -232,10 +242,10 @@ inline void amx_pack_rows(const Rows& rows, int64_t begin, int64_t count, int64_
 
 // Packs rows [begin, begin + depth) of a matrix as the inner dimension of an operand. Its rows (left) or columns
 // (right) are the rows' elements [first, first + count), `step` apart.
-template <AmxSide Side, class Rows>
+template <AmxSide Side, int Planes = 0, class Rows>
 inline void amx_pack_columns(const Rows& rows, int64_t begin, int64_t depth, int64_t step, int64_t first, int64_t count,
                              AmxPacked to) {
-    constexpr int kPlanes = kAmxPlanes<decltype(rows(0))>;
+    constexpr int kPlanes = Planes != 0 ? Planes : kAmxPlanes<decltype(rows(0))>;
     for (int64_t s = 0; s < amx_steps(depth); ++s) {
         const int64_t p = s * kAmxStep;
         const int64_t height = minimum(kAmxStep, depth - p);

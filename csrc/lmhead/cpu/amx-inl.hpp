@@ -1,5 +1,6 @@
-// The matrix products of linear_cross_entropy for bfloat16 input on AMX tiles: z is one product, ż are two; g and ġ,
-// which are float, enter ∂H and ∂W in two planes of bfloat16 each.
+// The matrix products of linear_cross_entropy for bfloat16 input on AMX tiles: z is one product, ż are two. g and ġ are
+// float. Of a gradient, which ends as bfloat16, g enters ∂H and ∂W rounded to one plane of bfloat16, as frameworks
+// round it; of a gradient's tangent, where terms cancel, g and ġ enter in two planes each.
 #pragma once
 
 #include "base/amx-inl.hpp"
@@ -55,6 +56,9 @@ inline void amx_pack_input_columns(const AmxChunk& chunk, int64_t feature_panel)
     }
 }
 
+// Planes of g or ġ.
+ONESTEP_INLINE int64_t amx_planes(const AmxChunk& chunk) { return chunk.args->tangent ? 2 : 1; }
+
 // What a piece of work packs: weights of a block and their tangents, up to kAmxFeatures of them, and both planes of g
 // (or ġ) and of g beside ġ.
 struct AmxWork {
@@ -67,7 +71,7 @@ struct AmxWork {
           plane(amx_size(chunk.padded_rows, round_up_to(chunk.block, kAmxStep))) {}
 
     int64_t bytes(const AmxChunk& chunk) const {
-        const int64_t planes = !chunk.wants_gradient() ? 0 : chunk.wants_cross_terms() ? 4 : 2;
+        const int64_t planes = !chunk.wants_gradient() ? 0 : chunk.wants_cross_terms() ? 4 : amx_planes(chunk);
         return (2 * weights + planes * plane) * static_cast<int64_t>(sizeof(BFloat16));
     }
 };
@@ -132,10 +136,15 @@ inline void amx_add_weight_gradient(AmxTiles& tiles, const AmxChunk& chunk, cons
     int64_t count = 0;
     const auto add = [&](const float* coefficients, const void* columns) {
         for (int64_t q = 0; q < range.row_panels; ++q) {
-            amx_pack_rows<AmxSide::left>(StridedRows<float>{coefficients + q * range.panel_stride, kAmxPanel}, 0,
-                                         range.count, 1, 0, kAmxPanel, {planes + q * kAmxTile, block, plane});
+            const StridedRows<float> rows{coefficients + q * range.panel_stride, kAmxPanel};
+            const AmxPacked to{planes + q * kAmxTile, block, plane};
+            if (chunk.args->tangent) {
+                amx_pack_rows<AmxSide::left>(rows, 0, range.count, 1, 0, kAmxPanel, to);
+            } else {
+                amx_pack_rows<AmxSide::left, 1>(rows, 0, range.count, 1, 0, kAmxPanel, to);
+            }
         }
-        for (int low = 0; low < 2; ++low) {
+        for (int64_t low = 0; low < amx_planes(chunk); ++low) {
             terms[count++] = {planes, block, static_cast<const BFloat16*>(columns), block};
             planes += plane;
         }
@@ -160,10 +169,15 @@ inline void amx_add_input_gradient(AmxTiles& tiles, const AmxChunk& chunk, const
     int64_t count = 0;
     const auto add = [&](const float* coefficients, const BFloat16* left) {
         for (int64_t q = 0; q < range.row_panels; ++q) {
-            amx_pack_columns<AmxSide::right>(StridedRows<float>{coefficients + q * range.panel_stride, kAmxPanel}, 0,
-                                             range.count, 1, 0, kAmxPanel, {planes + 2 * q * block, block, size.plane});
+            const StridedRows<float> rows{coefficients + q * range.panel_stride, kAmxPanel};
+            const AmxPacked to{planes + 2 * q * block, block, size.plane};
+            if (args.tangent) {
+                amx_pack_columns<AmxSide::right>(rows, 0, range.count, 1, 0, kAmxPanel, to);
+            } else {
+                amx_pack_columns<AmxSide::right, 1>(rows, 0, range.count, 1, 0, kAmxPanel, to);
+            }
         }
-        for (int low = 0; low < 2; ++low) {
+        for (int64_t low = 0; low < amx_planes(chunk); ++low) {
             terms[count++] = {left, block, planes, block};
             planes += size.plane;
         }
