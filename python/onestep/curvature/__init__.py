@@ -3,6 +3,7 @@
 from onestep.curvature._estimates import Estimate
 from onestep.curvature._solve import SolveReport
 from onestep.curvature.glm import GLMPoint, glm
+from onestep.curvature.laplace import Laplace, Prediction
 from onestep.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator
 from onestep.curvature.products import ggnvp, hvp
 
@@ -12,6 +13,8 @@ __all__ = [
     "GLMPoint",
     "GaussNewtonOperator",
     "HessianOperator",
+    "Laplace",
+    "Prediction",
     "SolveReport",
     "ggnvp",
     "glm",

@@ -51,7 +51,7 @@ def root_jacobian(
         return call_model(module, row, values(vector)).squeeze(0)
 
     def root(outputs: Tensor, target: Any) -> Tensor:
-        return _root_of_loss(loss, outputs, shape, target)
+        return root_of_loss(loss, outputs, shape, target)
 
     def by_torch_func(part: Chunk) -> Tensor:
         def row(vector: Tensor, inputs: Any, target: Any) -> Tensor:
@@ -77,7 +77,7 @@ def root_jacobian(
         yield route.take(partial(by_torch_func, part), partial(by_reverse_mode, part))
 
 
-def _root_of_loss(loss: Loss | None, outputs: Tensor, shape: torch.Size, target: Any) -> Tensor:
+def root_of_loss(loss: Loss | None, outputs: Tensor, shape: torch.Size, target: Any) -> Tensor:
     """R (k,k) with RᵀR the Hessian of a row's loss in its k outputs, which are of this shape."""
     if loss is None or loss.name == "mse":
         factor = 1.0 if loss is None else math.sqrt(2.0)

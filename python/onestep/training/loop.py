@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from onestep.evaluation.distributed import from_first, together
 from onestep.evaluation.progress import Progress
 from onestep.training import checkpoint as checkpoints
+from onestep.training.covariance import covariance
 from onestep.training.facts import Settings
 from onestep.training.methods.base import Run, Taken
 from onestep.training.plan import FitPlan
@@ -49,6 +50,7 @@ def run(
     """
     settings = plan.settings
     result = FitResult(plan.model, math.nan, False, plan.method.name, plan.why, "", math.nan, reasons=plan.reasons)
+    result.make_covariance = partial(covariance, plan)
     if before is not None:
         result.history, result.initial_loss = before.history, before.initial_loss
     running = plan.method.setup(plan)

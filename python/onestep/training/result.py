@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,40 @@ class FitResult:
     initial_loss: float
     history: list[Record] = field(default_factory=list)
     reasons: tuple[str, ...] = ()
+    # Makes the covariance from model, data and loss; not kept by copies and pickles.
+    make_covariance: Callable[[], Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "make_covariance": None}
+
+    def covariance(self) -> Tensor:
+        """The covariance (p,p) of the trained parameters, in the order of ``model.parameters()``, in float64.
+
+        (Σᵢ Jᵢᵀ Hᵢ Jᵢ)⁻¹ over all rows of the data, at the parameters that the model has now; Jᵢ is the Jacobian of a
+        row's outputs, Hᵢ the Hessian of -log p(yᵢ) in them: of the loss under "cross_entropy", "poisson" and "bce",
+        where it is what maximum likelihood programs report. For "mse" it is σ²(JᵀJ)⁻¹ with σ² the sum of squares over
+        (residuals - p), what least-squares programs report (Bates and Watts, Nonlinear Regression Analysis and Its
+        Applications, 1988). Weight decay counts as the prior that it is (Laplace's approximation), and parameters that
+        it holds back count for less than one each. The roots of the diagonal are standard deviations.
+
+        Where the fit did not converge this is no covariance of anything. The result keeps the data for it.
+
+        Raises:
+            ValueError: a loss whose distribution is not known, more than 4,096 parameters, too few rows, or a result
+                that was copied or loaded.
+            LinAlgError: the data does not determine all parameters.
+            NotImplementedError: torch.distributed runs on several processes.
+
+        Examples:
+            >>> import torch, onestep
+            >>> X = torch.arange(5.0)[:, None]
+            >>> result = onestep.fit(torch.nn.Linear(1, 1), (X, 2 * X + X % 2), "mse", progress=False)
+            >>> [round(value, 3) for value in result.covariance().diagonal().sqrt().tolist()]
+            [0.2, 0.49]
+        """
+        if self.make_covariance is None:
+            raise ValueError("this result was copied or loaded, without the data; expected the one that fit returned")
+        return self.make_covariance()
 
     @property
     def interrupted(self) -> bool:
