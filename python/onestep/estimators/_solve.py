@@ -15,11 +15,18 @@ from onestep.linalg import spd
 
 
 class Solution(NamedTuple):
-    """W (d, k) and intercept (k,), float64, and the name of the path that found them."""
+    """W (d, k) and intercept (k,), float64, and the name of the path that found them.
+
+    Attributes:
+        centred: the problem, where the rows were at hand.
+        sums: X̃ᵀX̃ and X̃ᵀỸ, where Cholesky factors of them solved for all targets.
+    """
 
     coef: Tensor
     intercept: Tensor
     path: str
+    centred: Centred | None = None
+    sums: tuple[Tensor, Tensor] | None = None
 
 
 def solve_ridge(X: Tensor, Y: Tensor, weight: Tensor | None, alpha: Tensor, *, fit_intercept: bool) -> Solution:
@@ -35,10 +42,12 @@ def solve_ridge(X: Tensor, Y: Tensor, weight: Tensor | None, alpha: Tensor, *, f
     centred = wide(X, Y, weight, center=fit_intercept) if primal is None else primal.centred
     K = kernel(centred) if primal is None and bool((alpha > 0).any()) else None
     factor: tuple[Tensor, Tensor] | None = None
+    sums: tuple[Tensor, Tensor] | None = None
     for penalty in sorted(set(alpha.tolist())):
         targets = (alpha == penalty).nonzero()[:, 0]
         if primal is not None:
-            path, W = "cholesky", _primal(primal, targets, penalty)
+            path = "cholesky"
+            W, sums = _primal(primal, targets, penalty)
         else:
             path, W = "dual_cholesky", _dual(centred, K, targets, penalty)
         if W is None:
@@ -50,7 +59,8 @@ def solve_ridge(X: Tensor, Y: Tensor, weight: Tensor | None, alpha: Tensor, *, f
         coef[:, targets] = W
         paths.append(path)
     intercept = centred.y_mean - centred.x_mean @ coef
-    return Solution(coef, intercept, "+".join(dict.fromkeys(paths)))
+    path = "+".join(dict.fromkeys(paths))
+    return Solution(coef, intercept, path, centred, sums if path == "cholesky" else None)
 
 
 def solve_spd(A: Tensor, B: Tensor, min_rcond: float) -> Tensor | None:
@@ -66,14 +76,14 @@ def solve_spd(A: Tensor, B: Tensor, min_rcond: float) -> Tensor | None:
     return factor.solve(B) if rcond >= min_rcond else None
 
 
-def _primal(primal: Primal, targets: Tensor, alpha: float) -> Tensor | None:
-    """(X̃ᵀX̃ + alpha I)W = X̃ᵀỸ; None where ill-conditioned."""
+def _primal(primal: Primal, targets: Tensor, alpha: float) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """(X̃ᵀX̃ + alpha I)W = X̃ᵀỸ, and the sums that had the digits for it; None where ill-conditioned."""
     for gram, cross, floor in primal.candidates():
         ridge = torch.full((len(gram),), alpha, dtype=gram.dtype).diag()
         W = solve_spd(gram + ridge, cross[:, targets], floor)
         if W is not None:
-            return W
-    return None
+            return W, (gram, cross)
+    return None, None
 
 
 def kernel(centred: Centred) -> Tensor:

@@ -12,11 +12,12 @@ from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, Regre
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import type_of_target
-from sklearn.utils.validation import column_or_1d
+from sklearn.utils.validation import column_or_1d, validate_data
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import check_alphas, check_flag, to_numpy
+from onestep.estimators._arrays import FLOATS, check_alphas, check_flag, give_back, to_numpy, to_tensor
+from onestep.estimators._deviations import MOST_FEATURES, Deviations
 from onestep.estimators._indicators import solve_indicators
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
@@ -40,14 +41,15 @@ class _RidgeBase(LinearEstimator):
             raise ValueError(f"alpha holds {alphas.size} penalties for {k} targets; expected one, or one per target")
         return torch.from_numpy(alphas).reshape(-1).expand(k), check_flag("fit_intercept", self.fit_intercept)
 
-    def _solve(self, data: FitData, Y: Tensor) -> None:
+    def _solve(self, data: FitData, Y: Tensor) -> Solution:
         alpha, fit_intercept = self._check_parameters(Y.shape[1])
         solution = solve_ridge(data.X, Y, data.weight, alpha, fit_intercept=fit_intercept)
         self._set_solution(solution, data, fit_intercept=fit_intercept)
+        return solution
 
     def _set_solution(self, solution: Solution, data: FitData, *, fit_intercept: bool) -> None:
-        coef, intercept, self.solver_path_ = solution
-        self._set_coefficients(coef, intercept, data, fit_intercept=fit_intercept)
+        self.solver_path_ = solution.path
+        self._set_coefficients(solution.coef, solution.intercept, data, fit_intercept=fit_intercept)
         self.n_iter_ = None
 
 
@@ -86,6 +88,8 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     # What partial_fit has added up; None before, and after fit.
     _equations: NormalEquations | None = None
+    # What standard deviations are made of; None after partial_fit, or with many features.
+    _deviations: Deviations | None = None
 
     def __init__(self, alpha: Any = 1.0, *, fit_intercept: bool = True) -> None:
         self.alpha = alpha
@@ -115,7 +119,12 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         """
         self._equations = None
         data = self._check_fit(X, y, sample_weight, y_numeric=True)
-        self._solve(data, as_targets(data.y, data.X))
+        Y = as_targets(data.y, data.X)
+        solution = self._solve(data, Y)
+        self._deviations = None
+        if data.X.shape[1] <= MOST_FEATURES:
+            alpha, fit_intercept = self._check_parameters(Y.shape[1])
+            self._deviations = Deviations(solution, Y, alpha, fit_intercept=fit_intercept)
         return self
 
     @one_thread_after_fork()
@@ -172,22 +181,42 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
             )
         add_chunk(equations, data.X, Y, data.weight)
         self._set_solution(solve_sums(equations, alpha), data, fit_intercept=fit_intercept)
-        self._equations = equations
+        self._equations, self._deviations = equations, None
 
-    def predict(self, X: Any) -> Any:
+    @one_thread_after_fork()
+    def predict(self, X: Any, return_std: bool = False) -> Any:
         """X coef_ᵀ + intercept_.
+
+        With `return_std` also the standard deviation of a new observation: the root of
+        σ²(1 + 1/Σw + x̃ᵀ(X̃ᵀDX̃ + alpha I)⁻¹x̃), X̃ the centred rows of the fit, σ² their weighted squared residuals over
+        Σw - tr(hat matrix), what the fit leaves of the degrees of freedom. For alpha 0 it is that of ordinary least
+        squares; for alpha > 0 that of Bayesian ridge regression whose prior has the precision alpha/σ² (Bishop,
+        Pattern Recognition and Machine Learning, 2006, 3.3).
 
         Args:
             X: (n, d), array, data frame or CPU tensor.
+            return_std: whether to return (prediction, standard deviation).
 
         Returns:
-            (n,) for one target, else (n, k), in X's dtype; a tensor if X is one.
+            (n,) for one target, else (n, k), in X's dtype; a tensor if X is one. Or a pair of these.
 
         Raises:
-            ValueError: wrong number of features, NaN or infinity.
+            ValueError: wrong number of features, NaN or infinity; or with `return_std` no unique solution, no degrees
+                of freedom left, more than 1,024 features, or a fit by `partial_fit`.
             sklearn.exceptions.NotFittedError: `fit` was not called.
         """
-        return self._linear(X)
+        mean = self._linear(X)
+        if not return_std:
+            return mean
+        if self._deviations is None:
+            raise ValueError(
+                f"return_std=True needs a model that was fitted by fit (not partial_fit) to at most {MOST_FEATURES} "
+                f"features; this one has {self.n_features_in_}"
+            )
+        tensors = isinstance(mean, Tensor)
+        rows = to_tensor(validate_data(self, to_numpy("X", X), dtype=FLOATS, reset=False))
+        deviations = self._deviations.of(rows).reshape(mean.shape)
+        return mean, give_back(deviations.to(rows.dtype), tensors=tensors)
 
 
 class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):

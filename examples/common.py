@@ -1,0 +1,134 @@
+"""What the examples share: a tuned baseline, tables with the winner first, and pictures in one style."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+OUTPUT = Path(__file__).resolve().parent / "output"
+COLORS = ("#c0392b", "#2c6fbb", "#7f8c8d", "#27864e")
+
+
+@dataclass
+class Run:
+    """What one method reached: what is told of it after each of so many seconds, the lower the better."""
+
+    method: str
+    model: nn.Module
+    seconds: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def note(self, seconds: float, value: float) -> None:
+        self.seconds.append(seconds)
+        self.values.append(value)
+
+    @property
+    def last(self) -> float:
+        return self.values[-1]
+
+    def seconds_to(self, value: float) -> float | None:
+        """When the value was first that low."""
+        return next((s for s, v in zip(self.seconds, self.values, strict=True) if v <= value), None)
+
+
+def adam(
+    make_model: Callable[[], nn.Module],
+    loss_of: Callable[[nn.Module, int], Tensor],
+    value_of: Callable[[nn.Module], float],
+    *,
+    rates: Sequence[float],
+    seconds: float,
+    every: int = 50,
+) -> Run:
+    """Adam for so many seconds at each rate, which falls to zero along a cosine; the run that ends lowest.
+
+    Args:
+        loss_of: (model, number of the step) → the loss of that step's rows.
+        value_of: what is told of a model. The clock stands still meanwhile.
+        every: so many steps between two values.
+    """
+    runs = []
+    for rate in rates:
+        model = make_model()
+        run = Run(f"Adam, best of {len(rates)} rates ({rate:g})", model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+        spent, step = 0.0, 0
+        run.note(0.0, value_of(model))
+        while spent < seconds:
+            began = time.perf_counter()
+            for _ in range(every):
+                part = min(1.0, (spent + time.perf_counter() - began) / seconds)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * part))
+                optimizer.zero_grad()
+                loss_of(model, step).backward()
+                optimizer.step()
+                step += 1
+            spent += time.perf_counter() - began
+            run.note(spent, value_of(model))
+        runs.append(run)
+    return min(runs, key=lambda run: run.last)
+
+
+def solved(method: str, model: nn.Module, value_of: Callable[[], float]) -> tuple[Run, Callable[[object], None]]:
+    """A run of ``onestep.fit``, and the callback that notes its steps. The clock stands still meanwhile."""
+    run, began, told = Run(method, model), time.perf_counter(), 0.0
+    run.note(0.0, value_of())
+
+    def callback(_record: object) -> None:
+        nonlocal told
+        entered = time.perf_counter()
+        run.note(entered - began - told, value_of())
+        told += time.perf_counter() - entered
+
+    return run, callback
+
+
+def print_table(what: str, runs: Sequence[Run], form: str = ".2e") -> None:
+    """The winner first: what was reached, in how many seconds, and how soon the others' best."""
+    ordered = sorted(runs, key=lambda run: run.last)
+    print(f"{what:<44}{'last':>12}{'seconds':>10}{'seconds to the worst of them':>30}")
+    for run in ordered:
+        soon = run.seconds_to(ordered[-1].last)
+        print(f"{run.method:<44}{run.last:>12{form}}{run.seconds[-1]:>10.1f}{soon:>30.1f}")
+
+
+def styled(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "", log: bool = False) -> Axes:
+    """Without a box, with a faint grid."""
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    if log:
+        axes.set_yscale("log")
+    return axes
+
+
+def draw_runs(axes: Axes, runs: Sequence[Run], **style: object) -> None:
+    """What each run reached against seconds."""
+    for color, run in zip(COLORS, sorted(runs, key=lambda run: run.last), strict=False):
+        axes.plot(run.seconds, run.values, color=color, label=run.method)
+    styled(axes, xlabel="seconds", log=True, **style)  # type: ignore[arg-type]
+    axes.legend(frameon=False)
+
+
+def save(figure: Figure, name: str) -> None:
+    """Writes examples/output/<name> and says so."""
+    OUTPUT.mkdir(exist_ok=True)
+    path = OUTPUT / name
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"picture: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
