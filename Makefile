@@ -20,7 +20,7 @@ QUIET_THREADS := OMP_WAIT_POLICY=passive
 $(VENV)/.environment: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) numpy torch pytest pytest-benchmark pytest-xdist scikit-learn scipy pandas rich safetensors matplotlib tqdm \
-	    transformers shtab statsmodels \
+	    transformers accelerate lightning keras shtab statsmodels \
 	    hypothesis ruff mypy import-linter clang-format cmake ninja pybind11 scikit-build-core
 	touch $@
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import CliError, Interrupted, say
+from .keras import add_parser as add_keras
 
 # As it was called: by the name that pip installs, or as a module.
 PROGRAM = "onestep" if Path(sys.argv[0]).name == "onestep" else "python -m onestep"
@@ -163,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["bash", "zsh", "tcsh"],
         help="print a script for the shell's completion of `onestep`, and exit",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,fit,predict,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,fit,predict,keras,bench}")
 
     commands.add_parser("info", help="version, CPU target, thread source, CUDA build and devices")
 
@@ -251,6 +252,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--save", type=Path, metavar="FILE", help="write the model to a safetensors file")
 
+    add_keras(commands)
+
     predict = commands.add_parser(
         "predict",
         help="predict with a saved model",
@@ -307,6 +310,8 @@ def _dispatch(args: argparse.Namespace) -> None:
     elif args.command == "fit":
         _settle_model(args)
         from .fit import run
+    elif args.command == "keras":
+        from .keras import run
     else:
         from .predict import run
     run(args)

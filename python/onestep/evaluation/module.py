@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss, check_mean_over_rows
-from onestep.evaluation.parameters import ParameterVector, flatten
+from onestep.evaluation.parameters import ParameterVector, call_with, flatten
 
 Result = TypeVar("Result")
 
@@ -38,12 +39,26 @@ def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | N
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if kwargs else (inputs,)
     if parameters is None:
         outputs = without_graph(lambda: module(*args, **kwargs))
+    elif _has_keras_layers(module):
+        own, values = [module.get_parameter(name) for name in parameters], list(parameters.values())
+        outputs = without_graph(lambda: call_with(lambda: module(*args, **kwargs), own, values))
     else:
         module, parameters = _everywhere(module, parameters)
         outputs = without_graph(lambda: functional_call(module, parameters, args, kwargs, tie_weights=False))
     if not isinstance(outputs, Tensor):
         raise TypeError(f"the model returned {type(outputs).__name__}; expected a tensor")
     return outputs
+
+
+def _has_keras_layers(module: nn.Module) -> bool:
+    """Whether a module is Keras' or holds such layers: they read their variables past torch's registered parameters.
+
+    ``functional_call`` swaps those alone, without a word, so derivatives in them would be zeros.
+    """
+    if "keras" not in sys.modules:
+        return False
+    kinds = {kind for layer in module.modules() for kind in type(layer).__mro__}
+    return any(kind.__module__.partition(".")[0] == "keras" for kind in kinds)
 
 
 def without_graph(compute: Callable[[], Result]) -> Result:

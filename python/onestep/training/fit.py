@@ -108,7 +108,7 @@ def fit(
         ('closed_form', True, 3.0)
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+        raise TypeError(_not_a_module(model))
     if method not in ("auto", *METHODS):
         raise ValueError(f"method={method!r}; expected one of {', '.join(map(repr, ('auto', *METHODS)))}")
     settings = Settings(
@@ -136,6 +136,22 @@ def fit(
         same_everywhere([*model.parameters(), *model.buffers()])
         facts = look(model, parameters, function, described(loss, function), data, settings)
         return _fit(facts, settings)
+
+
+# Where models of other backends come from.
+_OTHER_BACKENDS = {"keras", "tensorflow", "tf_keras", "flax", "haiku", "equinox"}
+
+
+def _not_a_module(model: Any) -> str:
+    """What is wrong with a model that is none of torch's, and what to do about one of another backend."""
+    told = f"model is {type(model).__name__}; expected a torch.nn.Module"
+    if not _OTHER_BACKENDS & {kind.__module__.partition(".")[0] for kind in type(model).__mro__}:
+        return told
+    return (
+        f"{told}. fit computes with torch: build the Keras model under KERAS_BACKEND=torch, where it is one, or save "
+        "it as model.keras and run python -m onestep keras model.keras --data data.npz --target y, which fits files of "
+        "every backend"
+    )
 
 
 def _fit(facts: Facts, settings: Settings) -> FitResult:

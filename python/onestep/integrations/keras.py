@@ -1,0 +1,109 @@
+"""Keras 3 on the torch backend: a callback that fits a model by ``onestep.fit``, and the losses that Keras compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import keras
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "onestep.integrations.keras needs keras, which is not installed: pip install 'onestep[keras]'", name="keras"
+    ) from error
+
+from onestep.integrations.head import check_when
+from onestep.training import FitResult, fit
+
+if keras.backend.backend() != "torch":
+    raise ImportError(
+        f"Keras runs on {keras.backend.backend()!r}; expected KERAS_BACKEND=torch in the environment before keras is "
+        "imported, or the command line, which takes files of every backend: python -m onestep keras model.keras --data "
+        "data.npz --target y"
+    )
+
+
+class Solve(keras.callbacks.Callback):
+    """Fits the model by ``onestep.fit`` when ``model.fit`` begins or ends.
+
+    ``onestep.fit(model, (X, y), "mse")`` does the same without Keras' loop: on the torch backend a Keras model is a
+    torch module. Here it is one of the callbacks, beside those that log, stop early or save.
+
+    Args:
+        data: as for ``onestep.fit``: a pair of arrays or tensors, or a loader of pairs.
+        when: "before" or "after" the epochs, or "both".
+        loss: as for ``onestep.fit``; None for the one that the model was compiled with.
+        options: of ``onestep.fit``.
+
+    Attributes:
+        results: a ``FitResult`` for each fit.
+
+    Examples:
+        A model that is solved for, without an epoch of Adam::
+
+            model.compile(loss="mse")
+            model.fit(X, y, epochs=0, callbacks=[Solve((X, y))])
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        when: Literal["before", "after", "both"] = "before",
+        loss: str | Callable[[Tensor, Any], Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        check_when(when)
+        super().__init__()
+        self.data, self.when, self.loss, self.options = data, when, loss, options
+        self.results: list[FitResult] = []
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Fits, if when is "before" or "both"."""
+        if self.when in ("before", "both"):
+            self._fit()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Fits, if when is "after" or "both"."""
+        if self.when in ("after", "both"):
+            self._fit()
+
+    def _fit(self) -> None:
+        loss = as_loss(self.model.loss) if self.loss is None else self.loss
+        self.results.append(fit(self.model, self.data, loss, **{"progress": False, **self.options}))
+
+
+def as_loss(loss: Any) -> str | Callable[[Tensor, Any], Tensor]:
+    """A loss of Keras as one of ``onestep.fit``: by name where fit knows it, which is faster, else as a function.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if loss is None:
+        raise ValueError("the model has no loss: compile it with one, or give loss=")
+    found = keras.losses.get(loss)
+    name = getattr(found, "name", None) or getattr(found, "__name__", "")
+    if name == "mean_squared_error":
+        return "mse"
+    logits = bool(getattr(found, "_fn_kwargs", {}).get("from_logits", False))
+    if name == "sparse_categorical_crossentropy" and logits:
+        return "cross_entropy"
+    if name == "binary_crossentropy" and logits:
+        return "bce"
+
+    def of_rows(outputs: Tensor, target: Any) -> Tensor:
+        if isinstance(target, Tensor) and target.dim() == outputs.dim() - 1 and outputs.shape[-1] == 1:
+            # Keras would broadcast (n,) against (n,1).
+            target = target.unsqueeze(-1)
+        value: Tensor = torch.as_tensor(found(target, outputs)).mean()
+        return value
+
+    return of_rows
+
+
+def load(path: Any) -> nn.Module:
+    """The model of a ``.keras`` file, saved under any backend."""
+    model: nn.Module = keras.saving.load_model(path)
+    return model

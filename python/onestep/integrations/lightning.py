@@ -1,0 +1,68 @@
+"""A callback for Lightning that solves for a model's head before or after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "onestep.integrations.lightning needs lightning, which is not installed: pip install 'onestep[lightning]'",
+        name="lightning",
+    ) from error
+
+from onestep.integrations.head import Pairs, check_when, solve_head
+from onestep.training import FitResult
+
+
+class SolveHead(Callback):
+    """Fits the linear layer that ends a LightningModule, on the features of the frozen rest, before or after training.
+
+    The module's ``forward`` must give the outputs, and batches of the training data must be pairs (inputs, target).
+
+    ``onestep.optim.PolarGrad`` needs no callback: return it from ``configure_optimizers``, automatic optimisation calls
+    it as any other. LevenbergMarquardt, GaussNewton and NewtonCG compute the loss anew for trial steps, which automatic
+    optimisation's closure, with its backward pass, is not made for: set ``automatic_optimization = False``, and in
+    ``training_step`` call ``self.optimizers().optimizer.step(lambda: self(x) - y)``: residuals, or what else the
+    optimiser's closure may return.
+
+    Args:
+        loss: as for ``onestep.fit``.
+        when: "before", "after" or "both".
+        options: of ``onestep.fit``, such as ``weight_decay``, without which classes that planes separate have no best
+            head.
+
+    Attributes:
+        results: a ``FitResult`` for each solve.
+
+    Raises:
+        ValueError: no nn.Linear ends the model, or an argument is not what it should be.
+    """
+
+    def __init__(
+        self,
+        loss: str | Callable[[Tensor, Any], Tensor] = "cross_entropy",
+        when: Literal["before", "after", "both"] = "before",
+        **options: Any,
+    ) -> None:
+        check_when(when)
+        self.loss, self.when, self.options = loss, when, options
+        self.results: list[FitResult] = []
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Solves, if when is "before" or "both"."""
+        if self.when in ("before", "both"):
+            self._solve(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Solves, if when is "after" or "both"."""
+        if self.when in ("after", "both"):
+            self._solve(trainer, pl_module)
+
+    def _solve(self, trainer: Any, module: nn.Module) -> None:
+        loader = trainer.train_dataloader
+        self.results.append(solve_head(module, lambda: Pairs(loader, tuple), self.loss, **self.options))
