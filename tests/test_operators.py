@@ -572,6 +572,38 @@ def test_small_matrices_have_an_exact_diagonal_and_trace() -> None:
     assert (diagonal.value >= 0).all() and not diagonal.standard_error.any() and trace.samples == 0
 
 
+def bent(outputs: Tensor, target: Tensor) -> Tensor:
+    """Not convex in the outputs."""
+    return (outputs.sin() * (target + 1.0).unsqueeze(1)).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "options"),
+    [
+        (GaussNewtonOperator, "cross_entropy", {}),
+        (GaussNewtonOperator, "poisson", {}),
+        (FisherOperator, "mse", {"mc_samples": 2}),
+        (FisherOperator, "cross_entropy", {"kind": "empirical"}),
+        (GaussNewtonOperator, bent, {"chunk_size": 2}),
+    ],
+)
+def test_diagonals_of_larger_matrices_are_exact_by_rows(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, loss: Any, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("onestep.curvature._operator.MOST_DENSE", 0)
+    setting = Setting("mlp", loss if isinstance(loss, str) else "cross_entropy")
+    setting.loss = loss
+    op = setting.operator(kind, **options)
+    diagonal = op.diagonal()
+    expected = (op @ torch.eye(setting.p, dtype=torch.float64)).diagonal()
+    torch.testing.assert_close(diagonal.value, expected, rtol=1e-9, atol=1e-14)
+    assert diagonal.samples == 0 and not diagonal.standard_error.any()
+    assert bool((diagonal.value < 0).any()) == (loss is bent)
+    # Where the outputs of a row are many, rows are not cheap.
+    monkeypatch.setattr("onestep.curvature.operators._MOST_OUTPUTS", CLASSES - 1)
+    assert op.diagonal().samples == 64
+
+
 def test_a_newton_step_lowers_the_loss() -> None:
     setting = Setting()
     op = setting.operator(GaussNewtonOperator)

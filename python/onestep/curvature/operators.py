@@ -12,10 +12,19 @@ from torch.func import grad
 
 from onestep.curvature._operator import CurvatureOperator, check_count, in_order
 from onestep.curvature._passes import Named
-from onestep.curvature.products import hessian_product, hvp, outer_products
+from onestep.curvature.jacobian import root_jacobian
+from onestep.curvature.products import Result, Route, hessian_product, hvp, outer_products
 from onestep.evaluation.data import Chunk
-from onestep.evaluation.distributed import share
+from onestep.evaluation.distributed import share, summed
+from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import LOSSES, as_loss, drawn_slope
+from onestep.evaluation.module import eval_mode
+from onestep.evaluation.parameters import flatten
+
+# Rows of the Jacobian give a diagonal at the cost of a gradient for each output; 64 random products, at that of 200.
+_MOST_OUTPUTS = 32
+# What one of them may take.
+_ROW_BYTES = 2**28
 
 
 class HessianOperator(CurvatureOperator):
@@ -38,6 +47,71 @@ class _OuterProductOperator(CurvatureOperator):
     def _product(self, chunk: Chunk, number: int, point: Named) -> Callable[[Named], Named]:
         outer = self._outer(chunk, number, point)
         return outer_products(self._outputs(chunk), outer, point, keep=False, route=self._passes.route)
+
+    def _diagonal_by_rows(self) -> Tensor | None:
+        if not self._has_rows():
+            return None
+
+        def diagonal_of(chunk: Chunk, number: int, point: Named) -> Callable[[Named], Named]:
+            return lambda _: self._chunk_diagonal(chunk, number, point)
+
+        one = torch.ones(self.shape[0], 1, dtype=self.dtype, device=self.device)
+        what = f"{type(self).__name__}.diagonal"
+        total = self._passes.multiply(one, diagonal_of, what=what, mean=self.reduction == "mean")
+        return total[:, 0].double()
+
+    def _has_rows(self) -> bool:
+        """Whether outputs are few and rows of the Jacobian can be had by vmap, tried on the first two rows."""
+
+        def fails() -> tuple[Tensor, list[float]]:
+            few = next(self._passes.chunks()).rows(slice(0, 2))
+            point = dict(zip(self._names, [p.detach() for p in self._parameters.tensors], strict=True))
+            with torch.no_grad(), eval_mode(self.model), exclusive():
+                outputs = self._outputs(few)(point)
+                k = outputs[:1].numel()
+                if k > _MOST_OUTPUTS or k * self.shape[0] * outputs.element_size() > _ROW_BYTES:
+                    return torch.empty(0), [1]
+                try:
+                    self._chunk_diagonal(few, 0, point)
+                except RuntimeError:
+                    return torch.empty(0), [1]
+            return torch.empty(0), [0]
+
+        return not summed(fails)[1][0]
+
+    def _chunk_diagonal(self, chunk: Chunk, number: int, point: Named) -> Named:
+        """Of the loss summed over a chunk: Σ ±(Jᵀs)², with C = Σ ±ssᵀ for each row."""
+        parameters, outer = self._parameters, self._outer(chunk, number, point)
+        outputs = self._outputs(chunk)(point)
+        n, k = len(chunk), outputs[:1].numel()
+        units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
+        columns = [outer(outputs, unit.expand(n, k).reshape(outputs.shape)).reshape(n, k) for unit in units]
+        C = torch.stack(columns, 2).double()
+        values, vectors = torch.linalg.eigh((C + C.mT) / 2)
+        # Those under this are made of rounding.
+        least = k * torch.finfo(outputs.dtype).eps * values.abs().amax(1, keepdim=True)
+        values = torch.where(values.abs() > least, values, 0.0)
+        roots = (vectors * values.abs().sqrt()[:, None]).mT.to(outputs.dtype)
+        signs, total, begin = values.sign().to(outputs.dtype), parameters.read().zero_(), 0
+        for J in root_jacobian(
+            self.model,
+            None,
+            chunk,
+            flatten([point[name] for name in self._names]),
+            lambda vector: dict(zip(self._names, parameters.split(vector), strict=True)),
+            _ByVmap(),
+        ):
+            rows = slice(begin, begin + len(J))
+            total += torch.einsum("mk,mkp->p", signs[rows], (roots[rows] @ J).square_())
+            begin += len(J)
+        return dict(zip(self._names, parameters.split(total), strict=True))
+
+
+class _ByVmap(Route):
+    """Fails where vmap does: row by row, the Jacobian of all rows would take as many passes as there are rows."""
+
+    def take(self, by_torch_func: Callable[[], Result], by_reverse_mode: Callable[[], Result]) -> Result:
+        return by_torch_func()
 
 
 class GaussNewtonOperator(_OuterProductOperator):
