@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError
+from onestep.optim._decrement import newton_decrement
 
 KINDS: list[Any] = [LevenbergMarquardt, GaussNewton, NewtonCG]
 
@@ -483,6 +484,31 @@ def test_the_decrement_knows_parameters_whose_gradient_is_small_for_their_scale_
         x[-1] += 100.0
     optimizer.step(closure)
     assert gap <= optimizer.report.decrement * 1.001 <= 1.1 * gap * 1.01
+
+
+def test_tests_that_fail_cost_no_more_than_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of so much damping promise less than the tolerance: a test of a hundred products is not for each."""
+    A, y, minimum = least_squares(200, 4.0)
+    x = torch.zeros(200, dtype=torch.float64, requires_grad=True)
+    optimizer = GaussNewton([{"params": [x], "damping_decrease": 1.0}], damping=1e4)
+    # Just less than what could be gained, so that it takes long to see.
+    optimizer.settled = 0.99 * (1 - ((A @ minimum - y).square().mean() / y.square().mean()).item())
+    products, tested = [0, 0], newton_decrement
+
+    def counted(product: Callable[[Tensor], Tensor], *arguments: Any) -> float:
+        def count(v: Tensor) -> Tensor:
+            products[1] += 1
+            return product(v)
+
+        return tested(count, *arguments)
+
+    monkeypatch.setattr("onestep.optim._matrix_free.newton_decrement", counted)
+    for _ in range(60):
+        optimizer.step(lambda: A @ x - y)
+        products[0] += optimizer.report.cg_iterations if optimizer.report else 0
+    assert optimizer.report is not None and optimizer.report.accepted and optimizer.report.decrement == math.inf
+    # One test, and then as much as the steps.
+    assert 100 < products[1] < 250 + products[0]
 
 
 def test_there_is_no_decrement_at_a_saddle() -> None:

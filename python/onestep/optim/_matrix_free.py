@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,8 @@ from onestep.optim.optimizer import LEAST_DAMPING, DampedOptimizer, Proposal, Qu
 # (Martens and Sutskever, Training deep and recurrent networks with Hessian-free optimization, 2012).
 _WARM_START = 0.95
 _MEMORY = 0.9
+# A test of convergence that failed is made again when a step's promise has fallen to this part.
+_LESS = 0.25
 
 
 class MatrixFreeOptimizer(DampedOptimizer):
@@ -108,12 +111,24 @@ class _ProductModel(QuadraticModel):
         image = self._product(v)
         return image if self.decay is None else image.addcmul_(self.decay, v)
 
-    def decrement(self, enough: float) -> float:
+    def decrement(self, enough: float, *, final: bool) -> float:
         """By a solve of its own, without damping and to the accuracy that the answer needs."""
-        if self.concave or self.promise > enough:
+        if self.concave or self.promise > enough or not (final or self._is_worth_a_test()):
             return math.inf
-        scale = self._of_objective(self.first_damping or LEAST_DAMPING)
-        return newton_decrement(self._undamped, self.gradient, scale, enough)
+        scale, before = self._of_objective(self.first_damping or LEAST_DAMPING), self.taken
+        found = newton_decrement(self._undamped, self.gradient, scale, enough)
+        if math.isinf(found):
+            record = [self.promise, self.taken - before, 0.0]
+            self.settings.kept["failed_test"] = torch.tensor(record, dtype=torch.float64)
+        return found
+
+    def _is_worth_a_test(self) -> bool:
+        """After a test that failed, once steps promise a quarter of what they did, or have cost what the test did."""
+        failed = self.settings.kept.get("failed_test")
+        if failed is None:
+            return True
+        promise, cost, since = failed.tolist()
+        return self.promise <= _LESS * promise or since >= cost
 
     def _of_objective(self, damping: float) -> Callable[[Tensor], Tensor] | None:
         """The objective's preconditioner, unless there is none or with so little damping it cannot be factored."""
@@ -138,6 +153,7 @@ class _ProductModel(QuadraticModel):
 
         if self.first_damping is None:
             self.first_damping = damping
+        taken = self.taken
         solve, products = solved(self.start), int(self.start is not None)
         products += solve.iterations
         if solve.direction is not None and self.start is not None:
@@ -146,18 +162,28 @@ class _ProductModel(QuadraticModel):
             products += solve.iterations
         # A later trial has more damping and should not start from a solution that was too long.
         self.start = None
-        x, residual, concave = solve.x, solve.residual, False
+        failed = self.settings.kept.get("failed_test")
+        if failed is not None:
+            self.settings.kept["failed_test"] = failed + failed.new_tensor([0.0, 0.0, self.taken - taken])
+        x, residual = solve.x, solve.residual
+        proposal = self._proposal(x, b, residual, damping)
         if solve.direction is not None and solve.image is not None:
             # On along the direction of negative curvature, as far as if its curvature were positive.
             d, slope = solve.direction, torch.dot(residual, solve.direction).item()
             curvature = max(abs(torch.dot(d, solve.image).item()), damping * torch.dot(d, d).item())
             if slope > 0 and curvature > 0:
-                x, residual = x + (slope / curvature) * d, residual - (slope / curvature) * solve.image
-                self.concave = concave = True
+                self.concave = True
+                far, beyond = x + (slope / curvature) * d, residual - (slope / curvature) * solve.image
+                farther = self._proposal(far, b, beyond, damping)
+                if farther is not None:
+                    proposal = replace(farther, concave=True, shorter=proposal if bool(x.any()) else None)
+        return None if proposal is None else replace(proposal, products=products)
+
+    def _proposal(self, x: Tensor, b: Tensor, residual: Tensor, damping: float) -> Proposal | None:
         if not bool(x.isfinite().all()):
             return None
         # xᵀ(B + damping I)x = xᵀ(b - residual): the model without damping needs no further product.
         quadratic = torch.dot(x, b - residual) - damping * torch.dot(x, x)
         predicted = (torch.dot(b, x) - 0.5 * quadratic).item()
         self.promise = max(self.promise, predicted)
-        return Proposal(x, predicted, products, concave)
+        return Proposal(x, predicted)

@@ -36,7 +36,7 @@ class _Ball(QuadraticModel):
     ) -> None:
         self.objective, self.parameters, self.gradient, self.decay = objective, parameters, gradient, decay
 
-    def decrement(self, enough: float) -> float:
+    def decrement(self, enough: float, *, final: bool) -> float:
         """That of the Hessian at the start of the step: a small gradient does not say how far the minimum is."""
         if self.promise > enough:
             return math.inf

@@ -137,7 +137,7 @@ class _MatrixModel(QuadraticModel):
         """The system in the scale that A has now."""
         raise NotImplementedError
 
-    def decrement(self, enough: float) -> float:
+    def decrement(self, enough: float, *, final: bool) -> float:
         """½gᵀA⁻¹g."""
         system = self.undamped()
         step = system.solve(_UNDAMPED)

@@ -37,12 +37,14 @@ class Proposal:
     """A step (p,), the reduction that the undamped quadratic model promises for it, and the products it took.
 
     ``concave``: whether it goes along a direction in which the model falls without end.
+    ``shorter``: the step without that direction, for where the loss does not follow the model so far.
     """
 
     step: Tensor
     predicted: float
     products: int = 0
     concave: bool = False
+    shorter: Proposal | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,11 @@ class QuadraticModel:
     # A lower bound of the decrement, where one is known.
     promise = -math.inf
 
-    def decrement(self, enough: float) -> float:
-        """The reduction by the undamped minimiser; infinity if it is not known, or not known to be at most enough."""
+    def decrement(self, enough: float, *, final: bool) -> float:
+        """The reduction by the undamped minimiser; infinity if it is not known, or not known to be at most enough.
+
+        ``final``: whether no step lowered the loss, so that no later step may be asked.
+        """
         return math.inf
 
     def resolution(self, point: Tensor) -> float:
@@ -121,7 +126,8 @@ class DampedOptimizer(torch.optim.Optimizer):
         rules = {"lr": 1.0, "damping_decrease": 1 / 3, "damping_increase": 1.3}
         super().__init__(params, rules | defaults)
         self.report: StepReport | None = None
-        # "inverse" is too large for a checkpoint: ``form_again`` makes it of the vectors that are kept with it.
+        # What steps leave to later ones, besides the state of each parameter. "inverse" is too large for a checkpoint:
+        # ``form_again`` makes it of the vectors that are kept with it.
         self.kept: dict[str, Tensor] = {}
         self._repeatable: bool | None = None
         self._ahead: tuple[Objective, tuple[int, ...], float, Tensor] | None = None
@@ -329,7 +335,7 @@ class DampedOptimizer(torch.optim.Optimizer):
                 # Products are taken where the model was made.
                 reached = parameters.read()
                 parameters.write(start)
-                decrement = model.decrement(self.settled * abs(loss))
+                decrement = model.decrement(self.settled * abs(loss), final=not accepted)
                 parameters.write(reached)
             return StepReport(
                 loss=loss,
@@ -355,8 +361,8 @@ class DampedOptimizer(torch.optim.Optimizer):
         while rejected < self.trials:
             damping = self.damping
             proposal = model.propose(damping)
-            if proposal is not None:
-                products += proposal.products
+            products += 0 if proposal is None else proposal.products
+            while proposal is not None:
                 predicted = proposal.predicted
                 promised_first = predicted if math.isnan(promised_first) else promised_first
                 slope = -torch.dot(gradient, proposal.step).item()
@@ -381,7 +387,8 @@ class DampedOptimizer(torch.optim.Optimizer):
                         if ahead is not None:
                             self._ahead = (objective, parameters.versions(), new_loss, ahead)
                         return taken
-                parameters.write(start)
+                proposal = proposal.shorter
+            parameters.write(start)
             rejected += 1
             # Ever faster: a start far away may need damping many orders of magnitude larger.
             self.damping = damping * 2.0**rejected
