@@ -128,7 +128,7 @@ class _ProductModel(QuadraticModel):
         if failed is None:
             return True
         promise, cost, since = failed.tolist()
-        return self.promise <= _LESS * promise or since >= cost
+        return bool(self.promise <= _LESS * promise or since >= cost)
 
     def _of_objective(self, damping: float) -> Callable[[Tensor], Tensor] | None:
         """The objective's preconditioner, unless there is none or with so little damping it cannot be factored."""
