@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from onestep.curvature import glm
+import onestep
+from onestep.curvature import GaussNewtonOperator, glm
 from onestep.functional import linear_cross_entropy
 from onestep.linalg import cholesky, cholesky_solve, gram, solve_normal, solve_normal_ex, solve_spd
 
@@ -198,3 +199,38 @@ def test_export(strict):
     assert torch.ops.onestep.solve_normal_ex.default in calls
     for inputs in ((X, Y), rows(5)[:2]):
         torch.testing.assert_close(program.module()(*inputs), head(*inputs))
+
+
+def network(compiled: str) -> torch.nn.Module:
+    """The same one, with nothing compiled, the whole, or a layer, as a wrapper or in place."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    if compiled == "whole":
+        return torch.compile(model, backend="eager")
+    if compiled == "whole, in place":
+        model.compile(backend="eager")
+    if compiled == "layer":
+        model[0] = torch.compile(model[0], backend="eager")
+    if compiled == "layer, in place":
+        model[0].compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", ["whole", "whole, in place", "layer", "layer, in place"])
+def test_fit_of_a_compiled_model_is_silent_and_that_of_the_model(compiled, capfd, recwarn):
+    """torch.func and hooks inside compiled code brought walls of Dynamo's warnings, and K-FAC's hooks saw no layer."""
+    data = torch.randn(40, 3, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+    for method in ("gauss_newton", "levenberg_marquardt"):
+        losses = []
+        for kind in ("nothing", compiled):
+            model = network(kind)
+            before = [dict(vars(part)) for part in model.modules()]
+            result = onestep.fit(model, data, method=method, max_steps=3, progress=False)
+            losses.append(result.loss)
+            # What was compiled is so again.
+            for name in ("forward", "_compiled_call_impl"):
+                assert [vars(part).get(name) for part in model.modules()] == [own.get(name) for own in before]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    GaussNewtonOperator(network(compiled), data, progress=False).diagonal()
+    assert not [str(warning.message) for warning in recwarn if "deprecated" not in str(warning.message)]
+    assert capfd.readouterr().err == ""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "BatchNorm",
@@ -22,6 +22,7 @@ __all__ = [
     "any_requires_grad",
     "below_autograd",
     "check",
+    "compiled_calls",
     "dispatch_modes",
     "forward_grad_enabled",
     "forward_level",
@@ -220,6 +221,21 @@ def _legacy_vmap() -> bool:
 
     _legacy_vmap_of(function)(torch.zeros(2, device="cpu"))
     return inside == [True] and not in_legacy_vmap()
+
+
+def compiled_calls(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """(attributes, name, value) that let the parts of a module which torch.compile has compiled run as written.
+
+    Not tried at import, which would load the compiler: if torch changes these, its warnings come back, as a test sees.
+    """
+    found: list[tuple[dict[str, Any], str, Any]] = []
+    for part in module.modules():
+        own = vars(part)
+        if own.get("_compiled_call_impl") is not None:
+            found.append((own, "_compiled_call_impl", None))
+        if "_orig_mod" in part._modules and "forward" in own:
+            found.append((own, "forward", part._modules["_orig_mod"]))
+    return found
 
 
 def _modes() -> bool:

@@ -16,7 +16,7 @@ from torch.func import debug_unwrap, functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from onestep._torch_private import BatchNorm, DropoutNd
+from onestep._torch_private import BatchNorm, DropoutNd, compiled_calls
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.errors import NonFiniteError
@@ -33,7 +33,7 @@ _CHUNK_BYTES = 256 * 2**20
 def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
     """module(inputs): a tuple or a dict of inputs is unpacked; with other parameters, by name, if given.
 
-    A compiled module is evaluated uncompiled where its parameters are others, which torch.compile would compile anew.
+    A compiled module, and compiled parts of one, are evaluated uncompiled where the parameters are others.
     """
     kwargs = inputs if isinstance(inputs, dict) else {}
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if kwargs else (inputs,)
@@ -44,7 +44,8 @@ def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | N
         outputs = without_graph(lambda: call_with(lambda: module(*args, **kwargs), own, values))
     else:
         module, parameters = _everywhere(module, parameters)
-        outputs = without_graph(lambda: functional_call(module, parameters, args, kwargs, tie_weights=False))
+        with uncompiled(module):
+            outputs = without_graph(lambda: functional_call(module, parameters, args, kwargs, tie_weights=False))
     if not isinstance(outputs, Tensor):
         raise TypeError(f"the model returned {type(outputs).__name__}; expected a tensor")
     return outputs
@@ -59,6 +60,23 @@ def _has_keras_layers(module: nn.Module) -> bool:
         return False
     kinds = {kind for layer in module.modules() for kind in type(layer).__mro__}
     return any(kind.__module__.partition(".")[0] == "keras" for kind in kinds)
+
+
+@contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Lets what torch.compile has compiled in a module run as written.
+
+    Inside torch.func and under hooks it would be compiled anew, with a wall of warnings.
+    """
+    calls = compiled_calls(module)
+    before = [own[name] for own, name, _ in calls]
+    for own, name, value in calls:
+        own[name] = value
+    try:
+        yield
+    finally:
+        for (own, name, _), value in zip(calls, before, strict=True):
+            own[name] = value
 
 
 def without_graph(compute: Callable[[], Result]) -> Result:

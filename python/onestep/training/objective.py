@@ -17,7 +17,7 @@ from onestep.curvature.products import Route, gauss_newton_products, hessian_pro
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed, summed_by_piece
 from onestep.evaluation.losses import Loss, drawn_slope
-from onestep.evaluation.module import autograd_gradient, call_model, parameter_names, summed_gradient
+from onestep.evaluation.module import autograd_gradient, call_model, parameter_names, summed_gradient, uncompiled
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim import Objective
 from onestep.optim.objective import CurvatureRoot, Preconditioner
@@ -210,7 +210,7 @@ class DataObjective(Objective):
                     chunk.piece, torch.Generator(parameters.device).manual_seed(chunk.piece)
                 )
                 factors = Factors(self.module, parameters)
-                with torch.enable_grad(), factors.collecting():
+                with torch.enable_grad(), factors.collecting(), uncompiled(self.module):
                     outputs = call_model(self.module, chunk.inputs)
                     slope = drawn_slope(self.loss, outputs.detach(), chunk.target, generator)
                     factors.backward = True
