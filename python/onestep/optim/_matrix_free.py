@@ -21,6 +21,9 @@ from onestep.optim.optimizer import LEAST_DAMPING, DampedOptimizer, Proposal, Qu
 # (Martens and Sutskever, Training deep and recurrent networks with Hessian-free optimization, 2012).
 _WARM_START = 0.95
 _MEMORY = 0.9
+# Where a direction of negative curvature leads too far, the step without it is tried if it promises this part of what
+# was promised with it. With less, steps would crawl where more damping finds a way.
+_WORTH = 0.02
 # A test of convergence that failed is made again when a step's promise has fallen to this part.
 _LESS = 0.25
 
@@ -176,7 +179,8 @@ class _ProductModel(QuadraticModel):
                 far, beyond = x + (slope / curvature) * d, residual - (slope / curvature) * solve.image
                 farther = self._proposal(far, b, beyond, damping)
                 if farther is not None:
-                    proposal = replace(farther, concave=True, shorter=proposal if bool(x.any()) else None)
+                    worth = proposal is not None and proposal.predicted > _WORTH * farther.predicted
+                    proposal = replace(farther, concave=True, shorter=proposal if worth else None)
         return None if proposal is None else replace(proposal, products=products)
 
     def _proposal(self, x: Tensor, b: Tensor, residual: Tensor, damping: float) -> Proposal | None:
