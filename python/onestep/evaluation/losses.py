@@ -18,6 +18,14 @@ IGNORED = -100
 _SAME_ROUNDINGS = 1000
 
 
+class CrossEntropy(NamedTuple):
+    """The options of torch's cross-entropy: a weight (C,) for each class, and the others by their names there."""
+
+    weight: Tensor | None = None
+    ignore_index: int = IGNORED
+    label_smoothing: float = 0.0
+
+
 class Loss(NamedTuple):
     """A mean over elements, taken apart.
 
@@ -26,11 +34,13 @@ class Loss(NamedTuple):
             "function" for a function of the user's.
         sum: (outputs, target) → the sum of the loss, a scalar.
         elements: (target, rows) → what the sum is divided by: how many elements there are, or their weight.
+        cross_entropy: the options of a cross-entropy of scores; None for other losses.
     """
 
     name: str
     sum: Callable[[Tensor, Any], Tensor]
     elements: Callable[[Any, int], float]
+    cross_entropy: CrossEntropy | None = None
 
 
 def like_outputs(outputs: Tensor, target: Tensor) -> Tensor:
@@ -92,7 +102,8 @@ def _weighted_cross_entropy(
         counted = target[target != ignore_index]
         return len(counted) if weight is None else float(weight.to(target.device, torch.float64)[counted].sum())
 
-    return Loss("weighted_cross_entropy", total, elements)
+    own = CrossEntropy(weight, ignore_index, **options) if function is F.cross_entropy else None
+    return Loss("weighted_cross_entropy", total, elements, own)
 
 
 def scores_and_classes(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +153,7 @@ def drawn_slope(loss: Loss, outputs: Tensor, target: Any, generator: torch.Gener
 
 LOSSES = {
     "mse": Loss("mse", _mse, lambda target, rows: target.numel()),
-    "cross_entropy": Loss("cross_entropy", _cross_entropy, lambda target, rows: _counted(target)),
+    "cross_entropy": Loss("cross_entropy", _cross_entropy, lambda target, rows: _counted(target), CrossEntropy()),
     "poisson": Loss("poisson", _poisson, lambda target, rows: target.numel()),
     "bce": Loss("bce", _bce, lambda target, rows: target.numel()),
 }

@@ -63,12 +63,14 @@ def fit(
         model: any module that returns a tensor, (n,…) for n rows.
         data: a pair of tensors (inputs, target), a Dataset of such pairs, or a DataLoader (any iterable that can be
             read again) of such batches. Inputs may be a tuple or a dict of tensors, which is unpacked.
-        loss: "mse" (mean over all elements), "cross_entropy" (class indices; -100 is ignored), "poisson" (the model
+        loss: "mse" (mean over all elements), "cross_entropy" (class indices, of which -100 is ignored, or probabilities;
+            weights, label smoothing and another ignore_index by torch's own functions, see below), "poisson" (the model
             gives the logarithm of the rate), or a function (outputs, target) → mean over the rows it was given.
         method: "closed_form" (for "cross_entropy" an estimate of a linear head, which Newton steps close; rows of a
             DataLoader should come in random order), "levenberg_marquardt" (forms the p × p Gauss-Newton matrix),
-            "gauss_newton" and "newton_cg" (matrix-free), "gradient_descent" (the baseline), or "auto": the first that
-            fits.
+            "quasi_newton" (a linear head under cross-entropy, by L-BFGS on what the head is given, for which the model
+            runs once; a step is up to ten iterations), "gauss_newton" and "newton_cg" (matrix-free),
+            "gradient_descent" (the baseline), or "auto": the first that fits.
         max_steps: the most steps.
         tol: converged when the loss can be lowered by no more than tol² of itself, as far as the method's matrix tells;
             without one, or where damping hides it, when the gradient norm is under tol times the first one and a step

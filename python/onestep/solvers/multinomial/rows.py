@@ -78,6 +78,9 @@ class Rows(Protocol):
     def gram(self, step: int) -> Tensor:
         """The weighted mean of zzᵀ (p, p) over every step-th row, float64."""
 
+    def curved_gram(self, V: Tensor, step: int) -> Tensor:
+        """The same with rows weighted by their mean p(1 - p) at V, too, in units of the mean of those."""
+
     def squares(self) -> Tensor:
         """The weighted means of z² (p,), float64."""
 
@@ -189,6 +192,22 @@ class DenseRows:
         weight = X.new_ones(1).expand(len(X)) if weight is None else weight
         total = float(weight.numpy().sum(dtype=np.float64))
         return self.coordinates.gram(X, weight) / max(total, torch.finfo(torch.float64).tiny)
+
+    def curved_gram(self, V: Tensor, step: int) -> Tensor:
+        W, X = self.coordinates.weights(V, self.X.dtype), self.X[::step]
+        curvature = X.new_empty(len(X))
+        for rows in self._chunks(X.dtype):
+            P = X[rows] @ W[: X.shape[1]]
+            if not len(P):
+                break
+            if self.coordinates.intercept:
+                P += W[-1]
+            P = torch.softmax(P, 1, out=P)
+            curvature[rows] = 1 - P.square_().sum(1)
+        if self.weight is not None:
+            curvature *= self.weight[::step]
+        total = float(curvature.numpy().sum(dtype=np.float64))
+        return self.coordinates.gram(X, curvature) / max(total, torch.finfo(torch.float64).tiny)
 
     def squares(self) -> Tensor:
         weight = self.X.new_ones(1).expand(self.count) if self.weight is None else self.weight

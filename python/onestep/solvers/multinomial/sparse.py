@@ -94,7 +94,22 @@ class SparseRows:
         return (slice(start, min(start + step, self.count)) for start in range(0, self.count, step))
 
     def gram(self, step: int) -> Tensor:
-        X, weight = self.X[::step].astype(np.float64), self._weights[::step].astype(np.float64)
+        return self._gram(step, self._weights[::step].astype(np.float64))
+
+    def curved_gram(self, V: Tensor, step: int) -> Tensor:
+        W = self.coordinates.weights(V, self.dtype).numpy()
+        curvature = []
+        for rows in self._chunks():
+            scores = self.X[rows] @ W[: self.X.shape[1]]
+            if self.coordinates.intercept:
+                scores += W[-1]
+            scores -= scores.max(1, keepdims=True)
+            P = np.exp(scores, out=scores)
+            curvature.append(1 - np.square(P / P.sum(1, keepdims=True)).sum(1, dtype=np.float64))
+        return self._gram(step, (np.concatenate(curvature) * self._weights)[::step])
+
+    def _gram(self, step: int, weight: np.ndarray) -> Tensor:
+        X = self.X[::step].astype(np.float64)
         total = max(float(weight.sum()), np.finfo(np.float64).tiny)
         second = (X.T @ X.multiply(weight[:, None])).toarray() / total
         mean = (X.T @ weight) / total

@@ -14,11 +14,13 @@ from onestep.training.methods.damped import (
     LevenbergMarquardtMatrix,
     NewtonCGSteps,
 )
+from onestep.training.methods.quasi_newton import QuasiNewton
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         ClosedForm(),
+        QuasiNewton(),
         LevenbergMarquardtMatrix(),
         NewtonCGSteps(),
         GaussNewtonCG(),

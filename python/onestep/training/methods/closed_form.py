@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
+from onestep.evaluation.distributed import share
+from onestep.evaluation.errors import NonFiniteError
 from onestep.training.facts import Facts, Settings
 from onestep.training.methods import affine_equations, softmax_estimate
+from onestep.training.methods.affine_equations import NotAffineError, Solution
 from onestep.training.methods.base import Method, Run, Taken, Verdict
+from onestep.training.methods.quasi_newton import HeadFit, head_of
+from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
 from onestep.training.structures.affine_head import find_head
 from onestep.training.structures.base import Mismatch, ObjectiveType
 
-_ESTIMATED = "estimated in one pass; method='newton_cg' from here ends at the minimum"
+# An estimate takes so many passes over the features, their first one included, or so many operations; and ends where
+# the loss can be lowered by less than this part of itself.
+_PASSES = 5.0
+_CHEAP_OPERATIONS = 2e9
+_ESTIMATE = 1e-5
+_ESTIMATED = "estimated in one pass over the data; method='quasi_newton' from here ends at the minimum"
 
 
 class ClosedForm(Method):
@@ -38,7 +49,11 @@ class ClosedForm(Method):
 
     def refusal(self, facts: Facts, settings: Settings) -> str:
         """For losses that it does not know, and for mini-batches."""
-        if facts.loss.name not in ("mse", "cross_entropy"):
+        if facts.loss.cross_entropy is not None and facts.loss.name != "cross_entropy":
+            head = head_of(facts)
+            if isinstance(head, Mismatch):
+                return f"method='closed_form' estimates a linear head under cross-entropy: {head.why}"
+        elif facts.loss.name not in ("mse", "cross_entropy"):
             return (
                 "method='closed_form' solves loss='mse' and estimates a head for 'cross_entropy'; for "
                 f"{facts.loss.name!r} use method='newton_cg'"
@@ -56,6 +71,13 @@ class ClosedForm(Method):
         return _OnePass(plan)
 
 
+def _keeps_features(plan: FitPlan) -> bool:
+    """Whether what the head is given is kept: of as many rows as are known, and for options that the sums lack."""
+    if share().size > 1 or plan.parameters.device.type != "cpu":
+        return False
+    return plan.source.known_rows is not None or plan.loss.name != "cross_entropy"
+
+
 class _OnePass(Run):
     def __init__(self, plan: FitPlan) -> None:
         self.plan = plan
@@ -70,10 +92,32 @@ class _OnePass(Run):
         if self.exact:
             solution = affine_equations.solve(objective, plan.parameters, plan.first_pass(), decay)
         else:
-            solution = softmax_estimate.solve(objective, plan.parameters, plan.first_pass(), decay, plan.settings.seed)
+            solution = self._estimate(objective)
         self.note = solution.note
         step_norm = (plan.parameters.read() - start).norm().item()
         return Taken(solution.initial_loss, solution.loss, float("nan"), step_norm)
+
+    def _estimate(self, objective: DataObjective) -> Solution:
+        """By a few iterations on features that are kept, or from sums over one pass."""
+        plan = self.plan
+        if not _keeps_features(plan):
+            decay, seed = plan.settings.weight_decay, plan.settings.seed
+            return softmax_estimate.solve(objective, plan.parameters, plan.first_pass(), decay, seed)
+        try:
+            fit = HeadFit.of(plan, plan.first_pass(), tol=_ESTIMATE)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step 1: NaN or infinity: {error}") from error
+        if isinstance(fit, Mismatch):
+            raise NotAffineError
+        fit.begin()
+        rows = fit.kept.rows
+        most = max(_PASSES, _CHEAP_OPERATIONS / (4.0 * rows.operations * rows.classes))
+        while not fit.descent.ended and fit.descent.passes + 1 <= most:
+            fit.descent.step()
+        if not math.isfinite(fit.loss):
+            raise NonFiniteError(f"step 1: the loss is {fit.loss}: NaN or infinity, or features too large")
+        fit.write()
+        return Solution(fit.initial_loss, fit.loss, "")
 
     def verdict(self) -> Verdict:
         """It is solved for, or estimated."""

@@ -51,7 +51,7 @@ _MOST_FAILURES = 10
 _FAR = 1e-3
 # How far around a point a plateau is looked for, relative to each parameter.
 _NEARBY = 1e-3
-_SEPARATED = (
+SEPARATED = (
     "planes separate the classes, so that the loss falls towards zero as the parameters grow, and has no minimum; "
     "weight_decay > 0 gives it one"
 )
@@ -255,7 +255,7 @@ class DampedRun(Run):
         is_zero = self.plan.loss.name in ("mse", "cross_entropy") and report.new_loss <= zero
         test = "the loss is zero to rounding" if is_zero else self._test(report, tol, eps)
         if (test or self.failures) and self._separated():
-            return Verdict(_SEPARATED)
+            return Verdict(SEPARATED)
         if is_zero:
             return Verdict(test, converged=True)
         if not test and self.failures:

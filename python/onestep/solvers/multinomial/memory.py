@@ -1,0 +1,172 @@
+"""What L-BFGS knows of the Hessian: pairs of steps and changes of the gradient over one factor of a Gram matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestep.linalg import cholesky_ex, cholesky_solve
+from onestep.solvers.multinomial.rows import Rows
+
+# Pairs that L-BFGS keeps.
+_PAIRS = 10
+# The factor of the Gram matrix may cost so many passes, and its rows are so many per feature at least.
+_FACTOR_PASSES = 8.0
+_GRAM_ROWS_PER_FEATURE = 4
+_LARGEST_FACTOR = 8192
+# Where all probabilities are 0 or 1 there is no spread to divide by.
+_LEAST_SPREAD = 1e-8
+# An intercept has no penalty and is divided by its own class's spread, at least so much of their mean.
+_LEAST_SHARE = 1e-2
+# The factor is made anew where the spread has changed by this factor.
+_SPREAD_CHANGE = 2.0
+
+
+@dataclass
+class Point:
+    """Loss, gradient (p, k) in V, largest slope in W and mean p(1 - p) of each class at V, penalty included."""
+
+    V: Tensor
+    loss: float
+    gradient: Tensor
+    slope: float
+    spreads: Tensor
+
+
+@dataclass(frozen=True)
+class Gram:
+    """ZᵀZ/n, where it and its factor cost less than they save, and its diagonal; the same for all penalties."""
+
+    matrix: Tensor | None
+    diagonal: Tensor
+
+    @staticmethod
+    def of(rows: Rows) -> Gram:
+        """Of all rows, or of a sample if need be."""
+        step = _gram_step(rows, _FACTOR_PASSES)
+        if step is None:
+            return Gram(None, rows.squares())
+        matrix = rows.gram(step)
+        return Gram(matrix, matrix.diagonal())
+
+
+def _gram_step(rows: Rows, passes: float) -> int | None:
+    """Of every how many rows the Gram matrix and its factor cost no more than so many passes; None if too few."""
+    n, d, k = rows.count, len(rows.coordinates.scale), rows.classes
+    fitting = int((passes * 4.0 * rows.operations * k - d**3 / 3.0) / d**2)
+    if d > _LARGEST_FACTOR or fitting < min(n, _GRAM_ROWS_PER_FEATURE * d):
+        return None
+    return max(1, n // fitting)
+
+
+class Memory:
+    """Pairs of steps and changes of the gradient, over the inverse of spread · ZᵀZ/n + penalties."""
+
+    def __init__(self, rows: Rows, penalties: Tensor, gram: Gram) -> None:
+        coordinates = rows.coordinates
+        self._intercept = coordinates.intercept
+        # The penalty ½ penalty ‖W‖² has this Hessian in V; where the intercept b = v - Σ shift/scale·V has one, too,
+        # also a rank-one part, of which the couplings of v are left out.
+        scale = coordinates.scale
+        self._penalties = penalties / (torch.cat((scale, scale.new_ones(1))) if self._intercept else scale).square()
+        offset = coordinates.shift / scale
+        self._offset = torch.cat((offset, offset.new_zeros(1))) if self._intercept else offset
+        self._offset = self._offset * float(penalties[-1]) ** 0.5
+        self._pairs: list[tuple[Tensor, Tensor, float]] = []
+        self._gram, self._squares = gram.matrix, gram.diagonal
+        self._spread = 0.0
+        self._features: Callable[[Tensor], Tensor] = lambda R: R
+        self._bends = torch.ones(rows.classes, dtype=torch.float64)
+
+    def add(self, step: Tensor, change: Tensor) -> None:
+        curvature = dot(step, change)
+        if curvature > 1e-14 * math.sqrt(dot(step, step) * dot(change, change)):
+            self._pairs = [*self._pairs[1 - _PAIRS :], (step, change, 1.0 / curvature)]
+
+    def forget(self) -> bool:
+        """Drops the pairs; False if there were none."""
+        had = bool(self._pairs)
+        self._pairs = []
+        return had
+
+    def reweigh(self, rows: Rows, point: Point, passes: int) -> None:
+        """Takes the Gram matrix anew if it costs less than so many passes, rows weighted by their curvature here."""
+        step = _gram_step(rows, passes)
+        if step is not None:
+            self._gram = rows.curved_gram(point.V, step)
+            self._factor(max(float(point.spreads.numpy().mean()), _LEAST_SPREAD))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"pairs": self._pairs, "spread": self._spread, "gram": self._gram}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from ``state``."""
+        self._pairs, self._gram = state["pairs"], state["gram"]
+        if state["spread"]:
+            self._factor(state["spread"])
+
+    def decrement(self, point: Point) -> float:
+        return -dot(point.gradient, self.direction(point))
+
+    def direction(self, point: Point) -> Tensor:
+        """-H⁻¹g by the two-loop recursion."""
+        self._prepare(point.spreads)
+        q = point.gradient.clone()
+        scaled: list[float] = []
+        for step, change, inverse in reversed(self._pairs):
+            a = inverse * dot(step, q)
+            scaled.append(a)
+            q.add_(change, alpha=-a)
+        q = self._apply(q)
+        if self._pairs:
+            _, change, inverse = self._pairs[-1]
+            q *= 1.0 / (inverse * dot(change, self._apply(change)))
+        for (step, change, inverse), a in zip(self._pairs, reversed(scaled), strict=True):
+            q.add_(step, alpha=a - inverse * dot(change, q))
+        return q.neg_()
+
+    def _prepare(self, spreads: Tensor) -> None:
+        spread = max(float(spreads.numpy().mean()), _LEAST_SPREAD)
+        if self._intercept:
+            # The intercept's row of ZᵀZ/n is that of the identity, as columns are centred.
+            self._bends = spreads.clamp_min(_LEAST_SHARE * spread) + self._penalties[-1]
+        if not self._spread / _SPREAD_CHANGE < spread < self._spread * _SPREAD_CHANGE:
+            self._factor(spread)
+
+    def _factor(self, spread: float) -> None:
+        self._spread = spread
+        if self._gram is None:
+            diagonal = spread * self._squares + self._penalties + self._offset.square()
+            # A feature that is zero in all rows: whatever scale the others have.
+            diagonal = diagonal.clamp_min(1e-6 * diagonal.mean().item() + torch.finfo(torch.float64).tiny)[:, None]
+            self._features = lambda R: R / diagonal
+            return
+        A = spread * self._gram + torch.diag(self._penalties) + torch.outer(self._offset, self._offset)
+        scale = A.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[:, None]
+        A = A * scale * scale.mT
+        raised = 1e-8
+        while True:
+            L, info = cholesky_ex(A + raised * torch.eye(len(A), dtype=A.dtype))
+            if not int(info) or raised > 1:
+                break
+            raised *= 100
+        self._features = lambda R: scale * cholesky_solve(scale * R, L)
+
+    def _apply(self, R: Tensor) -> Tensor:
+        result = self._features(R)
+        if self._intercept:
+            result[-1] = R[-1] / self._bends
+            # A shift common to all classes changes no score: only a penalty sees it, as next to nothing.
+            result[-1] -= result[-1].mean()
+        return result
+
+
+def dot(A: Tensor, B: Tensor) -> float:
+    """⟨A, B⟩, row by row and then in order: the same for any number of threads."""
+    return float((A * B).sum(1).numpy().sum())
