@@ -63,9 +63,10 @@ def fit(
         model: any module that returns a tensor, (n,…) for n rows.
         data: a pair of tensors (inputs, target), a Dataset of such pairs, or a DataLoader (any iterable that can be
             read again) of such batches. Inputs may be a tuple or a dict of tensors, which is unpacked.
-        loss: "mse" (mean over all elements), "cross_entropy" (class indices, of which -100 is ignored, or probabilities;
-            weights, label smoothing and another ignore_index by torch's own functions, see below), "poisson" (the model
-            gives the logarithm of the rate), or a function (outputs, target) → mean over the rows it was given.
+        loss: "mse" (mean over all elements), "cross_entropy" (class indices, of which -100 is ignored, or
+            probabilities; for class weights, label smoothing or another ignore_index pass ``nn.CrossEntropyLoss(...)``),
+            "poisson" (the model gives the logarithm of the rate), or a function (outputs, target) → mean over the rows
+            it was given.
         method: "closed_form" (for "cross_entropy" an estimate of a linear head, which Newton steps close; rows of a
             DataLoader should come in random order), "levenberg_marquardt" (forms the p × p Gauss-Newton matrix),
             "quasi_newton" (a linear head under cross-entropy, by L-BFGS on what the head is given, for which the model
