@@ -64,7 +64,7 @@ def fit(
         data: a pair of tensors (inputs, target), a Dataset of such pairs, or a DataLoader (any iterable that can be
             read again) of such batches. Inputs may be a tuple or a dict of tensors, which is unpacked.
         loss: "mse" (mean over all elements), "cross_entropy" (class indices, of which -100 is ignored, or
-            probabilities; for class weights, label smoothing or another ignore_index pass ``nn.CrossEntropyLoss(...)``),
+            probabilities; class weights, label smoothing and another ignore_index by ``nn.CrossEntropyLoss(...)``),
             "poisson" (the model gives the logarithm of the rate), or a function (outputs, target) → mean over the rows
             it was given.
         method: "closed_form" (for "cross_entropy" an estimate of a linear head, which Newton steps close; rows of a
