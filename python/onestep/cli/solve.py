@@ -76,6 +76,10 @@ class _Standard:
         return weight * self.spread, self.centre + self.spread * bias
 
 
+# Up to so many parameters "auto" forms the matrix of curvature.
+_MOST_DENSE = 2048
+
+
 def _cast(layers: list[tuple[np.ndarray, np.ndarray]], dtype: str) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     with np.errstate(all="ignore"):
         cast = tuple((weight.astype(dtype), bias.astype(dtype)) for weight, bias in layers)
@@ -165,10 +169,13 @@ def fit_network(
     decay = (1 if task.classes else 2) * alpha / len(y)
     try:
         network = relu_network([features.shape[1], *hidden, len(task.classes) or 1], dtype)
+        parameters = sum(p.numel() for p in network.parameters())
         result = onestep.fit(
             network,
             (torch.from_numpy(data.features), torch.from_numpy(data.target)),
             "cross_entropy" if task.classes else "mse",
+            # Tables are small, and their networks are fitted to the end: steps that know the curvature.
+            method="auto" if parameters <= _MOST_DENSE else "gauss_newton",
             max_steps=max_steps,
             weight_decay=decay,
             initialize=True,

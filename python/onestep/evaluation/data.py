@@ -97,6 +97,10 @@ class Source(ABC):
         return None
 
     @abstractmethod
+    def known_batches(self, size: int) -> int | None:
+        """How many steps of ``size`` rows a pass has, where that is known."""
+
+    @abstractmethod
     def all(self) -> Iterator[Chunk]:
         """This process's share of all rows, once."""
 
@@ -139,6 +143,10 @@ class IndexedSource(Source):
     def known_rows(self) -> int:
         """All rows."""
         return self.rows
+
+    def known_batches(self, size: int) -> int:
+        """Rows that are left over at the end of a pass make no batch."""
+        return max(1, self.rows // size)
 
     def _chunks(self, n: int, index: Callable[[slice], Any]) -> Iterator[Chunk]:
         for piece, part in self.share.of(n):
@@ -205,6 +213,15 @@ class LoaderSource(Source):
             sampler = loader.sampler
             return sampler.total_size if sampler.drop_last else len(cast(Sized, sampler.dataset))
         return len(loader.sampler)
+
+    def known_batches(self, size: int) -> int | None:
+        """A step takes as many of the loader's batches as have ``size`` rows."""
+        if not isinstance(self.loader, Sized):
+            return None
+        rows = getattr(self.loader, "batch_size", None)
+        if size > 1 and rows is None:
+            return None
+        return -(-len(self.loader) // -(-size // (rows or 1)))
 
     def _own_rows(self) -> float:
         """How many rows of a pass are this process's own; those that a DistributedSampler adds come after them.

@@ -140,15 +140,39 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                     module.training = training
 
 
+@contextmanager
+def own_modes(model: nn.Module) -> Iterator[None]:
+    """Inside ``eval_mode``: everything in the mode that it had before, for a step that drops and learns statistics."""
+    with exclusive():
+        modes = [(module, _held[module][1]) for module in model.modules() if module in _held]
+        for module, training in modes:
+            module.training = training
+    try:
+        yield
+    finally:
+        with exclusive():
+            for module, _ in modes:
+                module.training = False
+
+
 def warn_of_eval_mode(model: nn.Module, caller: str, stacklevel: int) -> None:
     """Warns where a layer in training mode will behave differently in eval mode."""
-    noisy = {type(m).__name__ for m in model.modules() if m.training and isinstance(m, (DropoutNd, BatchNorm))}
+    warn_of_layers(noisy_layers(model), caller, stacklevel + 1)
+
+
+def warn_of_layers(noisy: str, caller: str, stacklevel: int) -> None:
+    """The warning for layers of these names, if there are any."""
     if noisy:
         warnings.warn(
-            f"{caller} evaluates the model in eval mode: {', '.join(sorted(noisy))} neither drops nor learns "
-            "statistics",
+            f"{caller} evaluates the model in eval mode: {noisy} neither drops nor learns statistics",
             stacklevel=stacklevel + 1,
         )
+
+
+def noisy_layers(model: nn.Module) -> str:
+    """Names of the layers in training mode that behave differently in eval mode."""
+    noisy = {type(m).__name__ for m in model.modules() if m.training and isinstance(m, (DropoutNd, BatchNorm))}
+    return ", ".join(sorted(noisy))
 
 
 def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-FORMAT = "onestep.fit/3"
+FORMAT = "onestep.fit/4"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,10 @@ from onestep.training.structures.affine import explained, why_not_affine
 
 # Rows of the first chunk, which is read before it is known how many rows fit into memory.
 _FIRST_ROWS = 1024
+_COUNTS = (
+    *("max_steps", "batch_size", "curvature_batch_size", "chunk_size", "cg_iterations"),
+    *("validation_every", "patience"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Settings:
     """
 
     method: str
-    max_steps: int
+    max_steps: int | None
     tol: float
     damping: float | None
     weight_decay: float
@@ -45,9 +50,13 @@ class Settings:
     checkpoint: Path | None
     max_seconds: float | None = None
     callback: Callable[[Record], object] | None = None
+    epochs: float | None = None
+    validation: Any = None
+    validation_every: int | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "curvature_batch_size", "chunk_size", "cg_iterations"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise TypeError(f"{name} is {type(value).__name__}; expected an integer")
@@ -55,6 +64,13 @@ class Settings:
                 raise ValueError(f"{name}={value}; expected at least 1")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds={self.max_seconds}; expected a number > 0, or None")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs={self.epochs}; expected a finite number > 0, or None")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("both max_steps and epochs are given; expected one of them")
+        for name in ("patience", "validation_every"):
+            if getattr(self, name) is not None and self.validation is None:
+                raise ValueError(f"{name} is given without validation; expected the data that it is about")
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback is {type(self.callback).__name__}; expected a function of a Record")
         if not 0 <= self.tol < 1:

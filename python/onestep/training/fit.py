@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from onestep._fork import one_thread_after_fork
 from onestep.evaluation.distributed import from_first, same_everywhere
 from onestep.evaluation.losses import as_loss
-from onestep.evaluation.module import eval_mode, warn_of_eval_mode
+from onestep.evaluation.module import eval_mode, noisy_layers, warn_of_layers
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.facts import Facts, Settings
 from onestep.training.fingerprint import described, differences, fingerprint
@@ -33,7 +33,7 @@ def fit(
     loss: str | Callable[[Tensor, Any], Tensor] = "mse",
     *,
     method: str = "auto",
-    max_steps: int = 50,
+    max_steps: int | None = None,
     tol: float = 1e-6,
     damping: float | None = None,
     weight_decay: float = 0.0,
@@ -47,6 +47,10 @@ def fit(
     checkpoint: str | PathLike[str] | None = None,
     max_seconds: float | None = None,
     callback: Callable[[Record], object] | None = None,
+    epochs: float | None = None,
+    validation: Any = None,
+    validation_every: int | None = None,
+    patience: int | None = None,
 ) -> FitResult:
     """Fits the trainable parameters of a model by solving for them: θ ← θ - (B + damping·D)⁻¹∇loss, until converged.
 
@@ -70,9 +74,12 @@ def fit(
         method: "closed_form" (for "cross_entropy" an estimate of a linear head, which Newton steps close; rows of a
             DataLoader should come in random order), "levenberg_marquardt" (forms the p × p Gauss-Newton matrix),
             "quasi_newton" (a linear head under cross-entropy, by L-BFGS on what the head is given, for which the model
-            runs once; a step is up to ten iterations), "gauss_newton" and "newton_cg" (matrix-free),
+            runs once; a step is up to ten iterations), "gauss_newton" and "newton_cg" (matrix-free), "polar"
+            (``onestep.optim.PolarGrad`` on mini-batches, for whole networks; the model keeps its modes in these steps),
             "gradient_descent" (the baseline), or "auto": the first that fits.
-        max_steps: the most steps.
+        max_steps: the most steps; None for ``epochs``, or 50. The polar method, whose rates fall to zero at the
+            end, takes as many as there are seconds where only these are given, and else 20 passes over the data, but
+            from 300 to 3,000 steps.
         tol: converged when the loss can be lowered by no more than tol² of itself, as far as the method's matrix tells;
             without one, or where damping hides it, when the gradient norm is under tol times the first one and a step
             promises less than tol of the loss. Where the loss can get no lower but the matrix is singular, or a
@@ -80,7 +87,8 @@ def fit(
         damping: initial damping, else the method's own.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         batch_size: rows a step, for data that does not fit in memory or many steps; None for all rows. A step is then
-            judged on as many other rows, drawn anew each time; from a DataLoader, on those that come next.
+            judged on as many other rows, drawn anew each time; from a DataLoader, on those that come next. The polar
+            method judges no step, and None means about 1,024 places of the outputs, or a DataLoader's batch.
         curvature_batch_size: rows over which B is taken, drawn anew each step; None for the rows of the step, or for
             Levenberg-Marquardt a sample that is large against the parameters.
         chunk_size: rows computed at a time; None for as many as keep 256 MiB for the backward pass.
@@ -91,6 +99,12 @@ def fit(
         checkpoint: a file, written whole after each step. If it exists, the fit goes on from it and ends with the same
             bits as one that was never stopped.
         max_seconds: no further step begins this many seconds after the first one of this call.
+        epochs: passes over the data instead of ``max_steps``; the end of the last pass is the end of the fit.
+        validation: held-out data, of the kinds that ``data`` may be. Its mean loss goes into history, plot and bar.
+        validation_every: steps between two looks at it; None for each step, or 20 times a fit with mini-batches. It is
+            taken after the last step, too.
+        patience: the fit ends after so many looks in a row without a lower validation loss, and the model gets the
+            parameters that had the lowest.
         callback: called with the ``Record`` of each step; if what it returns is true, the fit ends. With several
             processes the first one calls it.
 
@@ -129,16 +143,20 @@ def fit(
         checkpoint=None if checkpoint is None else Path(checkpoint),
         max_seconds=max_seconds,
         callback=callback,
+        epochs=epochs,
+        validation=validation,
+        validation_every=validation_every,
+        patience=patience,
     )
     parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
     function = as_loss(loss)
-    warn_of_eval_mode(model, "fit", 2)
+    noisy = noisy_layers(model)
     with eval_mode(model):
         if initialize:
             _reset(model, seed)
         same_everywhere([*model.parameters(), *model.buffers()])
         facts = look(model, parameters, function, described(loss, function), data, settings)
-        return _fit(facts, settings)
+        return _fit(facts, settings, noisy)
 
 
 # Where models of other backends come from.
@@ -157,7 +175,7 @@ def _not_a_module(model: Any) -> str:
     )
 
 
-def _fit(facts: Facts, settings: Settings) -> FitResult:
+def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
     """Plans and runs; under "auto" another method goes on where one cannot."""
     saved, identity = from_first(lambda: _checkpoint(facts, settings))
     result: FitResult | None = None
@@ -168,6 +186,9 @@ def _fit(facts: Facts, settings: Settings) -> FitResult:
         except LookupError:
             assert result is not None
             return result
+        if not plan.method.keeps_modes:
+            warn_of_layers(noisy, "fit", 3)
+            noisy = ""
         if result is not None:
             plan = replace(plan, why=f"{result.method} could not move after step {len(result.history)}; {plan.why}")
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +18,7 @@ from onestep.training.facts import Settings
 from onestep.training.methods.base import Run, Taken
 from onestep.training.plan import FitPlan
 from onestep.training.result import FitResult, Record
+from onestep.training.validation import Validation
 
 Checkpoint: TypeAlias = dict[str, Any]
 # Losses of the same parameters on the same rows differ by no more than this, relatively or absolutely.
@@ -54,37 +57,70 @@ def run(
     if before is not None:
         result.history, result.initial_loss = before.history, before.initial_loss
     running = plan.method.setup(plan)
+    validation = None
+    if settings.validation is not None:
+        validation = Validation(plan, settings.validation, settings.validation_every, settings.patience)
     path = None if plan.method.one_pass else settings.checkpoint
     if path is not None and saved is not None:
-        _resume(path, saved, plan, running, result)
+        _resume(path, saved, plan, running, result, validation)
     stuck = False
-    most = min(settings.max_steps, plan.method.most_steps or settings.max_steps)
+    limits = [limit for limit in (plan.max_steps, plan.method.most_steps) if limit is not None]
+    most = min(limits, default=sys.maxsize)
     started = time.perf_counter()
     begin = started - (result.history[-1].seconds if result.history else 0.0)
     recorded, start = len(result.history), plan.parameters.read()
-    with Progress(most, enabled=settings.progress, done=recorded) as bar:
+    with Progress(most if limits else None, enabled=settings.progress, done=recorded) as bar:
         try:
             while not result.reason and len(result.history) < most:
                 recorded, start = len(result.history), plan.parameters.read()
                 taken = running.step(recorded)
                 record_step(result, taken, time.perf_counter() - begin)
                 result.reason, result.converged, stuck = running.verdict()
-                bar.update(loss=taken.loss, damping=taken.damping, cg=taken.cg_iterations)
+                if validation is not None:
+                    last = bool(result.reason) or len(result.history) >= most
+                    _validate(result, validation, last=last)
+                bar.update(1, **_shown(taken, result))
                 if path is not None:
-                    together(partial(_save, path, plan, running, result, identity))
+                    together(partial(_save, path, plan, running, result, identity, validation))
                 asked = from_first(lambda: _asked_to_stop(result, settings, time.perf_counter() - started))
                 # A checkpoint does not keep this reason: the fit can go on from it.
                 result.reason = result.reason or asked
-            result.reason = result.reason or f"max_steps={settings.max_steps} reached"
+            result.reason = result.reason or (
+                f"epochs={settings.epochs:g} reached" if settings.epochs is not None else f"max_steps={most} reached"
+            )
         except KeyboardInterrupt:
             result.reason, result.converged, stuck = "interrupted", False, False
             if len(result.history) == recorded:
                 # A step that is not in the history was not taken.
                 plan.parameters.write(start)
     result.loss = result.history[-1].loss if result.history else math.nan
+    if result.history and (found := running.finish()) is not None:
+        result.loss = found
+    if validation is not None:
+        if result.history and result.history[-1].validation_loss is None and not result.interrupted:
+            _validate(result, validation, last=True)
+        validation.finish()
     if stuck and len(result.history) < most:
         raise Stuck(result)
     return result
+
+
+def _validate(result: FitResult, validation: Validation, *, last: bool) -> None:
+    """Adds the validation loss to the last record, if it is due, and stops on it."""
+    found = validation.after(len(result.history), last=last)
+    if found is not None:
+        result.history[-1] = replace(result.history[-1], validation_loss=found)
+        result.reason = result.reason or validation.verdict
+
+
+def _shown(taken: Taken, result: FitResult) -> dict[str, float]:
+    """What the bar shows of a step."""
+    shown = {"loss": taken.loss}
+    if taken.damping or taken.cg_iterations:
+        shown |= {"damping": taken.damping, "cg": taken.cg_iterations}
+    looks = (record.validation_loss for record in reversed(result.history) if record.validation_loss is not None)
+    found = next(looks, None)
+    return shown if found is None else shown | {"validation": found}
 
 
 def _asked_to_stop(result: FitResult, settings: Settings, seconds: float) -> str:
@@ -129,7 +165,14 @@ def load_checkpoint(path: Path | None) -> Checkpoint | None:
     return None
 
 
-def _save(path: Path, plan: FitPlan, running: Run, result: FitResult, identity: dict[str, Any] | None) -> None:
+def _save(
+    path: Path,
+    plan: FitPlan,
+    running: Run,
+    result: FitResult,
+    identity: dict[str, Any] | None,
+    validation: Validation | None,
+) -> None:
     if plan.source.share.rank != 0:
         return
     checkpoints.save(
@@ -141,13 +184,16 @@ def _save(path: Path, plan: FitPlan, running: Run, result: FitResult, identity: 
             "model": plan.model.state_dict(),
             "source": plan.source.state(),
             "run": running.state(),
+            "validation": None if validation is None else validation.state(),
             "progress": {"step": len(result.history)},
             "result": result.state(),
         },
     )
 
 
-def _resume(path: Path, saved: Checkpoint, plan: FitPlan, running: Run, result: FitResult) -> None:
+def _resume(
+    path: Path, saved: Checkpoint, plan: FitPlan, running: Run, result: FitResult, validation: Validation | None
+) -> None:
     """Takes model, place in the data, run and history over from a checkpoint."""
     if saved["method"] != plan.method.name:
         raise ValueError(
@@ -159,6 +205,8 @@ def _resume(path: Path, saved: Checkpoint, plan: FitPlan, running: Run, result: 
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is of another model: {error}") from error
     plan.source.restore(saved["source"])
+    if validation is not None and saved["validation"] is not None:
+        validation.restore(saved["validation"])
     result.restore(saved["result"])
     loss = result.history[-1].loss if result.history else math.nan
     found = running.loss()

@@ -36,6 +36,9 @@ class FitPlan:
         model, parameters, loss, settings: as fit was given them.
         source: this process's share of the rows, in pieces and chunks as the method wants them. It keeps the place in
             the data, the only thing in a plan that moves.
+        batch_size: rows of a step; None for all.
+        chunk_rows: how many rows are computed together.
+        max_steps: the greatest number of steps; None for as many as there is time for.
         curvature_rows: over how many rows curvature is taken; None for all of the step.
         objective: makes the objective over some rows; called with the arguments of ``DataObjective`` that are left.
         first_pass: gives the rows of the pass that has begun; to be read once, by methods that read all data once.
@@ -49,6 +52,9 @@ class FitPlan:
     loss: Loss
     settings: Settings
     source: Source
+    batch_size: int | None
+    chunk_rows: int
+    max_steps: int | None
     curvature_rows: int | None
     objective: Callable[..., DataObjective]
     first_pass: Callable[[], Iterator[Chunk]]
@@ -112,6 +118,9 @@ def make_plan(
         loss=facts.loss,
         settings=settings,
         source=cut(facts.source, own, chunk_rows),
+        batch_size=method.batch_size(facts, settings),
+        chunk_rows=chunk_rows,
+        max_steps=method.most_steps_of(facts, settings),
         curvature_rows=curvature_rows,
         objective=partial(
             objective or DataObjective,

@@ -17,13 +17,15 @@ class Record:
     Attributes:
         step: from 1.
         loss: after the step, weight decay included; over all rows, or with ``batch_size`` over those that judged it.
+            Of the polar method, before the step, over its rows.
         grad_norm: ‖∇loss‖₂ before the step.
-        step_norm: ‖step‖₂; 0 if none was accepted.
+        step_norm: ‖step‖₂; 0 if none was accepted, NaN where the method does not take it.
         damping: with which the step was solved for.
         accepted: whether the parameters changed.
         cg_iterations: products with the curvature matrix, one of them for a start from the last solution; 0 for methods
             that factor.
         seconds: since fit began, over all its sessions if it was resumed.
+        validation_loss: after the step, on ``validation``; None where it was not taken.
     """
 
     step: int
@@ -34,6 +36,7 @@ class Record:
     accepted: bool
     cg_iterations: int
     seconds: float
+    validation_loss: float | None = None
 
 
 @dataclass
@@ -42,7 +45,7 @@ class FitResult:
 
     Attributes:
         model: what was trained.
-        loss: the last of the history's.
+        loss: the last of the history's; of the polar method the mean of the last eight.
         converged: whether the tolerance was reached.
         method: which method ran.
         choice: why that one.
@@ -99,6 +102,12 @@ class FitResult:
         return self.make_covariance()
 
     @property
+    def validation_loss(self) -> float | None:
+        """The lowest on ``validation``, which is the model's where a ``patience`` was given; None without."""
+        losses = [record.validation_loss for record in self.history if record.validation_loss is not None]
+        return min(losses) if losses else None
+
+    @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C ended the fit."""
         return self.reason == "interrupted"
@@ -125,10 +134,16 @@ class FitResult:
         losses = [self.initial_loss, *(record.loss for record in self.history)]
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        left.plot(range(len(losses)), losses, marker="o", markersize=3)
+        left.plot(range(len(losses)), losses, marker="o", markersize=3, label="training")
         left.set(xlabel="step", ylabel="loss")
         right.plot([0.0, *(record.seconds for record in self.history)], losses, marker="o", markersize=3)
         right.set(xlabel="seconds")
+        looks = [record for record in self.history if record.validation_loss is not None]
+        if looks:
+            held_out = [record.validation_loss for record in looks]
+            left.plot([record.step for record in looks], held_out, marker=".", label="validation")
+            right.plot([record.seconds for record in looks], held_out, marker=".")
+            left.legend(frameon=False)
         for axes in (left, right):
             if min(losses) > 0:
                 axes.set_yscale("log")

@@ -14,6 +14,7 @@ from onestep.training.methods.damped import (
     LevenbergMarquardtMatrix,
     NewtonCGSteps,
 )
+from onestep.training.methods.polar import PolarSteps
 from onestep.training.methods.quasi_newton import QuasiNewton
 
 METHODS: dict[str, Method] = {
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
         QuasiNewton(),
         LevenbergMarquardtMatrix(),
         NewtonCGSteps(),
+        PolarSteps(),
         GaussNewtonCG(),
         GradientDescentBaseline(),
     )

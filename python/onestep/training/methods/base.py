@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -11,6 +12,9 @@ from onestep.training.structures.base import Mismatch, ObjectiveType
 if TYPE_CHECKING:
     from onestep.training.facts import Facts, Settings
     from onestep.training.plan import FitPlan
+
+# Where neither steps nor passes nor seconds are given.
+_STEPS = 50
 
 
 class Cut(NamedTuple):
@@ -84,6 +88,10 @@ class Run(ABC):
         """The loss over all rows at the present parameters, to compare a checkpoint with; None if steps have others."""
         return None
 
+    def finish(self) -> float | None:
+        """The loss at the end of a fit, where it is not that of the last step."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run, besides the model and the place in the data."""
         return {}
@@ -107,6 +115,9 @@ class Method(ABC):
     # Whether the first pass over the data is all that the method reads.
     one_pass: ClassVar[bool] = False
 
+    # Whether layers keep the mode that the user gave them, and may draw random numbers and learn statistics.
+    keeps_modes: ClassVar[bool] = False
+
     @abstractmethod
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
         """Why ``method="auto"`` may take this method, or why not. The first method of the table that suits is taken."""
@@ -118,6 +129,27 @@ class Method(ABC):
     def cut(self, facts: Facts, settings: Settings) -> Cut:
         """How many rows the method computes together, and takes curvature over."""
         return Cut(settings.chunk_size or facts.chunk_rows, settings.curvature_batch_size)
+
+    def batch_size(self, facts: Facts, settings: Settings) -> int | None:
+        """How many rows a step takes; None for all."""
+        return settings.batch_size
+
+    def most_steps_of(self, facts: Facts, settings: Settings) -> int | None:
+        """The greatest number of steps; None for as many as there is time for, if the method may go on for ever."""
+        if settings.epochs is not None:
+            steps = self.steps_of_epochs(settings.epochs, facts, settings)
+            if steps is None:
+                raise ValueError("epochs is given for data of unknown length; expected max_steps or max_seconds")
+            return steps
+        return settings.max_steps or _STEPS
+
+    def steps_of_epochs(self, epochs: float, facts: Facts, settings: Settings) -> int | None:
+        """How many steps so many passes over the data are; None if its length is not known."""
+        source, size = facts.source, self.batch_size(facts, settings)
+        if size is None:
+            return math.ceil(epochs)
+        batches = source.known_batches(size)
+        return None if batches is None else max(1, math.ceil(epochs * batches))
 
     def objective(self, facts: Facts) -> tuple[ObjectiveType | None, tuple[str, ...]]:
         """The objective of the first structure that is found, or None; and why those before it were not."""

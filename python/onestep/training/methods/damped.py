@@ -26,7 +26,7 @@ from onestep.training.structures.affine import why_not_affine
 from onestep.training.structures.base import Mismatch
 
 # Up to this many parameters "auto" forms the Gauss-Newton matrix.
-_MOST_DENSE = 2048
+MOST_DENSE = 2048
 # Levenberg-Marquardt takes curvature over this many rows for each parameter,
 _ROWS_PER_PARAMETER = 4
 # or over more, if forming the matrix then still takes no more than this many floating-point operations.
@@ -97,7 +97,7 @@ class LevenbergMarquardtMatrix(DampedMethod):
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
         """While there are few parameters."""
         p = len(facts.parameters)
-        if p > _MOST_DENSE:
+        if p > MOST_DENSE:
             return Mismatch(f"{p} parameters are too many for a matrix")
         if facts.no_jacobian:
             return Mismatch(facts.no_jacobian)
@@ -157,7 +157,7 @@ class GaussNewtonCG(DampedMethod):
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
         """For everything."""
         p = len(facts.parameters)
-        if p > _MOST_DENSE:
+        if p > MOST_DENSE:
             return f"{p} parameters: too many for a matrix"
         return f"levenberg_marquardt {facts.no_jacobian}" if facts.no_jacobian else "it takes any model"
 
