@@ -60,6 +60,33 @@ def test_the_iteration_is_the_scalar_function() -> None:
     assert polar(M)[1:].abs().max() == 0
 
 
+def test_float32_by_gram_matrices_is_the_scalar_function_too() -> None:
+    """In both orientations, and bitwise the same for any number of threads."""
+    values = torch.tensor([3.0, 2.0, 1.0, 0.3, 0.05, 0.01, 1e-3, 0.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(300, 8, generator=generator, dtype=torch.float64))[0]
+    M = ((left * values) @ right.mT).float().expand(3, 8, 300).clone()
+    x = values / values.square().square().sum().sqrt().sqrt()  # over the root of the Gram matrix's norm
+    for a, b, c in coefficients(2, 1e-2):
+        x = x * (a + b * x * x) / (1 + c * x * x)
+    for matrices in (M, M.mT):
+        found = torch.linalg.svdvals(polar(matrices).double())
+        torch.testing.assert_close(found[0], x.sort(descending=True).values, rtol=1e-3, atol=1e-4)
+    large = values > 1e-2 * values.norm()
+    assert (x[large] - 1).abs().max() < 0.006
+
+
+def test_threads_change_no_bit(restore_threads: None) -> None:
+    for shape in ((6, 96, 200), (2, 300, 260)):
+        M = random(*shape, dtype=torch.float32)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(polar(M))
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_small_singular_values_grow_and_stay_below_one() -> None:
     values = torch.linalg.svdvals(polar(random(30, 30, smallest=1e-7)))
     assert values.max() < 1 + 1e-12
