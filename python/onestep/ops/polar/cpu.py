@@ -1,9 +1,10 @@
 """CPU kernel of ``polar``: products by torch, inverses by csrc/normal.
 
 Both iterations of a float32 matrix are computed on its Gram matrix G, of the order of its short side, so that the long
-side is read twice in all. With A = I + cG, B = A⁻¹, α = b/c and β = a − b/c an iteration is X ← (αI + βB)X, and the Gram
-matrix of that is a polynomial: c(αI + βB)G(αI + βB) = α²A + (2αβ − α²)I + (β² − 2αβ)B − β²B². What rounding G costs grows
-with the square of a: 5e-4 of the smallest singular values at ``lower`` = 1e-2. Other matrices go iteration by iteration.
+side is read twice in all. With A = I + cG, B = A⁻¹, α = b/c and β = a − b/c an iteration is X ← (αI + βB)X, and the
+Gram matrix of that is a polynomial: c(αI + βB)G(αI + βB) = α²A + (2αβ − α²)I + (β² − 2αβ)B − β²B². What rounding G
+costs grows with the square of a: 5e-4 of the smallest singular values at ``lower`` = 1e-2. Other matrices go iteration
+by iteration.
 """
 
 from __future__ import annotations
