@@ -150,3 +150,65 @@ def test_nan_is_named_and_leaves_the_last_parameters() -> None:
 def test_bad_input(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         onestep.fit(network(), rows(), progress=False, **options)
+
+
+class Answer(dict):
+    """As a model of transformers answers: by name, and without what is None."""
+
+    __getattr__ = dict.get
+
+
+class Classifier(nn.Module):
+    """Takes a batch by name, and computes its own loss of labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Answer:
+        logits = self.layers(features)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return Answer(loss=loss, logits=logits)
+
+
+def test_dicts_with_labels_and_outputs_with_logits_or_loss() -> None:
+    X, y = rows(600)
+    labels = (y > 0.5).long() + (y > 1.0).long()
+    labels[::7] = -100
+    items = [{"features": x, "labels": label} for x, label in zip(X, labels, strict=True)]
+    ends = []
+    for data in ({"features": X, "labels": labels}, items):
+        kind = DataLoader(data, batch_size=75) if isinstance(data, list) else data
+        for loss in ("cross_entropy", "model"):
+            result = onestep.fit(
+                Classifier(), kind, loss, max_steps=30, batch_size=75, validation=kind, chunk_size=50, progress=False
+            )
+            assert result.method == "polar"
+            ends.append(result.validation_loss)
+    # The model's own loss, in chunks, is the same one.
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+    assert ends[2] == pytest.approx(ends[3], rel=1e-4)
+    assert max(ends) < result.initial_loss - 0.03
+    with pytest.raises(ValueError, match="method='gauss_newton' needs the model's outputs"):
+        onestep.fit(Classifier(), items_loader(items), "model", method="gauss_newton", progress=False)
+    with pytest.raises(TypeError, match="a dict of 'features'; expected one of them to be 'labels'"):
+        onestep.fit(Classifier(), [{"features": X}], "model", progress=False)
+
+
+def items_loader(items: list) -> DataLoader:
+    return DataLoader(items, batch_size=50)
+
+
+def test_a_language_model_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).train()
+    ids = torch.arange(200).remainder(7).view(20, 10)
+    data = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=5)
+    result = onestep.fit(model, data, "model", max_steps=60, validation=data, progress=False)
+    assert (result.method, result.initial_loss > 2.5) == ("polar", True)
+    assert result.validation_loss is not None and result.validation_loss < 0.5
+    with pytest.raises(ValueError, match="pass loss='model'"):
+        onestep.fit(model, data, "cross_entropy", max_steps=1, progress=False)

@@ -55,11 +55,22 @@ def _first(tree: Any) -> Tensor:
     return leaves[0]
 
 
-def _as_chunk(batch: Any) -> Chunk:
+# What a batch that is a dict calls its target, as the collators of transformers and others do.
+_LABELS = ("labels", "label")
+
+
+def _as_chunk(batch: Any, with_labels: bool = False) -> Chunk:
+    if isinstance(batch, Mapping):
+        name = next((name for name in _LABELS if name in batch), None)
+        if name is None:
+            raise TypeError(f"a batch is a dict of {', '.join(map(repr, batch))}; expected one of them to be 'labels'")
+        # A collator's own kind of dict is not one that torch looks into.
+        inputs = {key: value for key, value in batch.items() if key != name}
+        return Chunk(inputs | {"labels": batch[name]} if with_labels else inputs, batch[name])
     if isinstance(batch, Sequence) and len(batch) == 2 and not isinstance(batch, (str, bytes)):
         return Chunk(*batch)
     kind = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, Sequence) else type(batch).__name__
-    raise TypeError(f"a batch is a {kind}; expected a pair (inputs, target)")
+    raise TypeError(f"a batch is a {kind}; expected a pair (inputs, target), or a dict with labels")
 
 
 class Share(NamedTuple):
@@ -191,8 +202,8 @@ class LoaderSource(Source):
     drawn before: it is the same on a resumed run and in all processes, and all passes for a full batch have one order.
     """
 
-    def __init__(self, loader: Iterable[Any], seed: int) -> None:
-        self.loader, self.seed = loader, seed
+    def __init__(self, loader: Iterable[Any], seed: int, with_labels: bool = False) -> None:
+        self.loader, self.seed, self.with_labels = loader, seed, with_labels
         if getattr(loader, "drop_last", False) and isinstance(getattr(loader, "sampler", None), RandomSampler):
             raise ValueError(
                 "data is a DataLoader with drop_last=True and shuffle=True, which gives other rows on each pass; "
@@ -258,8 +269,8 @@ class LoaderSource(Source):
             first = next(batches, batches)
         if first is batches:
             raise ValueError("data holds no batches; expected at least one (an iterator can be read only once)")
-        yield _as_chunk(first)
-        yield from map(_as_chunk, batches)
+        yield _as_chunk(first, self.with_labels)
+        yield from (_as_chunk(batch, self.with_labels) for batch in batches)
 
     def all(self) -> Iterator[Chunk]:
         # Mini-batches keep the repeated rows: all processes go on to the next pass at the same step.
@@ -322,8 +333,11 @@ class LoaderSource(Source):
         torch.set_rng_state(state["random"])
 
 
-def as_source(data: Any, seed: int) -> Source:
-    """Tensors (inputs, target), a Dataset of such pairs, or an iterable of batches of them."""
+def as_source(data: Any, seed: int, with_labels: bool = False) -> Source:
+    """Tensors (inputs, target), a Dataset of such pairs, or an iterable of batches of them.
+
+    Each pair may be a dict with labels. ``with_labels``: whether these are an input of the model, too.
+    """
     if isinstance(data, TensorDataset) and len(data.tensors) == 2:
         data = tuple(data.tensors)
     if isinstance(data, IterableDataset):
@@ -333,20 +347,26 @@ def as_source(data: Any, seed: int) -> Source:
 
         def load(index: Any) -> Chunk:
             rows = list(range(index.start, index.stop)) if isinstance(index, slice) else index.tolist()
-            return _as_chunk(next(iter(DataLoader(Subset(dataset, rows), batch_size=len(rows)))))
+            return _as_chunk(next(iter(DataLoader(Subset(dataset, rows), batch_size=len(rows)))), with_labels)
 
         return IndexedSource(len(data), load, seed)  # type: ignore[arg-type]
     two_batches = isinstance(data, list) and all(isinstance(item, (tuple, list)) and len(item) == 2 for item in data)
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)) and len(data) == 2 and not two_batches:
         chunk = Chunk(*data)
         if tree_leaves(chunk.inputs) and isinstance(tree_leaves(chunk.inputs)[0], Tensor):
-            lengths = {len(leaf) for leaf in tree_leaves(tuple(chunk)) if isinstance(leaf, Tensor)}
-            if len(lengths) != 1:
-                raise ValueError(f"data holds tensors of {sorted(lengths)} rows; expected as many inputs as targets")
-            return IndexedSource(len(chunk), chunk.rows, seed)
+            return _of_tensors(chunk, seed)
+    if isinstance(data, Mapping):
+        return _of_tensors(_as_chunk(data, with_labels), seed)
     if isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, Mapping)):
-        return LoaderSource(data, seed)
+        return LoaderSource(data, seed, with_labels)
     raise TypeError(
         f"data is {type(data).__name__}; expected a pair of tensors (inputs, target), a Dataset of such pairs, or a "
         "DataLoader"
     )
+
+
+def _of_tensors(chunk: Chunk, seed: int) -> Source:
+    lengths = {len(leaf) for leaf in tree_leaves((chunk.inputs, chunk.target)) if isinstance(leaf, Tensor)}
+    if len(lengths) != 1:
+        raise ValueError(f"data holds tensors of {sorted(lengths)} rows; expected as many inputs as targets")
+    return IndexedSource(len(chunk), chunk.rows, seed)

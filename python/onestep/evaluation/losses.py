@@ -151,7 +151,21 @@ def drawn_slope(loss: Loss, outputs: Tensor, target: Any, generator: torch.Gener
         return torch.autograd.grad(value, leaf)[0]
 
 
+def _labels_that_count(target: Any, rows: int) -> float:
+    return _counted(target) if isinstance(target, Tensor) and not target.is_floating_point() else rows
+
+
+def _own(outputs: Tensor, target: Any) -> Tensor:
+    if outputs.numel() != 1:
+        raise TypeError(
+            "loss='model', but the model returned no loss; expected outputs that have one when given labels"
+        )
+    return outputs.reshape(()) * _labels_that_count(target, len(target))
+
+
 LOSSES = {
+    # The model's own, a mean over the labels that are not ignored.
+    "model": Loss("model", _own, _labels_that_count),
     "mse": Loss("mse", _mse, lambda target, rows: target.numel()),
     "cross_entropy": Loss("cross_entropy", _cross_entropy, lambda target, rows: _counted(target), CrossEntropy()),
     "poisson": Loss("poisson", _poisson, lambda target, rows: target.numel()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -46,9 +46,16 @@ def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | N
         module, parameters = _everywhere(module, parameters)
         with uncompiled(module):
             outputs = without_graph(lambda: functional_call(module, parameters, args, kwargs, tie_weights=False))
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"the model returned {type(outputs).__name__}; expected a tensor")
-    return outputs
+    return outputs if isinstance(outputs, Tensor) else _tensor_of(outputs, own_loss="labels" in kwargs)
+
+
+def _tensor_of(outputs: Any, own_loss: bool) -> Tensor:
+    """The scores that a model returns among other things, as those of transformers do; or its own loss, (1,)."""
+    for name in ("loss", "logits") if own_loss else ("logits",):
+        found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if isinstance(found, Tensor):
+            return found.reshape(1) if name == "loss" else found
+    raise TypeError(f"the model returned {type(outputs).__name__}; expected a tensor, or something that has logits")
 
 
 def _has_keras_layers(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, Source, as_source
 from onestep.evaluation.distributed import from_first, share, summed, together
-from onestep.evaluation.losses import Loss
+from onestep.evaluation.losses import IGNORED, Loss
 from onestep.evaluation.module import chunk_rows
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.facts import Facts, FirstPass, Settings, cut
@@ -64,15 +64,34 @@ def look(
     model: nn.Module, parameters: ParameterVector, loss: Loss, described: str, data: Any, settings: Settings
 ) -> Facts:
     """Reads the first rows and runs the model on them, to find how many rows a chunk may have."""
-    source, own = as_source(from_numpy(data, parameters.tensors[0]), settings.seed), share()
+    source, own = rows_of(data, parameters, loss, settings), share()
     # A CPU's rows may be fitted by a model on a GPU: chunks are moved there one by one.
     source.device = parameters.device
     _check_equal_batches(data, own.size)
     # The estimate of a softmax head wants rows in random order.
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
     first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))
+    _check_not_shifted(loss, first_pass.first)
     measured = settings.chunk_size or from_first(lambda: chunk_rows(model, loss, first_pass.first))
     return Facts(model, parameters, loss, described, source, own, first_pass, measured)
+
+
+def rows_of(data: Any, parameters: ParameterVector, loss: Loss, settings: Settings) -> Source:
+    """The rows of data of any kind; with their labels among the inputs where the model computes the loss."""
+    return as_source(from_numpy(data, parameters.tensors[0]), settings.seed, with_labels=loss.name == "model")
+
+
+def _check_not_shifted(loss: Loss, first: Chunk) -> None:
+    """Raises where a language model would be trained to repeat its input: its labels are for itself to shift."""
+    ids = first.inputs.get("input_ids") if isinstance(first.inputs, dict) else None
+    if loss.name != "cross_entropy" or ids is None or not isinstance(first.target, torch.Tensor):
+        return
+    counted = first.target != IGNORED
+    if first.target.shape == ids.shape and bool(counted.any()) and torch.equal(first.target[counted], ids[counted]):
+        raise ValueError(
+            "the labels are the input_ids themselves, which a language model of transformers shifts in its own loss: "
+            "pass loss='model'"
+        )
 
 
 def _check_equal_batches(data: Any, processes: int) -> None:
@@ -142,6 +161,8 @@ def _choose(
 
     if settings.method != "auto":
         refusal = METHODS[settings.method].refusal(facts, settings)
+        if METHODS[settings.method].needs_outputs and facts.loss.name == "model":
+            refusal = f"method={settings.method!r} needs the model's outputs, and loss='model' is all that it is given"
         if refusal:
             raise ValueError(refusal)
         return settings.method, "as asked", ()
@@ -149,6 +170,9 @@ def _choose(
         return resumed, "as in the checkpoint", ()
     declined: list[str] = []
     for name, method in METHODS.items():
+        if method.needs_outputs and facts.loss.name == "model":
+            declined.append(f"not {name}: the loss is the model's own")
+            continue
         suits = method.suits(facts, settings) if name not in without else Mismatch("it could not go on")
         if not isinstance(suits, Mismatch):
             return name, suits, tuple(declined)

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestep.evaluation.arrays import from_numpy
-from onestep.evaluation.data import Source, as_source
 from onestep.evaluation.distributed import share, summed
 from onestep.evaluation.module import call_model
 from onestep.training.facts import cut
-from onestep.training.plan import FitPlan
+from onestep.training.plan import FitPlan, rows_of
 
 # Where steps are of mini-batches, so many times in a fit.
 _TIMES = 20
@@ -34,7 +32,7 @@ class Validation:
 
     def __init__(self, plan: FitPlan, data: Any, every: int | None, patience: int | None) -> None:
         self.plan, self.patience = plan, patience
-        source: Source = as_source(from_numpy(data, plan.parameters.tensors[0]), plan.settings.seed)
+        source = rows_of(data, plan.parameters, plan.loss, plan.settings)
         source.device = plan.parameters.device
         own = share()
         self.source = cut(source, own._replace(pieces=own.size), plan.settings.chunk_size or plan.chunk_rows)

@@ -115,6 +115,8 @@ class Method(ABC):
     # Whether the first pass over the data is all that the method reads.
     one_pass: ClassVar[bool] = False
 
+    # Whether it asks for outputs, which a model that returns its own loss does not show.
+    needs_outputs: ClassVar[bool] = True
     # Whether layers keep the mode that the user gave them, and may draw random numbers and learn statistics.
     keeps_modes: ClassVar[bool] = False
 

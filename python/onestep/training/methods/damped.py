@@ -166,6 +166,7 @@ class GradientDescentBaseline(DampedMethod):
     """The baseline."""
 
     name: ClassVar[str] = "gradient_descent"
+    needs_outputs: ClassVar[bool] = False
     optimizer: ClassVar[type[DampedOptimizer]] = GradientDescent
 
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:

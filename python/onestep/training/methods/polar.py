@@ -43,10 +43,13 @@ class PolarSteps(Method):
 
     name: ClassVar[str] = "polar"
     keeps_modes: ClassVar[bool] = True
+    needs_outputs: ClassVar[bool] = False
 
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
         """For networks that are not small, unless an argument says how a matrix of curvature is to be solved with."""
         p = len(facts.parameters)
+        if facts.loss.name == "model":
+            return "the loss is the model's own"
         if p <= MOST_DENSE:
             return Mismatch(f"{p} parameters are few enough for curvature")
         for name in ("damping", "cg_iterations", "curvature_batch_size"):
