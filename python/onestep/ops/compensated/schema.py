@@ -22,7 +22,7 @@ def inverse_cholesky_results(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor
     check_size("A", A, -2, A.shape[-1], "square matrices (..., n, n)")
     check_like("damping", damping, A)
     batch = tuple(A.shape[:-2])
-    if broadcast_batch(batch, tuple(damping.shape)) != batch:
+    if broadcast_batch("A, damping", batch, tuple(damping.shape)) != batch:
         raise ValueError(f"damping has shape {tuple(damping.shape)}; expected () or the batch shape {batch}")
     return A.new_empty(A.shape), A.new_empty(batch, dtype=torch.int32)
 

@@ -90,7 +90,7 @@ class KeptRows:
 
 
 def _bytes(part: Tensor) -> memoryview:
-    return memoryview(part.contiguous().numpy()).cast("B")
+    return part.contiguous().numpy().data.cast("B")
 
 
 def _follows(last: Tensor, part: Tensor) -> bool:
