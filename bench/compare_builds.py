@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Calls of one turn take about this long: short, so that most turns are not disturbed.
-TURN_SECONDS = 0.008
+TURN_SECONDS = 0.005
 
 
 def cases() -> dict[str, Callable[[], Any]]:
