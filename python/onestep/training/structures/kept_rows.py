@@ -57,7 +57,7 @@ class KeptRows:
         part = part.detach()
         self._rows += len(part)
         if self._file is not None:
-            self._file.write(_bytes(part))
+            part.contiguous().numpy().tofile(self._file)
         elif self._parts and _follows(self._parts[-1], part):
             last = self._parts[-1]
             self._parts[-1] = last.as_strided((len(last) + len(part), *last.shape[1:]), last.stride())
@@ -71,7 +71,7 @@ class KeptRows:
         # Unlinked, so that nothing is left behind whatever happens.
         self._file = tempfile.TemporaryFile(prefix="onestep-features-")  # noqa: SIM115
         for part in self._parts:
-            self._file.write(_bytes(part))
+            part.contiguous().numpy().tofile(self._file)
         self._parts = self._parts[:1]
 
     @property
@@ -87,10 +87,6 @@ class KeptRows:
         self._file.flush()
         dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
         return torch.from_numpy(np.memmap(self._file, dtype, "c", shape=(self._rows, *like.shape[1:])))
-
-
-def _bytes(part: Tensor) -> memoryview:
-    return part.contiguous().numpy().data.cast("B")
 
 
 def _follows(last: Tensor, part: Tensor) -> bool:
