@@ -5,11 +5,12 @@ import pytest
 import torch
 from scipy.special import logsumexp
 from sklearn import linear_model
+from sklearn.datasets import load_digits
 
 from onestep import LogisticRegression
 from onestep.estimators import _path
 from onestep.solvers.coordinates import Coordinates
-from onestep.solvers.multinomial import DenseRows, rows, solve, solve_multinomial
+from onestep.solvers.multinomial import DenseRows, memory, rows, solve, solve_multinomial
 
 
 @pytest.fixture
@@ -122,10 +123,22 @@ def test_the_same_for_any_number_of_threads_and_chunks(rng, monkeypatch, restore
 
 @pytest.mark.parametrize("limit", [0, 10**9])
 def test_with_and_without_the_factor(rng, monkeypatch, limit):
-    monkeypatch.setattr(solve, "_LARGEST_FACTOR", limit)
+    monkeypatch.setattr(memory, "_LARGEST_FACTOR", limit)
     X, y = draw(rng, 500, 10, 8, spread=1.0)
     model = LogisticRegression(max_iter=1000).fit(X, y)
     assert objective(model.coef_, model.intercept_, X, y, 1.0) <= minimum(X, y, 1.0) * (1 + 1e-5)
+
+
+def test_the_gram_matrix_is_taken_when_it_pays(rng, monkeypatch):
+    images, y = load_digits(return_X_y=True)
+    # More features than pay at first, and nearly dependent ones.
+    X = torch.from_numpy(np.tanh(images[:900] / 16 @ rng.uniform(-0.125, 0.125, size=(64, 400))))
+    data = DenseRows(X, torch.from_numpy(y[:900]), None, Coordinates.of(X, None, intercept=True), 10)
+    found = solve_multinomial(data, 1e-4, None, tol=1e-5, max_iter=1000)
+    monkeypatch.setattr(solve, "_REWEIGH", 10**9)
+    without = solve_multinomial(data, 1e-4, None, tol=1e-5, max_iter=1000)
+    assert found.converged and found.loss == pytest.approx(without.loss, rel=1e-5)
+    assert found.passes < 0.7 * without.passes, (found.passes, without.passes)
 
 
 def test_separable_classes(rng):
