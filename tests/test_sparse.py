@@ -9,7 +9,7 @@ from scipy.special import logsumexp
 from sklearn import linear_model
 
 from onestep import LogisticRegression
-from onestep.solvers.multinomial import solve
+from onestep.solvers.multinomial import memory
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def objective(model, X, y, C, weight=1.0):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("limit", [0, 8192])
 def test_agrees_with_the_dense_fit(monkeypatch, rng, k, fit_intercept, weighted, limit):
-    monkeypatch.setattr(solve, "_LARGEST_FACTOR", limit)
+    monkeypatch.setattr(memory, "_LARGEST_FACTOR", limit)
     X, y = draw(rng, 400, 20, k)
     weight = rng.uniform(0, 2, 400) if weighted else None
     options = {"C": 2.0, "fit_intercept": fit_intercept, "tol": 1e-9, "max_iter": 2000}
