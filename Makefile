@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --dis
 # Two test processes share two cores: OpenMP's threads must not spin while they wait.
 QUIET_THREADS := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test test-python test-targets test-cpp test-tsan test-emulated bench lint lint-cuda docs wheels clean
+.PHONY: demo examples test test-python test-targets test-cpp test-tsan test-emulated bench lint lint-cuda docs wheels clean
 
 # The environment first, so that a change of our sources rebuilds the package alone.
 $(VENV)/.environment: constraints.txt pyproject.toml
@@ -31,6 +31,11 @@ $(VENV)/.package: $(VENV)/.environment $(SOURCES)
 demo: $(VENV)/.package
 	$(BIN)/python examples/house_prices.py
 	$(BIN)/python examples/text_generation.py --quick
+
+# Every example whole, pictures included.
+examples: $(VENV)/.package
+	set -e; for script in $(filter-out examples/common.py examples/make_houses.py,$(wildcard examples/*.py)); do \
+	    echo "== $$script"; $(BIN)/python $$script; done
 
 test: test-cpp test-python test-targets test-emulated
 

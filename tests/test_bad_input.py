@@ -34,7 +34,7 @@ def refused(error: type[Exception], match: str, *calls: Callable[[], object]) ->
 
 
 BAD_TYPES = [
-    *refused(TypeError, "X is ndarray", lambda: solve_normal(X.numpy(), Y), lambda: gram(X.numpy()),
+    *refused(TypeError, "X is ndarray", lambda: solve_normal(X.numpy(), Y), lambda: gram(X.numpy(), Y),
              lambda: moments(X.numpy(), Y)),
     *refused(TypeError, "X is list", lambda: solve_normal(X.tolist(), Y)),
     *refused(TypeError, "Y is ndarray", lambda: solve_normal(X, Y.numpy()), lambda: gram(X, Y.numpy()),
@@ -44,7 +44,7 @@ BAD_TYPES = [
              lambda: gram(X, Y, weight=np.ones(6))),
     *refused(TypeError, "weight is list", lambda: solve_normal(X, Y, weight=[1.0] * 6)),
     *refused(TypeError, "weight is", lambda: moments(X, Y, weight=np.ones(6)), lambda: moments(X, Y, weight=[1.0] * 6)),
-    *refused(TypeError, "A is ndarray", lambda: cholesky(SQUARE.numpy()), lambda: solve_spd(SQUARE.numpy(), ROWS)),
+    *refused(TypeError, "A is ndarray", lambda: solve_spd(SQUARE.numpy(), ROWS)),
     *refused(TypeError, "L is ndarray", lambda: cholesky_solve(ROWS, SQUARE.numpy())),
     *refused(TypeError, "B is ndarray", lambda: cholesky_solve(ROWS.numpy(), SQUARE),
              lambda: solve_spd(SQUARE, ROWS.numpy())),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from onestep.linalg._arguments import as_columns, floating
+from onestep.linalg._dlpack import takes_arrays
 from onestep.ops import cholesky as family
 
 
@@ -15,6 +16,7 @@ def _matrix(name: str, A: Tensor) -> Tensor:
     return A
 
 
+@takes_arrays
 def cholesky(A: Tensor) -> Tensor:
     """Factors A = LLᵀ, L lower triangular.
 
@@ -31,6 +33,7 @@ def cholesky(A: Tensor) -> Tensor:
     return factor
 
 
+@takes_arrays
 def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
     """``cholesky`` that reports instead of raising.
 
@@ -42,6 +45,7 @@ def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
     return factor, info
 
 
+@takes_arrays
 def cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
     """Solves LLᵀX = B.
 
@@ -58,6 +62,7 @@ def cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
     return solution.squeeze(-1) if is_vector else solution
 
 
+@takes_arrays
 def solve_spd(A: Tensor, B: Tensor) -> Tensor:
     """Solves AX = B for symmetric positive definite A, by one fused Cholesky factorisation and solve.
 
@@ -74,6 +79,7 @@ def solve_spd(A: Tensor, B: Tensor) -> Tensor:
     return _solve_spd(A, B, check=True)[0]
 
 
+@takes_arrays
 def solve_spd_ex(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """``solve_spd`` that reports instead of raising: X, NaN where it failed, and info (…) as in ``solve_normal_ex``."""
     return _solve_spd(A, B, check=False)

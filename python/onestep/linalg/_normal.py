@@ -18,6 +18,7 @@ from onestep.linalg._arguments import (
     steps,
     values_are_known,
 )
+from onestep.linalg._dlpack import takes_arrays
 from onestep.ops import normal
 from onestep.ops.operands import broadcast_batch
 
@@ -96,6 +97,7 @@ def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor)
     return _Problem(X, Y, weight, penalties, 0.0, dual, is_vector)
 
 
+@takes_arrays
 def solve_normal(
     X: Tensor, Y: Tensor, *, weight: Tensor | None = None, ridge: float | Tensor = 0.0, refine: int = 0
 ) -> Tensor:
@@ -133,6 +135,7 @@ def solve_normal(
     return solution.squeeze(-1) if p.is_vector else solution
 
 
+@takes_arrays
 def solve_normal_ex(
     X: Tensor,
     Y: Tensor,
@@ -194,6 +197,7 @@ def _dual_with_jitter(p: _Problem, refine: int, jitter: float) -> tuple[Tensor, 
         attempt += 1
 
 
+@takes_arrays
 def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Computes XᵀDX and XᵀDY in one pass over the rows, D = diag(weight).
 
@@ -218,6 +222,7 @@ def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) ->
     return products, cross.squeeze(-1) if is_vector else cross
 
 
+@takes_arrays
 def moments(X: Tensor, Y: Tensor, *, weight: Tensor | None = None, center: bool = False) -> Moments:
     """Second moments of one table, and its means, in one pass over X and without a copy of it, in float64.
 

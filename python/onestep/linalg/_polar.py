@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from onestep.linalg._dlpack import takes_arrays
 from onestep.ops import polar as ops
 from onestep.ops.operands import check_dense
 
@@ -22,12 +23,14 @@ class PolarResult(NamedTuple):
     info: Tensor
 
 
+@takes_arrays
 def polar_ex(M: Tensor, *, iterations: int = 2, lower: float = 1e-2) -> PolarResult:
     """``polar`` with a status for every matrix instead of an error. Never waits for a GPU."""
     check_dense("M", M)
     return PolarResult(*ops.polar(M, iterations, lower))
 
 
+@takes_arrays
 def polar(M: Tensor, *, iterations: int = 2, lower: float = 1e-2) -> Tensor:
     """Computes the orthogonal polar factor U Vᵀ of M = U S Vᵀ, batched, by QDWH with Cholesky.
 
