@@ -18,8 +18,10 @@ from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG
 ITERATIVE = ["levenberg_marquardt", "gauss_newton", "newton_cg"]
 
 EVERY = "ONESTEP_ALL_PROBLEMS" in os.environ
-# Of NIST's regressions, some that are cheap; their parameters differ by up to six orders of magnitude.
-CHEAP = ("Misra1a", "BoxBOD", "Eckerle4")
+# Of NIST's regressions, those that are cheap: Misra1a's parameters differ by six orders of magnitude, and descent leads
+# Rat43 onto a plateau on which one parameter of four has influence.
+CHEAP = [(method, name) for name in ("Misra1a", "BoxBOD") for method in (*ITERATIVE, "gradient_descent")]
+CHEAP += [("levenberg_marquardt", "Rat43"), ("gradient_descent", "Rat43")]
 
 
 class Curve(nn.Module):
@@ -32,8 +34,10 @@ class Curve(nn.Module):
         return self.model(x, self.b)
 
 
-@pytest.mark.parametrize("name", [r.name for r in REGRESSIONS if EVERY or r.name in CHEAP])
-@pytest.mark.parametrize("method", [*ITERATIVE, "gradient_descent"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(method, r.name) for r in REGRESSIONS for method in (*ITERATIVE, "gradient_descent")] if EVERY else CHEAP,
+)
 def test_nist_regressions_are_right_or_not_claimed(method: str, name: str) -> None:
     """ONESTEP_ALL_PROBLEMS=1 takes all of higher difficulty."""
     regression = next(r for r in REGRESSIONS if r.name == name)

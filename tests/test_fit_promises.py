@@ -246,6 +246,19 @@ def test_a_plateau_without_a_gradient_is_not_convergence(method: str) -> None:
     assert near.steps == len(near.history) == 1
 
 
+@pytest.mark.parametrize("method", ["gauss_newton", "newton_cg"])
+@pytest.mark.parametrize("width", [3, 200])
+def test_a_feature_that_is_always_zero_does_not_prevent_convergence(method: str, width: int) -> None:
+    """Its weight has no influence here, and has it nowhere: unlike a parameter that a plateau has made useless."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(60, 3, generator=generator, dtype=torch.float64)
+    X = torch.cat([X, X.new_zeros(60, width)], 1)
+    y = (X[:, 0] + torch.randn(60, generator=generator, dtype=torch.float64) > 0).long()
+    head = nn.Linear(3 + width, 2).double()
+    result = onestep.fit(head, (X, y), "cross_entropy", method=method, progress=False)
+    assert result.converged, result
+
+
 @pytest.mark.parametrize("loss", [nn.MSELoss(), nn.functional.mse_loss])
 def test_losses_of_torch_are_those_of_the_same_name(loss: Any) -> None:
     head = nn.Linear(5, 1).double()

@@ -50,6 +50,13 @@ def newton_decrement(
     return found if found <= enough else math.inf
 
 
+def without_influence(product: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    """Which parameters (p,) have neither a slope nor curvature, as on a plateau: zero in g and in A's rows."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(len(gradient), generator=generator, dtype=torch.float64).to(gradient)
+    return (gradient == 0) & (product(probe) == 0)
+
+
 def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor) -> float:
     p = len(gradient)
     A = torch.stack([product(column) for column in torch.eye(p, dtype=gradient.dtype, device=gradient.device)]).double()

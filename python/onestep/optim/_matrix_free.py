@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onestep.curvature.conjugate_gradient import Solve, conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
-from onestep.optim._decrement import MOST_DENSE, newton_decrement
+from onestep.optim._decrement import MOST_DENSE, newton_decrement, without_influence
 from onestep.optim.objective import Objective, Preconditioner
 from onestep.optim.optimizer import LEAST_DAMPING, DampedOptimizer, Proposal, QuadraticModel
 
@@ -123,6 +123,8 @@ class _ProductModel(QuadraticModel):
         if math.isinf(found):
             record = [self.promise, self.taken - before, 0.0]
             self.settings.kept["failed_test"] = torch.tensor(record, dtype=torch.float64)
+        else:
+            self.flat = without_influence(self._undamped, self.gradient)
         return found
 
     def _is_worth_a_test(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onestep.evaluation.parameters import ParameterVector
-from onestep.optim._decrement import newton_decrement
+from onestep.optim._decrement import newton_decrement, without_influence
 from onestep.optim.objective import Objective
 from onestep.optim.optimizer import DampedOptimizer, Proposal, QuadraticModel
 
@@ -45,7 +45,10 @@ class _Ball(QuadraticModel):
         def with_decay(v: Tensor) -> Tensor:
             return product(v) if self.decay is None else product(v).addcmul_(self.decay, v)
 
-        return newton_decrement(with_decay, self.gradient, None, enough)
+        found = newton_decrement(with_decay, self.gradient, None, enough)
+        if math.isfinite(found):
+            self.flat = without_influence(with_decay, self.gradient)
+        return found
 
     def propose(self, damping: float) -> Proposal:
         predicted = 0.5 / damping * torch.dot(self.gradient, self.gradient).item()

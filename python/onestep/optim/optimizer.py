@@ -88,6 +88,8 @@ class QuadraticModel:
     """The loss near the present parameters: loss + gᵀs + ½ sᵀBs."""
 
     without_influence = 0
+    # Parameters (p,) with neither a slope nor curvature, once a decrement was found.
+    flat: Tensor | None = None
     # A lower bound of the decrement, where one is known.
     promise = -math.inf
 
@@ -130,6 +132,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         # ``form_again`` makes it of the vectors that are kept with it.
         self.kept: dict[str, Tensor] = {}
         self._repeatable: bool | None = None
+        self._flat: Tensor | None = None
         self._ahead: tuple[Objective, tuple[int, ...], float, Tensor] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -221,6 +224,12 @@ class DampedOptimizer(torch.optim.Optimizer):
 
     def form_again(self, objective: Objective, parameters: ParameterVector) -> None:
         """Makes ``kept["inverse"]`` of the rest of ``kept``, after a checkpoint."""
+
+    def never_used(self, parameters: ParameterVector) -> Tensor:
+        """Which parameters (p,) the outputs may never depend on, of those without influence at the last step."""
+        if self._flat is None:
+            return torch.zeros(len(parameters), dtype=torch.bool, device=parameters.device)
+        return self._flat
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Called with each step that is kept."""
@@ -336,6 +345,7 @@ class DampedOptimizer(torch.optim.Optimizer):
                 reached = parameters.read()
                 parameters.write(start)
                 decrement = model.decrement(self.settled * abs(loss), final=not accepted)
+                self._flat = model.flat
                 parameters.write(reached)
             return StepReport(
                 loss=loss,
@@ -350,7 +360,7 @@ class DampedOptimizer(torch.optim.Optimizer):
                 accepted=accepted,
                 rejected=rejected,
                 cg_iterations=products,
-                without_influence=model.without_influence,
+                without_influence=model.without_influence + (0 if model.flat is None else int(model.flat.sum())),
             )
 
         if lr == 0 or not bool(gradient.any()):

@@ -267,7 +267,7 @@ class DampedRun(Run):
         if report.grad_norm == 0 and not is_zero and self._is_plateau():
             return Verdict(f"{test}, but the loss is the same all around: not necessarily a minimum")
         lost = report.without_influence
-        if lost and isinstance(self.optimizer, LevenbergMarquardt):
+        if lost:
             lost -= self._of_no_use(self.optimizer.never_used(self.plan.parameters))
         if lost:
             count = f"{lost} of {len(self.plan.parameters)} parameters have"
