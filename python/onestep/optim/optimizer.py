@@ -226,10 +226,10 @@ class DampedOptimizer(torch.optim.Optimizer):
         """Makes ``kept["inverse"]`` of the rest of ``kept``, after a checkpoint."""
 
     def never_used(self, parameters: ParameterVector) -> Tensor:
-        """Which parameters (p,) the outputs may never depend on, of those without influence at the last step."""
+        """Which parameters (p,) outputs have not depended on at any step, of those without influence at the last."""
         if self._flat is None:
             return torch.zeros(len(parameters), dtype=torch.bool, device=parameters.device)
-        return self._flat
+        return self._flat & ~self.kept["had_slope"]
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Called with each step that is kept."""
@@ -332,6 +332,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         gradient: Tensor,
     ) -> StepReport:
         model = self.quadratic_model(objective, parameters, loss, gradient, decay)
+        self._remember_slopes(gradient)
         rejected = products = 0
         damping, predicted, promised_first = self.damping, math.nan, math.nan
         lr = float(self.setting("lr"))
@@ -406,6 +407,12 @@ class DampedOptimizer(torch.optim.Optimizer):
         if objective.fixed:
             self._ahead = (objective, parameters.versions(), loss, gradient)
         return taken
+
+    def _remember_slopes(self, gradient: Tensor) -> None:
+        """Which parameters have ever had a slope: a plateau on which they have none is not where they are useless."""
+        had = self.kept.get("had_slope")
+        slopes = gradient != 0
+        self.kept["had_slope"] = slopes if had is None or len(had) != len(slopes) else had | slopes
 
     def _farther(
         self,
