@@ -234,7 +234,7 @@ def test_ctrl_c_returns_what_was_reached(tmp_path: Path) -> None:
         while time.monotonic() < deadline and process.poll() is None:
             if path.exists() and torch.load(path, weights_only=True)["progress"]["step"] >= 5:
                 break
-            time.sleep(0.01)
+            time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     finally:
@@ -279,6 +279,7 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: 
             state = torch.load(tmp_path / "killed.pt", weights_only=True)
             if state["progress"]["step"] >= wanted:
                 break
+        time.sleep(0.002)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait(60) == -signal.SIGKILL
     assert start("killed.pt", "killed.out").wait(120) == 0

@@ -105,8 +105,11 @@ def test_derivatives_inside_the_model(kind: Any, form: str) -> None:
     assert gradient.any() and all(p.grad is None and type(p) is nn.Parameter for p in model.parameters())
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", [LevenbergMarquardt, GaussNewton, NewtonCG])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [(LevenbergMarquardt, form) for form in FORMS]
+    + [(kind, form) for kind in (GaussNewton, NewtonCG) for form in ("checkpoint", "autograd.grad", "jvp of jvp")],
+)
 def test_optimisers_with_derivatives_inside_the_closure(kind: Any, form: str) -> None:
     """The first step is that of the same network by formulas."""
     points = []
