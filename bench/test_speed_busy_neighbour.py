@@ -303,24 +303,32 @@ def test_busy_neighbour(benchmark: Any, name: str) -> None:
     benchmark.extra_info.update(result, busy_goal=GOAL)
 
 
+def row(name: str, result: dict[str, float]) -> str:
+    peer = f"{result['peer_busy_over_quiet']:.2f}" if "peer_busy_over_quiet" in result else "–"
+    return f"| {name} | {1e3 * result['quiet_seconds']:.2f} | {result['busy_over_quiet']:.2f} | {peer} |"
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Adds the results to a JSON file, and writes the table of all that it holds beside it."""
+    known = (json.loads(path.read_text()) if path.exists() else {}) | results
+    path.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+    head = f"onestep {onestep.info()['cpu_target']}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+    head += f"goal ≤ {GOAL}\n\n| case | quiet, ms | busy / quiet | peer's busy / quiet |\n| --- | --- | --- | --- |\n"
+    path.with_suffix(".md").write_text(head + "".join(row(n, known[n]) + "\n" for n in CASES if n in known))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", help="cases whose name holds one of them; all without any")
-    parser.add_argument("--write", type=Path, help="a JSON file to add the figures to")
+    parser.add_argument("--write", type=Path, help="a JSON file to add the figures to; their table goes beside it")
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # scikit-learn's, of its next version
-    known: dict[str, Any] = {}
     for name in CASES:
-        if given.words and not any(word in name for word in given.words):
-            continue
-        known[name] = result = measure(name)
-        peer = f"{result['peer_busy_over_quiet']:.2f}" if "peer_busy_over_quiet" in result else "–"
-        print(
-            f"| {name} | {1e3 * result['quiet_seconds']:.2f} | {result['busy_over_quiet']:.2f} | {peer} |", flush=True
-        )
-    if given.write is not None:
-        before = json.loads(given.write.read_text()) if given.write.exists() else {}
-        given.write.write_text(json.dumps(before | known, indent=2, ensure_ascii=False) + "\n")
+        if not given.words or any(word in name for word in given.words):
+            result = measure(name)
+            print(row(name, result), flush=True)
+            if given.write is not None:
+                write(given.write, {name: result})
 
 
 if __name__ == "__main__":
