@@ -19,12 +19,6 @@ def test_the_demo_runs_and_draws():
     assert done.returncode == 0, done.stderr
     assert "picture: examples/output/digits.png" in done.stdout.replace("\\", "/")
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-    table = done.stdout.split("held-out accuracy\n")[1].splitlines()[:2]
-    adam, ours = (line.split()[-3:] for line in table)
-    assert table[0].split()[0] == "Adam," and table[1].split()[0] == "Gauss-Newton"
-    assert adam[0] == ours[0], "both start from the same weights"
-    for first, last, accuracy in (adam, ours):
-        assert float(last) < float(first) / 4
-        assert float(accuracy) > 0.8
-    assert done.stdout.count("a training loss of") == 2
+    rights = [float(line.split(": ")[1].split("%")[0]) for line in done.stdout.splitlines() if "digits right" in line]
+    assert len(rights) == 3
+    assert min(rights) > 90
