@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from onestep.evaluation.data import IndexedSource
 from onestep.evaluation.distributed import from_first, same_everywhere, share, summed, together
@@ -34,6 +34,10 @@ _PASSES = 20
 _LEAST_STEPS, _MOST_STEPS = 300, 3000
 # The rate rises over so many steps, or this part of all, and falls to zero in proportion to what is left.
 _WARM_UP, _WARM_UP_PART = 20, 0.1
+# A step moves the elements of hidden matrices by about a tenth of what they are at first, as the root of mean squares
+# goes; the rates of Adam are half of those. Weights that are large have been trained, or are scaled otherwise.
+_PART_OF_WEIGHTS, _LEAST_RATE, _MOST_RATE = 0.1, 1e-2, 4e-2
+_STEP_OF_RATE = 0.2
 # The loss of a fit is the mean of the last batches'.
 _LAST = 8
 
@@ -112,8 +116,11 @@ class PolarRun(Run):
     def __init__(self, plan: FitPlan) -> None:
         self.plan = plan
         several = share().size > 1
+        rate = _rate(plan.model)
         self.optimizer = PolarGrad(
             plan.model,
+            lr=rate,
+            adam_lr=rate / 2,
             process_group=dist.group.WORLD if several else None,
         )
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -221,12 +228,25 @@ class PolarRun(Run):
 
     def state(self) -> dict[str, Any]:
         """The optimiser's, and how far the schedule is."""
-        return {"optimizer": self.optimizer.state_dict(), "over": self._over, "losses": self._losses}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "rates": self._rates,
+            "over": self._over,
+            "losses": self._losses,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from ``state``."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self._before, self._losses = state["over"], state["losses"]
+        self._rates, self._before, self._losses = state["rates"], state["over"], state["losses"]
+
+
+def _rate(model: nn.Module) -> float:
+    """Of hidden matrices, from the geometric mean of their sizes."""
+    hidden = [p for group in PolarGrad(model, gram_every=None).param_groups if group["polar"] for p in group["params"]]
+    sizes = [math.log(max(p.detach().float().square().mean().sqrt().item(), 1e-8)) for p in hidden]
+    size = math.exp(sum(sizes) / len(sizes)) if sizes else 0.0
+    return min(max(_PART_OF_WEIGHTS * size / _STEP_OF_RATE, _LEAST_RATE), _MOST_RATE)
 
 
 def _devices(plan: FitPlan) -> list[torch.device]:
