@@ -3,7 +3,8 @@
 //   inverse_cholesky  A⁻¹ = UᵀU, U upper, without the inverse: the Cholesky factor of A reversed, Ã = LLᵀ with
 //                     Ã(i, j) = A(n−1−i, n−1−j), then L⁻¹, which reversed is U
 //   compensated_sweep for each column j: q = what w_j becomes, e = (w_j − q) / U_jj, w ← w − e U_j: on the columns
-//                     after j; the output error Σ‖(W − Ŵ)x‖² grows by e² (Hassibi and Stork 1993; Frantar et al. 2022-23)
+//                     after j; the output error Σ‖(W − Ŵ)x‖² grows by e² (Hassibi and Stork 1993; Frantar et al.
+//                     2022-23)
 // Instantiated for float and double.
 #pragma once
 
