@@ -3,8 +3,8 @@
     python examples/image_classification.py [--quick] [--seeds N]
 
 The data are scikit-learn's digits: 1,797 grey images of 8 x 8 pixels in ten classes, of which a fifth is held out. Adam
-and torch.optim.Muon run at the best of several learning rates; onestep.fit has no setting but its number of steps, half
-of theirs. Convolutions are matrices to onestep.fit; Muon takes those of linear layers alone.
+and torch.optim.Muon run at the best of several learning rates; onestep.fit has no setting but its number of steps, the
+same as theirs. Convolutions are matrices to onestep.fit; Muon takes those of linear layers alone.
 
 Prints held-out losses, the share of digits that are recognised, and how long onestep.fit took to where the others
 ended. Writes examples/output/digits.png: loss against seconds, and the held-out digits that its network is least sure
@@ -132,7 +132,8 @@ def main() -> None:
     parameters = sum(p.numel() for p in network(0).parameters())
     rows = f"{len(problem.targets):,} images to fit on, {len(problem.held_targets)} held out"
     print(f"Digits: {rows}; {parameters:,} parameters, float32, one thread")
-    runs = race(problem, effort.steps, arguments.seeds or effort.seeds, {"Adam": effort.adam, "Muon": effort.muon})
+    rates = {"Adam": effort.adam, "Muon": effort.muon}
+    runs = race(problem, effort.steps, arguments.seeds or effort.seeds, rates, head_start=1.0)
     table(runs)
     for own in runs.values():
         print(f"  {own[0].name}: {accuracy(own[0].model, problem):.1%} of held-out digits right")

@@ -38,10 +38,11 @@ class Effort:
     adam: Sequence[float]
     muon: Sequence[float]
     held_out: int
+    letters: int
 
 
-FULL = Effort(144, 4, 400, 5, (2e-3, 4e-3, 8e-3), (0.02, 0.03, 0.05), 128)
-QUICK = Effort(96, 3, 160, 1, (4e-3, 8e-3), (0.03,), 32)
+FULL = Effort(144, 4, 400, 5, (2e-3, 4e-3, 8e-3), (0.02, 0.03, 0.05), 128, 400)
+QUICK = Effort(96, 3, 160, 1, (4e-3, 8e-3), (0.03,), 32, 120)
 
 
 class Block(nn.Module):
@@ -117,7 +118,7 @@ def read_text(path: Path | None, held_out: int) -> Text:
     return Text(alphabet, inputs[held_out:], targets[held_out:], inputs[:held_out], targets[:held_out])
 
 
-def write(model: nn.Module, alphabet: str, length: int = 300) -> str:
+def write(model: nn.Module, alphabet: str, length: int) -> str:
     """Text drawn from the network, character by character."""
     generator = torch.Generator().manual_seed(4)
     codes = torch.tensor([[alphabet.index("\n")]])
@@ -153,7 +154,7 @@ def main() -> None:
     runs = race(problem, steps, seeds, {"Adam": effort.adam, "Muon": effort.muon})
     table(runs)
     for own in runs.values():
-        print(f"\n{own[0].name} writes:\n{write(own[0].model.eval(), text.alphabet)}")
+        print(f"\n{own[0].name} writes:\n{write(own[0].model.eval(), text.alphabet, effort.letters)}")
     draw(runs, PICTURE, f"A character GPT of {parameters:,} parameters, from scratch")
 
 
