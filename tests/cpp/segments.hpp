@@ -70,9 +70,7 @@ struct Segments {
             check(difference(got.solution, expected.solution) <= tolerance<T>(50.0), name + " solution");
             check(difference(got.factor, expected.factor) <= tolerance<T>(50.0), name + " factor");
             check(identical(got.info, expected.info), name + " info");
-            set_parallel_for(three_threads);
-            const Results<T> threaded = run(true, factors);
-            set_parallel_for(nullptr);
+            const Results<T> threaded = with_threads([&] { return run(true, factors); });
             check(identical(threaded.solution, got.solution) && identical(threaded.factor, got.factor),
                   name + " with threads: not bitwise the same");
         }

@@ -74,9 +74,7 @@ void test_inverse_case(std::mt19937& random, int64_t problems, int64_t n) {
     const Inverse<T> serial = invert<true>(a, problems, n);
     check(serial.info == expected.info, "info " + label);
     check(difference(serial.factor, expected.factor) < (sizeof(T) == 4 ? 2e-5 : 1e-12), "factor " + label);
-    set_parallel_for(three_threads);
-    const Inverse<T> threaded = invert<true>(a, problems, n);
-    set_parallel_for(nullptr);
+    const Inverse<T> threaded = with_threads([&] { return invert<true>(a, problems, n); });
     check(identical(threaded.factor, serial.factor), "threads " + label);
     std::vector<T> columns(a.size());
     for (int64_t problem = 0; problem < problems; ++problem) {
@@ -225,9 +223,7 @@ void test_sweep_case(std::mt19937& random, const Sweep& sizes) {
         check(sizes.symmetric || unlike * 50 <= static_cast<int64_t>(serial.w.size()), "weights " + label);
         check(off <= 0.02 * sum, "error " + label);
     }
-    set_parallel_for(three_threads);
-    const Swept<T> threaded = sweep<true>(sizes, w, u);
-    set_parallel_for(nullptr);
+    const Swept<T> threaded = with_threads([&] { return sweep<true>(sizes, w, u); });
     check(identical(threaded.w, serial.w) && threaded.codes == serial.codes &&
               identical(threaded.scale, serial.scale) && identical(threaded.error, serial.error),
           "threads " + label);

@@ -178,7 +178,7 @@ inline int run_targets(int argc, char** argv, std::initializer_list<Test> tests,
     (void)set_least_parallel_nanoseconds(0);
     set_thread_count(three_threads);
     auto nothing = [](int64_t) {};
-    check(parallel_for(2, 1, nothing) == Status::ok, "a first loop");
+    check(parallel_for(3, 1, nothing) == Status::ok, "a first loop");
     set_thread_count(nullptr);
     for (int index = 0; index <= (kOneTarget ? 0 : static_cast<int>(last)); ++index) {
         const auto target = static_cast<Target>(index);
