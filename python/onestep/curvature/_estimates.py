@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +41,14 @@ def estimate_diagonal(
     product: Callable[[Tensor], Tensor], like: Tensor, samples: int, generator: torch.Generator | None
 ) -> Estimate:
     """diag A = E z∘Az (Bekas, Kokiopoulou and Saad, Applied Numerical Mathematics 57, 2007)."""
+    return averaged(((Z * product(Z)).double() for Z in _signs(like, samples, generator)), like, samples)
+
+
+def averaged(blocks: Iterable[Tensor], like: Tensor, samples: int) -> Estimate:
+    """The mean of samples (p,k), which come in blocks, with its standard error."""
     mean = torch.zeros(len(like), dtype=torch.float64, device=like.device)
     squares, count = torch.zeros_like(mean), 0
-    for Z in _signs(like, samples, generator):
-        values = (Z * product(Z)).double()
+    for values in blocks:
         # Means and sums of squared deviations of two samples combine (Chan, Golub and LeVeque 1983).
         number, total = values.shape[1], count + values.shape[1]
         block_mean = values.mean(1)
@@ -55,8 +59,15 @@ def estimate_diagonal(
     return Estimate(mean, (squares / (samples - 1) / samples).sqrt(), samples)
 
 
-def _signs(like: Tensor, samples: int, generator: torch.Generator | None) -> Iterator[Tensor]:
-    """Columns of -1 and 1, ``samples`` in all, in blocks (p,k); the same however they are cut, and on every device."""
+def seeds(like: Tensor, samples: int, generator: torch.Generator | None) -> Iterator[list[int]]:
+    """A seed for each sample, in blocks of as many as there may be vectors."""
+    generator = _checked(samples, generator)
+    drawn = torch.randint(2**40, (samples,), generator=generator, device=generator.device).tolist()
+    at_once = max(1, _BLOCK_ELEMENTS // len(like))
+    return (drawn[begin : begin + at_once] for begin in range(0, samples, at_once))
+
+
+def _checked(samples: int, generator: torch.Generator | None) -> torch.Generator:
     if isinstance(samples, bool) or not isinstance(samples, int):
         raise TypeError(f"samples is {type(samples).__name__}; expected an integer")
     if samples < 2:
@@ -65,6 +76,12 @@ def _signs(like: Tensor, samples: int, generator: torch.Generator | None) -> Ite
         generator = torch.Generator().manual_seed(0)
     elif not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is {type(generator).__name__}; expected a torch.Generator or None")
+    return generator
+
+
+def _signs(like: Tensor, samples: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """Columns of -1 and 1, ``samples`` in all, in blocks (p,k); the same however they are cut, and on every device."""
+    generator = _checked(samples, generator)
     at_once = max(1, _BLOCK_ELEMENTS // len(like))
     for begin in range(0, samples, at_once):
         shape = (min(at_once, samples - begin), len(like))

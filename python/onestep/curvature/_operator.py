@@ -200,14 +200,18 @@ class CurvatureOperator(ABC):
 
         (Bekas, Kokiopoulou and Saad 2007.) Gauss-Newton and Fisher matrices of models with up to 32 outputs a row have
         theirs exactly for any number of parameters, by rows of the Jacobian, where torch.func.vmap can run the model.
-        An estimated element's error comes from the rest of its row, and may make it negative where the matrix has no
-        negative elements there. Arguments and result as for ``trace``.
+        Otherwise, for the losses with a name, theirs is the mean of squares (Jᵀs)², which is never negative, with s
+        drawn by a root of the loss's Hessian. The error of z∘Az comes from the rest of the row, and may make an element
+        negative where the matrix has no negative elements. Arguments and result as for ``trace``.
         """
         if samples is None:
             exact = self._exact_diagonal() if self.shape[0] <= MOST_DENSE else self._diagonal_by_rows()
             if exact is not None:
                 return Estimate(exact, torch.zeros_like(exact), 0)
-        return estimate_diagonal(self.__matmul__, self._empty(), 64 if samples is None else samples, generator)
+        return self._estimated_diagonal(64 if samples is None else samples, generator)
+
+    def _estimated_diagonal(self, samples: int, generator: torch.Generator | None) -> Estimate:
+        return estimate_diagonal(self.__matmul__, self._empty(), samples, generator)
 
     def _exact_diagonal(self) -> Tensor:
         return (self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)).diagonal().double()

@@ -127,13 +127,35 @@ class Passes:
             what: shown beside the bar.
             mean: whether the sum is divided by the elements of the loss.
         """
+        tangents = dict(zip(self.names, self.parameters.split(V.mT.contiguous()), strict=True))
+
+        def add(chunk: Chunk, number: int, point: Named, parts: Named) -> None:
+            at_once = max(1, self.affordable_rows // len(chunk))
+            product = product_of(chunk, number, point)
+            for begin in range(0, V.shape[1], at_once):
+                some = slice(begin, begin + at_once)
+                results = self._of_each(product, {name: part[some] for name, part in tangents.items()})
+                for name, result in results.items():
+                    parts[name][some].add_(result)
+
+        total, elements = self.sum_over_chunks(V.shape[1], add, what=what)
+        return (total.div_(elements) if mean else total).to(V.dtype).mT.contiguous()
+
+    def sum_over_chunks(
+        self, k: int, add: Callable[[Chunk, int, Named, Named], None], *, what: str
+    ) -> tuple[Tensor, float]:
+        """A sum (k,p) over all chunks of all processes in one pass, in float32 at least, and the loss's elements.
+
+        Args:
+            add: (chunk, its number, the parameters, the sum (k,…) of each) adds to the last.
+        """
         names, values = self.names, self.parameters.read()
         point = dict(zip(names, self.parameters.split(values), strict=True))
-        tangents = dict(zip(names, self.parameters.split(V.mT.contiguous()), strict=True))
 
         def local() -> tuple[Tensor, list[float]]:
             # (k,p), as products come: sums into columns would be slow.
-            total = torch.zeros(V.mT.shape, dtype=torch.promote_types(V.dtype, torch.float32), device=V.device)
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            total = torch.zeros(k, len(values), dtype=dtype, device=values.device)
             parts = dict(zip(names, self.parameters.split(total), strict=True))
             elements = 0.0
             rows = self.source.known_rows
@@ -149,15 +171,9 @@ class Passes:
                 ) as bar,
             ):
                 for number, chunk in enumerate(self.chunks()):
-                    at_once = max(1, self.affordable_rows // len(chunk))
                     # The parameters are swapped inside a module that other threads may use.
                     with exclusive():
-                        product = product_of(chunk, number, point)
-                        for begin in range(0, V.shape[1], at_once):
-                            some = slice(begin, begin + at_once)
-                            results = self._of_each(product, {name: part[some] for name, part in tangents.items()})
-                            for name, result in results.items():
-                                parts[name][some].add_(result)
+                        add(chunk, number, point, parts)
                     if not all_finite(total):
                         raise NonFiniteError(explain(chunk, number, "the product is NaN or infinite"))
                     elements += self.loss.elements(chunk.target, len(chunk))
@@ -167,7 +183,7 @@ class Passes:
         total, (elements,) = summed(local)
         if not elements:
             raise ValueError("every target of the data is ignored; there is no loss to differentiate")
-        return (total.div_(elements) if mean else total).to(V.dtype).mT.contiguous()
+        return total, elements
 
     def _of_each(self, product: Callable[[Named], Named], V: Named) -> Named:
         """product of each of the vectors (k,…)."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad
 
+from onestep.curvature._estimates import Estimate, averaged, seeds
 from onestep.curvature._operator import CurvatureOperator, check_count, in_order
 from onestep.curvature._passes import Named
+from onestep.curvature._roots import Root, root_of_loss, signs
 from onestep.curvature.jacobian import root_jacobian
 from onestep.curvature.products import Result, Route, hessian_product, hvp, outer_products
 from onestep.evaluation.data import Chunk
@@ -59,6 +62,46 @@ class _OuterProductOperator(CurvatureOperator):
         what = f"{type(self).__name__}.diagonal"
         total = self._passes.multiply(one, diagonal_of, what=what, mean=self.reduction == "mean")
         return total[:, 0].double()
+
+    def _root(self, chunk: Chunk, number: int, point: Named, outputs: Tensor) -> Root | None:
+        """What draws s like ``outputs`` with E ssᵀ = C, rows being independent; None where it is not known."""
+        return root_of_loss(self._loss, outputs, chunk.target)
+
+    def _estimated_diagonal(self, samples: int, generator: torch.Generator | None) -> Estimate:
+        """The mean of (Jᵀs)², which is never negative, s drawn by the root of C; by products where that is unknown."""
+        point = dict(zip(self._names, [p.detach() for p in self._parameters.tensors], strict=True))
+
+        def unknown() -> tuple[Tensor, list[float]]:
+            few = next(self._passes.chunks()).rows(slice(0, 2))
+            with torch.no_grad(), eval_mode(self.model), exclusive():
+                return torch.empty(0), [self._root(few, 0, point, self._outputs(few)(point)) is None]
+
+        if summed(unknown)[1][0]:
+            return super()._estimated_diagonal(samples, generator)
+
+        def squares() -> Iterator[Tensor]:
+            for block in seeds(self._empty(), samples, generator):
+                total, elements = self._passes.sum_over_chunks(
+                    len(block), partial(self._add_drawn, block), what=f"{type(self).__name__}.diagonal"
+                )
+                value = total.double().square().mT
+                yield value / elements if self.reduction == "mean" else value
+
+        return averaged(squares(), self._empty(), samples)
+
+    def _add_drawn(self, block: list[int], chunk: Chunk, number: int, point: Named, parts: Named) -> None:
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in point.items()}
+            outputs = self._outputs(chunk)(leaves)
+        root = self._root(chunk, number, point, outputs.detach())
+        assert root is not None
+        for sample, seed in enumerate(block):
+            own = torch.Generator().manual_seed((seed * 1_000_003 + number) * share().size + share().rank)
+            pulled = torch.autograd.grad(
+                outputs, list(leaves.values()), root(own), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for name, part in zip(leaves, pulled, strict=True):
+                parts[name][sample].add_(part)
 
     def _has_rows(self) -> bool:
         """Whether outputs are few and rows of the Jacobian can be had by vmap, tried on the first two rows."""
@@ -170,18 +213,34 @@ class FisherOperator(_OuterProductOperator):
         self.kind, self.mc_samples = kind, mc_samples
         super().__init__(model, data, loss, **options)
 
+    def _slopes(self, chunk: Chunk, number: int, outputs: Tensor) -> Tensor:
+        """Of the data or of draws (r,n,…): C is the mean of their outer products."""
+        if self.kind == "empirical":
+            slope: Tensor = grad(self._loss_of_outputs(chunk))(outputs)
+            return slope[None]
+        generator = torch.Generator(self.device)
+        generator.manual_seed((self.seed * 1_000_003 + number) * share().size + share().rank)
+        draws = range(self.mc_samples or 0)
+        return torch.stack([drawn_slope(self._loss, outputs, chunk.target, generator) for _ in draws])
+
+    def _root(self, chunk: Chunk, number: int, point: Named, outputs: Tensor) -> Root | None:
+        if self.kind == "true" and self.mc_samples is None:
+            return super()._root(chunk, number, point, outputs)
+        slopes = self._slopes(chunk, number, outputs)
+        slopes = slopes / len(slopes) ** 0.5
+
+        def draw(generator: torch.Generator) -> Tensor:
+            chosen = signs(slopes[(...,) + (slice(0, 1),) * (outputs.dim() - 1)], generator)
+            total: Tensor = (chosen * slopes).sum(0)
+            return total
+
+        return draw
+
     def _outer(self, chunk: Chunk, number: int, point: Named) -> Callable[[Tensor, Tensor], Tensor]:
         loss = self._loss_of_outputs(chunk)
         if self.kind == "true" and self.mc_samples is None:
             return lambda outputs, tangent: hvp(loss, outputs, tangent)
-        outputs = self._outputs(chunk)(point)
-        if self.kind == "empirical":
-            slopes = grad(loss)(outputs)[None]
-        else:
-            generator = torch.Generator(self.device)
-            generator.manual_seed((self.seed * 1_000_003 + number) * share().size + share().rank)
-            draws = range(self.mc_samples or 0)
-            slopes = torch.stack([drawn_slope(self._loss, outputs, chunk.target, generator) for _ in draws])
+        slopes = self._slopes(chunk, number, self._outputs(chunk)(point))
 
         def product(outputs: Tensor, tangent: Tensor) -> Tensor:
             along = (slopes * tangent).reshape(*slopes.shape[:2], -1).sum(-1)
