@@ -207,7 +207,7 @@ def test_a_language_model_of_transformers() -> None:
     model = transformers.GPT2LMHeadModel(config).train()
     ids = torch.arange(200).remainder(7).view(20, 10)
     data = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=5)
-    result = onestep.fit(model, data, "model", max_steps=60, validation=data, progress=False)
+    result = onestep.fit(model, data, "model", max_steps=200, validation=data, progress=False)
     assert (result.method, result.initial_loss > 2.5) == ("polar", True)
     assert result.validation_loss is not None and result.validation_loss < 0.5
     with pytest.raises(ValueError, match="pass loss='model'"):

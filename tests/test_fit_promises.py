@@ -84,17 +84,21 @@ def no_step(*_: Any) -> None:
     """What a method proposes that cannot move."""
 
 
+def small_classifier() -> nn.Module:
+    """A network for which "auto" takes Levenberg-Marquardt."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
 def test_a_method_that_cannot_move_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levenberg_marquardt._FactoredModel, "propose", no_step)
     X, y = years(torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    head = nn.Linear(2, 2, dtype=torch.float64)
-    result = onestep.fit(head, (X, y), "cross_entropy", progress=False)
-    assert result.method == "newton_cg"
+    model = small_classifier()
+    result = onestep.fit(model, ((X - X.mean(0)) / X.std(0), y), "cross_entropy", max_steps=20, progress=False)
+    assert result.method == "gauss_newton"
     assert "levenberg_marquardt could not move" in result.choice
     assert [record.step for record in result.history] == list(range(1, len(result.history) + 1))
-    assert result.converged
-    assert result.loss == pytest.approx(logistic_minimum(X, y), rel=1e-6)
+    assert result.loss < logistic_minimum(X, y)
 
 
 def test_a_fit_that_changed_its_method_resumes_with_the_same_bits(
@@ -104,13 +108,12 @@ def test_a_fit_that_changed_its_method_resumes_with_the_same_bits(
     X, y = years(torch.Generator().manual_seed(0))
 
     def run(name: str, *ends: int) -> list[Tensor]:
-        torch.manual_seed(0)
-        head = nn.Linear(2, 2, dtype=torch.float64)
+        model = small_classifier()
         for steps in ends:
             options: dict[str, Any] = {"max_steps": steps, "checkpoint": tmp_path / name, "progress": False}
-            result = onestep.fit(head, (X, y), "cross_entropy", **options)
-        assert result.method == "newton_cg"
-        return [p.detach().clone() for p in head.parameters()]
+            result = onestep.fit(model, ((X - X.mean(0)) / X.std(0), y), "cross_entropy", **options)
+        assert result.method == "gauss_newton"
+        return [p.detach().clone() for p in model.parameters()]
 
     assert all(map(torch.equal, run("straight", 8), run("stopped", 5, 8)))
 

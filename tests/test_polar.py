@@ -147,7 +147,7 @@ def test_opcheck() -> None:
         (lambda M: polar(M, iterations=0), ValueError, "iterations is 0; expected 1 or more"),
         (lambda M: polar(M, lower=0.0), ValueError, "lower is 0.0; expected"),
         (lambda M: polar(M, lower=1.5), ValueError, "lower is 1.5; expected"),
-        (lambda M: polar(M.numpy()), TypeError, "M is ndarray; expected torch.Tensor"),
+        (lambda M: polar(M.tolist()), TypeError, "M is list; expected torch.Tensor"),
     ],
 )
 def test_bad_input(call, error: type[Exception], message: str) -> None:

@@ -19,7 +19,9 @@ EXTRAS = {"pandas", "rich", "safetensors", "sklearn"}
 HIDDEN, MAX_STEPS = 64, 50
 
 EPILOG = """\
-examples (onestep and python -m onestep are the same program):
+onestep and python -m onestep are the same program.
+
+examples:
   python -m onestep fit houses.csv --target price
   python -m onestep fit houses.csv --target price --impute median --save model.safetensors
   python -m onestep fit houses.csv --target price --model mlp

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from onestep._fork import one_thread_after_fork
 from onestep.ops._library import register
 from onestep.ops.cholesky import solve_spd
 from onestep.ops.polar import schema
@@ -25,6 +26,7 @@ _SAFE = 2.0**-20, 2.0**20
 
 
 @register(schema.polar, device="cpu")
+@one_thread_after_fork()
 def _polar(M: Tensor, iterations: int, lower: float) -> tuple[Tensor, Tensor]:
     U, info = schema.polar_results(M, iterations, lower)
     if U.numel() == 0:
