@@ -53,14 +53,14 @@ test-cpp: $(VENV)/.environment
 	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=address -DONESTEP_EMULATE=ON -DONESTEP_CUDA=OFF -DONESTEP_CUDA_EMULATE=ON \
 	    -DONESTEP_WERROR=$(WERROR) > /dev/null
 	$(BIN)/cmake --build $(CPP_BUILD)
-	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure
+	$(BIN)/ctest --test-dir $(CPP_BUILD) --output-on-failure --parallel 2
 
 # The C++ tests of the CPU kernels with ThreadSanitizer, under one target.
 test-tsan: $(VENV)/.environment
 	$(BIN)/cmake -S . -B $(TSAN_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_PYTHON=OFF \
 	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=thread -DONESTEP_CUDA=OFF -DONESTEP_WERROR=$(WERROR) > /dev/null
 	$(BIN)/cmake --build $(TSAN_BUILD)
-	$(BIN)/ctest --test-dir $(TSAN_BUILD) --output-on-failure
+	$(BIN)/ctest --test-dir $(TSAN_BUILD) --output-on-failure --parallel 2
 
 # The Python tests that are for CUDA, on the emulator: the module goes beside the others of the package, which do not load
 # it unless they are asked to.
