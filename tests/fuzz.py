@@ -20,6 +20,9 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
+
+# torch imports its compiler in the first call of some functions, which may take longer than an answer may.
+import torch._dynamo
 from fuzz_draws import SIZES, Call, ForeignError, attempt, maybe, same_dtype, sizes, tensors
 from fuzz_models import estimator_calls, fit_calls, operator_calls, polar_calls
 from hypothesis import HealthCheck, Phase, given, seed, settings
