@@ -825,6 +825,12 @@ def test_targets_that_are_all_ignored_leave_nothing() -> None:
         ({"loss": nn.CrossEntropyLoss(reduction="sum")}, ValueError, "CrossEntropyLoss with reduction='sum'"),
         ({"data": 3}, TypeError, "data is int"),
         ({"data": []}, ValueError, "data holds no batches"),
+        (
+            {"data": (torch.zeros(0, 3), torch.tensor(1.0))},
+            ValueError,
+            r"data holds a tensor of shape \(\), which has no",
+        ),
+        ({"data": (torch.zeros(4, 3), torch.zeros(5, 1))}, ValueError, r"data holds tensors of \[4, 5\] rows"),
         ({"reduction": "none"}, ValueError, "reduction='none'; expected 'mean' or 'sum'"),
         ({"chunk_size": 0}, ValueError, "chunk_size=0; expected at least 1"),
         ({"chunk_size": 2.0}, TypeError, "chunk_size is float; expected an integer"),

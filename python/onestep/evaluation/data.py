@@ -366,7 +366,10 @@ def as_source(data: Any, seed: int, with_labels: bool = False) -> Source:
 
 
 def _of_tensors(chunk: Chunk, seed: int) -> Source:
-    lengths = {len(leaf) for leaf in tree_leaves((chunk.inputs, chunk.target)) if isinstance(leaf, Tensor)}
+    tensors = [leaf for leaf in tree_leaves((chunk.inputs, chunk.target)) if isinstance(leaf, Tensor)]
+    if any(tensor.dim() == 0 for tensor in tensors):
+        raise ValueError("data holds a tensor of shape (), which has no rows; expected inputs and targets (n, …)")
+    lengths = {len(tensor) for tensor in tensors}
     if len(lengths) != 1:
         raise ValueError(f"data holds tensors of {sorted(lengths)} rows; expected as many inputs as targets")
     return IndexedSource(len(chunk), chunk.rows, seed)
