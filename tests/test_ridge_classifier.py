@@ -138,3 +138,10 @@ def test_sums_by_class_of_dependent_features():
         right = Ridge(alpha=0.0).fit(X, np.where(y[:, None] == np.arange(5), 1.0, -1.0))
     np.testing.assert_allclose(ours.coef_, right.coef_, atol=1e-10)
     assert ours.solver_path_ == "minimum_norm"
+
+
+def test_rows_of_one_class_are_predicted_as_it() -> None:
+    X = np.array([[1.5], [-0.3]], dtype=np.float32)
+    for label in (0, 7):
+        model = RidgeClassifier().fit(X, [label, label])
+        np.testing.assert_array_equal(model.predict(np.concatenate([X, -100 * X])), label)

@@ -329,8 +329,11 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         if self._multilabel:
             labels = (scores > 0).astype(np.int64)
             labels = labels[:, None] if labels.ndim == 1 else labels
+        elif scores.ndim == 1:
+            # Rows of one class alone have nothing on the positive side.
+            labels = classes[((scores > 0) & (len(classes) > 1)).astype(np.intp)]
         else:
-            labels = classes[(scores > 0).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)]
+            labels = classes[scores.argmax(axis=1)]
         tensors = isinstance(X, Tensor) and labels.dtype.kind in "biuf"
         return torch.from_numpy(labels) if tensors else labels
 
