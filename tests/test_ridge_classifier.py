@@ -143,5 +143,5 @@ def test_sums_by_class_of_dependent_features():
 def test_rows_of_one_class_are_predicted_as_it() -> None:
     X = np.array([[1.5], [-0.3]], dtype=np.float32)
     for label in (0, 7):
-        model = RidgeClassifier().fit(X, [label, label])
+        model = RidgeClassifier(fit_intercept=False).fit(X, [label, label])
         np.testing.assert_array_equal(model.predict(np.concatenate([X, -100 * X])), label)
