@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from cases import name_of
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
 
 import onestep
 from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator
@@ -195,3 +196,12 @@ def test_the_old_order_of_arguments_is_deprecated() -> None:
     with pytest.warns(DeprecationWarning) as caught:
         FisherOperator(model(), "cross_entropy", (X, y), progress=False)
     assert caught[0].filename == __file__ and len(caught) == 1
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_a_class_that_the_outputs_do_not_have_is_named(loss: Any) -> None:
+    rows = DataLoader(TensorDataset(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])), batch_size=2)
+    with pytest.raises(ValueError, match="target holds a class that the outputs, of 2 classes, do not have: Target 2"):
+        onestep.fit(nn.Linear(3, 2), rows, loss, progress=False)
+    with pytest.raises(ValueError, match="target holds a class that the outputs, of 2 classes"):
+        HessianOperator(nn.Linear(3, 2), rows, loss) @ torch.ones(8)

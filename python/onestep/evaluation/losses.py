@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -72,7 +73,18 @@ def _cross_entropy(outputs: Tensor, target: Tensor) -> Tensor:
     if are_probabilities(outputs, target):
         return F.cross_entropy(outputs, target, reduction="sum")
     outputs, target = scores_and_classes(outputs, target)
-    return F.cross_entropy(outputs, target, ignore_index=IGNORED, reduction="sum")
+    with _classes_named(outputs):
+        return F.cross_entropy(outputs, target, ignore_index=IGNORED, reduction="sum")
+
+
+@contextmanager
+def _classes_named(outputs: Tensor) -> Iterator[None]:
+    """torch's "Target 7 is out of bounds" as a ValueError that says of what."""
+    try:
+        yield
+    except IndexError as error:
+        classes = outputs.shape[1] if outputs.dim() > 1 else len(outputs)
+        raise ValueError(f"target holds a class that the outputs, of {classes} classes, do not have: {error}") from None
 
 
 def are_probabilities(outputs: Tensor, target: Any) -> bool:
@@ -94,7 +106,8 @@ def _weighted_cross_entropy(
 
     def total(outputs: Tensor, target: Tensor) -> Tensor:
         own = None if weight is None else weight.to(outputs)
-        return function(outputs, target, weight=own, ignore_index=ignore_index, reduction="sum", **options)
+        with _classes_named(outputs):
+            return function(outputs, target, weight=own, ignore_index=ignore_index, reduction="sum", **options)
 
     def elements(target: Tensor, rows: int) -> float:
         if target.is_floating_point():
