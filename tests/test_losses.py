@@ -205,3 +205,28 @@ def test_a_class_that_the_outputs_do_not_have_is_named(loss: Any) -> None:
         onestep.fit(nn.Linear(3, 2), rows, loss, progress=False)
     with pytest.raises(ValueError, match="target holds a class that the outputs, of 2 classes"):
         HessianOperator(nn.Linear(3, 2), rows, loss) @ torch.ones(8)
+
+
+def test_a_function_of_outputs_that_are_flattened_is_the_mean_it_says() -> None:
+    """Language models often return (rows · tokens, classes): the loss is no multiple of the function's value."""
+
+    class Flattened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embedding(x)).flatten(0, 1)
+
+    torch.manual_seed(0)
+    model, x, y = Flattened(), torch.randint(7, (6, 4)), torch.randint(7, (6, 4))
+
+    def loss(outputs: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, target.flatten())
+
+    value = loss(model(x), y).item()
+    for chunk_size in (None, 4):
+        operator = GaussNewtonOperator(model, (x, y), loss, chunk_size=chunk_size)
+        assert float(operator.loss_and_gradient()[0]) == pytest.approx(value, rel=1e-5)
+    result = onestep.fit(model, (x, y), loss, method="gauss_newton", max_steps=1, progress=False)
+    assert result.initial_loss == pytest.approx(value, rel=1e-5)

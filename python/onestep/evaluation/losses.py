@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 IGNORED = -100
 
@@ -242,9 +242,15 @@ def as_loss(loss: str | Callable[[Tensor, Any], Tensor]) -> Loss:
         mean = function(outputs, target)
         if not isinstance(mean, Tensor) or mean.numel() != 1:
             raise TypeError(f"the loss function returned {mean!r}; expected a scalar tensor")
-        return mean.reshape(()) * len(outputs)
+        return mean.reshape(()) * _rows(outputs, target)
 
     return Loss("function", total, lambda target, rows: rows)
+
+
+def _rows(outputs: Tensor, target: Any) -> int:
+    """Rows of the data: those of the target, since a model may put a row's outputs, one for each token, in many."""
+    first = next((leaf for leaf in tree_leaves(target) if isinstance(leaf, Tensor) and leaf.dim() > 0), outputs)
+    return len(first)
 
 
 def _name(kind: Any) -> str:
