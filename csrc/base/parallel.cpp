@@ -20,8 +20,9 @@ constexpr int64_t kMostClaims = 256;
 // A claim is of so many nanoseconds of work at least.
 constexpr int64_t kLeastClaim = 5'000;
 
-// Loops of less work than this stay on the calling thread; half of it is the least share of a thread.
-std::atomic<int64_t> least_parallel{1'000'000};
+// Loops of less work than this stay on the calling thread; half of it is the least share of a thread. Waking a thread
+// of the pool takes 5 to 50 us, and a caller does not wait for one that comes too late.
+std::atomic<int64_t> least_parallel{80'000};
 
 // Loops in the body of a loop are serial.
 thread_local bool in_loop = false;
