@@ -147,7 +147,7 @@ def operator_calls(draw: Any) -> Call:
         }
         return uses[use]()
 
-    words = (*FIT_WORDS, "damping", "samples", "b", "dimension", "dimensions", "shape")
+    words = (*FIT_WORDS, "damping", "samples", "b", "dimension", "dimensions", "shape", "array")
     return used, {"model": model, "data": data, "loss": loss, "v": v}, words
 
 
