@@ -230,3 +230,16 @@ def test_a_function_of_outputs_that_are_flattened_is_the_mean_it_says() -> None:
         assert float(operator.loss_and_gradient()[0]) == pytest.approx(value, rel=1e-5)
     result = onestep.fit(model, (x, y), loss, method="gauss_newton", max_steps=1, progress=False)
     assert result.initial_loss == pytest.approx(value, rel=1e-5)
+
+
+def test_targets_of_any_integer_type() -> None:
+    """int32 classes and booleans are what numpy and comparisons give."""
+    X, y = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+
+    def value(target: Tensor, loss: str, outputs: int) -> float:
+        torch.manual_seed(0)
+        rows = DataLoader(TensorDataset(X, target), batch_size=6)
+        return float(GaussNewtonOperator(nn.Linear(3, outputs), rows, loss).loss_and_gradient()[0])
+
+    assert value(y.int(), "cross_entropy", 2) == value(y, "cross_entropy", 2)
+    assert value(y.bool(), "mse", 1) == value(y.float(), "mse", 1)

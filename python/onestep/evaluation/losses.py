@@ -53,7 +53,8 @@ def like_outputs(outputs: Tensor, target: Tensor) -> Tensor:
             f"the model's outputs have shape {tuple(outputs.shape)}, the target {tuple(target.shape)}; expected the "
             "same"
         )
-    return target
+    # torch does not subtract booleans.
+    return target.to(outputs.dtype) if target.dtype == torch.bool else target
 
 
 def _mse(outputs: Tensor, target: Tensor) -> Tensor:
@@ -135,7 +136,8 @@ def scores_and_classes(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]
         )
     if not classes_last:
         outputs = outputs.movedim(1, -1)
-    return outputs.reshape(-1, outputs.shape[-1]), target.reshape(-1)
+    # torch takes classes of two integer types alone.
+    return outputs.reshape(-1, outputs.shape[-1]), target.reshape(-1).long()
 
 
 def drawn_slope(loss: Loss, outputs: Tensor, target: Any, generator: torch.Generator) -> Tensor:
