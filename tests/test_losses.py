@@ -231,6 +231,12 @@ def test_a_function_of_outputs_that_are_flattened_is_the_mean_it_says() -> None:
     result = onestep.fit(model, (x, y), loss, method="gauss_newton", max_steps=1, progress=False)
     assert result.initial_loss == pytest.approx(value, rel=1e-5)
 
+    def of_some(outputs: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, target.flatten(), ignore_index=0)
+
+    with pytest.raises(ValueError, match="expected a mean over rows"):
+        GaussNewtonOperator(model, (x, y), of_some).loss_and_gradient()
+
 
 def test_targets_of_any_integer_type() -> None:
     """int32 classes and booleans are what numpy and comparisons give."""

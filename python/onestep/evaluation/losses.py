@@ -267,9 +267,11 @@ def check_mean_over_rows(loss: Loss, outputs: Tensor, target: Any) -> None:
     Raises:
         ValueError: with what the function gave, and the remedy.
     """
-    rows = len(outputs)
-    if loss.name != "function" or rows < 2:
+    rows = _rows(outputs, target)
+    if loss.name != "function" or rows < 2 or len(outputs) % rows:
         return
+    # A row's outputs follow each other where a model flattens them.
+    each = len(outputs) // rows
     close = _SAME_ROUNDINGS * torch.finfo(outputs.dtype).eps
     for cut in sorted({1, rows // 3 or 1, rows // 2}):
         parts = slice(0, cut), slice(cut, rows)
@@ -277,7 +279,9 @@ def check_mean_over_rows(loss: Loss, outputs: Tensor, target: Any) -> None:
             whole = loss.sum(outputs, target).item() / rows
             try:
                 sums = [
-                    loss.sum(outputs[part], tree_map_only(Tensor, lambda t: t[part], target)).item()  # noqa: B023
+                    loss.sum(
+                        outputs[part.start * each : part.stop * each], tree_map_only(Tensor, lambda t: t[part], target)
+                    ).item()
                     for part in parts
                 ]
             except (RuntimeError, ValueError, IndexError):
