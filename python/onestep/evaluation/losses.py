@@ -249,6 +249,12 @@ def as_loss(loss: str | Callable[[Tensor, Any], Tensor]) -> Loss:
     return Loss("function", total, lambda target, rows: rows)
 
 
+def _of_rows(loss: Loss, outputs: Tensor, target: Any, part: slice, each: int) -> float:
+    """The loss of some rows, each of which has so many outputs."""
+    own = outputs[part.start * each : part.stop * each]
+    return loss.sum(own, tree_map_only(Tensor, lambda t: t[part], target)).item()
+
+
 def _rows(outputs: Tensor, target: Any) -> int:
     """Rows of the data: those of the target, since a model may put a row's outputs, one for each token, in many."""
     first = next((leaf for leaf in tree_leaves(target) if isinstance(leaf, Tensor) and leaf.dim() > 0), outputs)
@@ -278,12 +284,7 @@ def check_mean_over_rows(loss: Loss, outputs: Tensor, target: Any) -> None:
         with torch.no_grad():
             whole = loss.sum(outputs, target).item() / rows
             try:
-                sums = [
-                    loss.sum(
-                        outputs[part.start * each : part.stop * each], tree_map_only(Tensor, lambda t: t[part], target)
-                    ).item()
-                    for part in parts
-                ]
+                sums = [_of_rows(loss, outputs, target, part, each) for part in parts]
             except (RuntimeError, ValueError, IndexError):
                 # It cannot be taken of any number of rows; where it has to be, that error will be seen.
                 return
