@@ -28,6 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from text_generation import CONTEXT, GPT, characters
 from torch import Tensor, nn
 
 from onestep.layerwise import prune, quantize, replace_blocks
@@ -35,7 +36,6 @@ from onestep.layerwise import prune, quantize, replace_blocks
 HERE = Path(__file__).resolve().parent
 HERE = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
 PICTURE = HERE / "output" / "compress_a_language_model.png"
-CONTEXT = 64
 
 
 @dataclass(frozen=True)
@@ -52,44 +52,6 @@ class Effort:
 
 FULL = Effort(width=96, blocks=6, steps=500, batch=24, calibration=256, held_out=128)
 QUICK = Effort(width=32, blocks=4, steps=50, batch=8, calibration=32, held_out=16)
-
-
-class Block(nn.Module):
-    """Attention to what came before, then two dense layers, each added to what it was given."""
-
-    def __init__(self, width: int, heads: int = 4) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention, self.norm_dense = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (n, T, width)."""
-        n, T, width = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(n, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(n, T, width))
-        return x + self.down(F.gelu(self.up(self.norm_dense(x))))
-
-
-class GPT(nn.Module):
-    """Characters (n, T) → scores of the next one (n, T, characters)."""
-
-    def __init__(self, characters: int, width: int, blocks: int) -> None:
-        super().__init__()
-        self.character, self.place = nn.Embedding(characters, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Scores."""
-        return self.head(self.norm(self.blocks(self.character(input_ids) + self.place.weight[: input_ids.shape[1]])))
 
 
 @dataclass(frozen=True)
@@ -121,15 +83,6 @@ class Subject:
         """On the held-out text."""
         with torch.no_grad():
             return torch.stack([self.loss(model, codes) for codes in self.held_out.split(32)]).mean().exp().item()
-
-
-def read(path: Path | None) -> str:
-    """The text."""
-    if path is not None:
-        return path.read_text(encoding="utf-8")
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in sorted(topics))
 
 
 def sequences(codes: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
@@ -308,7 +261,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller network, trained for less")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL
-    text = read(arguments.text)
+    text = characters(arguments.text)
     subject = character_gpt(text, effort) if arguments.model is None else pretrained(arguments.model, text, effort)
     draw(*compress(subject, effort))
 

@@ -26,13 +26,15 @@ import torch
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import LinearOperator, eigsh
-from text_generation import GPT, OUTPUT, Text, adam, loss_of, read_text
-from torch import Tensor
+from text_generation import GPT, Text, read_text
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from onestep.curvature import HessianOperator
 
-PICTURE = OUTPUT / "curvature_of_a_transformer.png"
+PICTURE = Path(__file__).resolve().parent / "output" / "curvature_of_a_transformer.png"
+# Sequences of a step of Adam.
+BATCH = 16
 
 Vector = NDArray[np.float32]
 
@@ -105,13 +107,25 @@ def spectrum(model: GPT, text: Text, effort: Effort, steps: int) -> Spectrum:
     rules = [quadrature(matrix, effort.lanczos_steps, probe) for probe in probes]
     return Spectrum(
         steps,
-        loss_of(model, x, y),
+        mean_loss(model(x).detach(), y).item(),
         ends[: -effort.eigenvalues - 1 : -1],
         ends[: effort.eigenvalues],
         np.concatenate([nodes for nodes, _ in rules]),
         np.concatenate([weights for _, weights in rules]) / effort.probes,
         time.perf_counter() - begin,
     )
+
+
+def train(model: nn.Module, text: Text, steps: int) -> None:
+    """Adam with a short warm-up and a rate that falls to zero."""
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 10) * (1 - step / steps)
+        rows = torch.randint(len(text.inputs), (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        mean_loss(model(text.inputs[rows]), text.targets[rows]).backward()
+        optimizer.step()
 
 
 def draw(spectra: list[Spectrum]) -> None:
@@ -149,7 +163,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller network and fewer products")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL
-    OUTPUT.mkdir(exist_ok=True)
+    PICTURE.parent.mkdir(exist_ok=True)
     text = read_text(arguments.text, held_out=32)
     torch.manual_seed(0)
     model = GPT(len(text.alphabet), effort.width, effort.layers)
@@ -160,7 +174,7 @@ def main() -> None:
     done = 0
     for steps in effort.training:
         if steps > done:
-            adam(model, text, 3e-3, steps - done, "training", steps)
+            train(model, text, steps - done)
         done = steps
         spectra.append(spectrum(model, text, effort, steps))
         s = spectra[-1]

@@ -79,13 +79,9 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def features(self, x: Tensor) -> Tensor:
-        """What the head is given."""
-        return self.norm(self.blocks(self.character(x) + self.place.weight[: x.shape[1]]))
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         """Scores."""
-        return self.head(self.features(x))
+        return self.head(self.norm(self.blocks(self.character(input_ids) + self.place.weight[: input_ids.shape[1]])))
 
 
 @dataclass(frozen=True)
@@ -99,14 +95,18 @@ class Text:
     held_targets: Tensor
 
 
+def characters(path: Path | None) -> str:
+    """Those of a file, or of the topics of Python's documentation, which come with Python."""
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
 def read_text(path: Path | None, held_out: int) -> Text:
     """Cuts a text into sequences, in random order."""
-    if path is None:
-        from pydoc_data.topics import topics
-
-        text = "\n".join(topics[name] for name in sorted(topics))
-    else:
-        text = path.read_text(encoding="utf-8")
+    text = characters(path)
     alphabet = "".join(sorted(set(text)))
     place = {character: i for i, character in enumerate(alphabet)}
     codes = torch.tensor([place[character] for character in text])
