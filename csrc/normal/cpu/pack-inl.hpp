@@ -186,31 +186,43 @@ ONESTEP_INLINE void update_pack_tile(const Vec<T>* left, int64_t depth, int64_t 
     }
 }
 
-// Prefetches the next pack's rows into the second-level cache, since the rows of a small problem are too few for the
-// hardware to recognise a stream. (A pack may fill the first-level cache.) A prefetch of an address that does not exist
-// does nothing.
+// Prefetches rows of the next pack into the second-level cache, since the rows of a small problem are too few for the
+// hardware to recognise a stream. (A pack may fill the first-level cache.) Rows are asked for as those of this pack are
+// read: all at once, they would wait for one another. A prefetch of an address that does not exist does nothing.
 template <class T>
-inline void prefetch_next_pack(const PackOperand<T>& from, int64_t bytes) {
-    constexpr int64_t kMostBytes = 4096;
-    constexpr int64_t kLine = 64;
-    if (bytes > kMostBytes) {
-        return;
+class NextPack {
+ public:
+    explicit NextPack(const PackOperand<T>& from, int64_t cols) {
+        const auto first = reinterpret_cast<uintptr_t>(from.data[0]);
+        apart_ = reinterpret_cast<uintptr_t>(from.data[1]) - first;
+        next_ = first + apart_ * static_cast<uintptr_t>(kLanes<T>);
+        row_ = from.col == 1 ? static_cast<uintptr_t>(from.row) * sizeof(T) : static_cast<uintptr_t>(cols) * sizeof(T);
     }
-    const auto first = reinterpret_cast<uintptr_t>(from.data[0]);
-    const uintptr_t apart = reinterpret_cast<uintptr_t>(from.data[1]) - first;
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-        const uintptr_t at = first + apart * static_cast<uintptr_t>(kLanes<T> + lane);
-        for (int64_t offset = 0; offset < bytes; offset += kLine) {
-            __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(offset)), 0, 2);
+
+    // The rows [begin, begin + count).
+    void prefetch(int64_t begin, int64_t count) const {
+        constexpr uintptr_t kLine = 64;
+        const uintptr_t end = static_cast<uintptr_t>(begin + count) * row_;
+        for (uintptr_t offset = static_cast<uintptr_t>(begin) * row_ / kLine * kLine; offset < end; offset += kLine) {
+            for (int lane = 0; lane < kLanes<T>; ++lane) {
+                const uintptr_t at = next_ + apart_ * static_cast<uintptr_t>(lane) + offset;
+                __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+            }
         }
     }
-}
+
+ private:
+    uintptr_t next_, apart_, row_;
+};
 
 template <class T>
 inline void pack_gram(const PackArgs<T>& args, Pack<T>& pack) {
     const bool weighted = args.weight.given;
-    prefetch_next_pack<T>(args.x, args.n * pack.d * static_cast<int64_t>(sizeof(T)));
-    prefetch_next_pack<T>(args.y, args.n * pack.k * static_cast<int64_t>(sizeof(T)));
+    const NextPack<T> next_x(args.x, pack.d);
+    const NextPack<T> next_y(args.y, pack.k);
+    // Rows of the next pack that are asked for with each row of tiles.
+    const int64_t tile_rows = round_up(pack.d, kPackTileRows) / kPackTileRows;
+    const int64_t share = round_up(kPackRows, tile_rows) / tile_rows;
     for (int64_t block = 0; block < args.n; block += kPackRows) {
         const int64_t rows = minimum(kPackRows, args.n - block);
         load_block<T>(args.x, block, rows, pack.d, pack.rows, pack.width);
@@ -225,7 +237,12 @@ inline void pack_gram(const PackArgs<T>& args, Pack<T>& pack) {
                 }
             }
         }
+        next_y.prefetch(block, rows);
         for (int64_t i = 0; i < pack.d; i += kPackTileRows) {
+            const int64_t begin = i / kPackTileRows * share;
+            if (begin < rows) {
+                next_x.prefetch(block + begin, minimum(share, rows - begin));
+            }
             for (int64_t j = i / kPackTileColumns * kPackTileColumns; j < pack.d + pack.k; j += kPackTileColumns) {
                 update_pack_tile<T, 1>(pack.rows, rows, pack.width, i, j, pack.a);
             }
