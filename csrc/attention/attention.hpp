@@ -1,9 +1,13 @@
-// Scaled dot-product attention with the products that close its derivatives of order two:
-// S = s·QKᵀ + mask, P = softmax(S), O = PV, L = logsumexp(S), at O(T) extra memory.
+// Scaled dot-product attention, S = s·QKᵀ + mask, P = softmax(S), O = PV, L = logsumexp(S), with its tangents, its
+// gradients and the tangents of its gradients. Derivatives up to order two need no other products. S and P are computed
+// by tiles, anew in each function, and never stored, so that the extra memory grows with the length T, not with T².
+//
+// In the formulas a dot marks a tangent: Ṡ is that of S. A d marks a gradient: dS is the gradient of ⟨G, O⟩ + ⟨g, L⟩ by
+// S. ∘ is the product element by element, and rowsum is over the keys, or over the features of O.
 //
 // All sizes and strides count elements; shapes are written (batch…, heads, rows, columns). Query head h reads key and
-// value head h / (heads / kv_heads). Outputs are contiguous and in the type T that the kernel computes in; L alone is
-// double always, since its rounding would be an error that all probabilities of a row have in common.
+// value head h / (heads / kv_heads). Outputs are contiguous and in the type T that the kernel computes in. L is always
+// double: all probabilities of a row are computed from it, so that its rounding would be an error that they share.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +17,8 @@
 
 namespace onestep {
 
-// Inputs, of the type T that the kernel computes in or of bfloat16 under T = float. A cotangent or a tangent that is
-// absent is zero.
+// Inputs, of the type T that the kernel computes in, or of bfloat16 where T is float; lse and grad_lse are double. A
+// cotangent or a tangent that is absent (null data) is zero.
 struct AttentionInputs {
     HeadedOperand q;         // heads × queries × d
     HeadedOperand k;         // kv_heads × keys × d
@@ -23,10 +27,11 @@ struct AttentionInputs {
     HeadedOperand out;       // heads × queries × dv: O
     HeadedOperand lse;       // heads × queries, double: L
     HeadedOperand grad;      // heads × queries × dv: G, the cotangent of O
-    HeadedOperand grad_lse;  // heads × queries, double: the cotangent of L
+    HeadedOperand grad_lse;  // heads × queries, double: g, the cotangent of L
 };
 
-// The gradient of the mask, summed over its dimensions of stride 0.
+// Where the gradient of the mask goes, and its strides. Over dimensions of stride 0 the mask is shared, and its
+// gradient is summed.
 template <class T>
 struct AttentionMaskGrad {
     T* data = nullptr;
@@ -47,7 +52,8 @@ struct AttentionResults {
     AttentionMaskGrad<T> mask_grad;  // null data: not wanted
 };
 
-// The results of the function itself: tangents in the functions that compute nothing else.
+// The arguments of every entry. The inherited members say where the entry's results go: values, or tangents in
+// attention_jvp and attention_backward_jvp. `tangents` is used by the two entries that compute both.
 template <class T>
 struct AttentionArgs : AttentionResults<T> {
     BatchShape batch;
@@ -56,7 +62,7 @@ struct AttentionArgs : AttentionResults<T> {
     bool causal = false;  // key j is seen by the queries i >= j
     AttentionInputs primal;
     AttentionInputs tangent;
-    AttentionResults<T> tangents;  // of the functions that compute both
+    AttentionResults<T> tangents;
 };
 
 // O and L from q, k, v, mask. A query that sees no key gives O = 0 and L = −∞.
@@ -67,23 +73,26 @@ Status attention_forward(const AttentionArgs<T>& args);
 template <class T>
 Status attention_jvp(const AttentionArgs<T>& args);
 
-// δ = rowsum(G∘O) − grad_L, dP = GVᵀ, dS = P∘(dP − δ), dQ = s·dS K, dK = s·dSᵀQ, dV = PᵀG, dmask = dS.
+// δ = rowsum(G∘O) − g, dP = GVᵀ, dS = P∘(dP − δ), dQ = s·dS K, dK = s·dSᵀQ, dV = PᵀG, dmask = dS. Reads O and L.
 template <class T>
 Status attention_backward(const AttentionArgs<T>& args);
 
-// Tangent of the above: Ṗ = P∘(Ṡ − L̇), dṖ = ĠVᵀ + GV̇ᵀ, δ̇ = rowsum(Ġ∘O + G∘Ȯ) − grad_L̇,
-// dṠ = Ṗ∘(dP − δ) + P∘(dṖ − δ̇), dQ̇ = s(dṠK + dSK̇), dK̇ = s(dṠᵀQ + dSᵀQ̇), dV̇ = ṖᵀG + PᵀĠ. Ȯ and L̇ are read.
+// The tangents of these gradients: Ṗ = P∘(Ṡ − L̇), dṖ = ĠVᵀ + GV̇ᵀ, δ̇ = rowsum(Ġ∘O + G∘Ȯ) − ġ,
+// dṠ = Ṗ∘(dP − δ) + P∘(dṖ − δ̇), dQ̇ = s(dṠK + dSK̇), dK̇ = s(dṠᵀQ + dSᵀQ̇), dV̇ = ṖᵀG + PᵀĠ, and dṠ for the mask.
+// Reads O, L, Ȯ and L̇.
 template <class T>
 Status attention_backward_jvp(const AttentionArgs<T>& args);
 
-// Values and tangents together, with one recompute of the scores: attention_forward and attention_jvp, and
-// attention_backward and attention_backward_jvp, in 6 and 15 matrix products where one after the other takes 7 and 17.
+// Values and tangents together. The scores are computed once for both, and dP likewise: attention_forward and
+// attention_jvp take 6 matrix products for each tile instead of 2 + 5, attention_backward and attention_backward_jvp 15
+// instead of 5 + 12.
 template <class T>
 Status attention_forward_and_jvp(const AttentionArgs<T>& args);
 template <class T>
 Status attention_backward_and_jvp(const AttentionArgs<T>& args);
 
-// The same functions as plain loops: what the tests hold the tuned kernels against.
+// The first four functions as plain loops, which the tests compare the tuned kernels with. The two that compute values
+// and tangents together are compared with two of these.
 namespace reference {
 template <class T>
 Status attention_forward(const AttentionArgs<T>& args);

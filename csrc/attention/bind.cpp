@@ -1,3 +1,5 @@
+// Bindings of the attention family: one function for each entry and type.
+#include <algorithm>
 #include <array>
 
 #include "attention/attention.hpp"
@@ -28,7 +30,7 @@ AttentionInputs inputs(const Inputs& given, int dims) {
             input(given[4], dims), input(given[5], dims), input(given[6], dims), input(given[7], dims)};
 }
 
-// (heads, kv_heads, queries, keys, d, dv)
+// `sizes` are (heads, kv_heads, queries, keys, d, dv).
 template <class T>
 AttentionArgs<T> arguments(const Inputs& primal, const Inputs& tangent, const Sizes& batch,
                            const std::array<int64_t, 6>& sizes, double scale, bool causal) {
@@ -70,7 +72,7 @@ void bind_outputs_and_tangents(const Inputs& primal, const Inputs& tangent, cons
     bindings::run([&] { return attention_forward_and_jvp(args); });
 }
 
-// q, k and v gradients, and the mask's as an input, or None.
+// The gradients of q, k and v by their addresses; that of the mask with its strides, as an input has them, or None.
 using Grads = std::tuple<Address, Address, Address, Input>;
 
 template <class T>

@@ -1,5 +1,5 @@
-// The attention family as plain loops in double, in the order of the formulas: the oracle of
-// tests/cpp/test_attention.cpp.
+// The attention family as plain loops in double, in the order of the formulas of attention.hpp: the oracle of
+// tests/cpp/test_attention.cpp. O, L and their tangents are computed anew; those that are passed are not read.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -76,8 +76,9 @@ void add_product(int64_t rows, int64_t cols, int64_t depth, double factor, const
     }
 }
 
+// One head's operands, or their tangents.
 struct Operands {
-    Dense q, k, v, mask, out, grad, grad_lse;
+    Dense q, k, v, mask, grad, grad_lse;
 };
 
 template <class T>
@@ -91,7 +92,6 @@ Operands operands(const AttentionArgs<T>& args, const AttentionInputs& inputs, i
             matrix(args, inputs.v, problem, kv_head, args.keys, args.dv),
             inputs.mask.element == Element::boolean ? Dense(static_cast<size_t>(args.queries * args.keys), 0.0)
                                                     : rows(inputs.mask, args.keys),
-            rows(inputs.out, args.dv),
             rows(inputs.grad, args.dv),
             matrix(args, inputs.grad_lse, problem, head, args.queries, 1)};
 }
@@ -109,12 +109,12 @@ bool hidden(const AttentionArgs<T>& args, int64_t problem, int64_t head, int64_t
     return static_cast<const uint8_t*>(mask.data)[first + i * mask.row + j * mask.col] == 0;
 }
 
-// One head: S, L, P, and what the tangents make of them.
+// One head: S, L, P, and the tangents Ṡ and L̇.
 template <class T>
 struct Head {
     const AttentionArgs<T>& args;
     Operands primal, tangent;
-    Dense scores, lse, p, scores_tangent, mean;
+    Dense scores, lse, p, scores_tangent, lse_tangent;
 
     Head(const AttentionArgs<T>& args_, int64_t problem, int64_t head)
         : args(args_),
@@ -132,7 +132,7 @@ struct Head {
         add_product(n, m, d, scale, primal.q, d, 1, tangent.k, 1, d, scores_tangent);
         p.assign(static_cast<size_t>(n * m), 0.0);
         lse.assign(static_cast<size_t>(n), -infinity);
-        mean.assign(static_cast<size_t>(n), 0.0);
+        lse_tangent.assign(static_cast<size_t>(n), 0.0);
         for (int64_t i = 0; i < n; ++i) {
             double* row = scores.data() + i * m;
             double most = -infinity;
@@ -151,13 +151,13 @@ struct Head {
             for (int64_t j = 0; j < m; ++j) {
                 const auto at = static_cast<size_t>(i * m + j);
                 p[at] = std::exp(row[j] - lse[static_cast<size_t>(i)]);
-                mean[static_cast<size_t>(i)] += p[at] * scores_tangent[at];
+                lse_tangent[static_cast<size_t>(i)] += p[at] * scores_tangent[at];
             }
         }
     }
 
     Dense out() const {
-        Dense result(primal.out.size(), 0.0);
+        Dense result(static_cast<size_t>(args.queries * args.dv), 0.0);
         add_product(args.queries, args.dv, args.keys, 1.0, p, args.keys, 1, primal.v, args.dv, 1, result);
         return result;
     }
@@ -170,7 +170,7 @@ struct Head {
         Dense result = out();
         for (int64_t i = 0; i < args.queries; ++i) {
             for (int64_t c = 0; c < args.dv; ++c) {
-                result[static_cast<size_t>(i * args.dv + c)] *= -mean[static_cast<size_t>(i)];
+                result[static_cast<size_t>(i * args.dv + c)] *= -lse_tangent[static_cast<size_t>(i)];
             }
         }
         add_product(args.queries, args.dv, args.keys, 1.0, weighed, args.keys, 1, primal.v, args.dv, 1, result);
@@ -207,7 +207,7 @@ Status outputs(const AttentionArgs<T>& args, bool tangent) {
         const Head<T> head(args, index / args.heads, index % args.heads);
         put(tangent ? head.out_tangent() : head.out(), args.out + index * args.queries * args.dv);
         if (args.lse != nullptr) {
-            put(tangent ? head.mean : head.lse, args.lse + index * args.queries);
+            put(tangent ? head.lse_tangent : head.lse, args.lse + index * args.queries);
         }
     }
     return Status::ok;
@@ -222,7 +222,7 @@ void zero_grads(const AttentionArgs<T>& args) {
     if (args.mask_grad.data == nullptr) {
         return;
     }
-    // Every element of the mask's own, whatever shares it: a dimension that it is broadcast over counts once.
+    // Each element of the gradient once: dimensions of stride 0, over which the mask is broadcast, are left out.
     const AttentionMaskGrad<T>& mask = args.mask_grad;
     std::vector<std::pair<int64_t, int64_t>> dims;  // sizes and strides
     for (int dim = 0; dim < args.batch.dims; ++dim) {
@@ -259,15 +259,15 @@ Status gradients(const AttentionArgs<T>& args, bool tangent) {
     for (int64_t index = 0; index < args.batch.count() * args.heads; ++index) {
         const Head<T> head(args, index / args.heads, index % args.heads);
         const Operands& x = head.primal;
-        const Operands& dx = head.tangent;
+        const Operands& x_tangent = head.tangent;
         const Dense out = head.out();
         const Dense out_tangent = head.out_tangent();
         const auto zeros = [](int64_t count) { return Dense(static_cast<size_t>(count), 0.0); };
-        Dense pulled = zeros(n * m);  // dP
-        Dense pulled_tangent = zeros(n * m);
-        add_product(n, m, dv, 1.0, x.grad, dv, 1, x.v, 1, dv, pulled);
-        add_product(n, m, dv, 1.0, dx.grad, dv, 1, x.v, 1, dv, pulled_tangent);
-        add_product(n, m, dv, 1.0, x.grad, dv, 1, dx.v, 1, dv, pulled_tangent);
+        Dense dp = zeros(n * m);
+        Dense dp_tangent = zeros(n * m);
+        add_product(n, m, dv, 1.0, x.grad, dv, 1, x.v, 1, dv, dp);
+        add_product(n, m, dv, 1.0, x_tangent.grad, dv, 1, x.v, 1, dv, dp_tangent);
+        add_product(n, m, dv, 1.0, x.grad, dv, 1, x_tangent.v, 1, dv, dp_tangent);
         Dense ds = zeros(n * m);
         Dense ds_tangent = zeros(n * m);
         Dense p_tangent = zeros(n * m);
@@ -275,13 +275,12 @@ Status gradients(const AttentionArgs<T>& args, bool tangent) {
             const auto row = static_cast<size_t>(i);
             const double delta = row_dot(x.grad, out, i, dv) - x.grad_lse[row];
             const double delta_tangent =
-                row_dot(dx.grad, out, i, dv) + row_dot(x.grad, out_tangent, i, dv) - dx.grad_lse[row];
+                row_dot(x_tangent.grad, out, i, dv) + row_dot(x.grad, out_tangent, i, dv) - x_tangent.grad_lse[row];
             for (int64_t j = 0; j < m; ++j) {
                 const auto at = static_cast<size_t>(i * m + j);
-                p_tangent[at] = head.p[at] * (head.scores_tangent[at] - head.mean[row]);
-                ds[at] = head.p[at] * (pulled[at] - delta);
-                ds_tangent[at] =
-                    p_tangent[at] * (pulled[at] - delta) + head.p[at] * (pulled_tangent[at] - delta_tangent);
+                p_tangent[at] = head.p[at] * (head.scores_tangent[at] - head.lse_tangent[row]);
+                ds[at] = head.p[at] * (dp[at] - delta);
+                ds_tangent[at] = p_tangent[at] * (dp[at] - delta) + head.p[at] * (dp_tangent[at] - delta_tangent);
             }
         }
         Dense q_grad = zeros(n * d);
@@ -289,11 +288,11 @@ Status gradients(const AttentionArgs<T>& args, bool tangent) {
         Dense v_grad = zeros(m * dv);
         if (tangent) {
             add_product(n, d, m, scale, ds_tangent, m, 1, x.k, d, 1, q_grad);
-            add_product(n, d, m, scale, ds, m, 1, dx.k, d, 1, q_grad);
+            add_product(n, d, m, scale, ds, m, 1, x_tangent.k, d, 1, q_grad);
             add_product(m, d, n, scale, ds_tangent, 1, m, x.q, d, 1, k_grad);
-            add_product(m, d, n, scale, ds, 1, m, dx.q, d, 1, k_grad);
+            add_product(m, d, n, scale, ds, 1, m, x_tangent.q, d, 1, k_grad);
             add_product(m, dv, n, 1.0, p_tangent, 1, m, x.grad, dv, 1, v_grad);
-            add_product(m, dv, n, 1.0, head.p, 1, m, dx.grad, dv, 1, v_grad);
+            add_product(m, dv, n, 1.0, head.p, 1, m, x_tangent.grad, dv, 1, v_grad);
         } else {
             add_product(n, d, m, scale, ds, m, 1, x.k, d, 1, q_grad);
             add_product(m, d, n, scale, ds, 1, m, x.q, d, 1, k_grad);

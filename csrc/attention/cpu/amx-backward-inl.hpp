@@ -1,4 +1,6 @@
-// The backward pass and its tangent on tile registers, and the work memory of all passes; see amx-planes-inl.hpp.
+// Gradients and their tangents on AMX's tile registers, and the work memory of all kernels; see amx-planes-inl.hpp. The
+// keys of an AttentionHead::tile are packed once; for each kSquare queries, there is a loop over squares of these keys.
+// The sums of k's and v's gradients are transposed, with a key in each lane.
 #pragma once
 
 #include "attention/cpu/amx-planes-inl.hpp"
@@ -8,34 +10,36 @@ namespace onestep::attention::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-// Keys and values of one tile: packed over columns for the scores, k over rows for the gradient of q.
+// Keys and values of one tile: packed for products over columns, the scores, and k for one over rows, the gradient of
+// q.
 struct KeyPlanes {
     Planes kt, vt, k;
-    Planes dkt, dvt, dk;
+    Planes kt_tangent, vt_tangent, k_tangent;
 };
 
-// Queries and cotangents of the inner loop: over columns for the scores, over rows for the gradients of k and v.
+// Queries and cotangents of one square: packed for products over columns, the scores, and (qt, gt) for those over rows,
+// the gradients of k and v.
 struct QueryPlanes {
     Planes q, g, qt, gt;
-    Planes dq, dg, dqt, dgt;
+    Planes q_tangent, g_tangent, qt_tangent, gt_tangent;
 };
 
 template <bool Tangent>
 inline KeyPlanes pack_key_planes(const AttentionHead<float>& head, int64_t begin, int64_t count, Work<float>& work) {
     KeyPlanes keys;
-    const auto columns = [&](const AttentionSlice& slice, int64_t cols) {
+    const auto over_columns = [&](const AttentionSlice& slice, int64_t cols) {
         return packed_planes<AmxSide::right, Inner::columns>(slice, begin, count, cols, work);
     };
-    const auto rows = [&](const AttentionSlice& slice) {
+    const auto over_rows = [&](const AttentionSlice& slice) {
         return packed_planes<AmxSide::right, Inner::rows>(slice, begin, count, head.d, work);
     };
-    keys.kt = columns(head.primal.k, head.d);
-    keys.vt = columns(head.primal.v, head.dv);
-    keys.k = rows(head.primal.k);
+    keys.kt = over_columns(head.primal.k, head.d);
+    keys.vt = over_columns(head.primal.v, head.dv);
+    keys.k = over_rows(head.primal.k);
     if constexpr (Tangent) {
-        keys.dkt = columns(head.tangent.k, head.d);
-        keys.dvt = columns(head.tangent.v, head.dv);
-        keys.dk = rows(head.tangent.k);
+        keys.kt_tangent = over_columns(head.tangent.k, head.d);
+        keys.vt_tangent = over_columns(head.tangent.v, head.dv);
+        keys.k_tangent = over_rows(head.tangent.k);
     }
     return keys;
 }
@@ -44,35 +48,35 @@ inline KeyPlanes pack_key_planes(const AttentionHead<float>& head, int64_t begin
 inline KeyPlanes from_key(const KeyPlanes& keys, int64_t at) {
     const int64_t block = at / kAmxBlock;
     const int64_t step = at / kAmxStep;
-    return {keys.kt.from_block(block),  keys.vt.from_block(block),  keys.k.from_step(step),
-            keys.dkt.from_block(block), keys.dvt.from_block(block), keys.dk.from_step(step)};
+    return {keys.kt.from_block(block),         keys.vt.from_block(block),         keys.k.from_step(step),
+            keys.kt_tangent.from_block(block), keys.vt_tangent.from_block(block), keys.k_tangent.from_step(step)};
 }
 
 template <bool Tangent>
 inline QueryPlanes pack_query_planes(const AttentionHead<float>& head, int64_t begin, int64_t count,
                                      Work<float>& work) {
     QueryPlanes queries;
-    const auto rows = [&](const AttentionSlice& slice, int64_t cols) {
+    const auto over_columns = [&](const AttentionSlice& slice, int64_t cols) {
         return packed_planes<AmxSide::left, Inner::columns>(slice, begin, count, cols, work);
     };
-    const auto columns = [&](const AttentionSlice& slice, int64_t cols) {
+    const auto over_rows = [&](const AttentionSlice& slice, int64_t cols) {
         return packed_planes<AmxSide::left, Inner::rows>(slice, begin, count, cols, work);
     };
-    queries.q = rows(head.primal.q, head.d);
-    queries.qt = columns(head.primal.q, head.d);
-    queries.g = rows(head.primal.grad, head.dv);
-    queries.gt = columns(head.primal.grad, head.dv);
+    queries.q = over_columns(head.primal.q, head.d);
+    queries.qt = over_rows(head.primal.q, head.d);
+    queries.g = over_columns(head.primal.grad, head.dv);
+    queries.gt = over_rows(head.primal.grad, head.dv);
     if constexpr (Tangent) {
-        queries.dq = rows(head.tangent.q, head.d);
-        queries.dqt = columns(head.tangent.q, head.d);
-        queries.dg = rows(head.tangent.grad, head.dv);
-        queries.dgt = columns(head.tangent.grad, head.dv);
+        queries.q_tangent = over_columns(head.tangent.q, head.d);
+        queries.qt_tangent = over_rows(head.tangent.q, head.d);
+        queries.g_tangent = over_columns(head.tangent.grad, head.dv);
+        queries.gt_tangent = over_rows(head.tangent.grad, head.dv);
     }
     return queries;
 }
 
-// P, dS and their tangents of one square, in rows of keys.width (whole steps). The padding is set to zero, since it is
-// multiplied by padding of the operands.
+// P, dS and their tangents of one square, in rows of keys.width (whole steps). The padding is set to zero: products
+// read it, and what finish_scores leaves there need not be finite.
 template <bool Tangent>
 inline void compute_square(AmxTiles& tiles, const AttentionHead<float>& head, const AttentionDeltas<float>& deltas,
                            const KeyTile<float>& keys, const KeyPlanes& k, const QueryTile<float>& queries,
@@ -90,16 +94,16 @@ inline void compute_square(AmxTiles& tiles, const AttentionHead<float>& head, co
     product(dp, scores.ds);
     if constexpr (Tangent) {
         PlaneProducts s_tangent(head.d);
-        s_tangent.add(q.dq, k.kt);
-        s_tangent.add(q.q, k.dkt);
+        s_tangent.add(q.q_tangent, k.kt);
+        s_tangent.add(q.q, k.kt_tangent);
         product(s_tangent, scores.p_tangent);
         scale_tile(queries.count * width, head.scale, scores.p_tangent);
         PlaneProducts dp_tangent(head.dv);
-        dp_tangent.add(q.dg, k.vt);
-        dp_tangent.add(q.g, k.dvt);
+        dp_tangent.add(q.g_tangent, k.vt);
+        dp_tangent.add(q.g, k.vt_tangent);
         product(dp_tangent, scores.ds_tangent);
     }
-    weigh_scores<float, Tangent>(head, deltas, keys, queries, scores);
+    finish_scores<float, Tangent>(head, deltas, keys, queries, scores);
     for (float* tile : {scores.p, scores.ds, scores.p_tangent, scores.ds_tangent}) {
         if (tile == nullptr) {
             continue;
@@ -111,7 +115,8 @@ inline void compute_square(AmxTiles& tiles, const AttentionHead<float>& head, co
     }
 }
 
-// Work memory for the scores of a square. Set to zero: products do not write the ends of the rows.
+// Work memory for the scores of a square. Set to zero: rows are whole steps, products write whole blocks, and
+// finish_scores reads all of a row.
 inline ScoreTile<float> take_square(bool tangent, Work<float>& work) {
     const ScoreTile<float> scores = take_scores<float>(kSquare * kSquare, tangent, work);
     for (float* tile : {scores.p, scores.ds, scores.p_tangent, scores.ds_tangent}) {
@@ -145,6 +150,8 @@ ONESTEP_INLINE void for_squares_by_queries(const AttentionHead<float>& head, int
     }
 }
 
+// Gradients of k and v of the keys [begin, end), and what these keys add to the gradient of q; with Tangent their
+// tangents.
 template <bool Tangent>
 inline void bfloat16_backward(const AttentionHead<float>& head, const AttentionDeltas<float>& deltas, int64_t begin,
                               int64_t end, const AttentionGrads<float>& grads, float* memory) {
@@ -167,13 +174,13 @@ inline void bfloat16_backward(const AttentionHead<float>& head, const AttentionD
             PlaneProducts for_k(queries.count);
             PlaneProducts for_q(keys.count);
             // Scores are packed only if the operand that they are multiplied by is there.
-            const auto by_rows = [&](const Planes& left, const float* from, PlaneProducts& products) {
+            const auto add_over_rows = [&](const Planes& left, const float* from, PlaneProducts& products) {
                 if (left.high != nullptr) {
                     products.add(
                         left, pack_over_rows<AmxSide::right>(from, queries.count, keys.count, keys.width, false, work));
                 }
             };
-            const auto by_columns = [&](const float* from, const Planes& right) {
+            const auto add_over_columns = [&](const float* from, const Planes& right) {
                 if (right.high != nullptr) {
                     for_q.add(pack_over_columns<AmxSide::left>(from, queries.count, keys.count, keys.width, head.scale,
                                                                false, work),
@@ -181,16 +188,16 @@ inline void bfloat16_backward(const AttentionHead<float>& head, const AttentionD
                 }
             };
             if constexpr (Tangent) {
-                by_rows(q.gt, scores.p_tangent, for_v);
-                by_rows(q.dgt, scores.p, for_v);
-                by_rows(q.qt, scores.ds_tangent, for_k);
-                by_rows(q.dqt, scores.ds, for_k);
-                by_columns(scores.ds_tangent, k.k);
-                by_columns(scores.ds, k.dk);
+                add_over_rows(q.gt, scores.p_tangent, for_v);
+                add_over_rows(q.gt_tangent, scores.p, for_v);
+                add_over_rows(q.qt, scores.ds_tangent, for_k);
+                add_over_rows(q.qt_tangent, scores.ds, for_k);
+                add_over_columns(scores.ds_tangent, k.k);
+                add_over_columns(scores.ds, k.k_tangent);
             } else {
-                by_rows(q.gt, scores.p, for_v);
-                by_rows(q.qt, scores.ds, for_k);
-                by_columns(scores.ds, k.k);
+                add_over_rows(q.gt, scores.p, for_v);
+                add_over_rows(q.qt, scores.ds, for_k);
+                add_over_columns(scores.ds, k.k);
             }
             const int64_t at = keys.begin - j;
             const int64_t columns = whole_blocks(keys.count);
@@ -201,13 +208,14 @@ inline void bfloat16_backward(const AttentionHead<float>& head, const AttentionD
         };
         for_squares_by_queries<Tangent>(head, j, count, key_planes, head.causal ? j : 0, head.queries, middle, square);
         float* sums = middle.take(count * maximum(d_row, dv_row));
-        turn(kt_sums, ld, head.d, count, sums, d_row);
+        put_transpose(kt_sums, ld, head.d, count, sums, d_row);
         put_rows<float>(sums, count, head.d, head.scale, grads.add, grads.k + j * head.d);
-        turn(vt_sums, ld, head.dv, count, sums, dv_row);
+        put_transpose(vt_sums, ld, head.dv, count, sums, dv_row);
         put_rows<float>(sums, count, head.dv, 1.0F, grads.add, grads.v + j * head.dv);
     }
 }
 
+// sum += dS, or with Tangent dṠ, of the tile that begins at query i and key j, square by square.
 template <bool Tangent>
 inline void bfloat16_score_grad(const AttentionHead<float>& head, const AttentionDeltas<float>& deltas, int64_t i,
                                 int64_t j, float* sum, float* memory) {
@@ -225,8 +233,8 @@ inline void bfloat16_score_grad(const AttentionHead<float>& head, const Attentio
     for_squares_by_queries<Tangent>(head, j, count, key_planes, i, minimum(i + head.tile, head.queries), work, square);
 }
 
-// δ and δ̇ are the diagonal of GOᵀ. Tiles sum them in the order in which they sum dP, so that dP − δ is exactly 0 where
-// a query sees one key.
+// rowsum(G∘O) is the diagonal of GOᵀ, and its tangent that of ĠOᵀ + GȮᵀ. Only blocks on the diagonal are computed, by
+// the products that compute dP: they sum in the same order, so that dP − δ is exactly 0 where a query sees one key.
 inline void bfloat16_deltas(const AttentionHead<float>& head, int64_t begin, int64_t rows,
                             const AttentionDeltas<float>& deltas, float* memory) {
     AmxTiles tiles;
@@ -248,10 +256,10 @@ inline void bfloat16_deltas(const AttentionHead<float>& head, int64_t begin, int
         sum.add(grad.from_block(block), out.from_block(block));
         multiply_planes<false>(tiles, kAmxBlock, kAmxBlock, sum, primal, kAmxBlock);
         if (deltas.tangent != nullptr) {
-            PlaneProducts moved(head.dv);
-            moved.add(grad_tangent.from_block(block), out.from_block(block));
-            moved.add(grad.from_block(block), out_tangent.from_block(block));
-            multiply_planes<false>(tiles, kAmxBlock, kAmxBlock, moved, tangent, kAmxBlock);
+            PlaneProducts sum_tangent(head.dv);
+            sum_tangent.add(grad_tangent.from_block(block), out.from_block(block));
+            sum_tangent.add(grad.from_block(block), out_tangent.from_block(block));
+            multiply_planes<false>(tiles, kAmxBlock, kAmxBlock, sum_tangent, tangent, kAmxBlock);
         }
         const int64_t first = block * kAmxBlock;
         for (int64_t i = 0; i < minimum(kAmxBlock, rows - first); ++i) {
@@ -263,11 +271,14 @@ inline void bfloat16_deltas(const AttentionHead<float>& head, int64_t begin, int
 
 // Floats of work memory that are enough for any kernel here. `tile` is a multiple of kSquare.
 inline int64_t bfloat16_work(int64_t d, int64_t dv, int64_t tile) {
-    // Each packed operand takes two planes and the float rows that these are made of. Of q and k there are four, of v
-    // and G four; sums of the gradients, or O and Ȯ, are there twice, as summed and transposed.
+    // A packed operand takes two floats for each element: one for two planes, one for the float rows that these are
+    // made of, if it is not bfloat16. At most four have d columns and four dv, of the rows of a tile or, in the inner
+    // loop, of a square. Sums of gradients, or of O or Ȯ, are there twice: as summed and transposed.
     const int64_t features = whole_steps(d) + whole_steps(dv);
     const int64_t operands = (8 * (tile + kSquare) + 2 * tile) * features;
-    // Scores, their mask and their planes, in squares; and the tile of the mask's gradient.
+    // At most 11 squares: four of scores and their tangents, one of the mask, six of planes. Then room for a few values
+    // of each query and for rounding; tile² is to spare, since the tile of the mask's gradient is a part of its own
+    // (`mask_sum`).
     return operands + 12 * kSquare * kSquare + tile * tile + 64 * Work<float>::rounded(1) + 8 * tile;
 }
 

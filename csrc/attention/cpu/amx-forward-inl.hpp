@@ -1,4 +1,6 @@
-// O, L and their tangents on tile registers; see amx-planes-inl.hpp.
+// O, L and their tangents on AMX's tile registers; see amx-planes-inl.hpp. The queries of an AttentionHead::tile are
+// packed once; for each kSquare keys, there is a loop over squares of these queries. Sums are Oᵀ, with a query in each
+// lane.
 #pragma once
 
 #include "attention/cpu/amx-planes-inl.hpp"
@@ -38,7 +40,8 @@ inline void bfloat16_forward(const AttentionHead<float>& head, int64_t begin, in
     const Planes q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
     Work<float> inner = work;
     Planes k, vt;
-    // A scale that is not positive does not keep the order of scores: it multiplies them before their maximum is taken.
+    // A positive scale keeps the order of scores, so that softmax_step can apply it after it has found their maximum.
+    // Any other is applied before.
     const bool late_scale = head.scale > 0.0F;
     const auto pack = [&](int64_t j, int64_t keys) {
         inner = work;
@@ -57,6 +60,7 @@ inline void bfloat16_forward(const AttentionHead<float>& head, int64_t begin, in
         }
         add_to_softmax<float, true>(head, begin + i, queries, j, keys, width, late_scale ? head.scale : 1.0F, scores,
                                     mask, rows_state);
+        // Packing reads whole steps of keys.
         clear(scores + keys * width, (whole_steps(keys) - keys) * width);
         if (j > 0) {
             decay_sums(head.dv, width, rows_state.decay, sums + i, ld);
@@ -67,7 +71,7 @@ inline void bfloat16_forward(const AttentionHead<float>& head, int64_t begin, in
     };
     for_squares_by_keys(head, begin, rows, pack, square);
     float* o = work.take(rows * v_row);
-    turn(sums, ld, head.dv, rows, o, v_row);
+    put_transpose(sums, ld, head.dv, rows, o, v_row);
     put_outputs<float>(head, begin, rows, state, o, v_row, out, lse);
 }
 
@@ -85,44 +89,45 @@ inline void bfloat16_jvp(const AttentionHead<float>& head, int64_t begin, int64_
     const MaskTile<float> mask = take_mask<float>(kSquare, kSquare, work);
     const TangentRows<float> state = take_tangent_rows<float>(head, begin, rows, work);
     const Planes q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
-    const Planes dq = packed_planes<AmxSide::right, Inner::columns>(tangent.q, begin, rows, head.d, work);
+    const Planes q_tangent = packed_planes<AmxSide::right, Inner::columns>(tangent.q, begin, rows, head.d, work);
     Work<float> inner = work;
-    Planes k, dk, vt, dvt;
+    Planes k, k_tangent, vt, vt_tangent;
     const auto pack = [&](int64_t j, int64_t keys) {
         inner = work;
         k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
-        dk = packed_planes<AmxSide::left, Inner::columns>(tangent.k, j, keys, head.d, inner);
+        k_tangent = packed_planes<AmxSide::left, Inner::columns>(tangent.k, j, keys, head.d, inner);
         vt = packed_planes<AmxSide::left, Inner::rows>(primal.v, j, keys, head.dv, inner);
-        dvt = packed_planes<AmxSide::left, Inner::rows>(tangent.v, j, keys, head.dv, inner);
+        vt_tangent = packed_planes<AmxSide::left, Inner::rows>(tangent.v, j, keys, head.dv, inner);
     };
     const auto square = [&](int64_t i, int64_t queries, int64_t j, int64_t keys) {
         Work<float> own = inner;
         const int64_t width = whole_vectors<float>(queries);
-        const TangentRows<float> rows_state = {state.high + i, state.low + i, state.mean + i};
+        const TangentRows<float> rows_state = {state.high + i, state.low + i, state.lse_tangent + i};
         const Planes own_q = q.from_block(i / kAmxBlock);
         PlaneProducts s(head.d);
         s.add(k, own_q);
         multiply_planes<false>(tiles, whole_blocks(keys), width, s, scores, width);
         scale_tile(keys * width, head.scale, scores);
-        PlaneProducts ds(head.d);
-        ds.add(k, dq.from_block(i / kAmxBlock));
-        ds.add(dk, own_q);
-        multiply_planes<false>(tiles, whole_blocks(keys), width, ds, tangents, width);
+        PlaneProducts s_tangent(head.d);
+        s_tangent.add(k, q_tangent.from_block(i / kAmxBlock));
+        s_tangent.add(k_tangent, own_q);
+        multiply_planes<false>(tiles, whole_blocks(keys), width, s_tangent, tangents, width);
         scale_tile(keys * width, head.scale, tangents);
         weigh_masked_tangents<float>(head, begin + i, queries, j, keys, width, scores, tangents, mask, rows_state);
+        // Packing reads whole steps of keys.
         clear(scores + keys * width, (whole_steps(keys) - keys) * width);
         clear(tangents + keys * width, (whole_steps(keys) - keys) * width);
         PlaneProducts pv(keys);
         pv.add(vt, pack_over_rows<AmxSide::right>(tangents, keys, width, width, false, own));
-        if (dvt.high != nullptr) {
-            pv.add(dvt, pack_over_rows<AmxSide::right>(scores, keys, width, width, false, own));
+        if (vt_tangent.high != nullptr) {
+            pv.add(vt_tangent, pack_over_rows<AmxSide::right>(scores, keys, width, width, false, own));
         }
         multiply_planes<true>(tiles, v_row, width, pv, sums + i, ld);
     };
     for_squares_by_keys(head, begin, rows, pack, square);
-    float* turned = work.take(rows * v_row);
-    turn(sums, ld, head.dv, rows, turned, v_row);
-    put_output_tangents<float>(head, begin, rows, state, turned, v_row, work.take(rows * v_row), out, lse);
+    float* sums_by_rows = work.take(rows * v_row);
+    put_transpose(sums, ld, head.dv, rows, sums_by_rows, v_row);
+    put_output_tangents<float>(head, begin, rows, state, sums_by_rows, v_row, work.take(rows * v_row), out, lse);
 }
 
 }  // namespace onestep::attention::ONESTEP_NS

@@ -1,13 +1,15 @@
-// The family's kernels for bfloat16 q, k and v on tile registers. A bfloat16 operand is multiplied as it is. Scores, P,
-// dS, their tangents and other float operands are split into two bfloat16 planes, high + low; a low plane of zeros is
-// left out. The scale multiplies sums, never operands. An infinity in v gives NaN, since low planes have both signs.
+// The family's kernels for bfloat16 q, k and v on AMX's tile registers, which base/amx-inl.hpp describes. A bfloat16
+// operand is multiplied as it is. Scores, P, dS, their tangents and other float operands are split into two bfloat16
+// planes, high + low; a low plane of zeros is left out. The scale multiplies scores and gradients, which are float, and
+// never q or k, which would need a low plane then. An infinity in v gives NaN: P has low planes of both signs.
 //
-// In a packed tile, two neighbours along the inner dimension share a 32-bit word. Scores can be packed without a
-// shuffle in two ways: pairs of rows make a right operand, for a product over rows; pairs of lanes make a left operand,
-// for a product over lanes. So products over rows come out transposed: Oᵀ (forward), dKᵀ and dVᵀ (backward).
+// In a packed tile register, two neighbours along the inner dimension share a 32-bit word. Scores can be packed without
+// a shuffle in two ways: pairs of rows make a right operand, for a product over rows; pairs of lanes make a left
+// operand, for a product over lanes. So products over rows come out transposed: Oᵀ (forward), dKᵀ and dVᵀ (backward).
 //
-// Packing is expensive next to the products of tiles. So AttentionHead::tile is large, and an operand of the inner loop
-// is packed once for the whole tile. Scores are computed in squares of kSquare, which stay in the first-level cache.
+// There are three sizes. A tile register holds 16 × 32 elements. Scores are computed in squares of kSquare × kSquare,
+// which stay in the first-level cache. Packing is expensive next to the products, so that AttentionHead::tile, of
+// queries or keys, is several squares: the operand that the inner loop reads again is packed once for all of it.
 #pragma once
 
 #include "attention/cpu/tiles-inl.hpp"
@@ -23,8 +25,9 @@ inline constexpr int64_t kSquare = 64;  // queries and keys of a square
 struct Planes {
     const BFloat16* high = nullptr;
     const BFloat16* low = nullptr;
-    int64_t block = 0;
+    int64_t block = 0;  // elements from a block of 16 rows (or columns) to the next
 
+    // The operand from a block, or from a step of the inner dimension, on.
     Planes from_block(int64_t index) const { return shifted(index * block); }
     Planes from_step(int64_t index) const { return shifted(index * kAmxTile); }
 
@@ -37,8 +40,9 @@ ONESTEP_INLINE BFloat16* take_bfloat16(int64_t count, Work<float>& work) {
     return reinterpret_cast<BFloat16*>(work.take((count + 1) / 2));
 }
 
-// value = high + low; the upper 16 bits of `low` are its plane, which is exact to 2⁻¹⁶. For scores, of which there are
-// many: a third of the instructions of split_to_bfloat16, but low is truncated, and an infinity becomes NaN.
+// value = high + low; the upper 16 bits of each are its plane, and both planes together are exact to 2⁻¹⁶ of the value.
+// It takes a third of the instructions of split_to_bfloat16, and there are many scores; but low is truncated, and an
+// infinity becomes NaN.
 struct SplitBits {
     AmxWords high, low;
 };
@@ -48,9 +52,10 @@ ONESTEP_INLINE SplitBits split_bits(Vec<float> value) {
     return {high, reinterpret_cast<AmxWords>(value - reinterpret_cast<Vec<float>>(high))};
 }
 
-// Packs one tile into two planes. load(line, first, second) gives the pairs of one of its 16 lines. Turned: the lines
-// are those of a tile of the other side; see store_tile. Returns the low plane's bits, combined by OR.
-template <bool Turned, class Load>
+// Packs one tile register into two planes. load_pair(line, first, second) gives one of its 16 lines: the first and the
+// second elements of the pairs. Transposed: the lines are those of a tile of the other side; see store_tile. Returns
+// the low plane's bits, combined by OR.
+template <bool Transposed, class Load>
 ONESTEP_INLINE AmxWords pack_tile(const Load& load_pair, BFloat16* high, BFloat16* low) {
     Vec<float> lines[2][kAmxBlock];
     AmxWords bits = {};
@@ -64,7 +69,7 @@ ONESTEP_INLINE AmxWords pack_tile(const Load& load_pair, BFloat16* high, BFloat1
         const AmxWords highs = (lower.high >> 16) | upper.high;
         const AmxWords lows = (lower.low >> 16) | (upper.low & 0xFFFF0000U);
         bits |= lows;
-        if constexpr (Turned) {
+        if constexpr (Transposed) {
             lines[0][line] = reinterpret_cast<Vec<float>>(highs);
             lines[1][line] = reinterpret_cast<Vec<float>>(lows);
         } else {
@@ -72,7 +77,7 @@ ONESTEP_INLINE AmxWords pack_tile(const Load& load_pair, BFloat16* high, BFloat1
             *reinterpret_cast<UnalignedAmxWords*>(low + line * kAmxStep) = lows;
         }
     }
-    if constexpr (Turned) {
+    if constexpr (Transposed) {
         store_tile<true>(lines[0], high);
         store_tile<true>(lines[1], low);
     }
@@ -87,10 +92,10 @@ ONESTEP_INLINE bool any_bits(AmxWords bits) {
     return any != 0;
 }
 
-// Packs a float matrix for a product over its rows. Rows have `ld` elements; the matrix is padded with zeros to whole
-// steps of rows and whole blocks of columns. `sparse`: checks whether the low plane is zero.
+// Packs a float matrix for a product over its rows. Rows have `ld` elements; the caller has padded the matrix with
+// zeros to whole steps of rows and whole blocks of columns. `check_low`: whether to look for a low plane of zeros.
 template <AmxSide Side>
-inline Planes pack_over_rows(const float* from, int64_t rows, int64_t cols, int64_t ld, bool sparse,
+inline Planes pack_over_rows(const float* from, int64_t rows, int64_t cols, int64_t ld, bool check_low,
                              Work<float>& work) {
     const int64_t size = amx_size(cols, rows);
     const AmxPacked to = AmxPacked::whole(take_bfloat16(2 * size, work), cols, rows);
@@ -107,7 +112,7 @@ inline Planes pack_over_rows(const float* from, int64_t rows, int64_t cols, int6
                 tile, tile + size);
         }
     }
-    return {to.data, sparse && !any_bits(bits) ? nullptr : to.data + size, to.block};
+    return {to.data, check_low && !any_bits(bits) ? nullptr : to.data + size, to.block};
 }
 
 template <int Odd, int... Lane>
@@ -115,10 +120,10 @@ ONESTEP_INLINE Vec<float> every_other(Vec<float> a, Vec<float> b, std::integer_s
     return __builtin_shufflevector(a, b, (2 * Lane + Odd)...);
 }
 
-// Packs factor times a float matrix for a product over its columns. The matrix is padded with zeros to whole blocks of
-// rows and whole steps of columns.
+// Packs factor times a float matrix for a product over its columns. The caller has padded the matrix with zeros to
+// whole blocks of rows and whole steps of columns.
 template <AmxSide Side>
-inline Planes pack_over_columns(const float* from, int64_t rows, int64_t cols, int64_t ld, float factor, bool sparse,
+inline Planes pack_over_columns(const float* from, int64_t rows, int64_t cols, int64_t ld, float factor, bool check_low,
                                 Work<float>& work) {
     constexpr auto lanes = std::make_integer_sequence<int, kLanes<float>>{};
     const int64_t size = amx_size(rows, cols);
@@ -138,7 +143,7 @@ inline Planes pack_over_columns(const float* from, int64_t rows, int64_t cols, i
                 tile, tile + size);
         }
     }
-    return {to.data, sparse && !any_bits(bits) ? nullptr : to.data + size, to.block};
+    return {to.data, check_low && !any_bits(bits) ? nullptr : to.data + size, to.block};
 }
 
 ONESTEP_INLINE int64_t whole_steps(int64_t count) { return amx_steps(count) * kAmxStep; }
@@ -153,6 +158,7 @@ ONESTEP_INLINE float* take_zeroed(int64_t count, Work<float>& work) {
     return to;
 }
 
+// Which dimension of a matrix is the inner one of the product that it is packed for.
 enum class Inner { columns, rows };
 
 // Packs rows [row, row + rows) of a slice for a product over its columns, or over those rows.
@@ -176,10 +182,10 @@ inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t ro
     const int64_t depth = Along == Inner::columns ? cols : rows;
     const AmxPacked to = AmxPacked::whole(take_bfloat16(amx_size(count, depth), work), count, depth);
     // The packers read along rows. A matrix that is stored by columns is packed as its transpose.
-    const bool turned = slice.row == 1 && slice.col != 1;
-    const StridedRows<BFloat16> lines = {element<BFloat16>(slice, row, 0), turned ? slice.col : slice.row};
-    const int64_t step = turned ? slice.row : slice.col;
-    if ((Along == Inner::columns) != turned) {
+    const bool transposed = slice.row == 1 && slice.col != 1;
+    const StridedRows<BFloat16> lines = {element<BFloat16>(slice, row, 0), transposed ? slice.col : slice.row};
+    const int64_t step = transposed ? slice.row : slice.col;
+    if ((Along == Inner::columns) != transposed) {
         amx_pack_rows<Side>(lines, 0, count, step, 0, depth, to);
     } else {
         amx_pack_columns<Side>(lines, 0, depth, step, 0, count, to);
@@ -187,10 +193,11 @@ inline Planes packed_planes(const AttentionSlice& slice, int64_t row, int64_t ro
     return {to.data, nullptr, to.block};
 }
 
-// A sum of products of the same depth, as Products. low · low is left out: it is 2⁻¹⁶ of the product.
+// A sum of up to two products of the same depth, as Products. A product of two planes each is three terms: low · low is
+// left out, since it is 2⁻¹⁶ of the product. An absent operand is zero.
 struct PlaneProducts {
     int64_t depth;
-    int count = 0;
+    int count = 0;  // of the terms
     AmxTerm terms[6];
 
     explicit PlaneProducts(int64_t depth_) : depth(depth_) {}
@@ -229,7 +236,8 @@ ONESTEP_INLINE void scale_tile(int64_t count, float factor, float* to) {
 }
 
 // to (cols × ld) = the transpose of `from` (rows × cols, rows `from_row` apart).
-ONESTEP_INLINE void turn(const float* from, int64_t from_row, int64_t rows, int64_t cols, float* to, int64_t ld) {
+ONESTEP_INLINE void put_transpose(const float* from, int64_t from_row, int64_t rows, int64_t cols, float* to,
+                                  int64_t ld) {
     pack_columns_of<float>(from, from_row, 1, rows, cols, 1.0F, to, ld);
 }
 

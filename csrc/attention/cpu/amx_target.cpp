@@ -1,4 +1,5 @@
-// The kernels for bfloat16 q, k and v that the amx target has of its own.
+// The amx target's own kernels, for bfloat16 q, k and v. Values and tangents together have no kernel (null): they take
+// two passes, one after the other.
 #include "attention/cpu/amx-backward-inl.hpp"
 #include "attention/cpu/amx-forward-inl.hpp"
 

@@ -12,12 +12,16 @@
 namespace onestep {
 namespace {
 
-// With longer rows of q, k or v the kernels' wide_tile is used.
+// Where rows of q, k or v, in the type that the kernel computes in, are longer than this, tiles are smaller
+// (`wide_tile`), so that work memory still fits the second-level cache.
 constexpr int64_t kWideBytes = 512;
 
-// With fewer heads than this the keys of a head are cut into pieces, so that there is work for more threads.
+// In backward functions a key and value head is work for one thread. Where there are fewer of them than this, the keys
+// of each are cut into pieces, so that there is work for about this many threads.
 constexpr int64_t kFewHeads = 16;
-// Each piece has its own sums for the gradient of q. Together these take at most this much memory.
+static_assert(kFewHeads <= AttentionPlan<float>::kMostPieces);
+// The sums of the pieces for the gradient of q (`partial`) take at most this much memory for values, and as much for
+// tangents: otherwise there are fewer pieces.
 constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 
 template <class T>
@@ -33,7 +37,9 @@ const AttentionKernels<T>& active_kernels(const AttentionInputs& inputs) {
 
 bool is_backward(AttentionFunction function) { return function >= AttentionFunction::backward; }
 
-// Cuts the keys into `pieces` of about equal work. With a causal mask the first keys have the most work.
+// Cuts the keys into at most `pieces` pieces of about equal work. The work of a key tile is the number of queries that
+// see it: with a causal mask, the first keys have the most. A cut is made where the sum of the work before it reaches
+// the next multiple of total / pieces.
 template <class T>
 void cut_keys(const AttentionArgs<T>& args, int64_t pieces, AttentionPlan<T>& plan) {
     const auto weight = [&](int64_t key_tile) {
@@ -43,7 +49,7 @@ void cut_keys(const AttentionArgs<T>& args, int64_t pieces, AttentionPlan<T>& pl
     for (int64_t key_tile = 0; key_tile < plan.key_tiles.pieces(); ++key_tile) {
         total += weight(key_tile);
     }
-    int64_t cuts = 1;  // the first is 0
+    int64_t cuts = 1;  // plan.cuts[0] is 0
     int64_t sum = 0;
     for (int64_t key_tile = 0; key_tile < plan.key_tiles.pieces(); ++key_tile) {
         if (sum * pieces >= total * cuts) {
@@ -81,34 +87,36 @@ AttentionSlices slices(const AttentionArgs<T>& args, const AttentionInputs& inpu
     return result;
 }
 
-// What a pass computes: values, their tangents, or both.
+// A pass goes over all scores once. What it computes: values, their tangents, or both.
 enum class Pass { values, tangents, both };
 
-// The row statistics of one query head.
+// The row statistics of the query head whose first row, counted over all heads, is `first_row`.
 template <class T>
 AttentionDeltas<T> deltas_of(const AttentionDeltas<T>& deltas, int64_t first_row) {
     return {deltas.primal + first_row, deltas.tangent != nullptr ? deltas.tangent + first_row : nullptr};
 }
 
-// One pass of a call.
+// The passes over one set of arguments. Every loop is over units of work that the plan cuts by sizes alone, and no two
+// units write to the same element. So results have the same bits for any number of threads.
 template <class T>
-class Call {
+class Passes {
  public:
-    Call(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace)
+    Passes(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace)
         : plan_(plan), args_(args), workspace_(workspace), kernels_(*plan.kernels) {}
 
-    // O and L, or their tangents.
+    // O and L, or their tangents, or both. A unit of work is a tile of queries of one head, with all keys.
     Status outputs(Pass pass) const {
         const int64_t tiles = plan_.query_tiles.pieces();
         auto tile_of_queries = [&](int64_t index) {
             const CachedWorkspace own(plan_.own_layout);
             T* work = own.get(plan_.work);
-            // With a causal mask the last queries see the most keys: they go first.
+            // With a causal mask the last queries see the most keys. They go first, so that no thread is left with a
+            // long unit at the end.
             const Range queries = plan_.query_tiles[tiles - 1 - index % tiles];
-            const int64_t at = index / tiles * args_.queries;
+            const int64_t first_row = index / tiles * args_.queries;
             const auto rows_of = [&](const AttentionResults<T>& results) {
-                return AttentionRows<T>{results.out + at * args_.dv,
-                                        results.lse != nullptr ? results.lse + at : nullptr};
+                return AttentionRows<T>{results.out + first_row * args_.dv,
+                                        results.lse != nullptr ? results.lse + first_row : nullptr};
             };
             const AttentionHead<T> this_head = head(index / tiles);
             const AttentionRows<T> to = rows_of(args_);
@@ -119,10 +127,11 @@ class Call {
                 kernel(this_head, queries.begin, queries.size(), to.out, to.lse, work);
             }
         };
-        return parallel_for(plan_.heads * tiles, products(2 * plan_.tile * args_.keys), tile_of_queries);
+        return parallel_for(plan_.heads * tiles, nanoseconds(2 * plan_.tile * args_.keys), tile_of_queries);
     }
 
-    // Gradients of q, k, v and the mask, or their tangents.
+    // Gradients of q, k, v and the mask, or their tangents, or both: first δ of all queries, then q, k and v, then the
+    // mask, for which the scores are computed again.
     Status gradients(Pass pass) const {
         AttentionDeltas<T> deltas;
         deltas.primal = workspace_.get(plan_.deltas);
@@ -164,11 +173,15 @@ class Call {
         return result;
     }
 
-    // About the nanoseconds of the products with this many scores.
-    int64_t products(int64_t scores) const { return nanoseconds_of_products(scores * (args_.d + args_.dv)); }
+    // About the nanoseconds of the matrix products with this many scores, with d and with dv columns each.
+    int64_t nanoseconds(int64_t scores) const { return nanoseconds_of_products(scores * (args_.d + args_.dv)); }
 
-    // Gradients of q, k and v. The pieces' sums for the gradient of q are added up in the order of the keys.
+    // Gradients of q, k and v. A unit of work is a piece of keys of one key and value head, with all query heads that
+    // read it, one after the other: it alone writes the k and v gradients of these keys. All pieces add to the gradient
+    // of q; so each has its own sums in `partial`, which a second loop adds up in the order of the keys.
     Status gradients_by_keys(const AttentionDeltas<T>& deltas, Pass pass) const {
+        // The pass's results: of its values or its tangents (`args_` has either), and where it computes both,
+        // `tangents`.
         const AttentionResults<T>* const results[2] = {&args_, &args_.tangents};
         const int64_t kinds = pass == Pass::both ? 2 : 1;
         const int64_t group = args_.heads / args_.kv_heads;
@@ -205,8 +218,8 @@ class Call {
             }
         };
         const Status status =
-            parallel_for(plan_.kv_heads * plan_.pieces, products(3 * group * args_.queries * args_.keys / plan_.pieces),
-                         piece_of_keys);
+            parallel_for(plan_.kv_heads * plan_.pieces,
+                         nanoseconds(3 * group * args_.queries * args_.keys / plan_.pieces), piece_of_keys);
         if (status != Status::ok || plan_.direct) {
             return status;
         }
@@ -217,7 +230,7 @@ class Call {
             const Range queries = plan_.query_tiles[index % tiles];
             const T* sums = sums_of(kind) + query_head * q_size;
             for (int64_t row = queries.begin; row < queries.end; ++row) {
-                // Pieces whose keys the query does not see wrote nothing for it.
+                // Pieces whose keys the query does not see left its row alone, uninitialised.
                 int64_t pieces = 1;
                 while (pieces < plan_.pieces && (!args_.causal || row >= plan_.cuts[pieces])) {
                     ++pieces;
@@ -233,8 +246,10 @@ class Call {
             tile_of_queries);
     }
 
-    // The gradient of the mask: dS, summed over the heads and problems that share it. One piece of work is a tile of
-    // the mask. If the mask has one column, one row or one element, it is a row of tiles, a column of tiles or all.
+    // The gradient of the mask: dS, or dṠ, summed over the heads and problems that share it. A unit of work is what
+    // adds to one tile of the gradient: a tile of scores of every head that shares it. If the mask has one column for
+    // all keys, one row for all queries, or one element, that is a row of tiles, a column of tiles, or all tiles. They
+    // are added up in one tile (`sum`) first, and its columns or rows after that.
     Status gradient_of_mask(const AttentionDeltas<T>& deltas, const AttentionMaskGrad<T>& grad, bool tangent) const {
         if (grad.data == nullptr) {
             return Status::ok;
@@ -258,6 +273,7 @@ class Call {
                 const auto kernel = tangent ? kernels_.score_grad_jvp : kernels_.score_grad;
                 for (int64_t i = row_tile; i < (row_each ? row_tile + 1 : plan_.query_tiles.pieces()); ++i) {
                     for (int64_t j = col_tile; j < (col_each ? col_tile + 1 : plan_.key_tiles.pieces()); ++j) {
+                        // Tiles of queries and keys are of the same size, so that i and j compare as positions do.
                         if (!args_.causal || j <= i) {
                             kernel(this_head, rows, i * plan_.tile, j * plan_.tile, sum, work);
                         }
@@ -266,6 +282,7 @@ class Call {
             }
             T* to = grad.data + dims.offset(own_index) + row_tile * plan_.tile * grad.row +
                     col_tile * plan_.tile * grad.col;
+            // Of the tile that is written, or, where tiles are added up, of the first, which is the largest.
             const int64_t height = plan_.query_tiles[row_tile].size();
             const int64_t width = plan_.key_tiles[col_tile].size();
             for (int64_t r = 0; r < height; ++r) {
@@ -276,12 +293,12 @@ class Call {
                 }
             }
         };
-        return parallel_for(dims.own * row_tiles * col_tiles, products(2 * dims.shared * plan_.tile * plan_.tile),
+        return parallel_for(dims.own * row_tiles * col_tiles, nanoseconds(2 * dims.shared * plan_.tile * plan_.tile),
                             tile_of_mask);
     }
 
  public:
-    // Zeros, where there is no query, key, head or problem.
+    // Sets all gradients to zero, for calls without a query, a key, a head or a problem.
     void clear_gradients(const AttentionResults<T>& to) const {
         std::fill_n(to.q_grad, plan_.heads * args_.queries * args_.d, T(0));
         std::fill_n(to.k_grad, plan_.kv_heads * args_.keys * args_.d, T(0));
@@ -307,7 +324,7 @@ class Call {
     const AttentionKernels<T>& kernels_;
 };
 
-// The arguments of a pass that computes tangents only.
+// The arguments of the second pass, which computes tangents only: its results go where `tangents` says.
 template <class T>
 AttentionArgs<T> for_tangents(const AttentionArgs<T>& args) {
     AttentionArgs<T> result = args;
@@ -315,7 +332,7 @@ AttentionArgs<T> for_tangents(const AttentionArgs<T>& args) {
     return result;
 }
 
-// A result as the input of the next pass: contiguous, (batch…, heads, queries, cols).
+// A result of the first pass as an input of the second: contiguous, (batch…, heads, queries, cols).
 template <class T, class Result>
 HeadedOperand contiguous(const AttentionArgs<T>& args, const Result* data, int64_t cols) {
     HeadedOperand result;
@@ -334,40 +351,40 @@ HeadedOperand contiguous(const AttentionArgs<T>& args, const Result* data, int64
 
 template <class T>
 Status run_outputs(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace) {
-    const Call<T> call(plan, args, workspace);
+    const Passes<T> passes(plan, args, workspace);
     if (plan.function != AttentionFunction::forward_and_jvp) {
-        return call.outputs(plan.function == AttentionFunction::forward ? Pass::values : Pass::tangents);
+        return passes.outputs(plan.function == AttentionFunction::forward ? Pass::values : Pass::tangents);
     }
     if (plan.together) {
-        return call.outputs(Pass::both);
+        return passes.outputs(Pass::both);
     }
-    const Status status = call.outputs(Pass::values);
+    const Status status = passes.outputs(Pass::values);
     AttentionArgs<T> tangents = for_tangents(args);
     tangents.primal.out = contiguous(args, args.out, args.dv);
     tangents.primal.lse = contiguous(args, args.lse, 1);
-    return status == Status::ok ? Call<T>(plan, tangents, workspace).outputs(Pass::tangents) : status;
+    return status == Status::ok ? Passes<T>(plan, tangents, workspace).outputs(Pass::tangents) : status;
 }
 
 template <class T>
 Status run_gradients(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace) {
-    const Call<T> call(plan, args, workspace);
+    const Passes<T> passes(plan, args, workspace);
     const bool both = plan.function == AttentionFunction::backward_and_jvp;
     if (plan.heads * plan.kv_heads * args.queries * args.keys == 0) {
-        call.clear_gradients(args);
+        passes.clear_gradients(args);
         if (both) {
-            call.clear_gradients(args.tangents);
+            passes.clear_gradients(args.tangents);
         }
         return Status::ok;
     }
     if (!both) {
-        return call.gradients(plan.function == AttentionFunction::backward ? Pass::values : Pass::tangents);
+        return passes.gradients(plan.function == AttentionFunction::backward ? Pass::values : Pass::tangents);
     }
     if (plan.together) {
-        return call.gradients(Pass::both);
+        return passes.gradients(Pass::both);
     }
-    const Status status = call.gradients(Pass::values);
+    const Status status = passes.gradients(Pass::values);
     const AttentionArgs<T> tangents = for_tangents(args);
-    return status == Status::ok ? Call<T>(plan, tangents, workspace).gradients(Pass::tangents) : status;
+    return status == Status::ok ? Passes<T>(plan, tangents, workspace).gradients(Pass::tangents) : status;
 }
 
 }  // namespace

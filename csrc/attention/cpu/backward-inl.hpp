@@ -1,5 +1,6 @@
-// Gradients and their tangents: for each tile of keys, a loop over the tiles of queries. Scores have a key in each
-// lane. They are recomputed once for all products, since the row statistics (L and δ) are known.
+// Gradients and their tangents: for each tile of keys, a loop over the tiles of queries. Scores are in rows of queries,
+// a key in each lane. L and δ of each query are known, so that a tile's P and dS are computed once and at once, for all
+// products.
 #pragma once
 
 #include "attention/cpu/tiles-inl.hpp"
@@ -8,12 +9,13 @@ namespace onestep::attention::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-// Keys and values of one tile: transposed for the scores, by rows for the gradient of q. k has the factor s in it.
+// Keys and values of one tile: transposed for the scores, by rows for the gradient of q. All of k is multiplied by the
+// scale; the gradient of k, of which q is the operand, is multiplied by it at the end (put_sums).
 template <class T>
 struct KeyTile {
     int64_t begin, count, width;
     T *kt, *vt, *k;
-    T *dkt, *dvt, *dk;
+    T *kt_tangent, *vt_tangent, *k_tangent;
 };
 
 // Queries of one tile and the cotangents of their outputs, by rows.
@@ -21,10 +23,11 @@ template <class T>
 struct QueryTile {
     int64_t begin, count;
     T *q, *g;
-    T *dq, *dg;
+    T *q_tangent, *g_tangent;
 };
 
-// P and dS of a tile and their tangents, in rows of KeyTile::width.
+// P and dS of a tile and their tangents, in rows of KeyTile::width. Before finish_scores: S in p and dP in ds, and
+// their tangents likewise. `mask` is work memory.
 template <class T>
 struct ScoreTile {
     T *p, *ds;
@@ -65,9 +68,9 @@ inline KeyTile<T> pack_keys(const AttentionHead<T>& head, int64_t begin, int64_t
     keys.vt = packed_columns<T>(head.primal.v, begin, count, head.dv, T(1), keys.width, work);
     keys.k = packed_rows<T>(head.primal.k, begin, count, head.d, head.scale, work);
     if constexpr (Tangent) {
-        keys.dkt = packed_columns<T>(head.tangent.k, begin, count, head.d, head.scale, keys.width, work);
-        keys.dvt = packed_columns<T>(head.tangent.v, begin, count, head.dv, T(1), keys.width, work);
-        keys.dk = packed_rows<T>(head.tangent.k, begin, count, head.d, head.scale, work);
+        keys.kt_tangent = packed_columns<T>(head.tangent.k, begin, count, head.d, head.scale, keys.width, work);
+        keys.vt_tangent = packed_columns<T>(head.tangent.v, begin, count, head.dv, T(1), keys.width, work);
+        keys.k_tangent = packed_rows<T>(head.tangent.k, begin, count, head.d, head.scale, work);
     }
     return keys;
 }
@@ -80,8 +83,8 @@ inline QueryTile<T> pack_queries(const AttentionHead<T>& head, int64_t begin, Wo
     queries.q = packed_rows<T>(head.primal.q, begin, queries.count, head.d, T(1), work);
     queries.g = packed_rows<T>(head.primal.grad, begin, queries.count, head.dv, T(1), work);
     if constexpr (Tangent) {
-        queries.dq = packed_rows<T>(head.tangent.q, begin, queries.count, head.d, T(1), work);
-        queries.dg = packed_rows<T>(head.tangent.grad, begin, queries.count, head.dv, T(1), work);
+        queries.q_tangent = packed_rows<T>(head.tangent.q, begin, queries.count, head.d, T(1), work);
+        queries.g_tangent = packed_rows<T>(head.tangent.grad, begin, queries.count, head.dv, T(1), work);
     }
     return queries;
 }
@@ -101,19 +104,19 @@ inline ScoreTile<T> take_scores(int64_t size, bool tangent, Work<T>& work) {
 
 // Replaces S (in p) and dP (in ds) by P and dS, and likewise their tangents.
 template <class T, bool Tangent, bool Masked>
-inline void score_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const QueryTile<T>& queries,
-                       int64_t width, const ScoreTile<T>& scores) {
+inline void finish_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const QueryTile<T>& queries,
+                        int64_t width, const ScoreTile<T>& scores) {
     for (int64_t i = 0; i < queries.count; ++i) {
         const int64_t row = queries.begin + i;
         const Shift<T> lse = shift_of<T>(head.primal.lse, row);
         const Vec<T> shift = broadcast<T>(lse.high);
         const Vec<T> rest = broadcast<T>(lse.low);
         const Vec<T> delta = broadcast<T>(deltas.primal[row]);
-        Vec<T> shift_tangent = {};
+        Vec<T> lse_tangent = {};
         Vec<T> delta_tangent = {};
         if constexpr (Tangent) {
             if (head.tangent.lse.data != nullptr) {
-                shift_tangent = broadcast<T>(static_cast<T>(*element<double>(head.tangent.lse, row, 0)));
+                lse_tangent = broadcast<T>(static_cast<T>(*element<double>(head.tangent.lse, row, 0)));
             }
             delta_tangent = broadcast<T>(deltas.tangent[row]);
         }
@@ -127,18 +130,19 @@ inline void score_rows(const AttentionHead<T>& head, const AttentionDeltas<T>& d
             store<T>(scores.p + at, p);
             store<T>(scores.ds + at, p * centred);
             if constexpr (Tangent) {
-                const Vec<T> dp = p * (load<T>(scores.p_tangent + at) - shift_tangent);
-                store<T>(scores.p_tangent + at, dp);
-                store<T>(scores.ds_tangent + at, dp * centred + p * (load<T>(scores.ds_tangent + at) - delta_tangent));
+                const Vec<T> p_tangent = p * (load<T>(scores.p_tangent + at) - lse_tangent);
+                store<T>(scores.p_tangent + at, p_tangent);
+                const Vec<T> centred_tangent = load<T>(scores.ds_tangent + at) - delta_tangent;
+                store<T>(scores.ds_tangent + at, p_tangent * centred + p * centred_tangent);
             }
         }
     }
 }
 
-// score_rows with the mask and its tangent, if there are any.
+// finish_rows with the mask and its tangent, if there are any.
 template <class T, bool Tangent>
-inline void weigh_scores(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const KeyTile<T>& keys,
-                         const QueryTile<T>& queries, const ScoreTile<T>& scores) {
+inline void finish_scores(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const KeyTile<T>& keys,
+                          const QueryTile<T>& queries, const ScoreTile<T>& scores) {
     if (Tangent && head.tangent.mask.data != nullptr) {
         pack_rows<T>(head.tangent.mask, queries.begin, keys.begin, queries.count, keys.count, T(1), scores.mask,
                      keys.width);
@@ -146,12 +150,13 @@ inline void weigh_scores(const AttentionHead<T>& head, const AttentionDeltas<T>&
     }
     if (is_masked<T>(head, queries.begin, keys.begin, keys.count)) {
         pack_mask<T>(head, queries.begin, keys.begin, queries.count, keys.count, scores.mask, keys.width);
-        score_rows<T, Tangent, true>(head, deltas, queries, keys.width, scores);
+        finish_rows<T, Tangent, true>(head, deltas, queries, keys.width, scores);
     } else {
-        score_rows<T, Tangent, false>(head, deltas, queries, keys.width, scores);
+        finish_rows<T, Tangent, false>(head, deltas, queries, keys.width, scores);
     }
 }
 
+// P and dS of a tile, and with Tangent Ṗ and dṠ.
 template <class T, bool Tangent>
 inline void compute_scores(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, const KeyTile<T>& keys,
                            const QueryTile<T>& queries, const ScoreTile<T>& scores) {
@@ -166,18 +171,19 @@ inline void compute_scores(const AttentionHead<T>& head, const AttentionDeltas<T
     multiply<T, false>(queries.count, vectors, dp, scores.ds, keys.width);
     if constexpr (Tangent) {
         Products<T> s_tangent(head.d, keys.width);
-        s_tangent.add({queries.dq, q_row, 1}, keys.kt);
-        s_tangent.add({queries.q, q_row, 1}, keys.dkt);
+        s_tangent.add({queries.q_tangent, q_row, 1}, keys.kt);
+        s_tangent.add({queries.q, q_row, 1}, keys.kt_tangent);
         multiply<T, false>(queries.count, vectors, s_tangent, scores.p_tangent, keys.width);
         Products<T> dp_tangent(head.dv, keys.width);
-        dp_tangent.add({queries.dg, g_row, 1}, keys.vt);
-        dp_tangent.add({queries.g, g_row, 1}, keys.dvt);
+        dp_tangent.add({queries.g_tangent, g_row, 1}, keys.vt);
+        dp_tangent.add({queries.g, g_row, 1}, keys.vt_tangent);
         multiply<T, false>(queries.count, vectors, dp_tangent, scores.ds_tangent, keys.width);
     }
-    weigh_scores<T, Tangent>(head, deltas, keys, queries, scores);
+    finish_scores<T, Tangent>(head, deltas, keys, queries, scores);
 }
 
-// to = factor · sums, or with `add` to += factor · sums. `sums` has padded rows, `to` has not.
+// to = factor · sums, or with `add` to += factor · sums. Rows of `sums` are padded to whole vectors, those of `to` are
+// not.
 template <class T>
 inline void put_rows(const T* sums, int64_t rows, int64_t cols, T factor, bool add, T* to) {
     const int64_t ld = whole_vectors<T>(cols);
@@ -189,7 +195,7 @@ inline void put_rows(const T* sums, int64_t rows, int64_t cols, T factor, bool a
     }
 }
 
-// Sums of the gradients of a tile of keys, before they go to AttentionGrads.
+// Sums over all queries of the gradients of a tile of keys, before put_sums adds or writes them to AttentionGrads.
 template <class T>
 struct GradSums {
     T *k, *v;
@@ -208,6 +214,7 @@ inline void clear_sums(const AttentionHead<T>& head, int64_t keys, const GradSum
     __builtin_memset(sums.v, 0, static_cast<size_t>(keys * whole_vectors<T>(head.dv)) * sizeof(T));
 }
 
+// Adds what a tile of scores contributes: to the sums of its keys, and to the rows of its queries in grads.q.
 template <class T, bool Tangent>
 inline void add_grads(const AttentionHead<T>& head, const KeyTile<T>& keys, const QueryTile<T>& queries,
                       const ScoreTile<T>& scores, const GradSums<T>& sums, const AttentionGrads<T>& grads) {
@@ -218,11 +225,11 @@ inline void add_grads(const AttentionHead<T>& head, const KeyTile<T>& keys, cons
     Products<T> for_q(keys.count, d_row);
     if constexpr (Tangent) {
         for_v.add({scores.p_tangent, 1, keys.width}, queries.g);
-        for_v.add({scores.p, 1, keys.width}, queries.dg);
+        for_v.add({scores.p, 1, keys.width}, queries.g_tangent);
         for_k.add({scores.ds_tangent, 1, keys.width}, queries.q);
-        for_k.add({scores.ds, 1, keys.width}, queries.dq);
+        for_k.add({scores.ds, 1, keys.width}, queries.q_tangent);
         for_q.add({scores.ds_tangent, keys.width, 1}, keys.k);
-        for_q.add({scores.ds, keys.width, 1}, keys.dk);
+        for_q.add({scores.ds, keys.width, 1}, keys.k_tangent);
     } else {
         for_v.add({scores.p, 1, keys.width}, queries.g);
         for_k.add({scores.ds, 1, keys.width}, queries.q);
@@ -240,10 +247,13 @@ inline void put_sums(const AttentionHead<T>& head, const KeyTile<T>& keys, const
     put_rows<T>(sums.v, keys.count, head.dv, T(1), grads.add, grads.v + keys.begin * head.dv);
 }
 
-// Gradients of k and v of the keys [begin, end), and their part of q's: values, tangents or both, as wanted.
+// Gradients of k and v of the keys [begin, end), and what these keys add to the gradient of q: values (Gradient),
+// tangents or both. With a causal mask, the loop over queries begins at the tile of the keys: earlier queries see none
+// of them.
 template <class T, bool Gradient, bool Tangent>
 inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
                           const AttentionGrads<T>& grads, const AttentionGrads<T>& tangents, T* memory) {
+    // Each loop begins again with the memory that was left when it was entered.
     Work<T> outer{memory};
     const GradSums<T> sums = take_sums<T>(head, Gradient, outer);
     const GradSums<T> sum_tangents = take_sums<T>(head, Tangent, outer);
@@ -289,6 +299,7 @@ inline void attention_backward_jvp(const AttentionHead<T>& head, const Attention
     backward_keys<T, false, true>(head, deltas, begin, end, {}, tangents, memory);
 }
 
+// to += from, matrices with rows of `to_row` and `from_row` elements.
 template <class T>
 inline void add_rows(const T* from, int64_t from_row, int64_t rows, int64_t cols, T* to, int64_t to_row) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -298,6 +309,7 @@ inline void add_rows(const T* from, int64_t from_row, int64_t rows, int64_t cols
     }
 }
 
+// sum += dS, or with Tangent dṠ, of the tile that begins at query i and key j; see AttentionKernels.
 template <class T, bool Tangent>
 inline void score_grad(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t i, int64_t j, T* sum,
                        T* memory) {
@@ -309,8 +321,9 @@ inline void score_grad(const AttentionHead<T>& head, const AttentionDeltas<T>& d
     add_rows<T>(Tangent ? scores.ds_tangent : scores.ds, keys.width, queries.count, keys.count, sum, head.tile);
 }
 
-// sum + a·b for a row in each lane. The order is that in which multiply_tile sums dP, so that dP − δ is exactly 0
-// where a query sees one key. An absent operand is zero.
+// sum + a·b, column by column, for a row in each lane. An absent operand is zero. multiply_tile sums dP in the same
+// order: where a query sees one key, O is that key's v, so that δ has the bits of dP, and dS = P∘(dP − δ) is 0 as it
+// should be.
 template <class T>
 ONESTEP_INLINE Vec<T> add_row_products(int64_t cols, int64_t ld, const T* a, const T* b, Vec<T> sum) {
     for (int64_t c = 0; a != nullptr && b != nullptr && c < cols; ++c) {
@@ -319,19 +332,20 @@ ONESTEP_INLINE Vec<T> add_row_products(int64_t cols, int64_t ld, const T* a, con
     return sum;
 }
 
-// δ of a query from rowsum(G∘O), and δ̇ from its tangent.
+// Writes δ = sum − g of a query, where sum = rowsum(G∘O), and δ̇ = sum_tangent − ġ.
 template <class T>
-ONESTEP_INLINE void put_delta(const AttentionHead<T>& head, int64_t row, T sum, T moved,
+ONESTEP_INLINE void put_delta(const AttentionHead<T>& head, int64_t row, T sum, T sum_tangent,
                               const AttentionDeltas<T>& deltas) {
     const auto cotangent = [&](const AttentionSlice& slice) {
         return slice.data != nullptr ? static_cast<T>(*element<double>(slice, row, 0)) : T(0);
     };
     deltas.primal[row] = sum - cotangent(head.primal.grad_lse);
     if (deltas.tangent != nullptr) {
-        deltas.tangent[row] = moved - cotangent(head.tangent.grad_lse);
+        deltas.tangent[row] = sum_tangent - cotangent(head.tangent.grad_lse);
     }
 }
 
+// δ, and δ̇ if it is wanted, of a tile of queries; see AttentionKernels.
 template <class T>
 inline void row_deltas(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionDeltas<T>& deltas,
                        T* memory) {
@@ -351,10 +365,10 @@ inline void row_deltas(const AttentionHead<T>& head, int64_t begin, int64_t rows
         const T* out_rows = at(out, first);
         const T* grad_rows = at(grad, first);
         const Vec<T> sum = add_row_products<T>(head.dv, width, grad_rows, out_rows, Vec<T>{});
-        Vec<T> moved = add_row_products<T>(head.dv, width, at(grad_tangent, first), out_rows, Vec<T>{});
-        moved = add_row_products<T>(head.dv, width, grad_rows, at(out_tangent, first), moved);
+        Vec<T> sum_tangent = add_row_products<T>(head.dv, width, at(grad_tangent, first), out_rows, Vec<T>{});
+        sum_tangent = add_row_products<T>(head.dv, width, grad_rows, at(out_tangent, first), sum_tangent);
         for (int64_t lane = 0; lane < minimum(kLanes<T>, rows - first); ++lane) {
-            put_delta<T>(head, begin + first + lane, sum[lane], moved[lane], deltas);
+            put_delta<T>(head, begin + first + lane, sum[lane], sum_tangent[lane], deltas);
         }
     }
 }

@@ -1,5 +1,6 @@
-// O and L, and their tangents: one tile of queries goes over all tiles of keys. Scores are transposed, a query in each
-// lane, so that sums over keys need no sums across lanes.
+// O and L, and their tangents: one tile of queries goes over all tiles of keys. Scores are transposed, in rows of
+// `width`: a row is a key, and each lane a query, so that sums over keys need no sums across lanes. Lanes past the last
+// query hold numbers that are computed and never read.
 #pragma once
 
 #include "attention/cpu/tiles-inl.hpp"
@@ -20,19 +21,21 @@ struct MaskTile {
     T *columns, *rows;
 };
 
-// For each query: the largest score so far, the sum of exp(S − top), and the factor for sums of earlier tiles.
+// For each query, in a lane: the largest score so far or, with Lazy, one up to kLazyMaximum below it (`top`); the sum
+// of exp(S − top); and the factor by which sums of earlier tiles are multiplied, since they were taken with the `top`
+// before.
 template <class T>
 struct SoftmaxRows {
     T *top, *sum, *decay;
 };
 
-// With Lazy, sums of exp(S − top) may grow by e to this power before they have to be multiplied by a decay: far from
-// overflow, and rare.
+// With Lazy, scores may exceed `top` by this much before `top` follows them. Terms of the sums are then up to e⁸, which
+// is far from overflow, and sums of earlier tiles seldom have to be multiplied by a decay.
 inline constexpr int kLazyMaximum = 8;
 
-// Online softmax over one more tile (Milakov and Gimelshein 2018): scores times `scale` become exp(S − top), and
-// `state` is brought up to date. Lazy: `top` follows only a maximum that exceeds it by more than kLazyMaximum, so that
-// the decay is 1 almost always. A scale other than 1 is positive.
+// Online softmax over one more tile (Milakov and Gimelshein 2018). Products in `scores`, times `scale`, plus the mask,
+// are S; they are replaced by exp(S − top), and `state` is brought up to date. A scale other than 1 must be positive:
+// without a mask, the maximum is taken before the scale is applied.
 template <class T, bool Masked, bool Lazy>
 inline void softmax_step(int64_t keys, int64_t width, T scale, T* scores, const T* mask, const SoftmaxRows<T>& state) {
     const Vec<T> hidden = broadcast<T>(-static_cast<T>(__builtin_inf()));
@@ -54,8 +57,9 @@ inline void softmax_step(int64_t keys, int64_t width, T scale, T* scores, const 
         const Vec<T> slack = broadcast<T>(Lazy ? T(kLazyMaximum) : T(0));
         const Mask<T> raised = most > old + slack;
         most = raised ? most : old;
+        // A query that has seen no key yet: all terms are exp(−∞ − 0) = 0, where −∞ − (−∞) would be NaN.
         const Vec<T> shift = most == hidden ? Vec<T>{} : most;
-        const T factor = Masked ? T(1) : scale;
+        const T factor = Masked ? T(1) : scale;  // with a mask, the scale is in the scores already
         Vec<T> total = {};
         for (int64_t j = 0; j < keys; ++j) {
             T* at = scores + j * width + v;
@@ -102,24 +106,25 @@ template <class T>
 inline void put_outputs(const AttentionHead<T>& head, int64_t begin, int64_t rows, const SoftmaxRows<T>& state,
                         const T* sums, int64_t ld, T* out, double* lse) {
     for (int64_t i = 0; i < rows; ++i) {
+        // Zero only if the query sees no key: where `top` was set, the term was exp(0) = 1.
         const T sum = state.sum[i];
-        const bool blind = sum == T(0);
-        const T inverse = blind ? T(0) : T(1) / sum;
+        const bool sees_none = sum == T(0);
+        const T inverse = sees_none ? T(0) : T(1) / sum;
         lse[begin + i] =
-            blind ? -__builtin_inf() : static_cast<double>(state.top[i]) + __builtin_log(static_cast<double>(sum));
+            sees_none ? -__builtin_inf() : static_cast<double>(state.top[i]) + __builtin_log(static_cast<double>(sum));
         for (int64_t c = 0; c < head.dv; ++c) {
             out[(begin + i) * head.dv + c] = sums[i * ld + c] * inverse;
         }
     }
 }
 
-// For each query: L as a Shift, and the sum of P∘Ṡ.
+// For each query, in a lane: L as a Shift, and L̇ = the sum of P∘Ṡ so far.
 template <class T>
 struct TangentRows {
-    T *high, *low, *mean;
+    T *high, *low, *lse_tangent;
 };
 
-// Replaces scores by P and their tangents by P∘Ṡ, and adds the sums of P∘Ṡ to `state.mean`.
+// Replaces scores by P and their tangents by P∘Ṡ, and adds the sums of P∘Ṡ to `state.lse_tangent`.
 template <class T, bool Masked>
 inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, const T* mask,
                            const TangentRows<T>& state) {
@@ -139,7 +144,7 @@ inline void weigh_tangents(int64_t keys, int64_t width, T* scores, T* tangents, 
             store<T>(tangents + at, weighed);
             total += weighed;
         }
-        store<T>(state.mean + v, load<T>(state.mean + v) + total);
+        store<T>(state.lse_tangent + v, load<T>(state.lse_tangent + v) + total);
     }
 }
 
@@ -174,7 +179,7 @@ inline TangentRows<T> take_tangent_rows(const AttentionHead<T>& head, int64_t be
         const Shift<T> shift = i < rows ? shift_of<T>(head.primal.lse, begin + i) : Shift<T>{};
         state.high[i] = shift.high;
         state.low[i] = shift.low;
-        state.mean[i] = T(0);
+        state.lse_tangent[i] = T(0);
     }
     return state;
 }
@@ -186,46 +191,49 @@ inline void put_output_tangents(const AttentionHead<T>& head, int64_t begin, int
     pack_rows<T>(head.primal.out, begin, 0, rows, head.dv, T(1), o, ld);
     for (int64_t i = 0; i < rows; ++i) {
         if (lse != nullptr) {
-            lse[begin + i] = static_cast<double>(state.mean[i]);
+            lse[begin + i] = static_cast<double>(state.lse_tangent[i]);
         }
         for (int64_t c = 0; c < head.dv; ++c) {
-            out[(begin + i) * head.dv + c] = sums[i * ld + c] - state.mean[i] * o[i * ld + c];
+            out[(begin + i) * head.dv + c] = sums[i * ld + c] - state.lse_tangent[i] * o[i * ld + c];
         }
     }
 }
 
-// Packed operands: queries transposed, one tile of keys and values by rows. Absent tangents are null.
+// Packed operands: a tile of queries, transposed and with the scale in them, and one tile of keys and values, by rows.
+// Absent tangents are null.
 template <class T>
-struct KeyRows {
+struct ForwardOperands {
     T *qt, *k, *v;
-    T *dqt, *dk, *dv;
+    T *qt_tangent, *k_tangent, *v_tangent;
 };
 
+// Packs the queries; keys and values get memory alone, for pack_keys_and_values.
 template <class T>
-inline KeyRows<T> take_key_rows(const AttentionHead<T>& head, int64_t begin, int64_t rows, bool tangent,
-                                Work<T>& work) {
+inline ForwardOperands<T> take_operands(const AttentionHead<T>& head, int64_t begin, int64_t rows, bool tangent,
+                                        Work<T>& work) {
     const auto take_if = [&](bool wanted, int64_t count) { return wanted ? work.take(count) : nullptr; };
     const int64_t width = whole_vectors<T>(rows);
     const int64_t k_size = head.tile * whole_vectors<T>(head.d);
     const int64_t v_size = head.tile * whole_vectors<T>(head.dv);
-    KeyRows<T> operands = {};
+    ForwardOperands<T> operands = {};
     operands.qt = work.take(head.d * width);
     operands.k = work.take(k_size);
     operands.v = work.take(v_size);
     pack_columns<T>(head.primal.q, begin, 0, rows, head.d, head.scale, operands.qt, width);
     if (tangent) {
-        operands.dqt = take_if(head.tangent.q.data != nullptr, head.d * width);
-        operands.dk = take_if(head.tangent.k.data != nullptr, k_size);
-        operands.dv = take_if(head.tangent.v.data != nullptr, v_size);
-        if (operands.dqt != nullptr) {
-            pack_columns<T>(head.tangent.q, begin, 0, rows, head.d, head.scale, operands.dqt, width);
+        operands.qt_tangent = take_if(head.tangent.q.data != nullptr, head.d * width);
+        operands.k_tangent = take_if(head.tangent.k.data != nullptr, k_size);
+        operands.v_tangent = take_if(head.tangent.v.data != nullptr, v_size);
+        if (operands.qt_tangent != nullptr) {
+            pack_columns<T>(head.tangent.q, begin, 0, rows, head.d, head.scale, operands.qt_tangent, width);
         }
     }
     return operands;
 }
 
 template <class T>
-inline void pack_key_rows(const AttentionHead<T>& head, int64_t j, int64_t keys, const KeyRows<T>& operands) {
+inline void pack_keys_and_values(const AttentionHead<T>& head, int64_t j, int64_t keys,
+                                 const ForwardOperands<T>& operands) {
     const auto pack = [&](const AttentionSlice& slice, int64_t cols, T* to) {
         if (to != nullptr) {
             pack_rows<T>(slice, j, 0, keys, cols, T(1), to, whole_vectors<T>(cols));
@@ -233,13 +241,13 @@ inline void pack_key_rows(const AttentionHead<T>& head, int64_t j, int64_t keys,
     };
     pack(head.primal.k, head.d, operands.k);
     pack(head.primal.v, head.dv, operands.v);
-    pack(head.tangent.k, head.d, operands.dk);
-    pack(head.tangent.v, head.dv, operands.dv);
+    pack(head.tangent.k, head.d, operands.k_tangent);
+    pack(head.tangent.v, head.dv, operands.v_tangent);
 }
 
 template <class T>
-inline void multiply_scores(const AttentionHead<T>& head, int64_t keys, int64_t width, const KeyRows<T>& operands,
-                            T* scores) {
+inline void multiply_scores(const AttentionHead<T>& head, int64_t keys, int64_t width,
+                            const ForwardOperands<T>& operands, T* scores) {
     Products<T> s(head.d, width);
     s.add({operands.k, whole_vectors<T>(head.d), 1}, operands.qt);
     multiply<T, false>(keys, width / kLanes<T>, s, scores, width);
@@ -247,15 +255,15 @@ inline void multiply_scores(const AttentionHead<T>& head, int64_t keys, int64_t 
 
 template <class T>
 inline void multiply_score_tangents(const AttentionHead<T>& head, int64_t keys, int64_t width,
-                                    const KeyRows<T>& operands, T* tangents) {
+                                    const ForwardOperands<T>& operands, T* tangents) {
     const int64_t k_row = whole_vectors<T>(head.d);
-    Products<T> ds(head.d, width);
-    ds.add({operands.k, k_row, 1}, operands.dqt);
-    ds.add({operands.dk, k_row, 1}, operands.qt);
-    multiply<T, false>(keys, width / kLanes<T>, ds, tangents, width);
+    Products<T> s_tangent(head.d, width);
+    s_tangent.add({operands.k, k_row, 1}, operands.qt_tangent);
+    s_tangent.add({operands.k_tangent, k_row, 1}, operands.qt);
+    multiply<T, false>(keys, width / kLanes<T>, s_tangent, tangents, width);
 }
 
-// sums += pᵀ v, and its tangent from weighed = P∘Ṡ: weighedᵀ v + pᵀ v̇.
+// sums += P V over a tile of keys. `p` holds Pᵀ, since scores are transposed.
 template <class T>
 inline void add_values(int64_t rows, int64_t keys, int64_t width, int64_t v_row, const T* p, const T* v, T* sums) {
     Products<T> pv(keys, v_row);
@@ -263,16 +271,17 @@ inline void add_values(int64_t rows, int64_t keys, int64_t width, int64_t v_row,
     multiply<T, true>(rows, v_row / kLanes<T>, pv, sums, v_row);
 }
 
+// sums += (P∘Ṡ) V + P V̇, with `weighed` holding P∘Ṡ, transposed.
 template <class T>
 inline void add_value_tangents(int64_t rows, int64_t keys, int64_t width, int64_t v_row, const T* p, const T* weighed,
-                               const KeyRows<T>& operands, T* sums) {
+                               const ForwardOperands<T>& operands, T* sums) {
     Products<T> pv(keys, v_row);
     pv.add({weighed, 1, width}, operands.v);
-    pv.add({p, 1, width}, operands.dv);
+    pv.add({p, 1, width}, operands.v_tangent);
     multiply<T, true>(rows, v_row / kLanes<T>, pv, sums, v_row);
 }
 
-// Multiplies the sums of earlier tiles by the decay of their rows, since the largest scores have grown.
+// Multiplies the sums of earlier tiles by the decay of their rows, where the largest score has grown.
 template <class T>
 inline void decay_rows(int64_t rows, int64_t ld, const T* decay, T* sums) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -285,36 +294,39 @@ inline void decay_rows(int64_t rows, int64_t ld, const T* decay, T* sums) {
     }
 }
 
-// Replaces tangents by exp(S − top)∘Ṡ. mean = decay · mean + their sums for each query.
+// Replaces tangents by exp(S − top)∘Ṡ, where `scores` holds exp(S − top). sum = decay · sum + their sum over the tile's
+// keys, for each query.
 template <class T>
-inline void weigh_online(int64_t keys, int64_t width, const T* scores, const T* decay, T* tangents, T* mean) {
+inline void weigh_online(int64_t keys, int64_t width, const T* scores, const T* decay, T* tangents, T* sum) {
     for (int64_t v = 0; v < width; v += kLanes<T>) {
-        Vec<T> total = load<T>(mean + v) * load<T>(decay + v);
+        Vec<T> total = load<T>(sum + v) * load<T>(decay + v);
         for (int64_t at = v; at < keys * width; at += width) {
             const Vec<T> weighed = load<T>(scores + at) * load<T>(tangents + at);
             store<T>(tangents + at, weighed);
             total += weighed;
         }
-        store<T>(mean + v, total);
+        store<T>(sum + v, total);
     }
 }
 
-// Writes Ȯ and L̇, where `sums` has the rows of Σ exp(S − top)(Ṡ V + V̇).
+// Writes L̇ = weighed_sum / state.sum, with weighed_sum = Σ exp(S − top) Ṡ, and Ȯ = sums / state.sum − L̇∘O, where
+// `sums` has the rows of Σ exp(S − top)(Ṡ V + V̇). O is read from `out`.
 template <class T>
 inline void put_online_tangents(const AttentionHead<T>& head, int64_t begin, int64_t rows, const SoftmaxRows<T>& state,
-                                const T* mean, const T* sums, int64_t ld, const T* out,
+                                const T* weighed_sum, const T* sums, int64_t ld, const T* out,
                                 const AttentionRows<T>& tangents) {
     for (int64_t i = 0; i < rows; ++i) {
         const T inverse = state.sum[i] == T(0) ? T(0) : T(1) / state.sum[i];
-        const T moved = mean[i] * inverse;
-        tangents.lse[begin + i] = static_cast<double>(moved);
+        const T lse_tangent = weighed_sum[i] * inverse;
+        tangents.lse[begin + i] = static_cast<double>(lse_tangent);
         const int64_t row = (begin + i) * head.dv;
         for (int64_t c = 0; c < head.dv; ++c) {
-            tangents.out[row + c] = sums[i * ld + c] * inverse - moved * out[row + c];
+            tangents.out[row + c] = sums[i * ld + c] * inverse - lse_tangent * out[row + c];
         }
     }
 }
 
+// O and L of a tile of queries, and with Tangent their tangents, in one pass over the keys.
 template <class T, bool Tangent>
 inline void forward_rows(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionRows<T>& values,
                          const AttentionRows<T>& tangents, T* memory) {
@@ -322,23 +334,23 @@ inline void forward_rows(const AttentionHead<T>& head, int64_t begin, int64_t ro
     const int64_t width = whole_vectors<T>(rows);
     const int64_t v_row = whole_vectors<T>(head.dv);
     Work<T> work{memory};
-    const KeyRows<T> operands = take_key_rows<T>(head, begin, rows, Tangent, work);
+    const ForwardOperands<T> operands = take_operands<T>(head, begin, rows, Tangent, work);
     T* sums = work.take(rows * v_row);
     T* scores = work.take(tile * width);
     T* sum_tangents = Tangent ? work.take(rows * v_row) : nullptr;
     T* score_tangents = Tangent ? work.take(tile * width) : nullptr;
-    T* mean = Tangent ? work.take(width) : nullptr;
+    T* weighed_sum = Tangent ? work.take(width) : nullptr;
     const MaskTile<T> mask = take_mask<T>(rows, tile, work);
     const SoftmaxRows<T> state = take_softmax<T>(width, work);
     __builtin_memset(sums, 0, static_cast<size_t>(rows * v_row) * sizeof(T));
     if constexpr (Tangent) {
         __builtin_memset(sum_tangents, 0, static_cast<size_t>(rows * v_row) * sizeof(T));
-        __builtin_memset(mean, 0, static_cast<size_t>(width) * sizeof(T));
+        __builtin_memset(weighed_sum, 0, static_cast<size_t>(width) * sizeof(T));
     }
     const int64_t end = keys_seen<T>(head, begin, rows);
     for (int64_t j = 0; j < end; j += tile) {
         const int64_t keys = minimum(tile, end - j);
-        pack_key_rows<T>(head, j, keys, operands);
+        pack_keys_and_values<T>(head, j, keys, operands);
         multiply_scores<T>(head, keys, width, operands, scores);
         if constexpr (Tangent) {
             multiply_score_tangents<T>(head, keys, width, operands, score_tangents);
@@ -350,7 +362,7 @@ inline void forward_rows(const AttentionHead<T>& head, int64_t begin, int64_t ro
         }
         add_values<T>(rows, keys, width, v_row, scores, operands.v, sums);
         if constexpr (Tangent) {
-            weigh_online<T>(keys, width, scores, state.decay, score_tangents, mean);
+            weigh_online<T>(keys, width, scores, state.decay, score_tangents, weighed_sum);
             if (j > 0) {
                 decay_rows<T>(rows, v_row, state.decay, sum_tangents);
             }
@@ -359,7 +371,7 @@ inline void forward_rows(const AttentionHead<T>& head, int64_t begin, int64_t ro
     }
     put_outputs<T>(head, begin, rows, state, sums, v_row, values.out, values.lse);
     if constexpr (Tangent) {
-        put_online_tangents<T>(head, begin, rows, state, mean, sum_tangents, v_row, values.out, tangents);
+        put_online_tangents<T>(head, begin, rows, state, weighed_sum, sum_tangents, v_row, values.out, tangents);
     }
 }
 
@@ -369,13 +381,14 @@ inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64
     forward_rows<T, false>(head, begin, rows, {out, lse}, {}, memory);
 }
 
+// Ȯ and L̇ of a tile of queries. L is known, so that scores become P at once and no sum has to be decayed.
 template <class T>
 inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* memory) {
     const int64_t tile = head.tile;
     const int64_t width = whole_vectors<T>(rows);
     const int64_t v_row = whole_vectors<T>(head.dv);
     Work<T> work{memory};
-    const KeyRows<T> operands = take_key_rows<T>(head, begin, rows, true, work);
+    const ForwardOperands<T> operands = take_operands<T>(head, begin, rows, true, work);
     T* sums = work.take(rows * v_row);
     T* scores = work.take(tile * width);
     T* tangents = work.take(tile * width);
@@ -385,12 +398,13 @@ inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t r
     const int64_t end = keys_seen<T>(head, begin, rows);
     for (int64_t j = 0; j < end; j += tile) {
         const int64_t keys = minimum(tile, end - j);
-        pack_key_rows<T>(head, j, keys, operands);
+        pack_keys_and_values<T>(head, j, keys, operands);
         multiply_scores<T>(head, keys, width, operands, scores);
         multiply_score_tangents<T>(head, keys, width, operands, tangents);
         weigh_masked_tangents<T>(head, begin, rows, j, keys, width, scores, tangents, mask, state);
         add_value_tangents<T>(rows, keys, width, v_row, scores, tangents, operands, sums);
     }
+    // The values' memory is free again, and large enough for rows of O: a tile of queries is no more than one of keys.
     put_output_tangents<T>(head, begin, rows, state, sums, v_row, operands.v, out, lse);
 }
 

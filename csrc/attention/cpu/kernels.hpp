@@ -1,5 +1,8 @@
 // What one CPU target provides to attention.cpp: loops over the tiles of one head. Everything here is plain data, so
-// targets can share it.
+// that it has one definition in all targets.
+//
+// A tile, here and in the plan, is a square of scores: those of `tile` queries and `tile` keys. The kernels multiply
+// its operands by smaller tiles, which are held in registers (base/tile-inl.hpp, base/amx-inl.hpp).
 #pragma once
 
 #include <cstdint>
@@ -21,7 +24,7 @@ struct AttentionSlices {
     AttentionSlice q, k, v, mask, out, lse, grad, grad_lse;
 };
 
-// One query head. `tile` is how many queries and keys a tile holds, and the same for all heads of a call.
+// One query head, with the key and value head that it reads. `tile` is the same for all heads of a call.
 template <class T>
 struct AttentionHead {
     int64_t queries = 0, keys = 0, d = 0, dv = 0, tile = 0;
@@ -30,7 +33,8 @@ struct AttentionHead {
     AttentionSlices primal, tangent;
 };
 
-// Where O and L of one query head go, or their tangents: rows of dv and of 1, from the head's first query on.
+// Where O and L of one query head go, or their tangents: the addresses of the head's first query. Rows of O have dv
+// elements.
 template <class T>
 struct AttentionRows {
     T* out = nullptr;
@@ -44,29 +48,30 @@ struct AttentionDeltas {
     T* tangent = nullptr;
 };
 
-// Where the gradients of one query head go. q has rows of `q_row` elements (whole vectors) and is added to; k and v
-// have rows of d and dv.
+// Where the gradients of one query head go: the addresses of the head's first query or key. The gradient of q is added
+// to, and its rows have `q_row` elements (whole vectors); rows of k and v have d and dv.
 template <class T>
 struct AttentionGrads {
     T* q = nullptr;
     int64_t q_row = 0;
     T* k = nullptr;
     T* v = nullptr;
-    bool add = false;  // whether k and v are added to or overwritten
+    bool add = false;  // whether those of k and v are added to, or overwritten
 };
 
 template <class T>
 struct AttentionKernels {
     int64_t lanes;
-    // Queries and keys of a tile, and of one with long rows: a pass's work memory fits the second-level cache.
+    // Queries and keys of a tile, and how many there are where rows of q, k or v are long (kWideBytes in
+    // attention.cpp). With these, the work memory of a kernel fits the second-level cache.
     int64_t tile;
     int64_t wide_tile;
 
     // Elements of work memory (`work`) that are enough for any of the kernels below.
     int64_t (*work)(int64_t d, int64_t dv, int64_t tile);
 
-    // Queries [begin, begin + rows) of O and L (rows of dv and 1, from the head's first query on), or of their
-    // tangents.
+    // O and L, or their tangents, of the queries [begin, begin + rows), which are a tile. `out` and `lse` are those of
+    // the head's first query, as in AttentionRows.
     void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
     void (*jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
     // Both at once; O and L are not read. Null: the target has no such kernel.
@@ -77,7 +82,8 @@ struct AttentionKernels {
     void (*deltas)(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionDeltas<T>& deltas,
                    T* work);
 
-    // What the keys [begin, end) contribute: their k and v gradients and a summand of q's. `begin` starts a tile.
+    // The gradients of k and v of the keys [begin, end), and what these keys add to the gradient of q. A tile begins at
+    // `begin`. With a causal mask, queries before `begin` do not see these keys, and their rows of q are left alone.
     void (*backward)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
                      const AttentionGrads<T>& grads, T* work);
     void (*backward_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
@@ -95,7 +101,7 @@ struct AttentionKernels {
 
 ONESTEP_DECLARE_TABLE(attention, f32, AttentionKernels<float>)
 ONESTEP_DECLARE_TABLE(attention, f64, AttentionKernels<double>)
-// For bfloat16 q, k and v. Other operands take avx512's table.
+// The amx target's own kernels, for bfloat16 q, k and v. Other operands take avx512's table.
 ONESTEP_DECLARE_AMX_TABLE(attention, f32, AttentionKernels<float>)
 
 }  // namespace onestep

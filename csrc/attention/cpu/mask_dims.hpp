@@ -9,13 +9,14 @@
 namespace onestep {
 
 // The dimensions of a mask before its matrix: those of the batch, then heads. Over dimensions of stride 0 the mask is
-// shared, and its gradient is a sum; the others are its own.
+// shared, and its gradient is a sum; the others are its own. The mask has `own` matrices, and each of them is shared by
+// `shared` query heads.
 struct MaskDims {
-    int count = 0;
+    int count = 0;  // of the dimensions
     int64_t size[kMaxBatchDims + 1];
     int64_t stride[kMaxBatchDims + 1];
-    int64_t own = 1;     // matrices of the mask
-    int64_t shared = 1;  // query heads that share one of them
+    int64_t own = 1;
+    int64_t shared = 1;
 
     template <class T>
     MaskDims(const BatchShape& batch, int64_t heads, const AttentionMaskGrad<T>& grad) : count(batch.dims + 1) {
@@ -40,7 +41,7 @@ struct MaskDims {
         return result;
     }
 
-    // Query head `member` of those that share the mask's own matrix `index`, counted over all problems.
+    // The query head, counted over all problems, that is number `member` of those that share the mask's matrix `index`.
     int64_t head(int64_t index, int64_t member) const {
         int64_t result = 0;
         int64_t step = 1;

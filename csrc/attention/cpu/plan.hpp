@@ -15,31 +15,35 @@ template <class T>
 struct AttentionPlan {
     const AttentionKernels<T>* kernels = nullptr;
     AttentionFunction function = AttentionFunction::forward;
-    // Whether one pass gives values and tangents, or two passes, one after the other.
+    // Of the two functions that compute values and tangents: whether one pass over the scores gives both. Otherwise
+    // there are two passes, one after the other.
     bool together = false;
-    int64_t tile = 1;      // queries and keys of a tile
+    int64_t tile = 1;      // a tile of scores is of so many queries and keys, fewer at the ends
     int64_t heads = 0;     // query heads of all problems
     int64_t kv_heads = 0;  // key and value heads of all problems
     FixedCut query_tiles, key_tiles;
 
-    // The keys of a head are cut into pieces of whole tiles, of about equal work: piece i has the keys [cuts[i],
-    // cuts[i + 1]).
+    // The backward functions cut the keys of a head into pieces of whole tiles and of about equal work: piece i has the
+    // keys [cuts[i], cuts[i + 1]). A forward function's unit of work is a tile of queries.
     static constexpr int64_t kMostPieces = 16;
-    int64_t pieces = 1;
+    int64_t pieces = 1;  // of each head
     int64_t cuts[kMostPieces + 1] = {};
 
     // Memory of the whole call.
     Layout layout;
-    int64_t q_row = 0;    // elements of a row of q's gradient in `partial`: whole vectors
-    bool direct = false;  // one piece, which writes q's gradient itself
-    Part<T> deltas, delta_tangents;
-    Part<T> partial;  // [value, tangent][piece][head][query][q_row]
+    int64_t q_row = 0;               // elements of a row of q's gradient in `partial`: whole vectors
+    Part<T> deltas, delta_tangents;  // δ and δ̇ of each query
+    // Each piece's sums for the gradient of q, since all keys add to it: [value, tangent][piece][head][query][q_row].
+    Part<T> partial;
+    // There is one piece, and rows are whole vectors: its sums go to the gradient of q, and `partial` is empty.
+    bool direct = false;
 
     // Memory of a thread while it works on a tile or a piece.
     Layout own_layout;
     Part<T> work;
     Part<T> mask_sum;  // a tile of the mask's gradient
 
+    // Elements of `partial` that one piece takes, for values or for tangents.
     int64_t piece_size() const { return heads * query_tiles.count * q_row; }
 };
 

@@ -36,6 +36,7 @@ ONESTEP_INLINE const E* element(const AttentionSlice& slice, int64_t row, int64_
     return static_cast<const E*>(slice.data) + row * slice.row + col * slice.col;
 }
 
+// pack_rows for elements of type E.
 template <class T, class E>
 inline void pack_rows_of(const E* from, int64_t row, int64_t col, int64_t rows, int64_t cols, T factor, T* to,
                          int64_t ld) {
@@ -57,7 +58,7 @@ inline void pack_rows_of(const E* from, int64_t row, int64_t col, int64_t rows, 
     }
 }
 
-// The transpose of pack_rows_of: to[c][r]. Whole squares of kLanes × kLanes are transposed in registers.
+// pack_columns for elements of type E. Whole squares of kLanes × kLanes are transposed in registers.
 template <class T, class E>
 inline void pack_columns_of(const E* from, int64_t row, int64_t col, int64_t rows, int64_t cols, T factor, T* to,
                             int64_t ld) {
@@ -96,7 +97,8 @@ inline void pack_columns_of(const E* from, int64_t row, int64_t col, int64_t row
     }
 }
 
-// to[r][c] = factor · slice(row + r, col + c), columns up to `ld` filled with zeros.
+// to[r][c] = factor · slice(row + r, col + c), widened to T. Rows of `to` have `ld` elements; those past `cols` are
+// zero.
 template <class T>
 inline void pack_rows(const AttentionSlice& slice, int64_t row, int64_t col, int64_t rows, int64_t cols, T factor,
                       T* to, int64_t ld) {
@@ -109,7 +111,8 @@ inline void pack_rows(const AttentionSlice& slice, int64_t row, int64_t col, int
     pack_rows_of<T>(element<T>(slice, row, col), slice.row, slice.col, rows, cols, factor, to, ld);
 }
 
-// to[c][r] = factor · slice(row + r, col + c), rows up to `ld` filled with zeros.
+// The transpose: to[c][r] = factor · slice(row + r, col + c). Rows of `to` have `ld` elements; those past `rows` are
+// zero.
 template <class T>
 inline void pack_columns(const AttentionSlice& slice, int64_t row, int64_t col, int64_t rows, int64_t cols, T factor,
                          T* to, int64_t ld) {
@@ -122,7 +125,8 @@ inline void pack_columns(const AttentionSlice& slice, int64_t row, int64_t col, 
     pack_columns_of<T>(element<T>(slice, row, col), slice.row, slice.col, rows, cols, factor, to, ld);
 }
 
-// A sum of up to two products A·B of the same depth: c (+)= Σ_t Σ_p a[t](i, p) · b[t][p][·].
+// A sum of up to two products A·B of the same depth: c (+)= Σ_t Σ_p a[t](i, p) · b[t][p][·]. Two, since the tangent of
+// a product is such a sum.
 template <class T>
 struct Products {
     int64_t depth;
@@ -160,9 +164,9 @@ ONESTEP_INLINE void product_tile(const Products<T>& products, int64_t i, int64_t
     }
 }
 
-// All rows of a times one panel of b, which stays in the first-level cache.
+// All rows of a times NV vectors of columns of b, which stay in the first-level cache.
 template <class T, bool Add, int NV>
-inline void product_panel(int64_t rows, const Products<T>& products, int64_t column, T* c, int64_t ldc) {
+inline void product_columns(int64_t rows, const Products<T>& products, int64_t column, T* c, int64_t ldc) {
     int64_t i = 0;
     for (; i + kTileRows <= rows; i += kTileRows) {
         product_tile<T, Add, kTileRows, NV>(products, i, column, c, ldc);
@@ -181,12 +185,12 @@ template <class T, bool Add>
 inline void multiply(int64_t rows, int64_t vectors, const Products<T>& products, T* c, int64_t ldc) {
     int64_t v = 0;
     for (; v + 3 <= vectors; v += 3) {
-        product_panel<T, Add, 3>(rows, products, v * kLanes<T>, c, ldc);
+        product_columns<T, Add, 3>(rows, products, v * kLanes<T>, c, ldc);
     }
     if (vectors - v == 2) {
-        product_panel<T, Add, 2>(rows, products, v * kLanes<T>, c, ldc);
+        product_columns<T, Add, 2>(rows, products, v * kLanes<T>, c, ldc);
     } else if (vectors - v == 1) {
-        product_panel<T, Add, 1>(rows, products, v * kLanes<T>, c, ldc);
+        product_columns<T, Add, 1>(rows, products, v * kLanes<T>, c, ldc);
     }
 }
 
@@ -225,7 +229,7 @@ inline void pack_mask(const AttentionHead<T>& head, int64_t i, int64_t j, int64_
     }
 }
 
-// The same transposed; `rows` holds a tile.
+// The transpose of pack_mask's result: to[c][r]. `rows` is work memory for a tile.
 template <class T>
 inline void pack_mask_columns(const AttentionHead<T>& head, int64_t i, int64_t j, int64_t ni, int64_t nj, T* to,
                               int64_t ld, T* rows) {
@@ -234,6 +238,7 @@ inline void pack_mask_columns(const AttentionHead<T>& head, int64_t i, int64_t j
     pack_columns_of<T>(rows, width, 1, ni, nj, T(1), to, ld);
 }
 
+// to += from; `count` is of whole vectors.
 template <class T>
 inline void add_tile(int64_t count, const T* from, T* to) {
     for (int64_t e = 0; e < count; e += kLanes<T>) {
@@ -241,7 +246,8 @@ inline void add_tile(int64_t count, const T* from, T* to) {
     }
 }
 
-// L of a query as a sum of two T. +∞ if the query sees no key: exp(S − L) is then 0 for every key.
+// L of a query as a sum of two T: rounded to one, L would be off for all probabilities of the row. +∞ if the query sees
+// no key, so that exp(S − L) is 0 for every key.
 template <class T>
 struct Shift {
     T high, low;
@@ -257,7 +263,10 @@ ONESTEP_INLINE Shift<T> shift_of(const AttentionSlice& slice, int64_t row) {
     return {high, static_cast<T>(lse - static_cast<double>(high))};
 }
 
-// Elements of work memory that are enough for any kernel here; backward_keys takes the most.
+// Elements of work memory that are enough for any kernel here. backward_keys for values and tangents takes the most:
+// eight parts with rows of d elements (two sums, four of keys, two of queries), six with rows of dv, five tiles of
+// scores. forward_rows takes fewer of these, and four values for each query. Each part, 19 at most, is rounded up to a
+// cache line. The rest is to spare.
 template <class T>
 inline int64_t attention_work(int64_t d, int64_t dv, int64_t tile) {
     const int64_t features = 8 * whole_vectors<T>(d) + 7 * whole_vectors<T>(dv);

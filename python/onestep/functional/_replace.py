@@ -16,7 +16,7 @@ from onestep.functional.attention import scaled_dot_product_attention
 from onestep.ops.attention import COMPUTE_DTYPES
 
 _TORCH_ATTENTION = F.scaled_dot_product_attention
-# float16 is for CUDA alone.
+# Calls on other devices stay torch's, and the kernels take float16 on CUDA alone.
 _DTYPES = set(COMPUTE_DTYPES) - {torch.float16}
 _SIGNATURE = inspect.signature(scaled_dot_product_attention)
 
@@ -40,7 +40,8 @@ def _without_dispatch(function: Any, **names: Any) -> Callable[..., Any]:
     return copy
 
 
-# A mode does not see the calls inside a function that it is asked about, and this one makes the call in question.
+# Once a mode has been asked about multi_head_attention_forward, it is not asked about the calls that this makes, that
+# of scaled_dot_product_attention among them. So a copy calls ours, and does not ask the mode again.
 _multi_head_attention_forward = _without_dispatch(
     F.multi_head_attention_forward,
     has_torch_function=lambda tensors: False,

@@ -11,7 +11,7 @@ from onestep.ops.attention import attention
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> None:
-    """What the op cannot know; it checks the operands itself."""
+    """Checks what the op does not, which has no ``dropout_p`` and always has heads."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (..., length, features)")
@@ -64,16 +64,16 @@ def scaled_dot_product_attention(
     """Computes softmax(scale · query keyᵀ + mask) value; takes what torch's function of the same name takes.
 
     Values, gradients, forward mode, forward over reverse and reverse over reverse (Hessian-vector products) are exact
-    and take memory that grows with the length T, not with T²: scores are recomputed by tiles (Dao et al.,
-    FlashAttention, NeurIPS 2022; Dao, FlashAttention-2, 2023), for the second order from the log-sum-exp of each row
-    and its tangent.
+    and take memory that grows with the length T, not with T²: scores are computed by tiles, and again for derivatives
+    (Dao et al., FlashAttention, NeurIPS 2022; Dao, FlashAttention-2, 2023). For these the log-sum-exp of each row is
+    kept, and for the second order its tangent.
     Forward mode twice and derivatives of order three run on torch's own ops, at O(T²) memory.
 
-    Rows of ``query`` that see no key give zeros, with zero gradients. Inputs are read in place, whatever their strides;
-    bfloat16 is accumulated in float32. Results are bitwise the same for any number of threads.
+    Rows of ``query`` that see no key give zeros, with zero gradients. On the CPU, inputs are read in place, whatever
+    their strides, and results are bitwise the same for any number of threads. bfloat16 is accumulated in float32.
 
     Args:
-        query: (..., Hq, T, E), or (T, E); float32, float64 or bfloat16, on the CPU.
+        query: (..., Hq, T, E), or (T, E); float32, float64 or bfloat16, on a CPU or a GPU, or there float16.
         key: (..., H, S, E). Batch dimensions broadcast.
         value: (..., H, S, Ev).
         attn_mask: broadcasts to (..., Hq, T, S). bool: False hides the key; float: added to the scores, differentiable.

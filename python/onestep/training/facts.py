@@ -20,7 +20,7 @@ from onestep.training.objective import DataObjective
 from onestep.training.result import Record
 from onestep.training.structures.affine import explained, why_not_affine
 
-# Rows of the first chunk, which is read before it is known how many rows fit into memory.
+# The most rows of the first chunk, which is read before it is known how many rows fit into memory.
 _FIRST_ROWS = 1024
 _COUNTS = (
     *("max_steps", "batch_size", "curvature_batch_size", "chunk_size", "cg_iterations"),
@@ -115,7 +115,7 @@ class FirstPass:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known before a method is chosen. The properties are computed once, when they are asked for.
+    """What is known before a method is chosen. Properties that run the model are computed once, when asked for.
 
     Attributes:
         model: the user's, in eval mode.
@@ -125,8 +125,8 @@ class Facts:
         source: all rows of the data.
         share: which of the rows this process computes.
         first_pass: a pass over the data of which the first chunk has been read.
-        chunk_rows: rows of a chunk; with so many, a backward pass keeps about 256 MiB.
-        known_not_affine: why the outputs are not affine, if that is known already.
+        chunk_rows: rows of a chunk: as given, or so many that a backward pass keeps about 256 MiB.
+        known_not_affine: why the outputs are not affine, where the closed form, which looks at all rows, has found it.
     """
 
     model: nn.Module

@@ -14,9 +14,9 @@ from onestep.evaluation.data import Chunk, IndexedSource
 from onestep.evaluation.losses import Loss
 from onestep.training.facts import Facts, FirstPass, Settings
 
-# Rows that are compared, besides the first ones, at equal distances over all.
+# Besides the first rows, about this many are compared, at equal distances.
 _ROWS = 1024
-# Settings with which a fit goes another way. Those that only say when to stop may change.
+# Settings that change the steps, so that they must be those of the checkpoint. Others say when to stop, and may change.
 _SETTINGS = ("weight_decay", "damping", "batch_size", "curvature_batch_size", "cg_iterations", "seed")
 
 
@@ -56,6 +56,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _spread(facts: Facts) -> list[Chunk]:
+    """Rows at equal distances over the data, where any row can be read."""
     source = facts.source
     if not isinstance(source, IndexedSource):
         return []

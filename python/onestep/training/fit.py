@@ -178,7 +178,11 @@ def _not_a_module(model: Any) -> str:
 
 
 def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
-    """Plans and runs; under "auto" another method goes on where one cannot."""
+    """Plans and runs; under "auto" another method goes on where one cannot.
+
+    One cannot go on where it is stuck, or where the outputs turn out not to be affine. The next plan is made from the
+    parameters that were reached and goes on with the history, without the methods that were tried.
+    """
     saved, identity = from_first(lambda: _checkpoint(facts, settings))
     result: FitResult | None = None
     tried: set[str] = set()
@@ -186,6 +190,7 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
         try:
             plan = make_plan(facts, settings, without=tried, resumed=saved["method"] if saved else None)
         except LookupError:
+            # All methods that suit were tried, and the last one was stuck.
             assert result is not None
             return result
         if not plan.method.keeps_modes:
@@ -198,18 +203,19 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
         except NotAffineError:
             if settings.method != "auto":
                 raise
-            # On the rows that were looked at first, it seemed to be.
+            # On the first rows, which the plan was made from, they seemed to be affine.
             facts = replace(facts, known_not_affine=NOT_AFFINE)
         except Stuck as stuck:
             result = stuck.result
             if settings.method != "auto":
                 return result
         tried.add(plan.method.name)
+        # The checkpoint was of the method that was tried.
         saved = None
 
 
 def _checkpoint(facts: Facts, settings: Settings) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """The checkpoint to go on from, and what later ones are to be known by."""
+    """The checkpoint to go on from, if there is one, and the problem's fingerprint, which later checkpoints keep."""
     if settings.checkpoint is None:
         return None, None
     saved, identity = load_checkpoint(settings.checkpoint), fingerprint(facts, settings)
@@ -221,6 +227,7 @@ def _checkpoint(facts: Facts, settings: Settings) -> tuple[Checkpoint | None, di
 
 
 def _reset(model: nn.Module, seed: int) -> None:
+    """Draws the parameters of all layers anew that have a trained one; those that are not trained stay as they are."""
     frozen = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

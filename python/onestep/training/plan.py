@@ -1,4 +1,4 @@
-"""From what fit is given to what it will do: a look at the data and the model, and a plan that does not change."""
+"""What fit will do: ``look`` gathers facts about data and model, ``make_plan`` makes a plan that does not change."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ class FitPlan:
         method: of the table ``onestep.training.methods.METHODS``.
         why: why that method.
         reasons: why methods and structures that might have been faster do not apply, each a clause.
-        model, parameters, loss, settings: as fit was given them.
+        model, parameters, loss, settings: those of the facts, and the arguments of fit.
         source: this process's share of the rows, in pieces and chunks as the method wants them. It keeps the place in
             the data, the only thing in a plan that moves.
         batch_size: rows of a step; None for all.
         chunk_rows: how many rows are computed together.
         max_steps: the greatest number of steps; None for as many as there is time for.
         curvature_rows: over how many rows curvature is taken; None for all of the step.
-        objective: makes the objective over some rows; called with the arguments of ``DataObjective`` that are left.
-        first_pass: gives the rows of the pass that has begun; to be read once, by methods that read all data once.
+        objective: makes the objective over some rows: a ``DataObjective``, or that of a structure. Called with the rows
+            and what else depends on the step: ``chunks``, ``curvature_chunks``, ``fixed`` and ``trial_chunks``.
+        first_pass: gives the rows of the pass over the data that ``look`` has begun, for ``one_pass`` methods, which
+            read the data no second time; to be read once.
     """
 
     method: Method
@@ -65,7 +67,7 @@ def look(
 ) -> Facts:
     """Reads the first rows and runs the model on them, to find how many rows a chunk may have."""
     source, own = rows_of(data, parameters, loss, settings), share()
-    # A CPU's rows may be fitted by a model on a GPU: chunks are moved there one by one.
+    # Data may be on the CPU and the model on a GPU: chunks are moved to the model one by one.
     source.device = parameters.device
     _check_equal_batches(data, own.size)
     # The estimate of a softmax head wants rows in random order.
@@ -113,18 +115,21 @@ def make_plan(
     """The plan for these facts.
 
     Args:
-        without: methods that "auto" may not take.
+        without: methods that "auto" may not take, since they were tried.
         resumed: the method of the checkpoint that the fit goes on from, which "auto" takes again.
 
     Raises:
         ValueError: the method that was asked for cannot do this.
+        LookupError: "auto" has tried all methods that suit.
     """
+    # Here, since the methods import this module.
     from onestep.training.methods import METHODS
 
     name, why, declined = from_first(lambda: _choose(facts, settings, without, resumed))
     method = METHODS[name]
     objective, unstructured = method.objective(facts)
     chunk_rows, curvature_rows, pieces, least = method.cut(facts, settings)
+    # Other methods begin passes of their own.
     if not method.one_pass:
         facts.first_pass.close()
     own = facts.share._replace(pieces=max(pieces, facts.share.size), least=least)
@@ -156,7 +161,7 @@ def make_plan(
 def _choose(
     facts: Facts, settings: Settings, without: Collection[str], resumed: str | None
 ) -> tuple[str, str, tuple[str, ...]]:
-    """The name of the method that is taken, why, and why those before it in the table are not."""
+    """The name of the method that is taken, why, and why those before it in the table are not (under "auto" alone)."""
     from onestep.training.methods import METHODS
 
     if settings.method != "auto":

@@ -13,9 +13,9 @@ from onestep.evaluation.module import call_model
 from onestep.training.facts import cut
 from onestep.training.plan import FitPlan, rows_of
 
-# Where steps are of mini-batches, so many times in a fit.
+# With mini-batches, the loss is taken this many times in a fit,
 _TIMES = 20
-# Where neither steps nor passes are given, every so many steps.
+# or every so many steps, where it is not known how many there will be.
 _EVERY = 50
 
 

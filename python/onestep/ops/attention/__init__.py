@@ -1,4 +1,4 @@
-"""Scaled dot-product attention and the products that close its derivatives of order two."""
+"""Scaled dot-product attention, and the ops that its derivatives up to order two are made of."""
 
 from onestep.ops.attention import cpu, cuda, derivatives
 from onestep.ops.attention.schema import (

@@ -60,7 +60,7 @@ def _inputs(
     grad: Optional = None,
     grad_lse: Optional = None,
 ) -> tuple[Any, ...]:
-    """The native AttentionInputs."""
+    """The native AttentionInputs, in its order. L and its cotangent get a stride of columns, which they do not have."""
     batch, heads, kv_heads, queries, keys, d, dv, dtype, _ = sizes
     rows = (*batch, heads, queries)
     key_rows = (*batch, kv_heads, keys)
@@ -81,7 +81,7 @@ _NO_INPUTS = (None,) * 8
 
 
 def _arguments(sizes: Sizes, scale: float, causal: bool) -> dict[str, Any]:
-    """The plain arguments that all kernels share."""
+    """The plain arguments that all kernels share; ``sizes`` from heads to dv."""
     return {"batch": sizes.batch, "sizes": sizes[1:7], "scale": scale, "causal": causal}
 
 
@@ -154,7 +154,7 @@ def _run_backward(
 
 
 def _native_grads(grads: Grads, mask_grad: bool) -> tuple[int, int, int, Any]:
-    """The gradients as the kernels take them."""
+    """The gradients as the kernels take them. Over a dimension of size 1 the mask's is a sum, which stride 0 says."""
     native_mask_grad = None
     if mask_grad:
         by_mask = grads[3]

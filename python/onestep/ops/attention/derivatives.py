@@ -1,4 +1,10 @@
-"""Derivatives of scaled dot-product attention."""
+"""Derivatives of scaled dot-product attention.
+
+Four ops are enough up to order two. The tangent of ``attention`` is ``attention_jvp``, its gradient
+``attention_backward``. Each of these is linear in the tangents or the cotangents, and the other one is its transpose.
+By the operands both are differentiated by ``attention_backward_jvp``, since second derivatives are symmetric. In the
+methods' names and arguments a d in front marks a tangent.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +27,7 @@ from onestep.ops.attention.schema import (
 
 
 def _cast(grad: Tensor, like: Tensor) -> Tensor:
-    """The gradient of an operand that was broadcast and is perhaps bfloat16."""
+    """A gradient in the shape and dtype of its operand, which may have been broadcast, and may be bfloat16."""
     # Asked here, since under torch.func each call of torch costs as much as a small kernel.
     if grad.shape != like.shape:
         grad = grad.sum_to_size(like.shape)
@@ -69,7 +75,7 @@ def _operand_grads(grads: Any, operands: tuple[Any, ...], mask_grad: bool) -> tu
 class _AttentionJvp(OpFunction):
     @staticmethod
     def forward_composite(*args: Any) -> Any:
-        """The formula at O(T²) memory; it derives out and lse from the other arguments."""
+        """The formula at O(T²) memory. It computes out and lse itself, so that derivatives go through them."""
         return formula_jvp(*args[:4], *args[6:])
 
     @staticmethod
@@ -81,7 +87,11 @@ class _AttentionJvp(OpFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Optional, grad_lse: Optional) -> tuple[Any, ...]:
-        """⟨G, J(x)ẋ⟩: by ẋ a backward pass, by x that pass' tangent along ẋ."""
+        """Gradients of ⟨G, J(x)ẋ⟩, where x are the operands and ẋ their tangents.
+
+        By ẋ the gradient is J(x)ᵀG, which is attention_backward. By x it is the tangent of J(x)ᵀG along ẋ, since second
+        derivatives are symmetric: attention_backward_jvp.
+        """
         q, k, v, mask, out, lse, dq, dk, dv, dmask, dout, dlse = ctx.saved_tensors
         if grad is None and grad_lse is None:
             return (None,) * 12
@@ -104,31 +114,32 @@ class _AttentionJvp(OpFunction):
 
 
 def _and_jvp_apart(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """attention_and_jvp as two ops, which have derivatives."""
     q, k, v, mask, dq, dk, dv, dmask, scale, causal = args
     out, lse = attention.dispatched(q, k, v, mask, scale, causal)
     tangents = attention_jvp.dispatched(q, k, v, mask, out, lse, dq, dk, dv, dmask, scale, causal)
     return out, lse, *tangents
 
 
-def _moved_outputs(
-    primals: Any, moves: Any, dout: Optional, dlse: Optional, scale: float, causal: bool
+def _output_tangents(
+    primals: Any, tangents: Any, dout: Optional, dlse: Optional, scale: float, causal: bool
 ) -> tuple[Optional, Optional]:
-    """The tangents of O and L that belong to those of q, k, v and mask, computed where they are not given."""
-    if all(moved is None for moved in moves):
+    """Ȯ and L̇ that belong to the tangents of q, k, v and mask: those given, or computed. None if all tangents are."""
+    if all(tangent is None for tangent in tangents):
         return None, None
     if dout is None or dlse is None:
-        dout, dlse = attention_jvp.dispatched(*primals, *moves, scale, causal)
+        dout, dlse = attention_jvp.dispatched(*primals, *tangents, scale, causal)
     return dout, dlse
 
 
 class _AttentionBackward(OpFunction):
     @staticmethod
     def forward_and_jvp(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-        dgrad, dgrad_lse, *moves, dout, dlse = tangents[:8]
+        dgrad, dgrad_lse, *operand_tangents, dout, dlse = tangents[:8]
         *_, scale, causal, mask_grad = args
-        dout, dlse = _moved_outputs(args[2:8], moves, dout, dlse, scale, causal)
+        dout, dlse = _output_tangents(args[2:8], operand_tangents, dout, dlse, scale, causal)
         results = attention_backward_and_jvp.dispatched(
-            *args[:8], dgrad, dgrad_lse, *moves, dout, dlse, scale, causal, mask_grad
+            *args[:8], dgrad, dgrad_lse, *operand_tangents, dout, dlse, scale, causal, mask_grad
         )
         return results[:4], (*results[4:7], results[7] if mask_grad else None)
 
@@ -143,7 +154,11 @@ class _AttentionBackward(OpFunction):
 
     @staticmethod
     def backward(ctx: Any, uq: Optional, uk: Optional, uv: Optional, umask: Optional) -> tuple[Any, ...]:
-        """⟨u, J(x)ᵀG⟩: by G a forward-mode pass along u, by x the tangent of the backward pass along u."""
+        """Gradients of ⟨u, J(x)ᵀG⟩ = ⟨J(x)u, G⟩, where u are the cotangents of the results.
+
+        By G (and g) the gradient is J(x)u, which is attention_jvp along u. By x it is the tangent of J(x)ᵀG along u,
+        since second derivatives are symmetric: attention_backward_jvp.
+        """
         grad, grad_lse, q, k, v, mask, out, lse = ctx.saved_tensors
         umask = umask if ctx.mask_grad else None
         if uq is None and uk is None and uv is None and umask is None:
@@ -182,7 +197,7 @@ class _AttentionBackward(OpFunction):
         *unused: Any,
     ) -> tuple[Any, ...]:
         options = ctx.scale, ctx.causal
-        dout, dlse = _moved_outputs(ctx.saved_tensors[2:], (dq, dk, dv, dmask), dout, dlse, *options)
+        dout, dlse = _output_tangents(ctx.saved_tensors[2:], (dq, dk, dv, dmask), dout, dlse, *options)
         if dout is None and dgrad is None and dgrad_lse is None:
             return (None,) * 4
         grads = attention_backward_jvp.dispatched(
@@ -192,11 +207,14 @@ class _AttentionBackward(OpFunction):
 
 
 class _AttentionBackwardJvp(OpFunction):
-    """Derivatives of order three. out, lse, dout and dlse are functions of the other arguments, which get them all."""
+    """Derivatives of order three, by the formula in torch's ops.
+
+    The formula computes out, lse, dout and dlse itself, from the other arguments. So all gradients go to those.
+    """
 
     @staticmethod
     def forward_composite(*args: Any) -> Any:
-        """The formula at O(T²) memory; it derives out, lse and their tangents from the other arguments."""
+        """The formula at O(T²) memory. It computes out, lse and their tangents itself."""
         return formula_backward_jvp(*args[:6], *args[8:14], *args[16:])
 
     @staticmethod
@@ -217,6 +235,7 @@ class _AttentionBackwardJvp(OpFunction):
 
 
 def _backward_and_jvp_apart(*args: Any) -> EightGrads:
+    """attention_backward_and_jvp as two ops, which have derivatives."""
     grads = attention_backward.dispatched(*args[:8], *args[16:])
     return *grads, *attention_backward_jvp.dispatched(*args)
 

@@ -1,4 +1,8 @@
-"""Attention's products in torch's own ops, at O(T²) memory, for derivatives beyond the kernels'."""
+"""The ops of attention in torch's own ops, at O(T²) memory.
+
+They run for derivatives beyond order two, and on CUDA for sizes that no kernel takes. Names are those of
+csrc/attention/attention.hpp: dS is a gradient, ``S_tangent`` is Ṡ.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from onestep.ops.attention.schema import COMPUTE_DTYPES, Grads, Optional, result
 
 
 class _Formulas:
-    """P and what is made of it as plain torch expressions, which have derivatives of every order, at O(T²) memory."""
+    """P, O and their tangents as plain torch expressions, which have derivatives of every order."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> None:
         self.dtype = COMPUTE_DTYPES[q.dtype]
@@ -29,48 +33,51 @@ class _Formulas:
         if causal:
             hidden = hidden | torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         hidden = hidden.expand(scores.shape)
-        # Rows without keys get P = 0; their softmax is taken of other numbers, so that no derivative of it is NaN.
-        blind = hidden.all(-1, keepdim=True)
-        scores = scores.masked_fill(hidden & ~blind, -torch.inf)
-        self.P = torch.softmax(scores, -1).masked_fill(blind, 0)
-        self.scores, self.blind = scores, blind
+        # Rows that see no key get P = 0. Their softmax is taken of scores that are not hidden, since that of -inf alone
+        # is NaN, and so are its derivatives, which masked_fill would not remove.
+        sees_none = hidden.all(-1, keepdim=True)
+        scores = scores.masked_fill(hidden & ~sees_none, -torch.inf)
+        self.P = torch.softmax(scores, -1).masked_fill(sees_none, 0)
+        self.scores, self.sees_none = scores, sees_none
         self.O = self.P @ self.v
 
     def cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype)
 
     def per_query_head(self, tensor: Tensor) -> Tensor:
+        """What each query head reads of a tensor of key and value heads."""
         tensor = self.cast(tensor)
         return tensor if self.group == 1 else tensor.repeat_interleave(self.group, -3)
 
     def per_kv_head(self, tensor: Tensor) -> Tensor:
+        """The gradient of such a tensor from those of the query heads."""
         return tensor if self.group == 1 else tensor.unflatten(-3, (self.kv_heads, self.group)).sum(-3)
 
     def products(self, q: Tensor, k: Tensor) -> Tensor:
         return self.scale * (q @ k.mT)
 
-    def push(self, dq: Optional, dk: Optional, dv: Optional, dmask: Optional) -> tuple[Tensor, Tensor, Tensor]:
+    def tangents(self, dq: Optional, dk: Optional, dv: Optional, dmask: Optional) -> tuple[Tensor, Tensor, Tensor]:
         """Ṡ, L̇ and Ȯ."""
-        dS = torch.zeros_like(self.P)
+        S_tangent = torch.zeros_like(self.P)
         if dq is not None:
-            dS = dS + self.products(self.cast(dq), self.k)
+            S_tangent = S_tangent + self.products(self.cast(dq), self.k)
         if dk is not None:
-            dS = dS + self.products(self.q, self.per_query_head(dk))
+            S_tangent = S_tangent + self.products(self.q, self.per_query_head(dk))
         if dmask is not None:
-            dS = dS + dmask
-        weighed = self.P * dS
-        dL = weighed.sum(-1)
-        dO = weighed @ self.v - dL.unsqueeze(-1) * self.O
+            S_tangent = S_tangent + dmask
+        weighed = self.P * S_tangent
+        L_tangent = weighed.sum(-1)
+        O_tangent = weighed @ self.v - L_tangent.unsqueeze(-1) * self.O
         if dv is not None:
-            dO = dO + self.P @ self.per_query_head(dv)
-        return dS, dL, dO
+            O_tangent = O_tangent + self.P @ self.per_query_head(dv)
+        return S_tangent, L_tangent, O_tangent
 
 
 def formula_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     at = _Formulas(q, k, v, mask, scale, causal)
-    lse = torch.logsumexp(at.scores, -1).masked_fill(at.blind.squeeze(-1), -torch.inf)
+    lse = torch.logsumexp(at.scores, -1).masked_fill(at.sees_none.squeeze(-1), -torch.inf)
     return at.O.to(result_dtype(q)), lse.double()
 
 
@@ -98,7 +105,7 @@ def formula_backward(
 def _results(
     grads: tuple[Tensor, Tensor, Tensor], by_scores: Tensor, q: Tensor, mask: Optional, mask_grad: bool
 ) -> Grads:
-    """Gradients in the op's dtype, with the mask's from that of the scores."""
+    """Gradients in the op's dtype. That of the mask is that of the scores, summed to the mask's shape."""
     dtype = result_dtype(q)
     by_q, by_k, by_v = (grad.to(dtype) for grad in grads)
     if mask is None or not mask_grad:
@@ -119,8 +126,8 @@ def formula_jvp(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    _, dL, dO = _Formulas(q, k, v, mask, scale, causal).push(dq, dk, dv, dmask)
-    return dO.to(result_dtype(q)), dL.double()
+    _, L_tangent, O_tangent = _Formulas(q, k, v, mask, scale, causal).tangents(dq, dk, dv, dmask)
+    return O_tangent.to(result_dtype(q)), L_tangent.double()
 
 
 def formula_backward_jvp(
@@ -141,29 +148,30 @@ def formula_backward_jvp(
     mask_grad: bool,
 ) -> Grads:
     at = _Formulas(q, k, v, mask, scale, causal)
-    dS, dL, dO = at.push(dq, dk, dv, dmask)
+    S_tangent, L_tangent, O_tangent = at.tangents(dq, dk, dv, dmask)
     G = torch.zeros_like(at.O) if grad is None else at.cast(grad)
-    dG = torch.zeros_like(at.O) if dgrad is None else at.cast(dgrad)
+    G_tangent = torch.zeros_like(at.O) if dgrad is None else at.cast(dgrad)
     delta = (G * at.O).sum(-1, keepdim=True)
-    ddelta = (dG * at.O + G * dO).sum(-1, keepdim=True)
+    delta_tangent = (G_tangent * at.O + G * O_tangent).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - at.cast(grad_lse).unsqueeze(-1)
     if dgrad_lse is not None:
-        ddelta = ddelta - at.cast(dgrad_lse).unsqueeze(-1)
-    dP = at.P * (dS - dL.unsqueeze(-1))
-    pulled = dG @ at.v.mT
+        delta_tangent = delta_tangent - at.cast(dgrad_lse).unsqueeze(-1)
+    P_tangent = at.P * (S_tangent - L_tangent.unsqueeze(-1))
+    dP_tangent = G_tangent @ at.v.mT
     if dv is not None:
-        pulled = pulled + G @ at.per_query_head(dv).mT
+        dP_tangent = dP_tangent + G @ at.per_query_head(dv).mT
     centred = G @ at.v.mT - delta
-    T = at.P * centred
-    dT = dP * centred + at.P * (pulled - ddelta)
-    grad_q, grad_k = dT @ at.k, dT.mT @ at.q
+    dS = at.P * centred
+    dS_tangent = P_tangent * centred + at.P * (dP_tangent - delta_tangent)
+    by_q, by_k = dS_tangent @ at.k, dS_tangent.mT @ at.q
     if dk is not None:
-        grad_q = grad_q + T @ at.per_query_head(dk)
+        by_q = by_q + dS @ at.per_query_head(dk)
     if dq is not None:
-        grad_k = grad_k + T.mT @ at.cast(dq)
-    grads = (scale * grad_q, at.per_kv_head(scale * grad_k), at.per_kv_head(dP.mT @ G + at.P.mT @ dG))
-    return _results(grads, dT, q, mask, mask_grad)
+        by_k = by_k + dS.mT @ at.cast(dq)
+    by_v = P_tangent.mT @ G + at.P.mT @ G_tangent
+    grads = (scale * by_q, at.per_kv_head(scale * by_k), at.per_kv_head(by_v))
+    return _results(grads, dS_tangent, q, mask, mask_grad)
 
 
 def pull_back(
@@ -172,7 +180,7 @@ def pull_back(
     options: tuple[Any, ...],
     cotangents: tuple[Optional, ...],
 ) -> list[Optional]:
-    """The gradients for all tensors of a formula of tensors and options."""
+    """The gradients of ⟨cotangents, formula(*tensors, *options)⟩ for the tensors; None for those that have none."""
     places = [i for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_floating_point()]
 
     def function(*inputs: Tensor) -> tuple[Tensor, ...]:

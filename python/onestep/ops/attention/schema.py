@@ -1,16 +1,21 @@
-"""Schemas of scaled dot-product attention: ``attention`` and the products that close its derivatives of order two.
+"""Schemas of scaled dot-product attention, and of the ops that its derivatives up to order two are made of.
 
-``attention`` gives O and L = logsumexp(S); L is float64 always, since all of a row's probabilities have its rounding in
-common. In the other ops ``out`` and ``lse`` are those of the same q, k, v and mask: a cached function of them, not
-arguments of their own. All products run at O(T) extra memory:
+``attention`` gives O and L = logsumexp(S). L is float64 always: all probabilities of a row are computed from it, so
+that its rounding would be an error that they share. The formulas are in csrc/attention/attention.hpp.
+
+The other ops take O and L as ``out`` and ``lse``, so as not to compute them again. These must be what ``attention``
+gave for the same q, k, v and mask, and derivatives treat them as functions of those: no gradient goes to ``out`` or
+``lse`` (docs/decisions/0002-cached-factor.md). Likewise ``dout`` and ``dlse``, their tangents. A name with a d in front
+is the tangent of an argument; G is the cotangent of O (``grad``), g that of L (``grad_lse``). All ops run at O(T) extra
+memory:
 
 =========================  ==================================================================
 ``attention_jvp``          tangents of O and L
 ``attention_backward``     gradients of ⟨G, O⟩ + ⟨g, L⟩
 ``attention_backward_jvp`` tangents of these gradients, which are also their gradients, since
                            the Hessian of ⟨G, O⟩ + ⟨g, L⟩ is symmetric
-``attention_and_jvp``,     an op and its tangents with one recompute of the scores: what forward
-``..._backward_and_jvp``   mode calls
+``attention_and_jvp``,     the results of an op and their tangents, for which the scores are
+``..._backward_and_jvp``   computed once; forward mode calls these
 =========================  ==================================================================
 
 Beyond these (forward mode twice, order three) derivatives are those of the same formulas in torch's ops, at O(T²)
@@ -75,7 +80,11 @@ class Sizes(NamedTuple):
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Optional) -> Sizes:
-    """Checks the operands, named as torch's function names them; of ``others``, only the batch dimensions matter."""
+    """Checks the operands; errors name them as torch's function does.
+
+    ``others`` have three dimensions of their own, too. Only their batch dimensions are looked at here; the kernels
+    check the rest, when they expand them.
+    """
     check_dtype("query", q)
     dtype = COMPUTE_DTYPES[q.dtype]
     for name, tensor in (("query", q), ("key", k), ("value", v)):
@@ -203,7 +212,7 @@ def empty_grads(sizes: Sizes, q: Tensor, mask: Optional, mask_grad: bool) -> Gra
 
 
 def zeroed_without_scores(sizes: Sizes, *grads: Tensor) -> bool:
-    """Whether there is no score at all (no batch element, head, query or key); all gradients are zeros then."""
+    """Whether there is no score at all (no batch element, head, query or key); if so, sets the gradients to zero."""
     if 0 not in (*sizes.batch, sizes.heads, sizes.queries, sizes.keys):
         return False
     for grad in grads:
@@ -217,6 +226,7 @@ def backward_results(*args: Any) -> Grads:
 
 
 def column(lse: Optional) -> Optional:
+    """L, or its cotangent, with a dimension of columns, as ``check_operands`` takes ``others``."""
     return None if lse is None else lse.unsqueeze(-1)
 
 

@@ -36,7 +36,7 @@ class NotAffineError(ValueError):
 
 
 class Solution(NamedTuple):
-    """Losses before and after, and what had to be done besides."""
+    """The losses before and after, and a note for the user on what else had to be done; it may be empty."""
 
     initial_loss: float
     loss: float
@@ -44,7 +44,7 @@ class Solution(NamedTuple):
 
 
 class _HeadEquations:
-    """Features are what the head is given; k targets share one Gram matrix."""
+    """For models that end in the trained layer. Features are what it is given; k targets share one Gram matrix."""
 
     def __init__(self, head: Head, weight_decay: float, kind: type[LeastSquares]) -> None:
         self.head = head
@@ -78,7 +78,10 @@ class _HeadEquations:
 
 
 class _GeneralEquations:
-    """Features are the rows of the Jacobian, which is the same everywhere."""
+    """For any other affine model: features are the rows of the Jacobian, which is the same at all parameters.
+
+    On every chunk it is checked that J (θ' - θ) is the change of the outputs, at one θ' (``elsewhere``).
+    """
 
     def __init__(self, parameters: ParameterVector, kind: type[LeastSquares]) -> None:
         if len(parameters) > MOST_PARAMETERS:
@@ -107,12 +110,13 @@ class _GeneralEquations:
         tolerance = 1e3 * torch.finfo(result.dtype).eps * torch.stack([result.abs().max(), change.abs().max()]).max()
         begin = 0
         for rows in objective.root_jacobian(self.parameters, chunk):
+            # The rows are √2 J, since the Hessian of the squared error is 2 I.
             J = rows / math.sqrt(2.0)
-            piece, changed = residual[begin : begin + len(J)], change[begin : begin + len(J)]
+            part, changed = residual[begin : begin + len(J)], change[begin : begin + len(J)]
             # NaN is for the equations to find.
             if ((J @ (self.elsewhere - self.start) - changed).abs() > tolerance).any():
                 raise NotAffineError
-            self.equations.add(J, (piece + J @ self.start)[:, None], loss * (begin == 0), len(J), number)
+            self.equations.add(J, (part + J @ self.start)[:, None], loss * (begin == 0), len(J), number)
             begin += len(J)
 
     def solve(self, weight_decay: float) -> Solution:

@@ -13,18 +13,22 @@ if TYPE_CHECKING:
     from onestep.training.facts import Facts, Settings
     from onestep.training.plan import FitPlan
 
-# Where neither steps nor passes nor seconds are given.
+# The most steps where neither steps nor passes are given.
 _STEPS = 50
 
 
 class Cut(NamedTuple):
     """How a method wants the rows.
 
+    A batch is cut into pieces, and each process computes some of them; sums over pieces are added up in their order. So
+    the number of pieces must not depend on that of processes, where results are to have the same bits on any number.
+    The rows of a piece are computed chunk by chunk.
+
     Attributes:
         chunk_rows: the most rows that are computed together.
         curvature_rows: over how many curvature is taken; None for all of the step.
-        pieces: how many pieces a batch is cut into, at least one for each process.
-        least: rows that a piece has at least.
+        pieces: how many pieces a batch is cut into; there are as many as processes at least.
+        least: the fewest rows of a piece; a batch of few rows has fewer pieces.
     """
 
     chunk_rows: int
@@ -70,7 +74,7 @@ class Verdict(NamedTuple):
 
 
 class Run(ABC):
-    """One fit by a method, between its first and its last step."""
+    """One fit by one method, and all that changes in it. The loop calls ``step`` and ``verdict`` in turn."""
 
     @abstractmethod
     def step(self, number: int) -> Taken:
@@ -85,7 +89,10 @@ class Run(ABC):
         """Whether to stop after the step just taken."""
 
     def loss(self) -> float | None:
-        """The loss over all rows at the present parameters, to compare a checkpoint with; None if steps have others."""
+        """The loss at the present parameters, to compare with that of a checkpoint's last step.
+
+        None if steps give losses that it cannot be compared with, such as those over mini-batches.
+        """
         return None
 
     def finish(self) -> float | None:
@@ -112,7 +119,7 @@ class Method(ABC):
     name: ClassVar[str]
     # The greatest number of steps that makes sense; None for as many as are asked for.
     most_steps: ClassVar[int | None] = None
-    # Whether the first pass over the data is all that the method reads.
+    # Whether the method reads the data in one pass, the one that planning has begun. Such a fit writes no checkpoints.
     one_pass: ClassVar[bool] = False
 
     # Whether it asks for outputs, which a model that returns its own loss does not show.
@@ -129,7 +136,7 @@ class Method(ABC):
         return ""
 
     def cut(self, facts: Facts, settings: Settings) -> Cut:
-        """How many rows the method computes together, and takes curvature over."""
+        """How many rows are computed together and curvature is taken over, and into how many pieces they are cut."""
         return Cut(settings.chunk_size or facts.chunk_rows, settings.curvature_batch_size)
 
     def batch_size(self, facts: Facts, settings: Settings) -> int | None:
@@ -137,7 +144,7 @@ class Method(ABC):
         return settings.batch_size
 
     def most_steps_of(self, facts: Facts, settings: Settings) -> int | None:
-        """The greatest number of steps; None for as many as there is time for, if the method may go on for ever."""
+        """The greatest number of steps. None, which only methods that end by time give: until ``max_seconds``."""
         if settings.epochs is not None:
             steps = self.steps_of_epochs(settings.epochs, facts, settings)
             if steps is None:
@@ -146,7 +153,7 @@ class Method(ABC):
         return settings.max_steps or _STEPS
 
     def steps_of_epochs(self, epochs: float, facts: Facts, settings: Settings) -> int | None:
-        """How many steps so many passes over the data are; None if its length is not known."""
+        """How many steps so many passes over the data are; None if the length of the data is not known."""
         source, size = facts.source, self.batch_size(facts, settings)
         if size is None:
             return math.ceil(epochs)
@@ -154,7 +161,7 @@ class Method(ABC):
         return None if batches is None else max(1, math.ceil(epochs * batches))
 
     def objective(self, facts: Facts) -> tuple[ObjectiveType | None, tuple[str, ...]]:
-        """The objective of the first structure that is found, or None; and why those before it were not."""
+        """The objective of the first structure that recognises the model, or None; and why those before it do not."""
         reasons: list[str] = []
         for structure in OBJECTIVES:
             found = structure.objective(facts, self.name)
@@ -165,4 +172,4 @@ class Method(ABC):
 
     @abstractmethod
     def setup(self, plan: FitPlan) -> Run:
-        """A run at its first step."""
+        """A run that has not taken a step yet."""

@@ -17,8 +17,8 @@ from onestep.training.plan import FitPlan
 from onestep.training.structures.affine_head import find_head
 from onestep.training.structures.base import Mismatch, ObjectiveType
 
-# An estimate takes so many passes over the features, their first one included, or so many operations; and ends where
-# the loss can be lowered by less than this part of itself.
+# An estimate takes at most this many passes over the features, the one that computes them included; or more, as long as
+# they take no more than this many operations. It ends where the loss can be lowered by less than this part of itself.
 _PASSES = 5.0
 _CHEAP_OPERATIONS = 2e9
 _ESTIMATE = 1e-5
@@ -40,6 +40,8 @@ class ClosedForm(Method):
             return Mismatch("batch_size is given")
         if facts.not_affine:
             return Mismatch(facts.not_affine)
+        # The model may end in the one linear layer that is trained. Otherwise rows of the Jacobian are the features:
+        # they must be possible to compute, and few enough to solve for.
         few = len(facts.parameters) <= affine_equations.MOST_PARAMETERS
         if not few or facts.no_jacobian:
             head = find_head(facts.model, facts.parameters, facts.first)
@@ -49,6 +51,7 @@ class ClosedForm(Method):
 
     def refusal(self, facts: Facts, settings: Settings) -> str:
         """For losses that it does not know, and for mini-batches."""
+        # A cross-entropy with options, such as class weights, has a name of its own.
         if facts.loss.cross_entropy is not None and facts.loss.name != "cross_entropy":
             head = head_of(facts)
             if isinstance(head, Mismatch):
@@ -72,7 +75,10 @@ class ClosedForm(Method):
 
 
 def _keeps_features(plan: FitPlan) -> bool:
-    """Whether what the head is given is kept: of as many rows as are known, and for options that the sums lack."""
+    """Whether the estimate keeps what the head is given, and iterates over it; otherwise it is made of sums.
+
+    It does on one process and a CPU where the number of rows is known. There is no other way for losses with options.
+    """
     if share().size > 1 or plan.parameters.device.type != "cpu":
         return False
     return plan.source.known_rows is not None or plan.loss.name != "cross_entropy"

@@ -27,23 +27,24 @@ from onestep.training.structures.base import Mismatch
 
 # Up to this many parameters "auto" forms the Gauss-Newton matrix.
 MOST_DENSE = 2048
-# Levenberg-Marquardt takes curvature over this many rows for each parameter,
+# Levenberg-Marquardt takes curvature over this many rows of the Jacobian for each parameter, or over more, as long as
+# forming the matrix takes no more than this many operations.
 _ROWS_PER_PARAMETER = 4
-# or over more, if forming the matrix then still takes no more than this many floating-point operations.
 _CHEAP_FLOPS = 1e9
-# With curvature from a sample of the rows, a step keeps this part of the last one,
+# With curvature of a sample of the rows: the part of the last step that a step keeps, and the damping of the first
+# step.
 _MOMENTUM = 0.7
-# and the first step has this much damping.
 _DAMPING = 1.0
 # Forward over reverse mode keeps about this many times the memory of a gradient.
 _HESSIAN_MEMORY = 4
 # Matrix-free methods cut each batch into this many pieces, so that the number of processes does not change a bit.
 _PIECES = 4
-# A piece has at least this part of a chunk: less is not worth a call of its own.
+# A piece has at least a chunk's rows over this: fewer are not worth a call of their own.
 _LEAST_PIECE = 32
-# A loss whose root is under this many ε of the first one's is zero, and so small a part of a loss is noise.
+# A loss is zero to rounding if its root is under this many ε of the first loss's root. A change of a loss by this many
+# ε of it is noise.
 _ROUNDINGS = 10
-# Losses that are convex in the outputs, besides the squared error.
+# Losses that are convex in the outputs. The squared error is left to Gauss-Newton methods, which take the same steps.
 _CONVEX = ("cross_entropy", "weighted_cross_entropy", "bce", "poisson")
 # After this many mini-batches in a row that gave no step, fit gives up.
 _MOST_FAILURES = 10
@@ -61,7 +62,7 @@ class DampedMethod(Method):
     """Steps of an optimiser until the loss can be lowered no further."""
 
     optimizer: ClassVar[type[DampedOptimizer]]
-    # How many times the memory of a gradient a chunk needs.
+    # How many times the memory of a gradient the method needs for a chunk; its chunks are smaller by it.
     memory: ClassVar[int] = 1
     takes_cg_iterations: ClassVar[bool] = False
 
@@ -187,9 +188,11 @@ class DampedRun(Run):
         self.report: StepReport | None = None
         self.failures = 0
         self.first_loss = math.nan
-        # The step that formed the optimiser's kept inverse, and the place in the data before it.
+        # The number of the step that formed the optimiser's kept inverse ("step"), and the place in the data before it
+        # ("source"): a checkpoint has these instead of the inverse.
         self.formed: dict[str, Any] = {}
-        # Mini-batches are not tested; otherwise the test is not worth more than it asks for.
+        # Where the loss can be lowered by less than this part of it, the optimiser spends time on how much it is, which
+        # the test for a minimum asks. On mini-batches there is no such test.
         eps = torch.finfo(plan.parameters.dtype).eps
         optimizer.settled = max(plan.settings.tol**2, _ROUNDINGS * eps) if plan.settings.batch_size is None else 0.0
 
@@ -244,7 +247,7 @@ class DampedRun(Run):
         )
 
     def verdict(self) -> Verdict:
-        """At a minimum, as far as the quadratic model tells, or where no step lowers the loss."""
+        """Stops at a minimum, as far as the quadratic model tells, or where no step lowers the loss."""
         report, tol = self.report, self.plan.settings.tol
         assert report is not None
         eps = torch.finfo(self.plan.parameters.dtype).eps
@@ -286,7 +289,11 @@ class DampedRun(Run):
         return ""
 
     def _separated(self) -> bool:
-        """Whether outputs that are affine in the parameters tell all classes right, so that larger ones are better."""
+        """Whether the loss is a cross-entropy without a minimum.
+
+        That is so where outputs are affine in the parameters and every row's own class has the largest score: larger
+        parameters give a lower loss.
+        """
         plan = self.plan
         if plan.loss.name != "cross_entropy" or plan.settings.weight_decay > 0:
             return False
@@ -312,7 +319,10 @@ class DampedRun(Run):
             return not summed(terms)[1][0]
 
     def _of_no_use(self, candidates: Tensor) -> int:
-        """How many parameters those are, if changing them all changes nothing, as for a feature that is always zero."""
+        """How many the candidates are, if changing them all changes no loss; else 0.
+
+        A feature that is always zero has such parameters.
+        """
         size = self.plan.parameters.read().square().mean().sqrt().clamp_min(1.0)
         return int(candidates.sum()) if self._is_constant(candidates * size) else 0
 
@@ -359,7 +369,7 @@ class DampedRun(Run):
         self.optimizer.kept = state["kept"]
         self.failures = state["failures"]
         self.first_loss = state["first_loss"]
-        # Checkpoints of before have the inverse itself, which is used until the next one is formed.
+        # Older checkpoints have the inverse itself in "kept".
         self.formed = state.get("formed", {})
         if self.formed:
             self._form_again()
@@ -377,11 +387,12 @@ class DampedRun(Run):
 
 
 def _again(chunks: list[Chunk]) -> Callable[[], list[Chunk]]:
+    """A function that gives these chunks each time."""
     return lambda: chunks
 
 
 def _leading(batch: list[Chunk], rows: int, whole: int) -> list[Chunk]:
-    """The first rows of each piece of a batch, ``rows`` of ``whole`` ones."""
+    """The first rows of each piece of a batch: of a piece with n rows, n · rows / whole, rounded up."""
     lengths: Counter[int] = Counter()
     for chunk in batch:
         lengths[chunk.piece] += len(chunk)

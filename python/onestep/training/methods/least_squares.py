@@ -13,12 +13,12 @@ from onestep.evaluation.distributed import share, summed
 from onestep.linalg import NormalEquations, spd
 from onestep.optim import NonFiniteError
 
-# Up to this many features rows are read a second time for a QR factorisation where the first pass lost digits.
+# With up to this many features, rows are read a second time for a QR factorisation where the first pass lost digits.
 MOST_FEATURES = 4096
-# Added to the normal equations of more features, relative to their mean diagonal, where features depend on each other.
+# With more features, this ridge is added where features depend on each other, relative to the mean of the diagonal.
 _RESCUE = 1e-10
-# Coefficients lose digits as ε over the smallest pivot of the normal equations, of features of unit length. More than
-# this is too much: a hundredth in float32, six digits of sixteen in float64.
+# The relative error of coefficients is about ε over the smallest pivot of the normal equations, of features of unit
+# length. More than this is too much: a hundredth in float32, and in float64 more than the last ten of sixteen digits.
 _MOST_LOST = {torch.float32: 1e-2, torch.float64: 1e-6}
 # The loss is a difference of sums of squares, each right to a few ε. It must not be wrong by more than this part.
 _FEW, _LOSS_DIGITS = 10, 1e-2

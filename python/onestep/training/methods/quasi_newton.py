@@ -21,7 +21,8 @@ from onestep.training.structures.affine_head import Head, features_and_outputs, 
 from onestep.training.structures.base import Mismatch, ObjectiveType
 from onestep.training.structures.softmax_rows import SoftmaxRows, gather, unsuitable
 
-# Iterations of a step, of a pass over the features each: about what a Newton step by conjugate gradients takes.
+# Iterations of a step. Each is a pass over the features: ten of them take about as long as a Newton step by conjugate
+# gradients.
 _ITERATIONS = 10
 # L-BFGS knows the decrement from a few pairs: it must be so many times smaller than what is asked for.
 _MARGIN = 0.1
@@ -70,14 +71,14 @@ class QuasiNewton(Method):
         return "a linear head under cross-entropy, whose features are computed once"
 
     def refusal(self, facts: Facts, settings: Settings) -> str:
-        """For anything else."""
+        """For all that does not suit."""
         suits = self.suits(facts, settings)
         if not isinstance(suits, Mismatch):
             return ""
         return f"method='quasi_newton' fits a linear head under cross-entropy: {suits.why}; use method='newton_cg'"
 
     def objective(self, facts: Facts) -> tuple[ObjectiveType | None, tuple[str, ...]]:
-        """The rows have one of their own."""
+        """None: the solver has an objective of its own, over the rows of the head."""
         return None, ()
 
     def setup(self, plan: FitPlan) -> Run:
@@ -235,7 +236,7 @@ class _Run(Run):
         return Verdict("no step lowers the loss, although it may not be at a minimum", stuck=True)
 
     def loss(self) -> float | None:
-        """Of the parameters that the model has."""
+        """That of the parameters that the model has when the rows are read: a checkpoint's, when it is compared."""
         fit = self._prepared()
         return fit.initial_loss
 
