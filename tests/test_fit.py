@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import Child
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
@@ -227,20 +225,16 @@ print(result.reason, result.converged, after < before)
 def test_ctrl_c_returns_what_was_reached(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     script = INTERRUPTED.format(tests=str(Path(__file__).parent), checkpoint=str(path))
-    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if path.exists() and torch.load(path, weights_only=True)["progress"]["step"] >= 5:
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    assert output == "interrupted False True\n"
+    child = Child(script)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.running:
+        if path.exists() and torch.load(path, weights_only=True)["progress"]["step"] >= 5:
+            break
+        time.sleep(0.02)
+    child.send(signal.SIGINT)
+    done = child.finish(60)
+    assert done.returncode == 0, done.errors
+    assert done.output == "interrupted False True\n"
     assert torch.load(path, weights_only=True)["progress"]["step"] >= 5
 
 
@@ -265,12 +259,12 @@ torch.save(model.state_dict(), {out!r})
     ],
 )
 def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, options: dict[str, int]) -> None:
-    def start(checkpoint: str, out: str) -> subprocess.Popen[bytes]:
+    def start(checkpoint: str, out: str) -> Child:
         names = {"checkpoint": str(tmp_path / checkpoint), "out": str(tmp_path / out)}
         script = SCRIPT.format(tests=str(Path(__file__).parent), method=method, options=options, **names)
-        return subprocess.Popen([sys.executable, "-c", script])
+        return Child(script)
 
-    assert start("straight.pt", "straight.out").wait(120) == 0
+    assert start("straight.pt", "straight.out").finish(120).returncode == 0
     killed = start("killed.pt", "killed.out")
     wanted = random.Random(method).randint(2, 12)
     deadline = time.monotonic() + 120
@@ -280,9 +274,9 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: 
             if state["progress"]["step"] >= wanted:
                 break
         time.sleep(0.002)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait(60) == -signal.SIGKILL
-    assert start("killed.pt", "killed.out").wait(120) == 0
+    killed.send(signal.SIGKILL)
+    assert killed.finish(60).returncode == -signal.SIGKILL
+    assert start("killed.pt", "killed.out").finish(120).returncode == 0
     straight, resumed = (torch.load(tmp_path / name) for name in ("straight.out", "killed.out"))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 

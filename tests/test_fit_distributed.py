@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import test_softmax_head
 import torch
+from processes import Child, Finished, finish_all
 from test_fit import network, table
 from torch import nn
 
@@ -49,7 +50,7 @@ torch.save(model.state_dict(), {out!r} + str(rank))
 """
 
 
-def run(tmp_path: Path, method: str, failure: str = "") -> list[subprocess.CompletedProcess[str]]:
+def run(tmp_path: Path, method: str, failure: str = "") -> list[Finished]:
     """The script in two processes, and what became of them."""
     script = SCRIPT.format(
         tests=str(Path(__file__).parent),
@@ -58,27 +59,13 @@ def run(tmp_path: Path, method: str, failure: str = "") -> list[subprocess.Compl
         method=method,
         failure=failure,
     )
-    return finished([[sys.executable, "-c", script, str(rank)] for rank in range(2)])
-
-
-def finished(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]]:
-    """What became of processes that run side by side; a hang fails."""
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [process.communicate(timeout=400)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, "", error)
-        for process, error in zip(processes, errors, strict=True)
-    ]
+    return finish_all([Child(script, rank) for rank in range(2)])
 
 
 @pytest.mark.parametrize("method", ["closed_form", "levenberg_marquardt", "gauss_newton"])
 def test_two_processes_fit_what_one_does(tmp_path: Path, method: str) -> None:
     for process in run(tmp_path, method):
-        assert process.returncode == 0, process.stderr
+        assert process.returncode == 0, process.errors
     first, second = (torch.load(tmp_path / f"out{rank}") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     torch.manual_seed(0)
@@ -117,11 +104,11 @@ def fit(name, data, loss, **options):
 
 
 # Chunks that are so small leave pieces of a few rows each.
-few = dict(max_steps=7, cg_iterations=4, chunk_size=64)
+few = dict(max_steps=3, cg_iterations=4, chunk_size=64)
 fit("gauss_newton", (X, y), "mse", method="gauss_newton", **few)
 fit("batches", (X, classes), "cross_entropy", method="gauss_newton", batch_size=50, curvature_batch_size=13, **few)
 fit("sample", (X, y), "mse", method="gauss_newton", curvature_batch_size=30, **few | {{"chunk_size": 5}})
-matrix = dict(method="levenberg_marquardt", curvature_batch_size=90, max_steps=7, chunk_size=64)
+matrix = dict(method="levenberg_marquardt", curvature_batch_size=90, max_steps=3, chunk_size=64)
 fit("matrix of a sample", (X, y), "mse", **matrix)
 fit("newton_cg", (X, classes), "cross_entropy", method="newton_cg", batch_size=100, **few)
 fit("three rows", (X[:3], y[:3]), "mse", method="gauss_newton", **few)
@@ -129,7 +116,7 @@ loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch
 fit("loader", loader, "mse", method="gauss_newton", batch_size=60, **few)
 # Its batches are not cut but given out in turn.
 fit("whole batches", loader, "mse", method="gauss_newton", **few | {{"chunk_size": 10_000}})
-fit("gradient_descent", loader, "mse", method="gradient_descent", max_steps=7)
+fit("gradient_descent", loader, "mse", method="gradient_descent", max_steps=3)
 torch.save(results, {out!r} + f"{{rank}}of{{size}}")
 """
 
@@ -138,8 +125,8 @@ def test_processes_do_not_change_a_bit_of_matrix_free_fits(tmp_path: Path) -> No
     """Conjugate gradients that end early would magnify the least difference."""
     script = ALIKE.format(tests=str(Path(__file__).parent), store=str(tmp_path / "store"), out=str(tmp_path / "out"))
     places = [(0, 1), (0, 2), (1, 2)]
-    for process in finished([[sys.executable, "-c", script, str(rank), str(size)] for rank, size in places]):
-        assert process.returncode == 0, process.stderr
+    for process in finish_all([Child(script, rank, size) for rank, size in places]):
+        assert process.returncode == 0, process.errors
     alone, *others = (torch.load(tmp_path / f"out{rank}of{size}") for rank, size in places)
     for other in others:
         for name, (values, history) in alone.items():
@@ -171,8 +158,8 @@ torch.save((head.state_dict(), result.loss, result.initial_loss), {out!r} + str(
 def test_two_processes_estimate_the_head_that_one_does(tmp_path: Path, kept: int) -> None:
     names = {"store": str(tmp_path / "store"), "out": str(tmp_path / "out")}
     script = HEAD.format(tests=str(Path(__file__).parent), kept=kept, **names)
-    for process in finished([[sys.executable, "-c", script, str(rank)] for rank in range(2)]):
-        assert process.returncode == 0, process.stderr
+    for process in finish_all([Child(script, rank) for rank in range(2)]):
+        assert process.returncode == 0, process.errors
     (state, loss, before), second = (torch.load(tmp_path / f"out{rank}") for rank in range(2))
     assert all(torch.equal(state[name], value) for name, value in second[0].items()) and second[1:] == (loss, before)
     x, y = test_softmax_head.table(6000)
@@ -229,7 +216,7 @@ def test_torchrun_fits_what_one_process_does(tmp_path: Path) -> None:
 def test_a_failing_process_is_an_error_on_the_other(tmp_path: Path, failure: str, message: str) -> None:
     first, second = run(tmp_path, "gauss_newton", failure)
     assert first.returncode == 1
-    assert message in first.stderr
+    assert message in first.errors
     assert second.returncode == (7 if failure == "dies" else 1)
 
 
@@ -263,8 +250,8 @@ else:
 
 def test_rows_that_a_distributed_sampler_repeats_count_once(tmp_path: Path) -> None:
     script = SAMPLED.format(store=str(tmp_path / "store"), out=str(tmp_path / "out"))
-    for process in finished([[sys.executable, "-c", script, str(rank)] for rank in range(2)]):
-        assert process.returncode == 0, process.stderr
+    for process in finish_all([Child(script, rank) for rank in range(2)]):
+        assert process.returncode == 0, process.errors
     # The line through (0, 0), (1, 1), ..., (6, 36).
     for found in (*torch.load(tmp_path / "out0"), *torch.load(tmp_path / "out1")):
         torch.testing.assert_close(found, torch.tensor([6.0, -5.0], dtype=torch.float64), rtol=1e-6, atol=1e-6)

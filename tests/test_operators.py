@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import itertools
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import Child, finish_all
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -947,17 +947,8 @@ torch.save(results, {out!r} + str(rank))
 
 def test_two_processes_multiply_as_one_does(tmp_path: Path) -> None:
     script = SCRIPT.format(tests=str(Path(__file__).parent), store=str(tmp_path / "store"), out=str(tmp_path / "out"))
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    for process in finish_all([Child(script, rank) for rank in range(2)]):
+        assert process.returncode == 0, process.errors
     first, second = (torch.load(tmp_path / f"out{rank}") for rank in range(2))
     *first, unequal, nan_seen = first
     *second, unequal_there, nan_there = second

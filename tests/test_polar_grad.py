@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Child, finish_all
 from torch import Tensor, nn
 
 from onestep.optim import NonFiniteError, PolarGrad
@@ -269,8 +268,8 @@ torch.save(wrapped.module.state_dict(), {out!r} + str(rank))
 def test_two_processes_solve_together(tmp_path: Path) -> None:
     store, out = str(tmp_path / "store"), str(tmp_path / "out")
     script = DISTRIBUTED.format(tests=str(Path(__file__).parent), store=store, out=out)
-    running = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    for process in finish_all([Child(script, rank) for rank in range(2)]):
+        assert process.returncode == 0, process.errors
     model = network()
     optimizer = PolarGrad(model, gram_every=2)
     for rows in torch.randn(4, 32, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64):
