@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["pytest", "torch.distributed", "torch.utils.data", "onestep.training", "onestep.optim"]
-)
+# torch.func imports torch._dynamo when it first differentiates.
+_CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "torch.distributed", "onestep.training", "onestep.optim"])
 
 
 @dataclass(frozen=True)

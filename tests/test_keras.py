@@ -19,6 +19,7 @@ keras = pytest.importorskip("keras", reason="keras is not installed")
 if keras.backend.backend() != "torch":
     pytest.skip(f"Keras runs on {keras.backend.backend()}", allow_module_level=True)
 
+from onestep.cli import main  # noqa: E402
 from onestep.integrations.keras import Solve  # noqa: E402
 
 
@@ -81,17 +82,7 @@ def test_a_head_in_closed_form() -> None:
     assert callback.results[0].loss == pytest.approx((residual**2).mean(), rel=1e-4)
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "onestep", "keras", *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, **environment},
-        timeout=300,
-    )
-
-
-def test_the_command_line(tmp_path: Path) -> None:
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever backend the environment names; several inputs by their names; the loss that was compiled."""
     X, y = friedman()
     keras.utils.set_random_seed(0)
@@ -102,9 +93,16 @@ def test_the_command_line(tmp_path: Path) -> None:
     file, data, output = (str(tmp_path / name) for name in ("model.keras", "data.npz", "fitted.keras"))
     model.save(file)
     np.savez(data, right=X[:, 4:], y=y, left=X[:, :4])
-    done = command(file, "--data", data, "--target", "y", "--output", output, KERAS_BACKEND="tensorflow")
+    words = ["keras", file, "--data", data, "--target", "y", "--output", output, "--max-steps", "15"]
+    done = subprocess.run(
+        [sys.executable, "-m", "onestep", *words],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    assert "300 rows, levenberg_marquardt, 50 steps" in done.stdout
+    assert "300 rows, levenberg_marquardt, 15 steps" in done.stdout
     fitted = keras.saving.load_model(output).predict([X[:, :4], X[:, 4:]], verbose=0)[:, 0]
     loss = float(done.stdout.rpartition("-> ")[2].partition(",")[0])
     assert loss == pytest.approx(((fitted - y) ** 2).mean(), rel=1e-4)
@@ -114,8 +112,8 @@ def test_the_command_line(tmp_path: Path) -> None:
         ((file, "--data", data, "--target", "y"), "has no array 'y'; it holds z"),
         ((str(tmp_path / "none.keras"), "--data", data, "--target", "z"), "there is no such file"),
     ):
-        done = command(*arguments)
-        assert done.returncode == 2 and told in done.stderr, done.stderr
+        assert main(["keras", *arguments]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_tensorflow_predicts_the_same(tmp_path: Path) -> None:
