@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from text_generation import CONTEXT, GPT, characters
 from torch import Tensor, nn
 
-from onestep.layerwise import prune, quantize, replace_blocks
+from onestep.layerwise import LayerStatistics, prune, quantize, replace_blocks
 
 HERE = Path(__file__).resolve().parent
 HERE = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
@@ -129,13 +129,16 @@ def pretrained(path: Path, text: str, effort: Effort) -> Subject:
 
 
 def weights_of(model: nn.Module, subject: Subject) -> list[Tensor]:
-    """The weights of the layers that are compressed, (outputs, features)."""
+    """The weights of the layers that onestep compresses, (outputs, features): linear layers and experts of mixtures."""
     found = []
-    for name, module in model.named_modules():
-        if name.startswith(subject.container + ".") and isinstance(getattr(module, "weight", None), Tensor):
-            weight = module.weight.detach()
-            if weight.dim() == 2 and not isinstance(module, nn.Embedding):
-                found.append(weight if isinstance(module, nn.Linear) else weight.mT)
+    for name in LayerStatistics(model, subject.layers).names:
+        if ".experts." in name and name.rpartition(".")[2].isdigit():
+            stack, _, expert = name.rpartition(".")
+            found.append(model.get_parameter(stack).detach()[int(expert)])
+        else:
+            module = model.get_submodule(name)
+            weight = module.get_parameter("weight").detach()
+            found.append(weight if isinstance(module, nn.Linear) else weight.mT)
     return found
 
 

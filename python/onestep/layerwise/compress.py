@@ -63,9 +63,9 @@ def quantize(
         >>> report["0"].error <= report["0"].error_before
         True
     """
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
+    if type(bits) is not int or not 2 <= bits <= 8:
         raise ValueError(f"bits is {bits!r}; expected an integer from 2 to 8")
-    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+    if group_size is not None and (type(group_size) is not int or group_size < 1):
         raise ValueError(f"group_size is {group_size!r}; expected a positive integer, or None for a scale for each row")
     report = Report()
 
@@ -174,10 +174,10 @@ def _rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Qua
 def _sparsity(sparsity: float | tuple[int, int]) -> tuple[float, int, int]:
     """The fraction, or how many are kept of how many."""
     if isinstance(sparsity, (tuple, list)):
-        if len(sparsity) != 2 or not all(isinstance(n, int) for n in sparsity) or not 0 <= sparsity[0] <= sparsity[1]:
-            raise ValueError(f"sparsity is {sparsity!r}; expected (n, m) with 0 <= n <= m, of which n are kept")
+        if len(sparsity) != 2 or any(type(n) is not int for n in sparsity) or not 0 <= sparsity[0] <= sparsity[1] > 0:
+            raise ValueError(f"sparsity is {sparsity!r}; expected (n, m) with 0 <= n <= m and m > 0, n of m are kept")
         return 0.0, sparsity[0], sparsity[1]
-    if not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity <= 1.0:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity is {sparsity!r}; expected a fraction from 0 to 1, or (n, m)")
     return float(sparsity), 0, 0
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestep.layerwise.layers import call, evaluating, find_layers, mask_of
+from onestep.layerwise.layers import call, check_on_cpu, evaluating, find_layers, mask_of
 from onestep.layerwise.order import Sums
 from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics
@@ -44,13 +44,22 @@ def edit(
         A ``Report`` of one layer: Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after.
 
     Raises:
-        ValueError: the layer is not there, was not reached, or ``targets`` has another shape.
+        ValueError: the layer is not there, was not reached, or ``targets`` has another shape or is not finite.
+        TypeError: ``targets`` is no tensor, or ``statistics`` something else.
+        NotImplementedError: the layer is one of stacked experts.
     """
     if not strength > 0:
         raise ValueError(f"strength is {strength!r}; expected a number above 0")
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets is {type(targets).__name__}; expected a tensor (subjects, outputs)")
+    if not isinstance(statistics, LayerStatistics):
+        raise TypeError(f"statistics is {type(statistics).__name__}; expected LayerStatistics")
     found = find_layers(model, layer)
     if layer not in found:
         raise ValueError(f"layer is {layer!r}; expected the full name of one layer")
+    if found[layer].stack is not None:
+        raise NotImplementedError(f"layer {layer!r} is one of stacked experts, which see some of the places only")
+    check_on_cpu(found.values())
     if layer not in statistics.names:
         raise ValueError(f"statistics has no layer {layer!r}; expected it among {statistics.names[:3]}, ...")
     chosen = found[layer]
@@ -60,6 +69,9 @@ def edit(
     if targets.shape != (len(keys), len(weight)):
         raise ValueError(f"targets has shape {tuple(targets.shape)}; expected ({len(keys)}, {len(weight)})")
     wanted = targets.detach().to(dtype)
+    for what, values in (("targets", wanted), ("the layer's inputs for the subjects", keys)):
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{what} hold NaN or infinity; expected finite values")
     if chosen.bias is not None:
         wanted = wanted - chosen.bias.to(dtype)
     missing = wanted - keys @ weight.mT

@@ -40,7 +40,8 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
     Without ``quantized`` every weight is written as it is, dequantised, and ``model.load_state_dict`` takes the file.
     With it (``report.quantized``) the weights named there are written as ``NAME.codes`` (uint8; up to 4 bits two to a
     byte, the even column low), ``NAME.scale``, ``NAME.zero`` and ``NAME.group``; the metadata's ``onestep`` is a JSON
-    object of NAME → bits and shape. W = scale[:, group] · (codes − zero[:, group]).
+    object of NAME → bits and shape. Experts that are stacked in one parameter are written one by one.
+    W = scale[:, group] · (codes − zero[:, group]).
 
     Args:
         model: tied parameters are written once, under the first of their names.
@@ -63,10 +64,8 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
             tensors[name] = value.detach().contiguous()
             seen.add(place)
     about = {}
+    _take_out(tensors, quantized or {})
     for name, weight in (quantized or {}).items():
-        if f"{name}.weight" not in tensors:
-            raise ValueError(f"quantized names {name!r}, which is no layer of the model")
-        del tensors[f"{name}.weight"]
         codes = weight.codes
         if weight.bits <= 4:
             even, odd = codes[:, 0::2], codes[:, 1::2]
@@ -75,3 +74,20 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
         tensors |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
         about[name] = {"bits": weight.bits, "shape": list(weight.codes.shape)}
     save_file(tensors, str(path), metadata={"format": "pt", "onestep": json.dumps(about)})
+
+
+def _take_out(tensors: dict[str, Tensor], quantized: Mapping[str, QuantizedWeight]) -> None:
+    """Removes the weights that are written as codes: a layer's own, or a stack whose experts are all among them."""
+    stacks: dict[str, set[str]] = {}
+    for name in quantized:
+        stack, _, expert = name.rpartition(".")
+        if f"{name}.weight" in tensors:
+            del tensors[f"{name}.weight"]
+        elif stack in tensors and expert.isdigit():
+            stacks.setdefault(stack, set()).add(expert)
+        else:
+            raise ValueError(f"quantized names {name!r}, which is no layer of the model")
+    for stack, experts in stacks.items():
+        if len(experts) != len(tensors[stack]):
+            raise ValueError(f"quantized names {len(experts)} experts of {stack!r}; expected all {len(tensors[stack])}")
+        del tensors[stack]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep.layerwise.experts import refusal, stacks_of
+
 # What a layer pattern is: "*.mlp.*", or several, of which those that begin with "!" leave layers out.
 Patterns = str | Sequence[str]
 
@@ -22,22 +24,27 @@ class Layer:
 
     Attributes:
         name: its name in the model.
-        module: an nn.Linear, or a Conv1D of transformers, whose weight is transposed.
+        module: an nn.Linear; a Conv1D of transformers, whose weight is transposed; or a module of stacked experts.
+        stack, expert: of stacked experts, the name of the parameter and the place in it.
     """
 
     name: str
     module: nn.Module
+    stack: str | None = None
+    expert: int = 0
 
     @property
     def weight(self) -> Tensor:
         """(outputs, features), a view of the module's parameter without its graph."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
+        weight: Tensor = getattr(self.module, self.stack or "weight").detach()
+        if self.stack is not None:
+            return weight[self.expert]
         return weight if isinstance(self.module, nn.Linear) else weight.mT
 
     @property
     def bias(self) -> Tensor | None:
         """(outputs,), or None."""
-        bias = self.module.bias
+        bias = None if self.stack is not None else self.module.bias
         return bias.detach() if isinstance(bias, Tensor) else None
 
     def write(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -53,37 +60,98 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
-def find_layers(model: nn.Module, patterns: Patterns) -> dict[str, Layer]:
+def find_layers(model: nn.Module, patterns: Patterns, *, what: str = "model") -> dict[str, Layer]:
     """The linear layers whose names match, in the order of the model.
 
-    A layer whose weight is also another module's parameter, such as a head that is tied to an embedding, is left out
-    unless it is named in full.
+    Experts that are stacked in one parameter are a layer each: "…experts.down_proj.3". A layer whose weight is also
+    another module's parameter, such as a head that is tied to an embedding, is left out unless it is named in full.
+
+    Args:
+        model: any nn.Module.
+        patterns: of names.
+        what: the argument that the model is, for messages.
 
     Raises:
-        TypeError: the model is no nn.Module, or a pattern no string.
-        ValueError: no layer matches.
+        TypeError: the model is no nn.Module, a pattern no string, or a weight no floating-point parameter.
+        ValueError: a pattern matches no layer.
+        NotImplementedError: a layer that matches has a weight that is computed, or stacked in another way.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; expected torch.nn.Module")
-    listed = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not all(isinstance(pattern, str) for pattern in listed):
+        raise TypeError(f"{what} is {type(model).__name__}; expected torch.nn.Module")
+    listed = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else [None]
+    if not listed or not all(isinstance(pattern, str) for pattern in listed):
         raise TypeError(f"layers is {patterns!r}; expected a pattern such as '*.mlp.*', or several")
-    wanted = [pattern for pattern in listed if not pattern.startswith("!")] or ["*"]
-    unwanted = [pattern[1:] for pattern in listed if pattern.startswith("!")]
+    texts = [str(pattern) for pattern in listed]
+    wanted = [pattern for pattern in texts if not pattern.startswith("!")] or ["*"]
+    unwanted = [pattern[1:] for pattern in texts if pattern.startswith("!")]
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    found = {}
-    names = []
-    for name, module in model.named_modules():
-        if not is_linear(module):
-            continue
-        names.append(name)
-        tied = uses[id(module.weight)] > 1 and name not in wanted
-        if not tied and _matches(name, wanted) and not _matches(name, unwanted):
-            found[name] = Layer(name, module)
-    if not found:
-        some = ", ".join(names[:4]) or "none"
-        raise ValueError(f"no linear layer of the model matches {patterns!r}; it has {len(names)} ({some}, ...)")
+    every = {layer.name: layer for layer in _linear_layers(model)}
+    tied = {
+        name
+        for name, layer in every.items()
+        if layer.stack is None and uses[id(layer.module.weight)] > 1 and name not in wanted
+    }
+    found = {
+        name: layer
+        for name, layer in every.items()
+        if name not in tied and _matches(name, wanted) and not _matches(name, unwanted)
+    }
+    for pattern in wanted:
+        if not any(_matches(name, [pattern]) for name in every if name not in tied) or not found:
+            shown = pattern if found else texts[0] if len(texts) == 1 else texts
+            some = ", ".join(list(every)[:4]) or "none"
+            shared = "; a layer that shares its weight must be named in full" if tied else ""
+            raise ValueError(
+                f"no linear layer of the {what} matches {shown!r}; it has {len(every)} ({some}, ...){shared}"
+            )
+    for layer in found.values():
+        _check(layer)
     return found
+
+
+def _linear_layers(model: nn.Module) -> Iterator[Layer]:
+    for name, module in model.named_modules():
+        if is_linear(module):
+            yield Layer(name, module)
+        for stack, parameter in stacks_of(module).items():
+            for expert in range(len(parameter)):
+                yield Layer(f"{name}.{stack}.{expert}".lstrip("."), module, stack, expert)
+
+
+def _check(layer: Layer) -> None:
+    module = layer.module
+    if layer.stack is not None:
+        reason = refusal(module)
+        if reason is not None:
+            raise NotImplementedError(
+                f"the experts of {layer.name!r} ({type(module).__name__}) {reason}, which is not supported: leave them "
+                f"out, such as by layers=['*', '!*{layer.stack}.*']"
+            )
+        return
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        raise NotImplementedError(
+            f"the weight of layer {layer.name!r} is computed from other parameters (a parametrization, or a mask of "
+            "torch.nn.utils.prune), so that it cannot be written to: make it a parameter first, such as by "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if not layer.weight.is_floating_point():
+        raise TypeError(
+            f"the weight of layer {layer.name!r} is {layer.weight.dtype}; expected a floating-point dtype: layers that "
+            "are quantised already have no weights to solve for"
+        )
+
+
+def check_on_cpu(layers: Iterable[Layer]) -> None:
+    """Refuses layers elsewhere.
+
+    Raises:
+        NotImplementedError: a layer is on another device.
+    """
+    for layer in layers:
+        if layer.weight.device.type != "cpu":
+            raise NotImplementedError(
+                f"layer {layer.name!r} is on {layer.weight.device}; layers are solved on the CPU: model.cpu()"
+            )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -98,7 +166,7 @@ def batches_of(data: Any) -> Iterable[Any]:
     """
     if isinstance(data, (Tensor, Mapping)):
         return [data]
-    if isinstance(data, Iterator) or not isinstance(data, Iterable):
+    if isinstance(data, (Iterator, str, bytes)) or not isinstance(data, Iterable):
         raise TypeError(
             f"data is {type(data).__name__}; expected batches that can be gone through more than once: a list, a "
             "DataLoader, a tensor, or a mapping of the model's keyword arguments"
@@ -132,6 +200,9 @@ def mask_of(batch: Any) -> Tensor | None:
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients; afterwards each module is in the mode that it was in."""
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}; expected torch.nn.Module")
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:

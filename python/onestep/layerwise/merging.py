@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from onestep import linalg
-from onestep.layerwise.layers import Patterns, find_layers
+from onestep.layerwise.layers import Patterns, batches_of, check_on_cpu, find_layers
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.operands import LinAlgError
 
@@ -44,12 +44,15 @@ def merge(
         A new model.
 
     Raises:
-        ValueError: other than one ``data`` a model, fewer than two models, or models that differ in their parameters.
+        ValueError: other than one ``data`` a model, one without batches, fewer than two models, or models whose
+            parameters differ.
     """
     if len(models) < 2 or len(data) != len(models):
         raise ValueError(f"there are {len(models)} models and {len(data)} data; expected two or more, and as many data")
     if not 0.0 <= shrinkage <= 1.0:
         raise ValueError(f"shrinkage is {shrinkage!r}; expected a number from 0 to 1")
+    for model in models:
+        check_on_cpu(find_layers(model, layers).values())
     states = [model.state_dict() for model in models]
     for index, state in enumerate(states):
         shapes = {name: value.shape for name, value in state.items()}
@@ -60,6 +63,9 @@ def merge(
         for name, value in merged.state_dict().items():
             if value.is_floating_point():
                 value.copy_(torch.stack([state[name].to(dtype) for state in states]).mean(0))
+    for index, part in enumerate(data):
+        if next(iter(batches_of(part)), None) is None:
+            raise ValueError(f"data[{index}] has no batches; expected at least one")
     own = [
         LayerStatistics(model, layers, dtype=dtype).collect(part, progress=progress)
         for model, part in zip(models, data, strict=True)

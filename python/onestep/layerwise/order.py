@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep.evaluation.progress import Progress
-from onestep.layerwise.layers import Layer, Patterns, batches_of, find_layers
+from onestep.layerwise.layers import Layer, Patterns, batches_of, check_on_cpu, find_layers
 from onestep.layerwise.report import LayerReport
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.operands import LinAlgError
@@ -35,6 +35,7 @@ def solve_in_order(
     taken in one pass over the data, of the model as it was.
     """
     chosen = find_layers(model, layers)
+    check_on_cpu(chosen.values())
     batches = batches_of(data)
     first = next(iter(batches), None)
     if first is None:
@@ -61,12 +62,18 @@ def solve_in_order(
 def _called(model: nn.Module, chosen: dict[str, Layer], batch: Any) -> list[tuple[list[str], bool]]:
     """Groups of layers with the same inputs in the order of their first calls, and whether each is called once."""
     calls = LayerStatistics(model, list(chosen)).trace(batch)
-    groups: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    # What one expert becomes does not change what the others beside it are given.
+    beside = {name: (id(layer.module), layer.stack) for name, layer in chosen.items() if layer.stack is not None}
     for name, keys in calls.items():
-        groups.setdefault(tuple(keys), []).append(name)
-    called = [(names, len(keys) == 1) for keys, names in groups.items()]
+        groups.setdefault(beside.get(name) or tuple(keys), []).append(name)
     # Those that the first batch does not reach, such as experts that it has no rows for, come last, each by itself.
-    return called + [([name], False) for name in chosen if name not in calls]
+    last: list[str] = []
+    for name in chosen:
+        if name not in calls:
+            (groups[beside[name]] if beside.get(name) in groups else last).append(name)
+    called = [(names, all(len(calls.get(name, [])) == 1 for name in names)) for names in groups.values()]
+    return called + [([name], False) for name in last]
 
 
 class Sums:

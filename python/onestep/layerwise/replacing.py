@@ -85,7 +85,7 @@ def replace_blocks(
     finally:
         for handle in handles:
             handle.remove()
-    if seen.equations is None:
+    if seen.equations is None or seen.equations.count == 0:
         raise ValueError(f"no row of data reached the block {blocks[0]!r}")
     d = seen.equations.d
     sums = seen.equations.sums
@@ -128,7 +128,13 @@ def _run_of(model: nn.Module, blocks: Sequence[str]) -> tuple[Any, int, int]:
     places = [int(place) if place.isdigit() else -1 for _, _, place in names]
     if len(parents) != 1 or places != list(range(places[0], places[0] + len(places))) or places[0] < 0:
         raise ValueError(f"blocks is {list(blocks)}; expected neighbours of one container, such as blocks.1, blocks.2")
-    container = model.get_submodule(parents.pop())
+    parent = parents.pop()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected torch.nn.Module")
+    try:
+        container = model.get_submodule(parent)
+    except AttributeError:
+        raise ValueError(f"blocks is {list(blocks)}; the model has no module {parent!r}") from None
     if not isinstance(container, (nn.Sequential, nn.ModuleList)) or places[-1] >= len(container):
         raise ValueError(
             f"blocks is {list(blocks)}; expected blocks of an nn.Sequential or nn.ModuleList, which is "

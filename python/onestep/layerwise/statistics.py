@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep.evaluation.progress import Progress
+from onestep.layerwise.experts import ExpertCalls
 from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, mask_of
 from onestep.ops.operands import LinAlgError
 
@@ -73,7 +74,7 @@ class LayerStatistics:
     Args:
         model: any nn.Module.
         layers: a pattern of names such as "*.mlp.*", or several; those that begin with "!" leave layers out. nn.Linear
-            and transformers' Conv1D.
+            and transformers' Conv1D; of experts that are stacked in one parameter each one, "…experts.down_proj.3".
         teacher: a model with layers of the same names, whose outputs for the same batch are the targets.
         dtype: of the sums, torch.float32 or torch.float64. Rows of other dtypes are converted.
 
@@ -104,10 +105,13 @@ class LayerStatistics:
         self._model, self._teacher, self._dtype = model, teacher, dtype
         self._teachers: dict[str, Layer] = {}
         if teacher is not None:
-            self._teachers = find_layers(teacher, list(self._layers))
-            missing = [name for name in self._layers if name not in self._teachers]
-            if missing:
-                raise ValueError(f"teacher has no linear layer {missing[0]!r}; expected the model's layers")
+            self._teachers = find_layers(teacher, list(self._layers), what="teacher")
+            for name, layer in self._layers.items():
+                theirs, mine = self._teachers[name].weight.shape[0], layer.weight.shape[0]
+                if theirs != mine:
+                    raise ValueError(
+                        f"layer {name!r} of the teacher has {theirs} outputs; expected {mine}, the model's"
+                    )
         self.names = list(self._layers)
         self.batches = 0
         # Layers with the same sums share one object. Replaced, never written into.
@@ -155,9 +159,9 @@ class LayerStatistics:
         models = [self._model] if self._teacher is None else [self._teacher, self._model]
         with evaluating(*models):
             if self._teacher is not None:
-                with _hooks(self._teachers, lambda name: _after(seen.take_target, name), after=True):
+                with _hooks(self._teachers, seen.take_target, after=True):
                     call(self._teacher, batch)
-            before = _hooks(self._layers, lambda name: _before(seen.take_input, name), after=False)
+            before = _hooks(self._layers, seen.take_input, after=False)
             with before, suppress(_Enough):
                 call(self._model, batch)
         self._commit(seen)
@@ -181,6 +185,8 @@ class LayerStatistics:
             self.
         """
         batches = batches_of(data)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every!r}; expected a positive number of batches")
         if checkpoint is not None and Path(checkpoint).exists():
             self.load(checkpoint)
         with Progress(count_of(batches), enabled=progress, done=self.batches, what="statistics", unit="batch") as bar:
@@ -199,8 +205,13 @@ class LayerStatistics:
         """Adds what another one has seen, in this process or read from a file; returns self.
 
         Raises:
-            ValueError: it is of other layers.
+            TypeError: it is something else.
+            ValueError: it is of other layers, or its sums of another dtype.
         """
+        if not isinstance(other, LayerStatistics):
+            raise TypeError(f"other is {type(other).__name__}; expected LayerStatistics")
+        if other._dtype != self._dtype:
+            raise ValueError(f"other has {other._dtype} sums; expected {self._dtype}")
         if other.names != self.names:
             raise ValueError(f"other is of the layers {other.names[:3]}, ...; expected {self.names[:3]}, ...")
         merged: dict[tuple[int, int], InputSums] = {}
@@ -240,7 +251,7 @@ class LayerStatistics:
         """Takes everything from a file that ``save`` wrote; returns self.
 
         Raises:
-            ValueError: the file is of other layers or another dtype.
+            ValueError: the file is of other layers, other numbers of features, or another dtype.
         """
         state = torch.load(path, weights_only=True)
         unknown = [name for name in state["layers"] if name not in self._layers]
@@ -251,6 +262,10 @@ class LayerStatistics:
                 + f"; expected {self._dtype} sums of {len(self.names)} layers such as {self.names[0]!r}"
             )
         slots = [InputSums(*parts) for parts in state["inputs"]]
+        for name, index in state["layers"].items():
+            found, expected = len(slots[index].gram), self._layers[name].weight.shape[1]
+            if found != expected:
+                raise ValueError(f"{path} has {found} features of the layer {name!r}; expected {expected}")
         self._inputs = {name: slots[index] for name, index in state["layers"].items()}
         self._targets = {name: TargetSums(*parts) for name, parts in state["targets"].items()}
         self.batches = state["batches"]
@@ -262,7 +277,7 @@ class LayerStatistics:
         Nothing is added. Inputs are numbered; the same number is the same tensor.
         """
         seen = _Pass(self._dtype, None, None, sums=False)
-        with evaluating(self._model), _hooks(self._layers, lambda name: _before(seen.take_input, name), after=False):
+        with evaluating(self._model), _hooks(self._layers, seen.take_input, after=False):
             call(self._model, batch)
         return seen.given
 
@@ -375,21 +390,27 @@ def _after(take: Callable[[str, Tensor], None], name: str) -> Callable[..., None
 
 
 class _hooks:
-    """Hooks on layers, there for a ``with`` block."""
+    """Hooks on layers, there for a ``with`` block: ``take(name, input)``, or ``take(name, output)`` after the call."""
 
-    def __init__(self, layers: dict[str, Layer], make: Callable[[str], Callable[..., None]], *, after: bool) -> None:
-        self._layers, self._make, self._after = layers, make, after
-        self._handles: list[Any] = []
+    def __init__(self, layers: dict[str, Layer], take: Callable[[str, Tensor], None], *, after: bool) -> None:
+        self._layers, self._take, self._after = layers, take, after
+        self._open = ExitStack()
 
     def __enter__(self) -> None:
+        stacked = [layer for layer in self._layers.values() if layer.stack is not None]
         for name, layer in self._layers.items():
-            hook = self._make(name)
-            self._handles.append(
-                layer.module.register_forward_hook(hook)
-                if self._after
-                else layer.module.register_forward_pre_hook(hook, with_kwargs=True)
-            )
+            if layer.stack is None:
+                handle: Any = (
+                    layer.module.register_forward_hook(_after(self._take, name))
+                    if self._after
+                    else layer.module.register_forward_pre_hook(_before(self._take, name), with_kwargs=True)
+                )
+                self._open.callback(handle.remove)
+        if stacked:
+            names = {layer.weight.data_ptr(): layer.name for layer in stacked}
+            modules = {id(layer.module): layer.module for layer in stacked}.values()
+            take = {"after" if self._after else "before": self._take}
+            self._open.enter_context(ExpertCalls(names, modules, **take))
 
     def __exit__(self, *unused: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._open.close()

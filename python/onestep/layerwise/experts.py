@@ -1,0 +1,107 @@
+"""Mixtures whose experts are stacked in one parameter (experts, outputs, features), as transformers 5 stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# What transformers calls them.
+_NAMES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def stacks_of(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own parameters that are a stack of weights, one for each expert, by name."""
+    own = dict(module.named_parameters(recurse=False))
+    return {name: parameter for name, parameter in own.items() if name in _NAMES and parameter.dim() == 3}
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why the stacks of a module cannot be solved for; None: they can."""
+    if getattr(module, "is_transposed", False):
+        return "are stored transposed (experts, features, outputs)"
+    if getattr(module, "has_bias", False):
+        return "have biases"
+    return None
+
+
+class ExpertCalls(TorchFunctionMode):
+    """Sees each product of rows with one expert's weight, there for a ``with`` block.
+
+    Modules of transformers multiply all experts at once, or one after the other by torch.nn.functional.linear; here
+    they do the latter.
+
+    Args:
+        names: of the experts that are looked for, by the address of their weights.
+        modules: that have them.
+        before: called with the name and the rows.
+        after: called with the name and the result.
+    """
+
+    def __init__(
+        self,
+        names: dict[int, str],
+        modules: Iterable[nn.Module],
+        *,
+        before: Callable[[str, Tensor], None] | None = None,
+        after: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._names, self._modules, self._before, self._after = names, list(modules), before, after
+        self._addresses = {part.data_ptr() for module in self._modules for part in _parts(module)}
+        self._products = 0
+        self._own: list[tuple[nn.Module, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for each of its functions."""
+        kwargs = kwargs or {}
+        if func is not F.linear:
+            return func(*args, **kwargs)
+        address = (args[1] if len(args) > 1 else kwargs["weight"]).data_ptr()
+        self._products += address in self._addresses
+        name = self._names.get(address)
+        if name is not None and self._before is not None:
+            self._before(name, args[0] if args else kwargs["input"])
+        out = func(*args, **kwargs)
+        if name is not None and self._after is not None:
+            self._after(name, out)
+        return out
+
+    def __enter__(self) -> ExpertCalls:
+        for module in self._modules:
+            self._own.append((module, module.__dict__.get("forward")))
+            module.forward = self._one_by_one(module)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for module, forward in self._own:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+    def _one_by_one(self, module: nn.Module) -> Callable[..., Any]:
+        # transformers' decorator, which chooses how experts are multiplied, keeps the plain loop as __wrapped__.
+        plain = type(module).forward
+        plain = getattr(plain, "__wrapped__", plain)
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            before = self._products
+            out = plain(module, hidden, *args, **kwargs)
+            if self._products == before and hidden.numel() > 0:
+                raise NotImplementedError(
+                    f"{type(module).__name__} does not multiply by one expert's weight at a time "
+                    "(torch.nn.functional.linear): leave its layers out, such as by layers=['*', '!*.experts.*']"
+                )
+            return out
+
+        return forward
+
+
+def _parts(module: nn.Module) -> Iterable[Tensor]:
+    return (part for stack in stacks_of(module).values() for part in stack.detach())
