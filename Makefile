@@ -20,7 +20,7 @@ QUIET_THREADS := OMP_WAIT_POLICY=passive
 $(VENV)/.environment: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) numpy torch pytest pytest-benchmark pytest-xdist scikit-learn scipy pandas rich safetensors matplotlib tqdm \
-	    transformers accelerate lightning keras shtab statsmodels \
+	    transformers accelerate lightning keras shtab statsmodels rdkit chemicals babel pycountry num2words \
 	    hypothesis ruff mypy import-linter clang-format cmake ninja pybind11 scikit-build-core
 	touch $@
 
@@ -32,9 +32,10 @@ demo: $(VENV)/.package
 	$(BIN)/python examples/house_prices.py
 	$(BIN)/python examples/text_generation.py --quick
 
-# Every example whole, pictures included.
+# Every example whole, pictures included; what is left out are their shared parts.
+SHARED := common race canvases melting_points passages make_houses
 examples: $(VENV)/.package
-	set -e; for script in $(filter-out examples/common.py examples/make_houses.py,$(wildcard examples/*.py)); do \
+	set -e; for script in $(filter-out $(SHARED:%=examples/%.py),$(wildcard examples/*.py)); do \
 	    echo "== $$script"; $(BIN)/python $$script; done
 
 test: test-cpp test-python test-targets test-emulated

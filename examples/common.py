@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 OUTPUT = Path(__file__).resolve().parent / "output"
+# So much of Adam's seconds its rate grows.
+WARM_UP = 0.05
 COLORS = ("#c0392b", "#2c6fbb", "#7f8c8d", "#27864e")
 
 
@@ -53,7 +55,7 @@ def adam(
     seconds: float,
     every: int = 50,
 ) -> Run:
-    """Adam for so many seconds at each rate, which falls to zero along a cosine; the run that ends lowest.
+    """Adam for so many seconds at each rate, which warms up and falls to zero along a cosine; the run that ends lowest.
 
     Args:
         loss_of: (model, number of the step) → the loss of that step's rows.
@@ -64,7 +66,7 @@ def adam(
     for rate in rates:
         model = make_model()
         run = Run(f"Adam, best of {len(rates)} rates ({rate:g})", model)
-        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
         spent, step = 0.0, 0
         run.note(0.0, value_of(model))
         while spent < seconds:
@@ -72,7 +74,7 @@ def adam(
             for _ in range(every):
                 part = min(1.0, (spent + time.perf_counter() - began) / seconds)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * part))
+                    group["lr"] = rate * min(1.0, (part + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * part))
                 optimizer.zero_grad()
                 loss_of(model, step).backward()
                 optimizer.step()
@@ -83,18 +85,34 @@ def adam(
     return min(runs, key=lambda run: run.last)
 
 
-def solved(method: str, model: nn.Module, value_of: Callable[[], float]) -> tuple[Run, Callable[[object], None]]:
-    """A run of ``onestep.fit``, and the callback that notes its steps. The clock stands still meanwhile."""
-    run, began, told = Run(method, model), time.perf_counter(), 0.0
-    run.note(0.0, value_of())
+def solved(
+    method: str, model: nn.Module, value_of: Callable[[], float], *, every: int = 1
+) -> tuple[Run, Callable[[object], None]]:
+    """A run of ``onestep.fit``, and the callback that notes one of ``every`` steps. The clock stands still meanwhile.
 
-    def callback(_record: object) -> None:
-        nonlocal told
+    With ``every`` above 1 call it once more after the fit, with None, to note the end.
+    """
+    run, began, told, step = Run(method, model), time.perf_counter(), 0.0, 0
+    run.note(0.0, value_of())
+    began = time.perf_counter()
+
+    def callback(record: object) -> None:
+        nonlocal told, step
+        step += 1
+        if record is not None and step % every:
+            return
         entered = time.perf_counter()
         run.note(entered - began - told, value_of())
         told += time.perf_counter() - entered
 
     return run, callback
+
+
+def rows_of_step(count: int, batch: int, step: int) -> Tensor:
+    """The indices of a step's rows of ``count``, in an order drawn anew for each pass."""
+    steps = max(1, count // batch)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(step // steps))
+    return order[step % steps * batch :][:batch]
 
 
 def print_table(what: str, runs: Sequence[Run], form: str = ".2e") -> None:
