@@ -209,15 +209,13 @@ def draw_canvas(axes: Axes, canvases: Canvases, model: nn.Module, index: int) ->
     for box, digit in zip(boxes[sureness > 0.5], digits[sureness > 0.5].tolist(), strict=True):
         true = overlaps(box[None], canvases.boxes[index])[0] >= 0.5
         color = "#27864e" if digit in canvases.digits[index][true] else "#c0392b"
-        axes.add_patch(
-            Rectangle((box[:2] - 0.5).tolist(), *(box[2:] - box[:2]).tolist(), fill=False, color=color, linewidth=1.5)
-        )
-        axes.text(*(box[:2] + 0.5).tolist(), str(digit), color=color, fontsize=11, va="top")
+        x, y, width, height = torch.cat([box[:2] - 0.5, box[2:] - box[:2]]).tolist()
+        axes.add_patch(Rectangle((x, y), width, height, fill=False, color=color, linewidth=1.5))
+        axes.text(x + 1, y + 1, str(digit), color=color, fontsize=11, va="top")
     axes.set_axis_off()
 
 
 def draw(runs: list[Run], best: nn.Module, held: Canvases) -> None:
-    """The picture."""
     figure = plt.figure(figsize=(13, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1))
     for index, axes in enumerate(left.subplots(2, 5).flat):
