@@ -46,7 +46,7 @@ class Effort:
 
 
 FULL = Effort(128, 3, 200, (2e-3, 4e-3, 8e-3), (0.02, 0.04), 16, 160, 160)
-QUICK = Effort(48, 1, 24, (4e-3,), (0.03,), 4, 40, 16)
+QUICK = Effort(48, 1, 16, (4e-3,), (0.03,), 4, 40, 16)
 
 
 class GPT(nn.Module):

@@ -108,7 +108,7 @@ def network(data: Molecules, fit: np.ndarray, checked: np.ndarray, decays: tuple
             "mse",
             method="levenberg_marquardt",
             weight_decay=decay,
-            max_steps=40,
+            max_steps=30,
             validation=(X[checked], y[checked]),
             patience=5,
             progress=False,
@@ -148,7 +148,7 @@ def compare(data: Molecules, rows: int, quick: bool) -> list[Fitted]:
     inside = GroupShuffleSplit(1, test_size=0.2, random_state=1).split(data.train, groups=data.scaffolds[data.train])
     fit, checked = (data.train[part] for part in next(inside))
     decays = DECAYS[:1] if quick else DECAYS
-    trees = HistGradientBoostingRegressor(max_iter=10 if quick else 300, early_stopping=True, random_state=0)
+    trees = HistGradientBoostingRegressor(max_iter=10 if quick else 150, early_stopping=True, random_state=0)
     return [
         timed("onestep.RidgeCV", lambda: onestep.RidgeCV(ALPHAS).fit(X, y).predict(X_held)),
         timed("scikit-learn's RidgeCV", lambda: SklearnRidgeCV(ALPHAS).fit(X, y).predict(X_held)),
@@ -187,8 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer molecules")
     quick = parser.parse_args().quick
-    data = load(400 if quick else 6000, not quick)
-    results = compare(data, 200 if quick else 1500, quick)
+    data = load(400 if quick else 4000, not quick)
+    results = compare(data, 200 if quick else 1000, quick)
     y = data.melting[data.held]
     results.sort(key=lambda result: np.abs(result.foretold - y).mean())
     print(f"melting points of {len(data.train):,} molecules, and of {len(y):,} with other scaffolds, held out")
