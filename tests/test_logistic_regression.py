@@ -12,6 +12,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from onestep import LogisticRegression, PoissonRegressor
 from onestep.estimators import _newton
+from onestep.estimators._problem import Point, Problem
+from onestep.estimators._small import SmallProblem
+from onestep.solvers.coordinates import Coordinates
 
 
 @parametrize_with_checks([LogisticRegression(), PoissonRegressor()])
@@ -210,3 +213,41 @@ def test_poisson_far_from_the_start(rng):
 def test_poisson_bad_counts(y, message):
     with pytest.raises(ValueError, match=message):
         PoissonRegressor().fit([[0.0], [1.0]], y)
+
+
+@pytest.mark.parametrize("family", ["logistic", "poisson"])
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_small_problems_are_the_same_as_large_ones(rng, family, intercept, weighted):
+    """Loss, gradient, slope, curvature and products of the copy in numpy against the kernels' passes over X."""
+    X = torch.from_numpy(rng.normal(size=(40, 5)) * [1, 10, 0.1, 1, 1] + 3)
+    y = torch.from_numpy(rng.integers(0, 2, size=40).astype(float))
+    weight = torch.from_numpy(rng.uniform(0.5, 2, size=40)) if weighted else None
+    problem = Problem(X, y, family, weight, 0.1, Coordinates.of(X, weight, intercept=intercept))
+    small = SmallProblem.of(problem)
+    assert type(small) is SmallProblem
+    V, direction = torch.from_numpy(rng.normal(size=(2, 5 + intercept)) / 4)
+    ours, general = small.at(V), problem.at(V)
+    assert (ours.loss, ours.slope) == pytest.approx((general.loss, general.slope), rel=1e-12)
+    torch.testing.assert_close(ours.grad, general.grad, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(ours.product(direction), general.product(direction), rtol=1e-11, atol=1e-13)
+    curvature = ours.model.diagonal_curvature()[:, 0]
+    torch.testing.assert_close(curvature, general.model.diagonal_curvature()[:, 0], rtol=1e-11, atol=0)
+    torch.testing.assert_close(small.gram(curvature), problem.gram(curvature), rtol=1e-10, atol=1e-10)
+
+
+def test_a_sample_with_rows_enough_saves_the_products(monkeypatch, rng):
+    """Steps by the factor of a sample's Hessian alone reach the minimum of all rows."""
+    monkeypatch.setattr(_newton, "_SAMPLES", (400, 100))
+    X = rng.normal(size=(40_000, 4))
+    y = X[:, 0] + rng.logistic(size=len(X)) > 0.5
+    product = Point.product
+
+    def of_samples_only(point, direction):
+        assert len(point.problem.X) < len(X)
+        return product(point, direction)
+
+    monkeypatch.setattr(Point, "product", of_samples_only)
+    ours = LogisticRegression().fit(X, y)
+    theirs = linear_model.LogisticRegression(tol=1e-10, max_iter=1000).fit(X, y)
+    assert objective(ours, X, y) <= objective(theirs, X, y) * (1 + 1e-10)

@@ -20,7 +20,7 @@ def encode_labels(y: Array) -> tuple[Array, Array]:
         if int(labels.max()) - least < _COUNTED_RANGE:
             # Unsigned labels above 2⁶³ are in no signed type; differences of small signed ones are not in their own.
             wide = np.dtype(np.uint64 if labels.dtype.kind == "u" else np.int64).type
-            offsets = np.subtract(labels, wide(least), dtype=wide, casting="unsafe").astype(np.int64)
+            offsets = np.subtract(labels, wide(least), dtype=wide, casting="unsafe").astype(np.int64, copy=False)
             present = np.bincount(offsets) > 0
             classes = (np.flatnonzero(present).astype(wide) + wide(least)).astype(labels.dtype)
             return classes, offsets if present.all() else (np.cumsum(present) - 1)[offsets]

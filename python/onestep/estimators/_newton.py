@@ -8,6 +8,7 @@ few rows it is the Hessian itself, and a step is a Cholesky solve.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,8 +24,12 @@ from onestep.linalg import cholesky_ex, cholesky_solve
 # next larger one, and its Hessian, whose error is about √(parameters / rows), the preconditioner there.
 _SAMPLES = (32768, 8192)
 _ROWS_PER_PARAMETER = 16
-# The full problem starts at the sample's minimum, which is a statistical distance off: digits would be wasted on it.
-_SAMPLE_TOLERANCE = 1e-3
+# The largest is of an eighth of many rows, as far as its Gram matrix takes less time than a pass over all of them.
+_SAMPLE_SHARE = 8
+_SAMPLE_WIDTH = 64
+# The full problem starts at the sample's minimum, which is a statistical distance off: its squared decrement there is
+# about parameters / rows. More digits than a tenth of that would be wasted.
+_SAMPLE_DECREMENT = 0.1
 _SAMPLE_STEPS = 15
 
 # The Hessian of several classes, a Gram matrix per pair of them, is assembled and factored up to this size.
@@ -42,6 +47,9 @@ _LAST_CG_TOLERANCE = 0.3
 _CG_ITERATIONS = 200
 # So many iterations say that the factor is of a Hessian too far away.
 _STALE_ITERATIONS = 8
+
+# Steps by the sample's factor alone go on while each lowers the squared decrement by this factor.
+_CONTRACTION = 0.1
 
 _SUFFICIENT_DECREASE = 1e-4
 _HALVINGS = 30
@@ -96,7 +104,8 @@ def minimise(problem: Problem, shape: tuple[int, ...], warm: Tensor | None, *, t
     Where there are rows enough, the minimum of a sample of them is the start, if it is better.
     """
     levels = [problem]
-    for rows in _SAMPLES:
+    share = len(problem.X) // (_SAMPLE_SHARE * max(1, math.prod(shape) // _SAMPLE_WIDTH))
+    for rows in (max(share, _SAMPLES[0]), *_SAMPLES):
         sample = levels[-1].sampled(max(rows, _ROWS_PER_PARAMETER * math.prod(shape)))
         if sample is not levels[-1]:
             levels.append(sample)
@@ -104,13 +113,16 @@ def minimise(problem: Problem, shape: tuple[int, ...], warm: Tensor | None, *, t
     start, null_loss = (warm, math.inf) if warm is not None else problem.null(shape)
     if sample is problem or max_iter == 0:
         return _checked(_newton(problem, sample, problem.at(start), tol, max_iter))
-    V, smaller = start, levels[-1]
-    for level in reversed(levels[1:]):
-        V = _newton(level, smaller, level.at(V), _SAMPLE_TOLERANCE, _SAMPLE_STEPS).point.V
-        smaller = level
-    near = problem.at(V)
-    better = near.loss < (null_loss if warm is None else problem.at(start).loss)
-    return _checked(_newton(problem, sample, near if better else problem.at(start), tol, max_iter))
+    V, near = start, None
+    for smaller, level in itertools.pairwise((levels[-1], *reversed(levels[1:]))):
+        least = _SAMPLE_DECREMENT * math.prod(shape) / len(level.X)
+        near = _newton(level, smaller, level.at(V), tol, _SAMPLE_STEPS, near=near, least=least).point
+        V = near.V
+    point = problem.at(V)
+    better = point.loss < (null_loss if warm is None else problem.at(start).loss)
+    if not better:
+        point, near = problem.at(start), None
+    return _checked(_newton(problem, sample, point, tol, max_iter, near=near))
 
 
 def _checked(found: Minimum) -> Minimum:
@@ -119,8 +131,18 @@ def _checked(found: Minimum) -> Minimum:
     return replace(found, runaway=True) if unpenalised and runaway_step(found.point) else found
 
 
-def _newton(problem: Problem, sample: Problem, point: Point, tol: float, max_iter: int) -> Minimum:
-    precondition, stale = None, False
+def _newton(
+    problem: Problem,
+    sample: Problem,
+    point: Point,
+    tol: float,
+    max_iter: int,
+    *,
+    near: Point | None = None,
+    least: float = 0.0,
+) -> Minimum:
+    """Newton steps from ``point``; ``near``: the sample there; ``least``: a squared decrement that is small enough."""
+    precondition, stale, direct = None, False, sample is not problem
     goal = _OVERSHOOT * tol
     step, decrement = 0, math.inf
     while True:
@@ -138,10 +160,18 @@ def _newton(problem: Problem, sample: Problem, point: Point, tol: float, max_ite
             break
         fresh = precondition is None or stale
         if precondition is None or stale:
-            precondition, stale = _preconditioner(point if sample is problem else sample.at(point.V)), False
+            precondition = _preconditioner(point if sample is problem else near or sample.at(point.V))
+            near, stale = None, False
         tolerance = max(_CG_TOLERANCE, 0.5 * goal / point.slope) if point.slope > goal else _CG_TOLERANCE
-        direction, iterations = newton_direction(point, precondition, min(_LAST_CG_TOLERANCE, tolerance))
-        decrement = -torch.dot(point.grad.flatten(), direction.flatten()).item()
+        if direct and precondition.exact:
+            # The inverse of a sample's Hessian is off by little: a step by it alone takes a pass, a product another.
+            direction, iterations = precondition.solve(-point.grad.flatten()).view_as(point.V), 0
+        else:
+            direction, iterations = newton_direction(point, precondition, min(_LAST_CG_TOLERANCE, tolerance))
+        last, decrement = decrement, -torch.dot(point.grad.flatten(), direction.flatten()).item()
+        direct = direct and decrement <= _CONTRACTION * last
+        if decrement <= least:
+            return Minimum(point, step, True)
         if level:
             if decrement <= target:
                 return Minimum(point, step, True)
@@ -207,8 +237,7 @@ def _preconditioner(point: Point) -> _Preconditioner:
         return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
     curvature = point.model.diagonal_curvature()
     if V.numel() <= _LARGEST_GRAM:
-        H = problem.coordinates.gram(problem.X, curvature[:, 0])
-        L, scale = _factor(H / problem.total, penalties.flatten(), problem.X.dtype)
+        L, scale = _factor(problem.gram(curvature[:, 0]) / problem.total, penalties.flatten(), problem.X.dtype)
         return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
     diagonal = (problem.coordinates.squares(problem.X, curvature) / problem.total + penalties).flatten()
     # A feature that is zero in the sample: whatever scale the others have.
@@ -235,16 +264,18 @@ def _factor(H: Tensor, penalties: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     The diagonal is raised as far as the rounding of H (from X of `dtype`), or directions in which nothing bends
     (dependent features, the common shift of softmax), demand.
     """
-    diagonal = H.diagonal(dim1=-2, dim2=-1) + penalties
+    diagonal = H.diagonal() + penalties
     # An output that no row bends any more: in units of the others.
-    least = diagonal.amax(-1, keepdim=True) * 1e-16
-    scale = diagonal.clamp_min(torch.finfo(torch.float64).tiny).maximum(least).rsqrt()
-    scaled = (H + torch.diag_embed(penalties)) * scale[..., None] * scale[..., None, :]
+    least = max(diagonal.max().item() * 1e-16, torch.finfo(torch.float64).tiny)
+    scale = diagonal.clamp_min(least).rsqrt()
+    scaled = H * scale[:, None] * scale
     raised = 0.01 * max(torch.finfo(dtype).eps, 1e-12)
+    scaled.diagonal().add_(penalties * scale.square()).add_(raised)
     while True:
-        L, info = cholesky_ex(scaled + raised * torch.eye(H.shape[-1], dtype=H.dtype))
-        if not info.any() or raised > 1:
+        L, info = cholesky_ex(scaled)
+        if not int(info) or raised > 1:
             return L, scale
+        scaled.diagonal().add_(99 * raised)
         raised *= 100
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onestep.estimators._newton import Minimum, minimise, newton_pays
 from onestep.estimators._problem import Problem, total_weight
+from onestep.estimators._small import SmallProblem
 from onestep.solvers.coordinates import Coordinates
 from onestep.solvers.multinomial import DenseRows, Gram, Solution, solve_multinomial
 
@@ -44,7 +45,7 @@ class Path:
         if self._family == "softmax" and not newton_pays(len(self.X), self.shape):
             return solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
         problem = Problem(self.X, self._y, self._family, self._weight, penalty, self.coordinates)
-        return minimise(problem, self.shape, V, tol=tol, max_iter=max_iter)
+        return minimise(SmallProblem.of(problem), self.shape, V, tol=tol, max_iter=max_iter)
 
     def weights(self, found: Minimum | Solution) -> Tensor:
         """W of a solution, with the intercepts' row last; float64."""

@@ -91,6 +91,10 @@ class Problem:
         slope = (slopes.abs() - self.rounding.reshape(-1, *(1,) * (V.dim() - 1))).max().item()
         return Point(V, loss, self.coordinates.pull_back(mean) + penalty, slope, model, self)
 
+    def gram(self, curvature: Tensor) -> Tensor:
+        """The Hessian of the summed loss of one output, (p, p) float64, from each row's w ℓ″."""
+        return self.coordinates.gram(self.X, curvature)
+
     def null(self, shape: tuple[int, ...]) -> tuple[Tensor, float]:
         """The best V of given shape with an intercept alone, and its loss, which takes no pass over X."""
         V = torch.zeros(shape, dtype=torch.float64)

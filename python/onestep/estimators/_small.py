@@ -1,0 +1,100 @@
+"""The objective of one output on so few numbers that a step's time would be that of calls, not of arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import expit
+from torch import Tensor
+
+from onestep.estimators._arrays import Array
+from onestep.estimators._problem import Point, Problem
+from onestep.linalg import gram
+
+# The rows are copied, centred and scaled, up to so many elements: a megabyte.
+_MOST_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows (n, p) and w ℓ″ of each (n,): what `Point` asks of a model."""
+
+    rows: Array
+    curvature: Array
+
+    def diagonal_curvature(self) -> Tensor:
+        return torch.from_numpy(self.curvature)[:, None]
+
+
+class _SmallPoint(Point):
+    def product(self, direction: Tensor) -> Tensor:
+        rows, curvature = self.model.rows, self.model.curvature  # type: ignore[attr-defined]
+        moved = curvature * np.einsum("ij,j->i", rows, direction.numpy())
+        summed = torch.from_numpy(np.einsum("ij,i->j", rows, moved))
+        return summed / self.problem.total + self.problem.penalties(direction) * direction
+
+
+@dataclass(frozen=True)
+class SmallProblem(Problem):
+    """`Problem` for a logistic or Poisson loss, on a float64 copy of the centred and scaled rows.
+
+    Sums are numpy's einsum, which no number of threads changes.
+    """
+
+    @staticmethod
+    def of(problem: Problem) -> Problem:
+        """The same problem, or ``problem`` itself where it is large, or has rows that have to be left out."""
+        n, d = problem.X.shape
+        known = problem.family in ("logistic", "poisson") and n * (d + 1) <= _MOST_ELEMENTS
+        if not known or (problem.weight is not None and not problem.weight.numpy().all()):
+            return problem
+        small = SmallProblem(problem.X, problem.y, problem.family, problem.weight, problem.penalty, problem.coordinates)
+        return small if np.isfinite(small._rows).all() else problem
+
+    @cached_property
+    def _rows(self) -> Array:
+        shift, scale = self.coordinates.shift.numpy(), self.coordinates.scale.numpy()
+        n, d = self.X.shape
+        rows = np.ones((n, d + self.coordinates.intercept))
+        np.subtract(self.X.numpy(), shift, out=rows[:, :d])
+        rows[:, :d] /= scale
+        return rows
+
+    @cached_property
+    def _shared(self) -> tuple[Array, Array | None, Array, Any]:
+        """y, weight, the penalties of V, all float64, and rows as a tensor."""
+        weight = None if self.weight is None else self.weight.numpy().astype(np.float64)
+        penalties = self.penalties(torch.empty(self._rows.shape[1])).numpy()
+        return self.y.numpy().astype(np.float64), weight, penalties, torch.from_numpy(self._rows)
+
+    def at(self, V: Tensor) -> Point:
+        y, weight, penalties, _ = self._shared
+        v, d = V.numpy(), self.X.shape[1]
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores = np.einsum("ij,j->i", self._rows, v)
+            if self.family == "logistic":
+                mean = expit(scores)
+                losses, curvature = np.logaddexp(0.0, scores) - y * scores, mean * (1.0 - mean)
+            else:
+                mean = curvature = np.exp(scores)
+                losses = mean - y * scores
+            residual = mean - y
+            if weight is not None:
+                losses, curvature, residual = weight * losses, weight * curvature, weight * residual
+            pull = penalties * v
+            gradient = np.einsum("ij,i->j", self._rows, residual) / self.total + pull
+            loss = float(losses.sum() / self.total + 0.5 * (pull * v).sum())
+            slopes = gradient[:d] * self.coordinates.scale.numpy()
+            if self.coordinates.intercept:
+                slopes = np.append(slopes + self.coordinates.shift.numpy() * gradient[-1], gradient[-1])
+            slope = float((abs(slopes) - self.rounding.numpy()).max())
+        model: Any = _Rows(self._rows, curvature)
+        return _SmallPoint(V, loss if math.isfinite(loss) else math.inf, torch.from_numpy(gradient), slope, model, self)
+
+    def gram(self, curvature: Tensor) -> Tensor:
+        return gram(self._shared[3], weight=curvature)[0]
