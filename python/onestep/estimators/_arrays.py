@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.sparse import csr_array
 from sklearn.utils.validation import check_array
 from torch import Tensor
 
@@ -53,6 +54,19 @@ def to_tensor(array: Array) -> Tensor:
 def give_back(value: Tensor, *, tensors: bool) -> Any:
     """`value` as the caller works: the tensor itself, or a numpy array (a numpy scalar if it has no dimensions)."""
     return value if tensors else value.numpy()[()]
+
+
+def sparse_operand(X: Any) -> Any:
+    """X itself, but a torch tensor in CSR or CSC form as a scipy matrix over its memory."""
+    if isinstance(X, Tensor) and X.layout in (torch.sparse_csr, torch.sparse_csc) and X.device.type == "cpu":
+        X = X.detach()
+        rows_first = X.layout == torch.sparse_csr
+        outer, inner = (X.crow_indices(), X.col_indices()) if rows_first else (X.ccol_indices(), X.row_indices())
+        values = X.values().float() if X.dtype in (torch.bfloat16, torch.float16) else X.values()
+        shape = tuple(X.shape) if rows_first else tuple(X.shape)[::-1]
+        matrix = csr_array((values.numpy(), inner.numpy(), outer.numpy()), shape=shape)
+        X = matrix if rows_first else matrix.T
+    return X
 
 
 def check_alphas(name: str, value: Any, *, positive: bool) -> Array:

@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import FLOATS, Array, check_weight, give_back, to_numpy, to_tensor
+from onestep.estimators._arrays import FLOATS, Array, check_weight, give_back, sparse_operand, to_numpy, to_tensor
 
 
 class FitData(NamedTuple):
@@ -51,6 +51,17 @@ class LinearEstimator:
         weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, X.shape[0], X.dtype))
         return FitData(to_tensor(X), y, weight, tensors)
 
+    def _check_sparse(
+        self, X: Any, y: Any, sample_weight: Any, *, tensors: bool, y_numeric: bool
+    ) -> tuple[Any, FitData]:
+        """A scipy.sparse X in CSR form, and the arguments with a tensor of its shape and type, of no memory, as X."""
+        X, y = validate_data(
+            self, X, to_numpy("y", y), dtype=FLOATS, accept_sparse="csr", multi_output=True, y_numeric=y_numeric
+        )
+        weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, X.shape[0], X.dtype))
+        like = torch.zeros(1, 1, dtype=torch.float32 if X.dtype == np.float32 else torch.float64).expand(X.shape)
+        return X, FitData(like, y, weight, tensors)
+
     def _set_coefficients(self, coef: Tensor, intercept: Tensor, data: FitData, *, fit_intercept: bool) -> None:
         """Keep W (d, k) and b (k,) in X's type and kind, with scikit-learn's shapes: one target gives a 1-D coef_."""
         single = coef.shape[1] == 1
@@ -66,14 +77,22 @@ class LinearEstimator:
         """X coef_ᵀ + intercept_, in the type and kind of X."""
         check_is_fitted(self)
         tensors = isinstance(X, Tensor)
+        if self._accepts_sparse:
+            X = sparse_operand(X)
         if self._accepts_sparse and issparse(X):
             rows = validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False)
             coef = to_numpy("coef_", self.coef_).astype(rows.dtype, copy=False)
-            return rows @ coef.T + to_numpy("intercept_", self.intercept_)
+            scores = (rows @ coef.T + to_numpy("intercept_", self.intercept_)).astype(rows.dtype, copy=False)
+            return give_back(torch.from_numpy(scores), tensors=tensors)
         x = to_tensor(validate_data(self, to_numpy("X", X), dtype=FLOATS, reset=False))
         coef = torch.as_tensor(self.coef_).to(x.dtype)
         values = x @ (coef if coef.ndim == 1 else coef.mT)
         return give_back(values.add_(torch.as_tensor(self.intercept_).to(x.dtype)), tensors=tensors)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()  # type: ignore[misc]
+        tags.input_tags.sparse = self._accepts_sparse
+        return tags
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """scikit-learn's score: R² of a regressor, accuracy of a classifier.
@@ -86,7 +105,7 @@ class LinearEstimator:
         Returns:
             The score, 1.0 at best.
         """
-        inputs = to_numpy("X", X), to_numpy("y", y), to_numpy("sample_weight", sample_weight)
+        inputs = to_numpy("X", sparse_operand(X)), to_numpy("y", y), to_numpy("sample_weight", sample_weight)
         return float(super().score(*inputs))  # type: ignore[misc]
 
 

@@ -239,7 +239,7 @@ def _preconditioner(point: Point) -> _Preconditioner:
     if V.numel() <= _LARGEST_GRAM:
         L, scale = _factor(problem.gram(curvature[:, 0]) / problem.total, penalties.flatten(), problem.X.dtype)
         return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
-    diagonal = (problem.coordinates.squares(problem.X, curvature) / problem.total + penalties).flatten()
+    diagonal = (problem.squares(curvature) / problem.total + penalties).flatten()
     # A feature that is zero in the sample: whatever scale the others have.
     diagonal = diagonal.clamp_min(diagonal.mean().item() * 1e-6 + torch.finfo(torch.float64).tiny)
     return _Preconditioner(lambda v: v / diagonal, False, False, problem)

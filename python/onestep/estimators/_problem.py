@@ -95,6 +95,10 @@ class Problem:
         """The Hessian of the summed loss of one output, (p, p) float64, from each row's w ℓ″."""
         return self.coordinates.gram(self.X, curvature)
 
+    def squares(self, curvature: Tensor) -> Tensor:
+        """The diagonals of the summed loss's Hessian (p, k), from each row's w ℓ″ (n, k)."""
+        return self.coordinates.squares(self.X, curvature)
+
     def null(self, shape: tuple[int, ...]) -> tuple[Tensor, float]:
         """The best V of given shape with an intercept alone, and its loss, which takes no pass over X."""
         V = torch.zeros(shape, dtype=torch.float64)

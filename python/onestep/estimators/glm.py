@@ -9,26 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import d2_tweedie_score
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import FLOATS, Array, check_flag, check_weight, give_back, to_numpy, to_tensor
+from onestep.estimators._arrays import Array, check_flag, give_back, sparse_operand, to_numpy
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
-from onestep.estimators._newton import Minimum
+from onestep.estimators._newton import Minimum, minimise
 from onestep.estimators._path import Path
 from onestep.estimators._problem import total_weight
+from onestep.estimators._sparse import SparsePoisson, dense_if_small, is_large_sparse
 from onestep.solvers.multinomial import Solution, SparseRows, solve_multinomial
 from onestep.solvers.multinomial.sparse import coordinates_of
-
-# A sparse matrix of so many elements, zeros included, is solved by Newton's method as a dense one: half a megabyte.
-_SMALL_SPARSE = 1 << 16
 
 
 def check_number(name: str, value: Any, *, integer: bool = False, positive: bool = False) -> Any:
@@ -165,7 +162,8 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
 
         Args:
             X: (n, d), fp32 or fp64 of any strides, read in place; other numbers are converted to fp64 (16-bit tensors
-                to fp32). Array, data frame, CPU tensor or scipy.sparse (CSR in place, else converted to CSR).
+                to fp32). Array, data frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor (CSR in place,
+                else converted to CSR).
             y: (n,) labels of any kind, of two classes or more.
             sample_weight: (n,) or a number, >= 0; None for ones.
 
@@ -181,10 +179,10 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
             sklearn.exceptions.ConvergenceWarning: max_iter was reached, or the precision of X's dtype.
         """
         inverse_penalty = check_number("C", self.C, positive=True)
-        if issparse(X):
-            if math.prod(X.shape) > _SMALL_SPARSE:
-                return self._fit_sparse(X, y, sample_weight, inverse_penalty)
-            X = X.toarray()
+        X, given = sparse_operand(X), X
+        if is_large_sparse(X):
+            return self._fit_sparse(X, y, sample_weight, inverse_penalty, tensors=isinstance(given, Tensor))
+        X = dense_if_small(X, given)
         data, classes, indices = self._labelled(X, y, sample_weight)
         labels, family, outputs = self._targets(data, indices, len(classes))
         penalty = 1.0 / (inverse_penalty * total_weight(data.X, data.weight))
@@ -193,18 +191,18 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         self.n_iter_ = np.array([self.n_iter_], dtype=np.int32)
         return self
 
-    def _fit_sparse(self, X: Any, y: Any, sample_weight: Any, inverse_penalty: float) -> LogisticRegression:
+    def _fit_sparse(
+        self, X: Any, y: Any, sample_weight: Any, inverse_penalty: float, *, tensors: bool
+    ) -> LogisticRegression:
         """The fit of a scipy.sparse X, always by the multinomial solver: two classes have the scores ∓η/2."""
         intercept, warm = check_flag("fit_intercept", self.fit_intercept), check_flag("warm_start", self.warm_start)
         tol, max_iter = check_number("tol", self.tol), check_number("max_iter", self.max_iter, integer=True)
-        X, labels = validate_data(self, X, to_numpy("y", y), accept_sparse="csr", dtype=FLOATS)
-        weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, X.shape[0], X.dtype))
-        # Stands for X where its shape and type are asked for.
-        like = torch.zeros(1, 1, dtype=torch.float32 if X.dtype == np.float32 else torch.float64).expand(X.shape)
+        X, data = self._check_sparse(X, y, sample_weight, tensors=tensors, y_numeric=False)
+        like, labels = data.X, data.y
         classes, indices = encode_labels(labels)
         if len(classes) < 2:
             raise ValueError(f"y has one class, {classes.tolist()[0]!r}; expected at least two")
-        data = self._weigh_classes(FitData(like, labels, weight, False), classes, indices)
+        data = self._weigh_classes(data, classes, indices)
         total, weight = total_weight(like, data.weight), data.weight
         if weight is not None:
             weight = (weight.double() / (total / X.shape[0])).to(like.dtype)
@@ -329,11 +327,6 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
             scores = torch.stack((torch.zeros_like(scores), scores), dim=1)
         return scores.log_softmax(dim=1)
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = self._accepts_sparse
-        return tags
-
 
 class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
     """Poisson regression with a log link and an l2 penalty, by Newton's method, without a copy of X.
@@ -341,7 +334,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
     Minimises Σ wᵢ (eᶯ − yᵢη) / Σ wᵢ + ½ alpha ‖W‖², η = xᵢW + b, over W and b, which is not penalised. Steps as for
     `LogisticRegression`.
 
-    A drop-in for `sklearn.linear_model.PoissonRegressor` on dense data.
+    A drop-in for `sklearn.linear_model.PoissonRegressor`. A sparse X never becomes dense.
 
     Args:
         alpha: penalty, >= 0.
@@ -358,6 +351,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         feature_names_in_: (d,) column names, where X is a data frame with them.
     """
 
+    _accepts_sparse = True
     _no_optimum = (
         "y is zero in all rows on one side of a plane, as in a category without counts, so that without a penalty "
         "(alpha=0) the coefficients have no finite optimum; pass alpha > 0"
@@ -398,17 +392,40 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
             sklearn.exceptions.ConvergenceWarning: max_iter was reached, or the precision of X's dtype.
         """
         penalty = float(check_number("alpha", self.alpha))
-        data = self._check_fit(X, y, sample_weight, y_numeric=True)
+        X, given = sparse_operand(X), X
+        rows = None
+        if is_large_sparse(X):
+            rows, data = self._check_sparse(X, y, sample_weight, tensors=isinstance(given, Tensor), y_numeric=True)
+        else:
+            data = self._check_fit(dense_if_small(X, given), y, sample_weight, y_numeric=True)
         targets = as_targets(column_or_1d(data.y, warn=True), data.X)[:, 0]
         if targets.min() < 0:
             raise ValueError(f"y must not be negative, got {targets.min().item()}: some value(s) of y are out of range")
         if self.fit_intercept and not (targets if data.weight is None else targets * data.weight).any():
             raise ValueError("y is zero in every row, so that the intercept has no finite optimum")
-        W = self._minimise(data, targets, "poisson", penalty, 1)
+        if rows is None:
+            W = self._minimise(data, targets, "poisson", penalty, 1)
+        else:
+            W = self._minimise_sparse(rows, data, targets, penalty)
         coef, intercept = self._weights(W.to(data.X.dtype))
         self.coef_ = give_back(coef[:, 0].clone(), tensors=data.tensors)
         self.intercept_ = give_back(intercept[0].clone(), tensors=data.tensors) if self.fit_intercept else 0.0
         return self
+
+    def _minimise_sparse(self, rows: Any, data: FitData, y: Tensor, penalty: float) -> Tensor:
+        intercept, warm = check_flag("fit_intercept", self.fit_intercept), check_flag("warm_start", self.warm_start)
+        tol, max_iter = check_number("tol", self.tol), check_number("max_iter", self.max_iter, integer=True)
+        weight = data.weight
+        if weight is not None:
+            weight = (weight.double() / (total_weight(data.X, weight) / len(data.X))).to(data.X.dtype)
+        coordinates = coordinates_of(rows, weight, intercept=intercept)
+        shape = (rows.shape[1] + intercept,)
+        start = self._start(data.X, shape) if warm else None
+        start = None if start is None else coordinates.invert(start)
+        problem = SparsePoisson(data.X, y, "poisson", weight, penalty, coordinates, rows)
+        found = minimise(problem, shape, start, tol=tol, max_iter=max_iter)
+        self._accept(found, data.X)
+        return coordinates.weights(found.V, torch.float64)
 
     @one_thread_after_fork()
     def predict(self, X: Any) -> Any:

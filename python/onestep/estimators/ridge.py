@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.utils.class_weight import compute_sample_weight
@@ -16,12 +17,13 @@ from sklearn.utils.validation import column_or_1d, validate_data
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import FLOATS, check_alphas, check_flag, give_back, to_numpy, to_tensor
+from onestep.estimators._arrays import FLOATS, check_alphas, check_flag, give_back, sparse_operand, to_numpy, to_tensor
 from onestep.estimators._deviations import MOST_FEATURES, Deviations
 from onestep.estimators._indicators import solve_indicators
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._solve import Solution, solve_ridge
+from onestep.estimators._sparse import SparseLeastSquares, dense_if_small, is_large_sparse
 from onestep.estimators._stream import add_chunk, solve_sums
 from onestep.linalg import NormalEquations
 
@@ -33,6 +35,7 @@ class _RidgeBase(LinearEstimator):
     fit_intercept: bool
     n_iter_: None
     solver_path_: str
+    _accepts_sparse = True
 
     def _check_parameters(self, k: int) -> tuple[Tensor, bool]:
         """alpha (k,) float64, and fit_intercept."""
@@ -46,6 +49,12 @@ class _RidgeBase(LinearEstimator):
         solution = solve_ridge(data.X, Y, data.weight, alpha, fit_intercept=fit_intercept)
         self._set_solution(solution, data, fit_intercept=fit_intercept)
         return solution
+
+    def _solve_sparse(self, X: Any, data: FitData, Y: Any, offset: float = 0.0) -> None:
+        alpha, fit_intercept = self._check_parameters(Y.shape[1])
+        weight = None if data.weight is None else data.weight.numpy()
+        solution = SparseLeastSquares(X, weight, fit_intercept).solve(Y, offset, alpha)
+        self._set_solution(solution, data, fit_intercept=fit_intercept)
 
     def _set_solution(self, solution: Solution, data: FitData, *, fit_intercept: bool) -> None:
         self.solver_path_ = solution.path
@@ -61,7 +70,8 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
     X's: where it is too much for fp32 sums, X is read again and summed in float64, and where it would cost more than
     half the digits of that, a QR of the rows takes over (TSQR; Demmel, Grigori, Hoemmen and Langou 2012).
 
-    A drop-in for `sklearn.linear_model.Ridge` on dense data, without a choice of solvers: `solver_path_` says what ran.
+    A drop-in for `sklearn.linear_model.Ridge`, without a choice of solvers: `solver_path_` says what ran. A sparse X
+    never becomes dense: sums of up to 2,048 features are factored, more are solved by conjugate gradients.
 
     Args:
         alpha: penalty, >= 0, in units of X²·weight; a number, or an array (k,) of one per target.
@@ -75,8 +85,8 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         n_iter_: None, as nothing is iterated; for scikit-learn's sake.
         solver_path_: "cholesky" (d x d), "dual_cholesky" (n x n, where n < d), "least_squares" (QR and SVD, where
             Cholesky would be inaccurate), "minimum_norm" (the same, rank-deficient: of all minimisers the one of least
-            ‖W‖), or several joined by "+" where penalties differ. `partial_fit` knows "cholesky", "eigh" (d x d, where
-            Cholesky would be inaccurate) and "minimum_norm".
+            ‖W‖), "conjugate_gradients" (sparse X), or several joined by "+" where penalties differ. `partial_fit` knows
+            "cholesky", "eigh" (d x d, where Cholesky would be inaccurate) and "minimum_norm".
 
     Examples:
         >>> import numpy as np
@@ -103,7 +113,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         Args:
             X: (n, d), fp32 or fp64 of any strides, read in place; other numbers are converted to fp64 (16-bit tensors
-                to fp32). Array, data frame or CPU tensor.
+                to fp32). Array, data frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor.
             y: (n,) or (n, k), converted to X's dtype.
             sample_weight: (n,) or a number, >= 0; None for ones. Weight 2 is the same as the row twice.
 
@@ -112,16 +122,20 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         Raises:
             ValueError: shapes that disagree, NaN or infinity, negative alpha or weight, a tensor not on the CPU.
-            TypeError: alpha that is no number, sparse X.
+            TypeError: alpha that is no number.
 
         Warns:
             scipy.linalg.LinAlgWarning: the solution is not unique, and the one of minimum norm was taken.
         """
-        self._equations = None
-        data = self._check_fit(X, y, sample_weight, y_numeric=True)
+        self._equations = self._deviations = None
+        X, given = sparse_operand(X), X
+        if is_large_sparse(X):
+            rows, data = self._check_sparse(X, y, sample_weight, tensors=isinstance(given, Tensor), y_numeric=True)
+            self._solve_sparse(rows, data, as_targets(data.y, data.X).numpy())
+            return self
+        data = self._check_fit(dense_if_small(X, given), y, sample_weight, y_numeric=True)
         Y = as_targets(data.y, data.X)
         solution = self._solve(data, Y)
-        self._deviations = None
         if data.X.shape[1] <= MOST_FEATURES:
             alpha, fit_intercept = self._check_parameters(Y.shape[1])
             self._deviations = Deviations(solution, Y, alpha, fit_intercept=fit_intercept)
@@ -222,7 +236,8 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
 class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
     """Classification by ridge regression on targets of ±1, one column a class (one column in all for two classes).
 
-    A drop-in for `sklearn.linear_model.RidgeClassifier` on dense data; see `Ridge` for the mathematics and the paths.
+    A drop-in for `sklearn.linear_model.RidgeClassifier`, with sparse X, too; see `Ridge` for the mathematics and the
+    paths.
 
     Args:
         alpha: penalty, >= 0; a number, or an array of one per column of targets.
@@ -262,13 +277,21 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
             scipy.linalg.LinAlgWarning: as for `Ridge.fit`.
         """
         labels_as_tensor = isinstance(y, Tensor)
-        data = self._check_fit(X, y, sample_weight, y_numeric=False)
+        X, given = sparse_operand(X), X
+        rows = None
+        if is_large_sparse(X):
+            rows, data = self._check_sparse(X, y, sample_weight, tensors=isinstance(given, Tensor), y_numeric=False)
+        else:
+            data = self._check_fit(dense_if_small(X, given), y, sample_weight, y_numeric=False)
         self._multilabel = type_of_target(data.y).startswith("multilabel")
         labels = data.y if self._multilabel else column_or_1d(data.y, warn=True)
         if self.class_weight is not None:
             weight = torch.from_numpy(compute_sample_weight(self.class_weight, labels)).to(data.X.dtype)
             data = data._replace(weight=weight if data.weight is None else weight * data.weight)
-        classes = self._fit_multilabel(data) if self._multilabel else self._fit_classes(data, labels)
+        if rows is not None:
+            classes = self._fit_sparse(rows, data, labels)
+        else:
+            classes = self._fit_multilabel(data) if self._multilabel else self._fit_classes(data, labels)
         self.classes_ = torch.from_numpy(classes) if labels_as_tensor else classes
         return self
 
@@ -277,6 +300,21 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         Y = as_targets(binarizer.fit_transform(data.y), data.X)
         self._solve(data._replace(y=Y.numpy()), Y)
         return binarizer.classes_
+
+    def _fit_sparse(self, X: Any, data: FitData, labels: Any) -> Any:
+        """The fit of a scipy.sparse X: the classes' indicators, of one element a row, are multiplied by it as such."""
+        if self._multilabel:
+            binarizer = LabelBinarizer(pos_label=1, neg_label=0, sparse_output=True)
+            Y, classes = binarizer.fit_transform(labels), binarizer.classes_
+        else:
+            classes, indices = encode_labels(labels)
+            Y = csr_array(
+                (np.ones(len(indices)), indices, np.arange(len(indices) + 1)), shape=(len(indices), len(classes))
+            )
+            # One column for two classes; a single class is the sign of "no".
+            Y = Y[:, [1]] if len(classes) == 2 else Y if len(classes) > 2 else csr_array((len(indices), 1))
+        self._solve_sparse(X, data._replace(y=np.empty((0, Y.shape[1]))), 2.0 * Y, -1.0)
+        return classes
 
     def _fit_classes(self, data: FitData, labels: Any) -> Any:
         """Labels of one class a row; more than two classes without their n·k targets, where that is accurate."""

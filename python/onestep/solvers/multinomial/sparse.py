@@ -109,17 +109,7 @@ class SparseRows:
         return self._gram(step, (np.concatenate(curvature) * self._weights)[::step])
 
     def _gram(self, step: int, weight: np.ndarray) -> Tensor:
-        X = self.X[::step].astype(np.float64)
-        total = max(float(weight.sum()), np.finfo(np.float64).tiny)
-        second = (X.T @ X.multiply(weight[:, None])).toarray() / total
-        mean = (X.T @ weight) / total
-        shift, scale = self.coordinates.shift.numpy(), self.coordinates.scale.numpy()
-        centred = second - np.outer(shift, mean) - np.outer(mean, shift) + np.outer(shift, shift)
-        gram = torch.from_numpy(centred / scale / scale[:, None])
-        if not self.coordinates.intercept:
-            return gram
-        border = torch.from_numpy((mean - shift) / scale)[:, None]
-        return torch.cat((torch.cat((gram, border), 1), torch.cat((border.mT, torch.ones(1, 1).double()), 1)))
+        return centred_gram(self.X[::step], weight, self.coordinates)
 
     def squares(self) -> Tensor:
         mean, square = _moments(self.X, self._weights)
@@ -152,9 +142,29 @@ def coordinates_of(X: Any, weight: Tensor | None, *, intercept: bool) -> Coordin
     return Coordinates(torch.from_numpy(shift), torch.from_numpy(scale), intercept)
 
 
+def centred_gram(X: Any, weight: np.ndarray, coordinates: Coordinates) -> Tensor:
+    """The weighted mean of zzᵀ (p, p) over rows in CSR form, float64."""
+    X, weight = X.astype(np.float64), weight.astype(np.float64)
+    total = max(float(weight.sum()), np.finfo(np.float64).tiny)
+    second = (X.T @ X.multiply(weight[:, None])).toarray() / total
+    mean = (X.T @ weight) / total
+    shift, scale = coordinates.shift.numpy(), coordinates.scale.numpy()
+    centred = second - np.outer(shift, mean) - np.outer(mean, shift) + np.outer(shift, shift)
+    gram = torch.from_numpy(centred / scale / scale[:, None])
+    if not coordinates.intercept:
+        return gram
+    border = torch.from_numpy((mean - shift) / scale)[:, None]
+    return torch.cat((torch.cat((gram, border), 1), torch.cat((border.mT, torch.ones(1, 1).double()), 1)))
+
+
+def column_squares(X: Any, weight: np.ndarray) -> np.ndarray:
+    """Σ w x² of each column of a matrix in CSR form (d,), float64."""
+    squares = X.copy()
+    squares.data = np.square(squares.data, dtype=np.float64)
+    return np.asarray(squares.T @ weight.astype(np.float64))
+
+
 def _moments(X: Any, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The weighted means of x and x² of each column, float64."""
     share = weight.astype(np.float64) / weight.sum(dtype=np.float64)
-    squares = X.copy()
-    squares.data = np.square(squares.data, dtype=np.float64)
-    return np.asarray(X.T @ share), np.asarray(squares.T @ share)
+    return np.asarray(X.T @ share), column_squares(X, share)
