@@ -145,3 +145,17 @@ def test_rows_of_one_class_are_predicted_as_it() -> None:
     for label in (0, 7):
         model = RidgeClassifier(fit_intercept=False).fit(X, [label, label])
         np.testing.assert_array_equal(model.predict(np.concatenate([X, -100 * X])), label)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("fit_intercept", [False, True])
+@pytest.mark.parametrize("mean", [1.0, 1e4])
+def test_float32_rows_are_added_up_by_class(weighted, fit_intercept, mean):
+    """In float32 a few at a time; in float64 where a mean far from zero would cost digits. One class has no weight."""
+    rng = np.random.default_rng(5)
+    X, y = (rng.normal(size=(700, 6)) + mean).astype(np.float32), rng.integers(0, 5, 700)
+    X[:, 0] += y
+    weight = rng.uniform(0, 2, 700) * (y != 3) if weighted else None
+    ours = RidgeClassifier(fit_intercept=fit_intercept).fit(X, y, weight)
+    right = linear_model.RidgeClassifier(fit_intercept=fit_intercept, solver="svd").fit(X.astype(np.float64), y, weight)
+    np.testing.assert_allclose(ours.coef_, right.coef_, rtol=1e-4, atol=1e-5 * abs(right.coef_).max())
