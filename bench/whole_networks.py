@@ -2,11 +2,12 @@
 
     python bench/whole_networks.py kernel                    # polar against Newton-Schulz, seconds and singular values
     python bench/whole_networks.py step [--tokens 4096]      # a step of Adam, Muon and PolarGrad on the character GPT
-    python bench/whole_networks.py text adam --rate 4e-3 --steps 400 --seed 0
-    python bench/whole_networks.py text polar --steps 150 --seed 0
+    python bench/whole_networks.py text --runs runs.txt --results runs.jsonl --seconds 170
 
 `text` trains examples/text_generation.py's GPT of a million parameters on a text (--text; tiny Shakespeare beside the
-checkout) and prints one line: held-out loss at the end, steps, their seconds. --append FILE adds it there.
+checkout), once for each line of runs.txt (optimiser, rate or - for its own, second beta, steps, seed), and adds a line
+to runs.jsonl for each: the held-out loss at the end. It stops when its seconds are over, and the next call goes on
+where it stopped; the exit status is 3 until all runs are there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 import text_generation as example  # noqa: E402
 
-SHAKESPEARE = HERE.parents[1] / "shared" / "data" / "tinyshakespeare.txt"
+SHAKESPEARE = HERE.parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 HELD_OUT = 256
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -45,6 +47,13 @@ def newton_schulz(M: Tensor, iterations: int = 5) -> Tensor:
         A = torch.bmm(X, X.mT)
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
+
+
+def muon_in_float32() -> None:
+    """torch.optim.Muon iterates in bfloat16, which a CPU without such instructions emulates: ten times as slow."""
+    torch.optim._muon._zeropower_via_newtonschulz = lambda grad, coefficients, steps, eps: newton_schulz(
+        grad[None], steps
+    )[0]
 
 
 def medians(rounds: int, *compute: Callable[[], object]) -> list[float]:
@@ -81,16 +90,17 @@ def gpt(text: example.Text, seed: int) -> nn.Module:
     return example.GPT(len(text.alphabet), 144, 4)
 
 
-def optimizers(name: str, model: nn.Module, rate: float | None) -> list[torch.optim.Optimizer]:
-    """Those of a run; the rate is of Adam, or of hidden matrices."""
+def optimizers(name: str, model: nn.Module, rate: float | None, beta: float = 0.95) -> list[torch.optim.Optimizer]:
+    """Those of a run; the rate is of Adam, or of hidden matrices; ``beta`` is Adam's second."""
     if name == "adam":
-        return [torch.optim.Adam(model.parameters(), lr=rate or 4e-3, betas=(0.9, 0.95), fused=True)]
+        return [torch.optim.Adam(model.parameters(), lr=rate or 4e-3, betas=(0.9, beta), fused=True)]
     if name == "muon":
+        muon_in_float32()
         hidden = [module.weight for module in model.modules() if isinstance(module, nn.Linear)][:-1]
         rest = [p for p in model.parameters() if all(p is not weight for weight in hidden)]
         return [
             torch.optim.Muon(hidden, lr=rate or 0.03, weight_decay=0.0),
-            torch.optim.Adam(rest, lr=6e-3, betas=(0.9, 0.95), fused=True),
+            torch.optim.Adam(rest, lr=6e-3, betas=(0.9, beta), fused=True),
         ]
     return [PolarGrad(model, lr=rate or 1e-2, gram_every=None if name == "polar-without-gram" else 32)]
 
@@ -122,52 +132,108 @@ def step(text: example.Text, tokens: int, rounds: int) -> None:
     )
 
 
-def train(text: example.Text, name: str, rate: float | None, steps: int, seed: int) -> dict[str, object]:
-    """One run from scratch with the schedule that fit has; seconds are those of its steps."""
-    model = gpt(text, seed)
-    own = optimizers(name, model, rate)
-    groups = [(group, group["lr"]) for optimizer in own for group in optimizer.param_groups]
-    generator = torch.Generator().manual_seed(seed + 1)
-    begin = time.perf_counter()
-    for number in range(steps):
-        factor = min(1.0, (number + 1) / 20) * (1 - number / steps)
-        for group, base in groups:
-            group["lr"] = base * factor
-        rows = torch.randint(len(text.inputs), (example.BATCH,), generator=generator)
-        loss = F.cross_entropy(model(text.inputs[rows]).flatten(0, -2), text.targets[rows].flatten())
-        for optimizer in own:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in own:
-            optimizer.step()
-    seconds = time.perf_counter() - begin
-    with torch.no_grad():
-        end = F.cross_entropy(model(text.held_inputs).flatten(0, -2), text.held_targets.flatten()).item()
-    return {
-        "optimizer": name,
-        "rate": rate,
-        "steps": steps,
-        "seed": seed,
-        "loss": round(end, 4),
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-    }
+@dataclass(frozen=True)
+class Training:
+    """A run from scratch; the rate is of Adam or of hidden matrices, None for the optimiser's own."""
+
+    optimizer: str
+    rate: float | None
+    beta: float
+    steps: int
+    seed: int
+
+    def train(self, text: example.Text, checkpoint: Path | None, seconds: float) -> dict[str, object] | None:
+        """The held-out loss at the end; None where the seconds were over before it.
+
+        The schedule is that of fit: 20 steps of warm-up, then in proportion to what is left. A checkpoint takes what
+        has been done, and gives it back to the next call.
+        """
+        model = gpt(text, self.seed)
+        own = optimizers(self.optimizer, model, self.rate, self.beta)
+        rates = [group["lr"] for optimizer in own for group in optimizer.param_groups]
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        first, before = 0, 0.0
+        if checkpoint is not None and checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            model.load_state_dict(state["model"])
+            for optimizer, own_state in zip(own, state["optimizers"], strict=True):
+                optimizer.load_state_dict(own_state)
+            generator.set_state(state["generator"])
+            first, before = state["step"], state["seconds"]
+        begin = time.perf_counter()
+        for number in range(first, self.steps):
+            if checkpoint is not None and time.perf_counter() - begin > seconds:
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in own],
+                        "generator": generator.get_state(),
+                        "step": number,
+                        "seconds": before + time.perf_counter() - begin,
+                    },
+                    checkpoint,
+                )
+                return None
+            factor = min(1.0, (number + 1) / 20) * (1 - number / self.steps)
+            groups = [group for optimizer in own for group in optimizer.param_groups]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * factor
+            rows = torch.randint(len(text.inputs), (example.BATCH,), generator=generator)
+            loss = F.cross_entropy(model(text.inputs[rows]).flatten(0, -2), text.targets[rows].flatten())
+            for optimizer in own:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in own:
+                optimizer.step()
+        with torch.no_grad():
+            end = F.cross_entropy(model(text.held_inputs).flatten(0, -2), text.held_targets.flatten()).item()
+        return asdict(self) | {"loss": round(end, 4), "seconds": round(before + time.perf_counter() - begin, 1)}
+
+
+def collect(text: example.Text, runs: list[Training], results: Path, seconds: float) -> int:
+    """Goes on with the first run that ``results`` has not; 0 when there is none, else 3."""
+    end = time.perf_counter() + seconds
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    finished = {tuple(line[name] for name in asdict(runs[0])) for line in done}
+    for run in runs:
+        if tuple(asdict(run).values()) in finished:
+            continue
+        left = end - time.perf_counter()
+        if left < 5:
+            return 3
+        name = "-".join(map(str, asdict(run).values()))
+        checkpoint = results.with_suffix("") / f"{name}.pt"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        found = run.train(text, checkpoint, left)
+        if found is None:
+            return 3
+        checkpoint.unlink(missing_ok=True)
+        print(json.dumps(found), flush=True)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+    return 0
+
+
+def runs_of(path: Path) -> list[Training]:
+    """A file of lines: optimiser, rate or - for its own, second beta, steps, seed."""
+    runs = []
+    for line in path.read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, rate, beta, steps, seed = line.split()
+            runs.append(Training(name, None if rate == "-" else float(rate), float(beta), int(steps), int(seed)))
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["kernel", "step", "text"])
-    parser.add_argument(
-        "optimizer", nargs="?", choices=["adam", "muon", "polar", "polar-without-gram"], default="polar"
-    )
-    parser.add_argument("--rate", type=float)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--large", action="store_true", help="kernel: 8 x (768 x 3072)")
     parser.add_argument("--text", type=Path, default=SHAKESPEARE)
-    parser.add_argument("--append", type=Path)
+    parser.add_argument("--runs", type=Path, help="text: the runs, one a line")
+    parser.add_argument("--results", type=Path, default=Path("runs.jsonl"), help="text: what has been run")
+    parser.add_argument("--seconds", type=float, default=170.0, help="text: stop after so many")
     arguments = parser.parse_args()
     if arguments.what == "kernel":
         kernel(arguments.rounds, arguments.large)
@@ -175,12 +241,10 @@ def main() -> None:
     text = text_of(arguments.text)
     if arguments.what == "step":
         step(text, arguments.tokens, arguments.rounds)
-        return
-    line = json.dumps(train(text, arguments.optimizer, arguments.rate, arguments.steps, arguments.seed))
-    print(line)
-    if arguments.append:
-        with arguments.append.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    elif arguments.runs is None:
+        parser.error("text needs --runs")
+    else:
+        sys.exit(collect(text, runs_of(arguments.runs), arguments.results, arguments.seconds))
 
 
 if __name__ == "__main__":

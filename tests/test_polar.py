@@ -78,7 +78,7 @@ def test_float32_by_gram_matrices_is_the_scalar_function_too() -> None:
 
 
 def test_threads_change_no_bit(restore_threads: None) -> None:
-    for shape in ((6, 96, 200), (2, 300, 260)):
+    for shape in ((6, 96, 200), (1, 200, 190), (2, 300, 260), (1, 300, 700)):
         M = random(*shape, dtype=torch.float32)
         found = []
         for threads in (1, 2, 3):
@@ -126,6 +126,30 @@ def test_a_bad_matrix_does_not_touch_its_neighbours() -> None:
             polar(broken)
 
 
+def test_lists_of_unlike_shapes() -> None:
+    """Each result is that of its matrix alone (bitwise where the kernel is ours); failures are told by matrix."""
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    matrices = [
+        random(5, 9, dtype=float32),
+        random(2, 3, 9, 5, dtype=float32),
+        random(9, 5, dtype=float32),
+        random(5, 9, dtype=bfloat16),
+        random(4, 4),
+        random(0, 5, 9, dtype=float32),
+    ]
+    for M, U in zip(matrices, polar(matrices), strict=True):
+        torch.testing.assert_close(U, polar(M), rtol=0, atol=1e-14 if M.dtype == torch.float64 else 0)
+    assert torch.equal(polar(matrices[3]), polar(matrices[3].float()))
+    matrices[1][1, 2, 0, 0] = torch.nan
+    assert [int((info != 0).sum()) for _, info in polar_ex(matrices)] == [0, 1, 0, 0, 0, 0]
+    assert polar_ex(matrices)[1].info[1, 2] > 0
+    with pytest.raises(torch.linalg.LinAlgError, match="1 of 10 matrices"):
+        polar(matrices)
+    with pytest.raises(ValueError, match=r"M\[1\] has shape \(3,\)"):
+        polar([matrices[0], torch.ones(3)])
+    assert polar([]) == []
+
+
 def test_derivatives_are_refused() -> None:
     M = random(3, 4).requires_grad_()
     with pytest.raises(NotImplementedError, match="polar has no derivative"):
@@ -147,7 +171,7 @@ def test_opcheck() -> None:
         (lambda M: polar(M, iterations=0), ValueError, "iterations is 0; expected 1 or more"),
         (lambda M: polar(M, lower=0.0), ValueError, "lower is 0.0; expected"),
         (lambda M: polar(M, lower=1.5), ValueError, "lower is 1.5; expected"),
-        (lambda M: polar(M.tolist()), TypeError, "M is list; expected torch.Tensor"),
+        (lambda M: polar(M.tolist()), TypeError, r"M\[0\] is list; expected torch.Tensor"),
     ],
 )
 def test_bad_input(call, error: type[Exception], message: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from processes import Child, finish_all
 from torch import Tensor, nn
 
+import onestep
 from onestep.optim import NonFiniteError, PolarGrad
 
 
@@ -243,11 +244,19 @@ def test_half_precision_parameters() -> None:
     assert model[0].weight.dtype == torch.bfloat16
 
 
+def fitted_network() -> nn.Module:
+    """By every process of torch.distributed together, which share each batch's rows and the solves."""
+    model = network()
+    X = torch.randn(90, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    onestep.fit(model, (X, X[:, :2].sin()), method="polar", max_steps=12, batch_size=30, chunk_size=10, progress=False)
+    return model
+
+
 DISTRIBUTED = """
 import sys
 import torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from test_polar_grad import network
+from test_polar_grad import fitted_network, network
 from onestep.optim import PolarGrad
 
 rank = int(sys.argv[1])
@@ -261,7 +270,8 @@ for rows in X:
     optimizer.zero_grad()
     (wrapped(mine) - mine[:, :2].sin()).square().mean().backward()
     optimizer.step()
-torch.save(wrapped.module.state_dict(), {out!r} + str(rank))
+fitted = fitted_network()
+torch.save((wrapped.module.state_dict(), fitted.state_dict()), {out!r} + str(rank))
 """
 
 
@@ -277,9 +287,10 @@ def test_two_processes_solve_together(tmp_path: Path) -> None:
         (model(rows) - rows[:, :2].sin()).square().mean().backward()
         optimizer.step()
     first, second = (torch.load(out + str(rank), weights_only=True) for rank in range(2))
-    for name, value in model.state_dict().items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], value, rtol=1e-7, atol=1e-9)
+    for ours, theirs, alone in zip(first, second, (model, fitted_network()), strict=True):
+        for name, value in alone.state_dict().items():
+            assert torch.equal(ours[name], theirs[name])
+            torch.testing.assert_close(ours[name], value, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(

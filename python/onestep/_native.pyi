@@ -213,6 +213,15 @@ def inverse_cholesky_f32(
 
 inverse_cholesky_f64 = inverse_cholesky_f32
 
+def polar_f32(
+    m: _Operand,
+    batch: Sequence[int],
+    rows: int,
+    columns: int,
+    steps: Sequence[tuple[float, float, float]],
+    factor: int,
+    info: int,
+) -> None: ...
 def compensated_sweep_f32(
     w: int,
     u: int,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from onestep.linalg._dlpack import takes_arrays
 from onestep.ops import polar as ops
-from onestep.ops.operands import check_dense
+from onestep.ops.operands import check_dense, check_dims
 
 
 class PolarResult(NamedTuple):
@@ -23,15 +25,46 @@ class PolarResult(NamedTuple):
     info: Tensor
 
 
+@overload
+def polar_ex(M: Tensor, *, iterations: int = 2, lower: float = 1e-2) -> PolarResult: ...
+@overload
+def polar_ex(M: Sequence[Tensor], *, iterations: int = 2, lower: float = 1e-2) -> list[PolarResult]: ...
 @takes_arrays
-def polar_ex(M: Tensor, *, iterations: int = 2, lower: float = 1e-2) -> PolarResult:
+def polar_ex(
+    M: Tensor | Sequence[Tensor], *, iterations: int = 2, lower: float = 1e-2
+) -> PolarResult | list[PolarResult]:
     """``polar`` with a status for every matrix instead of an error. Never waits for a GPU."""
+    if isinstance(M, (list, tuple)):
+        return _of_list(M, iterations, lower)
     check_dense("M", M)
+    assert isinstance(M, Tensor)
     return PolarResult(*ops.polar(M, iterations, lower))
 
 
+def _of_list(matrices: Sequence[Tensor], iterations: int, lower: float) -> list[PolarResult]:
+    """Those of equal shape, dtype and device in one batch."""
+    batches: dict[tuple[Any, ...], list[int]] = {}
+    for number, M in enumerate(matrices):
+        check_dense(f"M[{number}]", M)
+        check_dims(f"M[{number}]", M, 2, "(..., n, m)")
+        batches.setdefault((M.shape[-2:], M.dtype, M.device), []).append(number)
+    results: dict[int, PolarResult] = {}
+    for (shape, _, _), numbers in batches.items():
+        own = [matrices[number].reshape(-1, *shape) for number in numbers]
+        counts = [len(part) for part in own]
+        U, info = ops.polar(own[0] if len(own) == 1 else torch.cat(own), iterations, lower)
+        for number, factor, status in zip(numbers, U.split(counts), info.split(counts), strict=True):
+            batch = matrices[number].shape[:-2]
+            results[number] = PolarResult(factor.reshape(*batch, *shape), status.reshape(batch))
+    return [results[number] for number in range(len(matrices))]
+
+
+@overload
+def polar(M: Tensor, *, iterations: int = 2, lower: float = 1e-2) -> Tensor: ...
+@overload
+def polar(M: Sequence[Tensor], *, iterations: int = 2, lower: float = 1e-2) -> list[Tensor]: ...
 @takes_arrays
-def polar(M: Tensor, *, iterations: int = 2, lower: float = 1e-2) -> Tensor:
+def polar(M: Tensor | Sequence[Tensor], *, iterations: int = 2, lower: float = 1e-2) -> Tensor | list[Tensor]:
     """Computes the orthogonal polar factor U Vᵀ of M = U S Vᵀ, batched, by QDWH with Cholesky.
 
     X₀ = M/‖M‖, X ← (b/c)X + (a − b/c)(I + cXXᵀ)⁻¹X: each iteration maps the singular values from [l, 1] into [l′, 1],
@@ -45,18 +78,33 @@ def polar(M: Tensor, *, iterations: int = 2, lower: float = 1e-2) -> Tensor:
 
     Args:
         M: (…,n,m) float32, float64, bfloat16 or float16. n > m is computed by columns. On a GPU 16-bit matrices are
-            multiplied in their dtype (singular values then come out in [0.98, 1.02]).
+            multiplied in their dtype (singular values then come out in [0.98, 1.02]). Or a list of such tensors, of
+            any shapes: those of equal shape are computed together.
         iterations: 1 or more.
         lower: the smallest singular value over the largest that is to go to 1; from 0 (not itself) to 1.
 
     Returns:
-        (…,n,m), of M's dtype, or float32 for 16-bit M. 0 for M = 0.
+        (…,n,m), of M's dtype, or float32 for 16-bit M. 0 for M = 0. A list for a list.
 
     Raises:
         LinAlgError: M holds NaN or Inf. Looking waits for a GPU; ``polar_ex`` does not look.
         ValueError, TypeError: a shape, option or dtype is not one of those above.
         NotImplementedError: a derivative is asked for.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import polar
+        >>> U, V = polar([torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.ones(1, 4)])
+        >>> U.round(decimals=2).tolist(), V.tolist()
+        ([[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5, 0.5, 0.5]])
     """
-    factor, info = polar_ex(M, iterations=iterations, lower=lower)
-    ops.raise_if_failed(info)
-    return factor
+    if isinstance(M, (list, tuple)):
+        results = _of_list(M, iterations, lower)
+        for device in {info.device for _, info in results}:
+            ops.raise_if_failed(torch.cat([info.reshape(-1) for _, info in results if info.device == device]))
+        return [factor for factor, _ in results]
+    check_dense("M", M)
+    assert isinstance(M, Tensor)
+    result = PolarResult(*ops.polar(M, iterations, lower))
+    ops.raise_if_failed(result.info)
+    return result.factor

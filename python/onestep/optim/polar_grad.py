@@ -244,20 +244,25 @@ class PolarGrad(torch.optim.Optimizer):
         mu = group["momentum"]
         for (rows, columns, device, dtype), own in members.items():
             stacked = torch.empty(sum(cut.blocks for _, cut in own), rows, columns, device=device, dtype=dtype)
-            begin = 0
-            for parameter, cut in own:
+            places = stacked.split([cut.blocks for _, cut in own])
+            for (parameter, cut), place in zip(own, places, strict=True):
                 gradient = parameter.grad
                 assert gradient is not None
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                 buffer = state["momentum_buffer"].lerp_(gradient, 1 - mu)
-                ahead = torch.lerp(gradient, buffer, mu) if group["nesterov"] else buffer
                 inverse = state.get("gram_inverse")
+                # The last operation writes to the batch, unless the blocks are of columns.
+                target = None if cut.by_columns else place.view(parameter.shape)
+                ahead = buffer
+                if group["nesterov"]:
+                    ahead = torch.lerp(gradient, buffer, mu, out=target if inverse is None else None)
                 if inverse is not None:
-                    ahead = inverse @ ahead if id(parameter) in self._known.transposed else ahead @ inverse
-                stacked[begin : begin + cut.blocks].copy_(cut.matrices(ahead.contiguous()))
-                begin += cut.blocks
+                    transposed = id(parameter) in self._known.transposed
+                    ahead = inverse @ ahead if transposed else torch.mm(ahead, inverse, out=target)
+                if ahead is not target:
+                    place.copy_(cut.matrices(ahead.contiguous()))
             batches.append(_Momenta(stacked, [p for p, _ in own], group["iterations"], group["lower"]))
         return batches
 

@@ -1,10 +1,10 @@
-"""CPU kernel of ``polar``: products by torch, inverses by csrc/normal.
+"""CPU kernel of ``polar``: csrc/polar; for large matrices, products by torch and inverses by csrc/normal.
 
 Both iterations of a float32 matrix are computed on its Gram matrix G, of the order of its short side, so that the long
 side is read twice in all. With A = I + cG, B = A⁻¹, α = b/c and β = a − b/c an iteration is X ← (αI + βB)X, and the
 Gram matrix of that is a polynomial: c(αI + βB)G(αI + βB) = α²A + (2αβ − α²)I + (β² − 2αβ)B − β²B². What rounding G
 costs grows with the square of a: 5e-4 of the smallest singular values at ``lower`` = 1e-2. Other matrices go iteration
-by iteration.
+by iteration. 16-bit matrices are widened.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import math
 import torch
 from torch import Tensor
 
+from onestep import _native
 from onestep._fork import one_thread_after_fork
 from onestep.ops._library import register
 from onestep.ops.cholesky import solve_spd
+from onestep.ops.operands import kernel_batch, operand
 from onestep.ops.polar import schema
 
 # Up to this a² rounding G leaves 5e-4 of the smallest singular values, a tenth of what two iterations leave of others.
 _MOST_GROWTH = 3000.0
 # Between these the products of two entries of a matrix neither overflow nor vanish.
 _SAFE = 2.0**-20, 2.0**20
+# A thread has a matrix of our kernel to itself: larger ones are shared out better by torch's products.
+_MOST_ORDER = 256
 
 
 @register(schema.polar, device="cpu")
@@ -32,9 +36,22 @@ def _polar(M: Tensor, iterations: int, lower: float) -> tuple[Tensor, Tensor]:
     if U.numel() == 0:
         return U, info.zero_()
     steps = schema.coefficients(iterations, lower)
-    if M.dtype == torch.float32 and iterations == 2 and steps[0][0] ** 2 <= _MOST_GROWTH:
-        n, m = M.shape[-2:]
-        _by_gram(M.reshape(-1, n, m), steps, U.view(-1, n, m), info.view(-1))
+    n, m = M.shape[-2:]
+    M = M.to(U.dtype)
+    if U.dtype == torch.float32 and iterations == 2 and steps[0][0] ** 2 <= _MOST_GROWTH:
+        if min(n, m) <= _MOST_ORDER:
+            batch = tuple(M.shape[:-2])
+            _native.polar_f32(
+                m=operand(M, batch, 2),
+                batch=kernel_batch(batch),
+                rows=n,
+                columns=m,
+                steps=steps,
+                factor=U.data_ptr(),
+                info=info.data_ptr(),
+            )
+        else:
+            _by_gram(M.reshape(-1, n, m), steps, U.view(-1, n, m), info.view(-1))
     else:
         _by_iterations(M, steps, U, info)
     return U, info
@@ -86,7 +103,7 @@ def _inverse(A: Tensor) -> tuple[Tensor, Tensor]:
 def _by_iterations(M: Tensor, steps: list[tuple[float, float, float]], U: Tensor, info: Tensor) -> None:
     """Any number of iterations, each with a Gram matrix of its own."""
     tall = M.shape[-2] > M.shape[-1]
-    X = schema.to_unit_range(M.mT if tall else M).to(U.dtype)
+    X = schema.to_unit_range(M.mT if tall else M)
     info.zero_()
     for step, (a, b, c) in enumerate(steps):
         G = X @ X.mT
