@@ -34,6 +34,8 @@ import text_generation as example  # noqa: E402
 
 SHAKESPEARE = HERE.parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 HELD_OUT = 256
+# How often PolarGrad takes the inputs' Gram matrices.
+EVERY = {"polar": 32, "polar-refreshing": 1, "polar-without-gram": None}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -102,11 +104,11 @@ def optimizers(name: str, model: nn.Module, rate: float | None, beta: float = 0.
             torch.optim.Muon(hidden, lr=rate or 0.03, weight_decay=0.0),
             torch.optim.Adam(rest, lr=6e-3, betas=(0.9, beta), fused=True),
         ]
-    return [PolarGrad(model, lr=rate or 1e-2, gram_every=None if name == "polar-without-gram" else 32)]
+    return [PolarGrad(model, lr=rate or 1e-2, gram_every=EVERY[name])]
 
 
-def step(text: example.Text, tokens: int, rounds: int) -> None:
-    """Milliseconds of forward, backward and step, in turn."""
+def step(text: example.Text, tokens: int, rounds: int, names: list[str]) -> None:
+    """Milliseconds of forward, backward and step, in turn; medians, thus of polar's steps between two refreshes."""
     batch = tokens // example.CONTEXT
     x, y = text.inputs[:batch], text.targets[:batch]
 
@@ -124,7 +126,6 @@ def step(text: example.Text, tokens: int, rounds: int) -> None:
 
         return work
 
-    names = ("adam", "muon", "polar", "polar-without-gram")
     found = medians(rounds, *(one(name) for name in names))
     print(
         f"{tokens} tokens: "
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("what", choices=["kernel", "step", "text"])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--of", default="adam,muon,polar,polar-refreshing,polar-without-gram", help="step: optimisers")
     parser.add_argument("--large", action="store_true", help="kernel: 8 x (768 x 3072)")
     parser.add_argument("--text", type=Path, default=SHAKESPEARE)
     parser.add_argument("--runs", type=Path, help="text: the runs, one a line")
@@ -240,7 +242,7 @@ def main() -> None:
         return
     text = text_of(arguments.text)
     if arguments.what == "step":
-        step(text, arguments.tokens, arguments.rounds)
+        step(text, arguments.tokens, arguments.rounds, arguments.of.split(","))
     elif arguments.runs is None:
         parser.error("text needs --runs")
     else:
