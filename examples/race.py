@@ -77,7 +77,11 @@ def adam(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
 
 
 def muon(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """torch.optim.Muon over the matrices of linear layers, all that it takes; Adam over the rest and the head."""
+    """torch.optim.Muon over the matrices of linear layers, all that it takes; Adam over the rest and the head.
+
+    It iterates in bfloat16, which CPUs without such instructions emulate: its seconds are several times there what they
+    would be in float32 (bench/results/amd-epyc-avx2/whole_networks.md).
+    """
     hidden = [module.weight for module in model.modules() if isinstance(module, nn.Linear)][:-1]
     own = {id(weight) for weight in hidden}
     rest = [p for p in model.parameters() if id(p) not in own]
