@@ -149,6 +149,15 @@ def test_newton_leaves_a_saddle_for_a_minimum() -> None:
     torch.testing.assert_close(x.detach().abs(), torch.tensor([1.0, 0.0]).double(), rtol=1e-6, atol=1e-6)
 
 
+def test_where_negative_curvature_leads_too_far_the_step_goes_without_it() -> None:
+    """Along x₁ the quadratic model goes 100 far, and x₁⁴ rises; x₀ is solved for all the same."""
+    x = parameter(0.0, 0.0)
+    optimizer = NewtonCG([x], damping=1e-6, **exact(NewtonCG))
+    optimizer.step(lambda: 50 * (x[0] - 1) ** 2 + 0.1 * x[1] - 5e-4 * x[1] ** 2 + x[1] ** 4)
+    assert optimizer.report is not None and (optimizer.report.accepted, optimizer.report.rejected) == (True, 0)
+    assert x[0].item() == pytest.approx(1.0, abs=2e-3)
+
+
 # ------------------------------------------------------------------------------------------------------------- damping
 
 
