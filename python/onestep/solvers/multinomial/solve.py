@@ -48,6 +48,9 @@ _OVERSHOOT = 0.1
 # Half the squared Newton decrement must be below so many times tol of the loss, or of tol where the loss goes to zero.
 _DECREMENT = 0.03
 _LEAST_SCALE = 0.01
+# Where a plane separates the classes nothing bends, and L-BFGS knows little of the decrement. But the loss then falls along
+# V itself: weights that are larger by a tenth must not lower it by more than a tenth of this. At a minimum they do not.
+_MOST_FALL = 0.1
 # A step that still moves the scores of some row so far though the slopes are small: the minimum is at infinity.
 _RUNAWAY_STEP = 0.1
 
@@ -193,7 +196,9 @@ class Descent:
             half = -0.5 * slope
             level = point.slope <= _OVERSHOOT * tol
             done = half <= self._decrement * scale or (
-                level and half <= _DECREMENT * tol * max(scale, _LEAST_SCALE * tol)
+                level
+                and half <= _DECREMENT * tol * max(scale, _LEAST_SCALE * tol)
+                and abs(dot(point.gradient, point.V)) <= _MOST_FALL * point.loss
             )
             if not objective.precise and (done or half <= _FLOAT_DECREMENT * scale):
                 self._refine()
