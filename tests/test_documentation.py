@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import importlib
+import inspect
 import io
 import pkgutil
 import re
@@ -58,3 +59,76 @@ def test_code_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
         for line, first in zip(lines, promised, strict=False):
             if not first[0].isalpha() or first in ("True", "levenberg_marquardt"):
                 assert line.startswith(first[:5])
+
+
+PUBLIC = ("", "curvature", "estimators", "functional", "layerwise", "linalg", "nn", "optim", "training")
+REFERENCE = "\n".join(page.read_text() for page in (README.parent / "docs" / "reference").glob("*.md"))
+# Of scikit-learn's contract; the rest of an estimator is documented like everything else.
+INHERITED = {"fit", "predict", "predict_proba", "predict_log_proba", "decision_function", "score", "get_params"}
+
+
+def not_documented(thing: object) -> list[str]:
+    """What a reader would miss in a docstring: parameters, results, errors, methods."""
+    doc = inspect.getdoc(thing) or ""
+    missing = [] if doc else ["a docstring"]
+    if inspect.isclass(thing) and issubclass(thing, BaseException):
+        return missing
+    signature = inspect.signature(thing)  # type: ignore[arg-type]
+    for name in signature.parameters:
+        if not re.search(rf"^\s+(?:[*\w]+, )*\*{{0,2}}{name}(?:, [*\w]+)*( \([^)]*\))?:", doc, re.MULTILINE):
+            missing.append(f"parameter {name}")
+    if inspect.isfunction(thing):
+        returns_nothing = signature.return_annotation in (None, "None")
+        missing += ["Returns"] if "Returns:" not in doc and not returns_nothing else []
+        missing += ["Raises"] if "Raises:" not in doc and signature.parameters else []
+    else:
+        own = [name for name in vars(thing) if not name.startswith("_") and callable(getattr(thing, name, None))]
+        bare = [name for name in own if not inspect.getdoc(getattr(thing, name)) and name not in INHERITED]
+        missing += [f"method {name}" for name in bare]
+    return missing
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_in_the_reference_and_documented(module: str) -> None:
+    path = f"onestep.{module}".rstrip(".")
+    if module == "estimators":
+        pytest.importorskip("sklearn")
+    found = importlib.import_module(path)
+    for name in found.__all__:
+        thing = getattr(found, name)
+        if inspect.ismodule(thing) or not callable(thing):
+            continue
+        listed = f"::: {path}.{name}" in REFERENCE or any(
+            f"<!-- members of onestep.{other} -->" in REFERENCE
+            and name in importlib.import_module(f"onestep.{other}").__all__
+            for other in PUBLIC[1:]
+        )
+        assert listed, f"{path}.{name} is not in docs/reference"
+        assert not_documented(thing) == [], f"{path}.{name}"
+
+
+def test_a_docstring_with_gaps_is_found() -> None:
+    def good(a: int, *, b: int) -> int:
+        """Adds.
+
+        Args:
+            a, b: numbers.
+
+        Returns:
+            Their sum.
+
+        Raises:
+            TypeError: they are none.
+        """
+        return a + b
+
+    def bad(a: int, c: int) -> int:
+        """Adds a and c.
+
+        Args:
+            a: a number, not c: another.
+        """
+        return a + c
+
+    assert not_documented(good) == []
+    assert not_documented(bad) == ["parameter c", "Returns", "Raises"]

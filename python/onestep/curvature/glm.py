@@ -19,6 +19,9 @@ _WIDENED_ROWS = 65536
 class GLMPoint:
     """A generalised linear model at one W; made by ``glm``.
 
+    Args:
+        X, y, W, family, weight, intercept: as for ``glm``.
+
     Attributes:
         loss: Σ wᵢ ℓ(ηᵢ, yᵢ), a float64 scalar.
         grad: XᵀR, in the shape of W.

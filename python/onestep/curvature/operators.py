@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import cleandoc
 from typing import Any, Literal
 
 import torch
@@ -33,7 +34,7 @@ _ROW_BYTES = 2**28
 class HessianOperator(CurvatureOperator):
     """H = ∂²L/∂θ², products by forward over reverse mode (Pearlmutter, Neural Computation 6, 1994)."""
 
-    __doc__ = f"{__doc__}\n\n{CurvatureOperator.__doc__}"
+    __doc__ = f"{cleandoc(__doc__ or '')}\n\n{cleandoc(CurvatureOperator.__doc__ or '')}"
 
     def _product(self, chunk: Chunk, number: int, point: Named) -> Callable[[Named], Named]:
         outputs, loss = self._outputs(chunk), self._loss_of_outputs(chunk)
@@ -163,7 +164,7 @@ class GaussNewtonOperator(_OuterProductOperator):
     Positive semi-definite where ℓ is convex in the outputs.
     """
 
-    __doc__ = f"{__doc__}\n\n{CurvatureOperator.__doc__}"
+    __doc__ = f"{cleandoc(__doc__ or '')}\n\n{cleandoc(CurvatureOperator.__doc__ or '')}"
 
     def _outer(self, chunk: Chunk, number: int, point: Named) -> Callable[[Tensor, Tensor], Tensor]:
         loss = self._loss_of_outputs(chunk)
@@ -181,12 +182,15 @@ class FisherOperator(_OuterProductOperator):
     - kind="empirical": y is what the data holds. Not an approximation of the Hessian far from a fit (Kunstner, Balles
       and Hennig 2019). A function as ``loss`` must be a mean over rows, each a function of its own outputs.
 
-    ``kind`` and ``mc_samples`` come on top of the arguments below; ``seed`` also sets the draws, which differ with the
-    number of processes and the chunks.
+    Args:
+        model, data, loss, options: as for all operators. ``seed`` also sets the draws, which differ with the number of
+            processes and the chunks.
+        kind: "true" or "empirical".
+        mc_samples: draws of y for each row; None for the exact expectation.
     """
 
     _construction_depth = 4
-    __doc__ = f"{__doc__}\n\n{CurvatureOperator.__doc__}"
+    __doc__ = f"{cleandoc(__doc__ or '')}\n\n{cleandoc(CurvatureOperator.__doc__ or '')}"
 
     def __init__(
         self,

@@ -123,8 +123,18 @@ def linear_cross_entropy_ggnvp(
     """Computes the Gauss-Newton matrix of ``linear_cross_entropy`` in (input, weight, bias) times a vector.
 
     JᵀAJ v with J = ∂z/∂(input, weight, bias) and A the Hessian by z, which is positive semi-definite: the terms of
-    ``linear_cross_entropy_hvp`` without g (Schraudolph, Neural Computation 14, 2002). Arguments, results and errors as
-    there; five matrix products.
+    ``linear_cross_entropy_hvp`` without g (Schraudolph, Neural Computation 14, 2002). Five matrix products.
+
+    Args:
+        vector: (Ḣ, Ẇ, ḃ), in the shapes of input, weight and bias. None leaves an operand out: it counts as constant.
+        input, weight, target, bias, ignore_index, label_smoothing: as for ``linear_cross_entropy``.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        The product's parts, None where the vector's is None.
+
+    Raises:
+        ValueError, TypeError: as ``linear_cross_entropy``, and if the vector does not match.
     """
     return _product(input, weight, target, vector, bias, ignore_index, label_smoothing, reduction, gauss_newton=True)
 

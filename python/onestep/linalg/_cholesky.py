@@ -37,9 +37,15 @@ def cholesky(A: Tensor) -> Tensor:
 def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
     """``cholesky`` that reports instead of raising.
 
+    Args:
+        A: (…,d,d), as in ``cholesky``.
+
     Returns:
         L (…,d,d), NaN for a matrix that failed, with zero gradients; and info (…) int32: 0, or the 1-based order of the
         leading minor that is not positive definite.
+
+    Raises:
+        ValueError, TypeError: A is no floating-point tensor of square matrices.
     """
     factor, info = family.cholesky(_matrix("A", A))
     return factor, info
@@ -55,6 +61,9 @@ def cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
 
     Returns:
         X, shaped like B with the batch broadcast. Differentiable to every order.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes do not fit.
     """
     L = _matrix("L", L)
     columns, is_vector = as_columns("B", floating("B", B, L), L, L.shape[-1])
@@ -81,7 +90,18 @@ def solve_spd(A: Tensor, B: Tensor) -> Tensor:
 
 @takes_arrays
 def solve_spd_ex(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """``solve_spd`` that reports instead of raising: X, NaN where it failed, and info (…) as in ``solve_normal_ex``."""
+    """``solve_spd`` that reports instead of raising.
+
+    Args:
+        A: (…,d,d), as in ``solve_spd``.
+        B: (…,d,k) or (…,d).
+
+    Returns:
+        X, NaN where it failed, with zero gradients; and info (…) int32, as in ``solve_normal_ex``.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes do not fit.
+    """
     return _solve_spd(A, B, check=False)
 
 

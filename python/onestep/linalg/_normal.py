@@ -159,6 +159,9 @@ def solve_normal_ex(
 
     Returns:
         ``SolveNormalResult(solution, info, rcond, jitter)``, of which the solution alone is differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
     """
     if jitter is not None:
         jitter = number("jitter", jitter, sys.float_info.min, 1.0, "None or a fraction of the mean diagonal in (0, 1]")
@@ -208,6 +211,9 @@ def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) ->
 
     Returns:
         (…,d,d), exactly symmetric, and (…,d,k), or (…,d) if Y is (…,n). Differentiable to every order.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
     """
     X = features(X)
     if X.dim() < 2:
@@ -234,6 +240,12 @@ def moments(X: Tensor, Y: Tensor, *, weight: Tensor | None = None, center: bool 
         Y: (n,k), same dtype.
         weight: (n,), >= 0, same dtype.
         center: whether to subtract the weighted means.
+
+    Returns:
+        ``Moments``: XᵀDX and XᵀDY, centred if asked for, and the means.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
     """
     X = features(X)
     if weight is not None:

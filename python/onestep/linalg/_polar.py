@@ -33,7 +33,20 @@ def polar_ex(M: Sequence[Tensor], *, iterations: int = 2, lower: float = 1e-2) -
 def polar_ex(
     M: Tensor | Sequence[Tensor], *, iterations: int = 2, lower: float = 1e-2
 ) -> PolarResult | list[PolarResult]:
-    """``polar`` with a status for every matrix instead of an error. Never waits for a GPU."""
+    """``polar`` with a status for every matrix instead of an error. Never waits for a GPU.
+
+    Args:
+        M: (…,n,m) or a list of such tensors, as in ``polar``.
+        iterations: 1 or more.
+        lower: as in ``polar``.
+
+    Returns:
+        ``PolarResult``: the factors, NaN for a matrix that failed, and the status of each; of a list, a list of them.
+
+    Raises:
+        ValueError, TypeError: a shape, option or dtype is not one of those that ``polar`` takes.
+        NotImplementedError: a derivative is asked for.
+    """
     if isinstance(M, (list, tuple)):
         return _of_list(M, iterations, lower)
     check_dense("M", M)

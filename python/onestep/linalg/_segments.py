@@ -87,6 +87,15 @@ def solve_normal_segments_ex(
 
     A problem that fails has NaN for a solution and zero gradients. All others are bitwise what they would be without
     it.
+
+    Args:
+        X, Y, offsets, indices, weight, base, ridge: as in ``solve_normal_segments``.
+
+    Returns:
+        ``SolveSegmentsResult(solution, info)``, of which the solution alone is differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device, order or sign.
     """
     return _solve(X, Y, offsets, indices, weight, base, ridge, False)
 

@@ -11,9 +11,13 @@ from onestep.functional import replace_attention
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` with derivatives of every order at O(T) memory; parameters are interchangeable.
 
-    Arguments are torch's. The kernel runs where ``need_weights=False`` and no dropout is active; with
+    The kernel runs where ``need_weights=False`` and no dropout is active; with
     ``need_weights=True``, torch's default, the weights are asked for, which are O(T²), and torch's own operations
     run.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
+            torch's.
     """
 
     def forward(

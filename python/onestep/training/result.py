@@ -55,6 +55,7 @@ class FitResult:
         steps: how many there were.
         interrupted: whether Ctrl-C ended it.
         reasons: why methods and structures that might have been faster do not apply.
+        make_covariance: what ``covariance`` calls; None where the fit has no likelihood.
     """
 
     model: nn.Module
