@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import timeit
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from scipy.special import logsumexp
 from sklearn.datasets import load_breast_cancer
@@ -115,6 +117,35 @@ def test_breast_cancer(compare: Callable[..., float]) -> None:
         case="569 × 30, 2 classes",
         goal=1.0,
         error=objective(ours, X, y, 1.0) / least - 1,
+        peer_error=0.0,
+    )
+
+
+@pytest.mark.benchmark(group="Multinomial")
+def test_sparse(compare: Callable[..., float]) -> None:
+    """Against the fastest of scikit-learn's solvers that take sparse rows of many classes."""
+    generator = np.random.default_rng(0)
+    X = scipy.sparse.random(20_000, 100_000, 1e-3, "csr", rng=generator)
+    y = (X @ generator.normal(size=(100_000, 20)) * 3 + generator.gumbel(size=(20_000, 20))).argmax(1)
+    peers = [SklearnLogisticRegression(solver=solver, max_iter=2000) for solver in ("lbfgs", "newton-cg")]
+    peer = min(peers, key=lambda each: timeit.timeit(lambda: each.fit(X, y), number=1))
+
+    def loss(model: Any) -> float:
+        scores = model.decision_function(X)
+        losses = logsumexp(scores, axis=1) - scores[np.arange(len(y)), y]
+        return float(losses.sum() + 0.5 * np.square(model.coef_).sum())
+
+    target = loss(peer)
+    models = (LogisticRegression(tol=tol, max_iter=2000).fit(X, y) for tol in 10.0 ** -np.arange(1, 8))
+    ours = next(model for model in models if loss(model) <= target)
+    compare(
+        lambda: ours.fit(X, y),
+        lambda: peer.fit(X, y),
+        rounds=3,
+        settle=0.2,
+        case=f"sparse, 20,000 × 100,000, density 1e-3, 20 classes; peer: {peer.solver}",
+        goal=1.0,
+        error=loss(ours) / target - 1,
         peer_error=0.0,
     )
 
