@@ -72,7 +72,9 @@ def adam(
         while spent < seconds:
             began = time.perf_counter()
             for _ in range(every):
-                part = min(1.0, (spent + time.perf_counter() - began) / seconds)
+                part = (spent + time.perf_counter() - began) / seconds
+                if part >= 1.0:
+                    break
                 for group in optimizer.param_groups:
                     group["lr"] = rate * min(1.0, (part + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * part))
                 optimizer.zero_grad()

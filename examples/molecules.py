@@ -166,13 +166,14 @@ def draw(data: Molecules, results: list[Fitted]) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     left.scatter(y, best.foretold, s=5, alpha=0.4, color=COLORS[1], linewidths=0)
     left.plot([150, 600], [150, 600], color="0.6", linewidth=1)
-    styled(left, title=f"Melting points by {best.method}", xlabel="measured, K", ylabel="foretold, K")
-    for result in results:
+    styled(left, title=f"Melting points: {best.method}", xlabel="measured, K", ylabel="foretold, K")
+    for row, result in enumerate(results):
         error = np.abs(result.foretold - y).mean()
-        middle.scatter(result.seconds, error, color=COLORS[0])
-        middle.annotate(result.method, (result.seconds, error), (4, 4), textcoords="offset points", fontsize=8)
-    styled(middle, title="Mean absolute error, K", xlabel="seconds").set_xscale("log")
-    middle.margins(x=0.3)
+        middle.barh(row, error, color=COLORS[0] if row == 0 else COLORS[2])
+        middle.text(1, row, f"{result.method}, {result.seconds:.1f} s", va="center", color="white", fontsize=9)
+    middle.invert_yaxis()
+    middle.set_yticks([])
+    styled(middle, title="Mean absolute error of each method, in how many seconds", xlabel="K")
     order = np.abs(best.foretold - y).argsort()
     shown = [*order[:3], *order[-3:]]
     legends = [f"{y[i]:.0f} K, foretold {best.foretold[i]:.0f}" for i in shown]

@@ -179,3 +179,24 @@ def test_nan_is_named_and_changes_nothing() -> None:
     with pytest.raises(onestep.optim.NonFiniteError, match="step 1"):
         onestep.fit(broken, (x, y), "cross_entropy", method="quasi_newton", progress=False)
     assert torch.equal(broken.head.weight, before)
+
+
+def test_rows_that_bend_lie_apart_from_the_others() -> None:
+    # Nine rows of ten are told for sure, and lie elsewhere than those that bend: weights by curvature move the columns'
+    # centres, which coupled the intercept to them, so that steps did not descend and the fit ended as if converged.
+    generator = torch.Generator().manual_seed(0)
+    x = 0.1 * torch.randn(1000, 6, generator=generator, dtype=torch.float64)
+    y = torch.full((1000,), 3)
+    x[:100] = 5.0 + torch.randn(100, 6, generator=generator, dtype=torch.float64)
+    y[:100] = (x[:100, :3] + torch.randn(100, 3, generator=generator, dtype=torch.float64)).argmax(1)
+    decay = 1e-4
+    torch.manual_seed(0)
+    head = nn.Linear(6, 4, dtype=torch.float64)
+    result = onestep.fit(
+        head, (x, y), "cross_entropy", method="quasi_newton", weight_decay=decay, tol=1e-7, progress=False
+    )
+    loss = F.cross_entropy(head(x), y) + 0.5 * decay * sum(p.square().sum() for p in head.parameters())
+    slopes = torch.autograd.grad(loss, list(head.parameters()))
+    assert result.converged
+    # The penalty alone bends by 1e-4: so far is the loss from its minimum at most, ‖slope‖² / 2e-4.
+    assert sum(slope.square().sum() for slope in slopes).item() / (2 * decay) < 1e-6 * result.loss

@@ -22,6 +22,8 @@ _GRAM_ROWS_PER_FEATURE = 4
 _LARGEST_FACTOR = 8192
 # Where all probabilities are 0 or 1 there is no spread to divide by.
 _LEAST_SPREAD = 1e-8
+# Of the mean diagonal element: the least that one counts as where the Gram matrix is factored.
+_LEAST_DIAGONAL = 1e-12
 # An intercept has no penalty and is divided by its own class's spread, at least so much of their mean.
 _LEAST_SHARE = 1e-2
 # The factor is made anew where the spread has changed by this factor.
@@ -149,7 +151,14 @@ class Memory:
             self._features = lambda R: R / diagonal
             return
         A = spread * self._gram + torch.diag(self._penalties) + torch.outer(self._offset, self._offset)
-        scale = A.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[:, None]
+        if self._intercept:
+            # `_apply` has an inverse of its own for the intercept: with the couplings that columns have which weights
+            # centre elsewhere, the two together would not be positive definite.
+            A[-1, :-1] = A[:-1, -1] = 0.0
+        diagonal = A.diagonal()
+        # A feature that is zero in the rows which bend: its gradient need not be.
+        least = _LEAST_DIAGONAL * diagonal.mean().item() + torch.finfo(torch.float64).tiny
+        scale = diagonal.clamp_min(least).rsqrt()[:, None]
         A = A * scale * scale.mT
         raised = 1e-8
         while True:

@@ -195,10 +195,14 @@ class Descent:
             scale = min(1.0, point.loss)
             half = -0.5 * slope
             level = point.slope <= _OVERSHOOT * tol
-            done = half <= self._decrement * scale or (
-                level
-                and half <= _DECREMENT * tol * max(scale, _LEAST_SCALE * tol)
-                and abs(dot(point.gradient, point.V)) <= _MOST_FALL * point.loss
+            # Below zero, which rounding makes of it, it is no decrement: the line search finds nothing, and pairs go.
+            done = half >= 0 and (
+                half <= self._decrement * scale
+                or (
+                    level
+                    and half <= _DECREMENT * tol * max(scale, _LEAST_SCALE * tol)
+                    and abs(dot(point.gradient, point.V)) <= _MOST_FALL * point.loss
+                )
             )
             if not objective.precise and (done or half <= _FLOAT_DECREMENT * scale):
                 self._refine()
