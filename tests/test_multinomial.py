@@ -80,9 +80,9 @@ def test_weights_and_far_columns(rng, fit_intercept):
 
 def test_samples_are_starts(rng, monkeypatch):
     """Many rows: the iterations over all of them are few, and the result is that of all rows."""
-    X, y = draw(rng, 20_000, 6, 12)
+    X, y = draw(rng, 40_000, 10, 8)
     coordinates = Coordinates.of(torch.from_numpy(X), None, intercept=True)
-    data = DenseRows(torch.from_numpy(X), torch.from_numpy(y), None, coordinates, 12)
+    data = DenseRows(torch.from_numpy(X), torch.from_numpy(y), None, coordinates, 8)
     with_samples = solve_multinomial(data, 1e-4, None, tol=1e-6, max_iter=200)
     monkeypatch.setattr(solve, "_samples", lambda rows: [])
     without = solve_multinomial(data, 1e-4, None, tol=1e-6, max_iter=200)
