@@ -48,8 +48,9 @@ _OVERSHOOT = 0.1
 # Half the squared Newton decrement must be below so many times tol of the loss, or of tol where the loss goes to zero.
 _DECREMENT = 0.03
 _LEAST_SCALE = 0.01
-# Where a plane separates the classes nothing bends, and L-BFGS knows little of the decrement. But the loss then falls along
-# V itself: weights that are larger by a tenth must not lower it by more than a tenth of this. At a minimum they do not.
+# Where a plane separates the classes nothing bends, and L-BFGS knows little of the decrement. But the loss then falls
+# along V itself: weights that are larger by a tenth must not lower it by more than a tenth of this. At a minimum they
+# do not.
 _MOST_FALL = 0.1
 # A step that still moves the scores of some row so far though the slopes are small: the minimum is at infinity.
 _RUNAWAY_STEP = 0.1
