@@ -9,6 +9,7 @@ from sklearn.model_selection import KFold, LeaveOneOut
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from onestep import Ridge, RidgeCV
+from onestep.estimators._spectrum import decompose
 
 ALPHAS = np.array([1e-3, 0.1, 2.0, 50.0])
 
@@ -190,6 +191,36 @@ def test_large_offsets_do_not_cancel(rng, d):
     ours, theirs = RidgeCV(ALPHAS).fit(X, y), linear_model.RidgeCV(ALPHAS).fit(X.astype(np.float64), y)
     assert ours.alpha_ == theirs.alpha_
     np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "gcv"}, {"scoring": "neg_mean_absolute_error"}, {"cv": 4}])
+@pytest.mark.parametrize(("n", "d"), [(40, 6), (12, 20)])
+def test_a_penalty_per_target_is_that_of_separate_fits(rng, n, d, options, monkeypatch):
+    monkeypatch.setattr("onestep.estimators._spectrum._COLUMNS", 10)
+    X = rng.standard_normal((n, d))
+    Y = X @ rng.standard_normal((d, 5)) * np.logspace(-3, 1, 5) + rng.standard_normal((n, 5))
+    weight = rng.uniform(0.2, 2.0, size=n)
+    ours = RidgeCV(ALPHAS, alpha_per_target=True, **options).fit(X, Y, weight)
+    alone = [RidgeCV(ALPHAS, **options).fit(X, y, weight) for y in Y.T]
+    assert len(set(ours.alpha_)) > 1
+    np.testing.assert_array_equal(ours.alpha_, [model.alpha_ for model in alone])
+    np.testing.assert_allclose(ours.best_score_, [model.best_score_ for model in alone], rtol=1e-9)
+    np.testing.assert_allclose(ours.coef_, [model.coef_ for model in alone], rtol=1e-7, atol=1e-12)
+    np.testing.assert_allclose(ours.intercept_, [model.intercept_ for model in alone], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["loo", "gcv"])
+@pytest.mark.parametrize(("n", "d"), [(70, 50), (40, 60)])
+def test_errors_of_many_targets_come_in_blocks(rng, n, d, method):
+    k, alphas = 2000, torch.logspace(-2, 2, 20, dtype=torch.float64)
+    X, Y = torch.from_numpy(rng.standard_normal((n, d))), torch.from_numpy(rng.standard_normal((n, k)))
+    spectrum = decompose(X, Y, None, 0.01, fit_intercept=True)
+    errors = spectrum.leave_one_out(alphas) if method == "loo" else spectrum.residuals(alphas)
+    seen = torch.zeros(n, k)
+    for rows, targets, block in errors:
+        assert block.numel() <= 128 * 4096
+        seen[rows, targets] += 1
+    assert (seen == 1).all()
 
 
 def test_tensors_in_tensors_out(rng):

@@ -67,9 +67,9 @@ class Centred(NamedTuple):
         for rows in blocks(n, d, least=2 * d):
             yield rows, self.x(rows).addmm_(share[rows], rest, alpha=-1)
 
-    def y(self, rows: slice = slice(None)) -> Tensor:
-        """√w (Y - y_mean) over some rows, float64."""
-        return self._scaled(self.Y[rows] - self.y_mean, rows)
+    def y(self, rows: slice = slice(None), targets: slice = slice(None)) -> Tensor:
+        """√w (Y - y_mean) over some rows and targets, float64."""
+        return self._scaled(self.Y[rows, targets] - self.y_mean[targets], rows)
 
 
 class Primal:

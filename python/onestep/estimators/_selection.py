@@ -28,9 +28,9 @@ class _Identity(RegressorMixin, BaseEstimator):
 def gcv_scores(spectrum: Spectrum, alphas: Tensor) -> Array:
     """Minus (RSS/n) / (tr(I - H)/n)², n being the rows with weight: (A, k)."""
     n = rows_with_weight(spectrum.centred)
-    rss = torch.zeros(())
-    for _, errors in spectrum.residuals(alphas):
-        rss = rss + errors.square().sum(dim=0)
+    rss = torch.zeros(len(alphas), spectrum.centred.Y.shape[1], dtype=torch.float64)
+    for _, targets, errors in spectrum.residuals(alphas):
+        rss[:, targets] += errors.square_().sum(dim=0)
     scores: Array = (-n * rss / spectrum.freedom(alphas).square()[:, None]).numpy()
     return scores
 
@@ -40,11 +40,11 @@ def loo_scores(spectrum: Spectrum, alphas: Tensor, *, keep: bool) -> tuple[Array
     n, k = spectrum.centred.Y.shape
     kept = np.empty((n, k, len(alphas))) if keep else None
     total = torch.zeros(len(alphas), k, dtype=torch.float64)
-    for rows, errors in spectrum.leave_one_out(alphas):
+    for rows, targets, errors in spectrum.leave_one_out(alphas):
         squares = errors.square_()
-        total += squares.sum(dim=0)
+        total[:, targets] += squares.sum(dim=0)
         if kept is not None:
-            kept[rows] = squares.mT.numpy()
+            kept[rows, targets] = squares.mT.numpy()
     scores: Array = (-total / n).numpy()
     return scores, kept
 
@@ -53,11 +53,11 @@ def loo_predictions(spectrum: Spectrum, alphas: Tensor) -> Array:
     """What fits without a row say of it (n, k, A); NaN for rows without weight, whose errors the kernel form lacks."""
     Y, weight = spectrum.centred.Y, spectrum.centred.weight
     predictions = np.empty((*Y.shape, len(alphas)))
-    for rows, errors in spectrum.leave_one_out(alphas):
+    for rows, targets, errors in spectrum.leave_one_out(alphas):
         if weight is not None:
             share = weight[rows, None, None].double()
             errors = torch.where(share > 0, errors / share.sqrt(), torch.nan)
-        predictions[rows] = (Y[rows, None, :] - errors).mT.numpy()
+        predictions[rows, targets] = (Y[rows, None, targets] - errors).mT.numpy()
     return predictions
 
 

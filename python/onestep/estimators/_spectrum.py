@@ -17,9 +17,15 @@ from onestep.estimators._centred import EPS, MIN_RCOND, Centred, Primal, blocks,
 from onestep.estimators._solve import from_dual, kernel, triangular
 from onestep.linalg.spd import eigenvalues_are_accurate
 
+# Columns, one for each target and penalty, whose errors are computed at once.
+_COLUMNS = 4096
+
+# Errors (rows, A, targets) of some rows and some targets.
+Errors = Iterator[tuple[slice, slice, Tensor]]
+
 
 class Spectrum(Protocol):
-    """What a decomposition answers. Errors come as (rows, errors (rows, A, k)) over consecutive blocks of rows."""
+    """What a decomposition answers. Errors come in blocks of rows and targets, whatever n and k."""
 
     path: str
     centred: Centred
@@ -30,10 +36,10 @@ class Spectrum(Protocol):
     def freedom(self, alphas: Tensor) -> Tensor:
         """tr(I - H) (A,) over the rows with weight, for penalties (A,)."""
 
-    def residuals(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def residuals(self, alphas: Tensor) -> Errors:
         """r for penalties (A,)."""
 
-    def leave_one_out(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def leave_one_out(self, alphas: Tensor) -> Errors:
         """r / (1 - h) for penalties (A,)."""
 
 
@@ -71,22 +77,28 @@ class PrimalSpectrum:
         surplus = rows_with_weight(self.centred) - len(self._values) - int(self._fit_intercept)
         return surplus + _kept(self._values, alphas).sum(dim=0)
 
-    def residuals(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        for rows, _, errors in self._residuals(alphas):
-            yield rows, errors
-
-    def leave_one_out(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        shrink = 1.0 / (self._values[:, None] + alphas)
-        for rows, x, errors in self._residuals(alphas):
-            left = 1.0 - self._intercept[rows, None] - (x @ self._V).square_() @ shrink
-            yield rows, errors.div_(left.clamp_(min=EPS)[:, :, None])
-
-    def _residuals(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def residuals(self, alphas: Tensor) -> Errors:
         (n, d), k = self.centred.X.shape, self._target.shape[1]
-        W = torch.stack([self.coef(alpha) for alpha in alphas], dim=1).reshape(d, -1)
-        for rows in blocks(n, max(d, W.shape[1])):
-            x = self.centred.x(rows)
-            yield rows, x, self.centred.y(rows)[:, None, :] - (x @ W).reshape(-1, len(alphas), k)
+        for targets in _targets(k, len(alphas)):
+            parts = self._target[:, None, targets] / (self._values[:, None] + alphas)[:, :, None]
+            W = self._V @ parts.reshape(d, -1)
+            for rows in blocks(n, max(d, W.shape[1])):
+                yield rows, targets, self._errors(rows, targets, self.centred.x(rows) @ W)
+
+    def leave_one_out(self, alphas: Tensor) -> Errors:
+        (n, d), k = self.centred.X.shape, self._target.shape[1]
+        shrink = 1.0 / (self._values[:, None] + alphas)
+        for rows in blocks(n, max(d, min(len(alphas) * k, _COLUMNS))):
+            rotated = self.centred.x(rows) @ self._V
+            left = (1.0 - self._intercept[rows, None] - rotated.square() @ shrink).clamp_(min=EPS)[:, :, None]
+            for targets in _targets(k, len(alphas)):
+                parts = self._target[:, None, targets] * shrink[:, :, None]
+                yield rows, targets, self._errors(rows, targets, rotated @ parts.reshape(d, -1)).div_(left)
+
+    def _errors(self, rows: slice, targets: slice, predicted: Tensor) -> Tensor:
+        """Targets less predictions (rows, A · targets) of them."""
+        y = self.centred.y(rows, targets)
+        return y[:, None, :] - predicted.view(len(y), -1, y.shape[1])
 
 
 class DualSpectrum:
@@ -121,21 +133,29 @@ class DualSpectrum:
         weightless = len(self._values) - rows_with_weight(self.centred)
         return _kept(self._values, alphas).sum(dim=0) - self._null.sum() * self._null_kept(alphas) - weightless
 
-    def residuals(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def residuals(self, alphas: Tensor) -> Errors:
         n, k = self._target.shape
         keep = _kept(self._values, alphas)
-        parts = (keep[:, :, None] * self._target[:, None, :]).reshape(n, -1)
-        for rows in blocks(n, parts.shape[1]):
-            yield rows, (self._U[rows] @ parts).reshape(-1, len(alphas), k)
+        for targets in _targets(k, len(alphas)):
+            some = self._target[:, targets]
+            parts = (keep[:, :, None] * some[:, None, :]).reshape(n, -1)
+            for rows in blocks(n, parts.shape[1]):
+                yield rows, targets, (self._U[rows] @ parts).reshape(-1, len(alphas), some.shape[1])
 
-    def leave_one_out(self, alphas: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def leave_one_out(self, alphas: Tensor) -> Errors:
         keep, null = _kept(self._values, alphas), self._null_kept(alphas)
-        for rows, errors in self.residuals(alphas):
+        for rows, targets, errors in self.residuals(alphas):
             left = self._U[rows].square() @ keep - self._null[rows, None] * null
-            yield rows, errors.div_(left.clamp_(min=torch.finfo(left.dtype).tiny)[:, :, None])
+            yield rows, targets, errors.div_(left.clamp_(min=torch.finfo(left.dtype).tiny)[:, :, None])
 
     def _null_kept(self, alphas: Tensor) -> Tensor:
         return _kept(self._moved.reshape(1), alphas)[0]
+
+
+def _targets(count: int, alphas: int) -> Iterator[slice]:
+    """Slices of the targets, each of a target or of so many that they have `_COLUMNS` columns."""
+    step = max(1, _COLUMNS // alphas)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def _kept(values: Tensor, alphas: Tensor) -> Tensor:

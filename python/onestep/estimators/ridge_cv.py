@@ -33,19 +33,28 @@ class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
             is one factorisation for all penalties, of a copy of its rows.
         scoring: a scorer's name or callable, asked about the held-out predictions of the rows that have weight, with
             their weights; keeps (n, k, A) float64, not with "gcv". None for minus the mean squared error, R² with `cv`.
-        alpha_per_target: whether each target has its own penalty.
+        alpha_per_target: whether each target has its own penalty, as if it were fitted alone; with `cv`, too, where
+            scikit-learn refuses it.
         store_cv_results: whether to keep `cv_results_`; "loo" only.
 
     Attributes:
         alpha_: the penalty chosen; (k,) with `alpha_per_target` and several targets.
-        best_score_: its score, higher is better: minus the mean over rows and targets of weight · error², minus the
-            GCV criterion (RSS/n) / (1 - tr H/n)² over the n rows that have weight, or the mean over folds of what
-            `scoring` gave.
+        best_score_: its score, or with `alpha_per_target` that of each target (k,), higher is better: minus the mean
+            over rows and targets of weight · error², minus the GCV criterion (RSS/n) / (1 - tr H/n)² over the n rows
+            that have weight, or the mean over folds of what `scoring` gave.
         cv_results_: (n, A) for y (n,), else (n, k, A): weight · squared leave-one-out error, or with `scoring` the
             leave-one-out predictions, where those of rows without weight are NaN.
         coef_, intercept_, n_features_in_, feature_names_in_: as for `Ridge`.
         solver_path_: "eigh" (d x d), "dual_eigh" (n x n), or "svd", "dual_svd" where the smallest penalty is too small
             next to the Gram's largest eigenvalue for an eigendecomposition of it to be accurate.
+
+    Examples:
+        >>> import numpy as np
+        >>> from onestep import RidgeCV
+        >>> X = np.array([[-2.0], [-1.0], [0.0], [1.0], [2.0]])
+        >>> Y = np.array([[-4.0, 1.0], [-2.0, -1.0], [0.0, 0.0], [2.0, 1.0], [4.0, -1.0]])
+        >>> RidgeCV([0.1, 100.0], alpha_per_target=True).fit(X, Y).alpha_
+        array([  0.1, 100. ])
     """
 
     solver_path_: str
