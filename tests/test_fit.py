@@ -320,6 +320,15 @@ def test_mini_batches_of_a_loader_with_a_generator_resume_with_the_same_bits(tmp
         ({"tol": -1.0}, ValueError, "tol=-1.0"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay=-1.0"),
         ({"loss": "hinge"}, ValueError, "loss='hinge'"),
+        ({"loss": torch.zeros(3)}, TypeError, r"loss is Tensor; .*one argument, \(inputs, target\)"),
+        (
+            {"loss": lambda outputs, target: outputs - target},
+            TypeError,
+            r"a tensor of shape \(\d+, 1\); expected a scalar",
+        ),
+        ({"loss": "bce"}, ValueError, "target holds .*; expected numbers from 0 to 1"),
+        ({"loss": "poisson"}, ValueError, "target holds -.*; expected counts of 0 or more"),
+        ({"validation": 0.1}, TypeError, "validation: data is float"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -333,6 +342,10 @@ def test_data_that_does_not_fit_is_named() -> None:
         onestep.fit(network(), (X, y[:-1]), progress=False)
     with pytest.raises(ValueError, match=r"outputs have shape \(\d+, 1\), the target \(\d+, 2\)"):
         onestep.fit(network(), (X, torch.cat([y, y], 1)), progress=False)
+    with pytest.raises(TypeError, match=r"several inputs are a tuple \(\(a, b\), target\)"):
+        onestep.fit(network(), (X, X, y), progress=False)
+    with pytest.raises(TypeError, match=r"layout torch\.sparse_coo"):
+        onestep.fit(network(), (X.to_sparse(), y), progress=False)
     with pytest.raises(TypeError, match="data is Tensor"):
         onestep.fit(network(), X, progress=False)
 

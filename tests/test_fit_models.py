@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import onestep
+from onestep.curvature import GaussNewtonOperator
 from onestep.evaluation.data import Chunk, Share, as_source
 from onestep.evaluation.losses import LOSSES
 from onestep.evaluation.module import chunk_rows
@@ -236,6 +237,24 @@ def test_numpy_arrays_are_data() -> None:
     assert cross_entropy(head(X.float()), target).item() == pytest.approx(result.loss, rel=1e-6)
     with pytest.raises(TypeError, match="numpy array of dtype <U1"):
         onestep.fit(head, (X.numpy(), np.array(["a"] * 100)), "cross_entropy", progress=False)
+
+
+def test_data_frames_are_data() -> None:
+    pandas = pytest.importorskip("pandas")
+    X, y = table(100)
+    frame, series = pandas.DataFrame(X.numpy()), pandas.Series(y[:, 0].numpy())
+    expected, fitted = network(), network()
+    onestep.fit(expected, (X, y), max_steps=3, progress=False)
+    onestep.fit(fitted, (frame, series), max_steps=3, progress=False)
+    assert all(map(torch.equal, fitted.parameters(), expected.parameters()))
+    v = torch.ones(sum(p.numel() for p in fitted.parameters()), dtype=X.dtype)
+    products = [
+        GaussNewtonOperator(fitted, data, "mse") @ v for data in ((X, y), (X.numpy(), y.numpy()), (frame, series))
+    ]
+    assert torch.equal(products[1], products[0])
+    assert torch.equal(products[2], products[0])
+    with pytest.raises(TypeError, match="a DataFrame of dtype object"):
+        onestep.fit(fitted, (frame.assign(kind="a"), series), progress=False)
 
 
 @pytest.mark.parametrize("method", ["newton_cg", "gauss_newton", "levenberg_marquardt"])

@@ -48,9 +48,9 @@ class CurvatureOperator(ABC):
 
     Args:
         model: any module that returns a tensor, (n,…) for n rows.
-        data: a pair of tensors (inputs, target), a Dataset of such pairs, or a DataLoader (any iterable that can be
-            read again) of such batches, rows first. Inputs may be a tuple or a dict of tensors, which is unpacked.
-            Batches are moved to the parameters' device.
+        data: a pair (inputs, target) of tensors, numpy arrays or data frames, a Dataset of such pairs, or a DataLoader
+            (any iterable that can be read again) of such batches, rows first. Inputs may be a tuple or a dict of
+            tensors, which is unpacked. Batches are moved to the parameters' device.
         loss: "mse" (mean over all elements), "cross_entropy" (class indices; -100 is ignored), "poisson" (the model
             gives the logarithm of the rate), "bce" (the model gives log-odds); torch's losses, as functions or modules,
             with their class weights; or a function (outputs, target) → mean over the rows it was given. The old order

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from onestep.curvature._vectors import all_finite
 from onestep.curvature.products import Route
+from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, as_source
 from onestep.evaluation.distributed import share, summed, together
 from onestep.evaluation.errors import NonFiniteError
@@ -63,7 +64,7 @@ class Passes:
         self.model, self.loss, self.progress = model, loss, progress
         self.parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
         self.names = parameter_names(model, self.parameters)
-        self.source = as_source(data, seed)
+        self.source = as_source(from_numpy(data, self.parameters.tensors[0]), seed)
         self.source.share = share()
         self.route, self.vectorizes = Route(), True
         self.affordable_rows = together(self.look_at_rows)

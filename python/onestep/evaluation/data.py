@@ -70,7 +70,10 @@ def _as_chunk(batch: Any, with_labels: bool = False) -> Chunk:
     if isinstance(batch, Sequence) and len(batch) == 2 and not isinstance(batch, (str, bytes)):
         return Chunk(*batch)
     kind = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, Sequence) else type(batch).__name__
-    raise TypeError(f"a batch is a {kind}; expected a pair (inputs, target), or a dict with labels")
+    raise TypeError(
+        f"a batch is a {kind}; expected a pair (inputs, target), of which several inputs are a tuple ((a, b), target), "
+        "or a dict with labels"
+    )
 
 
 class Share(NamedTuple):
@@ -360,8 +363,8 @@ def as_source(data: Any, seed: int, with_labels: bool = False) -> Source:
     if isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, Mapping)):
         return LoaderSource(data, seed, with_labels)
     raise TypeError(
-        f"data is {type(data).__name__}; expected a pair of tensors (inputs, target), a Dataset of such pairs, or a "
-        "DataLoader"
+        f"data is {type(data).__name__}; expected a pair of tensors or arrays (inputs, target), a Dataset of such "
+        "pairs, or a DataLoader"
     )
 
 
@@ -369,6 +372,9 @@ def _of_tensors(chunk: Chunk, seed: int) -> Source:
     tensors = [leaf for leaf in tree_leaves((chunk.inputs, chunk.target)) if isinstance(leaf, Tensor)]
     if any(tensor.dim() == 0 for tensor in tensors):
         raise ValueError("data holds a tensor of shape (), which has no rows; expected inputs and targets (n, …)")
+    for tensor in tensors:
+        if tensor.layout != torch.strided:
+            raise TypeError(f"data holds a tensor of layout {tensor.layout}; expected dense ones")
     lengths = {len(tensor) for tensor in tensors}
     if len(lengths) != 1:
         raise ValueError(f"data holds tensors of {sorted(lengths)} rows; expected as many inputs as targets")

@@ -85,7 +85,10 @@ def _classes_named(outputs: Tensor) -> Iterator[None]:
         yield
     except IndexError as error:
         classes = outputs.shape[1] if outputs.dim() > 1 else len(outputs)
-        raise ValueError(f"target holds a class that the outputs, of {classes} classes, do not have: {error}") from None
+        hint = " Two classes with one output are loss='bce'" if classes == 1 else ""
+        raise ValueError(
+            f"target holds a class that the outputs, of {classes} classes, do not have: {error}{hint}"
+        ) from None
 
 
 def are_probabilities(outputs: Tensor, target: Any) -> bool:
@@ -217,7 +220,10 @@ def as_loss(loss: str | Callable[[Tensor, Any], Tensor]) -> Loss:
             raise ValueError(f"loss={loss!r}; expected one of {', '.join(map(repr, LOSSES))}, or a function")
         return LOSSES[loss]
     if not callable(loss):
-        raise TypeError(f"loss is {type(loss).__name__}; expected a name or a function (outputs, target) -> scalar")
+        raise TypeError(
+            f"loss is {type(loss).__name__}; expected a name or a function (outputs, target) -> scalar. Inputs and "
+            "target are one argument, (inputs, target)"
+        )
     function, options = loss, dict(vars(loss)) if isinstance(loss, nn.Module) else {}
     kind: Any = type(loss) if isinstance(loss, nn.Module) else loss
     if isinstance(loss, partial) and not loss.args:
@@ -243,7 +249,8 @@ def as_loss(loss: str | Callable[[Tensor, Any], Tensor]) -> Loss:
     def total(outputs: Tensor, target: Any) -> Tensor:
         mean = function(outputs, target)
         if not isinstance(mean, Tensor) or mean.numel() != 1:
-            raise TypeError(f"the loss function returned {mean!r}; expected a scalar tensor")
+            got = f"a tensor of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else repr(mean)
+            raise TypeError(f"the loss function returned {got}; expected a scalar, the mean over the rows")
         return mean.reshape(()) * _rows(outputs, target)
 
     return Loss("function", total, lambda target, rows: rows)

@@ -65,14 +65,16 @@ def fit(
 
     Args:
         model: any module that returns a tensor, (n,…) for n rows, or something that has such ``logits``.
-        data: a pair of tensors (inputs, target), a Dataset of such pairs, or a DataLoader (any iterable that can be
-            read again) of such batches. Inputs may be a tuple or a dict of tensors, which is unpacked. In place of a
-            pair a dict may hold the inputs and ``labels``, as the collators of transformers make it.
+        data: a pair (inputs, target) of tensors, numpy arrays or data frames, a Dataset of such pairs, or a DataLoader
+            (any iterable that can be read again) of such batches. Inputs may be a tuple or a dict of tensors, which is
+            unpacked. In place of a pair a dict may hold the inputs and ``labels``, as the collators of transformers
+            make it.
         loss: "mse" (mean over all elements), "cross_entropy" (class indices, of which -100 is ignored, or
             probabilities; class weights, label smoothing and another ignore_index by ``nn.CrossEntropyLoss(...)``),
-            "poisson" (the model gives the logarithm of the rate), or a function (outputs, target) → mean over the rows
-            it was given. With "model" the model is given ``labels`` with the other inputs and returns its own ``loss``,
-            their mean over those that are not -100 (methods "polar" and "gradient_descent").
+            "poisson" (the model gives the logarithm of the rate), "bce" (the model gives log-odds), torch's own losses
+            of these kinds, or a function (outputs, target) → mean over the rows it was given. With "model" the model is
+            given ``labels`` with the other inputs and returns its own ``loss``, their mean over those that are not -100
+            (methods "polar" and "gradient_descent").
         method: "closed_form" (for "cross_entropy" an estimate of a linear head, which Newton steps close; rows of a
             DataLoader should come in random order), "levenberg_marquardt" (forms the p × p Gauss-Newton matrix),
             "quasi_newton" (a linear head under cross-entropy, by L-BFGS on what the head is given, for which the model

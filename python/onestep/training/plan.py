@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,7 @@ def look(
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
     first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))
     _check_not_shifted(loss, first_pass.first)
+    together(lambda: _check_range(loss, first_pass.first.target))
     measured = settings.chunk_size or from_first(lambda: chunk_rows(model, loss, first_pass.first))
     return Facts(model, parameters, loss, described, source, own, first_pass, measured)
 
@@ -81,6 +83,17 @@ def look(
 def rows_of(data: Any, parameters: ParameterVector, loss: Loss, settings: Settings) -> Source:
     """The rows of data of any kind; with their labels among the inputs where the model computes the loss."""
     return as_source(from_numpy(data, parameters.tensors[0]), settings.seed, with_labels=loss.name == "model")
+
+
+def _check_range(loss: Loss, target: Any) -> None:
+    """Raises where the first rows hold targets for which the loss is no likelihood, and may have no minimum."""
+    if loss.name not in ("poisson", "bce") or not isinstance(target, torch.Tensor):
+        return
+    most = 1 if loss.name == "bce" else math.inf
+    wrong = target[(target < 0) | (target > most)]
+    if len(wrong):
+        expected = "numbers from 0 to 1" if loss.name == "bce" else "counts of 0 or more"
+        raise ValueError(f"target holds {wrong[0].item():g}; expected {expected} for loss={loss.name!r}")
 
 
 def _check_not_shifted(loss: Loss, first: Chunk) -> None:

@@ -32,7 +32,10 @@ class Validation:
 
     def __init__(self, plan: FitPlan, data: Any, every: int | None, patience: int | None) -> None:
         self.plan, self.patience = plan, patience
-        source = rows_of(data, plan.parameters, plan.loss, plan.settings)
+        try:
+            source = rows_of(data, plan.parameters, plan.loss, plan.settings)
+        except TypeError as error:
+            raise TypeError(f"validation: {error}") from None
         source.device = plan.parameters.device
         own = share()
         self.source = cut(source, own._replace(pieces=own.size), plan.settings.chunk_size or plan.chunk_rows)
