@@ -821,6 +821,7 @@ def test_targets_that_are_all_ignored_leave_nothing() -> None:
     [
         ({"model": "mlp"}, TypeError, "model is str"),
         ({"loss": "hinge"}, ValueError, "loss='hinge'; expected one of .*'mse', 'cross_entropy', 'poisson', 'bce'"),
+        ({"loss": "model"}, ValueError, "loss='model'; expected one of 'mse'"),
         ({"loss": 3}, TypeError, "loss is int"),
         ({"loss": nn.CrossEntropyLoss(reduction="sum")}, ValueError, "CrossEntropyLoss with reduction='sum'"),
         ({"data": 3}, TypeError, "data is int"),

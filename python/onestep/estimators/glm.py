@@ -107,7 +107,8 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
     sample (`onestep.curvature.glm`). Many classes are fitted by preconditioned L-BFGS (`onestep.solvers.multinomial`).
     Columns are centred and scaled implicitly, so that their units and offsets do not matter.
 
-    A drop-in for `sklearn.linear_model.LogisticRegression` on dense data with an l2 penalty or none.
+    A drop-in for `sklearn.linear_model.LogisticRegression` with an l2 penalty or none, and no choice of solvers.
+    A sparse X never becomes dense.
 
     Args:
         C: inverse of the penalty, > 0; infinity for none.

@@ -209,15 +209,18 @@ _OF_TORCH: dict[Any, tuple[str, dict[str, Any]]] = {
 }
 
 
-def as_loss(loss: str | Callable[[Tensor, Any], Tensor]) -> Loss:
+def as_loss(loss: str | Callable[[Tensor, Any], Tensor], *, of_model: bool = False) -> Loss:
     """A named loss; one of torch's: a function, a ``functools.partial`` of it or a module; or any mean over rows.
+
+    ``of_model``: whether it may be "model".
 
     Raises:
         ValueError, TypeError: none of these, or a reduction other than "mean".
     """
     if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ValueError(f"loss={loss!r}; expected one of {', '.join(map(repr, LOSSES))}, or a function")
+        names = [name for name in LOSSES if of_model or name != "model"]
+        if loss not in names:
+            raise ValueError(f"loss={loss!r}; expected one of {', '.join(map(repr, names))}, or a function")
         return LOSSES[loss]
     if not callable(loss):
         raise TypeError(

@@ -153,7 +153,7 @@ def fit(
         patience=patience,
     )
     parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-    function = as_loss(loss)
+    function = as_loss(loss, of_model=True)
     noisy = noisy_layers(model)
     with eval_mode(model):
         if initialize:
