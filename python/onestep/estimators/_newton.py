@@ -48,11 +48,13 @@ _CG_ITERATIONS = 200
 # So many iterations say that the factor is of a Hessian too far away.
 _STALE_ITERATIONS = 8
 
-# Steps by the sample's factor alone go on while each lowers the squared decrement by this factor.
+# Steps by the sample's factor alone go on while each lowers the squared decrement by this factor, and until one must be
+# halved more often than so: a column that is constant in the sample has no curvature there.
 _CONTRACTION = 0.1
+_DIRECT_HALVINGS = 2
 
 _SUFFICIENT_DECREASE = 1e-4
-_HALVINGS = 30
+_HALVINGS = 29
 
 # scikit-learn's solvers mostly end well below tol: one step more than it asks for, which squares what is left.
 _OVERSHOOT = 0.1
@@ -163,23 +165,28 @@ def _newton(
             precondition = _preconditioner(point if sample is problem else near or sample.at(point.V))
             near, stale = None, False
         tolerance = max(_CG_TOLERANCE, 0.5 * goal / point.slope) if point.slope > goal else _CG_TOLERANCE
-        if direct and precondition.exact:
+        direct = direct and precondition.exact
+        if direct:
             # The inverse of a sample's Hessian is off by little: a step by it alone takes a pass, a product another.
             direction, iterations = precondition.solve(-point.grad.flatten()).view_as(point.V), 0
         else:
             direction, iterations = newton_direction(point, precondition, min(_LAST_CG_TOLERANCE, tolerance))
         last, decrement = decrement, -torch.dot(point.grad.flatten(), direction.flatten()).item()
-        direct = direct and decrement <= _CONTRACTION * last
+        contracts = decrement <= _CONTRACTION * last
         if decrement <= least:
             return Minimum(point, step, True)
         if level:
             if decrement <= target:
                 return Minimum(point, step, True)
-            if problem.penalty == 0 and problem.movement(direction) > _RUNAWAY_STEP:
+            if not direct and problem.penalty == 0 and problem.movement(direction) > _RUNAWAY_STEP:
                 return Minimum(point, step, True, runaway=True)
-        found = _line_search(problem, point, direction)
+        found = _line_search(problem, point, direction, _DIRECT_HALVINGS if direct else _HALVINGS)
+        if found is None and direct:
+            direct, decrement = False, last
+            continue
         if found is None and fresh:
             break
+        direct = direct and contracts
         stale = found is None or sample is problem or iterations > _STALE_ITERATIONS
         point = found or point
         step += found is not None
@@ -187,12 +194,12 @@ def _newton(
     return Minimum(point, step, point.slope <= tol and decrement <= 2 * tol * max(point.scale, _LEAST_SCALE * tol))
 
 
-def _line_search(problem: Problem, point: Point, direction: Tensor) -> Point | None:
+def _line_search(problem: Problem, point: Point, direction: Tensor, halvings: int) -> Point | None:
     """The first of the full step, its half, ... that lowers the loss enough (Armijo 1966); None if none does."""
     slope = torch.dot(point.grad.flatten(), direction.flatten()).item()
     rounding = 4 * torch.finfo(problem.X.dtype).eps * abs(point.loss)
     length = 1.0
-    for _ in range(_HALVINGS):
+    for _ in range(halvings + 1):
         trial = problem.at(point.V + length * direction)
         if trial.loss <= point.loss + _SUFFICIENT_DECREASE * length * slope + rounding:
             return trial
