@@ -173,7 +173,7 @@ def test_bad_parameters(parameters, error, message):
 
 def test_non_finite_rows():
     X = np.array([[0.0], [np.nan], [1.0]])
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="Input X contains NaN"):
         LogisticRegression().fit(X, [0, 1, 1])
 
 

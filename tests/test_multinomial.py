@@ -162,7 +162,7 @@ def test_warm_start(rng):
 def test_features_that_are_not_finite(rng):
     X, y = draw(rng, 100, 6, 20)
     X[3, 2] = np.nan
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="Input X contains NaN"):
         LogisticRegression().fit(X, y)
 
 

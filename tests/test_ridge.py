@@ -131,7 +131,7 @@ def test_x_is_not_copied(rng, monkeypatch, dtype, kind):
         seen.append((X.data_ptr(), tuple(X.shape), X.requires_grad))
         return moments(X, Y, **options)
 
-    monkeypatch.setattr(onestep.linalg, "moments", spy)
+    monkeypatch.setattr(onestep.linalg.narrow, "moments", spy)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Ridge().fit(X, y)
@@ -168,7 +168,7 @@ def test_half_precision_tensors_become_fp32(rng):
     torch.testing.assert_close(ours.coef_, Ridge().fit(X.float(), y.float()).coef_)
 
 
-@pytest.mark.parametrize("kind", [int, bool, np.float16, list])
+@pytest.mark.parametrize("kind", [int, bool, list])
 def test_other_numbers_become_fp64(rng, kind):
     X = rng.integers(0, 2, size=(20, 3))
     y = X @ [1.0, 2.0, 3.0]

@@ -9,8 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.sparse import csr_array
+from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import check_array
 from torch import Tensor
+
+from onestep.linalg.narrow import widened_chunks
 
 Array = npt.NDArray[Any]
 
@@ -42,6 +45,23 @@ def to_numpy(name: str, value: Any) -> Any:
     return value.numpy()
 
 
+def is_stored(X: Any) -> bool:
+    """Whether X is read as it is stored, in chunks: 16-bit floats, and integers in a file (numpy.memmap)."""
+    if isinstance(X, Tensor):
+        return X.dtype in (torch.bfloat16, torch.float16) and X.layout == torch.strided and X.device.type == "cpu"
+    kinds = "iub" if isinstance(X, np.memmap) else ""
+    return isinstance(X, np.ndarray) and X.dtype.isnative and (X.dtype == np.float16 or X.dtype.kind in kinds)
+
+
+def stored_array(X: Any) -> Array:
+    """X as numpy for the checks of its shape; of bfloat16, which numpy lacks, the bits."""
+    if not isinstance(X, Tensor):
+        return np.asarray(X)
+    X = X.detach()
+    array: Array = (X.view(torch.int16) if X.dtype == torch.bfloat16 else X).numpy()
+    return array
+
+
 def to_tensor(array: Array) -> Tensor:
     """A tensor over `array`'s memory, of any strides and even if read-only; only negative strides force a copy."""
     if any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned:
@@ -67,6 +87,18 @@ def sparse_operand(X: Any) -> Any:
         matrix = csr_array((values.numpy(), inner.numpy(), outer.numpy()), shape=shape)
         X = matrix if rows_first else matrix.T
     return X
+
+
+def check_finite(X: Tensor) -> None:
+    """ValueError that says what X holds, if that is not finite; in chunks."""
+    for _, chunk in widened_chunks(X):
+        assert_all_finite(chunk.numpy(), input_name="X")
+
+
+def rows_for_splitter(X: Tensor) -> Array:
+    """X (n, d) as splitters of scikit-learn take it; zeros of no memory where numpy lacks its type."""
+    zeros = np.broadcast_to(np.float32(0), tuple(X.shape))
+    return zeros if X.dtype == torch.bfloat16 else X.numpy()
 
 
 def check_alphas(name: str, value: Any, *, positive: bool) -> Array:

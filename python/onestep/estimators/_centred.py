@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from sklearn.utils import assert_all_finite
 from torch import Tensor
 
-import onestep.linalg as linalg
+from onestep.estimators._arrays import check_finite
 from onestep.linalg.constant_columns import constant_columns
+from onestep.linalg.narrow import moments_of, working_dtype
 from onestep.linalg.spd import LEAST_RCOND
 
 EPS = torch.finfo(torch.float64).eps
@@ -79,10 +79,10 @@ class Primal:
     """
 
     def __init__(self, X: Tensor, Y: Tensor, weight: Tensor | None, *, center: bool) -> None:
-        moments = linalg.moments(X, Y, weight=weight, center=center)
+        moments = moments_of(X, Y, weight, center=center)
         if not (bool(moments.gram.isfinite().all()) and bool(moments.cross.isfinite().all())):
             raise_not_finite(X)
-        constant = constant_columns(moments.gram.diagonal(), moments.x_mean, moments.weight_sum, X.dtype)
+        constant = constant_columns(moments.gram.diagonal(), moments.x_mean, moments.weight_sum, working_dtype(X))
         self.centred = Centred(X, Y, weight, moments.x_mean, moments.y_mean, constant)
         self._gram = moments.gram.masked_fill(constant[:, None] | constant, 0.0)
         self._cross = moments.cross.masked_fill(constant[:, None], 0.0)
@@ -90,7 +90,7 @@ class Primal:
     def candidates(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Gram (d, d) and cross product (d, k), each time more accurate, and the rcond down to which they will do."""
         X = self.centred.X
-        if X.dtype == torch.float32:
+        if working_dtype(X) == torch.float32:
             # The kernel sums fp32 rows in fp32 over slabs of 4096, and the slabs, whose errors average out, in fp64.
             yield self._gram, self._cross, _FLOAT_GRAM_FLOOR / (1.0 + X.shape[0] / 4096) ** 0.5
             yield *self._in_double, MIN_RCOND
@@ -126,10 +126,10 @@ def wide(X: Tensor, Y: Tensor, weight: Tensor | None, *, center: bool) -> Centre
         spread[columns] = share @ (block - x_mean[columns]).square_()
     if not bool(spread.isfinite().all()):
         raise_not_finite(X)
-    return Centred(X, Y, weight, x_mean, y_mean, constant_columns(spread, x_mean, total, X.dtype))
+    return Centred(X, Y, weight, x_mean, y_mean, constant_columns(spread, x_mean, total, working_dtype(X)))
 
 
 def raise_not_finite(X: Tensor) -> None:
     """Say what is wrong where products with X are not finite: NaN or infinity in it, or values too large."""
-    assert_all_finite(X.numpy(), input_name="X")
+    check_finite(X)
     raise ValueError("X, y or sample_weight holds values so large that their products overflow: rescale them")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from onestep.estimators._centred import Centred, blocks
 from onestep.estimators._solve import Solution, triangular
+from onestep.linalg.narrow import working_dtype
 
 # With more features the d x d numbers that they need, over 8 MiB, are not kept.
 MOST_FEATURES = 1024
@@ -41,7 +42,7 @@ class Deviations:
             gram, cross = solution.sums
             explained = (2 * cross - gram @ W).mul_(W).sum(0)
             left: Tensor = total - explained
-            if bool((left > _LEAST_RESIDUAL[centred.X.dtype] * total).all()):
+            if bool((left > _LEAST_RESIDUAL[working_dtype(centred.X)] * total).all()):
                 return left
         left = torch.zeros_like(total)
         for rows in blocks(*centred.X.shape):

@@ -10,10 +10,14 @@ from torch import Tensor
 from onestep.estimators._arrays import Array
 from onestep.estimators._centred import MIN_RCOND, Centred, Primal, blocks
 from onestep.estimators._solve import Solution, solve_spd
+from onestep.linalg.narrow import widened
 
 # Rows that are added up in float32, and how far from zero a column may be, in deviations, for that.
 _ROWS = 32
 _FAR = 4.0
+# Elements whose rows are gathered by class at once: 256 MiB of X as it is, or 4 MiB that are converted for it.
+_WINDOW = 1 << 26
+_CONVERTED = 1 << 20
 
 
 def solve_indicators(
@@ -24,7 +28,7 @@ def solve_indicators(
     X̃ᵀỸ is 2 Σ w (x - x̄) over the rows of each class where Y is centred, and a sum by class takes n·d operations, not
     n·d·k. All of it is in float64 but for what stands beside a Gram matrix that float32 was good enough for.
     """
-    primal = Primal(X, X[:, :0], weight, center=fit_intercept)
+    primal = Primal(X, widened(X[:, :0]), weight, center=fit_intercept)
     centred = primal.centred
     share = torch.from_numpy(np.bincount(indices, None if weight is None else weight.numpy(), classes)).double()
     y_mean = 2 * share / share.sum() - 1 if fit_intercept else torch.zeros(classes, dtype=torch.float64)
@@ -55,25 +59,32 @@ def _near(centred: Centred, gram: Tensor) -> bool:
 
 def _float_sums(centred: Centred, indices: Array, share: Tensor) -> Tensor:
     """Σ w (x - x̄) over the rows of each class, (d, k): float32 rows in place, a few at a time, and those in float64."""
+    n, d = centred.X.shape
+    total = torch.zeros(len(share), d, dtype=torch.float64)
+    # Rows of a file are gathered within a window of it that stays in memory; others are converted.
+    width = _WINDOW if centred.X.dtype == torch.float32 else _CONVERTED
+    for rows in blocks(n, d, least=max(2 * len(share), width // d)):
+        weight = None if centred.weight is None else centred.weight[rows]
+        total += _sums_by_class(widened(centred.X[rows]), indices[rows], weight, len(share))
+    total -= share[:, None] * centred.x_mean
+    return total.mT.masked_fill(centred.constant[:, None], 0.0).contiguous()
+
+
+def _sums_by_class(X: Tensor, indices: Array, weight: Tensor | None, classes: int) -> Tensor:
+    """Σ wx over the rows of each class, (k, d) float64."""
     order = np.argsort(indices, kind="stable")
-    counts = np.bincount(indices, minlength=len(share))
+    counts = np.bincount(indices, minlength=classes)
     pieces = -(-counts // _ROWS)
     # Where in its class each piece begins, and where that class begins.
     within = (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * _ROWS
     offsets = within + np.repeat(np.cumsum(counts) - counts, pieces)
     rows = torch.from_numpy(order)
     sums = torch.nn.functional.embedding_bag(
-        rows,
-        centred.X,
-        torch.from_numpy(offsets),
-        mode="sum",
-        per_sample_weights=None if centred.weight is None else centred.weight[rows],
+        rows, X, torch.from_numpy(offsets), mode="sum", per_sample_weights=None if weight is None else weight[rows]
     )
     starts = np.append(0, np.cumsum(pieces))
-    pattern = csr_array((np.ones(starts[-1]), np.arange(starts[-1]), starts), shape=(len(share), starts[-1]))
-    total = torch.from_numpy(pattern @ sums.double().numpy())
-    total -= share[:, None] * centred.x_mean
-    return total.mT.masked_fill(centred.constant[:, None], 0.0).contiguous()
+    pattern = csr_array((np.ones(starts[-1]), np.arange(starts[-1]), starts), shape=(classes, starts[-1]))
+    return torch.from_numpy(pattern @ sums.double().numpy())
 
 
 def _class_sums(centred: Centred, indices: Array, classes: int) -> Tensor:

@@ -7,11 +7,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.sparse import issparse
+from sklearn.base import is_classifier
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import FLOATS, Array, check_weight, give_back, sparse_operand, to_numpy, to_tensor
+from onestep.estimators._arrays import (
+    FLOATS,
+    Array,
+    check_finite,
+    check_weight,
+    give_back,
+    is_stored,
+    sparse_operand,
+    stored_array,
+    to_numpy,
+    to_tensor,
+)
+from onestep.linalg.narrow import widened_chunks, working_dtype
 
 
 class FitData(NamedTuple):
@@ -21,6 +35,11 @@ class FitData(NamedTuple):
     y: Array
     weight: Tensor | None
     tensors: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of targets, weights and coefficients: X's, or what rows of 16 bits and integers are computed in."""
+        return working_dtype(self.X)
 
 
 class LinearEstimator:
@@ -36,20 +55,22 @@ class LinearEstimator:
     ) -> FitData:
         """The arguments of a fit; ``reset``: whether X sets the features, or must have those of the first call."""
         tensors = isinstance(X, Tensor)
+        stored, bits = is_stored(X), tensors and X.dtype == torch.bfloat16
         # Whether X is finite shows in its Gram matrix; looking here would cost a second pass over it.
         X, y = validate_data(
             self,
-            to_numpy("X", X),
+            stored_array(X) if stored else to_numpy("X", X),
             to_numpy("y", y),
-            dtype=FLOATS,
+            dtype=None if stored else FLOATS,
             ensure_all_finite=False,
             ensure_min_samples=min_rows,
             multi_output=True,
             y_numeric=y_numeric,
             reset=reset,
         )
-        weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, X.shape[0], X.dtype))
-        return FitData(to_tensor(X), y, weight, tensors)
+        rows = to_tensor(X).view(torch.bfloat16) if bits else to_tensor(X)
+        weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, len(rows), numpy_dtype(rows)))
+        return FitData(rows, y, weight, tensors)
 
     def _check_sparse(
         self, X: Any, y: Any, sample_weight: Any, *, tensors: bool, y_numeric: bool
@@ -65,7 +86,7 @@ class LinearEstimator:
     def _set_coefficients(self, coef: Tensor, intercept: Tensor, data: FitData, *, fit_intercept: bool) -> None:
         """Keep W (d, k) and b (k,) in X's type and kind, with scikit-learn's shapes: one target gives a 1-D coef_."""
         single = coef.shape[1] == 1
-        coef, intercept = coef.to(data.X.dtype), intercept.to(data.X.dtype)
+        coef, intercept = coef.to(data.dtype), intercept.to(data.dtype)
         self.coef_ = give_back((coef[:, 0] if single else coef.mT).contiguous(), tensors=data.tensors)
         if fit_intercept:
             self.intercept_ = give_back(intercept[0] if data.y.ndim == 1 else intercept, tensors=data.tensors)
@@ -84,10 +105,27 @@ class LinearEstimator:
             coef = to_numpy("coef_", self.coef_).astype(rows.dtype, copy=False)
             scores = (rows @ coef.T + to_numpy("intercept_", self.intercept_)).astype(rows.dtype, copy=False)
             return give_back(torch.from_numpy(scores), tensors=tensors)
-        x = to_tensor(validate_data(self, to_numpy("X", X), dtype=FLOATS, reset=False))
-        coef = torch.as_tensor(self.coef_).to(x.dtype)
-        values = x @ (coef if coef.ndim == 1 else coef.mT)
-        return give_back(values.add_(torch.as_tensor(self.intercept_).to(x.dtype)), tensors=tensors)
+        x = self._check_rows(X)
+        dtype = working_dtype(x)
+        coef = torch.as_tensor(self.coef_).to(dtype)
+        W = coef if coef.ndim == 1 else coef.mT
+        if x.dtype == dtype:
+            values = x @ W
+        else:
+            values = torch.empty(len(x), *W.shape[1:], dtype=dtype)
+            for rows, chunk in widened_chunks(x):
+                values[rows] = chunk @ W
+        return give_back(values.add_(torch.as_tensor(self.intercept_).to(dtype)), tensors=tensors)
+
+    def _check_rows(self, X: Any) -> Tensor:
+        """Rows to predict for, finite and with the features of the fit, in the type that they are stored in."""
+        if not is_stored(X):
+            return to_tensor(validate_data(self, to_numpy("X", X), dtype=FLOATS, reset=False))
+        array = validate_data(self, stored_array(X), dtype=None, ensure_all_finite=False, reset=False)
+        rows = to_tensor(array)
+        rows = rows.view(torch.bfloat16) if isinstance(X, Tensor) and X.dtype == torch.bfloat16 else rows
+        check_finite(rows)
+        return rows
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()  # type: ignore[misc]
@@ -105,16 +143,22 @@ class LinearEstimator:
         Returns:
             The score, 1.0 at best.
         """
-        inputs = to_numpy("X", sparse_operand(X)), to_numpy("y", y), to_numpy("sample_weight", sample_weight)
-        return float(super().score(*inputs))  # type: ignore[misc]
+        predicted = to_numpy("prediction", self.predict(X))  # type: ignore[attr-defined]
+        metric = accuracy_score if is_classifier(self) else r2_score
+        return float(metric(to_numpy("y", y), predicted, sample_weight=to_numpy("sample_weight", sample_weight)))
 
 
 def as_targets(y: Array, X: Tensor) -> Tensor:
     """y (n,) or (n, k) as (n, k) of X's type; a view where y has it already. ValueError if it does not fit."""
     column = y[:, None] if y.ndim == 1 else y
-    dtype = X.numpy().dtype
+    dtype = numpy_dtype(X)
     with np.errstate(over="ignore"):
         converted = np.asarray(column, dtype=dtype)
     if converted is not column and not np.isfinite(converted).all():
         raise ValueError(f"y holds values too large for X's type, {dtype}: rescale y, or pass X as float64")
     return to_tensor(converted)
+
+
+def numpy_dtype(X: Tensor) -> np.dtype[Any]:
+    """numpy's name for what is computed in beside X."""
+    return np.dtype(np.float32 if working_dtype(X) == torch.float32 else np.float64)

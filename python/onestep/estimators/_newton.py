@@ -197,7 +197,7 @@ def _newton(
 def _line_search(problem: Problem, point: Point, direction: Tensor, halvings: int) -> Point | None:
     """The first of the full step, its half, ... that lowers the loss enough (Armijo 1966); None if none does."""
     slope = torch.dot(point.grad.flatten(), direction.flatten()).item()
-    rounding = 4 * torch.finfo(problem.X.dtype).eps * abs(point.loss)
+    rounding = 4 * torch.finfo(problem.dtype).eps * abs(point.loss)
     length = 1.0
     for _ in range(halvings + 1):
         trial = problem.at(point.V + length * direction)
@@ -240,11 +240,11 @@ def _preconditioner(point: Point) -> _Preconditioner:
     columns = V[:, None] if V.dim() == 1 else V
     penalties = problem.penalties(columns).expand_as(columns)
     if columns.shape[1] > 1:
-        L, scale = _factor(_hessian(point, columns) / problem.total, penalties.flatten(), problem.X.dtype)
+        L, scale = _factor(_hessian(point, columns) / problem.total, penalties.flatten(), problem.dtype)
         return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
     curvature = point.model.diagonal_curvature()
     if V.numel() <= _LARGEST_GRAM:
-        L, scale = _factor(problem.gram(curvature[:, 0]) / problem.total, penalties.flatten(), problem.X.dtype)
+        L, scale = _factor(problem.gram(curvature[:, 0]) / problem.total, penalties.flatten(), problem.dtype)
         return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
     diagonal = (problem.squares(curvature) / problem.total + penalties).flatten()
     # A feature that is zero in the sample: whatever scale the others have.

@@ -10,6 +10,7 @@ from torch import Tensor
 from onestep.estimators._newton import Minimum, minimise, newton_pays
 from onestep.estimators._problem import Problem, total_weight
 from onestep.estimators._small import SmallProblem
+from onestep.linalg.narrow import working_dtype
 from onestep.solvers.coordinates import Coordinates
 from onestep.solvers.multinomial import DenseRows, Gram, Solution, solve_multinomial
 
@@ -25,7 +26,7 @@ class Path:
     ) -> None:
         if weight is not None:
             # Of mean 1, so that their products are in range whatever their scale.
-            weight = (weight.double() / (total_weight(X, weight) / len(X))).to(X.dtype)
+            weight = (weight.double() / (total_weight(X, weight) / len(X))).to(working_dtype(X))
         self.X, self._y, self._family, self._weight, self._outputs = X, y, family, weight, outputs
         self.coordinates = Coordinates.of(X, weight, intercept=intercept)
         columns = X.shape[1] + intercept

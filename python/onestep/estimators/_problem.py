@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onestep.curvature import GLMPoint, glm
+from onestep.curvature import GLMPoint
+from onestep.estimators._chunked import ChunkedPoint, point_of
+from onestep.linalg.narrow import widened_chunks, working_dtype
 from onestep.solvers.coordinates import Coordinates
 
 
@@ -24,12 +26,12 @@ class Point:
     loss: float
     grad: Tensor
     slope: float
-    model: GLMPoint
+    model: GLMPoint | ChunkedPoint
     problem: Problem
 
     def product(self, direction: Tensor) -> Tensor:
         problem = self.problem
-        summed = self.model.hvp(problem.coordinates.weights(direction, problem.X.dtype))
+        summed = self.model.hvp(problem.coordinates.weights(direction, problem.dtype))
         return problem.coordinates.pull_back(summed) / problem.total + problem.penalties(direction) * direction
 
     @property
@@ -49,6 +51,11 @@ class Problem:
     penalty: float
     coordinates: Coordinates
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in beside X."""
+        return working_dtype(self.X)
+
     @cached_property
     def total(self) -> float:
         return total_weight(self.X, self.weight)
@@ -57,7 +64,7 @@ class Problem:
     def rounding(self) -> Tensor:
         """How far rounding X's products to its type may move each slope (p,)."""
         residual = max(1.0, self.target_mean.item()) if self.family == "poisson" else 1.0
-        return residual * self.coordinates.rounding(self.X.dtype)
+        return residual * self.coordinates.rounding(self.dtype)
 
     @cached_property
     def decrement_rounding(self) -> float:
@@ -81,8 +88,8 @@ class Problem:
 
     def at(self, V: Tensor) -> Point:
         intercept = self.coordinates.intercept
-        W = self.coordinates.weights(V, self.X.dtype)
-        model = glm(self.X, self.y, W, self.family, weight=self.weight, intercept=intercept)
+        W = self.coordinates.weights(V, self.dtype)
+        model = point_of(self.X, self.y, W, self.family, weight=self.weight, intercept=intercept)
         penalty = self.penalties(V) * V
         loss = model.loss.item() / self.total + 0.5 * (penalty * V).sum().item()
         mean = model.grad.double() / self.total
@@ -129,13 +136,16 @@ class Problem:
 
     def movement(self, direction: Tensor) -> float:
         """How far a step moves the outputs of any row with weight."""
-        W = self.coordinates.weights(direction, self.X.dtype)
-        moved = self.X @ W[:-1] + W[-1] if self.coordinates.intercept else self.X @ W
-        if moved.dim() == 2:
-            moved = moved - moved.mean(1, keepdim=True)
-        if self.weight is not None:
-            moved = moved[self.weight > 0]
-        return moved.abs().max().item()
+        W = self.coordinates.weights(direction, self.dtype)
+        most = 0.0
+        for rows, X in widened_chunks(self.X):
+            moved = X @ W[:-1] + W[-1] if self.coordinates.intercept else X @ W
+            if moved.dim() == 2:
+                moved = moved - moved.mean(1, keepdim=True)
+            if self.weight is not None:
+                moved[self.weight[rows] == 0] = 0.0
+            most = max(most, moved.abs().max().item())
+        return most
 
 
 def total_weight(X: Tensor, weight: Tensor | None) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from onestep.estimators._arrays import Array
 from onestep.estimators._problem import Point, Problem
 from onestep.linalg import gram
+from onestep.linalg.narrow import widened
 
 # The rows are copied, centred and scaled, up to so many elements: a megabyte.
 _MOST_ELEMENTS = 1 << 17
@@ -33,7 +34,8 @@ class _Rows:
 
 class _SmallPoint(Point):
     def product(self, direction: Tensor) -> Tensor:
-        rows, curvature = self.model.rows, self.model.curvature  # type: ignore[attr-defined]
+        model: Any = self.model
+        rows, curvature = model.rows, model.curvature
         moved = curvature * np.einsum("ij,j->i", rows, direction.numpy())
         summed = torch.from_numpy(np.einsum("ij,i->j", rows, moved))
         return summed / self.problem.total + self.problem.penalties(direction) * direction
@@ -61,7 +63,7 @@ class SmallProblem(Problem):
         shift, scale = self.coordinates.shift.numpy(), self.coordinates.scale.numpy()
         n, d = self.X.shape
         rows = np.ones((n, d + self.coordinates.intercept))
-        np.subtract(self.X.numpy(), shift, out=rows[:, :d])
+        np.subtract(widened(self.X).numpy(), shift, out=rows[:, :d])
         rows[:, :d] /= scale
         return rows
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from onestep.estimators._centred import EPS, MIN_RCOND, Centred, Primal, blocks, wide
 from onestep.linalg import spd
+from onestep.linalg.narrow import working_dtype
 
 
 class Solution(NamedTuple):
@@ -52,7 +53,7 @@ def solve_ridge(X: Tensor, Y: Tensor, weight: Tensor | None, alpha: Tensor, *, f
             path, W = "dual_cholesky", _dual(centred, K, targets, penalty)
         if W is None:
             factor = factor or triangular(centred)
-            W, rank = _least_squares(factor[0], factor[1][:, targets], penalty, n, X.dtype)
+            W, rank = _least_squares(factor[0], factor[1][:, targets], penalty, n, working_dtype(X))
             path = "least_squares" if rank == d else "minimum_norm"
             if rank < d:
                 _warn_rank(rank, d, penalty, fit_intercept)

@@ -9,6 +9,7 @@ from onestep.estimators._centred import _FLOAT_GRAM_FLOOR, EPS, MIN_RCOND, block
 from onestep.estimators._solve import Solution, _warn_rank, solve_spd
 from onestep.linalg import NormalEquations
 from onestep.linalg.constant_columns import without_constants
+from onestep.linalg.narrow import widened, working_dtype
 
 
 def add_chunk(equations: NormalEquations, X: Tensor, Y: Tensor, weight: Tensor | None) -> None:
@@ -21,11 +22,15 @@ def add_chunk(equations: NormalEquations, X: Tensor, Y: Tensor, weight: Tensor |
     Raises ValueError if X is not finite, or so large that its products are not; nothing is added then.
     """
     try:
-        chunk = _empty(equations, X.dtype).update(X, Y, weight)
-        if X.dtype == torch.float32 and not (equations.dtype == X.dtype and _accurate_in_float(chunk)):
+        dtype = working_dtype(X)
+        narrow = not X.is_floating_point()
+        if not narrow:
+            chunk = _empty(equations, dtype).update(X, Y, weight)
+            narrow = dtype == torch.float32 and not (equations.dtype == dtype and _accurate_in_float(chunk))
+        if narrow:
             chunk = _empty(equations, torch.float64)
             for rows in blocks(*X.shape):
-                chunk.update(X[rows], Y[rows], None if weight is None else weight[rows])
+                chunk.update(widened(X[rows]), Y[rows], None if weight is None else weight[rows])
     except ValueError:
         # The arguments have been checked, all but the values of X.
         raise_not_finite(X)

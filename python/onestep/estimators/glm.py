@@ -17,13 +17,14 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import Array, check_flag, give_back, sparse_operand, to_numpy
+from onestep.estimators._arrays import Array, check_finite, check_flag, give_back, sparse_operand, to_numpy
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._newton import Minimum, minimise
 from onestep.estimators._path import Path
 from onestep.estimators._problem import total_weight
 from onestep.estimators._sparse import SparsePoisson, dense_if_small, is_large_sparse
+from onestep.linalg.narrow import working_dtype
 from onestep.solvers.multinomial import Solution, SparseRows, solve_multinomial
 from onestep.solvers.multinomial.sparse import coordinates_of
 
@@ -79,15 +80,14 @@ class _GLM(LinearEstimator):
         """The coefficients of the last fit, if they fit this one."""
         if not hasattr(self, "coef_"):
             return None
-        coef = torch.as_tensor(self.coef_).to(X.dtype)
+        coef = torch.as_tensor(self.coef_).to(working_dtype(X))
         W = coef.T if coef.dim() == 2 and len(shape) == 2 else coef.flatten()
         if self.fit_intercept:
-            W = torch.cat((W, torch.as_tensor(self.intercept_).to(X.dtype).reshape(1, *W.shape[1:])))
+            W = torch.cat((W, torch.as_tensor(self.intercept_).to(working_dtype(X)).reshape(1, *W.shape[1:])))
         return W.contiguous() if tuple(W.shape) == shape else None
 
     def _explain_non_finite(self, X: Tensor) -> None:
-        if not torch.isfinite(X).all():
-            raise ValueError("Input X contains NaN or infinity.")
+        check_finite(X)
         raise ValueError("the loss is not finite at the start: X is too large for its dtype; scale it or pass float64")
 
     def _weights(self, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: (C,) sorted labels.
-        coef_: (1, d) for two classes, else (C, d); X's dtype; a tensor if X was one.
+        coef_: (1, d) for two classes, else (C, d); X's dtype (fp32 for 16 bits); a tensor if X was one.
         intercept_: (1,) or (C,).
         n_iter_: (1,) Newton steps over all rows.
         n_features_in_: d.
@@ -162,9 +162,9 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         """Fit to X and the labels y.
 
         Args:
-            X: (n, d), fp32 or fp64 of any strides, read in place; other numbers are converted to fp64 (16-bit tensors
-                to fp32). Array, data frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor (CSR in place,
-                else converted to CSR).
+            X: (n, d), fp32 or fp64 of any strides, read in place; fp16 and bf16 (computed in fp32) and
+                integers of a numpy.memmap (fp64), converted in chunks; others, converted to fp64. Array, memmap, data
+                frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor (CSR in place, else converted to CSR).
             y: (n,) labels of any kind, of two classes or more.
             sample_weight: (n,) or a number, >= 0; None for ones.
 
@@ -234,11 +234,11 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
     def _targets(data: FitData, indices: Array, classes: int) -> tuple[Tensor, str, int]:
         """y, the family and the number of outputs."""
         labels = torch.from_numpy(indices)
-        return (labels.to(data.X.dtype), "logistic", 1) if classes == 2 else (labels, "softmax", classes)
+        return (labels.to(data.dtype), "logistic", 1) if classes == 2 else (labels, "softmax", classes)
 
     def _set_weights(self, W: Tensor, data: FitData, classes: Array, *, as_tensor: bool) -> None:
         # A shift common to all classes changes no probability; of all optima this is the symmetric one.
-        W = (W if W.dim() == 1 else W - W.mean(1, keepdim=True)).to(data.X.dtype)
+        W = (W if W.dim() == 1 else W - W.mean(1, keepdim=True)).to(data.dtype)
         coef, intercept = self._weights(W)
         self.coef_ = give_back(coef.mT.contiguous(), tensors=data.tensors)
         self.intercept_ = give_back(intercept.clone(), tensors=data.tensors)
@@ -257,7 +257,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         weights = compute_class_weight(
             self.class_weight, classes=classes, y=classes[indices], sample_weight=to_numpy("weight", data.weight)
         )
-        weight = torch.from_numpy(weights[indices]).to(data.X.dtype)
+        weight = torch.from_numpy(weights[indices]).to(data.dtype)
         return data._replace(weight=weight if data.weight is None else weight * data.weight)
 
     def decision_function(self, X: Any) -> Any:
@@ -345,7 +345,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         warm_start: start from the coefficients of the last fit.
 
     Attributes:
-        coef_: (d,); X's dtype; a tensor if X was one.
+        coef_: (d,); X's dtype (fp32 for 16 bits); a tensor if X was one.
         intercept_: scalar; 0.0 without an intercept.
         n_iter_: Newton steps over all rows.
         n_features_in_: d.
@@ -408,7 +408,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
             W = self._minimise(data, targets, "poisson", penalty, 1)
         else:
             W = self._minimise_sparse(rows, data, targets, penalty)
-        coef, intercept = self._weights(W.to(data.X.dtype))
+        coef, intercept = self._weights(W.to(data.dtype))
         self.coef_ = give_back(coef[:, 0].clone(), tensors=data.tensors)
         self.intercept_ = give_back(intercept[0].clone(), tensors=data.tensors) if self.fit_intercept else 0.0
         return self
@@ -418,7 +418,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         tol, max_iter = check_number("tol", self.tol), check_number("max_iter", self.max_iter, integer=True)
         weight = data.weight
         if weight is not None:
-            weight = (weight.double() / (total_weight(data.X, weight) / len(data.X))).to(data.X.dtype)
+            weight = (weight.double() / (total_weight(data.X, weight) / len(data.X))).to(data.dtype)
         coordinates = coordinates_of(rows, weight, intercept=intercept)
         shape = (rows.shape[1] + intercept,)
         start = self._start(data.X, shape) if warm else None

@@ -13,12 +13,13 @@ from sklearn.model_selection import check_cv
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import Array, check_alphas, check_flag, to_numpy
+from onestep.estimators._arrays import Array, check_alphas, check_flag, rows_for_splitter, to_numpy
 from onestep.estimators._linear import FitData
 from onestep.estimators._newton import Minimum
 from onestep.estimators._path import Path
 from onestep.estimators._problem import total_weight
 from onestep.estimators.glm import LogisticRegression, check_number
+from onestep.linalg.narrow import widened
 from onestep.solvers.multinomial import Solution
 
 
@@ -95,7 +96,7 @@ class LogisticRegressionCV(LogisticRegression):
         iterations: list[list[int]] = []
         weights: list[list[Tensor]] = []
         unfinished = 0
-        for train, test in folds.split(data.X.numpy(), classes[indices]):
+        for train, test in folds.split(rows_for_splitter(data.X), classes[indices]):
             weight = None if data.weight is None else data.weight[train]
             path = Path(data.X[train], labels[train], family, weight, outputs=outputs, intercept=intercept)
             found = self._along(path, 1.0 / total_weight(path.X, weight), tol, max_iter)
@@ -147,4 +148,4 @@ class LogisticRegressionCV(LogisticRegression):
         model.n_features_in_ = data.X.shape[1]
         extra = {} if data.weight is None else {"sample_weight": data.weight[test].numpy()}
         labels = to_numpy("y", data.y)[test]
-        return float(scorer(model, data.X[test].numpy(), labels, **extra))
+        return float(scorer(model, widened(data.X[test]).numpy(), labels, **extra))

@@ -13,11 +13,11 @@ from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, Regre
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import type_of_target
-from sklearn.utils.validation import column_or_1d, validate_data
+from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import FLOATS, check_alphas, check_flag, give_back, sparse_operand, to_numpy, to_tensor
+from onestep.estimators._arrays import check_alphas, check_flag, give_back, sparse_operand, to_numpy
 from onestep.estimators._deviations import MOST_FEATURES, Deviations
 from onestep.estimators._indicators import solve_indicators
 from onestep.estimators._labels import encode_labels
@@ -26,6 +26,7 @@ from onestep.estimators._solve import Solution, solve_ridge
 from onestep.estimators._sparse import SparseLeastSquares, dense_if_small, is_large_sparse
 from onestep.estimators._stream import add_chunk, solve_sums
 from onestep.linalg import NormalEquations
+from onestep.linalg.narrow import working_dtype
 
 
 class _RidgeBase(LinearEstimator):
@@ -78,7 +79,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         fit_intercept: whether to fit b, which is not penalised. X is centred as it is read, in no memory of its own.
 
     Attributes:
-        coef_: (d,) for one target, else (k, d); X's dtype; a tensor if X was one.
+        coef_: (d,) for one target, else (k, d); X's dtype (fp32 for 16 bits); a tensor if X was one.
         intercept_: scalar for y (n,), (k,) for y (n, k); 0.0 without an intercept.
         n_features_in_: d.
         feature_names_in_: (d,) column names, where X is a data frame with them.
@@ -112,8 +113,9 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         Forgets what `partial_fit` has added up.
 
         Args:
-            X: (n, d), fp32 or fp64 of any strides, read in place; other numbers are converted to fp64 (16-bit tensors
-                to fp32). Array, data frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor.
+            X: (n, d), fp32 or fp64 of any strides, read in place; fp16 and bf16 (computed in fp32) and
+                integers of a numpy.memmap (fp64), converted in chunks; others, converted to fp64. Array, memmap, data
+                frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor.
             y: (n,) or (n, k), converted to X's dtype.
             sample_weight: (n,) or a number, >= 0; None for ones. Weight 2 is the same as the row twice.
 
@@ -183,7 +185,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         k = Y.shape[1]
         alpha, fit_intercept = self._check_parameters(k)
         if self._equations is None:
-            equations = NormalEquations(data.X.shape[1], k, intercept=fit_intercept, dtype=data.X.dtype)
+            equations = NormalEquations(data.X.shape[1], k, intercept=fit_intercept, dtype=data.dtype)
         else:
             # The sums are shared, as they are never written into: the estimator changes when all has gone well.
             equations = copy.copy(self._equations)
@@ -228,9 +230,9 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
                 f"features; this one has {self.n_features_in_}"
             )
         tensors = isinstance(mean, Tensor)
-        rows = to_tensor(validate_data(self, to_numpy("X", X), dtype=FLOATS, reset=False))
+        rows = self._check_rows(X)
         deviations = self._deviations.of(rows).reshape(mean.shape)
-        return mean, give_back(deviations.to(rows.dtype), tensors=tensors)
+        return mean, give_back(deviations.to(working_dtype(rows)), tensors=tensors)
 
 
 class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
@@ -246,7 +248,7 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: (C,) the labels, sorted; a tensor if y was a tensor.
-        coef_: (d,) for two classes, else (C, d); X's dtype; a tensor if X was one.
+        coef_: (d,) for two classes, else (C, d); X's dtype (fp32 for 16 bits); a tensor if X was one.
         intercept_: (1,) for two classes, else (C,); 0.0 without an intercept.
         n_features_in_, feature_names_in_, n_iter_, solver_path_: as for `Ridge`.
     """
@@ -286,7 +288,7 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         self._multilabel = type_of_target(data.y).startswith("multilabel")
         labels = data.y if self._multilabel else column_or_1d(data.y, warn=True)
         if self.class_weight is not None:
-            weight = torch.from_numpy(compute_sample_weight(self.class_weight, labels)).to(data.X.dtype)
+            weight = torch.from_numpy(compute_sample_weight(self.class_weight, labels)).to(data.dtype)
             data = data._replace(weight=weight if data.weight is None else weight * data.weight)
         if rows is not None:
             classes = self._fit_sparse(rows, data, labels)

@@ -11,7 +11,7 @@ from sklearn.model_selection import check_cv
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import Array, check_alphas, check_flag, give_back
+from onestep.estimators._arrays import Array, check_alphas, check_flag, give_back, rows_for_splitter
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._selection import choose, fold_scores, gcv_scores, loo_predictions, loo_scores, scorer_scores
 from onestep.estimators._spectrum import Spectrum, decompose
@@ -147,13 +147,13 @@ class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
             scores = scorer_scores(scorer, results, data.y, weight, per_target=self.alpha_per_target)
         if self.store_cv_results and results is not None:
             kept = torch.from_numpy(results[:, 0] if data.y.ndim == 1 else results)
-            self.cv_results_ = give_back(kept.to(data.X.dtype), tensors=data.tensors)
+            self.cv_results_ = give_back(kept.to(data.dtype), tensors=data.tensors)
         return scores
 
     def _fold_scores(self, data: FitData, alphas: Tensor) -> Array:
         return fold_scores(
             check_scoring(self, scoring=self.scoring or "r2"),
-            check_cv(self.cv).split(data.X.numpy(), data.y),
+            check_cv(self.cv).split(rows_for_splitter(data.X), data.y),
             data,
             alphas,
             fit_intercept=self.fit_intercept,

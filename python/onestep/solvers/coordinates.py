@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onestep.linalg import moments
+from onestep.linalg.narrow import moments_of, widened
 
 # Rows from which shift and scale are taken. They only have to come near: the minimum does not depend on them.
 _SCALE_ROWS = 4096
@@ -40,7 +40,7 @@ class Coordinates:
         if step > 1 and constant.any():
             # These may still vary in the rows that the sample left out: indicators of rare categories do.
             columns = np.flatnonzero(constant)
-            mean[columns], deviation[columns] = _columns(X[:, torch.from_numpy(columns)], weight, 1, intercept)
+            mean[columns], deviation[columns] = _columns(X, weight, 1, intercept, torch.from_numpy(columns))
         # A column that does not vary keeps its own size; NaN and infinity are left for the loss to show.
         scale = np.where(deviation > 1e-12 * abs(mean), deviation, abs(mean))
         usable = np.isfinite(mean) & np.isfinite(scale) & (scale > 0)
@@ -90,7 +90,7 @@ class Coordinates:
 
     def gram(self, X: Tensor, weight: Tensor) -> Tensor:
         """ZᵀDZ (p, p) float64, with a column of ones at the end of Z where there is an intercept."""
-        sums = moments(X, X[:, :0], weight=weight, center=self.intercept)
+        sums = moments_of(X, widened(X[:, :0]), weight, center=self.intercept)
         gram = sums.gram / self.scale / self.scale[:, None]
         if not self.intercept:
             return gram
@@ -113,28 +113,32 @@ def _blocks(n: int, d: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def _columns(X: Tensor, weight: Tensor | None, step: int, centred: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the columns of every step-th row with weight, or zero and the root mean square."""
-    rows = X.numpy()[::step]
-    share = np.ones(len(rows)) if weight is None else weight.numpy()[::step].astype(np.float64)
+def _columns(
+    X: Tensor, weight: Tensor | None, step: int, centred: bool, columns: Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of columns over every step-th row with weight, or zero and the root mean square."""
+    sample = X[::step]
+    share = np.ones(len(sample)) if weight is None else weight.numpy()[::step].astype(np.float64)
     if not share.any():
-        share = np.ones(len(rows))
+        share = np.ones(len(sample))
     share = share / share.sum()
-    mean, square = np.zeros(X.shape[1]), np.zeros(X.shape[1])
+    d = X.shape[1] if columns is None else len(columns)
+    mean, square, largest = np.zeros(d), np.zeros(d), np.zeros(d)
+
+    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows in float64, a block at a time; those without weight, which may hold anything, as zeros."""
+        for part in _blocks(*X[::step].shape):
+            rows = (sample[part] if columns is None else sample[part][:, columns]).to(torch.float64, copy=True).numpy()
+            if weight is not None:
+                rows[share[part] == 0] = 0.0
+            yield share[part], rows
+
     with np.errstate(over="ignore", invalid="ignore"):
-        used = rows[share > 0]
-        largest = abs(used).max(0).astype(np.float64)
+        for part, rows in parts():
+            largest = np.maximum(largest, abs(rows).max(0, initial=0.0))
+            if centred:
+                mean += part @ rows
         largest[~(largest > 0)] = 1.0
-        if centred:
-            for part in _blocks(*rows.shape):
-                mean += share[part] @ _known(rows[part], share[part])
-        for part in _blocks(*rows.shape):
-            square += share[part] @ np.square((_known(rows[part], share[part]) - mean) / largest)
+        for part, rows in parts():
+            square += part @ np.square((rows - mean) / largest)
         return mean, np.sqrt(square) * largest
-
-
-def _known(rows: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Rows in float64; those without weight, which may hold anything, as zeros."""
-    converted = rows.astype(np.float64)
-    converted[share == 0] = 0.0
-    return converted

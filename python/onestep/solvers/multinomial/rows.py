@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from onestep.curvature.glm import glm
+from onestep.linalg.narrow import rows_of_chunk, widened, working_dtype
+from onestep.ops.glm.schema import COMPUTE_DTYPES
 from onestep.solvers.coordinates import Coordinates
 
 # Bytes of a chunk's probabilities, which exist for one chunk of rows at a time.
@@ -96,7 +98,8 @@ class DenseRows:
     """X (n, d) in memory, read in place.
 
     Attributes:
-        X: (n, d) float32 or float64, any strides.
+        X: (n, d) float32 or float64, any strides; 16-bit floats and integers, which are converted in chunks where no
+            kernel reads them.
         y: (n,) int64 class numbers, or (n, k) probabilities in X's dtype.
         weight: (n,) in X's dtype, >= 0, or None for ones.
         coordinates: of X's columns.
@@ -119,11 +122,16 @@ class DenseRows:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.X.dtype
+        return working_dtype(self.X)
 
     @property
     def mixed(self) -> bool:
-        return self.X.dtype == torch.float64 and self.classes >= _FLOAT_CLASSES
+        return self.dtype == torch.float64 and self.classes >= _FLOAT_CLASSES
+
+    @property
+    def _converted(self) -> bool:
+        """Whether the kernels of the model do not read X as it is."""
+        return self.X.dtype not in COMPUTE_DTYPES
 
     @cached_property
     def _far(self) -> bool:
@@ -147,7 +155,7 @@ class DenseRows:
         intercept = self.coordinates.intercept
         narrow = self.mixed and not precise
         centred = narrow and self._far
-        dtype = torch.float32 if narrow else self.X.dtype
+        dtype = torch.float32 if narrow else self.dtype
         W = V.float() if centred else self.coordinates.weights(V, dtype)
         loss, looked_at, spreads = 0.0, 0, np.zeros(self.classes)
         gradient = torch.zeros_like(V)
@@ -157,6 +165,8 @@ class DenseRows:
                 # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
                 X = X.sub(self.coordinates.shift).div_(self.coordinates.scale).float() if centred else X.float()
                 y, weight = y.float() if y.dim() == 2 else y, None if weight is None else weight.float()
+            elif self._converted:
+                X = widened(X)
             point = glm(X, y, W, "softmax", weight=weight, intercept=intercept)
             loss += point.loss.item()
             gradient += point.grad
@@ -171,10 +181,11 @@ class DenseRows:
         return Evaluation(loss / self.total, gradient, slopes, torch.from_numpy(spreads / looked_at))
 
     def movement(self, direction: Tensor) -> float:
-        W = self.coordinates.weights(direction, self.X.dtype)
+        W = self.coordinates.weights(direction, self.dtype)
         most = 0.0
-        for rows in self._chunks(self.X.dtype):
-            moved = self.X[rows] @ W[:-1] + W[-1] if self.coordinates.intercept else self.X[rows] @ W
+        for rows in self._chunks(self.dtype):
+            X = widened(self.X[rows])
+            moved = X @ W[:-1] + W[-1] if self.coordinates.intercept else X @ W
             moved -= moved.mean(1, keepdim=True)
             if self.weight is not None:
                 moved[self.weight[rows] == 0] = 0
@@ -185,19 +196,21 @@ class DenseRows:
         size = torch.finfo(dtype).bits // 8
         width = max(self.classes, self.X.shape[1] if self.mixed else 0)
         step = max(_LEAST_ROWS, _CHUNK_BYTES // (size * width))
+        if self.X.dtype != self.dtype:
+            step = min(step, max(_LEAST_ROWS, rows_of_chunk(self.X.shape[1])))
         return (slice(start, min(start + step, self.count)) for start in range(0, self.count, step))
 
     def gram(self, step: int) -> Tensor:
         X, weight = self.X[::step], None if self.weight is None else self.weight[::step]
-        weight = X.new_ones(1).expand(len(X)) if weight is None else weight
+        weight = torch.ones(1, dtype=self.dtype).expand(len(X)) if weight is None else weight
         total = float(weight.numpy().sum(dtype=np.float64))
         return self.coordinates.gram(X, weight) / max(total, torch.finfo(torch.float64).tiny)
 
     def curved_gram(self, V: Tensor, step: int) -> Tensor:
-        W, X = self.coordinates.weights(V, self.X.dtype), self.X[::step]
-        curvature = X.new_empty(len(X))
-        for rows in self._chunks(X.dtype):
-            P = X[rows] @ W[: X.shape[1]]
+        W, X = self.coordinates.weights(V, self.dtype), self.X[::step]
+        curvature = torch.empty(len(X), dtype=self.dtype)
+        for rows in self._chunks(self.dtype):
+            P = widened(X[rows]) @ W[: X.shape[1]]
             if not len(P):
                 break
             if self.coordinates.intercept:
@@ -210,7 +223,7 @@ class DenseRows:
         return self.coordinates.gram(X, curvature) / max(total, torch.finfo(torch.float64).tiny)
 
     def squares(self) -> Tensor:
-        weight = self.X.new_ones(1).expand(self.count) if self.weight is None else self.weight
+        weight = torch.ones(1, dtype=self.dtype).expand(self.count) if self.weight is None else self.weight
         return self.coordinates.squares(self.X, weight[:, None])[:, 0] / self.total
 
     def sampled(self, step: int) -> DenseRows | None:

@@ -1,0 +1,60 @@
+"""Rows that are stored in another type than they are computed in: they are converted a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from onestep.linalg._accumulate import _merged
+from onestep.linalg._arguments import _HALF, _READ
+from onestep.linalg._normal import Moments, moments
+
+# Elements that are converted at a time: 8 MiB as float64.
+_CHUNK = 1 << 20
+
+
+def working_dtype(X: Tensor) -> torch.dtype:
+    """What is computed in beside X: float32 for 16-bit floats, X's own type for wider ones, float64 for integers."""
+    return torch.float32 if X.dtype in _HALF else X.dtype if X.dtype in _READ else torch.float64
+
+
+def widened(rows: Tensor) -> Tensor:
+    """The rows in their working dtype; themselves where they have it."""
+    return rows.to(working_dtype(rows))
+
+
+def rows_of_chunk(d: int) -> int:
+    """How many rows of d elements are converted at a time."""
+    return max(1, _CHUNK // max(d, 1))
+
+
+def row_chunks(n: int, d: int) -> Iterator[slice]:
+    """Slices that cut n rows of d elements into chunks."""
+    step = rows_of_chunk(d)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def widened_chunks(X: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of the rows X (n,d) in their working dtype, each valid until the next: one buffer holds them in turn.
+
+    New memory for each, beside results that are kept, would leave gaps too small for the next.
+    """
+    n, d = X.shape
+    dtype = working_dtype(X)
+    buffer = None if X.dtype == dtype else torch.empty(min(n, rows_of_chunk(d)), d, dtype=dtype)
+    for rows in row_chunks(n, d):
+        yield rows, X[rows] if buffer is None else buffer[: rows.stop - rows.start].copy_(X[rows])
+
+
+def moments_of(X: Tensor, Y: Tensor, weight: Tensor | None, *, center: bool) -> Moments:
+    """``moments`` of rows X (n,d) of floats or integers; 16-bit floats are read in place, integers in chunks."""
+    if X.is_floating_point():
+        return moments(X, Y, weight=weight, center=center)
+    parts = (
+        moments(chunk, Y[rows], weight=None if weight is None else weight[rows], center=center)
+        for rows, chunk in widened_chunks(X)
+    )
+    return reduce(lambda first, second: _merged(first, second, center), parts)
