@@ -107,14 +107,14 @@ def exact_and_f1(found: Tensor, right: Tensor) -> tuple[float, float]:
     return (found == right).all(1).double().mean().item(), (2 * shared / lengths).double().mean().item()
 
 
-def solve_head(features: Tensor, types: Tensor, spans: Tensor) -> Run:
+def solve_head(features: Tensor, types: Tensor, spans: Tensor, steps: int) -> Run:
     """Least squares for who begins and who ends the answer, then Newton steps on the cross-entropy."""
     model, began = SpanHead(), time.perf_counter()
     ends = F.one_hot(spans, features.shape[1]).mT.float()
     inside = types > 0
     onestep.fit(model.head, (features[inside], ends[inside]), "mse", method="closed_form", progress=False)
     onestep.fit(
-        model, ((features, types), spans), "cross_entropy", method="newton_cg", tol=0.1, max_steps=10, progress=False
+        model, ((features, types), spans), "cross_entropy", method="newton_cg", tol=0.1, max_steps=steps, progress=False
     )
     run = Run("solved: closed form, Newton", model)
     seconds = time.perf_counter() - began
@@ -123,12 +123,14 @@ def solve_head(features: Tensor, types: Tensor, spans: Tensor) -> Run:
     return run
 
 
-def compare_heads(reader: Reader, train: Questions, rates: tuple[float, ...], budgets: tuple[float, ...]) -> nn.Module:
+def compare_heads(
+    reader: Reader, train: Questions, steps: int, rates: tuple[float, ...], budgets: tuple[float, ...]
+) -> nn.Module:
     """Prints what either way takes; the solved head."""
     with torch.no_grad():
         features = reader.features(*train.inputs(slice(HEAD_ROWS)))
     types, spans = train.types[:HEAD_ROWS], train.spans[:HEAD_ROWS]
-    ours = solve_head(features, types, spans)
+    ours = solve_head(features, types, spans, steps)
     goal = 1.01 * ours.last
 
     def step_loss(model: nn.Module, step: int) -> Tensor:
@@ -203,7 +205,7 @@ def main() -> None:
     print(f"{len(train.ids):,} questions on {known} territories, {len(held.ids)} on {len(new)} others held out")
     reader = Reader()
     reader.head = compare_heads(
-        reader, train, (1e-2,) if quick else (3e-3, 1e-2), (0.1,) if quick else (1.0, 4.0, 10.0)
+        reader, train, *((2, (1e-2,), (0.1,)) if quick else (10, (3e-3, 1e-2), (1.0, 4.0, 10.0)))
     )
     runs = race(reader, train, held, *((0.5, (1e-3,), 3) if quick else (arguments.seconds, (1e-3, 2e-3, 4e-3), 25)))
     print_table("whole network: held-out loss", runs, ".4f")
