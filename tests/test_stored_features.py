@@ -51,7 +51,7 @@ def targets(rng, name, X):
     return (scores + rng.standard_normal(scores.shape))[:, :2]
 
 
-def agree(name, monkeypatch, rng, X, converted):
+def assert_agreement(name, monkeypatch, rng, X, converted):
     """The same coefficients, predictions and score as of a converted copy."""
     if "L-BFGS" in name:
         monkeypatch.setattr(_path, "newton_pays", lambda n, shape: False)
@@ -74,9 +74,9 @@ def test_sixteen_bits_are_float32(name, kind, monkeypatch, rng):
     X[:, 5] = (X[:, 5] > 3).to(X.dtype)
     X = X.to(torch.bfloat16 if kind == "bfloat16" else torch.float16)
     if kind == "numpy float16":
-        agree(name, monkeypatch, rng, X.numpy(), X.float().numpy())
+        assert_agreement(name, monkeypatch, rng, X.numpy(), X.float().numpy())
     else:
-        agree(name, monkeypatch, rng, X, X.float())
+        assert_agreement(name, monkeypatch, rng, X, X.float())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int8])
@@ -85,7 +85,7 @@ def test_memmaps(name, dtype, monkeypatch, rng, tmp_path):
     values = (rng.standard_normal((N, D)) * 3 + 1).astype(dtype)
     np.save(tmp_path / "X.npy", values)
     X = np.load(tmp_path / "X.npy", mmap_mode="r")
-    agree(name, monkeypatch, rng, X, values.astype(np.float32 if dtype == np.float32 else np.float64))
+    assert_agreement(name, monkeypatch, rng, X, values.astype(np.float32 if dtype == np.float32 else np.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

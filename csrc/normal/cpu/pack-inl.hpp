@@ -187,16 +187,22 @@ ONESTEP_INLINE void update_pack_tile(const Vec<T>* left, int64_t depth, int64_t 
 }
 
 // Prefetches rows of the next pack into the second-level cache, since the rows of a small problem are too few for the
-// hardware to recognise a stream. (A pack may fill the first-level cache.) Rows are asked for as those of this pack are
-// read: all at once, they would wait for one another. A prefetch of an address that does not exist does nothing.
+// hardware to recognise a stream. Rows are asked for while those of this pack are computed with: all at once, they
+// would wait for one another. Matrices whose rows do not follow each other, and packs that would fill the cache, are
+// left to the hardware. A prefetch of an address that does not exist does nothing.
 template <class T>
 class NextPack {
  public:
-    explicit NextPack(const PackOperand<T>& from, int64_t cols) {
+    NextPack(const PackOperand<T>& from, int64_t rows, int64_t cols) {
+        constexpr int64_t kMostBytes = 128 * 1024;
+        const int64_t row = cols * static_cast<int64_t>(sizeof(T));
+        if (from.col != 1 || from.row != cols || rows * row * kLanes<T> > kMostBytes) {
+            return;
+        }
+        row_ = static_cast<uintptr_t>(row);
         const auto first = reinterpret_cast<uintptr_t>(from.data[0]);
         apart_ = reinterpret_cast<uintptr_t>(from.data[1]) - first;
         next_ = first + apart_ * static_cast<uintptr_t>(kLanes<T>);
-        row_ = from.col == 1 ? static_cast<uintptr_t>(from.row) * sizeof(T) : static_cast<uintptr_t>(cols) * sizeof(T);
     }
 
     // The rows [begin, begin + count).
@@ -212,14 +218,15 @@ class NextPack {
     }
 
  private:
-    uintptr_t next_, apart_, row_;
+    uintptr_t next_ = 0, apart_ = 0;
+    uintptr_t row_ = 0;  // bytes; 0 prefetches nothing
 };
 
 template <class T>
 inline void pack_gram(const PackArgs<T>& args, Pack<T>& pack) {
     const bool weighted = args.weight.given;
-    const NextPack<T> next_x(args.x, pack.d);
-    const NextPack<T> next_y(args.y, pack.k);
+    const NextPack<T> next_x(args.x, args.n, pack.d);
+    const NextPack<T> next_y(args.y, args.n, pack.k);
     // Rows of the next pack that are asked for with each row of tiles.
     const int64_t tile_rows = round_up(pack.d, kPackTileRows) / kPackTileRows;
     const int64_t share = round_up(kPackRows, tile_rows) / tile_rows;

@@ -173,12 +173,13 @@ def _newton(
             direction, iterations = newton_direction(point, precondition, min(_LAST_CG_TOLERANCE, tolerance))
         last, decrement = decrement, -torch.dot(point.grad.flatten(), direction.flatten()).item()
         contracts = decrement <= _CONTRACTION * last
-        if decrement <= least:
+        if least and decrement <= least:
             return Minimum(point, step, True)
-        if level:
+        # A sample says less of the decrement than the full Hessian: what it may say is asked above, with a margin.
+        if level and not direct:
             if decrement <= target:
                 return Minimum(point, step, True)
-            if not direct and problem.penalty == 0 and problem.movement(direction) > _RUNAWAY_STEP:
+            if problem.penalty == 0 and problem.movement(direction) > _RUNAWAY_STEP:
                 return Minimum(point, step, True, runaway=True)
         found = _line_search(problem, point, direction, _DIRECT_HALVINGS if direct else _HALVINGS)
         if found is None and direct:
