@@ -119,7 +119,7 @@ void define(py::module_& module, const std::string& name, Function function, con
 }
 
 template <class T>
-void register_functions(py::module_& module, const std::string& suffix) {
+void register_attention_kernels(py::module_& module, const std::string& suffix) {
     const py::arg out("out"), lse("lse"), grads("grads");
     define(module, "attention_forward_" + suffix, bind_outputs<T, attention_forward<T>>, out, lse);
     define(module, "attention_jvp_" + suffix, bind_outputs<T, attention_jvp<T>>, out, lse);
@@ -133,8 +133,8 @@ void register_functions(py::module_& module, const std::string& suffix) {
 }  // namespace
 
 void register_attention(py::module_& module) {
-    register_functions<float>(module, "f32");
-    register_functions<double>(module, "f64");
+    register_attention_kernels<float>(module, "f32");
+    register_attention_kernels<double>(module, "f64");
 }
 
 }  // namespace onestep

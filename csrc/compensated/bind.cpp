@@ -47,7 +47,7 @@ void bind_sweep(Address w, Address u, int64_t rows, int64_t columns, int64_t bit
 }
 
 template <class T>
-void register_functions(py::module_& module, const std::string& suffix) {
+void register_compensated_kernels(py::module_& module, const std::string& suffix) {
     module.def(("inverse_cholesky_" + suffix).c_str(), bind_inverse_cholesky<T>, py::arg("a"), py::arg("damping"),
                py::arg("batch"), py::arg("n"), py::arg("factor"), py::arg("info"));
     module.def(("compensated_sweep_" + suffix).c_str(), bind_sweep<T>, py::arg("w"), py::arg("u"), py::arg("rows"),
@@ -59,8 +59,8 @@ void register_functions(py::module_& module, const std::string& suffix) {
 }  // namespace
 
 void register_compensated(py::module_& module) {
-    register_functions<float>(module, "f32");
-    register_functions<double>(module, "f64");
+    register_compensated_kernels<float>(module, "f32");
+    register_compensated_kernels<double>(module, "f64");
 }
 
 }  // namespace onestep

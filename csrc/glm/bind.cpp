@@ -35,7 +35,7 @@ void bind_product(int family, bool intercept, const Operand& x, const Operand& w
 }
 
 template <class X, class T>
-void register_functions(py::module_& module, const std::string& suffix) {
+void register_glm_kernels(py::module_& module, const std::string& suffix) {
     module.def(("glm_point_" + suffix).c_str(), bind_point<X, T>, py::arg("family"), py::arg("intercept"), py::arg("x"),
                py::arg("y"), py::arg("labels"), py::arg("weight"), py::arg("w"), py::arg("n"), py::arg("d"),
                py::arg("k"), py::arg("loss"), py::arg("gradient"), py::arg("curvature"));
@@ -47,9 +47,9 @@ void register_functions(py::module_& module, const std::string& suffix) {
 }  // namespace
 
 void register_glm(py::module_& module) {
-    register_functions<float, float>(module, "f32");
-    register_functions<double, double>(module, "f64");
-    register_functions<BFloat16, float>(module, "bf16");
+    register_glm_kernels<float, float>(module, "f32");
+    register_glm_kernels<double, double>(module, "f64");
+    register_glm_kernels<BFloat16, float>(module, "bf16");
 }
 
 }  // namespace onestep

@@ -42,7 +42,7 @@ void bind_linear_cross_entropy(const Operand& input, const Operand& weight, cons
 }
 
 template <class T, class Input>
-void register_function(py::module_& module, const char* name) {
+void register_lmhead_kernel(py::module_& module, const char* name) {
     module.def(name, bind_linear_cross_entropy<T, Input>, py::arg("input"), py::arg("weight"), py::arg("bias"),
                py::arg("target"), py::arg("row_weight"), py::arg("rows"), py::arg("d"), py::arg("v"),
                py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("tangent"), py::arg("gauss_newton"),
@@ -54,9 +54,9 @@ void register_function(py::module_& module, const char* name) {
 }  // namespace
 
 void register_lmhead(py::module_& module) {
-    register_function<float, float>(module, "linear_cross_entropy_f32");
-    register_function<double, double>(module, "linear_cross_entropy_f64");
-    register_function<float, BFloat16>(module, "linear_cross_entropy_bf16");
+    register_lmhead_kernel<float, float>(module, "linear_cross_entropy_f32");
+    register_lmhead_kernel<double, double>(module, "linear_cross_entropy_f64");
+    register_lmhead_kernel<float, BFloat16>(module, "linear_cross_entropy_bf16");
 }
 
 }  // namespace onestep

@@ -71,7 +71,7 @@ void bind_jacobian(const Sizes& widths, const Sizes& activations, const Sizes& b
 }
 
 template <class T>
-void register_functions(py::module_& module, const std::string& suffix) {
+void register_mlp_kernels(py::module_& module, const std::string& suffix) {
     module.def(("mlp_gradient_" + suffix).c_str(), bind_gradient<T>, py::arg("widths"), py::arg("activations"),
                py::arg("biased"), py::arg("n"), py::arg("x"), py::arg("y"), py::arg("parameters"), py::arg("loss"),
                py::arg("gradient"));
@@ -85,8 +85,8 @@ void register_functions(py::module_& module, const std::string& suffix) {
 }  // namespace
 
 void register_mlp(py::module_& module) {
-    register_functions<float>(module, "f32");
-    register_functions<double>(module, "f64");
+    register_mlp_kernels<float>(module, "f32");
+    register_mlp_kernels<double>(module, "f64");
 }
 
 }  // namespace onestep

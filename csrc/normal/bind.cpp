@@ -175,7 +175,7 @@ void bind_cholesky_solve(const Operand& factor, const Operand& b, const bindings
 }
 
 template <class T>
-void register_functions(py::module_& module, const std::string& suffix) {
+void register_normal_kernels(py::module_& module, const std::string& suffix) {
     module.def(("gram_" + suffix).c_str(), bind_gram<T>, py::arg("x"), py::arg("x_half"), py::arg("y"),
                py::arg("weight"), py::arg("batch"), py::arg("n"), py::arg("d"), py::arg("k"), py::arg("gram"),
                py::arg("cross"));
@@ -205,8 +205,8 @@ void register_functions(py::module_& module, const std::string& suffix) {
 }  // namespace
 
 void register_normal(py::module_& module) {
-    register_functions<float>(module, "f32");
-    register_functions<double>(module, "f64");
+    register_normal_kernels<float>(module, "f32");
+    register_normal_kernels<double>(module, "f64");
 }
 
 }  // namespace onestep
