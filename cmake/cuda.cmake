@@ -116,5 +116,7 @@ if(ONESTEP_CUDA_EMULATE)
       target_link_libraries(test_cuda_${family} PRIVATE onestep_cuda_emulated)
       add_test(NAME cuda_${family} COMMAND test_cuda_${family})
     endforeach()
+    # The longest starts first.
+    set_tests_properties(cuda_attention PROPERTIES COST 1000)
   endif()
 endif()
