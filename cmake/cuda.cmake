@@ -111,7 +111,7 @@ if(ONESTEP_CUDA_EMULATE)
     foreach(family IN LISTS ONESTEP_CUDA_FAMILIES)
       file(GLOB onestep_reference csrc/${family}/*ref*.cpp)
       add_executable(test_cuda_${family} tests/cpp/cuda/test_${family}.cpp ${onestep_reference}
-                                           tests/cpp/faults.cpp csrc/base/target.cpp csrc/base/parallel.cpp csrc/base/pool.cpp csrc/base/workspace.cpp)
+                                           tests/cpp/faults.cpp csrc/base/target.cpp csrc/base/parallel.cpp csrc/base/pool.cpp csrc/base/scheduling.cpp csrc/base/workspace.cpp)
       target_include_directories(test_cuda_${family} PRIVATE tests/cpp)
       target_link_libraries(test_cuda_${family} PRIVATE onestep_cuda_emulated)
       add_test(NAME cuda_${family} COMMAND test_cuda_${family})

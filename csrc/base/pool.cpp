@@ -2,15 +2,13 @@
 
 #include <pthread.h>
 #include <signal.h>
-#if defined(__linux__)
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <chrono>
 #include <thread>
+#include <utility>
+
+#include "base/scheduling.hpp"
 
 namespace onestep {
 namespace {
@@ -18,41 +16,13 @@ namespace {
 // How long a thread looks for work before it sleeps. Waking it takes 5 to 50 us; loops that follow each other within a
 // kernel are a few microseconds apart.
 constexpr std::chrono::microseconds kIdle{20};
-// How long a caller looks for the end of claims before it sleeps. It sleeps soon: a helper that lost its core to
-// another process comes onto the caller's then.
+// How long a caller looks for the end of claims before it sleeps, and leaves its core to a helper that lost its own.
 constexpr std::chrono::microseconds kPatience{10};
+// Then it looks whether its helpers run, after this time and twice as long each time. One that does not is brought to
+// the caller's core.
+constexpr std::chrono::microseconds kFirstLook{100};
 // How many threads a thread wakes for a job: each of these wakes as many, while the first ones work already.
 constexpr int64_t kAwakened = 2;
-
-// The time slice that a helper asks of the scheduler. A thread that asks for a shorter one than the thread that has the
-// core gets it at once when it is woken (EEVDF, Linux 6.12 and later); its share of the core stays the same.
-constexpr std::chrono::nanoseconds kSlice{100'000};
-
-#if defined(__linux__) && defined(SYS_sched_setattr)
-// The kernel's struct sched_attr as of its first version; the C library declares it from glibc 2.41 on alone.
-struct SchedulingAttributes {
-    uint32_t size = sizeof(SchedulingAttributes);
-    uint32_t policy = 0;
-    uint64_t flags = 0;
-    int32_t nice = 0;
-    uint32_t priority = 0;
-    uint64_t runtime = 0;
-    uint64_t deadline = 0;
-    uint64_t period = 0;
-};
-
-// Older kernels ignore the slice; where the calls are forbidden, the thread keeps what it has.
-void ask_for_short_slices() {
-    SchedulingAttributes attributes;
-    if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0 || attributes.policy != SCHED_OTHER) {
-        return;
-    }
-    attributes.runtime = kSlice.count();
-    syscall(SYS_sched_setattr, 0, &attributes, 0);
-}
-#else
-void ask_for_short_slices() {}
-#endif
 
 void relax() {
 #if defined(__x86_64__)
@@ -75,16 +45,76 @@ void spin(std::chrono::microseconds most, const Condition& condition) {
     } while (std::chrono::steady_clock::now() < end);
 }
 
+// Takes an item out of the list that begins with `first`.
+template <class Item>
+void remove(Item*& first, const Item& item) {
+    Item** place = &first;
+    while (*place != &item) {
+        place = &(*place)->next;
+    }
+    *place = item.next;
+}
+
 }  // namespace
 
+struct Pool::Worker {
+    MovableThread thread;
+    int64_t nanoseconds_run = 0;  // at the last look of the thread that waits for it
+    Worker* next = nullptr;
+
+    void look() { nanoseconds_run = thread.nanoseconds_run(); }
+
+    // It has hardly run since the last look.
+    bool is_off_core(std::chrono::nanoseconds since) const {
+        return std::chrono::nanoseconds(thread.nanoseconds_run() - nanoseconds_run) < since / 4;
+    }
+};
+
 struct Pool::Job {
-    void (*task)(void*);
-    void* context;
-    int64_t wanted;  // more helpers
+    void (*task)(void*) = nullptr;
+    void* context = nullptr;
+    int64_t wanted = 0;  // more helpers
     std::atomic<int64_t> inside{0};
+    Worker* helpers = nullptr;  // those that are inside, a list
+    MovableThread caller;
+    int core = this_core();  // the caller's
     // Denormals and rounding are the caller's in every thread: results do not depend on who computes them.
     std::fenv_t environment{};
     Job* next = nullptr;
+};
+
+// Whether a helper should move off its caller's core. Beside a process that spins, two threads can share one core for
+// seconds: to Linux two and one are even. Where further threads of this process run, too (OpenMP's spin for
+// milliseconds after each of torch's loops), the helper would find them on the other core, and stays.
+class Pool::Crowded {
+ public:
+    // Asked at the beginning of each job: whether the helper has begun all jobs of the last milliseconds on the
+    // caller's core while hardly another thread of the process ran.
+    bool lasts(const Job& job, const MovableThread& helper) {
+        const bool together = job.core >= 0 && job.core == this_core();
+        const bool first = together && !together_;
+        together_ = together;
+        if (!together) {
+            return false;
+        }
+        const auto now = std::chrono::steady_clock::now();
+        const int64_t others = nanoseconds_run_by_all() - helper.nanoseconds_run() - job.caller.nanoseconds_run();
+        const std::chrono::nanoseconds lasted = now - since_;
+        const std::chrono::nanoseconds others_ran(others - others_);
+        if (first || lasted > kMost) {
+            since_ = now;
+            others_ = others;
+        }
+        return !first && lasted > kLeast && others_ran < lasted / 50;
+    }
+
+ private:
+    static constexpr std::chrono::milliseconds kLeast{2};
+    static constexpr std::chrono::milliseconds kMost{20};
+
+    bool together_ = false;
+    std::chrono::steady_clock::time_point since_;
+    int64_t others_ = 0;  // nanoseconds that other threads had run
 };
 
 Pool::Job* Pool::first_open() const {
@@ -105,7 +135,10 @@ void Pool::awaken(int64_t threads) {
 }
 
 void Pool::run(int64_t helpers, void (*task)(void*), void* context) {
-    Job job{task, context, helpers};
+    Job job;
+    job.task = task;
+    job.context = context;
+    job.wanted = helpers;
     std::fegetenv(&job.environment);
     int64_t sleepers = 0;
     {
@@ -120,24 +153,40 @@ void Pool::run(int64_t helpers, void (*task)(void*), void* context) {
     awaken(sleepers);
     task(context);
     std::unique_lock lock(mutex_);
-    Job** place = &jobs_;
-    while (*place != &job) {
-        place = &(*place)->next;
-    }
-    *place = job.next;
+    remove(jobs_, job);
     open_ -= job.wanted > 0 ? 1 : 0;
     if (job.inside > 0) {
         lock.unlock();
         spin(kPatience, [&] { return job.inside == 0; });
         lock.lock();
-        left_.wait(lock, [&] { return job.inside == 0; });
+        wait_for_helpers(job, lock);
+    }
+}
+
+// Until the helpers that are inside the job have left it. One that lost its core to another process in the meantime
+// gets the caller's, which is free now.
+void Pool::wait_for_helpers(Job& job, std::unique_lock<std::mutex>& lock) {
+    for (std::chrono::microseconds pause = kFirstLook; job.inside > 0; pause *= 2) {
+        for (Worker* helper = job.helpers; helper != nullptr; helper = helper->next) {
+            helper->look();
+        }
+        if (left_.wait_for(lock, pause, [&] { return job.inside == 0; })) {
+            return;
+        }
+        for (Worker* helper = job.helpers; helper != nullptr; helper = helper->next) {
+            if (helper->is_off_core(pause)) {
+                helper->thread.bring_here();
+            }
+        }
     }
 }
 
 // A helper's life.
 void Pool::help() {
     ask_for_short_slices();
+    Worker self;
     std::unique_lock lock(mutex_);
+    Crowded crowded;
     bool looked = false;
     for (;;) {
         Job* job = first_open();
@@ -149,24 +198,40 @@ void Pool::help() {
                 looked = true;
                 continue;
             }
+            if (self.thread.is_held()) {
+                self.thread.let_go();
+            }
             ++sleeping_;
             opened_.wait(lock);
             --sleeping_;
             continue;
         }
         looked = false;
+        if (crowded.lasts(*job, self.thread) && !self.thread.is_held()) {
+            const int core = job->core;
+            crowded = {};
+            lock.unlock();
+            self.thread.leave(core);
+            lock.lock();
+            continue;
+        }
         if (--job->wanted == 0) {
             --open_;
         }
         ++job->inside;
+        self.next = std::exchange(job->helpers, &self);
         const int64_t sleepers = sleepers_for(*job);
         lock.unlock();
         awaken(sleepers);
         std::fesetenv(&job->environment);
         job->task(job->context);
         lock.lock();
+        remove(job->helpers, self);
         if (--job->inside == 0) {
             left_.notify_all();
+        }
+        if (self.thread.is_held()) {
+            self.thread.let_go();
         }
     }
 }

@@ -22,10 +22,13 @@ class Pool {
     void run(int64_t helpers, void (*task)(void* context), void* context);
 
  private:
+    class Crowded;
     struct Job;
+    struct Worker;
 
     void start_threads(int64_t wanted);
     void help();
+    void wait_for_helpers(Job& job, std::unique_lock<std::mutex>& lock);
     Job* first_open() const;
     int64_t sleepers_for(const Job& job) const;
     void awaken(int64_t threads);

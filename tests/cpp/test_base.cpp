@@ -1,5 +1,6 @@
 // How work is cut, the ordered sum of pieces, work memory, and threads.
 #include <array>
+#include <atomic>
 #include <cfenv>
 #include <condition_variable>
 #include <mutex>
@@ -10,6 +11,7 @@
 
 #include "base/plan.hpp"
 #include "base/reduce.hpp"
+#include "base/scheduling.hpp"
 #include "testing.hpp"
 
 #ifdef ONESTEP_POISONS
@@ -252,6 +254,51 @@ void test_callers() {
     set_thread_count(nullptr);
 }
 
+#if defined(__linux__)
+// A thread is seen to run or not, is brought to another's core, leaves a core, and may run everywhere again.
+void test_movable_threads() {
+    cpu_set_t before;
+    check(sched_getaffinity(0, sizeof before, &before) == 0, "the cores that this thread may use");
+    std::atomic<MovableThread*> self{nullptr};
+    std::atomic<bool> runs{true}, ends{false};
+    std::thread other([&] {
+        MovableThread own;
+        self = &own;
+        while (runs) {
+        }
+        const int64_t run = own.nanoseconds_run();
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        check(own.nanoseconds_run() - run < 10'000'000, "a thread that sleeps does not run");
+        own.let_go();
+        cpu_set_t allowed;
+        sched_getaffinity(0, sizeof allowed, &allowed);
+        check(!own.is_held() && CPU_EQUAL(&allowed, &before), "it may run where it could before");
+        const int core = this_core();
+        own.leave(core);
+        sched_getaffinity(0, sizeof allowed, &allowed);
+        check(own.is_held() == (CPU_COUNT(&before) > 1) && CPU_ISSET(core, &allowed) == !own.is_held(),
+              "it leaves a core");
+        while (!ends) {
+            std::this_thread::yield();
+        }
+    });
+    while (self == nullptr) {
+        std::this_thread::yield();
+    }
+    const int64_t run = self.load()->nanoseconds_run();
+    while (self.load()->nanoseconds_run() - run < 1'000'000) {
+        std::this_thread::yield();
+    }
+    self.load()->bring_here();
+    check(self.load()->is_held(), "it is brought here");
+    runs = false;
+    ends = true;
+    other.join();
+}
+#else
+void test_movable_threads() {}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -262,6 +309,7 @@ int main(int argc, char** argv) {
                         {"status", test_status},
                         {"threads_of_a_loop", test_threads_of_a_loop},
                         {"helpers", test_helpers},
-                        {"callers", test_callers}},
+                        {"callers", test_callers},
+                        {"movable_threads", test_movable_threads}},
                        Target::generic);
 }
