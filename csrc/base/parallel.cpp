@@ -24,7 +24,7 @@ constexpr int64_t kLeastClaim = 5'000;
 // of the pool takes 5 to 50 us, and a caller does not wait for one that comes too late.
 std::atomic<int64_t> least_parallel{80'000};
 
-// Loops in the body of a loop are serial.
+// Loops in the body of a loop that is shared between threads are serial.
 thread_local bool in_loop = false;
 
 struct Loop {
@@ -37,7 +37,7 @@ struct Loop {
 };
 
 // Claims and runs steps until none is left or one fails.
-Status run_steps(Loop& loop) {
+Status claim_steps(Loop& loop) {
     while (loop.failure.load(std::memory_order_relaxed) == Status::ok) {
         const int64_t begin = loop.next.fetch_add(loop.step, std::memory_order_relaxed);
         if (begin >= loop.count) {
@@ -54,15 +54,18 @@ Status run_steps(Loop& loop) {
     return Status::ok;
 }
 
-// Each thread claims steps until none is left: a static half would wait for the slower of two threads.
-void run_claims(void* context) {
-    auto* loop = static_cast<Loop*>(context);
-    const bool outer = std::exchange(in_loop, true);
-    const Status status = guarded([&] { return run_steps(*loop); });
-    in_loop = outer;
+void run_claims(Loop& loop) {
+    const Status status = guarded([&] { return claim_steps(loop); });
     if (status != Status::ok) {
-        loop->failure.store(status, std::memory_order_relaxed);
+        loop.failure.store(status, std::memory_order_relaxed);
     }
+}
+
+// Each thread claims steps until none is left: a static half would wait for the slower of two threads.
+void run_shared_claims(void* loop) {
+    const bool outer = std::exchange(in_loop, true);
+    run_claims(*static_cast<Loop*>(loop));
+    in_loop = outer;
 }
 
 // Never destroyed: its threads sleep in it until the process ends.
@@ -111,9 +114,9 @@ Status parallel_for_indices(int64_t count, int64_t nanoseconds_each, Status (*fn
         }
     }
     if (threads > 1) {
-        pool().run(threads - 1, run_claims, &loop);
+        pool().run(threads - 1, run_shared_claims, &loop);
     } else {
-        run_claims(&loop);
+        run_claims(loop);
     }
     return loop.failure.load();
 }

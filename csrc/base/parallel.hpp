@@ -31,7 +31,7 @@ Status parallel_for_indices(int64_t count, int64_t nanoseconds_each, Status (*fn
 // Calls body(i) for every i in [0, count); the body returns nothing or a Status. The body must not depend on which
 // thread runs it or in which order: every result is then the same for any number of threads. After the first failure
 // no further index is begun and that failure is returned; an exception of the body is one, see guarded. A loop within a
-// body runs serially.
+// body runs serially, unless the outer one stays on the calling thread (as a loop of one index does).
 //
 // `nanoseconds_each` is about what one thread takes for an index (see plan.hpp). A small loop stays on the calling
 // thread: waking another one takes about as long.

@@ -216,6 +216,11 @@ void test_helpers() {
     check(std::set<Thread>(ids.begin(), ids.end()).size() == 3, "three threads");
     check(rounding == std::array{FE_UPWARD, FE_UPWARD, FE_UPWARD}, "the caller's rounding");
     std::fesetround(FE_TONEAREST);
+    // A loop of one index stays on its thread, so that a loop within it has the others.
+    Meeting within;
+    auto meet = [&](int64_t) { return within.wait_for(3) ? Status::ok : Status::device_error; };
+    auto single = [&](int64_t) { return parallel_for(3, 1'000'000, meet); };
+    check(parallel_for(1, 1'000'000, single) == Status::ok, "a loop within a loop of one index has three threads");
     set_thread_count(nullptr);
 }
 
