@@ -14,8 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# torch.func imports torch._dynamo when it first differentiates.
-_CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "torch.distributed", "onestep.training", "onestep.optim"])
+# torch.func imports torch._dynamo when it first differentiates. The command line's own modules are not here: a test
+# hides the packages that they need.
+_CONTEXT.set_forkserver_preload(
+    [
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed",
+        "onestep.training",
+        "onestep.optim",
+        "pandas",
+        "sklearn.model_selection",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -37,17 +48,22 @@ def _run(script: str, arguments: tuple[str, ...], written: str) -> None:
 
 
 class Child:
-    """Runs ``script`` with ``sys.argv[1:]`` as given."""
+    """Runs ``script`` with ``sys.argv[1:]`` as given. Only one that says so may start processes of its own."""
 
-    def __init__(self, script: str, *arguments: object) -> None:
+    def __init__(self, script: str, *arguments: object, has_children: bool = False) -> None:
         self._written = tempfile.TemporaryDirectory()
         named = tuple(map(str, arguments))
-        self._process = _CONTEXT.Process(target=_run, args=(script, named, self._written.name), daemon=True)
+        self._process = _CONTEXT.Process(target=_run, args=(script, named, self._written.name), daemon=not has_children)
         self._process.start()
 
     @property
     def running(self) -> bool:
         return self._process.is_alive()
+
+    def written(self) -> str:
+        """What it has written to its standard output until now."""
+        path = Path(self._written.name) / "output"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def send(self, number: signal.Signals) -> None:
         assert self._process.pid is not None
@@ -61,10 +77,8 @@ class Child:
             self._process.join()
             raise TimeoutError(f"the script ran for more than {timeout} s")
         assert self._process.exitcode is not None
-        output, errors = (
-            path.read_text(encoding="utf-8") if (path := Path(self._written.name) / name).exists() else ""
-            for name in ("output", "errors")
-        )
+        path = Path(self._written.name) / "errors"
+        output, errors = self.written(), path.read_text(encoding="utf-8") if path.exists() else ""
         self._written.cleanup()
         return Finished(self._process.exitcode, output, errors)
 

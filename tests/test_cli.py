@@ -1,21 +1,24 @@
 """The command line: what it fits, prints, saves and predicts, and the one line that it says about every bad input."""
 
-import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import Child
 
 import onestep
 from onestep.cli import main
@@ -58,11 +61,6 @@ def csv(tmp_path: Path) -> Callable[[str | bytes], Path]:
         return path
 
     return write
-
-
-def subprocess_run(*words: object, code: str | None = None, **options: object) -> subprocess.CompletedProcess[bytes]:
-    start = ["-m", "onestep"] if code is None else ["-c", code]
-    return subprocess.run([sys.executable, *start, *map(str, words)], capture_output=True, timeout=120, **options)
 
 
 def weights(path: Path) -> dict[str, float]:
@@ -250,23 +248,6 @@ def test_the_network_holds_its_own_on_the_houses(run):
     assert "network:   16-16-1 with relu, 289 parameters, alpha 10" in out
 
 
-TORCH = """
-import json, sys, torch
-from safetensors import safe_open
-with safe_open(sys.argv[1], framework="pt") as file:
-    state, features = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["features"])
-widths = [int(width) for width in sys.argv[2].split("-")]
-layers = []
-for inputs, outputs in zip(widths, widths[1:]):
-    layers += [torch.nn.Linear(inputs, outputs, dtype=state["0.weight"].dtype), torch.nn.ReLU()]
-network = torch.nn.Sequential(*layers[:-1])
-network.load_state_dict(state)
-assert not [name for name in sys.modules if name.startswith("onestep")]
-rows = torch.tensor(json.loads(sys.argv[3]), dtype=state["0.weight"].dtype)
-print(json.dumps([features, network(rows)[:, 0].tolist()]))
-"""
-
-
 @pytest.mark.parametrize(("dtype", "hidden"), [("float64", [8]), ("float32", [6, 4])])
 def test_a_saved_network_is_a_torch_sequential(run, csv, tmp_path, dtype, hidden):
     saved, new = tmp_path / "network.safetensors", csv("kind,b,a\nu,10,80\nv,0,50\nu,25,0\n", "new.csv")
@@ -275,11 +256,15 @@ def test_a_saved_network_is_a_torch_sequential(run, csv, tmp_path, dtype, hidden
     predicted = np.array(out.splitlines()[1:], float)
     assert (code, err, out.splitlines()[0]) == (0, "", "predicted_y")
 
-    widths, rows = "-".join(map(str, [3, *hidden, 1])), [[80, 10, 0], [50, 0, 1], [0, 25, 0]]
-    done = subprocess_run(saved, widths, json.dumps(rows), code=TORCH)
-    assert done.returncode == 0, done.stderr
-    features, outputs = json.loads(done.stdout)
-    assert features == ["a", "b", "kind = v"]
+    with safe_open(saved, framework="pt") as file:
+        state, features = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["features"]  # noqa: SIM118
+    layers, kind = [], getattr(torch, dtype)
+    for inputs, outputs in pairwise([3, *hidden, 1]):
+        layers += [torch.nn.Linear(inputs, outputs, dtype=kind), torch.nn.ReLU()]
+    network = torch.nn.Sequential(*layers[:-1])
+    network.load_state_dict(state)
+    assert json.loads(features) == ["a", "b", "kind = v"]
+    outputs = network(torch.tensor([[80, 10, 0], [50, 0, 1], [0, 25, 0]], dtype=kind))[:, 0].detach()
     np.testing.assert_allclose(outputs, predicted, rtol=1e-12 if dtype == "float64" else 1e-4)
 
 
@@ -383,21 +368,28 @@ def test_an_interrupted_or_too_large_network_ends_in_one_line(run, csv, tmp_path
         assert (found, out) == (code, "") and message in err and err.count("\n") == 1 and not saved.exists()
 
 
+ON_A_TERMINAL = """
+import os, sys
+sys.stderr = os.fdopen(os.open(sys.argv[1], os.O_RDWR | os.O_NOCTTY), "w")
+from onestep.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 def test_a_bar_is_shown_on_a_terminal_only(csv):
     pytest.importorskip("tqdm")
     reader, writer = pty.openpty()
     # A new terminal is 0 columns wide: no room for a bar.
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    words = ["-m", "onestep", "fit", csv(curved()), *SMALL_NETWORK]
-    with subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=writer) as process:
-        os.close(writer)
-        shown = b""
-        with contextlib.suppress(OSError):
-            while part := os.read(reader, 1 << 16):
-                shown += part
-        assert process.stdout is not None and b"network:" in process.stdout.read()
+    child = Child(ON_A_TERMINAL, os.ttyname(writer), "fit", csv(curved()), *SMALL_NETWORK)
+    shown = b""
+    while child.running or select.select([reader], [], [], 0)[0]:
+        if select.select([reader], [], [], 0.05)[0]:
+            shown += os.read(reader, 1 << 16)
+    os.close(writer)
     os.close(reader)
-    assert process.returncode == 0 and b"onestep.fit: 100%" in shown
+    done = child.finish()
+    assert done.returncode == 0 and "network:" in done.output and b"onestep.fit: 100%" in shown
 
 
 # --- missing values -------------------------------------------------------------------------------
@@ -636,30 +628,42 @@ def test_version_and_info(run):
 
 
 def test_module_runs_as_a_program(tmp_path):
-    saved = tmp_path / "model.safetensors"
-    fit = subprocess_run("fit", HOUSES, "--target", "price", "--save", saved)
-    assert fit.returncode == 0 and "intercept" in fit.stdout.decode() and fit.stderr == b""
-    bad = subprocess_run("predict", saved, tmp_path / "none.csv")
-    assert bad.returncode == 2 and bad.stdout == b"" and bad.stderr.count(b"\n") == 1
+    """A whole one, with an interpreter of its own."""
+    words = ["fit", HOUSES, "--target", "price", "--save", tmp_path / "model.safetensors"]
+    done = subprocess.run([sys.executable, "-m", "onestep", *map(str, words)], capture_output=True, timeout=120)
+    assert done.returncode == 0 and "intercept" in done.stdout.decode() and done.stderr == b""
+
+
+WITHOUT_EXTRAS = """
+import sys
+sys.modules.update(dict.fromkeys(["pandas", "rich", "safetensors", "sklearn", "matplotlib"]))
+from onestep.cli import main
+assert main(["info"]) == 0
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_without_the_extras_info_works_and_fit_names_them():
-    hide = "import sys; sys.modules.update(dict.fromkeys(['pandas', 'rich', 'safetensors', 'sklearn', 'matplotlib']));"
-    program = hide + "from onestep.cli import main; sys.exit(main(sys.argv[1:]))"
-    assert subprocess_run("info", code=program).returncode == 0
-    fit = subprocess_run("fit", HOUSES, "--target", "price", code=program)
-    assert fit.returncode == 2 and fit.stderr.count(b"\n") == 1 and b"pip install 'onestep[cli]'" in fit.stderr
+    done = Child(WITHOUT_EXTRAS, "fit", HOUSES, "--target", "price").finish()
+    assert done.returncode == 2 and done.output.startswith("version")
+    assert done.errors.count("\n") == 1 and "pip install 'onestep[cli]'" in done.errors
+
+
+WITHOUT_A_READER = """
+import os, sys
+reader, writer = os.pipe()
+os.close(reader)
+sys.stdout = os.fdopen(writer, "w")
+from onestep.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_a_reader_that_leaves_early_sees_no_traceback(run, csv, tmp_path):
     saved = tmp_path / "model.safetensors"
     run("fit", csv(small()), "--target", "y", "--save", saved)
-    long = csv("a,b,kind\n" + "1,2,u\n" * 100_000, "long.csv")
-    command = [sys.executable, "-m", "onestep", "predict", str(saved), str(long)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
+    done = Child(WITHOUT_A_READER, "predict", saved, csv("a,b,kind\n" + "1,2,u\n" * 10_000, "long.csv")).finish()
+    assert (done.returncode, done.errors) == (141, "")
 
 
 def test_an_interrupt_and_lack_of_memory_end_in_one_line(run, csv, monkeypatch):
@@ -673,9 +677,11 @@ def test_an_interrupt_and_lack_of_memory_end_in_one_line(run, csv, monkeypatch):
         assert (found, out) == (code, "") and message in err and err.count("\n") == 1
 
 
-def test_an_ascii_terminal_can_show_the_report(tmp_path):
-    done = subprocess_run("fit", HOUSES, "--target", "price", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and b"held out:  R? 0.9" in done.stdout
+def test_an_ascii_terminal_can_show_the_report(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["fit", str(HOUSES), "--target", "price"]) == 0
+    assert b"held out:  R? 0.9" in terminal.buffer.getvalue()
 
 
 # --- real data ------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -173,40 +171,37 @@ def test_two_processes_estimate_the_head_that_one_does(tmp_path: Path, kept: int
     assert loss == pytest.approx(reached, rel=1e-3 if kept == 8192 else 0.02)
 
 
+# torchrun is this launcher with a program instead of a function; forked processes need not import everything again.
 LAUNCHED = """
-import os, sys
+import sys
 import torch
 import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 sys.path.insert(0, {tests!r})
 import onestep
 from test_fit import network, table
 
-if "RANK" in os.environ:
+def work():
     dist.init_process_group("gloo")
-rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-model = network()
-onestep.fit(model, table(301), batch_size=100, max_steps=5, tol=0.0, progress=False)
-torch.save(model.state_dict(), {out!r} + f"{{rank}}of{{size}}")
-if dist.is_initialized():
+    model = network()
+    onestep.fit(model, table(301), batch_size=100, max_steps=5, tol=0.0, progress=False)
+    torch.save(model.state_dict(), {out!r} + str(dist.get_rank()))
     dist.destroy_process_group()
+
+config = LaunchConfig(
+    1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", monitor_interval=0.1
+)
+elastic_launch(config, work)()
 """
 
 
-def test_torchrun_fits_what_one_process_does(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "out")))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for options in ([], launcher):
-        process = subprocess.Popen([sys.executable, *options, str(script)], stderr=subprocess.PIPE, text=True)
-        try:
-            _, errors = process.communicate(timeout=400)
-        finally:
-            # torchrun ends its processes when it is told to end.
-            process.terminate()
-            process.wait(60)
-        assert process.returncode == 0, errors
-    alone, first, second = (torch.load(tmp_path / f"out{which}") for which in ("0of1", "0of2", "1of2"))
-    for name, value in alone.items():
+def test_torchruns_launcher_fits_what_one_process_does(tmp_path: Path) -> None:
+    script = LAUNCHED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "out"))
+    done = Child(script, has_children=True).finish()
+    assert done.returncode == 0, done.errors
+    alone, first, second = network(), torch.load(tmp_path / "out0"), torch.load(tmp_path / "out1")
+    onestep.fit(alone, table(301), batch_size=100, max_steps=5, tol=0.0, progress=False)
+    for name, value in alone.state_dict().items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value, rtol=1e-7, atol=1e-9)
         assert not torch.equal(value, network().state_dict()[name])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import Child
 
 import onestep
 
@@ -82,6 +83,15 @@ def test_a_head_in_closed_form() -> None:
     assert callback.results[0].loss == pytest.approx((residual**2).mean(), rel=1e-4)
 
 
+COMMAND = """
+import os, sys
+os.environ["KERAS_BACKEND"] = "tensorflow"
+assert "keras" not in sys.modules
+from onestep.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever backend the environment names; several inputs by their names; the loss that was compiled."""
     X, y = friedman()
@@ -94,17 +104,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     model.save(file)
     np.savez(data, right=X[:, 4:], y=y, left=X[:, :4])
     words = ["keras", file, "--data", data, "--target", "y", "--output", output, "--max-steps", "15"]
-    done = subprocess.run(
-        [sys.executable, "-m", "onestep", *words],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "300 rows, levenberg_marquardt, 15 steps" in done.stdout
+    done = Child(COMMAND, *words).finish()
+    assert done.returncode == 0, done.errors
+    assert "300 rows, levenberg_marquardt, 15 steps" in done.output
     fitted = keras.saving.load_model(output).predict([X[:, :4], X[:, 4:]], verbose=0)[:, 0]
-    loss = float(done.stdout.rpartition("-> ")[2].partition(",")[0])
+    loss = float(done.output.rpartition("-> ")[2].partition(",")[0])
     assert loss == pytest.approx(((fitted - y) ** 2).mean(), rel=1e-4)
     assert loss < 0.15 * y.var()
     np.savez(data, z=y)

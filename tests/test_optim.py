@@ -158,6 +158,28 @@ def test_where_negative_curvature_leads_too_far_the_step_goes_without_it() -> No
     assert x[0].item() == pytest.approx(1.0, abs=2e-3)
 
 
+def test_at_negative_curvature_the_last_direction_is_left_out() -> None:
+    """It may lead uphill: the step there is that of an optimiser which has no last direction."""
+
+    def loss(z: Tensor) -> Tensor:
+        return z[0] ** 2 - z[1] ** 2 + z[1] ** 4 / 4
+
+    points = []
+    for remembers in (True, False):
+        z = parameter(0.5, 3.0)
+        optimizer = NewtonCG([z], damping=1e-3)
+        # Where the loss is convex: far along -z₁, which is uphill at the point of the second step.
+        optimizer.step(lambda: loss(z))  # noqa: B023
+        assert optimizer.state[z]["direction"][1] < -0.5
+        if not remembers:
+            del optimizer.state[z]["direction"]
+        with torch.no_grad():
+            z.copy_(torch.tensor([0.2, 0.1]))
+        optimizer.step(lambda: loss(z))  # noqa: B023
+        points.append(z.detach().clone())
+    assert torch.equal(*points) and points[0][1] > 0.2
+
+
 # ------------------------------------------------------------------------------------------------------------- damping
 
 
