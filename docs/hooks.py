@@ -68,5 +68,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Lets code on the pages import docs/plots.py."""
+    """Lets code on the pages import docs/plots.py and docs/shell.py."""
     sys.path.insert(0, str(Path(__file__).parent))
