@@ -13,8 +13,8 @@ FOLDER = Path(_folder.name)
 (FOLDER / "examples").symlink_to(Path(__file__).resolve().parents[1] / "examples")
 
 
-def onestep(arguments: str) -> None:
-    """Prints `python -m onestep` with its arguments, and what it writes."""
+def onestep(arguments: str) -> str:
+    """`python -m onestep` with its arguments, and what it writes."""
     done = subprocess.run(
         [sys.executable, "-m", "onestep", *shlex.split(arguments)],
         capture_output=True,
@@ -23,4 +23,5 @@ def onestep(arguments: str) -> None:
         cwd=FOLDER,
         env=os.environ | {"NO_COLOR": "1"},
     )
-    print(f"$ python -m onestep {arguments}\n{done.stdout.rstrip()}")
+    lines = [line.rstrip() for line in done.stdout.rstrip().splitlines()]
+    return "\n".join([f"$ python -m onestep {arguments}", *lines])
