@@ -136,7 +136,7 @@ def store(benchmarks: list[dict[str, Any]], limits: dict[str, float], where: dic
     (folder / "table.json").write_text(
         json.dumps({"machine": where, "limits": limits, "results": kept}, indent=2) + "\n"
     )
-    plot_ratios(kept, facts, folder / "ratios.png")
+    plot_ratios(kept, limits, facts, folder / "ratios.png")
     print(f"{facts}\n{limit_line}\nstored under {folder}", flush=True)
     return rows
 
@@ -147,7 +147,7 @@ def main() -> int:
         folder = Path(sys.argv[2])
         stored = json.loads((folder / "table.json").read_text())
         facts = ", ".join(f"{name} {value}" for name, value in stored["machine"].items())
-        plot_ratios(stored["results"], facts, folder / "ratios.png")
+        plot_ratios(stored["results"], stored["limits"], facts, folder / "ratios.png")
         return 0
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(2)

@@ -47,6 +47,10 @@ def loss(counts: Any, X: np.ndarray, Y: np.ndarray) -> float:
     return float(total)
 
 
+def loses_no_more(counts: Any, found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
+    assert loss(counts, *found) <= 1.001 * loss(counts, *expected)
+
+
 @pytest.mark.parametrize("use_cg", [False, True])
 @pytest.mark.benchmark(group="ALS iteration")
 def test_iteration(compare: Callable[..., float], use_cg: bool) -> None:
@@ -90,7 +94,8 @@ def test_iteration(compare: Callable[..., float], use_cg: bool) -> None:
         lambda: theirs(1),
         rounds=5,
         case=f"{USERS} x {ITEMS}, density {DENSITY}, {FACTORS} factors, use_cg={use_cg}",
-        bar=4.0 if use_cg else 15.0,
+        check=lambda found, expected: loses_no_more(counts, found, expected),
+        goal=4.0 if use_cg else 15.0,
         loss=loss(counts, *ours(ITERATIONS)),
         peer_loss=loss(counts, *theirs(ITERATIONS)),
     )

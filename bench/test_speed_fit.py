@@ -57,9 +57,14 @@ def test_levenberg_marquardt(compare: Callable[..., float]) -> None:
 
     trial = [record.loss for record in levenberg_marquardt(200).history]
     steps = next((record + 1 for record, loss in enumerate(trial) if loss <= target), len(trial))
+
+    def reaches(result: onestep.FitResult, losses: list[float]) -> None:
+        assert result.loss <= 1.001 * min(losses)
+
     compare(
         lambda: levenberg_marquardt(steps),
         lambda: adam(X, y, rate, epochs),
+        check=reaches,
         case=f"10-64-1 network, 20,000 rows: {steps} steps to {target:.5f} (reached {min(trial[:steps]):.5f}), "
         f"Adam {epochs} epochs at {rate:g}",
         goal=20.0,

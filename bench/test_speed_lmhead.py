@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import agree
 from lmhead_memory import WAYS, Head
 
 import onestep
@@ -88,6 +89,7 @@ def test_bfloat16_hvp(compare: Callable[..., float]) -> None:
         lambda: WAYS[way](half),
         lambda: WAYS[peer](head),
         rounds=5,
+        check=lambda ours, theirs: agree(ours, theirs, 3e-2),
         case=f"HVP by linear_cross_entropy_hvp, {N} × {D} × {V} bf16 on AMX; peer: {peer}, fp32",
         goal=4.0,
         flops=7 * PRODUCT,

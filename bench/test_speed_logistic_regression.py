@@ -56,11 +56,16 @@ def test_logistic_regression(compare: Callable[..., float], problem: Problem) ->
     ours = LogisticRegression().fit(X, y)
     own_loss, peer_loss = objective(ours, X, y), objective(peer, X, y)
     least = min(own_loss, peer_loss)
+
+    def is_no_worse(ours: Any, peer: Any) -> None:
+        assert objective(ours, X, y) <= (1 + 1e-3) * objective(peer, X, y)
+
     compare(
         lambda: LogisticRegression().fit(X, y),
         lambda: peer.fit(X, y),
         rounds=5,
         settle=0.2,
+        check=is_no_worse,
         case=f"{problem.n:,} × {D}, {problem.classes} classes; peer: {name}",
         goal=problem.goal,
         error=own_loss / least - 1,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from whole_networks import newton_schulz
 
 from onestep.linalg import polar
@@ -22,10 +23,15 @@ def test_polar(compare: Callable[..., float], shape: tuple[int, int, int]) -> No
     ours, theirs = (float(1 - torch.linalg.svdvals(found[0].double()).amin()) for found in (polar(M), newton_schulz(M)))
     # Square matrices of normal numbers have singular values near 0.
     assert ours < 5e-3 or n == m
+
+    def is_orthogonal(found: Tensor, _: Tensor) -> None:
+        assert float(1 - torch.linalg.svdvals(found[0].double()).amin()) == ours
+
     compare(
         lambda: polar(M),
         lambda: newton_schulz(M),
         rounds=3 if n > 256 else 7,
+        check=is_orthogonal,
         case=f"polar of {batch} × ({n} × {m}); peer: five Newton-Schulz iterations",
         # Gram matrix, two factors with inverses, their products, and the factor itself.
         flops=batch * (3 * n * n * m + 8 * n**3),

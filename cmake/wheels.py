@@ -2,9 +2,10 @@
 
     python cmake/wheels.py [--test-all] [python3.12 …]    # default: every CPython from 3.10 that is found
 
-Wheels are repaired for manylinux by auditwheel; the C++ runtime is linked statically. Each wheel is tried in a fresh
-environment with nothing but pip. For the Python that runs this script (with --test-all: for every one) torch is
-installed and the quick tests run. For the others the native module alone is loaded: torch is gigabytes on some indexes.
+Wheels are built from the unpacked sdist, so that it is tried, too. They are repaired for manylinux by auditwheel; the
+C++ runtime is linked statically. Each wheel is tried in a fresh environment with nothing but pip. For the Python that
+runs this script (with --test-all: for every one) torch is installed and the sdist's quick tests run. For the others the
+native module alone is loaded: torch is gigabytes on some indexes. Where Pythons are named, other wheels in dist/ stay.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DIST, RAW = ROOT / "dist", ROOT / "build" / "wheels"
+DIST, RAW, UNPACKED = ROOT / "dist", ROOT / "build" / "wheels", ROOT / "build" / "sdist"
 TEST_ALL = "--test-all" in sys.argv
+ASKED = [word for word in sys.argv[1:] if not word.startswith("-")]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
 QUICK_TESTS = ("tests/test_runtime.py", "tests/test_gram.py", "tests/test_cholesky.py", "tests/test_fit_closed_form.py")
 LOAD = """
@@ -42,8 +44,7 @@ def run(*command: str | Path, quiet: bool = True, **options: object) -> bool:
 
 def interpreters() -> list[Path]:
     """The interpreters that were asked for, or all that start and are of a version that we build for."""
-    asked = [word for word in sys.argv[1:] if not word.startswith("-")]
-    names = asked or [f"python{version}" for version in VERSIONS]
+    names = ASKED or [f"python{version}" for version in VERSIONS]
     # pyenv keeps its versions beside each other; its shims start only those that are switched on.
     folders = [*os.environ.get("PATH", "").split(os.pathsep), *map(str, Path.home().glob(".pyenv/versions/*/bin"))]
     found: dict[str, Path] = {}
@@ -55,20 +56,30 @@ def interpreters() -> list[Path]:
                 and subprocess.run([path, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0
             ):
                 found.setdefault(name, path)
-    for name in asked:
+    for name in ASKED:
         if name not in found:
             raise SystemExit(f"{name}: no such interpreter on PATH or in pyenv, or it has no venv module")
     return list(found.values())
 
 
-def build(python: Path) -> Path | None:
+def unpacked_sdist() -> Path | None:
+    """The sources as users get them, or None if no sdist could be made."""
+    for old in DIST.glob("*.tar.gz"):
+        old.unlink()
+    if not run(sys.executable, "-m", "build", "--sdist", "--outdir", DIST, ROOT):
+        return None
+    shutil.unpack_archive(next(DIST.glob("*.tar.gz")), UNPACKED)
+    return next(UNPACKED.iterdir())
+
+
+def build(python: Path, sources: Path) -> Path | None:
     """The repaired wheel, or None if the build failed."""
     before = set(RAW.glob("*.whl"))
     settings = [
         "--config-settings=cmake.define.ONESTEP_STATIC_RUNTIME=ON",
         "--config-settings=cmake.define.ONESTEP_CUDA=OFF",
     ]
-    if not run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", RAW, *settings, ROOT):
+    if not run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", RAW, *settings, sources):
         return None
     (wheel,) = set(RAW.glob("*.whl")) - before
     scripts = sysconfig.get_path("scripts")
@@ -78,33 +89,44 @@ def build(python: Path) -> Path | None:
     return max(DIST.glob("*.whl"), key=lambda file: file.stat().st_mtime)
 
 
-def attempt(python: Path, wheel: Path) -> bool:
+def pins(own: bool) -> str:
+    """The versions to test with. Those of constraints.txt are for one Python: others share its torch alone."""
+    versions = (ROOT / "constraints.txt").read_text()
+    return versions if own else "".join(line for line in versions.splitlines(True) if line.startswith("torch=="))
+
+
+def attempt(python: Path, wheel: Path, sources: Path) -> bool:
     """Installs the wheel into a fresh environment and runs the quick tests, or loads the native module."""
     with tempfile.TemporaryDirectory() as folder:
         run(python, "-m", "venv", folder)
         fresh = Path(folder) / "bin" / "python"
         pip = (fresh, "-m", "pip", "install", "--quiet")
-        pins = os.environ | {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
-        if TEST_ALL or python.name == f"python{sysconfig.get_python_version()}":
+        own = python.name == f"python{sysconfig.get_python_version()}"
+        if TEST_ALL or own:
+            constraints = Path(folder) / "constraints.txt"
+            constraints.write_text(pins(own))
             needs = ("numpy", "torch", "pytest", "pytest-benchmark", "scikit-learn")
-            return run(*pip, wheel, *needs, env=pins) and run(
-                fresh, "-m", "pytest", "-q", "--rootdir", ROOT, *(ROOT / test for test in QUICK_TESTS), cwd=folder
+            return run(*pip, wheel, *needs, env=os.environ | {"PIP_CONSTRAINT": str(constraints)}) and run(
+                fresh, "-m", "pytest", "-q", "--rootdir", sources, *(sources / test for test in QUICK_TESTS), cwd=folder
             )
         return run(*pip, "--no-deps", wheel) and run(fresh, "-c", LOAD, quiet=False)
 
 
 def main() -> int:
     """0 if every wheel was built and passed."""
-    for folder in (DIST, RAW):
+    for folder in (RAW, UNPACKED) if ASKED else (DIST, RAW, UNPACKED):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    for folder in (DIST, RAW):
+        folder.mkdir(parents=True, exist_ok=True)
+    sources = unpacked_sdist()
+    if sources is None:
+        print("failed: sdist")
+        return 1
     failed = []
-    if not run(sys.executable, "-m", "build", "--sdist", "--outdir", DIST, ROOT):
-        failed.append("sdist")
     for python in interpreters():
         print(f"{python}:", flush=True)
-        wheel = build(python)
-        if wheel is None or not attempt(python, wheel):
+        wheel = build(python, sources)
+        if wheel is None or not attempt(python, wheel, sources):
             failed.append(python.name)
         else:
             print(f"  {wheel.name} passes", flush=True)

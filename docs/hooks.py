@@ -8,7 +8,9 @@ from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 MEMBERS = re.compile(r"<!-- members of (\S+) -->")
@@ -22,8 +24,13 @@ def _mathml(found: re.Match[str]) -> str:
     return convert(latex[2:-2].strip(), display=display)
 
 
-def on_page_content(text: str, **_: object) -> str:
-    """Browsers draw MathML by themselves, so no script is needed."""
+def on_page_content(text: str, page: Page, **_: object) -> str:
+    """Browsers draw MathML by themselves, so no script is needed. A picture that a page draws must be on it."""
+    drawn, shown = (page.markdown or "").count("show(figure"), text.count('class="plot"')
+    if drawn > shown:
+        raise PluginError(
+            f"{page.file.src_path}: of {drawn} pictures {shown} are on the page; print(show(...)) shows one"
+        )
     return FORMULA.sub(_mathml, text)
 
 
@@ -68,5 +75,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Lets code on the pages import docs/plots.py."""
+    """Lets code on the pages import docs/plots.py and docs/shell.py."""
     sys.path.insert(0, str(Path(__file__).parent))

@@ -14,9 +14,9 @@ plt.rcParams |= {"figure.figsize": (7.2, 3.4), "axes.spines.top": False, "axes.s
 plt.rcParams |= {"grid.alpha": 0.3, "legend.frameon": False, "font.size": 10, "figure.constrained_layout.use": True}
 
 
-def show(figure: Figure, alt: str) -> None:
-    """Prints the figure as an HTML image with its data inside."""
+def show(figure: Figure, alt: str) -> str:
+    """The figure as an HTML image with its data inside, for pages to print: only their own `print` writes to them."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=140)
     plt.close(figure)
-    print(f'<img class="plot" alt="{alt}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">')
+    return f'<img class="plot" alt="{alt}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'

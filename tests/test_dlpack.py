@@ -52,6 +52,9 @@ def test_every_function(kind: Any) -> None:
         linalg.solve_spd_ex: (a, y[:, :4]),
         linalg.polar: (x,),
         linalg.polar_ex: (x,),
+        linalg.inverse_cholesky: (a,),
+        linalg.solve_normal_segments: (x[0], y[0], torch.tensor([0, 8, 20])),
+        linalg.solve_normal_segments_ex: (x[0], y[0], torch.tensor([0, 8, 20])),
     }
     for function, arguments in calls.items():
         expected, found = function(*arguments), function(*(kind(value.numpy()) for value in arguments))
@@ -62,6 +65,18 @@ def test_every_function(kind: Any) -> None:
                 assert isinstance(of_arrays, type(kind(X)))
                 plain = of_arrays.data if isinstance(of_arrays, Array) else of_arrays
                 np.testing.assert_array_equal(plain, of_tensors.numpy(), err_msg=function.__name__)
+
+
+def test_lists() -> None:
+    """Where a function takes a list of tensors, a list of arrays gives a list of arrays."""
+    expected = linalg.polar([torch.from_numpy(X[0]), torch.from_numpy(Y)])
+    for found, of_tensors in zip(linalg.polar([X[0], Y]), expected, strict=True):
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found, of_tensors.numpy())
+    (result,) = linalg.polar_ex((X[0],))
+    assert isinstance(result.info, np.ndarray) and result.info == 0
+    with pytest.raises(TypeError, match=r"M\[1\] is ndarray; expected torch.Tensor"):
+        linalg.polar([torch.from_numpy(X[0]), Y])
 
 
 def test_layouts_weights_and_refusals() -> None:

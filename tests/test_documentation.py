@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import onestep
 
@@ -88,6 +90,49 @@ def not_documented(thing: object) -> list[str]:
     return missing
 
 
+SHAPE = re.compile(r"\((?:…|\.\.\.|[A-Za-z](?: \+ 1)?)(?:, ?[^()]*)?\)|\((?:outputs|features),|\bshapes?\b")
+DTYPE = re.compile(r"\b(?:float|int|uint|bfloat)(?:8|16|32|64)|\bdtypes?\b|\bfp32\b")
+SOURCE = re.compile(r"\b(?:18|19|20)\d\d\b|\bLAPACK\b|\bBLAS\b")
+# What has no mathematics of its own, or is made by other names, which show how.
+NO_SOURCE = {"info", "save", "LayerStatistics", "Objective", "replace_attention", "MultiheadAttention"}
+NO_EXAMPLE = {"GLMPoint", "Objective"}
+
+
+def public_names() -> dict[str, object]:
+    modules = [importlib.import_module(f"onestep.{name}".rstrip(".")) for name in PUBLIC]
+    return {name: getattr(module, name) for module in modules for name in module.__all__}
+
+
+def not_told(thing: object, others: dict[str, object]) -> list[str]:
+    """Shapes, dtypes, sources and examples that are not in a docstring, nor in those of the names that it refers to."""
+    doc = inspect.getdoc(thing) or ""
+    name = getattr(thing, "__name__", "")
+    if inspect.isclass(thing):
+        doc += "\n".join(inspect.getdoc(member) or "" for key, member in vars(thing).items() if not key.startswith("_"))
+    told = doc + "".join(inspect.getdoc(other) or "" for key, other in others.items() if f"`{key}" in doc)
+    missing = []
+    if "Tensor" in str(inspect.signature(thing)):  # type: ignore[arg-type]
+        missing += ["shapes"] if not SHAPE.search(told) else []
+        missing += ["dtypes"] if not DTYPE.search(told) else []
+    only_holds_results = inspect.isclass(thing) and (dataclasses.is_dataclass(thing) or hasattr(thing, "_fields"))
+    if not only_holds_results:
+        missing += ["a source"] if not SOURCE.search(told) and name not in NO_SOURCE else []
+        missing += ["an example"] if "Examples:" not in doc and name not in NO_EXAMPLE else []
+    return missing
+
+
+def test_every_public_name_tells_shapes_dtypes_sources_and_has_an_example() -> None:
+    pytest.importorskip("sklearn")
+    names = public_names()
+    things = {name: thing for name, thing in names.items() if callable(thing) and not inspect.ismodule(thing)}
+    gaps = {
+        name: not_told(thing, things)
+        for name, thing in things.items()
+        if not (inspect.isclass(thing) and issubclass(thing, BaseException))
+    }
+    assert {name: missing for name, missing in gaps.items() if missing} == {}
+
+
 @pytest.mark.parametrize("module", PUBLIC)
 def test_every_public_name_is_in_the_reference_and_documented(module: str) -> None:
     path = f"onestep.{module}".rstrip(".")
@@ -130,5 +175,16 @@ def test_a_docstring_with_gaps_is_found() -> None:
         """
         return a + c
 
+    def bare(a: torch.Tensor) -> torch.Tensor:
+        """As ``known``."""
+        return a
+
+    def known(a: torch.Tensor) -> torch.Tensor:
+        """Of (n,d) in float32 (Gauss 1809)."""
+        return a
+
     assert not_documented(good) == []
+    assert not_told(good, {}) == ["a source", "an example"]
+    assert not_told(bare, {}) == ["shapes", "dtypes", "a source", "an example"]
+    assert not_told(bare, {"known": known}) == ["an example"]
     assert not_documented(bad) == ["parameter c", "Returns", "Raises"]

@@ -334,6 +334,13 @@ def test_bad_input():
         quantize(model, [x], bits=9)
     with pytest.raises(TypeError, match="expected batches that can be gone through more than once"):
         quantize(model, iter([x]), progress=False)
+    with pytest.raises(TypeError, match=r"does not take a batch \(Tensor, Tensor, Tensor\).*without targets"):
+        quantize(model, [(x, x, x)], progress=False)
+    report = prune(model, [x], layers="blocks.0.q", progress=False)
+    with pytest.raises(KeyError, match=r"'0' is none of the layers \['blocks.0.q'\]"):
+        report["0"]
+    with pytest.raises(KeyError, match=r"'0' is none of the layers \['blocks.0.q'\]"):
+        LayerStatistics(model, "blocks.0.q")["0"]
     with pytest.raises(ValueError, match="data has no batches"):
         prune(model, [], progress=False)
     with pytest.raises(ValueError, match=r"expected a multiple of 5"):

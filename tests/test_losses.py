@@ -249,3 +249,9 @@ def test_targets_of_any_integer_type() -> None:
 
     assert value(y.int(), "cross_entropy", 2) == value(y, "cross_entropy", 2)
     assert value(y.bool(), "mse", 1) == value(y.float(), "mse", 1)
+
+
+def test_data_that_the_model_fails_on_is_described() -> None:
+    X, y = data()
+    with pytest.raises(RuntimeError, match=r"inputs \(8, 1\) torch.float64, target \(8,\) torch.int64: mat1 and mat2"):
+        onestep.fit(model(), (X[:, :1], y), "cross_entropy", method="newton_cg", progress=False)

@@ -53,6 +53,12 @@ def info() -> dict[str, str | int | list[str]]:
         torch has no C shim to ask for it; ``"serial (forked child)"``),
         ``torch``; ``cuda_build`` (onestep's CUDA kernels: built or not, for which architectures, emulated),
         ``cuda_devices`` (the name and compute capability of each) and ``cuda_driver`` (its version, or "none").
+
+    Examples:
+        >>> import onestep
+        >>> found = onestep.info()
+        >>> found["cpu_target"] in found["cpu_targets_supported"]
+        True
     """
     from onestep import __version__
     from onestep.ops import cuda_build

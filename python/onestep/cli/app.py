@@ -168,16 +168,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,fit,predict,keras,bench}")
 
-    commands.add_parser("info", help="version, CPU target, thread source, CUDA build and devices")
-
-    bench = commands.add_parser(
-        "bench",
-        help="say which CPU target runs here, and how fast, beside torch alone",
-        description="Measures typical calls beside torch's own way to the same result, in turn in one process. Says "
-        "which CPU target runs and what share of the machine's GEMM rate the calls reach.",
-    )
-    bench.add_argument(
-        "--seconds", type=_seconds, default=120, metavar="S", help="about how long to measure (default: %(default)s)"
+    commands.add_parser(
+        "info",
+        help="version, CPU target, thread source, CUDA build and devices",
+        description="Show what runs here: onestep's version and CPU target, where its threads come from, torch's "
+        "version, whether the CUDA kernels were built, and the devices.",
     )
 
     fit = commands.add_parser(
@@ -254,8 +249,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--save", type=Path, metavar="FILE", help="write the model to a safetensors file")
 
-    add_keras(commands)
-
     predict = commands.add_parser(
         "predict",
         help="predict with a saved model",
@@ -266,6 +259,18 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("model", type=Path, help="the file written by fit --save")
     predict.add_argument("file", type=Path, help="the CSV file")
     predict.add_argument("--output", type=Path, metavar="FILE", help="write the predictions here, not to stdout")
+    add_keras(commands)
+
+    bench = commands.add_parser(
+        "bench",
+        help="say which CPU target runs here, and how fast, beside torch alone",
+        description="Measures typical calls beside torch's own way to the same result, in turn in one process. Says "
+        "which CPU target runs and what share of the machine's GEMM rate the calls reach.",
+    )
+    bench.add_argument(
+        "--seconds", type=_seconds, default=120, metavar="S", help="about how long to measure (default: %(default)s)"
+    )
+
     for command in (fit, predict):
         command.add_argument(
             "--sep",

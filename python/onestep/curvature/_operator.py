@@ -47,7 +47,8 @@ class CurvatureOperator(ABC):
     batch (a DistributedSampler's batches as they are); all get the sum.
 
     Args:
-        model: any module that returns a tensor, (n,…) for n rows.
+        model: any module that returns a tensor, (n,…) for n rows. Parameters with requires_grad=True have one floating
+            dtype and one device.
         data: a pair (inputs, target) of tensors, numpy arrays or data frames, a Dataset of such pairs, or a DataLoader
             (any iterable that can be read again) of such batches, rows first. Inputs may be a tuple or a dict of
             tensors, which is unpacked. Batches are moved to the parameters' device.

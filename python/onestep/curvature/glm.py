@@ -186,7 +186,7 @@ def glm(
         W: (d,) or (d,k), the point; softmax: (d,C). float32 beside 16-bit X, else X's dtype. With ``intercept`` one
             more row at the end.
         family: "gaussian", "logistic", "softmax" or "poisson".
-        weight: (n,) weights of the rows, >= 0.
+        weight: (n,) weights of the rows, >= 0, of W's dtype.
         intercept: X gets a column of ones, without a copy.
 
     Returns:
@@ -195,6 +195,13 @@ def glm(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device, family or value of y or weight.
         NotImplementedError: a derivative in X, y or weight is asked for; detach those that require grad.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import glm
+        >>> point = glm(torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 1.0]), torch.zeros(1), "logistic")
+        >>> point.grad.item(), point.hvp(torch.ones(1)).item(), point.gram().item()
+        (-0.5, 1.25, 1.25)
     """
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}; expected one of {', '.join(map(repr, FAMILIES))}")

@@ -38,7 +38,7 @@ class Prediction:
     """What a model gives for some rows, and how sure its parameters leave it.
 
     Attributes:
-        mean: the model's outputs, (n,…).
+        mean: the model's outputs, (n,…), in their dtype, as are the others.
         variance: of each output, in the shape of ``mean``; that of the parameters alone, without noise in the target.
         covariance: (n,k,k) of a row's k outputs, where it was asked for.
         probabilities: of the classes under "cross_entropy", of a 1 under "bce", with the outputs' variance integrated

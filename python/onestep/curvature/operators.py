@@ -32,7 +32,16 @@ _ROW_BYTES = 2**28
 
 
 class HessianOperator(CurvatureOperator):
-    """H = ∂²L/∂θ², products by forward over reverse mode (Pearlmutter, Neural Computation 6, 1994)."""
+    """H = ∂²L/∂θ², products by forward over reverse mode (Pearlmutter, Neural Computation 6, 1994).
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import HessianOperator
+        >>> X = torch.tensor([[1.0], [2.0]])
+        >>> H = HessianOperator(torch.nn.Linear(1, 1), (X, X), "mse")
+        >>> H @ torch.tensor([1.0, 0.0]), H.trace().value.item()
+        (tensor([5., 3.]), 7.0)
+    """
 
     __doc__ = f"{cleandoc(__doc__ or '')}\n\n{cleandoc(CurvatureOperator.__doc__ or '')}"
 
@@ -162,6 +171,15 @@ class GaussNewtonOperator(_OuterProductOperator):
     """G = 1/m Σᵢ Jᵢᵀ (∂²ℓᵢ/∂fᵢ²) Jᵢ, Jᵢ = ∂f(xᵢ)/∂θ (Schraudolph, Neural Computation 14, 2002).
 
     Positive semi-definite where ℓ is convex in the outputs.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import GaussNewtonOperator
+        >>> X = torch.tensor([[1.0], [2.0]])
+        >>> G = GaussNewtonOperator(torch.nn.Linear(1, 1, bias=False), (X, X), "mse")
+        >>> x, report = G.solve(torch.tensor([6.0]), damping=1.0)
+        >>> round(x.item(), 4), report.converged
+        (1.0, True)
     """
 
     __doc__ = f"{cleandoc(__doc__ or '')}\n\n{cleandoc(CurvatureOperator.__doc__ or '')}"
@@ -187,6 +205,15 @@ class FisherOperator(_OuterProductOperator):
             processes and the chunks.
         kind: "true" or "empirical".
         mc_samples: draws of y for each row; None for the exact expectation.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import FisherOperator
+        >>> model = torch.nn.Linear(1, 2, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)  # both classes have probability 1/2
+        >>> F = FisherOperator(model, (torch.tensor([[2.0]]), torch.tensor([0])), "cross_entropy")
+        >>> F @ torch.tensor([1.0, 0.0])
+        tensor([ 1., -1.])
     """
 
     _construction_depth = 4

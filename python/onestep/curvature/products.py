@@ -133,6 +133,12 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
 
     Raises:
         ValueError, TypeError: ``v`` does not match ``params``, or the loss is not a scalar.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import hvp
+        >>> hvp(lambda p: (p**3).sum(), torch.tensor([1.0, 2.0]), torch.ones(2))
+        tensor([ 6., 12.])
     """
     return hessian_product(loss_fn, params, v, Route())
 
@@ -185,6 +191,12 @@ def ggnvp(
 
     Raises:
         ValueError, TypeError: ``v`` does not match ``params``, or the loss is not a scalar.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import ggnvp
+        >>> ggnvp(lambda p: p**2, lambda outputs: outputs.square().sum(), torch.tensor([1.0, 2.0]), torch.ones(2))
+        tensor([ 8., 32.])
     """
     return gauss_newton_products(model_fn, loss_fn, params)(v)
 

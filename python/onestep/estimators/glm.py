@@ -105,7 +105,8 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
     sigmoid for two classes, of a softmax for more. A Newton step is a Cholesky solve of the Hessian where there are few
     rows; with many it is conjugate gradients with one-pass Hessian-vector products, preconditioned by the Hessian of a
     sample (`onestep.curvature.glm`). Many classes are fitted by preconditioned L-BFGS (`onestep.solvers.multinomial`).
-    Columns are centred and scaled implicitly, so that their units and offsets do not matter.
+    Columns are centred and scaled implicitly, so that their units and offsets do not matter. (Lin, Weng and Keerthi,
+    Trust Region Newton Method for Large-Scale Logistic Regression, JMLR 9, 2008.)
 
     A drop-in for `sklearn.linear_model.LogisticRegression` with an l2 penalty or none, and no choice of solvers.
     A sparse X never becomes dense.
@@ -332,8 +333,8 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
 class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
     """Poisson regression with a log link and an l2 penalty, by Newton's method, without a copy of X.
 
-    Minimises Σ wᵢ (eᶯ − yᵢη) / Σ wᵢ + ½ alpha ‖W‖², η = xᵢW + b, over W and b, which is not penalised. Steps as for
-    `LogisticRegression`.
+    Minimises Σ wᵢ (eᶯ − yᵢη) / Σ wᵢ + ½ alpha ‖W‖², η = xᵢW + b, over W and b, which is not penalised (McCullagh and
+    Nelder, Generalized Linear Models, 1989). Steps as for `LogisticRegression`.
 
     A drop-in for `sklearn.linear_model.PoissonRegressor`. A sparse X never becomes dense.
 
@@ -350,6 +351,12 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         n_iter_: Newton steps over all rows.
         n_features_in_: d.
         feature_names_in_: (d,) column names, where X is a data frame with them.
+
+    Examples:
+        >>> from onestep import PoissonRegressor
+        >>> model = PoissonRegressor(alpha=0.0).fit([[0.0], [1.0]], [1.0, 2.0])  # twice as many a unit of x
+        >>> model.predict([[2.0]]).round(2)
+        array([4.])
     """
 
     _accepts_sparse = True

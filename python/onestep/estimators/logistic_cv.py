@@ -42,6 +42,13 @@ class LogisticRegressionCV(LogisticRegression):
         scores_: (folds, A).
         n_iter_: (folds, A) iterations.
         classes_, coef_, intercept_, n_features_in_, feature_names_in_: as for `LogisticRegression`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from onestep import LogisticRegressionCV
+        >>> X = np.linspace(-1, 1, 20)[:, None]
+        >>> LogisticRegressionCV([0.01, 1.0], cv=2).fit(X, X[:, 0] > 0).predict([[-0.5], [0.5]])
+        array([False,  True])
     """
 
     _accepts_sparse = False

@@ -251,6 +251,12 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         coef_: (d,) for two classes, else (C, d); X's dtype (fp32 for 16 bits); a tensor if X was one.
         intercept_: (1,) for two classes, else (C,); 0.0 without an intercept.
         n_features_in_, feature_names_in_, n_iter_, solver_path_: as for `Ridge`.
+
+    Examples:
+        >>> from onestep import RidgeClassifier
+        >>> model = RidgeClassifier().fit([[0.0], [1.0], [2.0], [3.0]], ["no", "no", "yes", "yes"])
+        >>> model.predict([[2.5]])
+        array(['yes'], dtype='<U3')
     """
 
     classes_: Any

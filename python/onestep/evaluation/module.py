@@ -194,15 +194,29 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
             kept = _saved_bytes(evaluate)
         except RuntimeError as error:
             # torch.func inside the model does not work with these hooks.
-            if "saved tensor hooks" not in str(error):
+            if "saved tensor hooks" in str(error):
+                kept = _computed_bytes(evaluate)
+            elif type(error) is RuntimeError:
+                raise RuntimeError(f"model or loss fails on the first rows, {_described(few)}: {error}") from error
+            else:
                 raise
-            kept = _computed_bytes(evaluate)
     affordable = max(1, _CHUNK_BYTES * len(few) // max(1, kept))
     if loss.name == "function":
         some = chunk.rows(slice(0, affordable))
         with torch.no_grad():
             check_mean_over_rows(loss, call_model(model, some.inputs).detach(), some.target)
     return affordable
+
+
+def _described(chunk: Chunk) -> str:
+    """Shapes and dtypes of a chunk."""
+    kinds = {
+        name: " and ".join(
+            f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)
+        )
+        for name, tree in (("inputs", chunk.inputs), ("target", chunk.target))
+    }
+    return ", ".join(f"{name} {kind}" for name, kind in kinds.items())
 
 
 def _saved_bytes(evaluate: Callable[[], Tensor]) -> int:

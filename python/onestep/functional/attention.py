@@ -88,6 +88,16 @@ def scaled_dot_product_attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or options that do not fit.
         NotImplementedError: ``dropout_p`` > 0.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.functional import scaled_dot_product_attention
+        >>> q, k, v = torch.randn(1, 2, 5, 8, requires_grad=True), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+        >>> out = scaled_dot_product_attention(q, k, v)
+        >>> (slope,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        >>> slope.square().sum().backward()  # a second derivative
+        >>> out.shape, q.grad.shape
+        (torch.Size([1, 2, 5, 8]), torch.Size([1, 2, 5, 8]))
     """
     _check(query, key, value, dropout_p)
     q, k, v = _shared_heads(_with_heads(query), _with_heads(key), _with_heads(value), enable_gqa)

@@ -64,6 +64,13 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes do not match, a target is out of range, or an option is not one of those above.
         TypeError: a dtype is not one of those above, or differs between operands.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.functional import linear_cross_entropy
+        >>> H, W = torch.zeros(3, 4), torch.zeros(10, 4)  # three rows, ten classes
+        >>> linear_cross_entropy(H, W, torch.tensor([1, 2, -100]))  # ln 10
+        tensor(2.3026)
     """
     _check_options(label_smoothing, reduction, _REDUCTIONS)
     scale = _row_scale(input, target, ignore_index, reduction)
@@ -96,15 +103,23 @@ def linear_cross_entropy_hvp(
     computes the gradient as well.
 
     Args:
-        vector: (Ḣ, Ẇ, ḃ), in the shapes of input, weight and bias. None leaves an operand out: it counts as constant.
+        vector: (Ḣ, Ẇ, ḃ), in the shapes and the dtype of input, weight and bias. None leaves an operand out, as a
+            constant.
         input, weight, target, bias, ignore_index, label_smoothing: as for ``linear_cross_entropy``.
         reduction: ``"mean"`` or ``"sum"``.
 
     Returns:
-        The product's parts, None where the vector's is None.
+        The product's parts, in the shapes of the vector's; None where that is None.
 
     Raises:
         ValueError, TypeError: as ``linear_cross_entropy``, and if the vector does not match.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.functional import linear_cross_entropy_hvp
+        >>> H, W, V = torch.ones(1, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
+        >>> linear_cross_entropy_hvp(H, W, torch.tensor([0]), (None, V, None))
+        (None, tensor([[ 0.2500], [-0.2500]]), None)
     """
     return _product(input, weight, target, vector, bias, ignore_index, label_smoothing, reduction, gauss_newton=False)
 
@@ -126,15 +141,23 @@ def linear_cross_entropy_ggnvp(
     ``linear_cross_entropy_hvp`` without g (Schraudolph, Neural Computation 14, 2002). Five matrix products.
 
     Args:
-        vector: (Ḣ, Ẇ, ḃ), in the shapes of input, weight and bias. None leaves an operand out: it counts as constant.
+        vector: (Ḣ, Ẇ, ḃ), in the shapes and the dtype of input, weight and bias. None leaves an operand out, as a
+            constant.
         input, weight, target, bias, ignore_index, label_smoothing: as for ``linear_cross_entropy``.
         reduction: ``"mean"`` or ``"sum"``.
 
     Returns:
-        The product's parts, None where the vector's is None.
+        The product's parts, in the shapes of the vector's; None where that is None.
 
     Raises:
         ValueError, TypeError: as ``linear_cross_entropy``, and if the vector does not match.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.functional import linear_cross_entropy_ggnvp
+        >>> H, W, V = torch.ones(1, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
+        >>> linear_cross_entropy_ggnvp(H, W, torch.tensor([0]), (None, V, None))
+        (None, tensor([[ 0.2500], [-0.2500]]), None)
     """
     return _product(input, weight, target, vector, bias, ignore_index, label_smoothing, reduction, gauss_newton=True)
 

@@ -41,6 +41,12 @@ class SolveHead(Callback):
 
     Raises:
         ValueError: no nn.Linear ends the model, or an argument is not what it should be.
+
+    Examples:
+        A module whose head is solved for after training::
+
+            trainer = lightning.Trainer(max_epochs=3, callbacks=[SolveHead("cross_entropy", when="after")])
+            trainer.fit(module, loader)
     """
 
     def __init__(

@@ -43,6 +43,12 @@ class SolveHead(TrainerCallback):
     Raises:
         NotImplementedError: the model predicts the next token, whose labels it shifts; or several labels a row.
         ValueError: no nn.Linear ends the model, or an argument is not what it should be.
+
+    Examples:
+        A classifier whose head is solved for before it is fine-tuned::
+
+            trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[SolveHead("before")])
+            trainer.train()
     """
 
     def __init__(

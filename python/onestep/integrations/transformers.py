@@ -21,6 +21,12 @@ def register_attention() -> None:
     Masks are those of transformers' "sdpa": boolean, or none where a causal mask says it all. So an architecture that
     transformers refuses for "sdpa" is refused here, too, with a ValueError in transformers' words: it does not read
     such masks, or does not call the attention that is registered.
+
+    Examples:
+        A model with second derivatives at O(T) memory::
+
+            register_attention()
+            model = AutoModelForCausalLM.from_pretrained("gpt2", attn_implementation="onestep")
     """
     AttentionInterface.register(NAME, _attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)

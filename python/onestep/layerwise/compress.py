@@ -124,6 +124,14 @@ def prune(
 
     Raises:
         ValueError, TypeError: as ``quantize``; or a layer's features are not a multiple of m.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import prune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+        >>> report = prune(model, torch.randn(100, 16), (2, 4), progress=False)
+        >>> (model[0].weight == 0).float().mean().item(), report["0"].error <= report["0"].error_before
+        (0.5, True)
     """
     fraction, keep, of = _sparsity(sparsity)
     report = Report()

@@ -34,7 +34,7 @@ def edit(
         model: changed in place.
         subjects: one batch, as in ``quantize``, of m sequences. The key of a sequence is the layer's input at its last
             place that is not padding; a layer whose inputs have one row for each subject (m, d) is taken as it is.
-        targets: (m, outputs), what the layer is to put out for them, its bias included.
+        targets: (m, outputs), of any floating dtype, what the layer is to put out for them, its bias included.
         layer: its name.
         statistics: of ordinary text, with this layer among its names.
         strength: above 0; larger values write the targets more exactly, at the cost of all else.
@@ -47,6 +47,16 @@ def edit(
         ValueError: the layer is not there, was not reached, or ``targets`` has another shape or is not finite.
         TypeError: ``targets`` is no tensor, or ``statistics`` something else.
         NotImplementedError: the layer is one of stacked experts.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import LayerStatistics, edit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> text = LayerStatistics(model).collect([torch.randn(100, 4)], progress=False)
+        >>> subject, target = torch.ones(1, 4), torch.tensor([[1.0, -1.0]])
+        >>> report = edit(model, subject, target, layer="0", statistics=text, strength=1e4)
+        >>> model(subject).detach().round(decimals=2)
+        tensor([[ 1., -1.]])
     """
     if not strength > 0:
         raise ValueError(f"strength is {strength!r}; expected a number above 0")

@@ -51,6 +51,17 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
     Raises:
         ModuleNotFoundError: safetensors is not installed.
         ValueError: a name is no layer of the model.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import load_file
+        >>> from onestep.layerwise import quantize, save
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+        >>> report = quantize(model, torch.randn(100, 16), bits=4, progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, f"{folder}/small.safetensors", report.quantized)
+        ...     sorted(load_file(f"{folder}/small.safetensors"))
+        ['0.bias', '0.codes', '0.group', '0.scale', '0.zero']
     """
     try:
         from safetensors.torch import save_file

@@ -184,11 +184,16 @@ def count_of(batches: Iterable[Any]) -> int | None:
 
 def call(model: nn.Module, batch: Any) -> Any:
     """The model on one batch: a tensor, the positional arguments in a tuple or list, or a mapping of keywords."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
+    keywords = dict(batch) if isinstance(batch, Mapping) else {}
+    arguments = tuple(batch) if isinstance(batch, (tuple, list)) else () if isinstance(batch, Mapping) else (batch,)
+    try:
+        return model(*arguments, **keywords)
+    except TypeError as error:
+        kinds = [type(value).__name__ for value in arguments] or list(keywords)
+        raise TypeError(
+            f"the model does not take a batch ({', '.join(kinds)}): {error}. A batch is what the model is called "
+            "with, without targets"
+        ) from error
 
 
 def mask_of(batch: Any) -> Tensor | None:

@@ -46,6 +46,14 @@ def merge(
     Raises:
         ValueError: other than one ``data`` a model, one without batches, fewer than two models, or models whose
             parameters differ.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import merge
+        >>> a, b = torch.nn.Sequential(torch.nn.Linear(3, 1)), torch.nn.Sequential(torch.nn.Linear(3, 1))
+        >>> merged = merge([a, b], [torch.eye(3), 2 * torch.eye(3)], shrinkage=0.0, damping=0.0, progress=False)
+        >>> torch.allclose(merged[0].weight, (a[0].weight + 4 * b[0].weight) / 5)  # b's inputs are larger
+        True
     """
     if len(models) < 2 or len(data) != len(models):
         raise ValueError(f"there are {len(models)} models and {len(data)} data; expected two or more, and as many data")

@@ -34,6 +34,7 @@ def refit(
 
     W, b ← argmin Σ‖Wx + b − t‖² + λ‖W − W₀‖², λ = ridge · mean diag Σxxᵀ, with t the outputs of the teacher's layer
     of the same name. In order: a layer's inputs come from layers that are solved already, whose errors it mends.
+    (He, Zhang and Sun, Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, refit pruned layers so.)
     For a model that has been pruned, quantised (its weights are no longer on the grid then) or lost blocks.
 
     Args:
@@ -52,6 +53,16 @@ def refit(
 
     Raises:
         ValueError, TypeError: an argument out of its range; no layer matches; the teacher has other layers.
+
+    Examples:
+        >>> import copy, torch
+        >>> from onestep.layerwise import prune, refit
+        >>> teacher, data = torch.nn.Sequential(torch.nn.Linear(16, 4)), torch.randn(100, 16)
+        >>> model = copy.deepcopy(teacher)
+        >>> _ = prune(model, data, 0.5, progress=False)
+        >>> report = refit(model, data, teacher, progress=False)
+        >>> report["0"].error <= report["0"].error_before
+        True
     """
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge!r}; expected a number of 0 or more")

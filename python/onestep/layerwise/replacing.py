@@ -44,9 +44,10 @@ def replace_blocks(
     """Replaces a run of blocks of a model by one linear map, fitted to what the run does to ``data``.
 
     W, b ← argmin Σ‖Wx + b − t‖² + λ‖W − 1‖², with x what the first block is given, t what the last returns, and λ =
-    ridge · mean diag Σxxᵀ. The map takes the first block's place and the others leave their container (an nn.Sequential
-    or nn.ModuleList). A first block that is given and returns one tensor becomes an nn.Linear, which loads without
-    onestep; any other a ``LinearBlock``, which ignores the other arguments and has its nn.Linear as ``map``.
+    ridge · mean diag Σxxᵀ (ReplaceMe: Shopkhoev et al., NeurIPS 2025). The map takes the first block's place and the
+    others leave their container (an nn.Sequential or nn.ModuleList). A first block that is given and returns one tensor
+    becomes an nn.Linear, which loads without onestep; any other a ``LinearBlock``, which ignores the other arguments
+    and has its nn.Linear as ``map``.
 
     Args:
         model: changed in place.
@@ -63,6 +64,17 @@ def replace_blocks(
     Raises:
         ValueError, TypeError: the blocks are not neighbours in one container, or an argument is out of its range.
         LinAlgError: the equations are singular; pass a larger ridge.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import replace_blocks
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> report = replace_blocks(model, torch.randn(100, 4), ["0", "1"], ridge=0.0, progress=False)
+        >>> model, report.layers[0].error < 1e-6
+        (Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+          (1): Linear(in_features=4, out_features=2, bias=True)
+        ), True)
     """
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge!r}; expected a number of 0 or more")

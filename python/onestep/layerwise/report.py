@@ -50,7 +50,7 @@ class Report:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(name)
+        raise KeyError(f"{name!r} is none of the layers {[layer.name for layer in self.layers][:8]}")
 
     def __str__(self) -> str:
         """A table."""

@@ -30,8 +30,8 @@ class InputSums:
     """Over the rows x that reached a layer.
 
     Attributes:
-        gram: (d,d), Σxxᵀ.
-        total: (d,), Σx.
+        gram: (d,d), Σxxᵀ, float32 or float64, as ``LayerStatistics`` was told.
+        total: (d,), Σx, likewise.
         count: rows.
     """
 
@@ -121,6 +121,8 @@ class LayerStatistics:
 
     def __getitem__(self, name: str) -> InputSums:
         """The sums of a layer's inputs; zeros if no row has reached it."""
+        if name not in self._layers:
+            raise KeyError(f"{name!r} is none of the layers {list(self._layers)[:8]}")
         layer = self._layers[name]
         d = layer.weight.shape[1]
         zeros = layer.weight.new_zeros(0, dtype=self._dtype)

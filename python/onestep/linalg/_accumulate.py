@@ -26,7 +26,7 @@ class LinearSolution(NamedTuple):
     """What ``NormalEquations`` solves for: predictions are ``X @ W + intercept``, whether or not one was asked for.
 
     Attributes:
-        W: (d,k), or (p,d,k) for p penalties.
+        W: (d,k), or (p,d,k) for p penalties; float32 or float64, as ``NormalEquations`` was told.
         intercept: (k,), or (p,k); zeros without an intercept.
     """
 

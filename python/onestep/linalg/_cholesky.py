@@ -18,16 +18,25 @@ def _matrix(name: str, A: Tensor) -> Tensor:
 
 @takes_arrays
 def cholesky(A: Tensor) -> Tensor:
-    """Factors A = LLᵀ, L lower triangular.
+    """Factors A = LLᵀ, L lower triangular (LAPACK xPOTRF).
 
     Args:
-        A: (…,d,d) symmetric positive definite, of which the lower triangle is read; its gradient is symmetric.
+        A: (…,d,d) symmetric positive definite, float32 or float64 (16-bit: computed in float32), of which the lower
+            triangle is read; its gradient is symmetric.
 
     Returns:
         (…,d,d), zeros above the diagonal. Differentiable to every order.
 
     Raises:
         torch.linalg.LinAlgError: a matrix is not positive definite, or holds NaN or Inf.
+        ValueError, TypeError: A is no floating-point tensor of square matrices.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import cholesky
+        >>> cholesky(torch.tensor([[4.0, 2.0], [2.0, 5.0]]))
+        tensor([[2., 0.],
+                [1., 2.]])
     """
     factor: Tensor = family.cholesky(_matrix("A", A), True)[0]
     return factor
@@ -46,6 +55,13 @@ def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError, TypeError: A is no floating-point tensor of square matrices.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import cholesky_ex
+        >>> L, info = cholesky_ex(torch.stack([torch.eye(2), -torch.eye(2)]))
+        >>> info
+        tensor([0, 1], dtype=torch.int32)
     """
     factor, info = family.cholesky(_matrix("A", A))
     return factor, info
@@ -53,17 +69,23 @@ def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
 
 @takes_arrays
 def cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
-    """Solves LLᵀX = B.
+    """Solves LLᵀX = B (LAPACK xPOTRS).
 
     Args:
-        B: (…,d,k) or (…,d) right-hand sides.
-        L: (…,d,d) lower triangular factor; above the diagonal nothing is read.
+        B: (…,d,k) or (…,d) right-hand sides, float32 or float64.
+        L: (…,d,d) lower triangular factor, same dtype; above the diagonal nothing is read.
 
     Returns:
         X, shaped like B with the batch broadcast. Differentiable to every order.
 
     Raises:
         ValueError, TypeError: shapes or dtypes do not fit.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import cholesky_solve
+        >>> cholesky_solve(torch.tensor([4.0, 5.0]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+        tensor([1., 5.])
     """
     L = _matrix("L", L)
     columns, is_vector = as_columns("B", floating("B", B, L), L, L.shape[-1])
@@ -75,15 +97,25 @@ def cholesky_solve(B: Tensor, L: Tensor) -> Tensor:
 def solve_spd(A: Tensor, B: Tensor) -> Tensor:
     """Solves AX = B for symmetric positive definite A, by one fused Cholesky factorisation and solve.
 
+    (LAPACK xPOSV.)
+
     Args:
-        A: (…,d,d), of which the lower triangle is read; its gradient is symmetric.
-        B: (…,d,k) or (…,d).
+        A: (…,d,d), float32 or float64 (16-bit: computed in float32), of which the lower triangle is read; its gradient
+            is symmetric.
+        B: (…,d,k) or (…,d), same dtype.
 
     Returns:
         X, shaped like B with the batch broadcast. Differentiable to every order.
 
     Raises:
         torch.linalg.LinAlgError: a matrix is not positive definite, or an operand holds NaN or Inf.
+        ValueError, TypeError: shapes or dtypes do not fit.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import solve_spd
+        >>> solve_spd(torch.tensor([[4.0, 0.0], [0.0, 16.0]]), torch.tensor([4.0, 32.0]))
+        tensor([1., 2.])
     """
     return _solve_spd(A, B, check=True)[0]
 
@@ -94,13 +126,20 @@ def solve_spd_ex(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         A: (…,d,d), as in ``solve_spd``.
-        B: (…,d,k) or (…,d).
+        B: (…,d,k) or (…,d), same dtype.
 
     Returns:
         X, NaN where it failed, with zero gradients; and info (…) int32, as in ``solve_normal_ex``.
 
     Raises:
         ValueError, TypeError: shapes or dtypes do not fit.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import solve_spd_ex
+        >>> X, info = solve_spd_ex(torch.stack([torch.eye(2), torch.zeros(2, 2)]), torch.ones(2, 2))
+        >>> info.tolist(), X.tolist()
+        ([0, 1], [[1.0, 1.0], [nan, nan]])
     """
     return _solve_spd(A, B, check=False)
 

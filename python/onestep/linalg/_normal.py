@@ -114,8 +114,8 @@ def solve_normal(
     Args:
         X: (…,n,d) rows of features, float32 or float64, any strides; bfloat16 and float16 are widened as they are read,
             without a copy, and summed in float32.
-        Y: (…,n,k) or (…,n) targets.
-        weight: (…,n) weights of the rows, >= 0.
+        Y: (…,n,k) or (…,n) targets, of X's dtype, or float32 beside a 16-bit X.
+        weight: (…,n) weights of the rows, >= 0, likewise.
         ridge: penalty >= 0: a number or scalar tensor, one per problem (the batch shape, or (…,1)), or one per
             feature (…,d). A tensor may require grad.
         refine: refinement steps.
@@ -127,6 +127,15 @@ def solve_normal(
     Raises:
         torch.linalg.LinAlgError: a problem is singular or holds NaN or Inf; ``solve_normal_ex`` reports it instead.
         ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import solve_normal
+        >>> X = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]]])
+        >>> Y = torch.tensor([[1.0, 2.0, 3.0], [4.0, 2.0, 0.0]])  # two problems of 3 rows and 2 features
+        >>> solve_normal(X, Y).round(decimals=4)
+        tensor([[1., 2.],
+                [2., 1.]])
     """
     p = _problem(X, Y, weight, ridge)
     solution: Tensor = normal.solve_normal(
@@ -162,6 +171,14 @@ def solve_normal_ex(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import solve_normal_ex
+        >>> X = torch.stack([torch.eye(2), torch.ones(2, 2)])  # the columns of the second are equal
+        >>> solution, info, rcond, jitter = solve_normal_ex(X, torch.ones(2, 2))
+        >>> info.tolist(), solution.tolist()
+        ([0, 2], [[1.0, 1.0], [nan, nan]])
     """
     if jitter is not None:
         jitter = number("jitter", jitter, sys.float_info.min, 1.0, "None or a fraction of the mean diagonal in (0, 1]")
@@ -202,18 +219,25 @@ def _dual_with_jitter(p: _Problem, refine: int, jitter: float) -> tuple[Tensor, 
 
 @takes_arrays
 def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Computes XᵀDX and XᵀDY in one pass over the rows, D = diag(weight).
+    """Computes XᵀDX and XᵀDY in one pass over the rows, D = diag(weight) (BLAS xSYRK, xGEMM).
 
     Args:
         X: (…,n,d) float32 or float64, any strides; bfloat16 or float16, which are widened as they are read.
-        Y: (…,n,k) or (…,n); None for no targets, k = 0.
-        weight: (…,n), >= 0.
+        Y: (…,n,k) or (…,n), of X's dtype, or float32 beside a 16-bit X; None for no targets, k = 0.
+        weight: (…,n), >= 0, likewise.
 
     Returns:
         (…,d,d), exactly symmetric, and (…,d,k), or (…,d) if Y is (…,n). Differentiable to every order.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import gram
+        >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2))
+        (tensor([[10., 14.],
+                 [14., 20.]]), tensor([4., 6.]))
     """
     X = features(X)
     if X.dim() < 2:
@@ -246,6 +270,13 @@ def moments(X: Tensor, Y: Tensor, *, weight: Tensor | None = None, center: bool 
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or sign.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import moments
+        >>> found = moments(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [6.0]]), center=True)
+        >>> found.gram.item(), found.cross.item(), found.x_mean.item()
+        (2.0, 4.0, 2.0)
     """
     X = features(X)
     if weight is not None:

@@ -46,6 +46,13 @@ def polar_ex(
     Raises:
         ValueError, TypeError: a shape, option or dtype is not one of those that ``polar`` takes.
         NotImplementedError: a derivative is asked for.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import polar_ex
+        >>> U, info = polar_ex(torch.stack([torch.eye(2), torch.full((2, 2), torch.nan)]))
+        >>> info > 0
+        tensor([False,  True])
     """
     if isinstance(M, (list, tuple)):
         return _of_list(M, iterations, lower)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from onestep.linalg._arguments import floating, number, ridge_per_feature
+from onestep.linalg._dlpack import takes_arrays
 from onestep.ops import segments
 
 
@@ -23,6 +24,7 @@ class SolveSegmentsResult(NamedTuple):
     info: Tensor
 
 
+@takes_arrays
 def solve_normal_segments(
     X: Tensor,
     Y: Tensor,
@@ -63,7 +65,9 @@ def solve_normal_segments(
             instead.
         ValueError, TypeError: an argument has the wrong shape, dtype, device, order or sign.
 
-    Example:
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import solve_normal_segments
         >>> X = torch.tensor([[1.0], [2.0], [3.0]])
         >>> y = torch.tensor([2.0, 4.0, 9.0])
         >>> solve_normal_segments(X, y, torch.tensor([0, 2, 3]))  # rows 0 and 1, and row 2
@@ -73,6 +77,7 @@ def solve_normal_segments(
     return _solve(X, Y, offsets, indices, weight, base, ridge, True).solution
 
 
+@takes_arrays
 def solve_normal_segments_ex(
     X: Tensor,
     Y: Tensor,
@@ -96,6 +101,13 @@ def solve_normal_segments_ex(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device, order or sign.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import solve_normal_segments_ex
+        >>> X, y = torch.tensor([[1.0], [2.0], [0.0]]), torch.tensor([2.0, 4.0, 1.0])
+        >>> solve_normal_segments_ex(X, y, torch.tensor([0, 2, 3])).info  # the second problem's row is zero
+        tensor([0, 1], dtype=torch.int32)
     """
     return _solve(X, Y, offsets, indices, weight, base, ridge, False)
 

@@ -18,6 +18,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
             torch's.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.nn import MultiheadAttention
+        >>> layer, x = MultiheadAttention(8, 2, batch_first=True), torch.zeros(1, 5, 8)
+        >>> layer(x, x, x, need_weights=False)[0].shape
+        torch.Size([1, 5, 8])
     """
 
     def forward(

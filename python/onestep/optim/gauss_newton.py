@@ -17,11 +17,26 @@ class GaussNewton(MatrixFreeOptimizer):
     convex in the outputs.
 
     Args:
-        params: parameters or param groups, as for any torch optimiser.
+        params: parameters or param groups, as for any torch optimiser; of one floating dtype and device.
         damping: initial damping; then set by the gain ratio.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         cg_iterations: at most so many iterations a solve, of a product each.
         cg_tolerance: relative residual at which a solve ends.
+
+    Raises:
+        ValueError: a setting is out of its range.
+        TypeError, NonFiniteError: (``step``) the closure returns something else, or NaN or infinity; nothing has
+            changed then.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.optim import GaussNewton
+        >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
+        >>> optimizer = GaussNewton([x])
+        >>> for _ in range(20):
+        ...     loss = optimizer.step(lambda: torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]]))
+        >>> x.detach().round(decimals=4)
+        tensor([1., 1.], dtype=torch.float64)
     """
 
     def __init__(

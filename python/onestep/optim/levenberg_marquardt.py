@@ -38,12 +38,17 @@ class LevenbergMarquardt(DampedOptimizer):
     The closure returns the residuals, whose mean square is minimised, or (outputs, loss_of_outputs).
 
     Args:
-        params: parameters or param groups, as for any torch optimiser.
+        params: parameters or param groups, as for any torch optimiser; of one floating dtype and device.
         damping: initial damping, relative to D. It is then set by the gain ratio.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         momentum: the part of the last step that is added to each (heavy ball, Polyak 1964). It carries a fit on where
             curvature comes from a sample of the rows or the model has kinks; damping then follows the gain more
             slowly. 0 is the classical method.
+
+    Raises:
+        ValueError: a setting is out of its range.
+        TypeError, NonFiniteError: (``step``) the closure returns something else, or NaN or infinity; nothing has
+            changed then.
 
     Examples:
         >>> import torch

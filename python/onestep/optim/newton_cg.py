@@ -16,11 +16,26 @@ class NewtonCG(MatrixFreeOptimizer):
     The closure returns the loss, a scalar.
 
     Args:
-        params: parameters or param groups, as for any torch optimiser.
+        params: parameters or param groups, as for any torch optimiser; of one floating dtype and device.
         damping: initial damping; then set by the gain ratio.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         cg_iterations: at most so many iterations a solve, of a product each.
         cg_tolerance: relative residual at which a solve ends.
+
+    Raises:
+        ValueError: a setting is out of its range.
+        TypeError, NonFiniteError: (``step``) the closure returns something else, or NaN or infinity; nothing has
+            changed then.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.optim import NewtonCG
+        >>> x = torch.tensor([3.0, -2.0], dtype=torch.float64, requires_grad=True)
+        >>> optimizer = NewtonCG([x])
+        >>> for _ in range(10):
+        ...     loss = optimizer.step(lambda: (x[0] - 1).cosh() + (x[1] - 2).cosh())
+        >>> x.detach().round(decimals=4)
+        tensor([1., 2.], dtype=torch.float64)
     """
 
     takes_scalar = True

@@ -59,12 +59,16 @@ def fit(
     (dropout off, batch norm with its running statistics), because a solve needs a loss that depends on the parameters
     alone; parameters with requires_grad=False stay as they are.
 
+    Sources: Levenberg 1944 and Marquardt 1963 (damping), Schraudolph 2002 (Gauss-Newton products), Steihaug 1983
+    (truncated conjugate gradients), Lau, Long and Su 2025 (polar steps); see the optimisers of ``onestep.optim``.
+
     Under torch.distributed (``torchrun --nproc-per-node=2``) every process calls fit with the same arguments and
     computes its share of each batch. The parameters are those of one process to rounding; matrix-free methods, whose
     conjugate gradients would magnify it, give the same bits on two processes of as many threads.
 
     Args:
-        model: any module that returns a tensor, (n,…) for n rows, or something that has such ``logits``.
+        model: any module that returns a tensor, (n,…) for n rows, or something that has such ``logits``. Trained
+            parameters have one floating dtype and one device; float64 where errors below about 1e-6 count.
         data: a pair (inputs, target) of tensors, numpy arrays or data frames, a Dataset of such pairs, or a DataLoader
             (any iterable that can be read again) of such batches. Inputs may be a tuple or a dict of tensors, which is
             unpacked. In place of a pair a dict may hold the inputs and ``labels``, as the collators of transformers

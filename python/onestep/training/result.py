@@ -56,6 +56,13 @@ class FitResult:
         interrupted: whether Ctrl-C ended it.
         reasons: why methods and structures that might have been faster do not apply.
         make_covariance: what ``covariance`` calls; None where the fit has no likelihood.
+
+    Examples:
+        >>> import torch, onestep
+        >>> X = torch.linspace(0, 1, 20)[:, None]
+        >>> result = onestep.fit(torch.nn.Linear(1, 1), (X, 3 * X - 1), progress=False)
+        >>> result.converged, result.steps, [record.accepted for record in result.history]
+        (True, 1, [True])
     """
 
     model: nn.Module
