@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from onestep.linalg._arguments import floating, number, values_are_known
+from onestep.linalg.dlpack import takes_arrays
 from onestep.ops import compensated as ops
 from onestep.ops.operands import check_size
 
@@ -32,6 +33,7 @@ class InverseCholeskyResult(NamedTuple):
     damping: Tensor
 
 
+@takes_arrays
 def inverse_cholesky(A: Tensor, *, damping: float | Tensor = 0.0, upper: bool = True) -> InverseCholeskyResult:
     """Factors the inverse, A⁻¹ = UᵀU with U upper triangular, without computing it.
 

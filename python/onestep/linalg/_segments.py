@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from onestep.linalg._arguments import floating, number, ridge_per_feature
+from onestep.linalg.dlpack import takes_arrays
 from onestep.ops import segments
 
 
@@ -23,6 +24,7 @@ class SolveSegmentsResult(NamedTuple):
     info: Tensor
 
 
+@takes_arrays
 def solve_normal_segments(
     X: Tensor,
     Y: Tensor,
@@ -73,6 +75,7 @@ def solve_normal_segments(
     return _solve(X, Y, offsets, indices, weight, base, ridge, True).solution
 
 
+@takes_arrays
 def solve_normal_segments_ex(
     X: Tensor,
     Y: Tensor,
