@@ -1,8 +1,9 @@
-"""numpy arrays and torch tensors over the same memory, and the checks of what estimators are given."""
+"""Arrays of numpy, torch and others over the same memory, and the checks of what estimators are given."""
 
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import check_array
 from torch import Tensor
 
+from onestep.linalg.dlpack import as_tensor, giver, is_foreign
 from onestep.linalg.narrow import widened_chunks
 
 Array = npt.NDArray[Any]
@@ -31,8 +33,25 @@ class _WritableAlias:
         self._owner = array
 
 
+def from_other(name: str, value: Any) -> Any:
+    """An array of JAX, TensorFlow or another library that knows DLPack as a tensor over its memory; others as is."""
+    if isinstance(value, (Tensor, np.ndarray)) or not is_foreign(value):
+        return value
+    try:
+        return as_tensor(value)
+    except (BufferError, TypeError, RuntimeError) as error:
+        # Of a type that DLPack has not, such as text.
+        if hasattr(value, "__array__"):
+            return np.asarray(value)
+        raise TypeError(f"{name} is {type(value).__name__}, which DLPack cannot read: {error}") from error
+
+
 def to_numpy(name: str, value: Any) -> Any:
-    """A tensor as a numpy view of its memory (detached; 16-bit floats become fp32); anything else as it came."""
+    """A tensor, or what ``from_other`` makes one of, as a numpy view of its memory; anything else as it came.
+
+    Tensors are detached, and 16-bit floats become fp32.
+    """
+    value = from_other(name, value)
     if not isinstance(value, Tensor):
         return value
     if value.device.type != "cpu":
@@ -71,9 +90,21 @@ def to_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
-def give_back(value: Tensor, *, tensors: bool) -> Any:
-    """`value` as the caller works: the tensor itself, or a numpy array (a numpy scalar if it has no dimensions)."""
-    return value if tensors else value.numpy()[()]
+def as_array(value: Tensor) -> Any:
+    """A numpy array, or a numpy scalar if it has no dimensions."""
+    return value.numpy()[()]
+
+
+def giver_of(like: Any) -> Callable[[Tensor], Any]:
+    """What makes results of tensors for a caller who works with arrays such as ``like``: of the same library."""
+    if isinstance(like, Tensor):
+        return lambda value: value
+    return giver(like) if is_foreign(like) and not isinstance(like, np.ndarray) else as_array
+
+
+def give_labels(labels: Array, like: Any) -> Any:
+    """Labels as ``like``'s library has them; text, which it may not have, as numpy has it."""
+    return giver_of(like)(torch.from_numpy(labels)) if labels.dtype.kind in "biuf" else labels
 
 
 def sparse_operand(X: Any) -> Any:

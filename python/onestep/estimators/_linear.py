@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ from onestep.estimators._arrays import (
     Array,
     check_finite,
     check_weight,
-    give_back,
+    from_other,
+    giver_of,
     is_stored,
     sparse_operand,
     stored_array,
@@ -29,12 +31,12 @@ from onestep.linalg.narrow import widened_chunks, working_dtype
 
 
 class FitData(NamedTuple):
-    """X (n, d) and weight (n,) or None as tensors over the caller's memory, y as numpy, and which kind X was."""
+    """X (n, d) and weight (n,) or None as tensors over the caller's memory, y as numpy; ``give``: to the kind of X."""
 
     X: Tensor
     y: Array
     weight: Tensor | None
-    tensors: bool
+    give: Callable[[Tensor], Any]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,7 +45,7 @@ class FitData(NamedTuple):
 
 
 class LinearEstimator:
-    """Mixin for estimators with `coef_` (d,) or (k, d) and `intercept_`; numpy in, numpy out, tensors likewise."""
+    """Mixin for estimators with `coef_` (d,) or (k, d) and `intercept_`; results are of the kind that X is."""
 
     coef_: Any
     intercept_: Any
@@ -54,8 +56,9 @@ class LinearEstimator:
         self, X: Any, y: Any, sample_weight: Any, *, y_numeric: bool, min_rows: int = 1, reset: bool = True
     ) -> FitData:
         """The arguments of a fit; ``reset``: whether X sets the features, or must have those of the first call."""
-        tensors = isinstance(X, Tensor)
-        stored, bits = is_stored(X), tensors and X.dtype == torch.bfloat16
+        give = giver_of(X)
+        X = from_other("X", X)
+        stored, bits = is_stored(X), isinstance(X, Tensor) and X.dtype == torch.bfloat16
         # Whether X is finite shows in its Gram matrix; looking here would cost a second pass over it.
         X, y = validate_data(
             self,
@@ -70,44 +73,48 @@ class LinearEstimator:
         )
         rows = to_tensor(X).view(torch.bfloat16) if bits else to_tensor(X)
         weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, len(rows), numpy_dtype(rows)))
-        return FitData(rows, y, weight, tensors)
+        return FitData(rows, y, weight, give)
 
-    def _check_sparse(
-        self, X: Any, y: Any, sample_weight: Any, *, tensors: bool, y_numeric: bool
-    ) -> tuple[Any, FitData]:
-        """A scipy.sparse X in CSR form, and the arguments with a tensor of its shape and type, of no memory, as X."""
+    def _check_sparse(self, X: Any, y: Any, sample_weight: Any, *, given: Any, y_numeric: bool) -> tuple[Any, FitData]:
+        """A scipy.sparse X in CSR form, and the arguments with a tensor of its shape and type, of no memory, as X.
+
+        ``given`` is X as the caller gave it.
+        """
         X, y = validate_data(
             self, X, to_numpy("y", y), dtype=FLOATS, accept_sparse="csr", multi_output=True, y_numeric=y_numeric
         )
         weight = None if sample_weight is None else to_tensor(check_weight(sample_weight, X.shape[0], X.dtype))
         like = torch.zeros(1, 1, dtype=torch.float32 if X.dtype == np.float32 else torch.float64).expand(X.shape)
-        return X, FitData(like, y, weight, tensors)
+        return X, FitData(like, y, weight, giver_of(given))
 
     def _set_coefficients(self, coef: Tensor, intercept: Tensor, data: FitData, *, fit_intercept: bool) -> None:
         """Keep W (d, k) and b (k,) in X's type and kind, with scikit-learn's shapes: one target gives a 1-D coef_."""
         single = coef.shape[1] == 1
         coef, intercept = coef.to(data.dtype), intercept.to(data.dtype)
-        self.coef_ = give_back((coef[:, 0] if single else coef.mT).contiguous(), tensors=data.tensors)
+        self.coef_ = data.give((coef[:, 0] if single else coef.mT).contiguous())
         if fit_intercept:
-            self.intercept_ = give_back(intercept[0] if data.y.ndim == 1 else intercept, tensors=data.tensors)
+            self.intercept_ = data.give(intercept[0] if data.y.ndim == 1 else intercept)
         else:
             self.intercept_ = 0.0
 
-    @one_thread_after_fork()
     def _linear(self, X: Any) -> Any:
         """X coef_ᵀ + intercept_, in the type and kind of X."""
+        return giver_of(X)(self._scores(X))
+
+    @one_thread_after_fork()
+    def _scores(self, X: Any) -> Tensor:
+        """The same as a tensor."""
         check_is_fitted(self)
-        tensors = isinstance(X, Tensor)
         if self._accepts_sparse:
             X = sparse_operand(X)
         if self._accepts_sparse and issparse(X):
             rows = validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False)
             coef = to_numpy("coef_", self.coef_).astype(rows.dtype, copy=False)
             scores = (rows @ coef.T + to_numpy("intercept_", self.intercept_)).astype(rows.dtype, copy=False)
-            return give_back(torch.from_numpy(scores), tensors=tensors)
+            return torch.from_numpy(scores)
         x = self._check_rows(X)
         dtype = working_dtype(x)
-        coef = torch.as_tensor(self.coef_).to(dtype)
+        coef, intercept = (value.to(dtype) for value in self._coefficients())
         W = coef if coef.ndim == 1 else coef.mT
         if x.dtype == dtype:
             values = x @ W
@@ -115,10 +122,17 @@ class LinearEstimator:
             values = torch.empty(len(x), *W.shape[1:], dtype=dtype)
             for rows, chunk in widened_chunks(x):
                 values[rows] = chunk @ W
-        return give_back(values.add_(torch.as_tensor(self.intercept_).to(dtype)), tensors=tensors)
+        return values.add_(intercept)
+
+    def _coefficients(self) -> tuple[Tensor, Tensor]:
+        """coef_ and intercept_ as tensors."""
+        return torch.as_tensor(from_other("coef_", self.coef_)), torch.as_tensor(
+            from_other("intercept_", self.intercept_)
+        )
 
     def _check_rows(self, X: Any) -> Tensor:
         """Rows to predict for, finite and with the features of the fit, in the type that they are stored in."""
+        X = from_other("X", X)
         if not is_stored(X):
             return to_tensor(validate_data(self, to_numpy("X", X), dtype=FLOATS, reset=False))
         array = validate_data(self, stored_array(X), dtype=None, ensure_all_finite=False, reset=False)

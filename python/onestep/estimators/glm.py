@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import Array, check_finite, check_flag, give_back, sparse_operand, to_numpy
+from onestep.estimators._arrays import Array, check_finite, check_flag, give_labels, giver_of, sparse_operand, to_numpy
 from onestep.estimators._labels import encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._newton import Minimum, minimise
@@ -80,10 +80,10 @@ class _GLM(LinearEstimator):
         """The coefficients of the last fit, if they fit this one."""
         if not hasattr(self, "coef_"):
             return None
-        coef = torch.as_tensor(self.coef_).to(working_dtype(X))
+        coef, intercept = (value.to(working_dtype(X)) for value in self._coefficients())
         W = coef.T if coef.dim() == 2 and len(shape) == 2 else coef.flatten()
         if self.fit_intercept:
-            W = torch.cat((W, torch.as_tensor(self.intercept_).to(working_dtype(X)).reshape(1, *W.shape[1:])))
+            W = torch.cat((W, intercept.reshape(1, *W.shape[1:])))
         return W.contiguous() if tuple(W.shape) == shape else None
 
     def _explain_non_finite(self, X: Tensor) -> None:
@@ -183,23 +183,23 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         inverse_penalty = check_number("C", self.C, positive=True)
         X, given = sparse_operand(X), X
         if is_large_sparse(X):
-            return self._fit_sparse(X, y, sample_weight, inverse_penalty, tensors=isinstance(given, Tensor))
+            return self._fit_sparse(X, y, sample_weight, inverse_penalty, given=given)
         X = dense_if_small(X, given)
         data, classes, indices = self._labelled(X, y, sample_weight)
         labels, family, outputs = self._targets(data, indices, len(classes))
         penalty = 1.0 / (inverse_penalty * total_weight(data.X, data.weight))
         W = self._minimise(data, labels, family, penalty, outputs)
-        self._set_weights(W, data, classes, as_tensor=isinstance(y, Tensor))
+        self._set_weights(W, data, classes, like=y)
         self.n_iter_ = np.array([self.n_iter_], dtype=np.int32)
         return self
 
     def _fit_sparse(
-        self, X: Any, y: Any, sample_weight: Any, inverse_penalty: float, *, tensors: bool
+        self, X: Any, y: Any, sample_weight: Any, inverse_penalty: float, *, given: Any
     ) -> LogisticRegression:
         """The fit of a scipy.sparse X, always by the multinomial solver: two classes have the scores ∓η/2."""
         intercept, warm = check_flag("fit_intercept", self.fit_intercept), check_flag("warm_start", self.warm_start)
         tol, max_iter = check_number("tol", self.tol), check_number("max_iter", self.max_iter, integer=True)
-        X, data = self._check_sparse(X, y, sample_weight, tensors=tensors, y_numeric=False)
+        X, data = self._check_sparse(X, y, sample_weight, given=given, y_numeric=False)
         like, labels = data.X, data.y
         classes, indices = encode_labels(labels)
         if len(classes) < 2:
@@ -219,7 +219,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         found = solve_multinomial(rows, penalty, start, tol=tol, max_iter=max_iter)
         self._accept(found, like)
         W = coordinates.weights(found.V, torch.float64)
-        self._set_weights(W[:, 1] - W[:, 0] if binary else W, data, classes, as_tensor=isinstance(y, Tensor))
+        self._set_weights(W[:, 1] - W[:, 0] if binary else W, data, classes, like=y)
         self.n_iter_ = np.array([found.iterations], dtype=np.int32)
         return self
 
@@ -237,13 +237,14 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         labels = torch.from_numpy(indices)
         return (labels.to(data.dtype), "logistic", 1) if classes == 2 else (labels, "softmax", classes)
 
-    def _set_weights(self, W: Tensor, data: FitData, classes: Array, *, as_tensor: bool) -> None:
+    def _set_weights(self, W: Tensor, data: FitData, classes: Array, *, like: Any) -> None:
+        """``like`` is y as it came, whose kind of array classes_ are."""
         # A shift common to all classes changes no probability; of all optima this is the symmetric one.
         W = (W if W.dim() == 1 else W - W.mean(1, keepdim=True)).to(data.dtype)
         coef, intercept = self._weights(W)
-        self.coef_ = give_back(coef.mT.contiguous(), tensors=data.tensors)
-        self.intercept_ = give_back(intercept.clone(), tensors=data.tensors)
-        self.classes_ = torch.from_numpy(classes) if as_tensor else classes
+        self.coef_ = data.give(coef.mT.contiguous())
+        self.intercept_ = data.give(intercept.clone())
+        self.classes_ = give_labels(classes, like)
 
     def _weigh_classes(self, data: FitData, classes: np.ndarray, indices: np.ndarray) -> FitData:
         if self.class_weight is None:
@@ -273,7 +274,10 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         Raises:
             ValueError, sklearn.exceptions.NotFittedError: X does not fit, or there was no fit.
         """
-        scores = self._linear(X)
+        return giver_of(X)(self._decisions(X))
+
+    def _decisions(self, X: Any) -> Tensor:
+        scores = self._scores(X)
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
     def predict(self, X: Any) -> Any:
@@ -288,10 +292,10 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         Raises:
             ValueError, sklearn.exceptions.NotFittedError: as for `decision_function`.
         """
-        scores = to_numpy("scores", self.decision_function(X))
+        scores = self._decisions(X).numpy()
         classes = to_numpy("classes_", self.classes_)
         labels = classes[(scores > 0).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)]
-        return torch.from_numpy(labels) if isinstance(X, Tensor) and labels.dtype.kind in "biuf" else labels
+        return give_labels(labels, X)
 
     @one_thread_after_fork()
     def predict_proba(self, X: Any) -> Any:
@@ -306,7 +310,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         Raises:
             ValueError, sklearn.exceptions.NotFittedError: as for `decision_function`.
         """
-        return give_back(self._log_probabilities(X).exp(), tensors=isinstance(X, Tensor))
+        return giver_of(X)(self._log_probabilities(X).exp())
 
     @one_thread_after_fork()
     def predict_log_proba(self, X: Any) -> Any:
@@ -321,10 +325,10 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         Raises:
             ValueError, sklearn.exceptions.NotFittedError: as for `decision_function`.
         """
-        return give_back(self._log_probabilities(X), tensors=isinstance(X, Tensor))
+        return giver_of(X)(self._log_probabilities(X))
 
     def _log_probabilities(self, X: Any) -> Tensor:
-        scores = torch.as_tensor(self.decision_function(X))
+        scores = self._decisions(X)
         if scores.dim() == 1:
             scores = torch.stack((torch.zeros_like(scores), scores), dim=1)
         return scores.log_softmax(dim=1)
@@ -403,7 +407,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         X, given = sparse_operand(X), X
         rows = None
         if is_large_sparse(X):
-            rows, data = self._check_sparse(X, y, sample_weight, tensors=isinstance(given, Tensor), y_numeric=True)
+            rows, data = self._check_sparse(X, y, sample_weight, given=given, y_numeric=True)
         else:
             data = self._check_fit(dense_if_small(X, given), y, sample_weight, y_numeric=True)
         targets = as_targets(column_or_1d(data.y, warn=True), data.X)[:, 0]
@@ -416,8 +420,8 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         else:
             W = self._minimise_sparse(rows, data, targets, penalty)
         coef, intercept = self._weights(W.to(data.dtype))
-        self.coef_ = give_back(coef[:, 0].clone(), tensors=data.tensors)
-        self.intercept_ = give_back(intercept[0].clone(), tensors=data.tensors) if self.fit_intercept else 0.0
+        self.coef_ = data.give(coef[:, 0].clone())
+        self.intercept_ = data.give(intercept[0].clone()) if self.fit_intercept else 0.0
         return self
 
     def _minimise_sparse(self, rows: Any, data: FitData, y: Tensor, penalty: float) -> Tensor:
@@ -448,8 +452,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         Raises:
             ValueError, sklearn.exceptions.NotFittedError: X does not fit, or there was no fit.
         """
-        values = torch.as_tensor(self._linear(X)).exp()
-        return give_back(values, tensors=isinstance(X, Tensor))
+        return giver_of(X)(self._scores(X).exp())
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """D², the fraction of the Poisson deviance explained (scikit-learn's score of its PoissonRegressor).

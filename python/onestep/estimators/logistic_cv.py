@@ -13,7 +13,7 @@ from sklearn.model_selection import check_cv
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import Array, check_alphas, check_flag, rows_for_splitter, to_numpy
+from onestep.estimators._arrays import Array, as_array, check_alphas, check_flag, rows_for_splitter, to_numpy
 from onestep.estimators._linear import FitData
 from onestep.estimators._newton import Minimum
 from onestep.estimators._path import Path
@@ -129,7 +129,7 @@ class LogisticRegressionCV(LogisticRegression):
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        self._set_weights(W, data, classes, as_tensor=isinstance(y, Tensor))
+        self._set_weights(W, data, classes, like=y)
         return self
 
     def _along(self, path: Path, unit: float, tol: float, max_iter: int) -> list[Minimum | Solution]:
@@ -150,8 +150,8 @@ class LogisticRegressionCV(LogisticRegression):
     def _score_of(self, W: Tensor, classes: Any, data: FitData, test: Array, scorer: Any) -> float:
         """The scorer's answer for the coefficients W on some rows."""
         model = LogisticRegression(fit_intercept=self.fit_intercept)
-        rows = data._replace(tensors=False)
-        model._set_weights(W, rows, classes, as_tensor=False)
+        rows = data._replace(give=as_array)
+        model._set_weights(W, rows, classes, like=classes)
         model.n_features_in_ = data.X.shape[1]
         extra = {} if data.weight is None else {"sample_weight": data.weight[test].numpy()}
         labels = to_numpy("y", data.y)[test]

@@ -17,7 +17,7 @@ from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import check_alphas, check_flag, give_back, sparse_operand, to_numpy
+from onestep.estimators._arrays import check_alphas, check_flag, give_labels, giver_of, sparse_operand, to_numpy
 from onestep.estimators._deviations import MOST_FEATURES, Deviations
 from onestep.estimators._indicators import solve_indicators
 from onestep.estimators._labels import encode_labels
@@ -132,7 +132,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         self._equations = self._deviations = None
         X, given = sparse_operand(X), X
         if is_large_sparse(X):
-            rows, data = self._check_sparse(X, y, sample_weight, tensors=isinstance(given, Tensor), y_numeric=True)
+            rows, data = self._check_sparse(X, y, sample_weight, given=given, y_numeric=True)
             self._solve_sparse(rows, data, as_targets(data.y, data.X).numpy())
             return self
         data = self._check_fit(dense_if_small(X, given), y, sample_weight, y_numeric=True)
@@ -221,18 +221,17 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
                 of freedom left, more than 1,024 features, or a fit by `partial_fit`.
             sklearn.exceptions.NotFittedError: `fit` was not called.
         """
-        mean = self._linear(X)
+        give, mean = giver_of(X), self._scores(X)
         if not return_std:
-            return mean
+            return give(mean)
         if self._deviations is None:
             raise ValueError(
                 f"return_std=True needs a model that was fitted by fit (not partial_fit) to at most {MOST_FEATURES} "
                 f"features; this one has {self.n_features_in_}"
             )
-        tensors = isinstance(mean, Tensor)
         rows = self._check_rows(X)
         deviations = self._deviations.of(rows).reshape(mean.shape)
-        return mean, give_back(deviations.to(working_dtype(rows)), tensors=tensors)
+        return give(mean), give(deviations.to(working_dtype(rows)))
 
 
 class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
@@ -284,11 +283,10 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         Warns:
             scipy.linalg.LinAlgWarning: as for `Ridge.fit`.
         """
-        labels_as_tensor = isinstance(y, Tensor)
         X, given = sparse_operand(X), X
         rows = None
         if is_large_sparse(X):
-            rows, data = self._check_sparse(X, y, sample_weight, tensors=isinstance(given, Tensor), y_numeric=False)
+            rows, data = self._check_sparse(X, y, sample_weight, given=given, y_numeric=False)
         else:
             data = self._check_fit(dense_if_small(X, given), y, sample_weight, y_numeric=False)
         self._multilabel = type_of_target(data.y).startswith("multilabel")
@@ -300,7 +298,7 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
             classes = self._fit_sparse(rows, data, labels)
         else:
             classes = self._fit_multilabel(data) if self._multilabel else self._fit_classes(data, labels)
-        self.classes_ = torch.from_numpy(classes) if labels_as_tensor else classes
+        self.classes_ = give_labels(classes, y)
         return self
 
     def _fit_multilabel(self, data: FitData) -> Any:
@@ -370,7 +368,7 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         Raises:
             ValueError, sklearn.exceptions.NotFittedError: as for `Ridge.predict`.
         """
-        scores = to_numpy("scores", self.decision_function(X))
+        scores = self._scores(X).numpy()
         classes = to_numpy("classes_", self.classes_)
         if self._multilabel:
             labels = (scores > 0).astype(np.int64)
@@ -380,8 +378,7 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
             labels = classes[((scores > 0) & (len(classes) > 1)).astype(np.intp)]
         else:
             labels = classes[scores.argmax(axis=1)]
-        tensors = isinstance(X, Tensor) and labels.dtype.kind in "biuf"
-        return torch.from_numpy(labels) if tensors else labels
+        return give_labels(labels, X)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -11,7 +11,7 @@ from sklearn.model_selection import check_cv
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import Array, check_alphas, check_flag, give_back, rows_for_splitter
+from onestep.estimators._arrays import Array, check_alphas, check_flag, rows_for_splitter
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._selection import choose, fold_scores, gcv_scores, loo_predictions, loo_scores, scorer_scores
 from onestep.estimators._spectrum import Spectrum, decompose
@@ -113,7 +113,7 @@ class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
         if alpha.ndim == 0:
             self.alpha_, self.best_score_ = alpha.item(), score.item()
         else:
-            self.alpha_, self.best_score_ = (give_back(value, tensors=data.tensors) for value in (alpha, score))
+            self.alpha_, self.best_score_ = (data.give(value) for value in (alpha, score))
         self.solver_path_ = spectrum.path
         coef = spectrum.coef(alpha)
         intercept = spectrum.centred.y_mean - spectrum.centred.x_mean @ coef
@@ -147,7 +147,7 @@ class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
             scores = scorer_scores(scorer, results, data.y, weight, per_target=self.alpha_per_target)
         if self.store_cv_results and results is not None:
             kept = torch.from_numpy(results[:, 0] if data.y.ndim == 1 else results)
-            self.cv_results_ = give_back(kept.to(data.dtype), tensors=data.tensors)
+            self.cv_results_ = data.give(kept.to(data.dtype))
         return scores
 
     def _fold_scores(self, data: FitData, alphas: Tensor) -> Array:

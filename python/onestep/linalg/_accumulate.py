@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from onestep.linalg import spd
 from onestep.linalg._arguments import features, floating
 from onestep.linalg._normal import Moments, moments
 from onestep.linalg.constant_columns import without_constants
+from onestep.linalg.dlpack import as_tensor, giver, is_foreign, mapped
 from onestep.ops import normal
 from onestep.ops.operands import LinAlgError
 
@@ -72,6 +73,9 @@ class NormalEquations:
         (2.0, 1.0)
     """
 
+    # What makes solutions of tensors, where rows came as another library's arrays.
+    _give: Callable[[Tensor], Any] | None = None
+
     def __init__(
         self,
         d: int,
@@ -122,8 +126,11 @@ class NormalEquations:
             TypeError: no tensor, no floating dtype, or one wider than ``dtype``.
             NotImplementedError: an argument requires grad.
 
-        After an error nothing of the chunk has been added.
+        After an error nothing of the chunk has been added. Arrays of NumPy, JAX, TensorFlow and others on the CPU are
+        taken, too, by DLPack; ``solve`` and ``sweep`` return the last chunk's kind.
         """
+        give = giver(X) if is_foreign(X) else None
+        X, Y, weight = as_tensor(X), as_tensor(Y), as_tensor(weight)
         half = isinstance(X, Tensor) and X.dtype in (torch.bfloat16, torch.float16) and self.dtype == torch.float32
         X = self._on_device("X", features(X)) if half else self._rows("X", X)
         if X.dim() != 2 or X.shape[1] != self.d:
@@ -143,6 +150,7 @@ class NormalEquations:
         if not all(math.isfinite(part.sum().item()) for part in added):
             self._raise_not_finite({"X": X, "Y": Y, "weight": weight})
         self._sums, self.count = _merged(self._sums, added, self.intercept), self.count + n
+        self._give = give
         return self
 
     def _on_device(self, name: str, value: Tensor) -> Tensor:
@@ -305,7 +313,11 @@ class NormalEquations:
         intercept = (self._sums.y_mean - self._sums.x_mean @ rounded.double()).to(self.dtype)
         if not (bool(rounded.isfinite().all()) and bool(intercept.isfinite().all())):
             raise LinAlgError(f"the solution overflows {self.dtype}: rescale X or Y, or pass ridge > 0")
-        return LinearSolution(rounded, intercept)
+        solution = LinearSolution(rounded, intercept)
+        if self._give is None:
+            return solution
+        detached = LinearSolution(rounded.detach(), intercept.detach())
+        return cast(LinearSolution, mapped(self._give, detached))
 
     def state_dict(self) -> dict[str, Any]:
         """The sums and what they are of: tensors and plain values, which torch.save keeps bit for bit."""

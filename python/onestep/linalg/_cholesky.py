@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from onestep.linalg._arguments import as_columns, floating
-from onestep.linalg._dlpack import takes_arrays
+from onestep.linalg.dlpack import takes_arrays
 from onestep.ops import cholesky as family
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from onestep.linalg._arguments import floating, number, values_are_known
-from onestep.linalg._dlpack import takes_arrays
+from onestep.linalg.dlpack import takes_arrays
 from onestep.ops import compensated as ops
 from onestep.ops.operands import check_size
 

@@ -18,7 +18,7 @@ from onestep.linalg._arguments import (
     steps,
     values_are_known,
 )
-from onestep.linalg._dlpack import takes_arrays
+from onestep.linalg.dlpack import takes_arrays
 from onestep.ops import normal
 from onestep.ops.operands import broadcast_batch
 

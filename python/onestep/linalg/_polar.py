@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from onestep.linalg._dlpack import takes_arrays
+from onestep.linalg.dlpack import takes_arrays
 from onestep.ops import polar as ops
 from onestep.ops.operands import check_dense, check_dims
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,8 +20,9 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
     """Lets a function of tensors take the CPU's arrays of NumPy, JAX, TensorFlow and others; results are of their kind.
 
     Lists of arrays are taken where the function takes lists of tensors. Without a copy, both ways; numpy arrays that
-    are read-only are copied. Derivatives are torch's alone: other libraries see values. Arrays and tensors cannot be
-    mixed. Calls with tensors pass straight through.
+    are read-only are copied. Results of a kind that knows DLPack but not the array API standard are numpy arrays.
+    Derivatives are torch's alone: other libraries see values. Arrays and tensors cannot be mixed. Calls with tensors
+    pass straight through.
     """
 
     @functools.wraps(function)
@@ -36,7 +38,7 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
         inputs: Any = [as_tensor(value) for value in args]
         named: Any = {name: as_tensor(value) for name, value in kwargs.items()}
         with torch.no_grad():
-            result: Any = _map(back, function(*inputs, **named))
+            result: Any = mapped(back, function(*inputs, **named))
         return result  # type: ignore[no-any-return]
 
     return wrapped
@@ -71,28 +73,43 @@ def as_tensor(value: Any) -> Any:
 
 
 def giver(like: Any) -> Callable[[Tensor], Any]:
-    """What makes of a tensor an array of the same library as ``like``."""
+    """What makes of a tensor an array of the same library as ``like``; of one that does not say how, a numpy array.
+
+    It can be pickled.
+    """
     package = type(like).__module__.partition(".")[0]
     if package == "tensorflow":
-        dlpack = sys.modules["tensorflow"].experimental.dlpack
-        return lambda tensor: dlpack.from_dlpack(tensor.contiguous().__dlpack__())
+        return _as_tensorflow
     if package in ("jax", "jaxlib"):
-        # JAX takes no strides but those of rows first.
-        numpy = sys.modules["jax"].numpy
-        return lambda tensor: numpy.from_dlpack(tensor.contiguous())
-    if not hasattr(like, "__array_namespace__"):
-        raise TypeError(f"{type(like).__module__}.{type(like).__name__} does not say how to make one from DLPack")
+        return _as_jax
+    if package == "numpy" or not hasattr(like, "__array_namespace__"):
+        # numpy.from_dlpack would make an array that cannot be written into.
+        return Tensor.numpy
     namespace = like.__array_namespace__()
-    return lambda tensor: namespace.from_dlpack(tensor)
+    return functools.partial(_of_namespace, namespace.__name__ if isinstance(namespace, ModuleType) else namespace)
 
 
-def _map(give: Callable[[Tensor], Any], result: Any) -> Any:
-    """The tensors of a result, which may be a list, or a tuple with names."""
+def _as_tensorflow(tensor: Tensor) -> Any:
+    return import_module("tensorflow").experimental.dlpack.from_dlpack(tensor.contiguous().__dlpack__())
+
+
+def _as_jax(tensor: Tensor) -> Any:
+    # JAX takes no strides but those of rows first.
+    return import_module("jax.numpy").from_dlpack(tensor.contiguous())
+
+
+def _of_namespace(namespace: Any, tensor: Tensor) -> Any:
+    """By the array API standard; ``namespace`` is a module's name or an object."""
+    return (import_module(namespace) if isinstance(namespace, str) else namespace).from_dlpack(tensor)
+
+
+def mapped(give: Callable[[Tensor], Any], result: Any) -> Any:
+    """A result with its tensors as ``give`` makes them: a tensor, a list, or a tuple of some, which may have names."""
     if isinstance(result, Tensor):
         return give(result)
     if isinstance(result, list):
-        return [_map(give, part) for part in result]
+        return [mapped(give, part) for part in result]
     if isinstance(result, tuple):
-        parts = [_map(give, part) for part in result]
+        parts = [mapped(give, part) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     return result
