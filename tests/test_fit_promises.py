@@ -357,3 +357,15 @@ def test_a_fit_ends_when_its_caller_says_so_and_goes_on_from_its_checkpoint(tmp_
         onestep.fit(model, (X, Y), max_seconds=0, progress=False)
     with pytest.raises(TypeError, match="callback is int"):
         onestep.fit(model, (X, Y), callback=3, progress=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [(torch.ones(2, 1), torch.tensor(1.5)), (torch.tensor(1.0), torch.ones(1))],
+    ids=["target", "inputs"],
+)
+def test_a_batch_without_rows(batch: tuple[Tensor, Tensor]) -> None:
+    model = nn.Linear(1, 1)
+    for call in (onestep.fit, onestep.curvature.GGNOperator):
+        with pytest.raises(ValueError, match=r"a tensor of shape \(\), which has no rows; expected inputs and targets"):
+            call(model, [batch], "mse")

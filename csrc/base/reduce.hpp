@@ -28,6 +28,21 @@ void sum_pieces(const T* pieces, int64_t count, int64_t stride, int64_t begin, i
     }
 }
 
+// The same for one element type and results that lie together: to[0, size) is written directly, which pays for short
+// rows.
+template <class T>
+void sum_pieces_to(T* to, const T* pieces, int64_t count, int64_t stride, int64_t size) {
+    for (int64_t e = 0; e < size; ++e) {
+        to[e] = count > 0 ? T(0) + pieces[e] : T(0);
+    }
+    for (int64_t piece = 1; piece < count; ++piece) {
+        const T* from = pieces + piece * stride;
+        for (int64_t e = 0; e < size; ++e) {
+            to[e] += from[e];
+        }
+    }
+}
+
 // high + low += value + value_low. The rounding error of the addition goes to the low part (Knuth's two-sum).
 inline void add_compensated(double value, double value_low, double& high, double& low) {
     const double total = high + value;

@@ -69,6 +69,9 @@ void test_sums() {
         const bool inside = at > 0 && at < kCount - 1;
         check(in_float[at] == (inside ? 1.0F : -1.0F) && in_double[at] == (inside ? 4.0F : -1.0F), "sum of pieces");
     }
+    std::vector<float> direct(kCount, -1.0F);
+    sum_pieces_to(direct.data() + 1, pieces.data() + 1, 4, kCount, kCount - 2);
+    check(direct == in_float, "sums that are written directly");
     double high = 1e16, low = 0.0;
     add_compensated(1.0, 0.5, high, low);
     add_compensated(-1e16, 0.0, high, low);

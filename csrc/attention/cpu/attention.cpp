@@ -236,8 +236,7 @@ class Passes {
                     ++pieces;
                 }
                 T* to = results[kind]->q_grad + (query_head * args_.queries + row) * args_.d;
-                sum_pieces<T>(sums + row * plan_.q_row, pieces, plan_.piece_size(), 0, args_.d,
-                              [&](int64_t at, T sum) { to[at] = sum; });
+                sum_pieces_to(to, sums + row * plan_.q_row, pieces, plan_.piece_size(), args_.d);
             }
         };
         return parallel_for(

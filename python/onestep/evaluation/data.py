@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
         """Some of the rows."""
 
         def some(tensor: Tensor) -> Tensor:
-            part = tensor.detach()[index]
+            part = _with_rows(tensor).detach()[index]
             # A model that differentiates in its inputs needs leaves, also where no gradients are recorded now.
             return part.requires_grad_() if tensor.requires_grad else part
 
@@ -52,7 +52,13 @@ def _first(tree: Any) -> Tensor:
     leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     if not leaves:
         raise TypeError(f"a batch holds {type(tree).__name__}; expected tensors")
-    return leaves[0]
+    return _with_rows(leaves[0])
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    if tensor.dim() == 0:
+        raise ValueError("a batch holds a tensor of shape (), which has no rows; expected inputs and targets (n, …)")
+    return tensor
 
 
 # What a batch that is a dict calls its target, as the collators of transformers and others do.
