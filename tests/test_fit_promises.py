@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 import onestep
+from onestep.curvature import HessianOperator
 from onestep.optim import LevenbergMarquardt, levenberg_marquardt
 from onestep.training import Record
 
@@ -366,6 +367,6 @@ def test_a_fit_ends_when_its_caller_says_so_and_goes_on_from_its_checkpoint(tmp_
 )
 def test_a_batch_without_rows(batch: tuple[Tensor, Tensor]) -> None:
     model = nn.Linear(1, 1)
-    for call in (onestep.fit, onestep.curvature.GGNOperator):
+    for call in (onestep.fit, HessianOperator):
         with pytest.raises(ValueError, match=r"a tensor of shape \(\), which has no rows; expected inputs and targets"):
             call(model, [batch], "mse")
