@@ -27,7 +27,7 @@ PEERS = {
 }
 # Ratios beyond these ends are drawn at the end, with their figure.
 LOWEST, HIGHEST = 1 / 16, 64
-LINE_INCHES, COLUMN_INCHES, LABEL_CHARACTERS = 0.2, 5.4, 46
+LINE_INCHES, COLUMN_INCHES, LABEL_CHARACTERS = 0.17, 5.4, 46
 
 
 def _short(text: str) -> str:
@@ -69,13 +69,13 @@ def _draw(axes: Any, group: str, rows: list[dict[str, Any]], limits: dict[str, f
             axes.plot([goal] * 2, [position - 0.6, position + 0.6], color=GOAL, linewidth=1.4)
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(LOWEST / 1.6, HIGHEST * 10)
+    axes.set_xlim(LOWEST / 3, HIGHEST * 10)
     axes.set_ylim(-0.3, sum(heights) + 0.3)
     axes.set_yticks(positions, [_short(row["case"]) for row in rows], fontsize=7.5)
     axes.set_xticks([1 / 8, 1 / 2, 1, 2, 4, 8, 16, 32], ["⅛", "½", "1", "2", "4", "8", "16", "32"], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_title(PEERS.get(group, group), loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(PEERS.get(group, group), loc="left", x=-1.0, fontsize=10, fontweight="bold")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
 

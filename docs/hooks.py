@@ -49,9 +49,9 @@ def _results() -> str:
             f"![{picture.stem}](assets/results/{folder.name}-{picture.name})"
             for picture in sorted(folder.glob("*.png"))
         ]
-        parts += [
-            table.read_text().replace("\n# ", "\n### ").replace("\n## ", "\n### ") for table in folder.glob("*.md")
-        ]
+        # A first heading among theirs would end the page's table of contents.
+        tables = (table.read_text() for table in sorted(folder.glob("*.md")))
+        parts += [re.sub(r"^#+ ", "### ", table, flags=re.MULTILINE) for table in tables]
     return "\n\n".join(parts)
 
 
