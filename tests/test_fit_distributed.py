@@ -102,11 +102,11 @@ def fit(name, data, loss, **options):
 
 
 # Chunks that are so small leave pieces of a few rows each.
-few = dict(max_steps=3, cg_iterations=4, chunk_size=64)
+few = dict(max_steps=2, cg_iterations=4, chunk_size=64)
 fit("gauss_newton", (X, y), "mse", method="gauss_newton", **few)
 fit("batches", (X, classes), "cross_entropy", method="gauss_newton", batch_size=50, curvature_batch_size=13, **few)
 fit("sample", (X, y), "mse", method="gauss_newton", curvature_batch_size=30, **few | {{"chunk_size": 5}})
-matrix = dict(method="levenberg_marquardt", curvature_batch_size=90, max_steps=3, chunk_size=64)
+matrix = dict(method="levenberg_marquardt", curvature_batch_size=90, max_steps=2, chunk_size=64)
 fit("matrix of a sample", (X, y), "mse", **matrix)
 fit("newton_cg", (X, classes), "cross_entropy", method="newton_cg", batch_size=100, **few)
 fit("three rows", (X[:3], y[:3]), "mse", method="gauss_newton", **few)

@@ -19,6 +19,7 @@ from onestep.evaluation.data import Chunk, Share, as_source
 from onestep.evaluation.losses import LOSSES
 from onestep.evaluation.module import chunk_rows
 from onestep.training.facts import cut
+from onestep.training.structures.glm_head import HeadObjective
 
 METHODS = ["levenberg_marquardt", "gauss_newton", "newton_cg"]
 
@@ -273,6 +274,27 @@ def test_classes_that_a_plane_separates_are_said_to_be(method: str) -> None:
         head, (X, classes), "cross_entropy", method=method, weight_decay=1e-3, max_steps=300, progress=False
     )
     assert "planes" not in decayed.reason
+
+
+@pytest.mark.parametrize("method", ["newton_cg", "gauss_newton"])
+def test_a_preconditioner_that_cannot_be_factored_is_left_out(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in float32, where p(1 - p) has underflowed: gradients stand in for it."""
+    X, y = table(100)
+    classes, asked = (y[:, 0] > 0).long(), []
+
+    def singular(damping: float) -> Any:
+        asked.append(damping)
+        raise torch.linalg.LinAlgError("1 of 1 matrices could not be solved")
+
+    monkeypatch.setattr(HeadObjective, "preconditioner", lambda self, parameters: singular)
+    losses = []
+    for chosen in (method, "levenberg_marquardt"):
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"method": chosen, "weight_decay": 1e-2, "progress": False}
+        result = onestep.fit(nn.Linear(5, 2).double(), (X, classes), "cross_entropy", **options)
+        assert result.converged
+        losses.append(result.loss)
+    assert asked and losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["tensors", "batches"])

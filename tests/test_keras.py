@@ -13,15 +13,19 @@ import pytest
 from processes import Child
 
 import onestep
+from onestep.cli import main
 
-# Keras reads it when it is imported, once for the process.
-os.environ.setdefault("KERAS_BACKEND", "torch")
-keras = pytest.importorskip("keras", reason="keras is not installed")
-if keras.backend.backend() != "torch":
-    pytest.skip(f"Keras runs on {keras.backend.backend()}", allow_module_level=True)
 
-from onestep.cli import main  # noqa: E402
-from onestep.integrations.keras import Solve  # noqa: E402
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """Imports Keras, which takes seconds, only in the process that runs these tests."""
+    global keras, Solve
+    # Keras reads it when it is imported, once for the process.
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="keras is not installed")
+    if keras.backend.backend() != "torch":
+        pytest.skip(f"Keras runs on {keras.backend.backend()}")
+    from onestep.integrations.keras import Solve
 
 
 def friedman(rows: int = 300) -> tuple[Any, Any]:

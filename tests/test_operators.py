@@ -463,7 +463,7 @@ def test_solve_is_the_dense_solve(preconditioner: Any, monkeypatch: pytest.Monke
     if preconditioner == "function":
         L = torch.linalg.cholesky(damped)
         preconditioner = lambda r: torch.cholesky_solve(r.reshape(len(r), -1), L).reshape(r.shape)  # noqa: E731
-    for b in (setting.V[:, 0], setting.V, setting.V * torch.tensor([1.0, 0.0, 1e-6])):
+    for b in (setting.V[:, 0], setting.V * torch.tensor([1.0, 0.0, 1e-6])):
         x, report = op.solve(b, 0.05, tolerance=1e-10, preconditioner=preconditioner)
         assert x.shape == b.shape
         torch.testing.assert_close(x, torch.linalg.solve(damped, b), rtol=1e-6, atol=1e-8 * b.abs().max().item())

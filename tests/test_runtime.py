@@ -150,18 +150,16 @@ def test_info_is_a_copy():
 # -------------------------------------------------------------------------------------------------------------- targets
 
 
-def test_command_line_info_under_every_supported_target():
+def test_command_line_info_under_a_target_that_is_not_the_default():
     facts = onestep.info()
     targets = facts["cpu_targets_supported"]
-    processes = [start("-m", "onestep", "info", ONESTEP_TARGET=target) for target in targets]
-    for target, process in zip(targets, processes, strict=True):
-        status, output, errors = finish(process)
-        assert status == 0, errors
-        printed = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in output.splitlines())
-        assert printed.keys() == facts.keys()
-        assert printed["cpu_target"] == target
-        assert printed["cpu_targets_supported"] == ", ".join(targets)
-        assert printed["version"] == onestep.__version__
+    status, output, errors = finish(start("-m", "onestep", "info", ONESTEP_TARGET=targets[0]))
+    assert status == 0, errors
+    printed = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in output.splitlines())
+    assert printed.keys() == facts.keys()
+    assert printed["cpu_target"] == targets[0]
+    assert printed["cpu_targets_supported"] == ", ".join(targets)
+    assert printed["version"] == onestep.__version__
 
 
 def test_best_target_is_the_default(fresh_import):

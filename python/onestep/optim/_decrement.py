@@ -50,11 +50,21 @@ def newton_decrement(
     return found if found <= enough else math.inf
 
 
-def without_influence(product: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
-    """Which parameters (p,) have neither a slope nor curvature, as on a plateau: zero in g and in A's rows."""
+def without_influence(product: Callable[[Tensor], Tensor], gradient: Tensor, greatest: Tensor, point: Tensor) -> Tensor:
+    """Which parameters (p,) have neither a slope nor curvature, as on a plateau.
+
+    Both are measured by the greatest slope that the parameter has had: exponentials fall to 1e-20 before they are zero.
+
+    Args:
+        product: v ↦ Av, undamped.
+        gradient: g (p,).
+        greatest: |g| (p,), the greatest so far.
+        point: the parameters (p,), which tell of how much a parameter may change.
+    """
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(len(gradient), generator=generator, dtype=torch.float64).to(gradient)
-    return (gradient == 0) & (product(probe) == 0)
+    least = torch.finfo(torch.float64).eps * greatest
+    return (gradient.abs() <= least) & (product(probe * point.abs().clamp_min(1.0)).abs() <= least)
 
 
 def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor) -> float:

@@ -53,6 +53,7 @@ class MatrixFreeOptimizer(DampedOptimizer):
         """Products only: nothing larger than a few vectors is held."""
         return _ProductModel(
             objective.curvature(parameters, hessian=self.hessian),
+            parameters,
             gradient,
             decay,
             self.read_state("direction", parameters),
@@ -85,6 +86,7 @@ class _ProductModel(QuadraticModel):
     def __init__(
         self,
         product: Callable[[Tensor], Tensor],
+        parameters: ParameterVector,
         gradient: Tensor,
         decay: Tensor | None,
         direction: Tensor | None,
@@ -92,7 +94,7 @@ class _ProductModel(QuadraticModel):
         of_objective: Preconditioner | None,
         of_gradients: Callable[[], Preconditioner],
     ) -> None:
-        self.product, self.gradient, self.decay = product, gradient, decay
+        self.product, self.parameters, self.gradient, self.decay = product, parameters, gradient, decay
         self.start = None if direction is None else direction * _WARM_START
         self.settings, self.of_objective = settings, of_objective
         self.of_gradients = cache(of_gradients)
@@ -124,7 +126,8 @@ class _ProductModel(QuadraticModel):
             record = [self.promise, self.taken - before, 0.0]
             self.settings.kept["failed_test"] = torch.tensor(record, dtype=torch.float64)
         else:
-            self.flat = without_influence(self._undamped, self.gradient)
+            greatest = self.settings.kept["greatest_slope"]
+            self.flat = without_influence(self._undamped, self.gradient, greatest, self.parameters.read())
         return found
 
     def _is_worth_a_test(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,14 +27,20 @@ class GradientDescent(DampedOptimizer):
         self, objective: Objective, parameters: ParameterVector, loss: float, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
         """A ball of curvature ``damping``."""
-        return _Ball(objective, parameters, gradient, decay)
+        return _Ball(objective, parameters, gradient, decay, lambda: self.kept["greatest_slope"])
 
 
 class _Ball(QuadraticModel):
     def __init__(
-        self, objective: Objective, parameters: ParameterVector, gradient: Tensor, decay: Tensor | None
+        self,
+        objective: Objective,
+        parameters: ParameterVector,
+        gradient: Tensor,
+        decay: Tensor | None,
+        greatest_slope: Callable[[], Tensor],
     ) -> None:
         self.objective, self.parameters, self.gradient, self.decay = objective, parameters, gradient, decay
+        self.greatest_slope = greatest_slope
 
     def decrement(self, enough: float, *, final: bool) -> float:
         """That of the Hessian at the start of the step: a small gradient does not say how far the minimum is."""
@@ -47,7 +53,7 @@ class _Ball(QuadraticModel):
 
         found = newton_decrement(with_decay, self.gradient, None, enough)
         if math.isfinite(found):
-            self.flat = without_influence(with_decay, self.gradient)
+            self.flat = without_influence(with_decay, self.gradient, self.greatest_slope(), self.parameters.read())
         return found
 
     def propose(self, damping: float) -> Proposal:

@@ -229,7 +229,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         """Which parameters (p,) outputs have not depended on at any step, of those without influence at the last."""
         if self._flat is None:
             return torch.zeros(len(parameters), dtype=torch.bool, device=parameters.device)
-        return self._flat & ~self.kept["had_slope"]
+        return self._flat & (self.kept["greatest_slope"] == 0)
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Called with each step that is kept."""
@@ -409,10 +409,11 @@ class DampedOptimizer(torch.optim.Optimizer):
         return taken
 
     def _remember_slopes(self, gradient: Tensor) -> None:
-        """Which parameters have ever had a slope: a plateau on which they have none is not where they are useless."""
-        had = self.kept.get("had_slope")
-        slopes = gradient != 0
-        self.kept["had_slope"] = slopes if had is None or len(had) != len(slopes) else had | slopes
+        """The greatest slope that each parameter has had: one that lost it, as on a plateau, is not one of no use."""
+        before, slopes = self.kept.get("greatest_slope"), gradient.abs()
+        if before is not None and len(before) == len(slopes):
+            slopes = torch.maximum(before, slopes)
+        self.kept["greatest_slope"] = slopes
 
     def _farther(
         self,
