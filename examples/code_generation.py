@@ -46,7 +46,7 @@ class Effort:
     held_out: int
 
 
-FULL = Effort(128, 3, 200, (2e-3, 4e-3, 8e-3), (0.02, 0.04), 8, 160, 48)
+FULL = Effort(128, 3, 200, (1e-3, 2e-3, 4e-3), (0.02, 0.04), 8, 160, 48)
 QUICK = Effort(48, 1, 16, (4e-3,), (0.03,), 4, 40, 16)
 
 
@@ -152,12 +152,13 @@ def race(problem: Problem, effort: Effort, steps: int) -> list[Run]:
     return sorted(runs, key=lambda run: run.last)
 
 
-def draw(runs: list[Run], text: str) -> None:
-    """The picture."""
+def draw(runs: list[Run], texts: list[str]) -> None:
+    """The picture: as much of the texts as there is room for."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     draw_runs(left, runs, title="Python's standard library: bits per held-out byte")
     # Networks also write characters that no font has, and dollars, which would begin a formula.
-    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    lines = [line[:72] for text in texts for line in text.split("\n")]
+    shown = "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines[:32])
     style = {"family": "monospace", "fontsize": 8, "va": "top", "clip_on": True, "parse_math": False}
     right.text(0, 1, shown, transform=right.transAxes, **style)
     right.set_title(f"{runs[0].method} writes")
@@ -197,7 +198,7 @@ def main() -> None:
     soon = ours.seconds_to(adam_run.last)
     told = f"in {soon / adam_run.seconds[-1]:.2f} of its seconds" if soon else "never"
     print(f"Adam's last bits per byte were reached by onestep.fit {told}")
-    draw(runs, text)
+    draw(runs, texts[runs[0].method])
 
 
 if __name__ == "__main__":

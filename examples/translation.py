@@ -223,7 +223,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quick = arguments.quick
     pairs = Pairs(500 if quick else 10000)
-    effort = (pairs, 1, 0.5, (3e-3,), 50) if quick else (pairs, 2, arguments.seconds, (1e-3, 2e-3, 4e-3), 500)
+    effort = (pairs, 1, 0.5, (3e-3,), 50) if quick else (pairs, 2, arguments.seconds, (5e-4, 1e-3, 2e-3), 500)
     print(f"{len(pairs.train):,} pairs to train on, {len(pairs.held):,} with other endings held out")
     runs = race(*effort)
     print_table("held-out loss", runs, ".4f")
