@@ -224,7 +224,7 @@ def main() -> None:
     print(f"{len(train.ids):,} questions on {known} territories, {len(held.ids)} on {len(new)} others held out")
     reader = Reader()
     reader.head = compare_heads(
-        reader, train, *(((1e-2,), (0.1,)) if quick else ((3e-3, 1e-2, 3e-2), (0.5, 1.0, 2.0, 4.0)))
+        reader, train, *(((1e-2,), (0.1,)) if quick else ((1e-2, 3e-2, 1e-1), (0.5, 1.0, 2.0, 4.0)))
     )
     runs = race(reader, train, held, *((0.5, (1e-3,), 3) if quick else (arguments.seconds, (2e-3, 4e-3, 8e-3), 25)))
     print_table("whole network: held-out loss", runs, ".4f")
