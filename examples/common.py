@@ -14,6 +14,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
+
+# The first optimiser of a process, whichever it is, imports this for some seconds, which are not its own.
+import torch._dynamo
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -84,30 +87,41 @@ def adam(
             spent += time.perf_counter() - began
             run.note(spent, value_of(model))
         runs.append(run)
+    if len(runs) > 1:
+        ends = ", ".join(f"{run.last:.4g} at {rate:g}" for run, rate in zip(runs, rates, strict=True))
+        print(f"Adam for {seconds:g} s at each rate: {ends}", flush=True)
     return min(runs, key=lambda run: run.last)
 
 
 def solved(
     method: str, model: nn.Module, value_of: Callable[[], float], *, every: int = 1
-) -> tuple[Run, Callable[[object], None]]:
-    """A run of ``onestep.fit``, and the callback that notes one of ``every`` steps. The clock stands still meanwhile.
+) -> tuple[Run, Callable[[object], None], Callable[[], None]]:
+    """A run of ``onestep.fit``, its callback, and what is to be called after the fit.
 
-    With ``every`` above 1 call it once more after the fit, with None, to note the end.
+    The callback keeps the weights of one of ``every`` steps; told is of them after the fit, so that no second of the
+    fit goes into it, as none of Adam's does.
     """
-    run, began, told, step = Run(method, model), time.perf_counter(), 0.0, 0
+    run, kept, step = Run(method, model), [], 0
     run.note(0.0, value_of())
     began = time.perf_counter()
 
-    def callback(record: object) -> None:
-        nonlocal told, step
-        step += 1
-        if record is not None and step % every:
-            return
-        entered = time.perf_counter()
-        run.note(entered - began - told, value_of())
-        told += time.perf_counter() - entered
+    def keep() -> None:
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        kept.append((time.perf_counter() - began, weights))
 
-    return run, callback
+    def callback(_record: object) -> None:
+        nonlocal step
+        step += 1
+        if step % every == 0:
+            keep()
+
+    def finish() -> None:
+        keep()
+        for seconds, weights in kept:
+            model.load_state_dict(weights)
+            run.note(seconds, value_of())
+
+    return run, callback, finish
 
 
 def rows_of_step(count: int, batch: int, step: int) -> Tensor:

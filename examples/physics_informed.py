@@ -177,9 +177,10 @@ def compare(problem: Problem, seconds: float, rates: tuple[float, ...]) -> list[
     runs = []
     for method, name in (("levenberg_marquardt", "Levenberg-Marquardt"), ("gauss_newton", "Gauss-Newton, matrix-free")):
         model = Residuals(problem)
-        run, callback = solved(name, model, lambda model=model: error(model, problem))
+        run, callback, finish = solved(name, model, lambda model=model: error(model, problem))
         options = {"max_steps": 100_000, "max_seconds": seconds, "tol": 0.0, "progress": False, "callback": callback}
         onestep.fit(model, (rows, problem.target), "mse", method=method, **options)
+        finish()
         runs.append(run)
     return [
         *runs,
@@ -218,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few seconds in all")
     quick = parser.parse_args().quick
-    seconds, rates = (1.5, (1e-2,)) if quick else (8.0, (1e-3, 3e-3, 1e-2))
+    seconds, rates = (1.5, (1e-2,)) if quick else (10.0, (3e-3, 1e-2, 3e-2))
     problems = [poisson_problem()] if quick else [poisson_problem(), burgers_problem(1000)]
     results = []
     for problem in problems:

@@ -166,3 +166,23 @@ def test_spans(example: ModuleType) -> None:
     loss = example.entropy(reader(*questions.inputs()), questions.spans)
     expected = sum(math.log(places) for places in questions.types.sum(1).tolist()) / 20
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@of("question_answering")
+def test_the_span_head_is_at_its_minimum(example: ModuleType) -> None:
+    """The gradient is zero there by automatic differentiation; places outside the passage count for nothing."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 12, example.WIDTH, generator=generator)
+    types = torch.ones(200, 12, dtype=torch.long)
+    types[:, :2], types[::3, 9:] = 0, 0
+    first = torch.randint(2, 7, (200,), generator=generator)
+    spans = torch.stack([first, first + 2], 1)
+    # What a place is like tells something of whether the answer begins or ends there, and not all.
+    features[torch.arange(200), spans[:, 0], 0] += 2
+    features[torch.arange(200), spans[:, 1], 1] += 2
+    run = example.solve_head(features, types, spans)
+    weight = run.model.head.weight.detach().double().requires_grad_()
+    loss = example.entropy(example.span_scores(features.double() @ weight.T, types), spans)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.norm() < 1e-3
+    assert run.last == pytest.approx(loss.item(), rel=1e-5) and loss < 0.9 * math.log(8)
