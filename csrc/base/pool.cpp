@@ -16,8 +16,9 @@ namespace {
 // How long a thread looks for work before it sleeps. Waking it takes 5 to 50 us; calls that follow each other in Python
 // are about as far apart, loops that follow each other within a kernel are a few microseconds apart.
 constexpr std::chrono::microseconds kIdle{60};
-// How long a caller looks for the end of claims before it sleeps, and leaves its core to a helper that lost its own.
-constexpr std::chrono::microseconds kPatience{10};
+// How long a caller looks for the end of claims, about as long as waking it would take, before it sleeps and leaves its
+// core to a helper that lost its own.
+constexpr std::chrono::microseconds kPatience{50};
 // Then it looks whether its helpers run, after this time and twice as long each time. One that does not is brought to
 // the caller's core.
 constexpr std::chrono::microseconds kFirstLook{100};
