@@ -65,7 +65,7 @@ struct Pool::Worker {
 
     void look() { nanoseconds_run = thread.nanoseconds_run(); }
 
-    // It has hardly run since the last look.
+    // Whether it ran for less than a quarter of the time since the last look.
     bool is_off_core(std::chrono::nanoseconds since) const {
         return std::chrono::nanoseconds(thread.nanoseconds_run() - nanoseconds_run) < since / 4;
     }
@@ -84,9 +84,10 @@ struct Pool::Job {
     Job* next = nullptr;
 };
 
-// Whether a helper should move off its caller's core. Beside a process that spins, two threads can share one core for
-// seconds: to Linux two and one are even. Where further threads of this process run, too (OpenMP's spin for
-// milliseconds after each of torch's loops), the helper would find them on the other core, and stays.
+// Whether a helper should move off its caller's core. Beside a process that spins on the other core, caller and helper
+// can share one for seconds: the scheduler takes two threads here and one there for balanced. The helper stays where
+// further threads of this process run, as OpenMP's do for milliseconds after each of torch's loops: it would only
+// share the other core with them.
 class Pool::Crowded {
  public:
     // Asked at the beginning of each job: whether the helper has begun all jobs of the last milliseconds on the
@@ -106,11 +107,14 @@ class Pool::Crowded {
             since_ = now;
             others_ = others;
         }
+        // A fiftieth: clocks and short tasks of the interpreter.
         return !first && lasted > kLeast && others_ran < lasted / 50;
     }
 
  private:
+    // Less may be chance.
     static constexpr std::chrono::milliseconds kLeast{2};
+    // What other threads ran before says nothing of now.
     static constexpr std::chrono::milliseconds kMost{20};
 
     bool together_ = false;

@@ -1,4 +1,4 @@
-// Threads that help a caller through a loop, and for which it does not wait.
+// Threads that help a caller through a loop. The caller waits only for those that have begun to help.
 #pragma once
 
 #include <atomic>

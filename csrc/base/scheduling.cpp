@@ -11,7 +11,7 @@ namespace onestep {
 #if defined(__linux__)
 namespace {
 
-// The time slice that a helper asks for.
+// The time slice that a helper asks for, in nanoseconds: the least that Linux grants.
 constexpr uint64_t kSlice = 100'000;
 
 #if defined(SYS_sched_setattr)

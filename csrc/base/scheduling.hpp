@@ -21,7 +21,7 @@ int this_core();
 // The nanoseconds that all threads of this process have run so far.
 int64_t nanoseconds_run_by_all();
 
-// A thread that others can look at, and bring to the core that they leave.
+// A thread whose running time others can read, and which they can move to their own core.
 class MovableThread {
  public:
     // The calling thread.

@@ -221,8 +221,8 @@ struct TensorProducts : PaddedTiles<T, D> {
         }
     }
 
-    // acc += W B, and W₂ B₂ where B₂ is not null. W enters as high + low, W₂ as high alone: it meets tangents, which a
-    // sum that cancels has nothing to set against.
+    // acc += W B, and W₂ B₂ where B₂ is not null. W enters in two parts, high + low, as its sum may cancel. W₂ is
+    // multiplied by tangents, whose sum does not cancel: its high part is enough.
     template <int M, int N, int Inner>
     static __device__ __forceinline__ void multiply_weights(float (&acc)[M][D / 8][4], const float (&weights)[M][N][4],
                                                             const T* b, const float (&second_weights)[M][N][4],

@@ -31,9 +31,9 @@ MOST_DENSE = 2048
 # forming the matrix takes no more than this many operations.
 _ROWS_PER_PARAMETER = 4
 _CHEAP_FLOPS = 1e9
-# With curvature of a sample of the rows: the part of the last step that a step keeps, and the damping of the first
-# step.
+# With curvature of a sample of the rows: the part of the last step that a step keeps.
 _MOMENTUM = 0.7
+# With curvature of a sample of the rows: the damping of the first step.
 _DAMPING = 1.0
 # Forward over reverse mode keeps about this many times the memory of a gradient.
 _HESSIAN_MEMORY = 4
@@ -156,7 +156,7 @@ class GaussNewtonCG(DampedMethod):
     takes_cg_iterations: ClassVar[bool] = True
 
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
-        """For everything."""
+        """It suits every model."""
         p = len(facts.parameters)
         if p > MOST_DENSE:
             return f"{p} parameters: too many for a matrix"

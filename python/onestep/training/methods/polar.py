@@ -77,7 +77,7 @@ class PolarSteps(Method):
         return Cut(settings.chunk_size or facts.chunk_rows, None, facts.share.size)
 
     def batch_size(self, facts: Facts, settings: Settings) -> int:
-        """So many rows that a step has ``_POSITIONS`` of positions; a DataLoader's batches as they come."""
+        """Rows with about ``_POSITIONS`` positions (tokens) in all; of a DataLoader one batch, as it comes."""
         if settings.batch_size is not None:
             return settings.batch_size
         source = facts.source

@@ -146,7 +146,7 @@ class HeadFit:
 
     @property
     def grad_norm(self) -> float:
-        """In the parameters."""
+        """The norm of the gradient with respect to the parameters."""
         slopes = self.kept.rows.coordinates.push_forward(self.descent.point.gradient)
         return self.kept.factor * slopes.square().sum().sqrt().item()
 

@@ -240,7 +240,7 @@ class _Estimate:
             return penalty if addition is None else penalty + addition(W)
 
         def cross_entropy(V: Tensor) -> tuple[Tensor, float]:
-            """With its gradient."""
+            """The gradient with respect to V (k, d), and the loss."""
 
             def local() -> tuple[Tensor, list[float]]:
                 loss, slope = _cross_entropy(Q @ V, rows.y)
