@@ -24,7 +24,7 @@ TURN_SECONDS = 0.005
 
 
 def cases() -> dict[str, Callable[[], Any]]:
-    """A typical shape of every CPU kernel, as a call without arguments."""
+    """Typical shapes of the CPU kernels of all families but compensated, as calls without arguments."""
     import torch
 
     ops = torch.ops.onestep
