@@ -38,4 +38,4 @@ def test_decisions_have_one_number_each_and_links_lead_to_them():
     numbers = [name[:4] for name in decisions]
     assert len(set(numbers)) == len(numbers)
     linked = re.findall(r"docs/decisions/(\S+?\.md)", (ROOT / "CONTRIBUTING.md").read_text())
-    assert set(linked) <= set(decisions)
+    assert sorted(linked) == decisions
