@@ -19,8 +19,7 @@ constexpr std::chrono::microseconds kIdle{60};
 // How long a caller looks for the end of claims, about as long as waking it would take, before it sleeps and leaves its
 // core to a helper that lost its own.
 constexpr std::chrono::microseconds kPatience{50};
-// Then it looks whether its helpers run, after this time and twice as long each time. One that does not is brought to
-// the caller's core.
+// Then it looks whether its helpers run, after this time and twice as long each time.
 constexpr std::chrono::microseconds kFirstLook{100};
 // How many threads a thread wakes for a job: each of these wakes as many, while the first ones work already.
 constexpr int64_t kAwakened = 2;
@@ -87,7 +86,7 @@ struct Pool::Job {
 // Whether a helper should move off its caller's core. Beside a process that spins on the other core, caller and helper
 // can share one for seconds: the scheduler takes two threads here and one there for balanced. The helper stays where
 // further threads of this process run, as OpenMP's do for milliseconds after each of torch's loops: it would only
-// share the other core with them.
+// share the other core with them. (Other helpers count as such threads: this is for two threads on two cores.)
 class Pool::Crowded {
  public:
     // Asked at the beginning of each job: whether the helper has begun all jobs of the last milliseconds on the
@@ -169,8 +168,9 @@ void Pool::run(int64_t helpers, void (*task)(void*), void* context) {
 }
 
 // Until the helpers that are inside the job have left it. One that lost its core to another process in the meantime
-// gets the caller's, which is free now.
+// gets the caller's, which is free now; one at a time, since others would queue behind it.
 void Pool::wait_for_helpers(Job& job, std::unique_lock<std::mutex>& lock) {
+    const Worker* brought = nullptr;
     for (std::chrono::microseconds pause = kFirstLook; job.inside > 0; pause *= 2) {
         for (Worker* helper = job.helpers; helper != nullptr; helper = helper->next) {
             helper->look();
@@ -178,10 +178,17 @@ void Pool::wait_for_helpers(Job& job, std::unique_lock<std::mutex>& lock) {
         if (left_.wait_for(lock, pause, [&] { return job.inside == 0; })) {
             return;
         }
+        bool is_taken = false;
+        Worker* lost = nullptr;
         for (Worker* helper = job.helpers; helper != nullptr; helper = helper->next) {
-            if (helper->is_off_core(pause)) {
-                helper->thread.bring_here();
+            is_taken |= helper == brought;
+            if (lost == nullptr && helper->is_off_core(pause)) {
+                lost = helper;
             }
+        }
+        if (!is_taken && lost != nullptr) {
+            lost->thread.bring_here();
+            brought = lost;
         }
     }
 }
@@ -203,16 +210,13 @@ void Pool::help() {
                 looked = true;
                 continue;
             }
-            if (self.thread.is_held()) {
-                self.thread.let_go();
-            }
             ++sleeping_;
             opened_.wait(lock);
             --sleeping_;
             continue;
         }
         looked = false;
-        if (crowded.lasts(*job, self.thread) && !self.thread.is_held()) {
+        if (crowded.lasts(*job, self.thread)) {
             const int core = job->core;
             crowded = {};
             lock.unlock();
@@ -234,9 +238,6 @@ void Pool::help() {
         remove(job->helpers, self);
         if (--job->inside == 0) {
             left_.notify_all();
-        }
-        if (self.thread.is_held()) {
-            self.thread.let_go();
         }
     }
 }

@@ -34,6 +34,20 @@ int64_t nanoseconds_of(clockid_t clock) {
     return static_cast<int64_t>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
 }
 
+// Narrows the cores that a thread may use by narrow(core, cores), if that returns true, and widens them again. Where a
+// call is forbidden, or the machine has more cores than a cpu_set_t holds, the thread stays where it is.
+template <class Narrow>
+void move(pid_t thread, int core, const Narrow& narrow) {
+    cpu_set_t allowed;
+    if (core < 0 || core >= CPU_SETSIZE || sched_getaffinity(thread, sizeof allowed, &allowed) != 0) {
+        return;
+    }
+    cpu_set_t cores = allowed;
+    if (narrow(core, cores) && sched_setaffinity(thread, sizeof cores, &cores) == 0) {
+        sched_setaffinity(thread, sizeof allowed, &allowed);
+    }
+}
+
 }  // namespace
 
 // Older kernels ignore the slice; where the calls are forbidden, the thread keeps what it has.
@@ -58,30 +72,20 @@ MovableThread::MovableThread() : id_(static_cast<pid_t>(syscall(SYS_gettid))), c
 
 int64_t MovableThread::nanoseconds_run() const { return nanoseconds_of(clock_); }
 
-// Where a call is forbidden, or the machine has more cores than a cpu_set_t holds, the thread stays where it is.
-bool MovableThread::remember_allowed() { return held_ || sched_getaffinity(id_, sizeof allowed_, &allowed_) == 0; }
-
-void MovableThread::bring_here() {
-    const int core = this_core();
-    if (core >= 0 && core < CPU_SETSIZE && remember_allowed() && CPU_ISSET(core, &allowed_)) {
-        cpu_set_t here;
-        CPU_ZERO(&here);
-        CPU_SET(core, &here);
-        held_ = sched_setaffinity(id_, sizeof here, &here) == 0 || held_;
-    }
+void MovableThread::bring_here() const {
+    move(id_, this_core(), [](int core, cpu_set_t& to) {
+        const bool is_allowed = CPU_ISSET(core, &to);
+        CPU_ZERO(&to);
+        CPU_SET(core, &to);
+        return is_allowed;
+    });
 }
 
-void MovableThread::leave(int core) {
-    if (core >= 0 && core < CPU_SETSIZE && remember_allowed()) {
-        cpu_set_t others = allowed_;
-        CPU_CLR(core, &others);
-        held_ = (CPU_COUNT(&others) > 0 && sched_setaffinity(id_, sizeof others, &others) == 0) || held_;
-    }
-}
-
-void MovableThread::let_go() {
-    sched_setaffinity(id_, sizeof allowed_, &allowed_);
-    held_ = false;
+void MovableThread::leave(int core) const {
+    move(id_, core, [](int left, cpu_set_t& to) {
+        CPU_CLR(left, &to);
+        return CPU_COUNT(&to) > 0;
+    });
 }
 #else
 void ask_for_short_slices() {}
@@ -89,9 +93,8 @@ int this_core() { return -1; }
 int64_t nanoseconds_run_by_all() { return 0; }
 MovableThread::MovableThread() = default;
 int64_t MovableThread::nanoseconds_run() const { return 0; }
-void MovableThread::bring_here() {}
-void MovableThread::leave(int) {}
-void MovableThread::let_go() {}
+void MovableThread::bring_here() const {}
+void MovableThread::leave(int) const {}
 #endif
 
 }  // namespace onestep

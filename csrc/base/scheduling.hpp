@@ -21,7 +21,8 @@ int this_core();
 // The nanoseconds that all threads of this process have run so far.
 int64_t nanoseconds_run_by_all();
 
-// A thread whose running time others can read, and which they can move to their own core.
+// A thread whose running time others can read, and which they can move to their own core. No thread is tied to a core:
+// the cores that it may use are narrowed, which moves it at once, and are as before when the call returns.
 class MovableThread {
  public:
     // The calling thread.
@@ -30,26 +31,17 @@ class MovableThread {
     // The nanoseconds that it has run so far. They do not grow while it waits for a core.
     int64_t nanoseconds_run() const;
 
-    // Moves it to the core that the calling thread has, and keeps it there. A thread that waits for its core behind
-    // another process runs as soon as the caller sleeps: Linux by itself moves no thread that ran less than 0.5 ms ago.
-    void bring_here();
+    // Moves it to the core that the calling thread has. A thread that waits for its core behind another process runs as
+    // soon as the caller sleeps: Linux by itself moves no thread that ran less than 0.5 ms ago.
+    void bring_here() const;
 
-    // Moves it off a core, if it may run on another one. For the thread itself.
-    void leave(int core);
+    // Moves it off a core, if it may run on another one.
+    void leave(int core) const;
 
-    // Undoes bring_here and leave: the thread may run where it could before. For the thread itself.
-    void let_go();
-
-    bool is_held() const { return held_; }
-
- private:
-    bool held_ = false;
 #if defined(__linux__)
-    bool remember_allowed();
-
+ private:
     pid_t id_;
     clockid_t clock_;
-    cpu_set_t allowed_;
 #endif
 };
 
