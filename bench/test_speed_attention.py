@@ -287,7 +287,7 @@ def test_gauss_newton_steps(compare: Callable[..., float], monkeypatch: pytest.M
         ).loss
 
     def steps_on_math() -> float:
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
             patch.setattr(kernels, "replace_attention", contextlib.nullcontext)
             return steps()
 
