@@ -46,6 +46,7 @@ void register_runtime(pybind11::module_& module) {
         "set_thread_count",
         [](std::uintptr_t address) { set_thread_count(reinterpret_cast<ThreadCountFunction>(address)); },
         pybind11::arg("address"));
+    module.def("set_own_thread_count", set_own_thread_count, pybind11::arg("threads"));
     // For tests; see base/workspace.hpp and base/parallel.hpp.
     module.def("refuse_workspace", refuse_workspace, pybind11::arg("n"));
     module.def("release_workspaces", release_workspaces);

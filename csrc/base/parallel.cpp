@@ -27,6 +27,9 @@ std::atomic<int64_t> least_parallel{80'000};
 // Loops in the body of a loop that is shared between threads are serial.
 thread_local bool in_loop = false;
 
+// What set_own_thread_count set; 0 if nothing.
+thread_local uint32_t own_thread_count = 0;
+
 struct Loop {
     int64_t count;
     int64_t step;
@@ -78,8 +81,12 @@ Pool& pool() {
 Status count_threads(int64_t count, int64_t grain, int64_t& threads) {
     const ThreadCountFunction function = thread_count.load(std::memory_order_relaxed);
     uint32_t allowed = 1;
-    if (function != nullptr && !in_loop && !forked.load(std::memory_order_relaxed) && function(&allowed) != 0) {
-        return Status::thread_pool_error;
+    if (function != nullptr && !in_loop && !forked.load(std::memory_order_relaxed)) {
+        if (own_thread_count > 0) {
+            allowed = own_thread_count;
+        } else if (function(&allowed) != 0) {
+            return Status::thread_pool_error;
+        }
     }
     threads = std::min<int64_t>(allowed, ceil_div(count, grain));
     return Status::ok;
@@ -92,6 +99,8 @@ void set_thread_count(ThreadCountFunction function) {
     (void)registered;
     thread_count.store(function);
 }
+
+void set_own_thread_count(uint32_t threads) { own_thread_count = threads; }
 
 ThreadSource thread_source() {
     if (thread_count.load() == nullptr) {

@@ -18,6 +18,9 @@ using ThreadCountFunction = int32_t (*)(uint32_t* threads);
 // How many threads a loop may use; nullptr goes back to serial loops.
 void set_thread_count(ThreadCountFunction function);
 
+// How many threads loops of the calling thread may use, whatever that function says; 0 asks it again.
+void set_own_thread_count(uint32_t threads);
+
 enum class ThreadSource : int { serial = 0, pool = 1, serial_after_fork = 2 };
 ThreadSource thread_source();
 

@@ -60,6 +60,7 @@ void remove(Item*& first, const Item& item) {
 struct Pool::Worker {
     MovableThread thread;
     int64_t nanoseconds_run = 0;  // at the last look of the thread that waits for it
+    int brought_to = -1;          // the core of a caller that it was moved to in this job
     Worker* next = nullptr;
 
     void look() { nanoseconds_run = thread.nanoseconds_run(); }
@@ -188,6 +189,7 @@ void Pool::wait_for_helpers(Job& job, std::unique_lock<std::mutex>& lock) {
         }
         if (!is_taken && lost != nullptr) {
             lost->thread.bring_here();
+            lost->brought_to = this_core();
             brought = lost;
         }
     }
@@ -238,6 +240,12 @@ void Pool::help() {
         remove(job->helpers, self);
         if (--job->inside == 0) {
             left_.notify_all();
+        }
+        // It must not be there when the caller begins its next job: both would share that core for all of it.
+        if (const int core = std::exchange(self.brought_to, -1); core >= 0) {
+            lock.unlock();
+            self.thread.leave(core);
+            lock.lock();
         }
     }
 }

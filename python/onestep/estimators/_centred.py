@@ -49,10 +49,19 @@ class Centred(NamedTuple):
     def _scaled(self, block: Tensor, rows: slice) -> Tensor:
         return block if self.weight is None else block.mul_(self.weight[rows, None].double().sqrt())
 
-    def x(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """√w (X - x_mean) over some rows and columns, float64."""
-        block = self.X[rows, columns] - self.x_mean[columns]
+    def x(self, rows: slice = slice(None), columns: slice = slice(None), out: Tensor | None = None) -> Tensor:
+        """√w (X - x_mean) over some rows and columns, float64, in `out` if given."""
+        block = torch.sub(self.X[rows, columns], self.x_mean[columns], out=out)
         return self._scaled(block.masked_fill_(self.constant[columns], 0.0), rows)
+
+    def x_by_blocks(self, width: int | None = None, least: int = 64) -> Iterator[tuple[slice, Tensor]]:
+        """All rows of `x` in blocks (see `blocks`) of one memory: new pages cost more than the subtraction."""
+        n, d = self.X.shape
+        room = torch.empty(0)
+        for rows in blocks(n, d if width is None else width, least):
+            count = rows.stop - rows.start
+            room = room if len(room) >= count else torch.empty(count, d, dtype=torch.float64)
+            yield rows, self.x(rows, out=room[:count])
 
     def unrounded(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows, and √w (X - x_mean) over them without the rounding of x_mean, which passes for a rank."""
@@ -61,8 +70,8 @@ class Centred(NamedTuple):
         rest = torch.zeros(1, d, dtype=torch.float64)
         # Nothing is taken off where there is no intercept.
         if bool(self.x_mean.any()):
-            for rows in blocks(n, d):
-                rest.addmm_(share[rows].mT, self.x(rows))
+            for rows, x in self.x_by_blocks():
+                rest.addmm_(share[rows].mT, x)
             rest /= share.square().sum()
         for rows in blocks(n, d, least=2 * d):
             yield rows, self.x(rows).addmm_(share[rows], rest, alpha=-1)
@@ -100,8 +109,7 @@ class Primal:
     @cached_property
     def _in_double(self) -> tuple[Tensor, Tensor]:
         gram, cross = torch.zeros_like(self._gram), torch.zeros_like(self._cross)
-        for rows in blocks(*self.centred.X.shape):
-            x = self.centred.x(rows)
+        for rows, x in self.centred.x_by_blocks():
             gram.addmm_(x.mT, x)
             cross.addmm_(x.mT, self.centred.y(rows))
         return gram, cross

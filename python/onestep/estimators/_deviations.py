@@ -45,8 +45,8 @@ class Deviations:
             if bool((left > _LEAST_RESIDUAL[working_dtype(centred.X)] * total).all()):
                 return left
         left = torch.zeros_like(total)
-        for rows in blocks(*centred.X.shape):
-            left += centred.y(rows).addmm_(centred.x(rows), W, alpha=-1).square_().sum(0)
+        for rows, x in centred.x_by_blocks():
+            left += centred.y(rows).addmm_(x, W, alpha=-1).square_().sum(0)
         return left
 
     def of(self, X: Tensor) -> Tensor:

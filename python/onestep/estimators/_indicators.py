@@ -89,13 +89,11 @@ def _sums_by_class(X: Tensor, indices: Array, weight: Tensor | None, classes: in
 
 def _class_sums(centred: Centred, indices: Array, classes: int) -> Tensor:
     """Σ w (x - x̄) over the rows of each class, (d, k)."""
-    n, d = centred.X.shape
-    total = np.zeros((classes, d))
+    total = np.zeros((classes, centred.X.shape[1]))
     root = None if centred.weight is None else centred.weight.double().sqrt().numpy()
     # Blocks of more rows than there are classes: each adds up all k·d sums.
-    for rows in blocks(n, d, least=max(64, classes)):
-        x = centred.x(rows).numpy()
+    for rows, x in centred.x_by_blocks(least=max(64, classes)):
         share = np.ones(len(x)) if root is None else root[rows]
         pattern = csr_array((share, (indices[rows], np.arange(len(x)))), shape=(classes, len(x)))
-        total += pattern @ x
+        total += pattern @ x.numpy()
     return torch.from_numpy(total).mT.contiguous()

@@ -78,19 +78,21 @@ class PrimalSpectrum:
         return surplus + _kept(self._values, alphas).sum(dim=0)
 
     def residuals(self, alphas: Tensor) -> Errors:
-        (n, d), k = self.centred.X.shape, self._target.shape[1]
+        d, k = self._target.shape
         for targets in _targets(k, len(alphas)):
             parts = self._target[:, None, targets] / (self._values[:, None] + alphas)[:, :, None]
-            W = self._V @ parts.reshape(d, -1)
-            for rows in blocks(n, max(d, W.shape[1])):
-                yield rows, targets, self._errors(rows, targets, self.centred.x(rows) @ W)
+            W = self._V @ parts.reshape(len(self._V), -1)
+            for rows, x in self.centred.x_by_blocks(max(d, W.shape[1])):
+                yield rows, targets, self._errors(rows, targets, x @ W)
 
     def leave_one_out(self, alphas: Tensor) -> Errors:
-        (n, d), k = self.centred.X.shape, self._target.shape[1]
+        d, k = self._target.shape
         shrink = 1.0 / (self._values[:, None] + alphas)
-        for rows in blocks(n, max(d, min(len(alphas) * k, _COLUMNS))):
-            rotated = self.centred.x(rows) @ self._V
-            left = (1.0 - self._intercept[rows, None] - rotated.square() @ shrink).clamp_(min=EPS)[:, :, None]
+        for rows, x in self.centred.x_by_blocks(max(d, min(len(alphas) * k, _COLUMNS))):
+            rotated = x @ self._V
+            # x is not needed any more: its memory takes the squares.
+            leverage = torch.square(rotated, out=x) @ shrink
+            left = (1.0 - self._intercept[rows, None] - leverage).clamp_(min=EPS)[:, :, None]
             for targets in _targets(k, len(alphas)):
                 parts = self._target[:, None, targets] * shrink[:, :, None]
                 yield rows, targets, self._errors(rows, targets, rotated @ parts.reshape(d, -1)).div_(left)

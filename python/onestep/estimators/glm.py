@@ -24,6 +24,7 @@ from onestep.estimators._newton import Minimum, minimise
 from onestep.estimators._path import Path
 from onestep.estimators._problem import total_weight
 from onestep.estimators._sparse import SparsePoisson, dense_if_small, is_large_sparse
+from onestep.estimators._threads import kernels_have_the_threads
 from onestep.linalg.narrow import working_dtype
 from onestep.solvers.multinomial import Solution, SparseRows, solve_multinomial
 from onestep.solvers.multinomial.sparse import coordinates_of
@@ -158,7 +159,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         self.class_weight = class_weight
         self.warm_start = warm_start
 
-    @one_thread_after_fork()
+    @kernels_have_the_threads
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LogisticRegression:
         """Fit to X and the labels y.
 
@@ -384,7 +385,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
         self.tol = tol
         self.warm_start = warm_start
 
-    @one_thread_after_fork()
+    @kernels_have_the_threads
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PoissonRegressor:
         """Fit to X and the counts y.
 

@@ -25,6 +25,7 @@ from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._solve import Solution, solve_ridge
 from onestep.estimators._sparse import SparseLeastSquares, dense_if_small, is_large_sparse
 from onestep.estimators._stream import add_chunk, solve_sums
+from onestep.estimators._threads import kernels_have_the_threads
 from onestep.linalg import NormalEquations
 from onestep.linalg.narrow import working_dtype
 
@@ -106,7 +107,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.alpha = alpha
         self.fit_intercept = fit_intercept
 
-    @one_thread_after_fork()
+    @kernels_have_the_threads
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Ridge:
         """Fit to X and y; gradients do not flow through a fit, so tensors are detached.
 
@@ -143,7 +144,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
             self._deviations = Deviations(solution, Y, alpha, fit_intercept=fit_intercept)
         return self
 
-    @one_thread_after_fork()
+    @kernels_have_the_threads
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Ridge:
         """Fit to these rows and to those of all earlier calls, none of which are kept.
 
@@ -265,7 +266,7 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         self.fit_intercept = fit_intercept
         self.class_weight = class_weight
 
-    @one_thread_after_fork()
+    @kernels_have_the_threads
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> RidgeClassifier:
         """Fit to X and the labels y.
 

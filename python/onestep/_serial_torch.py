@@ -1,0 +1,58 @@
+"""Torch's loops on the calling thread alone, beside onestep's kernels, which share theirs between threads as always."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from onestep import _native
+
+_state = threading.local()
+
+
+def _function(library: str, name: str) -> Callable[[int], int] | None:
+    """A C function int → int of a library that torch has loaded already, or None."""
+    try:
+        function = getattr(ctypes.CDLL(library, mode=os.RTLD_NOLOAD), name)
+    except (OSError, AttributeError):
+        return None
+    function.argtypes, function.restype = [ctypes.c_int], ctypes.c_int
+    found: Callable[[int], int] = function
+    return found
+
+
+# Both set a number for the calling thread only: OpenMP's, and MKL's, which goes before OpenMP's and is 0 if not set.
+_set_openmp = _function("libgomp.so.1", "omp_set_num_threads")
+_set_mkl = _function("libtorch_cpu.so", "MKL_Set_Num_Threads_Local")
+
+
+@contextmanager
+def serial_torch() -> Iterator[None]:
+    """Torch and MKL compute on the calling thread in here; onestep's kernels use as many threads as outside.
+
+    For code that calls our kernels and, between them, short operations of torch. A parallel region of torch's ends in
+    OpenMP's barrier, and OpenMP's threads spin for milliseconds after it on the core that our helper wants: where
+    another process has one of the cores, this costs far more than such an operation gains by two threads (decision
+    0181). Nothing but the calling thread's own settings is changed. Without MKL or libgomp nothing happens.
+    """
+    if _set_openmp is None or _set_mkl is None or getattr(_state, "inside", False):
+        yield
+        return
+    # Asking comes first: it also sets OpenMP's number in a thread that has not used torch before.
+    threads = torch.get_num_threads()
+    _native.set_own_thread_count(threads)
+    _set_openmp(1)
+    before = _set_mkl(1)
+    _state.inside = True
+    try:
+        yield
+    finally:
+        _state.inside = False
+        _set_mkl(before)
+        _set_openmp(threads)
+        _native.set_own_thread_count(0)
