@@ -52,7 +52,8 @@ class Centred(NamedTuple):
     def x(self, rows: slice = slice(None), columns: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """√w (X - x_mean) over some rows and columns, float64, in `out` if given."""
         block = torch.sub(self.X[rows, columns], self.x_mean[columns], out=out)
-        return self._scaled(block.masked_fill_(self.constant[columns], 0.0), rows)
+        constant = self.constant[columns]
+        return self._scaled(block.masked_fill_(constant, 0.0) if bool(constant.any()) else block, rows)
 
     def x_by_blocks(self, width: int | None = None, least: int = 64) -> Iterator[tuple[slice, Tensor]]:
         """All rows of `x` in blocks (see `blocks`) of one memory: new pages cost more than the subtraction."""

@@ -88,8 +88,10 @@ class PrimalSpectrum:
     def leave_one_out(self, alphas: Tensor) -> Errors:
         d, k = self._target.shape
         shrink = 1.0 / (self._values[:, None] + alphas)
+        room = torch.empty(0)
         for rows, x in self.centred.x_by_blocks(max(d, min(len(alphas) * k, _COLUMNS))):
-            rotated = x @ self._V
+            room = torch.empty_like(x) if len(room) < len(x) else room
+            rotated = torch.mm(x, self._V, out=room[: len(x)])
             # x is not needed any more: its memory takes the squares.
             leverage = torch.square(rotated, out=x) @ shrink
             left = (1.0 - self._intercept[rows, None] - leverage).clamp_(min=EPS)[:, :, None]

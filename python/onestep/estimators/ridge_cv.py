@@ -10,11 +10,11 @@ from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
 from torch import Tensor
 
+from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import Array, check_alphas, check_flag, rows_for_splitter
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._selection import choose, fold_scores, gcv_scores, loo_predictions, loo_scores, scorer_scores
 from onestep.estimators._spectrum import Spectrum, decompose
-from onestep.estimators._threads import kernels_have_the_threads
 
 
 class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
@@ -79,7 +79,7 @@ class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.alpha_per_target = alpha_per_target
         self.store_cv_results = store_cv_results
 
-    @kernels_have_the_threads
+    @one_thread_after_fork()
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> RidgeCV:
         """Choose the penalty and fit with it; tensors are detached.
 
