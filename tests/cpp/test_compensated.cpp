@@ -1,6 +1,6 @@
 // inverse_cholesky and compensated_sweep against the plain loops, for every CPU target of this machine, in both types,
 // at every edge of tiles, steps, blocks and groups, serially and with threads. Built with AddressSanitizer and
-// UndefinedBehaviorSanitizer by make test.
+// UndefinedBehaviorSanitizer by make test-cpp.
 #include "compensated/compensated.hpp"
 #include "testing.hpp"
 

@@ -1,6 +1,6 @@
 // The tuned language-model head against the plain loops, for every CPU target of this machine, in every type, at the
 // edges of tiles, panels, blocks and chunks, serially and with threads. Built with AddressSanitizer and
-// UndefinedBehaviorSanitizer by make test.
+// UndefinedBehaviorSanitizer by make test-cpp.
 #include <array>
 #include <type_traits>
 

@@ -1,6 +1,6 @@
 // The tuned perceptron kernels against the plain loops, for every CPU target of this machine, in both types, at every
 // tile edge and with every activation, serially and with threads. Built with AddressSanitizer and
-// UndefinedBehaviorSanitizer by make test.
+// UndefinedBehaviorSanitizer by make test-cpp.
 #include "mlp/mlp.hpp"
 #include "testing.hpp"
 

@@ -1,6 +1,6 @@
 // polar_factor against the plain loops in double, for every CPU target of this machine: at every edge of tiles, panels
 // and blocks, by rows, by columns and strided, serially and with threads. Built with AddressSanitizer and
-// UndefinedBehaviorSanitizer by make test.
+// UndefinedBehaviorSanitizer by make test-cpp.
 #include "polar/polar.hpp"
 #include "testing.hpp"
 
