@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.transforms import blended_transform_factory
 
-FASTER, SLOWER, GOAL, LIMIT = "#2f6f9f", "#b5542f", "#222222", "#666666"
+FASTER, SLOWER, GOAL, LIMIT = "#2a6f97", "#c8553d", "#222222", "#666666"
 # What the groups whose names do not say it are compared with.
 PEERS = {
     "forward": "solve_normal, B×(n,d,k), against Gram and Cholesky in torch",
