@@ -38,6 +38,8 @@ def on_page_content(text: str, page: Page, **_: object) -> str:
         raise PluginError(
             f"{page.file.src_path}: of {drawn} pictures {shown} are on the page; print(show(...)) shows one"
         )
+    # What stands before a colon in "Returns:" is shown as it is, with its quotes.
+    text = re.sub(r"``([^`<]*)``", r"\1", text)
     return FORMULA.sub(_mathml, text)
 
 
