@@ -11,6 +11,8 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+# uv takes a tenth of pip's time, but reads none of pip's settings: where the index is another than PyPI, pip takes over.
+install = $(UV) $(1) || $(PIP) --no-compile $(1)
 # Modules are compiled to bytecode when they are first imported, a third of what is installed: that must be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -23,16 +25,16 @@ QUIET_THREADS := OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1
 # takes a tenth of pip's time; and the package, which is compiled meanwhile.
 $(VENV)/.tools: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --no-compile uv
-	$(UV) cmake ninja pybind11 scikit-build-core
+	$(PIP) --no-compile uv || true
+	$(call install,cmake ninja pybind11 scikit-build-core)
 	touch $@
 
 # pip takes torch from where its settings say, which may be a folder; uv does not read them.
 $(VENV)/.environment: $(VENV)/.tools pyproject.toml
 	$(PIP) --no-compile --no-deps torch
-	$(UV) numpy torch pytest pytest-benchmark pytest-xdist scikit-learn scipy pandas rich safetensors matplotlib tqdm \
+	$(call install,numpy torch pytest pytest-benchmark pytest-xdist scikit-learn scipy pandas rich safetensors matplotlib tqdm \
 	    transformers accelerate lightning keras shtab statsmodels rdkit chemicals babel pycountry num2words \
-	    hypothesis ruff mypy import-linter clang-format
+	    hypothesis ruff mypy import-linter clang-format)
 	touch $@
 
 $(VENV)/.wheel: $(VENV)/.tools $(SOURCES)
@@ -43,7 +45,7 @@ $(VENV)/.wheel: $(VENV)/.tools $(SOURCES)
 
 $(VENV)/.package: $(VENV)/.tools $(SOURCES)
 	$(MAKE) --no-print-directory --jobs=2 $(VENV)/.wheel $(VENV)/.environment
-	$(UV) --no-deps --reinstall build/package/*.whl
+	$(PIP) --no-deps --force-reinstall build/package/*.whl
 	touch $@
 
 demo: $(VENV)/.package

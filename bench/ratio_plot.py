@@ -12,8 +12,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.transforms import blended_transform_factory
 
-FASTER, SLOWER, GOAL, LIMIT = "#2f6f9f", "#b5542f", "#222222", "#666666"
+FASTER, SLOWER, GOAL, LIMIT = "#2a6f97", "#c8553d", "#222222", "#666666"
 # What the groups whose names do not say it are compared with.
 PEERS = {
     "forward": "solve_normal, B×(n,d,k), against Gram and Cholesky in torch",
@@ -35,7 +36,9 @@ def _short(text: str) -> str:
 
 
 def _share(row: dict[str, Any], limits: dict[str, float]) -> str:
-    """The larger share that a result has of the machine's two limits."""
+    """The larger share that a result has of the machine's two limits, or what the result itself says of it."""
+    if "share" in row:
+        return str(row["share"])
     seconds = row.get("own_seconds", row["median_seconds"]) * 1e9
     shares = {
         "GEMM": row.get("flops", 0) / seconds / limits["gemm_gflops"],
@@ -72,10 +75,15 @@ def _draw(axes: Any, group: str, rows: list[dict[str, Any]], limits: dict[str, f
     axes.set_xlim(LOWEST / 3, HIGHEST * 10)
     axes.set_ylim(-0.3, sum(heights) + 0.3)
     axes.set_yticks(positions, [_short(row["case"]) for row in rows], fontsize=7.5)
-    axes.set_xticks([1 / 8, 1 / 2, 1, 2, 4, 8, 16, 32], ["⅛", "½", "1", "2", "4", "8", "16", "32"], fontsize=8)
+    axes.set_xticks(
+        [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32], ["⅛", "¼", "½", "1", "2", "4", "8", "16", "32"], fontsize=8
+    )
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_title(PEERS.get(group, group), loc="left", x=-1.0, fontsize=10, fontweight="bold")
+    axes.set_title(" ", fontsize=10)  # the room of the title, which begins at the column's left edge
+    place = blended_transform_factory(axes.figure.transSubfigure, axes.transAxes)
+    axes.annotate(PEERS.get(group, group), (0.01, 1), xycoords=place, xytext=(0, 6), textcoords="offset points",
+                  fontsize=10, fontweight="bold", in_layout=False, annotation_clip=False)  # fmt: skip
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
 
@@ -101,7 +109,7 @@ def plot_ratios(results: list[dict[str, Any]], limits: dict[str, float], facts: 
             for axes, name in zip(plots[:, 0], names, strict=True):
                 _draw(axes, name, groups[name], limits)
     figure.suptitle(
-        "times as fast as the peer (log scale; |: goal), and the share of the machine's rate of GEMM or of reading\n"
+        "times as fast as the peer (log scale; |: goal), and the share of the machine's rate of GEMM or of memory\n"
         + facts,
         fontsize=9,
     )

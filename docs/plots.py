@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 plt.rcParams |= {"figure.figsize": (7.2, 3.4), "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+# The colours of the examples' pictures (examples/common.py).
+plt.rcParams["axes.prop_cycle"] = plt.cycler(color=["#2a6f97", "#c8553d", "#6a994e", "#7f8c8d"])
 plt.rcParams |= {"grid.alpha": 0.3, "legend.frameon": False, "font.size": 10, "figure.constrained_layout.use": True}
 
 

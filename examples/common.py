@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 OUTPUT = Path(__file__).resolve().parent / "output"
 # So much of Adam's seconds its rate grows.
 WARM_UP = 0.05
-COLORS = ("#c0392b", "#2c6fbb", "#7f8c8d", "#27864e")
+COLORS = ("#c8553d", "#2a6f97", "#7f8c8d", "#6a994e")
+PEER_COLORS = {"Adam": COLORS[0], "Muon": "#8a7aa8"}
 
 
 @dataclass
@@ -152,9 +154,11 @@ def styled(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "", l
 
 
 def draw_runs(axes: Axes, runs: Sequence[Run], **style: object) -> None:
-    """What each run reached against seconds."""
-    for color, run in zip(COLORS, sorted(runs, key=lambda run: run.last), strict=False):
-        axes.plot(run.seconds, run.values, color=color, label=run.method)
+    """What each run reached against seconds, in a colour that is the same in all pictures."""
+    own = itertools.cycle(COLORS[1:])
+    for run in sorted(runs, key=lambda run: run.last):
+        peer = run.method.partition(",")[0]
+        axes.plot(run.seconds, run.values, color=PEER_COLORS.get(peer) or next(own), label=run.method)
     styled(axes, xlabel="seconds", log=True, **style)  # type: ignore[arg-type]
     axes.legend(frameon=False)
 

@@ -25,7 +25,7 @@ import onestep
 # So many times in a run the held-out loss is looked at.
 LOOKS = 16
 WARM_UP = 20
-COLORS = {"Adam": "#c8553d", "Muon": "#8a7aa8", "onestep": "#2a6f97"}
+COLORS = {"Adam": "#c8553d", "Muon": "#8a7aa8", "onestep": "#2a6f97"}  # as in common.py
 
 
 @dataclass(frozen=True)

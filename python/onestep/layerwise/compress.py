@@ -41,7 +41,7 @@ def quantize(
             keyword arguments (whose ``attention_mask`` leaves padding out).
         bits: 2 to 8.
         group_size: columns that share a scale; None: a scale for each row.
-        layers: a pattern of names such as "*.mlp.*", or several; "!head" leaves a layer out.
+        layers: a pattern of names such as ``"*.mlp.*"``, or several; "!head" leaves a layer out.
         symmetric: codes around 2^(bits−1); otherwise each group's range from its least to its largest weight.
         act_order: columns with the largest inputs first; the groups stay those of neighbouring columns.
         damping: added to A's diagonal, in means of the diagonal; more where A is rank deficient, as the report says.

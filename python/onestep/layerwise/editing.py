@@ -41,7 +41,7 @@ def edit(
         damping: of C, in means of its diagonal; more where it is rank deficient.
 
     Returns:
-        A ``Report`` of one layer: Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after.
+        A ``Report`` of one layer, with Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after.
 
     Raises:
         ValueError: the layer is not there, was not reached, or ``targets`` has another shape or is not finite.

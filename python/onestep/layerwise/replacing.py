@@ -59,7 +59,7 @@ def replace_blocks(
         progress: show a bar.
 
     Returns:
-        A ``Report`` of one: Σ‖t − Wx − b‖² / Σ‖t‖², and the same for plain removal.
+        A ``Report`` of one map, with Σ‖t − Wx − b‖² / Σ‖t‖², and the same for plain removal.
 
     Raises:
         ValueError, TypeError: the blocks are not neighbours in one container, or an argument is out of its range.

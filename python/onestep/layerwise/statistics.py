@@ -73,7 +73,7 @@ class LayerStatistics:
 
     Args:
         model: any nn.Module.
-        layers: a pattern of names such as "*.mlp.*", or several; those that begin with "!" leave layers out. nn.Linear
+        layers: a pattern of names such as ``"*.mlp.*"``, or several; a leading "!" leaves layers out. nn.Linear
             and transformers' Conv1D; of experts that are stacked in one parameter each one, "…experts.down_proj.3".
         teacher: a model with layers of the same names, whose outputs for the same batch are the targets.
         dtype: of the sums, torch.float32 or torch.float64. Rows of other dtypes are converted.

@@ -1,0 +1,54 @@
+"""What the package promises (versions of Python and torch) is told alike everywhere, and public CI tries it."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from onestep import _torch_private
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+
+
+def pythons() -> list[str]:
+    """The versions that pyproject.toml's classifiers name."""
+    return re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT)
+
+
+def torches() -> list[str]:
+    """The releases of the range in pyproject.toml."""
+    first, last = map(int, re.findall(r'"torch>=2\.(\d+),<2\.(\d+)"', PYPROJECT)[0])
+    return [f"2.{minor}" for minor in range(first, last)]
+
+
+def test_range_of_torch_is_told_alike() -> None:
+    told = f"{torches()[0]} to {torches()[-1]}"
+    assert told == _torch_private.TESTED
+    for page in ("README.md", "docs/quick-start.md"):
+        assert f"torch {told}" in (ROOT / page).read_text(), page
+    # Each release of the range, and no other, has a row that says what ran.
+    decision = (ROOT / "docs" / "decisions" / "0033-torch-private.md").read_text()
+    assert sorted(re.findall(r"^\| (2\.\d+)\.\d+", decision, re.MULTILINE)) == torches()
+
+
+def test_public_ci_runs_what_ci_runs_on_every_version() -> None:
+    jobs = pytest.importorskip("yaml").safe_load(WORKFLOW.read_text())["jobs"]
+    commands = {name: [step.get("run", "") for step in job["steps"]] for name, job in jobs.items()}
+    assert "bash .ci/run" in commands["check"]
+    assert any(command.startswith("make wheels") for command in commands["wheels"])
+    assert "make docs" in commands["documentation"]
+    matrix = jobs["pythons"]["strategy"]["matrix"]
+    assert [version.removesuffix(".*") for version in matrix["torch"]] == torches()
+    of_check = next(step["with"]["python-version"] for step in jobs["check"]["steps"] if "python-version" in str(step))
+    assert sorted([*matrix["python"], of_check]) == sorted(pythons())
+
+
+def test_wheels_are_built_for_every_python_that_is_promised() -> None:
+    versions = runpy.run_path(str(ROOT / "cmake" / "wheels.py"))["VERSIONS"]
+    assert set(pythons()) <= set(versions)
+    assert f'requires-python = ">={pythons()[0]}"' in PYPROJECT
