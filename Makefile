@@ -35,6 +35,9 @@ $(VENV)/.environment: $(VENV)/.tools pyproject.toml
 	$(call install,numpy torch pytest pytest-benchmark pytest-xdist scikit-learn scipy pandas rich safetensors matplotlib tqdm \
 	    transformers accelerate lightning keras shtab statsmodels rdkit chemicals babel pycountry num2words \
 	    hypothesis ruff mypy import-linter clang-format)
+# Here, while the package is compiled, what all test processes import: each would compile it to bytecode at the same time.
+	$(BIN)/python -c "import torch._dynamo, torch.distributed, matplotlib.pyplot, pandas, scipy.stats, sklearn.model_selection"
+	$(BIN)/python -c "import sklearn.utils.estimator_checks, transformers.models.auto.modeling_auto, hypothesis, pytest"
 	touch $@
 
 $(VENV)/.wheel: $(VENV)/.tools $(SOURCES)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import cases
 import pytest
@@ -15,34 +14,57 @@ import torch
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def pairs_of(item: pytest.Item) -> frozenset[Any]:
-    """Of the parametrisations of a case, two at a time: their places, and what they chose."""
-    return frozenset(combinations(enumerate(item.callspec._idlist), 2))  # type: ignore[attr-defined]
+# A product of two parametrisations with more cases is thinned, too.
+MOST_OF_TWO = 60
+
+
+def choices(item: pytest.Item) -> tuple[tuple[int, str], ...]:
+    """What each parametrisation of a case chose."""
+    return tuple(enumerate(item.callspec._idlist)) if hasattr(item, "callspec") else ()
+
+
+def pairwise(family: list[pytest.Item]) -> set[pytest.Item]:
+    """Enough of a product of three or more parametrisations that every two choices meet in one case."""
+    rest = {item: frozenset(combinations(choices(item), 2)) for item in family}
+    missing, taken = frozenset().union(*rest.values()), set()
+    while missing:
+        best = max(rest, key=lambda item: len(rest[item] & missing))
+        missing -= rest.pop(best)
+        taken.add(best)
+    return taken
+
+
+def every_other(family: list[pytest.Item]) -> set[pytest.Item]:
+    """Of a product of two, as on a chessboard: every choice is there, with half of the other's."""
+    places: dict[tuple[int, str], int] = {}
+    for item in family:
+        for choice in choices(item):
+            places.setdefault(choice, sum(place == choice[0] for place, _ in places))
+    return {item for item in family if sum(places[choice] for choice in choices(item)) % 2 == 0}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the product of three or more parametrisations, enough cases that every two choices meet in one.
+    """Leaves out tests that are marked as long, and most cases of large products of parametrisations.
 
-    What fails is nearly always one choice or two together. ONESTEP_ALL_CASES=1 takes all, as .ci/run does.
+    What fails is nearly always one choice or two together. ONESTEP_ALL_CASES=1 takes all, as .ci/run does. A long test
+    is also taken where a test is asked for by its name.
     """
     if "ONESTEP_ALL_CASES" in os.environ:
         return
+    named = any("::" in argument for argument in config.args)
     families: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if hasattr(item, "callspec"):
-            families.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left = set()
+        families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept: set[pytest.Item] = set()
     for family in families.values():
-        rest = {item: pairs_of(item) for item in family}
-        missing = frozenset().union(*rest.values())
-        left |= rest.keys() if missing else set()
-        while missing:
-            best = max(rest, key=lambda item: len(rest[item] & missing))
-            missing -= rest.pop(best)
-            left.discard(best)
-    if left:
-        config.hook.pytest_deselected(items=[item for item in items if item in left])
-        items[:] = [item for item in items if item not in left]
+        taken, crossed = set(family), len(choices(family[0]))
+        if crossed > 2:
+            taken = pairwise(family)
+        elif crossed == 2 and len(family) > MOST_OF_TWO:
+            taken = every_other(family)
+        kept |= {item for item in taken if named or not item.get_closest_marker("long")}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(params=cases.DTYPES, ids=["f32", "f64"])

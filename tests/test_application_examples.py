@@ -37,6 +37,7 @@ def of(name: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("example", [name], indirect=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("example", NEEDED, indirect=True)
 def test_the_quick_path_runs_and_draws(
     example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

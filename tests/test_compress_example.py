@@ -9,6 +9,7 @@ import torch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+@pytest.mark.long
 def test_solved_layers_lose_less(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     text = tmp_path / "text.txt"
@@ -29,6 +30,7 @@ def test_solved_layers_lose_less(tmp_path, monkeypatch, capsys):
         assert full < float(solved) < float(without)
 
 
+@pytest.mark.long
 def test_a_model_of_transformers_by_its_path(tmp_path, monkeypatch):
     """One with stacked experts and a tokenizer, saved to disk: every way runs, and all its layers are compressed."""
     transformers = pytest.importorskip("transformers")

@@ -20,6 +20,7 @@ def test_houses_csv_is_what_the_script_makes():
         assert list(csv.DictReader(file)) == [{name: str(value) for name, value in row.items()} for row in houses]
 
 
+@pytest.mark.long
 def test_the_demo_runs_and_draws(monkeypatch, capsys):
     for name in ("matplotlib", "pandas", "rich", "safetensors", "sklearn"):
         pytest.importorskip(name)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(EXAMPLES))
 import image_classification  # noqa: E402
 
 
+@pytest.mark.long
 def test_the_demo_runs_and_draws(monkeypatch, capsys, restore_threads):
     picture = EXAMPLES / "output" / "digits.png"
     picture.unlink(missing_ok=True)

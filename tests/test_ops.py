@@ -258,6 +258,7 @@ def test_opcheck(name, label, dtype, requires_grad):
     opcheck(getattr(ops, name).default, args, test_utils=UNTRACED)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "label"), TRACED)
 def test_opcheck_traced(name, label):
     """With dynamic shapes, forward and backward."""

@@ -56,6 +56,7 @@ def test_fit_without_a_setting_solves_poisson():
     assert physics_informed.error(model, problem) < 3e-3
 
 
+@pytest.mark.long
 def test_lynx_and_hares():
     """The integrator against scipy's, and the fit and its deviations against scipy's least squares."""
     integrate, optimize = pytest.importorskip("scipy.integrate"), pytest.importorskip("scipy.optimize")
@@ -82,6 +83,7 @@ def test_lynx_and_hares():
     torch.testing.assert_close(result.covariance(), covariance, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.long
 def test_the_quick_path_prints_the_winner_first_and_draws(monkeypatch, capsys):
     picture = common.OUTPUT / "physics_informed.png"
     picture.unlink(missing_ok=True)

@@ -1,14 +1,17 @@
 """onestep._serial_torch: torch on the calling thread, our kernels on as many threads as before."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 import onestep
-from onestep import linalg
+from onestep import _serial_torch, linalg
 from onestep._serial_torch import serial_torch
+
+needs_openmp = pytest.mark.skipif(_serial_torch._set_openmp is None, reason="torch was built without libgomp")
 
 
 @pytest.fixture
@@ -19,11 +22,10 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@needs_openmp
 def test_holds_for_the_calling_thread_and_ends(two_threads):
     seen = []
     with serial_torch():
-        if torch.get_num_threads() != 1:
-            pytest.skip("this torch has neither libgomp nor MKL")
         with serial_torch():
             seen.append(torch.get_num_threads())
         seen.append(torch.get_num_threads())
@@ -39,8 +41,6 @@ def test_holds_for_the_calling_thread_and_ends(two_threads):
 
 def test_kernels_keep_their_threads(two_threads):
     """A kernel's helper takes part of a long loop: the process uses more CPU time than its calling thread."""
-    import time
-
     X = torch.randn(64, 2000, 128)
 
     def helped() -> float:
@@ -51,7 +51,8 @@ def test_kernels_keep_their_threads(two_threads):
 
     helped()
     with serial_torch():
-        assert helped() > 0.0
+        # About half of 0.3 s, or nothing while other processes take the second core.
+        assert any(helped() > 0.02 for _ in range(20))
     torch.set_num_threads(1)
     with serial_torch():
         assert helped() < 0.01

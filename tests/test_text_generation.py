@@ -12,6 +12,7 @@ sys.path.insert(0, str(EXAMPLES))
 import text_generation  # noqa: E402
 
 
+@pytest.mark.long
 def test_the_example_trains_writes_and_draws(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} plus {i} is {2 * i}.\n" for i in range(2000)), encoding="utf-8")
