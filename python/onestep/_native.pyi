@@ -207,6 +207,7 @@ def inverse_cholesky_f32(
     damping: _Operand,
     batch: Sequence[int],
     n: int,
+    unit: bool,
     factor: int,
     info: int,
 ) -> None: ...
@@ -224,7 +225,9 @@ def polar_f32(
 ) -> None: ...
 def compensated_sweep_f32(
     w: int,
-    u: int,
+    swept: int,
+    factor: int,
+    unit: bool,
     rows: int,
     columns: int,
     bits: int,
