@@ -31,12 +31,13 @@ struct SweepBlock {
     const SweepArgs<T>& args;
     const SweepMatrices<T>& matrices;
     int64_t begin, rows, start, end;
-    T* w;       // [column][kSweepRows]
-    T* change;  // likewise, of columns that are done −e; with R what they have lost, W as it was before
-    T* scale;   // [kSweepRows]
-    T* zero;    // [kSweepRows]
-    T* gone;    // [column][kSweepRows], 1 where the element is removed
-    T* square;  // [kSweepRows], Σ e²
+    T* w;            // [column][kSweepRows]
+    T* change;       // likewise, of columns that are done −e; with R what they have lost, W as it was before
+    T* scale;        // [kSweepRows]
+    T* zero;         // [kSweepRows]
+    T* gone;         // [column][kSweepRows], 1 where the element is removed
+    T* square;       // [kSweepRows], Σ e²
+    uint8_t* codes;  // [column][kSweepRows]
 
     ONESTEP_INLINE T pivot(int64_t j) const { return factor(j)[j - start]; }
     // Row j of the factor from column `start` on.
@@ -94,6 +95,18 @@ inline void store_block(const SweepBlock<T>& block) {
     }
 }
 
+// Row by row: a column's codes lie a row apart.
+template <class T>
+inline void store_codes(const SweepBlock<T>& block) {
+    const int64_t width = block.end - block.start;
+    for (int64_t r = 0; r < block.rows; ++r) {
+        uint8_t* to = block.args.codes + (block.begin + r) * block.args.columns + block.start;
+        for (int64_t c = 0; c < width; ++c) {
+            to[c] = block.codes[c * kSweepRows + r];
+        }
+    }
+}
+
 // Grids of the group that starts at column j, from the weights as they are now.
 template <class T>
 inline void find_grids(const SweepBlock<T>& block, int64_t j, int64_t group) {
@@ -111,7 +124,19 @@ inline void find_grids(const SweepBlock<T>& block, int64_t j, int64_t group) {
         for (int64_t c = j; c < minimum(last, block.end); ++c) {
             widen_range(block.at(block.w, c)[r]);
         }
-        for (int64_t c = block.end; c < last; ++c) {
+        int64_t c = minimum(block.end, last);
+        Vec<T> lows{};
+        Vec<T> highs{};
+        for (; c + kLanes<T> <= last; c += kLanes<T>) {
+            const Vec<T> values = load<T>(row + c);
+            lows = values < lows ? values : lows;
+            highs = values > highs ? values : highs;
+        }
+        for (int i = 0; i < kLanes<T>; ++i) {
+            widen_range(lows[i]);
+            widen_range(highs[i]);
+        }
+        for (; c < last; ++c) {
             widen_range(row[c]);
         }
         if (args.symmetric) {
@@ -181,7 +206,7 @@ inline void fix_column(const SweepBlock<T>& block, int64_t j) {
     T* change = block.at(block.change, j);
     const Vec<T> pivot = broadcast<T>(block.pivot(j));
     const T most = static_cast<T>((int64_t{1} << args.bits) - 1);
-    alignas(ONESTEP_VECTOR_BYTES) T codes[kSweepRows];
+    uint8_t* codes = block.codes + (j - block.start) * kSweepRows;
     for (int64_t r = 0; r < kSweepRows; r += kLanes<T>) {
         const Vec<T> before = load<T>(w + r);
         Vec<T> q = before;
@@ -194,19 +219,17 @@ inline void fix_column(const SweepBlock<T>& block, int64_t j) {
             // Beyond ±1000 every code is at its end.
             const Vec<T> steps = round_lanes<T>(clamp_lanes<T>(q / scale, T(-1000), T(1000)));
             const Vec<T> code = clamp_lanes<T>(steps + zero, T(0), most);
-            store<T>(codes + r, code);
+            alignas(ONESTEP_VECTOR_BYTES) T whole[kLanes<T>];
+            store<T>(whole, code);
+            for (int i = 0; i < kLanes<T>; ++i) {
+                codes[r + i] = static_cast<uint8_t>(static_cast<int32_t>(whole[i]));
+            }
             q = scale * (code - zero);
         }
         const Vec<T> error = args.unit ? (before - q) * pivot : (before - q) / pivot;
         store<T>(w + r, q);
         store<T>(change + r, args.unit ? load<T>(change + r) - q : -error);
         store<T>(block.square + r, load<T>(block.square + r) + error * error);
-    }
-    if (args.bits > 0) {
-        uint8_t* to = args.codes + block.begin * args.columns + j;
-        for (int64_t r = 0; r < block.rows; ++r) {
-            to[r * args.columns] = static_cast<uint8_t>(codes[r]);
-        }
     }
 }
 
@@ -292,7 +315,7 @@ inline void pack_changes(const SweepBlock<T>& block, const SweepChanges<T>& chan
 
 template <class T>
 inline int64_t sweep_work(int64_t block) {
-    return (3 * block + 3) * kSweepRows;
+    return (4 * block + 3) * kSweepRows;
 }
 
 template <class T>
@@ -300,12 +323,19 @@ inline void sweep_block(const SweepArgs<T>& args, int64_t begin, int64_t rows, i
                         const SweepMatrices<T>& matrices, const SweepChanges<T>& changes, T* work) {
     const int64_t size = (end - start) * kSweepRows;
     T* const grids = work + 3 * size;
-    const SweepBlock<T> block{args,        matrices,
-                              begin,       rows,
-                              start,       end,
-                              work,        work + 2 * size,
-                              grids,       grids + kSweepRows,
-                              work + size, grids + 2 * kSweepRows};
+    const SweepBlock<T> block{args,
+                              matrices,
+                              begin,
+                              rows,
+                              start,
+                              end,
+                              work,
+                              work + 2 * size,
+                              grids,
+                              grids + kSweepRows,
+                              work + size,
+                              grids + 2 * kSweepRows,
+                              reinterpret_cast<uint8_t*>(grids + 3 * kSweepRows)};
     for (int64_t r = 0; r < kSweepRows; ++r) {
         block.square[r] = T(0);
     }
@@ -344,6 +374,9 @@ inline void sweep_block(const SweepArgs<T>& args, int64_t begin, int64_t rows, i
         args.error[begin + r] += static_cast<double>(block.square[r]);
     }
     store_block(block);
+    if (args.bits > 0) {
+        store_codes(block);
+    }
     if (end < changes.until) {
         pack_changes(block, changes);
         multiply_panels<T>(
