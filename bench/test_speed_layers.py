@@ -13,6 +13,7 @@ from agreement import agree
 from torch import Tensor
 
 from onestep.linalg import gram, inverse_cholesky
+from onestep.linalg.damping import unit_cholesky
 from onestep.ops.compensated import compensated_sweep
 
 BITS = 4
@@ -85,14 +86,16 @@ def test_quantising_a_layer(compare: Callable[..., float], n: int) -> None:
     A, W = gram_matrix(n), torch.randn(n, n, generator=torch.Generator().manual_seed(1))
 
     def ours() -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = compensated_sweep(W, inverse_cholesky(A).U, None, None, None, BITS, False, n)
+        result: tuple[Tensor, ...] = compensated_sweep(
+            W, unit_cholesky(A).R, None, None, None, BITS, False, n, unit=True
+        )
         return result
 
     codes, expected = ours()[1], gptq(W, A)[0]
     # A tie that goes the other way changes what comes after it in its row. In float64 there are none.
     same = float((codes == expected).float().mean())
     W64, A64 = W[:64].double(), A.double()
-    found = compensated_sweep(W64, inverse_cholesky(A64).U, None, None, None, BITS, False, n)[1]
+    found = compensated_sweep(W64, unit_cholesky(A64).R, None, None, None, BITS, False, n, 0.0, 0, 0, True)[1]
     assert torch.equal(found.double(), gptq(W64, A64)[0])
 
     def loses_no_more(found: tuple[Tensor, ...], theirs: tuple[Tensor, Tensor]) -> None:

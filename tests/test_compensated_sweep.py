@@ -5,8 +5,15 @@ import torch
 from torch.library import opcheck
 
 from onestep.linalg import inverse_cholesky
+from onestep.linalg.damping import unit_cholesky
 
 sweep = torch.ops.onestep.compensated_sweep
+
+
+def unit(U):
+    """R with P on its diagonal, of A = R P² Rᵀ, from U of A⁻¹ = UᵀU."""
+    R = torch.linalg.inv(U.double())
+    return (R / R.diagonal() + (R.diagonal() - 1).diag_embed()).to(U.dtype).triu().contiguous()
 
 
 def layer(rows, columns, dtype=torch.float64):
@@ -51,7 +58,8 @@ def column_loop(W, U, bits, symmetric, group_size):
 @pytest.mark.parametrize("bits,symmetric,group_size", [(4, True, 150), (3, False, 300), (2, False, 40), (8, False, 7)])
 def test_quantising_is_the_column_loop(bits, symmetric, group_size):
     W, A, U = layer(70, 300)
-    swept, codes, scale, zero, error = sweep(W, U, None, None, None, bits, symmetric, group_size)
+    options = (bits, symmetric, group_size)
+    swept, codes, scale, zero, error = sweep(W, U, None, None, None, *options)
     expected, expected_codes, expected_error, tied = column_loop(W, U, bits, symmetric, group_size)
     same = ~tied
     assert same.all() if not symmetric else same.sum() > 4
@@ -61,6 +69,10 @@ def test_quantising_is_the_column_loop(bits, symmetric, group_size):
     torch.testing.assert_close(error.sum(), expected_error.sum(), rtol=0.02, atol=0)
     group = torch.arange(300) // group_size
     torch.testing.assert_close(scale[:, group] * (codes - zero[:, group]), swept)
+    if group_size == 300:
+        by_unit = sweep(W, unit(U), None, None, None, *options, unit=True)
+        for found, before in zip(by_unit, (swept, codes, scale, zero, error), strict=True):
+            torch.testing.assert_close(found, before)
     # What it says it costs is what it costs, the damping included.
     damped = A + 0.01 * A.diagonal().mean() * torch.eye(300, dtype=A.dtype)
     torch.testing.assert_close(((W - swept) @ damped * (W - swept)).sum(1), error)
@@ -84,6 +96,7 @@ def test_grids_that_are_given():
     scale, zero = torch.rand(5, 3, dtype=W.dtype) + 0.1, torch.full((5, 3), 7.0, dtype=W.dtype)
     swept, codes, *_ = sweep(W, U, scale, zero, group, 4, True)
     torch.testing.assert_close(swept, scale[:, group] * (codes - 7.0))
+    assert torch.equal(sweep(W, unit(U), scale, zero, group, 4, True, unit=True)[1], codes)
     with pytest.raises(ValueError, match="group has values outside 0 to 2"):
         sweep(W, U, scale, zero, group + 1, 4, True)
 
@@ -131,20 +144,49 @@ def test_the_same_bits_for_any_number_of_threads():
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 31, 97, 450])
+def test_the_factor_without_an_inverse(n, dtype):
+    _, A, _ = layer(1, n)
+    R, info, damping = unit_cholesky(A.to(dtype), damping=0.01)
+    assert info == 0
+    assert abs(damping - 0.01) < 1e-8
+    expected = unit(inverse_cholesky(A, damping=0.01).U)
+    torch.testing.assert_close(R.double(), expected, rtol=0, atol=(2e-4 if dtype == torch.float32 else 1e-12))
+    assert torch.equal(R, R.triu())
+
+
+def test_the_factor_says_why_it_failed():
+    A = torch.stack([torch.eye(40), torch.ones(40, 40), torch.eye(40), -torch.eye(40)])
+    A[2, 3, 1] = torch.nan
+    R, info, damping = unit_cholesky(A)
+    expected = inverse_cholesky(A)
+    assert torch.equal(info, expected.info)
+    assert torch.equal(damping.nan_to_num(-1), expected.damping.nan_to_num(-1))
+    assert R[[2, 3]].isnan().all()
+    assert torch.equal(R[0], torch.eye(40))
+    assert R[1].isfinite().all()
+    with pytest.raises(NotImplementedError, match="unit_cholesky has no derivative"):
+        unit_cholesky(torch.eye(3).requires_grad_())
+
+
 def test_the_op_as_torch_sees_it():
     W, _, U = layer(4, 12, torch.float32)
+    opcheck(torch.ops.onestep.unit_cholesky, (torch.eye(3).expand(2, 3, 3), torch.zeros(2)))
     opcheck(sweep, (W, U, None, None, None, 8, True, 12, 0.5, 2, 4))
 
 
 def test_bad_input():
-    W, U = torch.ones(2, 6), torch.eye(6)
-    with pytest.raises(ValueError, match=r"U has shape \(6, 5\); expected \(6, 6\)"):
-        sweep(W, U[:, :5])
+    W, R = torch.ones(2, 6), torch.eye(6)
+    with pytest.raises(ValueError, match=r"factor has shape \(6, 5\); expected \(6, 6\)"):
+        sweep(W, R[:, :5])
+    with pytest.raises(ValueError, match="unit was given with pruning"):
+        sweep(W, R, None, None, None, 4, False, 3, unit=True)
     with pytest.raises(ValueError, match="bits is 9"):
-        sweep(W, U, None, None, None, 9)
+        sweep(W, R, None, None, None, 9)
     with pytest.raises(ValueError, match=r"sparsity is 1\.5"):
-        sweep(W, U, None, None, None, 0, False, 1, 1.5)
+        sweep(W, R, None, None, None, 0, False, 1, 1.5)
     with pytest.raises(ValueError, match="keep=2 and of=4"):
-        sweep(W, U, None, None, None, 0, False, 1, 0.0, 2, 4)
+        sweep(W, R, None, None, None, 0, False, 1, 0.0, 2, 4)
     with pytest.raises(ValueError, match="group was given without scale"):
-        sweep(W, U, None, None, torch.zeros(6, dtype=torch.int64), 4)
+        sweep(W, R, None, None, torch.zeros(6, dtype=torch.int64), 4)

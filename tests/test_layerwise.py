@@ -130,6 +130,9 @@ def test_a_killed_collection_resumes_with_the_same_bits(tmp_path):
     model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(layers)))
     data = [torch.randn(5, 6) for _ in range(batches)]
     whole = LayerStatistics(model).collect(data, progress=False)
+    in_files = LayerStatistics(model, folder=tmp_path / "sums").collect(data, progress=False)
+    assert all(torch.equal(in_files[name].gram, whole[name].gram) for name in whole.names)
+    assert not list((tmp_path / "sums").iterdir())  # they have no names
     checkpoint = tmp_path / "statistics.pt"
     reader, writer = os.pipe()
     child = os.fork()
@@ -153,6 +156,8 @@ def test_a_killed_collection_resumes_with_the_same_bits(tmp_path):
     assert resumed.batches == batches
     assert resumed[str(layers - 1)].count == 5 * batches
     assert all(torch.equal(resumed[name].gram, whole[name].gram) for name in whole.names)
+    in_files.load(checkpoint).merge(in_files)
+    assert torch.equal(in_files["7"].gram, 2 * whole["7"].gram)
     with pytest.raises(ValueError, match=r"expected torch.float64 sums"):
         LayerStatistics(model, dtype=torch.float64).load(checkpoint)
 

@@ -244,6 +244,9 @@ REFUSED = {
     ),
     "targets that are none": (lambda: edited(targets=[1, 2]), TypeError, "targets is list"),
     "targets of NaN": (lambda: edited(targets=torch.full((2, 5), torch.nan)), ValueError, "targets hold NaN"),
+    "a strength without end": (lambda: edited(strength=float("inf")), ValueError, "strength is inf"),
+    "no teacher": (lambda: refit(perceptron(), [X], None), TypeError, "teacher is NoneType"),
+    "blocks by number": (lambda: replace_blocks(perceptron(), [X], [1, 2]), TypeError, r"blocks is \[1, 2\]"),
     "no statistics": (lambda: edited(statistics=None), TypeError, "statistics is NoneType"),
 }
 
@@ -260,3 +263,22 @@ def test_a_file_of_other_sizes_is_refused(tmp_path):
     wider = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 5))
     with pytest.raises(ValueError, match="16 features of the layer '2'; expected 20"):
         LayerStatistics(wider).load(tmp_path / "sums.pt")
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    LayerStatistics(perceptron()).update(X).save(tmp_path / "sums.pt")
+    for damaged in (b"", b"junk", (tmp_path / "sums.pt").read_bytes()[:500]):
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged\.pt is no file"):
+            LayerStatistics(perceptron()).load(tmp_path / "damaged.pt")
+
+
+@pytest.mark.parametrize("call", [quantize, lambda model, data, **options: prune(model, data, (2, 16), **options)])
+def test_what_is_refused_has_changed_nothing(call):
+    model = perceptron()
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"holds NaN or infinity|expected a multiple of 16"):
+        call(model, [X], progress=False)
+    assert torch.equal(model[0].weight, before)

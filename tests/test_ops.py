@@ -223,7 +223,7 @@ SAMPLES = [(name, label) for name in OPS for label in samples_of(name, Make(torc
 # Those of tests/test_attention_ops.py, test_compensated_sweep.py, test_mlp.py, test_polar.py and test_segments.py.
 ELSEWHERE = ["attention", "attention_and_jvp", "attention_jvp"]
 ELSEWHERE += ["attention_backward", "attention_backward_and_jvp", "attention_backward_jvp"]
-ELSEWHERE += ["compensated_sweep", "mlp_gradient", "mlp_jacobian", "mlp_product", "polar"]
+ELSEWHERE += ["compensated_sweep", "unit_cholesky", "mlp_gradient", "mlp_jacobian", "mlp_product", "polar"]
 ELSEWHERE += ["apply_segments_inverse", "solve_normal_segments", "solve_normal_segments_ex"]
 
 

@@ -1,10 +1,12 @@
-// One layer of a network solved with the Gram matrix A of its inputs: the factor of A⁻¹, and the sweep that rounds or
-// removes weights column by column and lets the columns to come make up for it.
+// One layer of a network solved with the Gram matrix A of its inputs: factors of A and of A⁻¹, and the sweep that
+// rounds or removes weights column by column and lets the columns to come make up for it.
 //   inverse_cholesky  A⁻¹ = UᵀU, U upper, without the inverse: the Cholesky factor of A reversed, Ã = LLᵀ with
 //                     Ã(i, j) = A(n−1−i, n−1−j), then L⁻¹, which reversed is U
+//   unit_cholesky     A = R P² Rᵀ, R unit upper: L reversed, its columns over their diagonal elements P = 1 / diag U
 //   compensated_sweep for each column j: q = what w_j becomes, e = (w_j − q) / U_jj, w ← w − e U_j: on the columns
 //                     after j; the output error Σ‖(W − Ŵ)x‖² grows by e² (Hassibi and Stork 1993; Frantar et al.
-//                     2022-23)
+//                     2022-23). With R, w ← w + d R_j: where d is what w_j was at first − q: since d = eU and U =
+//                     P⁻¹R⁻¹, each column is the same when it is reached (LDLQ, Chee et al. 2023), but not before
 // Instantiated for float and double.
 #pragma once
 
@@ -25,7 +27,8 @@ struct InverseCholeskyArgs {
     int64_t n = 0;
     Batched<const T> a;        // n × n, of which the lower triangle is read
     Batched<const T> damping;  // times the mean of A's diagonal is added to the diagonal
-    T* factor = nullptr;       // U, row-major, zeros below the diagonal; NaN where info is not 0
+    bool unit = false;         // R with P on its diagonal, not U
+    T* factor = nullptr;       // row-major, zeros below the diagonal; NaN where info is not 0
     // 0; kNotFinite; or the order of the first trailing minor (the last features) that is not positive definite.
     int32_t* info = nullptr;
 };
@@ -35,8 +38,13 @@ Status inverse_cholesky(const InverseCholeskyArgs<T>& args);
 template <class T>
 struct SweepArgs {
     int64_t rows = 0, columns = 0;
-    T* w = nullptr;        // rows × columns, contiguous; replaced by Ŵ
-    const T* u = nullptr;  // columns × columns, contiguous, upper
+    const T* w = nullptr;       // W, rows × columns, contiguous
+    T* swept = nullptr;         // Ŵ, likewise
+    const T* factor = nullptr;  // U, or R with P on its diagonal, columns × columns, contiguous
+
+    // The factor is R, which takes no inverse. Columns are not judged before they are reached then: no pruning, and
+    // grids are given, or one is for all columns.
+    bool unit = false;
 
     // Quantisation to code ∈ [0, 2^bits), q = scale (code − zero); bits = 0: none.
     int64_t bits = 0;
@@ -59,7 +67,7 @@ struct SweepArgs {
 template <class T>
 Status compensated_sweep(const SweepArgs<T>& args);
 
-// Columns that are finished before their errors go to all columns after them.
+// Columns that are finished before their changes go to all columns after them.
 inline constexpr int64_t kSweepBlock = 128;
 
 // The end of the block that starts at a column: no group of columns that are judged together is cut, but for groups of

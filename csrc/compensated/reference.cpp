@@ -43,8 +43,8 @@ void grid(const SweepArgs<T>& args, int64_t row, int64_t begin, int64_t end, int
     T low = 0;
     T high = 0;
     for (int64_t j = begin; j < end; ++j) {
-        low = std::min(low, args.w[row * args.columns + j]);
-        high = std::max(high, args.w[row * args.columns + j]);
+        low = std::min(low, args.swept[row * args.columns + j]);
+        high = std::max(high, args.swept[row * args.columns + j]);
     }
     if (args.symmetric) {
         high = std::max(high, -low);
@@ -96,8 +96,14 @@ Status inverse_cholesky(const InverseCholeskyArgs<T>& args) {
         }
         for (int64_t i = 0; i < n; ++i) {
             for (int64_t j = 0; j < n; ++j) {
-                to[i * n + j] = info != 0 ? std::numeric_limits<T>::quiet_NaN()
-                                          : static_cast<T>(inverse[(n - 1 - i) * n + (n - 1 - j)]);
+                double value = std::numeric_limits<double>::quiet_NaN();
+                if (info == 0 && args.unit) {
+                    const double pivot = c[(n - 1 - j) * (n + 1)];
+                    value = i == j ? pivot : i < j ? c[(n - 1 - i) * n + (n - 1 - j)] / pivot : 0.0;
+                } else if (info == 0) {
+                    value = inverse[(n - 1 - i) * n + (n - 1 - j)];
+                }
+                to[i * n + j] = static_cast<T>(value);
             }
         }
     }
@@ -108,8 +114,9 @@ template <class T>
 Status compensated_sweep(const SweepArgs<T>& args) {
     const int64_t n = args.columns;
     std::fill_n(args.error, args.rows, 0.0);
+    std::copy_n(args.w, args.rows * n, args.swept);
     const auto score = [&](int64_t row, int64_t j) {
-        const T ratio = args.w[row * n + j] / args.u[j * n + j];
+        const T ratio = args.swept[row * n + j] / args.factor[j * n + j];
         return ratio * ratio;
     };
     for (int64_t start = 0; start < n;) {
@@ -127,7 +134,7 @@ Status compensated_sweep(const SweepArgs<T>& args) {
             threshold = scores[static_cast<size_t>(removed - 1)];
         }
         for (int64_t row = 0; row < args.rows; ++row) {
-            T* w = args.w + row * n;
+            T* w = args.swept + row * n;
             // Decided for the whole block, and for each run of `of` columns, before anything of it changes.
             std::vector<bool> gone(static_cast<size_t>(end - start));
             for (int64_t j = start; j < end; ++j) {
@@ -158,10 +165,12 @@ Status compensated_sweep(const SweepArgs<T>& args) {
                     args.codes[row * n + j] = static_cast<uint8_t>(code);
                     q = scale * (code - zero);
                 }
-                const T e = (w[j] - q) / args.u[j * n + j];
+                const T pivot = args.factor[j * n + j];
+                const T e = args.unit ? (w[j] - q) * pivot : (w[j] - q) / pivot;
+                const T change = args.unit ? args.w[row * n + j] - q : -e;
                 args.error[row] += static_cast<double>(e) * static_cast<double>(e);
                 for (int64_t l = j + 1; l < n; ++l) {
-                    w[l] -= e * args.u[j * n + l];
+                    w[l] += change * args.factor[j * n + l];
                 }
                 w[j] = q;
             }

@@ -208,6 +208,7 @@ def inverse_cholesky_f32(
     damping: _Operand,
     batch: Sequence[int],
     n: int,
+    unit: bool,
     factor: int,
     info: int,
 ) -> None: ...
@@ -225,7 +226,9 @@ def polar_f32(
 ) -> None: ...
 def compensated_sweep_f32(
     w: int,
-    u: int,
+    swept: int,
+    factor: int,
+    unit: bool,
     rows: int,
     columns: int,
     bits: int,

@@ -45,15 +45,16 @@ struct Inverse {
     std::vector<int32_t> info;
 };
 
-// `transposed`: the matrices are stored by columns.
+// `transposed`: the matrices are stored by columns. `unit`: R, not U.
 template <bool Tuned, class T>
-Inverse<T> invert(const std::vector<T>& a, int64_t problems, int64_t n, bool transposed = false) {
+Inverse<T> invert(const std::vector<T>& a, int64_t problems, int64_t n, bool transposed = false, bool unit = false) {
     const std::vector<T> damping = {T(0.01)};
     Inverse<T> out{std::vector<T>(a.size()), std::vector<int32_t>(static_cast<size_t>(problems), 7)};
     InverseCholeskyArgs<T> args;
     args.batch.dims = 1;
     args.batch.size[0] = problems;
     args.n = n;
+    args.unit = unit;
     args.a = {a.data(), transposed ? 1 : n, transposed ? n : 1, {n * n}};
     args.damping = {damping.data(), 0, 0, {0}};
     args.factor = out.factor.data();
@@ -76,6 +77,12 @@ void test_inverse_case(std::mt19937& random, int64_t problems, int64_t n) {
     check(difference(serial.factor, expected.factor) < (sizeof(T) == 4 ? 2e-5 : 1e-12), "factor " + label);
     const Inverse<T> threaded = with_threads([&] { return invert<true>(a, problems, n); });
     check(identical(threaded.factor, serial.factor), "threads " + label);
+    const Inverse<T> without = invert<false>(a, problems, n, false, true);
+    const Inverse<T> unit = invert<true>(a, problems, n, false, true);
+    check(unit.info == expected.info, "info of R " + label);
+    check(difference(unit.factor, without.factor) < (sizeof(T) == 4 ? 2e-5 : 1e-12), "R " + label);
+    check(identical(with_threads([&] { return invert<true>(a, problems, n, false, true); }).factor, unit.factor),
+          "threads of R " + label);
     std::vector<T> columns(a.size());
     for (int64_t problem = 0; problem < problems; ++problem) {
         for (int64_t i = 0; i < n; ++i) {
@@ -137,6 +144,7 @@ struct Sweep {
     bool given = false;  // grids of interleaved groups
     double sparsity = 0.0;
     int64_t keep = 0, of = 0;
+    bool unit = false;
 };
 
 template <class T>
@@ -147,7 +155,7 @@ struct Swept {
 };
 
 template <bool Tuned, class T>
-Swept<T> sweep(const Sweep& sizes, const std::vector<T>& w, const std::vector<T>& u) {
+Swept<T> sweep(const Sweep& sizes, const std::vector<T>& w, const std::vector<T>& factor) {
     const auto rows = static_cast<size_t>(sizes.rows);
     const auto columns = static_cast<size_t>(sizes.columns);
     const size_t groups =
@@ -160,14 +168,15 @@ Swept<T> sweep(const Sweep& sizes, const std::vector<T>& w, const std::vector<T>
     out = {w, std::vector<T>(rows * groups), std::vector<T>(rows * groups), std::vector<uint8_t>(rows * columns),
            std::vector<double>(rows)};
     const auto once = [&] {
-        std::copy(w.begin(), w.end(), out.w.begin());
         std::fill(out.scale.begin(), out.scale.end(), T(0.07));
         std::fill(out.zero.begin(), out.zero.end(), T(5));
         SweepArgs<T> args;
         args.rows = sizes.rows;
         args.columns = sizes.columns;
-        args.w = out.w.data();
-        args.u = u.data();
+        args.w = w.data();
+        args.swept = out.w.data();
+        args.factor = factor.data();
+        args.unit = sizes.unit;
         args.bits = sizes.bits;
         args.symmetric = sizes.symmetric;
         args.group_size = sizes.group_size;
@@ -194,14 +203,15 @@ template <class T>
 void test_sweep_case(std::mt19937& random, const Sweep& sizes) {
     const std::string label = described<T>(std::string(sizes.name) + " " + std::to_string(sizes.rows) + " x " +
                                            std::to_string(sizes.columns));
-    const std::vector<T> u = invert<false>(gram_matrices<T>(random, 1, sizes.columns), 1, sizes.columns).factor;
+    const std::vector<T> factor =
+        invert<false>(gram_matrices<T>(random, 1, sizes.columns), 1, sizes.columns, false, sizes.unit).factor;
     std::uniform_real_distribution<double> uniform(-1.0, 1.0);
     std::vector<T> w(static_cast<size_t>(sizes.rows * sizes.columns));
     std::generate(w.begin(), w.end(), [&] { return static_cast<T>(uniform(random)); });
     // A row of zeros.
     std::fill_n(w.begin(), sizes.rows > 0 ? sizes.columns : 0, T(0));
-    const Swept<T> expected = sweep<false>(sizes, w, u);
-    const Swept<T> serial = sweep<true>(sizes, w, u);
+    const Swept<T> expected = sweep<false>(sizes, w, factor);
+    const Swept<T> serial = sweep<true>(sizes, w, factor);
     if (sizeof(T) == 8 && !sizes.symmetric) {
         check(serial.codes == expected.codes, "codes " + label);
         check(difference(serial.w, expected.w) < 1e-10, "weights " + label);
@@ -223,7 +233,7 @@ void test_sweep_case(std::mt19937& random, const Sweep& sizes) {
         check(sizes.symmetric || unlike * 50 <= static_cast<int64_t>(serial.w.size()), "weights " + label);
         check(off <= 0.02 * sum, "error " + label);
     }
-    const Swept<T> threaded = with_threads([&] { return sweep<true>(sizes, w, u); });
+    const Swept<T> threaded = with_threads([&] { return sweep<true>(sizes, w, factor); });
     check(identical(threaded.w, serial.w) && threaded.codes == serial.codes &&
               identical(threaded.scale, serial.scale) && identical(threaded.error, serial.error),
           "threads " + label);
@@ -237,6 +247,8 @@ const Sweep kSweeps[] = {
     {"4 bits in groups of 200", 70, 460, 4, false, 200},
     {"8 bits, a grid a row", 64, 129, 8, true, 129},
     {"4 bits, grids given", 3, 140, 4, false, 1, true},
+    {"4 bits, a grid a row, R", 66, 300, 4, false, 300, false, 0.0, 0, 0, true},
+    {"4 bits, grids given, R", 67, 512, 4, false, 1, true, 0.0, 0, 0, true},
     {"half", 66, 131, 0, false, 1, false, 0.5},
     {"2 of 4", 65, 420, 0, false, 1, false, 0.0, 2, 4},
     {"1 of 3", 5, 150, 0, false, 1, false, 0.0, 1, 3},

@@ -1,5 +1,6 @@
 // The entry inverse_cholesky: forward elimination of [Ã | 1], in place. Above the diagonal Ã becomes Lᵀ and below it,
 // where Ã is not read, 1 becomes L⁻¹. Each step finishes kStep rows and subtracts their product from the rows below.
+// For R, which is L, the part below the diagonal is left out.
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -17,7 +18,9 @@ constexpr int64_t kStep = 192;
 constexpr int64_t kRows = 96;
 // Panels of a step's rows that a piece of work finishes.
 constexpr int64_t kPanels = 4;
-static_assert(kStep % kRows == 0);
+// Rows and columns that are transposed at a time.
+constexpr int64_t kSquare = 32;
+static_assert(kStep % kRows == 0 && kRows % kSquare == 0);
 
 template <class T>
 InverseCholeskyPlan<T> with_tables() {
@@ -37,6 +40,7 @@ template <class T>
 struct Elimination {
     const InverseCholeskyPlan<T>& plan;
     int64_t n;
+    bool unit;
     T* c;
     T* floor;
     T* inverse_diagonal;
@@ -82,12 +86,15 @@ struct Elimination {
     Status finish_rows(int64_t k0, int64_t k1) {
         const NormalKernels<T>& factor = *plan.factor;
         const int64_t panel = plan.kernels->panel;
-        const int64_t before = k0 / panel;
+        const int64_t before = unit ? 0 : k0 / panel;
         const int64_t last = ceil_div(n, panel);
         const int64_t first = std::min(ceil_div(k1, panel), last);
         const FixedCut left{before, kPanels};
         const FixedCut after{last - first, kPanels};
         auto body = [&](int64_t piece) {
+            if (piece == 0 && unit) {
+                return;
+            }
             if (piece == 0) {
                 const int64_t size = k1 - k0;
                 const int64_t ldz = round_up(size, factor.lanes);
@@ -110,7 +117,7 @@ struct Elimination {
                                            nanoseconds_of_products(kPanels * panel * size * size / 2), body);
         // The inverse of the diagonal block takes its place, which the others have read.
         const int64_t ldz = round_up(size, factor.lanes);
-        for (int64_t i = 0; i < size && status == Status::ok; ++i) {
+        for (int64_t i = 0; i < size && !unit && status == Status::ok; ++i) {
             std::copy_n(diagonal + i * ldz, size, c + (k0 + i) * ld() + k0);
         }
         return status;
@@ -120,9 +127,11 @@ struct Elimination {
     Status update_rows(int64_t k0, int64_t k1) {
         const CompensatedKernels<T>& kernels = *plan.kernels;
         const int64_t depth = k1 - k0;
-        const FixedCut packs{ceil_div(n, kernels.panel), 2 * kPanels};
+        const int64_t unused = unit ? k1 / kernels.panel : 0;
+        const FixedCut packs{ceil_div(n, kernels.panel) - unused, 2 * kPanels};
         auto pack = [&](int64_t piece) {
-            const Range columns{packs[piece].begin * kernels.panel, std::min(n, packs[piece].end * kernels.panel)};
+            const Range columns{(unused + packs[piece].begin) * kernels.panel,
+                                std::min(n, (unused + packs[piece].end) * kernels.panel)};
             kernels.pack_right(c + k0 * ld() + columns.begin, ld(), depth, columns.size(),
                                right + columns.begin * depth);
         };
@@ -140,10 +149,13 @@ struct Elimination {
             const int64_t rows = cut[piece].size();
             kernels.pack_left(lower_factor(k0) + begin, ld(), depth, rows, left);
             T* to = c + begin * ld();
-            kernels.multiply_add(left, right, depth, rows, k1, to, ld());
+            if (!unit) {
+                kernels.multiply_add(left, right, depth, rows, k1, to, ld());
+            }
             kernels.multiply_add(left, right + begin * depth, depth, rows, n - begin, to + begin, ld());
         };
-        return parallel_for(cut.pieces(), nanoseconds_of_products(kRows * depth * (k1 + (n - k1) / 2)), body);
+        return parallel_for(cut.pieces(), nanoseconds_of_products(kRows * depth * ((unit ? 0 : k1) + (n - k1) / 2)),
+                            body);
     }
 
     // Lᵀ of a step, right of its diagonal block.
@@ -169,7 +181,30 @@ struct Elimination {
         return Status::ok;
     }
 
-    // U, which is L⁻¹ reversed; NaN where there is none.
+    // A square of R from the diagonal on: Lᵀ reversed is transposed by way of memory that stays in cache.
+    void write_square(int64_t i0, int64_t j0, T* to) const {
+        T square[kSquare][kSquare];
+        const int64_t rows = std::min(kSquare, n - i0);
+        const int64_t columns = std::min(kSquare, n - j0);
+        for (int64_t j = 0; j < columns; ++j) {
+            const int64_t row = n - 1 - j0 - j;
+            const T* from = c + row * ld() + n - 1 - i0;
+            for (int64_t i = 0; i < rows; ++i) {
+                square[i][j] = from[-i] * inverse_diagonal[row];
+            }
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t first = std::max(i0 + i + 1 - j0, int64_t{0});
+            for (int64_t j = first; j < columns; ++j) {
+                to[(i0 + i) * n + j0 + j] = square[i][j];
+            }
+            if (first > 0 && first <= columns) {
+                to[(i0 + i) * (n + 1)] = c[(n - 1 - i0 - i) * (ld() + 1)];
+            }
+        }
+    }
+
+    // U, which is L⁻¹ reversed, or R; NaN where there is none.
     Status write(bool good, T* to) {
         auto body = [&](int64_t block) {
             const Range range = blocks()[block];
@@ -180,9 +215,17 @@ struct Elimination {
                     continue;
                 }
                 std::fill_n(row, i, T(0));
+                if (unit) {
+                    continue;
+                }
                 const T* from = c + (n - 1 - i) * ld() + n - 1;
                 for (int64_t j = i; j < n; ++j) {
                     row[j] = from[-j];
+                }
+            }
+            for (int64_t j = range.begin; good && unit && j < n; j += kSquare) {
+                for (int64_t i = range.begin; i < std::min(range.end, j + kSquare); i += kSquare) {
+                    write_square(i, j, to);
                 }
             }
         };
@@ -224,6 +267,7 @@ Status run(const InverseCholeskyPlan<T>& plan, const InverseCholeskyArgs<T>& arg
         const CachedWorkspace own(plan.own_layout);
         Elimination<T> matrix{plan,
                               n,
+                              args.unit,
                               own.get(plan.matrix),
                               own.get(plan.floor),
                               own.get(plan.inverse_diagonal),

@@ -35,9 +35,12 @@ struct SweepPlan {
     FixedCut pieces;        // of rows
     int64_t run_width = 0;  // the most columns of a run of blocks
     Layout layout;
-    Part<T> right;   // rows of U, packed
-    Part<T> errors;  // of a run: [piece][column][kSweepRows]
-    Part<T> scores;  // of a block, where a threshold is looked for
+    int64_t ld = 0;
+    Part<T> w;         // W as it is while it is swept
+    Part<T> diagonal;  // the factor where a block of columns meets itself
+    Part<T> right;     // rows of the factor, packed
+    Part<T> changes;   // of a run, for each piece
+    Part<T> scores;    // of a block, where a threshold is looked for
     Layout own_layout;
     Part<T> work;
 };

@@ -6,7 +6,7 @@
 
 namespace onestep::compensated::ONESTEP_NS {
 
-// Columns whose errors are gathered before they go to the rest of the block.
+// Columns whose changes are gathered before they go to the rest of the block.
 inline constexpr int64_t kSweepStep = 16;
 
 template <class T>
@@ -29,25 +29,28 @@ ONESTEP_INLINE Vec<T> clamp_lanes(Vec<T> x, T low, T high) {
 template <class T>
 struct SweepBlock {
     const SweepArgs<T>& args;
+    const SweepMatrices<T>& matrices;
     int64_t begin, rows, start, end;
-    T* w;       // [column][kSweepRows]
-    T* e;       // likewise, −e
-    T* scale;   // [kSweepRows]
-    T* zero;    // [kSweepRows]
-    T* gone;    // [column][kSweepRows], 1 where the element is removed
-    T* square;  // [kSweepRows], Σ e²
+    T* w;            // [column][kSweepRows]
+    T* change;       // likewise, of columns that are done −e; with R what they have lost, W as it was before
+    T* scale;        // [kSweepRows]
+    T* zero;         // [kSweepRows]
+    T* gone;         // [column][kSweepRows], 1 where the element is removed
+    T* square;       // [kSweepRows], Σ e²
+    uint8_t* codes;  // [column][kSweepRows]
 
-    ONESTEP_INLINE T pivot(int64_t j) const { return args.u[j * args.columns + j]; }
+    ONESTEP_INLINE T pivot(int64_t j) const { return factor(j)[j - start]; }
+    // Row j of the factor from column `start` on.
+    ONESTEP_INLINE const T* factor(int64_t j) const { return matrices.diagonal + (j - start) * (end - start); }
     ONESTEP_INLINE T* at(T* from, int64_t j) const { return from + (j - start) * kSweepRows; }
     ONESTEP_INLINE bool removes() const { return args.of > 0 || args.sparsity > 0.0; }
 };
 
 template <class T>
-inline void load_block(const SweepBlock<T>& block) {
+inline void load_block(const SweepBlock<T>& block, const T* w, int64_t step, T* to) {
     const int64_t width = block.end - block.start;
-    const int64_t step = block.args.columns;
     for (int64_t r = 0; r < kSweepRows; r += kLanes<T>) {
-        const T* from = block.args.w + (block.begin + r) * step + block.start;
+        const T* from = w + (block.begin + r) * step + block.start;
         int64_t c = 0;
         for (; r + kLanes<T> <= block.rows && c + kLanes<T> <= width; c += kLanes<T>) {
             Vec<T> square[kLanes<T>];
@@ -56,12 +59,12 @@ inline void load_block(const SweepBlock<T>& block) {
             }
             transpose<T>(square);
             for (int i = 0; i < kLanes<T>; ++i) {
-                store<T>(block.w + (c + i) * kSweepRows + r, square[i]);
+                store<T>(to + (c + i) * kSweepRows + r, square[i]);
             }
         }
         for (; c < width; ++c) {
             for (int64_t i = 0; i < kLanes<T>; ++i) {
-                block.w[c * kSweepRows + r + i] = r + i < block.rows ? from[i * step + c] : T(0);
+                to[c * kSweepRows + r + i] = r + i < block.rows ? from[i * step + c] : T(0);
             }
         }
     }
@@ -72,7 +75,7 @@ inline void store_block(const SweepBlock<T>& block) {
     const int64_t width = block.end - block.start;
     const int64_t step = block.args.columns;
     for (int64_t r = 0; r < block.rows; r += kLanes<T>) {
-        T* to = block.args.w + (block.begin + r) * step + block.start;
+        T* to = block.args.swept + (block.begin + r) * step + block.start;
         int64_t c = 0;
         for (; r + kLanes<T> <= block.rows && c + kLanes<T> <= width; c += kLanes<T>) {
             Vec<T> square[kLanes<T>];
@@ -92,6 +95,18 @@ inline void store_block(const SweepBlock<T>& block) {
     }
 }
 
+// Row by row: a column's codes lie a row apart.
+template <class T>
+inline void store_codes(const SweepBlock<T>& block) {
+    const int64_t width = block.end - block.start;
+    for (int64_t r = 0; r < block.rows; ++r) {
+        uint8_t* to = block.args.codes + (block.begin + r) * block.args.columns + block.start;
+        for (int64_t c = 0; c < width; ++c) {
+            to[c] = block.codes[c * kSweepRows + r];
+        }
+    }
+}
+
 // Grids of the group that starts at column j, from the weights as they are now.
 template <class T>
 inline void find_grids(const SweepBlock<T>& block, int64_t j, int64_t group) {
@@ -105,11 +120,23 @@ inline void find_grids(const SweepBlock<T>& block, int64_t j, int64_t group) {
             low = value < low ? value : low;
             high = value > high ? value : high;
         };
-        const T* row = args.w + (block.begin + r) * args.columns;
+        const T* row = block.matrices.w + (block.begin + r) * block.matrices.ld;
         for (int64_t c = j; c < minimum(last, block.end); ++c) {
             widen_range(block.at(block.w, c)[r]);
         }
-        for (int64_t c = block.end; c < last; ++c) {
+        int64_t c = minimum(block.end, last);
+        Vec<T> lows{};
+        Vec<T> highs{};
+        for (; c + kLanes<T> <= last; c += kLanes<T>) {
+            const Vec<T> values = load<T>(row + c);
+            lows = values < lows ? values : lows;
+            highs = values > highs ? values : highs;
+        }
+        for (int i = 0; i < kLanes<T>; ++i) {
+            widen_range(lows[i]);
+            widen_range(highs[i]);
+        }
+        for (; c < last; ++c) {
             widen_range(row[c]);
         }
         if (args.symmetric) {
@@ -171,14 +198,15 @@ inline void choose_up_to(const SweepBlock<T>& block, T threshold) {
     }
 }
 
-// What column j becomes, its codes, and the error that it leaves.
+// What column j becomes, its codes, what it hands on, and the error that it leaves.
 template <class T>
 inline void fix_column(const SweepBlock<T>& block, int64_t j) {
     const SweepArgs<T>& args = block.args;
     T* w = block.at(block.w, j);
+    T* change = block.at(block.change, j);
     const Vec<T> pivot = broadcast<T>(block.pivot(j));
     const T most = static_cast<T>((int64_t{1} << args.bits) - 1);
-    alignas(ONESTEP_VECTOR_BYTES) T codes[kSweepRows];
+    uint8_t* codes = block.codes + (j - block.start) * kSweepRows;
     for (int64_t r = 0; r < kSweepRows; r += kLanes<T>) {
         const Vec<T> before = load<T>(w + r);
         Vec<T> q = before;
@@ -191,48 +219,69 @@ inline void fix_column(const SweepBlock<T>& block, int64_t j) {
             // Beyond ±1000 every code is at its end.
             const Vec<T> steps = round_lanes<T>(clamp_lanes<T>(q / scale, T(-1000), T(1000)));
             const Vec<T> code = clamp_lanes<T>(steps + zero, T(0), most);
-            store<T>(codes + r, code);
+            alignas(ONESTEP_VECTOR_BYTES) T whole[kLanes<T>];
+            store<T>(whole, code);
+            for (int i = 0; i < kLanes<T>; ++i) {
+                codes[r + i] = static_cast<uint8_t>(static_cast<int32_t>(whole[i]));
+            }
             q = scale * (code - zero);
         }
-        const Vec<T> error = (before - q) / pivot;
+        const Vec<T> error = args.unit ? (before - q) * pivot : (before - q) / pivot;
         store<T>(w + r, q);
-        store<T>(block.at(block.e, j) + r, -error);
+        store<T>(change + r, args.unit ? load<T>(change + r) - q : -error);
         store<T>(block.square + r, load<T>(block.square + r) + error * error);
     }
-    if (args.bits > 0) {
-        uint8_t* to = args.codes + block.begin * args.columns + j;
-        for (int64_t r = 0; r < block.rows; ++r) {
-            to[r * args.columns] = static_cast<uint8_t>(codes[r]);
+}
+
+// Columns [l, l + Columns) of w take what the columns [from, to) hand on.
+template <class T, int Columns>
+ONESTEP_INLINE void spread_to(const SweepBlock<T>& block, int64_t from, int64_t to, int64_t l) {
+    constexpr int kVectors = static_cast<int>(kSweepRows) / kLanes<T>;
+    constexpr int kHeld = kVectors < 4 ? kVectors : 4;
+    for (int64_t r = 0; r < kSweepRows; r += kHeld * kLanes<T>) {
+        Vec<T> sum[Columns][kHeld];
+#pragma GCC unroll 2
+        for (int c = 0; c < Columns; ++c) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kHeld; ++v) {
+                sum[c][v] = load<T>(block.at(block.w, l + c) + r + v * kLanes<T>);
+            }
+        }
+        for (int64_t j = from; j < to; ++j) {
+            const T* factors = block.factor(j) + l - block.start;
+            const T* change = block.at(block.change, j) + r;
+            Vec<T> handed[kHeld];
+#pragma GCC unroll 4
+            for (int v = 0; v < kHeld; ++v) {
+                handed[v] = load<T>(change + v * kLanes<T>);
+            }
+#pragma GCC unroll 2
+            for (int c = 0; c < Columns; ++c) {
+#pragma GCC unroll 4
+                for (int v = 0; v < kHeld; ++v) {
+                    sum[c][v] += broadcast<T>(factors[c]) * handed[v];
+                }
+            }
+        }
+#pragma GCC unroll 2
+        for (int c = 0; c < Columns; ++c) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kHeld; ++v) {
+                store<T>(block.at(block.w, l + c) + r + v * kLanes<T>, sum[c][v]);
+            }
         }
     }
 }
 
-// Columns [first, last) of w take the errors of the columns [from, to).
+// Columns [first, last) of w take what the columns [from, to) hand on.
 template <class T>
 inline void spread(const SweepBlock<T>& block, int64_t from, int64_t to, int64_t first, int64_t last) {
-    constexpr int kVectors = static_cast<int>(kSweepRows) / kLanes<T>;
-    constexpr int kHeld = kVectors < 8 ? kVectors : 8;
-    for (int64_t l = first; l < last; ++l) {
-        for (int64_t r = 0; r < kSweepRows; r += kHeld * kLanes<T>) {
-            T* w = block.at(block.w, l) + r;
-            Vec<T> sum[kHeld];
-#pragma GCC unroll 8
-            for (int v = 0; v < kHeld; ++v) {
-                sum[v] = load<T>(w + v * kLanes<T>);
-            }
-            for (int64_t j = from; j < to; ++j) {
-                const Vec<T> u = broadcast<T>(block.args.u[j * block.args.columns + l]);
-                const T* e = block.at(block.e, j) + r;
-#pragma GCC unroll 8
-                for (int v = 0; v < kHeld; ++v) {
-                    sum[v] += u * load<T>(e + v * kLanes<T>);
-                }
-            }
-#pragma GCC unroll 8
-            for (int v = 0; v < kHeld; ++v) {
-                store<T>(w + v * kLanes<T>, sum[v]);
-            }
-        }
+    int64_t l = first;
+    for (; l + 2 <= last; l += 2) {
+        spread_to<T, 2>(block, from, to, l);
+    }
+    if (l < last) {
+        spread_to<T, 1>(block, from, to, l);
     }
 }
 
@@ -252,31 +301,48 @@ inline int64_t step_end(const SweepArgs<T>& args, int64_t step, int64_t end) {
     return last;
 }
 
+// What the block hands on into the run's left operand: tiles side by side in memory, which a product reads once a
+// panel.
+template <class T>
+inline void pack_changes(const SweepBlock<T>& block, const SweepChanges<T>& changes) {
+    for (int64_t r = 0; r < kSweepRows; r += kTileRows) {
+        T* to = changes.run + r * changes.width + changes.block * kTileRows;
+        for (int64_t j = block.start; j < block.end; ++j) {
+            __builtin_memcpy(to + (j - block.start) * kTileRows, block.at(block.change, j) + r, sizeof(T) * kTileRows);
+        }
+    }
+}
+
 template <class T>
 inline int64_t sweep_work(int64_t block) {
-    return (2 * block + 3) * kSweepRows;
+    return (4 * block + 3) * kSweepRows;
 }
 
 template <class T>
 inline void sweep_block(const SweepArgs<T>& args, int64_t begin, int64_t rows, int64_t start, int64_t end, T threshold,
-                        const SweepErrors<T>& errors, T* work) {
+                        const SweepMatrices<T>& matrices, const SweepChanges<T>& changes, T* work) {
     const int64_t size = (end - start) * kSweepRows;
-    T* const grids = work + 2 * size;
+    T* const grids = work + 3 * size;
     const SweepBlock<T> block{args,
+                              matrices,
                               begin,
                               rows,
                               start,
                               end,
                               work,
-                              errors.block,
+                              work + 2 * size,
                               grids,
                               grids + kSweepRows,
                               work + size,
-                              grids + 2 * kSweepRows};
+                              grids + 2 * kSweepRows,
+                              reinterpret_cast<uint8_t*>(grids + 3 * kSweepRows)};
     for (int64_t r = 0; r < kSweepRows; ++r) {
         block.square[r] = T(0);
     }
-    load_block(block);
+    load_block(block, matrices.w, matrices.ld, block.w);
+    if (args.unit) {
+        load_block(block, args.w, args.columns, block.change);
+    }
     if (args.sparsity > 0.0) {
         choose_up_to(block, threshold);
     }
@@ -308,12 +374,17 @@ inline void sweep_block(const SweepArgs<T>& args, int64_t begin, int64_t rows, i
         args.error[begin + r] += static_cast<double>(block.square[r]);
     }
     store_block(block);
-    if (end < errors.until) {
-        multiply_panels<T>(round_up_to(rows, kTileRows) / kTileRows,
-                           round_up_to(errors.until - end, kPanel<T>) / kPanel<T>, 1, errors.depth,
-                           LeftTiles<T>{errors.first, kTileRows, 1, kSweepRows, 0},
-                           {errors.right, kPanel<T> * errors.depth, 0}, true,
-                           {args.w + begin * args.columns + end, args.columns, kPanel<T>, rows, errors.until - end});
+    if (args.bits > 0) {
+        store_codes(block);
+    }
+    if (end < changes.until) {
+        pack_changes(block, changes);
+        multiply_panels<T>(
+            round_up_to(rows, kTileRows) / kTileRows, round_up_to(changes.until - end, kPanel<T>) / kPanel<T>, 1,
+            changes.depth,
+            LeftTiles<T>{changes.run + changes.first * kTileRows, changes.width * kTileRows, 1, kTileRows, 0},
+            {changes.right, kPanel<T> * changes.depth, 0}, true,
+            {matrices.w + begin * matrices.ld + end, matrices.ld, kPanel<T>, rows, changes.until - end});
     }
 }
 

@@ -12,7 +12,8 @@ from onestep.layerwise.merging import merge
 from onestep.layerwise.refitting import refit
 from onestep.layerwise.replacing import replace_blocks
 from onestep.layerwise.report import LayerReport, Report
-from onestep.layerwise.statistics import InputSums, LayerStatistics
+from onestep.layerwise.statistics import LayerStatistics
+from onestep.layerwise.sums import InputSums
 
 __all__ = [
     "InputSums",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep.layerwise.export import QuantizedWeight
-from onestep.layerwise.layers import Layer, Patterns, evaluating
+from onestep.layerwise.layers import Layer, Patterns, evaluating, find_layers
 from onestep.layerwise.order import Sums, solve_in_order
 from onestep.layerwise.report import Report
 from onestep.layerwise.statistics import LayerStatistics
@@ -32,7 +32,8 @@ def quantize(
     """Rounds the weights of linear layers to a few bits, so that the layers' outputs on ``data`` change least.
 
     Column by column, each weight is rounded and its error is made up for by the columns to come: with A = E[xxᵀ] and
-    A⁻¹ = UᵀU, w ← w − (w_j − q)/U_jj · U_j: (Hassibi and Stork 1993; GPTQ, Frantar et al. 2022). The weights are
+    A⁻¹ = UᵀU, w ← w − (w_j − q)/U_jj · U_j: (Hassibi and Stork 1993; GPTQ, Frantar et al. 2022). With a scale
+    for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). The weights are
     replaced in place by the rounded ones; the report has their codes.
 
     Args:
@@ -76,15 +77,30 @@ def quantize(
         plain = _rounded(weight, bits, size, symmetric)
         if act_order:
             order = sums.gram.diagonal().argsort(descending=True, stable=True)
-            result = sums.factor(damping, order)
+            # Grids that are known beforehand: the weights ahead need not be, and R takes half the time of U.
+            result = sums.factor(damping, order, unit=True)
             _, codes, scale, zero, _ = compensated_sweep(
-                weight[:, order], result.U, plain.scale, plain.zero, plain.group[order], bits, symmetric
+                weight[:, order],
+                result.matrix,
+                plain.scale,
+                plain.zero,
+                plain.group[order],
+                bits,
+                symmetric,
+                1,
+                0.0,
+                0,
+                0,
+                True,
             )
             back = order.argsort()
             codes = codes[:, back]
         else:
-            result = sums.factor(damping)
-            _, codes, scale, zero, _ = compensated_sweep(weight, result.U, None, None, None, bits, symmetric, size)
+            unit = size >= weight.shape[1]
+            result = sums.factor(damping, unit=unit)
+            _, codes, scale, zero, _ = compensated_sweep(
+                weight, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
+            )
         quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
         solved = quantized.dequantize()
         layer.write(solved)
@@ -134,15 +150,16 @@ def prune(
         (0.5, True)
     """
     fraction, keep, of = _sparsity(sparsity)
+    for layer in find_layers(model, layers).values():
+        if of and layer.weight.shape[1] % of:
+            raise ValueError(f"layer {layer.name!r} has {layer.weight.shape[1]} features; expected a multiple of {of}")
     report = Report()
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
-        if of and weight.shape[1] % of:
-            raise ValueError(f"layer {layer.name!r} has {weight.shape[1]} features; expected a multiple of {of}")
         sums = Sums(statistics, layer.name)
-        result = sums.factor(damping)
-        solved = compensated_sweep(weight, result.U, None, None, None, 0, False, 1, fraction, keep, of)[0]
+        result = sums.factor(damping, unit=False)
+        solved = compensated_sweep(weight, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
         layer.write(solved)
         plain = _smallest_removed(weight, fraction, keep, of)
         report.layers.append(sums.report(layer.name, weight, plain, solved, result))
@@ -154,10 +171,7 @@ def prune(
 
 def _weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
     # A copy: the layer's own is written to before it is compared with.
-    weight = layer.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"the weight of layer {layer.name!r} holds NaN or infinity; expected finite values")
-    return weight
+    return layer.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> QuantizedWeight:

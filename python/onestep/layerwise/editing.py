@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ def edit(
         >>> model(subject).detach().round(decimals=2)
         tensor([[ 1., -1.]])
     """
-    if not strength > 0:
-        raise ValueError(f"strength is {strength!r}; expected a number above 0")
+    if not 0 < strength < math.inf:
+        raise ValueError(f"strength is {strength!r}; expected a finite number above 0")
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets is {type(targets).__name__}; expected a tensor (subjects, outputs)")
     if not isinstance(statistics, LayerStatistics):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from onestep.evaluation.progress import Progress
 from onestep.layerwise.layers import Layer, Patterns, batches_of, check_on_cpu, find_layers
 from onestep.layerwise.report import LayerReport
 from onestep.layerwise.statistics import LayerStatistics
+from onestep.linalg.damping import unit_cholesky
 from onestep.ops.operands import LinAlgError
 
 
@@ -36,6 +38,10 @@ def solve_in_order(
     """
     chosen = find_layers(model, layers)
     check_on_cpu(chosen.values())
+    # Before any of them is changed.
+    for layer in chosen.values():
+        if not bool(layer.weight.isfinite().all()):
+            raise ValueError(f"the weight of layer {layer.name!r} holds NaN or infinity; expected finite values")
     batches = batches_of(data)
     first = next(iter(batches), None)
     if first is None:
@@ -76,6 +82,14 @@ def _called(model: nn.Module, chosen: dict[str, Layer], batch: Any) -> list[tupl
     return called + [([name], False) for name in last]
 
 
+class Factor(NamedTuple):
+    """A triangular factor, the status of its matrix with the damping that was asked for, and the damping it took."""
+
+    matrix: Tensor
+    info: int
+    damping: float
+
+
 class Sums:
     """The Gram matrix of a layer's inputs, ready to be solved with: means over the rows, dead inputs set apart.
 
@@ -100,21 +114,20 @@ class Sums:
         change = change.to(self.raw.dtype)
         return float(((change @ self.raw) * change).sum(dtype=torch.float64).clamp(min=0.0))
 
-    def factor(self, damping: float, order: Tensor | None = None) -> linalg.InverseCholeskyResult:
-        """U of the damped Gram matrix, with its rows and columns in another order if one is given.
+    def factor(self, damping: float, order: Tensor | None = None, *, unit: bool) -> Factor:
+        """U of the inverse of the damped Gram matrix, or R of the matrix itself (``unit``), in another order if asked.
 
         Raises:
             LinAlgError: there is none with any damping.
         """
         gram = self.gram if order is None else self.gram[order][:, order]
-        result = linalg.inverse_cholesky(gram, damping=damping)
-        if bool(result.damping.isnan()):
+        factor, info, used = (unit_cholesky if unit else linalg.inverse_cholesky)(gram, damping=damping)
+        result = Factor(factor, int(info), float(used))
+        if math.isnan(result.damping):
             raise LinAlgError("the Gram matrix of a layer's inputs has no factor with any damping")
         return result
 
-    def report(
-        self, name: str, weight: Tensor, plain: Tensor, solved: Tensor, result: linalg.InverseCholeskyResult
-    ) -> LayerReport:
+    def report(self, name: str, weight: Tensor, plain: Tensor, solved: Tensor, result: Factor) -> LayerReport:
         """What ``solved`` and, without the solve, ``plain`` lose of what ``weight`` puts out."""
         whole = self.loss(weight) or 1.0
         return LayerReport(
@@ -122,8 +135,8 @@ class Sums:
             rows=self.rows,
             features=weight.shape[1],
             dead=int(self.dead.sum()),
-            info=int(result.info),
-            damping=float(result.damping),
+            info=result.info,
+            damping=result.damping,
             error_before=self.loss(weight - plain) / whole,
             error=self.loss(weight - solved) / whole,
         )

@@ -66,6 +66,8 @@ def refit(
     """
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge!r}; expected a number of 0 or more")
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher is {type(teacher).__name__}; expected torch.nn.Module")
     if teacher is model:
         raise ValueError("teacher is model itself; expected another one, such as copy.deepcopy(model) from before")
     report = Report()

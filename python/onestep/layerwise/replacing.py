@@ -133,7 +133,7 @@ def replace_blocks(
 
 def _run_of(model: nn.Module, blocks: Sequence[str]) -> tuple[Any, int, int]:
     """The container, the place of the first block in it, and how many there are."""
-    if isinstance(blocks, str) or not blocks:
+    if isinstance(blocks, str) or not blocks or not all(isinstance(name, str) for name in blocks):
         raise TypeError(f"blocks is {blocks!r}; expected the names of one or more blocks")
     names = [name.rpartition(".") for name in blocks]
     parents = {parent for parent, _, _ in names}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
+import struct
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from onestep import linalg
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.experts import ExpertCalls
 from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, mask_of
+from onestep.layerwise.sums import InputSums, Storage, TargetSums
 from onestep.ops.operands import LinAlgError
 
 _DTYPES = (torch.float32, torch.float64)
@@ -23,44 +25,6 @@ _DTYPES = (torch.float32, torch.float64)
 
 class _Enough(Exception):
     """Ends a forward pass when all that was waited for has been seen."""
-
-
-@dataclass(frozen=True)
-class InputSums:
-    """Over the rows x that reached a layer.
-
-    Attributes:
-        gram: (d,d), Σxxᵀ, float32 or float64, as ``LayerStatistics`` was told.
-        total: (d,), Σx, likewise.
-        count: rows.
-    """
-
-    gram: Tensor
-    total: Tensor
-    count: int
-
-    def plus(self, other: InputSums) -> InputSums:
-        """The sums over both."""
-        return InputSums(self.gram + other.gram, self.total + other.total, self.count + other.count)
-
-
-@dataclass(frozen=True)
-class TargetSums:
-    """Over the rows x that reached a layer and the teacher's outputs t for them.
-
-    Attributes:
-        cross: (d,k), Σxtᵀ.
-        total: (k,), Σt.
-        square: (), Σ‖t‖².
-    """
-
-    cross: Tensor
-    total: Tensor
-    square: Tensor
-
-    def plus(self, other: TargetSums) -> TargetSums:
-        """The sums over both."""
-        return TargetSums(self.cross + other.cross, self.total + other.total, self.square + other.square)
 
 
 class LayerStatistics:
@@ -77,6 +41,7 @@ class LayerStatistics:
             and transformers' Conv1D; of experts that are stacked in one parameter each one, "…experts.down_proj.3".
         teacher: a model with layers of the same names, whose outputs for the same batch are the targets.
         dtype: of the sums, torch.float32 or torch.float64. Rows of other dtypes are converted.
+        folder: keep the matrices in files there, as where those of all layers do not fit into memory.
 
     Attributes:
         names: the layers.
@@ -98,11 +63,13 @@ class LayerStatistics:
         *,
         teacher: nn.Module | None = None,
         dtype: torch.dtype = torch.float32,
+        folder: str | Path | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise TypeError(f"dtype is {dtype}; expected torch.float32 or torch.float64")
         self._layers = find_layers(model, layers)
         self._model, self._teacher, self._dtype = model, teacher, dtype
+        self._storage = Storage(folder)
         self._teachers: dict[str, Layer] = {}
         if teacher is not None:
             self._teachers = find_layers(teacher, list(self._layers), what="teacher")
@@ -157,7 +124,7 @@ class LayerStatistics:
         Raises:
             ValueError: a layer's inputs hold NaN or infinity, or overflow; nothing of the batch has been added then.
         """
-        seen = _Pass(self._dtype, mask_of(batch), set(self.names) if stop_early else None)
+        seen = _Pass(self._dtype, mask_of(batch), set(self.names) if stop_early else None, self._storage)
         models = [self._model] if self._teacher is None else [self._teacher, self._model]
         with evaluating(*models):
             if self._teacher is not None:
@@ -222,11 +189,11 @@ class LayerStatistics:
             mine = self._inputs.get(name)
             key = (id(mine), id(added))
             if key not in merged:
-                merged[key] = added if mine is None else mine.plus(added)
+                merged[key] = added if mine is None else mine.plus(added, self._storage)
             inputs[name] = merged[key]
         targets = dict(self._targets)
         for name, sums in other._targets.items():
-            targets[name] = targets[name].plus(sums) if name in targets else sums
+            targets[name] = targets[name].plus(sums, self._storage) if name in targets else sums
         self._inputs, self._targets, self.batches = inputs, targets, self.batches + other.batches
         return self
 
@@ -253,9 +220,12 @@ class LayerStatistics:
         """Takes everything from a file that ``save`` wrote; returns self.
 
         Raises:
-            ValueError: the file is of other layers, other numbers of features, or another dtype.
+            ValueError: the file is damaged, or of other layers, other numbers of features, or another dtype.
         """
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True, mmap=self._storage.folder is not None)
+        except (EOFError, RuntimeError, pickle.UnpicklingError, struct.error) as error:
+            raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged: {error}") from error
         unknown = [name for name in state["layers"] if name not in self._layers]
         if unknown or state["dtype"] != str(self._dtype):
             raise ValueError(
@@ -278,7 +248,7 @@ class LayerStatistics:
 
         Nothing is added. Inputs are numbered; the same number is the same tensor.
         """
-        seen = _Pass(self._dtype, None, None, sums=False)
+        seen = _Pass(self._dtype, None, None, self._storage, sums=False)
         with evaluating(self._model), _hooks(self._layers, seen.take_input, after=False):
             call(self._model, batch)
         return seen.given
@@ -316,21 +286,29 @@ class LayerStatistics:
             if place not in moved:
                 new = old
                 for key in keys:
-                    new = seen.sums[key] if new is None else new.plus(seen.sums[key])
+                    new = seen.sums[key] if new is None else new.plus(seen.sums[key], self._storage)
                 assert new is not None
                 moved[place] = new
             inputs[name] = moved[place]
         targets = dict(self._targets)
         for name, sums in seen.crossed.items():
-            targets[name] = targets[name].plus(sums) if name in targets else sums
+            targets[name] = targets[name].plus(sums, self._storage) if name in targets else sums
         self._inputs, self._targets, self.batches = inputs, targets, self.batches + 1
 
 
 class _Pass:
     """What the hooks see during one forward pass."""
 
-    def __init__(self, dtype: torch.dtype, mask: Tensor | None, awaited: set[str] | None, *, sums: bool = True) -> None:
-        self.dtype, self.mask, self.awaited, self._adds = dtype, mask, awaited, sums
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        mask: Tensor | None,
+        awaited: set[str] | None,
+        storage: Storage,
+        *,
+        sums: bool = True,
+    ) -> None:
+        self.dtype, self.mask, self.awaited, self._storage, self._adds = dtype, mask, awaited, storage, sums
         self.sums: dict[int, InputSums] = {}  # by the tensor's id
         self.given: dict[str, list[int]] = {}
         self.crossed: dict[str, TargetSums] = {}
@@ -353,7 +331,7 @@ class _Pass:
             self.kept.append(x)
         elif key not in self.sums:
             rows = self.rows(x)
-            gram = linalg.gram(rows)[0]
+            gram = self._storage.keep(linalg.gram(rows)[0])
             self.sums[key] = InputSums(gram, rows.sum(0), len(rows))
             self.kept.append(x)
         calls = self.given.setdefault(name, [])
@@ -373,8 +351,8 @@ class _Pass:
                 "the two models send rows to it differently"
             )
         target = self.rows(outputs[index])
-        added = TargetSums(rows.mT @ target, target.sum(0), target.square().sum())
-        self.crossed[name] = self.crossed[name].plus(added) if name in self.crossed else added
+        added = TargetSums(self._storage.keep(rows.mT @ target), target.sum(0), target.square().sum())
+        self.crossed[name] = self.crossed[name].plus(added, self._storage) if name in self.crossed else added
 
 
 def _before(take: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:

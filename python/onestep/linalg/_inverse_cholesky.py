@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from onestep.linalg._arguments import floating, number, values_are_known
+from onestep.linalg._arguments import floating
+from onestep.linalg.damping import damped_factor
 from onestep.linalg.dlpack import takes_arrays
 from onestep.ops import compensated as ops
-from onestep.ops.operands import check_size
-
-# Where a matrix is not positive definite, damping goes up tenfold from at least this, the dtype's own noise, to 1.
-_LEAST_DAMPING = {torch.float32: 1e-6, torch.float64: 1e-12}
-_MOST_DAMPING = 1.0
 
 
 class InverseCholeskyResult(NamedTuple):
@@ -68,40 +63,5 @@ def inverse_cholesky(A: Tensor, *, damping: float | Tensor = 0.0, upper: bool = 
         >>> inverse_cholesky(torch.ones(2, 2)).info.item()  # of rank 1
         2
     """
-    A = floating("A", A)
-    if A.dim() < 2:
-        raise ValueError(f"A has shape {tuple(A.shape)}; expected square matrices (..., n, n)")
-    check_size("A", A, -2, A.shape[-1], "square matrices (..., n, n)")
-    asked = _damping(damping, A)
-    U, info = ops.inverse_cholesky(A, asked)
-    used = asked.expand(info.shape).clone()
-    if values_are_known(A) and bool((info > 0).any()):
-        used = _escalated(A.detach(), info, used)
-        U = ops.inverse_cholesky(A, used.nan_to_num(nan=0.0))[0]
-    else:
-        used = torch.where(info == 0, used, torch.nan)
-    return InverseCholeskyResult(U if upper else U.mT, info, torch.where(info < 0, torch.nan, used))
-
-
-def _damping(damping: float | Tensor, A: Tensor) -> Tensor:
-    if isinstance(damping, Tensor):
-        asked = damping.detach().to(dtype=A.dtype, device=A.device)
-        if values_are_known(asked) and not bool(((asked >= 0) & asked.isfinite()).all()):
-            raise ValueError("damping has values that are negative or not finite; expected 0 or more")
-        return asked
-    amount = number("damping", damping, 0.0, torch.finfo(A.dtype).max, "a finite number of 0 or more")
-    return torch.tensor(amount, dtype=A.dtype, device=A.device)
-
-
-def _escalated(A: Tensor, info: Tensor, asked: Tensor) -> Tensor:
-    """For each matrix that is not positive definite the damping with which it is; NaN where none is."""
-    least = _LEAST_DAMPING[A.dtype]
-    flat, tried = A.reshape(-1, *A.shape[-2:]), asked.reshape(-1)
-    failed = (info.reshape(-1) > 0).nonzero().squeeze(-1)
-    while len(failed):
-        tried[failed] = (10.0 * tried[failed]).clamp(min=least)
-        over = tried[failed] > _MOST_DAMPING * 1.001
-        tried[failed[over]] = torch.nan
-        failed = failed[~over]
-        failed = failed[ops.inverse_cholesky(flat[failed], tried[failed])[1] != 0]
-    return tried.reshape(asked.shape)
+    U, info, used = damped_factor(ops.inverse_cholesky, floating("A", A), damping)
+    return InverseCholeskyResult(U if upper else U.mT, info, used)

@@ -1,6 +1,6 @@
-"""A layer solved with the Gram matrix of its inputs: ``inverse_cholesky``, ``compensated_sweep``."""
+"""A layer solved with the Gram matrix of its inputs: ``inverse_cholesky``, ``unit_cholesky``, ``compensated_sweep``."""
 
 from onestep.ops.compensated import cpu, derivatives
-from onestep.ops.compensated.schema import NOT_FINITE, compensated_sweep, inverse_cholesky
+from onestep.ops.compensated.schema import NOT_FINITE, compensated_sweep, inverse_cholesky, unit_cholesky
 
-__all__ = ["NOT_FINITE", "compensated_sweep", "cpu", "derivatives", "inverse_cholesky"]
+__all__ = ["NOT_FINITE", "compensated_sweep", "cpu", "derivatives", "inverse_cholesky", "unit_cholesky"]

@@ -20,25 +20,35 @@ _SWEEP: Entries = {torch.float32: _native.compensated_sweep_f32, torch.float64: 
 
 @register(schema.inverse_cholesky, device="cpu")
 def _inverse_cholesky(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    U, info = schema.inverse_cholesky_results(A, damping)
+    return _factor(A, damping, unit=False)
+
+
+@register(schema.unit_cholesky, device="cpu")
+def _unit_cholesky(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    return _factor(A, damping, unit=True)
+
+
+def _factor(A: Tensor, damping: Tensor, *, unit: bool) -> tuple[Tensor, Tensor]:
+    factor, info = schema.factor_results(A, damping)
     batch = tuple(info.shape)
-    if U.numel() == 0:
-        return U, info.zero_()
+    if factor.numel() == 0:
+        return factor, info.zero_()
     _INVERSE[A.dtype](
         a=operand(A, batch, 2),
         damping=operand(damping, batch, 0),
         batch=kernel_batch(batch),
         n=A.shape[-1],
-        factor=U.data_ptr(),
+        unit=unit,
+        factor=factor.data_ptr(),
         info=info.data_ptr(),
     )
-    return U, info
+    return factor, info
 
 
 @register(schema.compensated_sweep, device="cpu")
 def _compensated_sweep(
     W: Tensor,
-    U: Tensor,
+    factor: Tensor,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
     group: Tensor | None = None,
@@ -48,10 +58,13 @@ def _compensated_sweep(
     sparsity: float = 0.0,
     keep: int = 0,
     of: int = 0,
+    unit: bool = False,
 ) -> schema.Swept:
-    out = schema.compensated_sweep_results(W, U, scale, zero, group, bits, symmetric, group_size, sparsity, keep, of)
+    out = schema.compensated_sweep_results(
+        W, factor, scale, zero, group, bits, symmetric, group_size, sparsity, keep, of, unit
+    )
     swept, codes, scales, zeros, error = out
-    swept.copy_(W)
+    weight = W.contiguous()
     columns = None
     if group is not None and scale is not None and zero is not None:
         scales.copy_(scale)
@@ -59,10 +72,12 @@ def _compensated_sweep(
         columns = group.contiguous()
         if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < scales.shape[1]:
             raise ValueError(f"group has values outside 0 to {scales.shape[1] - 1}, the columns of scale")
-    upper = U.contiguous()
+    upper = factor.contiguous()
     _SWEEP[W.dtype](
-        w=swept.data_ptr(),
-        u=upper.data_ptr(),
+        w=weight.data_ptr(),
+        swept=swept.data_ptr(),
+        factor=upper.data_ptr(),
+        unit=unit,
         rows=W.shape[0],
         columns=W.shape[1],
         bits=bits,

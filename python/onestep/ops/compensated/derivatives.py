@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from onestep.ops._derivatives import OpFunction, register_derivatives, register_not_differentiable
-from onestep.ops.compensated.schema import compensated_sweep, inverse_cholesky
+from onestep.ops.compensated.schema import compensated_sweep, inverse_cholesky, unit_cholesky
 
 
 def _upper_half(A: Tensor) -> Tensor:
@@ -62,4 +62,5 @@ class _InverseCholesky(OpFunction):
 
 
 register_derivatives(inverse_cholesky, _InverseCholesky)
-register_not_differentiable(compensated_sweep, "rounding has none: pass W.detach() and U.detach()")
+register_not_differentiable(unit_cholesky, "pass A.detach(), or take inverse_cholesky")
+register_not_differentiable(compensated_sweep, "rounding has none: pass W.detach() and factor.detach()")

@@ -15,8 +15,8 @@ NOT_FINITE = -1
 Swept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def inverse_cholesky_results(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Checks the operands; returns U (…,n,n) and info (…), empty."""
+def factor_results(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks the operands; returns the factor (…,n,n) and info (…), empty."""
     check_floating("A", A)
     check_dims("A", A, 2, "(..., n, n)")
     check_size("A", A, -2, A.shape[-1], "square matrices (..., n, n)")
@@ -29,14 +29,21 @@ def inverse_cholesky_results(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor
 
 inverse_cholesky = define(
     "inverse_cholesky(Tensor A, Tensor damping) -> (Tensor, Tensor)",
-    fake=inverse_cholesky_results,
+    fake=factor_results,
+    own_dims=(2, 0),
+)
+
+# A = R P² Rᵀ: R unit upper triangular, with P on its diagonal.
+unit_cholesky = define(
+    "unit_cholesky(Tensor A, Tensor damping) -> (Tensor, Tensor)",
+    fake=factor_results,
     own_dims=(2, 0),
 )
 
 
 def compensated_sweep_results(
     W: Tensor,
-    U: Tensor,
+    factor: Tensor,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
     group: Tensor | None = None,
@@ -46,15 +53,16 @@ def compensated_sweep_results(
     sparsity: float = 0.0,
     keep: int = 0,
     of: int = 0,
+    unit: bool = False,
 ) -> Swept:
     """Checks the operands; returns Ŵ (n,d), codes (n,d), scale (n,groups), zero (n,groups) and error (n), empty."""
     check_floating("W", W)
     if W.dim() != 2:
         raise ValueError(f"W has shape {tuple(W.shape)}; expected (n, d)")
     n, d = W.shape
-    check_like("U", U, W)
-    if U.shape != (d, d):
-        raise ValueError(f"U has shape {tuple(U.shape)}; expected ({d}, {d}): as many columns as W")
+    check_like("factor", factor, W)
+    if factor.shape != (d, d):
+        raise ValueError(f"factor has shape {tuple(factor.shape)}; expected ({d}, {d}): as many columns as W")
     if not 0 <= bits <= 8:
         raise ValueError(f"bits is {bits}; expected 1 to 8, or 0 for none")
     if not 0.0 <= sparsity <= 1.0:
@@ -63,6 +71,8 @@ def compensated_sweep_results(
         raise ValueError(f"keep={keep} and of={of}; expected 0 <= keep <= of, and of to divide the {d} columns of W")
     if of > 0 and bits > 0 and group is None and group_size % of != 0:
         raise ValueError(f"group_size is {group_size}; expected a multiple of of={of}")
+    if unit and (sparsity > 0.0 or of > 0 or (bits > 0 and group is None and group_size < d)):
+        raise ValueError("unit was given with pruning or grids of groups; expected U, which shows columns ahead")
     if group is None:
         if group_size < 1:
             raise ValueError(f"group_size is {group_size}; expected 1 or more")
@@ -83,8 +93,8 @@ def compensated_sweep_results(
 
 
 compensated_sweep = define(
-    "compensated_sweep(Tensor W, Tensor U, Tensor? scale=None, Tensor? zero=None, Tensor? group=None, int bits=0, "
-    "bool symmetric=False, int group_size=1, float sparsity=0.0, int keep=0, int of=0) "
+    "compensated_sweep(Tensor W, Tensor factor, Tensor? scale=None, Tensor? zero=None, Tensor? group=None, int bits=0, "
+    "bool symmetric=False, int group_size=1, float sparsity=0.0, int keep=0, int of=0, bool unit=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=compensated_sweep_results,
 )

@@ -1,0 +1,87 @@
+"""What statistics of a layer are made of, in memory or in files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Storage:
+    """Where matrices are kept: in memory, or in files of a folder that the system reads and writes as it has memory.
+
+    A file has no name once it is mapped, so that nothing is left of it when its matrix is gone,
+    however the process ends.
+
+    Args:
+        folder: made if it is not there; None: memory.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, matrix: Tensor) -> Tensor:
+        """The matrix, or a copy of it in a file."""
+        if self.folder is None:
+            return matrix
+        return self._file(matrix).copy_(matrix)
+
+    def add(self, one: Tensor, other: Tensor) -> Tensor:
+        """The sum of two matrices; they are left as they are."""
+        if self.folder is None:
+            return one + other
+        return torch.add(one, other, out=self._file(one))
+
+    def _file(self, like: Tensor) -> Tensor:
+        if like.numel() == 0:
+            return torch.empty_like(like)
+        handle, path = tempfile.mkstemp(dir=self.folder, suffix=".sums")
+        os.close(handle)
+        try:
+            return torch.from_file(path, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+        finally:
+            os.unlink(path)
+
+
+@dataclass(frozen=True)
+class InputSums:
+    """Over the rows x that reached a layer.
+
+    Attributes:
+        gram: (d,d), Σxxᵀ, float32 or float64, as ``LayerStatistics`` was told.
+        total: (d,), Σx, likewise.
+        count: rows.
+    """
+
+    gram: Tensor
+    total: Tensor
+    count: int
+
+    def plus(self, other: InputSums, storage: Storage) -> InputSums:
+        """The sums over both."""
+        return InputSums(storage.add(self.gram, other.gram), self.total + other.total, self.count + other.count)
+
+
+@dataclass(frozen=True)
+class TargetSums:
+    """Over the rows x that reached a layer and the teacher's outputs t for them.
+
+    Attributes:
+        cross: (d,k), Σxtᵀ.
+        total: (k,), Σt.
+        square: (), Σ‖t‖².
+    """
+
+    cross: Tensor
+    total: Tensor
+    square: Tensor
+
+    def plus(self, other: TargetSums, storage: Storage) -> TargetSums:
+        """The sums over both."""
+        return TargetSums(storage.add(self.cross, other.cross), self.total + other.total, self.square + other.square)

@@ -1,0 +1,88 @@
+"""Triangular factors of matrices whose diagonal is added to until there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onestep.linalg._arguments import floating, number, values_are_known
+from onestep.ops import compensated as ops
+from onestep.ops.operands import check_size
+
+# Where a matrix is not positive definite, damping goes up tenfold from at least this, the dtype's own noise, to 1.
+_LEAST_DAMPING = {torch.float32: 1e-6, torch.float64: 1e-12}
+_MOST_DAMPING = 1.0
+
+Factor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class UnitCholeskyResult(NamedTuple):
+    """What ``unit_cholesky`` returns.
+
+    Attributes:
+        R: (…,n,n), unit upper triangular but for its diagonal, which holds P; NaN where ``damping`` is NaN.
+        info: as ``InverseCholeskyResult``.
+        damping: likewise.
+    """
+
+    R: Tensor
+    info: Tensor
+    damping: Tensor
+
+
+def unit_cholesky(A: Tensor, *, damping: float | Tensor = 0.0) -> UnitCholeskyResult:
+    """Factors A = R P² Rᵀ with R unit upper triangular, in n³/3 operations: half of what ``inverse_cholesky`` takes.
+
+    U = P⁻¹R⁻¹ is the factor of the inverse. Damping and status are those of ``inverse_cholesky``. Not differentiable.
+
+    Args:
+        A: as in ``inverse_cholesky``.
+        damping: likewise.
+
+    Returns:
+        ``UnitCholeskyResult(R, info, damping)``, with P on the diagonal of R.
+    """
+    return UnitCholeskyResult(*damped_factor(ops.unit_cholesky, floating("A", A), damping))
+
+
+def damped_factor(factor: Factor, A: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factor, the status with the damping that was asked for, and the damping that it took."""
+    if A.dim() < 2:
+        raise ValueError(f"A has shape {tuple(A.shape)}; expected square matrices (..., n, n)")
+    check_size("A", A, -2, A.shape[-1], "square matrices (..., n, n)")
+    asked = _damping(damping, A)
+    found, info = factor(A, asked)
+    used = asked.expand(info.shape).clone()
+    if values_are_known(A) and bool((info > 0).any()):
+        used = _escalated(factor, A.detach(), info, used)
+        found = factor(A, used.nan_to_num(nan=0.0))[0]
+    else:
+        used = torch.where(info == 0, used, torch.nan)
+    return found, info, torch.where(info < 0, torch.nan, used)
+
+
+def _damping(damping: float | Tensor, A: Tensor) -> Tensor:
+    if isinstance(damping, Tensor):
+        asked = damping.detach().to(dtype=A.dtype, device=A.device)
+        if values_are_known(asked) and not bool(((asked >= 0) & asked.isfinite()).all()):
+            raise ValueError("damping has values that are negative or not finite; expected 0 or more")
+        return asked
+    amount = number("damping", damping, 0.0, torch.finfo(A.dtype).max, "a finite number of 0 or more")
+    return torch.tensor(amount, dtype=A.dtype, device=A.device)
+
+
+def _escalated(factor: Factor, A: Tensor, info: Tensor, asked: Tensor) -> Tensor:
+    """For each matrix that is not positive definite the damping with which it is; NaN where none is."""
+    least = _LEAST_DAMPING[A.dtype]
+    flat, tried = A.reshape(-1, *A.shape[-2:]), asked.reshape(-1)
+    failed = (info.reshape(-1) > 0).nonzero().squeeze(-1)
+    while len(failed):
+        tried[failed] = (10.0 * tried[failed]).clamp(min=least)
+        over = tried[failed] > _MOST_DAMPING * 1.001
+        tried[failed[over]] = torch.nan
+        failed = failed[~over]
+        failed = failed[factor(flat[failed], tried[failed])[1] != 0]
+    return tried.reshape(asked.shape)
