@@ -263,3 +263,12 @@ def test_data_that_the_model_fails_on_is_described() -> None:
     X, y = data()
     with pytest.raises(RuntimeError, match=r"inputs \(8, 1\) torch.float64, target \(8,\) torch.int64: mat1 and mat2"):
         onestep.fit(model(), (X[:, :1], y), "cross_entropy", method="newton_cg", progress=False)
+
+
+@pytest.mark.parametrize("loss", ["mse", lambda outputs, target: (outputs - target).mean()])
+def test_complex_targets_are_refused(loss: Any) -> None:
+    data = torch.randn(6, 2), torch.randn(6, 1, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"complex64; expected (a real number|real numbers)"):
+        onestep.fit(nn.Linear(2, 1), data, loss, progress=False)
+    with pytest.raises(TypeError, match=r"complex64; expected (a real number|real numbers)"):
+        HessianOperator(nn.Linear(2, 1), data, loss)

@@ -153,7 +153,7 @@ def fit(rows):
 
 fit(2000)
 if kind == "memmap":
-    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + (104 << 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + (132 << 20),) * 2)
 before = status("VmRSS")
 fit(n)
 print(max(0, status("VmHWM") - before) if kind != "memmap" else 0)

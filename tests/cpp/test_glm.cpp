@@ -1,5 +1,6 @@
 // The tuned GLM kernels against the plain loops, for every CPU target of this machine, in every type and family, at
-// every tile edge, serially and with threads. Built with AddressSanitizer and UndefinedBehaviorSanitizer by make test-cpp.
+// every tile edge, serially and with threads. Built with AddressSanitizer and UndefinedBehaviorSanitizer by make
+// test-cpp.
 #include "glm/glm.hpp"
 #include "testing.hpp"
 

@@ -1,5 +1,6 @@
 // The tuned normal-equations kernels against the plain loops, for every CPU target of this machine, in both types, at
-// every tile edge, serially and with threads. Built with AddressSanitizer and UndefinedBehaviorSanitizer by make test-cpp.
+// every tile edge, serially and with threads. Built with AddressSanitizer and UndefinedBehaviorSanitizer by make
+// test-cpp.
 #include <numeric>
 
 #include "normal/normal.hpp"

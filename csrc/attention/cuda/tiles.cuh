@@ -221,8 +221,8 @@ struct TensorProducts : PaddedTiles<T, D> {
         }
     }
 
-    // acc += W B, and W₂ B₂ where B₂ is not null. W enters as the sum of two 16-bit numbers, W₂ (which is P or dS, where
-    // B₂ is a tangent) rounded to one, as in flash attention: decision 0036.
+    // acc += W B, and W₂ B₂ where B₂ is not null. W enters as the sum of two 16-bit numbers, W₂ (which is P or dS,
+    // where B₂ is a tangent) rounded to one, as in flash attention: decision 0036.
     template <int M, int N, int Inner>
     static __device__ __forceinline__ void multiply_weights(float (&acc)[M][D / 8][4], const float (&weights)[M][N][4],
                                                             const T* b, const float (&second_weights)[M][N][4],

@@ -46,6 +46,8 @@ class Loss(NamedTuple):
 
 def like_outputs(outputs: Tensor, target: Tensor) -> Tensor:
     """The target in the outputs' shape: (n,) for (n,1), which torch's own losses would broadcast to (n,n)."""
+    if target.is_complex() or outputs.is_complex():
+        raise TypeError(f"the model's outputs are {outputs.dtype}, the target is {target.dtype}; expected real numbers")
     if target.shape != outputs.shape and target.numel() == outputs.numel():
         target = target.reshape(outputs.shape)
     if target.shape != outputs.shape:
@@ -254,6 +256,8 @@ def as_loss(loss: str | Callable[[Tensor, Any], Tensor], *, of_model: bool = Fal
         if not isinstance(mean, Tensor) or mean.numel() != 1:
             got = f"a tensor of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else repr(mean)
             raise TypeError(f"the loss function returned {got}; expected a scalar, the mean over the rows")
+        if mean.is_complex():
+            raise TypeError(f"the loss function returned {mean.dtype}; expected a real number")
         return mean.reshape(()) * _rows(outputs, target)
 
     return Loss("function", total, lambda target, rows: rows)
