@@ -143,7 +143,8 @@ def operator_calls(draw: Any) -> Call:
             "diagonal": lambda: operator.diagonal(samples),
             "trace": lambda: operator.trace(samples),
             "solve": lambda: operator.solve(v, damping=damping, max_iterations=5),
-            "scipy": lambda: operator.to_scipy() @ v.numpy(),
+            # numpy has no bfloat16.
+            "scipy": lambda: operator.to_scipy() @ (v.float() if v.dtype == torch.bfloat16 else v).numpy(),
         }
         return uses[use]()
 
