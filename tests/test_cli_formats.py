@@ -85,7 +85,7 @@ def test_numerals(run, table, tmp_path, written, value, options):
     ("texts", "message"),
     [
         ([f"{v:,}" for v in 1000 + AMOUNTS], "such as '1,900' on line 2; pass --thousands ',' or --decimal ','"),
-        ([f"{v},5" for v in AMOUNTS], "such as '900,5' on line 2; pass --thousands ',' or --decimal ','"),
+        ([f"{v},5" for v in AMOUNTS], "such as '900,5' on line 2; pass --decimal ','"),
         ([f"{v:,}" for v in AMOUNTS], "'amount' "),
         (["5 %", "$5"] * 20, "mixes the units $, %"),
         ([f"2021-03-{1 + v % 28:02}" for v in AMOUNTS], "dates, such as '2021-03-05' on line 2; pass --dates 'amount'"),
@@ -112,6 +112,23 @@ def test_columns_that_say_something_else(run, table, texts, message):
     assert (code, out) == (2, "") and "'amount'" in err and message in err
     code, _, err = run("fit", path, "--target", "y", "--impute", "median", "--categorical", "amount")
     assert code == 0 or "different values" in err
+
+
+@pytest.mark.parametrize(
+    ("first", "options", "message"),
+    [
+        ("3,5", ["--thousands", ","], "'3,5' on line 2, which does not fit"),
+        ("1.234", ["--decimal", ","], "pass --thousands '.' --decimal ','"),
+        ("9,007,199,254,740,993", ["--thousands", ","], "beyond 2^53"),
+        ("9007199254740993,00", ["--decimal", ","], "beyond 2^53"),
+        ("$9007199254740993", [], "beyond 2^53"),
+    ],
+)
+def test_numbers_that_options_do_not_fit(run, table, first, options, message):
+    """A separator is not taken out wherever it stands, and digits are not lost behind one."""
+    path = table({"amount": [first, *map(str, AMOUNTS[1:])], "y": TARGET})
+    code, out, err = run("fit", path, "--target", "y", *options)
+    assert (code, out) == (2, "") and "'amount'" in err and message in err
 
 
 def test_dates(run, table, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 import traceback
 
@@ -11,9 +12,11 @@ import scipy.sparse
 import torch
 
 import onestep
-from onestep import LogisticRegression, LogisticRegressionCV, PoissonRegressor, Ridge, RidgeClassifier, RidgeCV
+from onestep import LogisticRegression, LogisticRegressionCV, PoissonRegressor, Ridge, RidgeClassifier, RidgeCV, _fork
+from onestep._cached import cached_property
 from onestep._fork import one_thread_after_fork
 from onestep.curvature import GaussNewtonOperator, hvp
+from onestep.estimators._centred import Primal
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(2000, 40))
@@ -98,3 +101,42 @@ def test_nothing_changes_outside_a_fork(restore_threads):
     torch.set_num_threads(2)
     with one_thread_after_fork():
         assert torch.get_num_threads() == 2
+
+
+def test_cached_properties_have_no_lock():
+    """A lock that another thread of the parent held would never be free in the child."""
+    assert not hasattr(Primal._in_double, "lock")
+    assert isinstance(Primal._in_double, cached_property)
+
+    class Counted:
+        calls = 0
+
+        @cached_property
+        def value(self):
+            self.calls += 1
+            return self.calls
+
+    counted = Counted()
+    assert (counted.value, counted.value, counted.calls) == (1, 1, 1)
+
+
+def test_each_thread_gets_its_number_back(restore_threads, monkeypatch):
+    """The thread that ends first in a forked child, too."""
+    monkeypatch.setattr(_fork, "_forked", True)
+    torch.set_num_threads(2)
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with one_thread_after_fork():
+            inside.set()
+            leave.wait(60)
+
+    other = threading.Thread(target=stay)
+    with one_thread_after_fork():
+        other.start()
+        assert inside.wait(60)
+        assert torch.get_num_threads() == 1
+    number = torch.get_num_threads()
+    leave.set()
+    other.join()
+    assert number == 2 and torch.get_num_threads() == 2

@@ -11,7 +11,7 @@ import onestep
 from onestep import _serial_torch, linalg
 from onestep._serial_torch import serial_torch
 
-needs_openmp = pytest.mark.skipif(_serial_torch._set_openmp is None, reason="torch was built without libgomp")
+needs_openmp = pytest.mark.skipif(_serial_torch.set_openmp_threads is None, reason="torch was built without libgomp")
 
 
 @pytest.fixture
@@ -66,3 +66,35 @@ def test_estimators_leave_the_number_alone(two_threads):
     with pytest.raises(ValueError, match="NaN"):
         onestep.Ridge().fit(X * np.nan, X[:, 0])
     assert torch.get_num_threads() == 2
+
+
+@needs_openmp
+def test_an_interrupt_while_it_ends_leaves_nothing_behind(two_threads, monkeypatch):
+    set_threads = _serial_torch.set_openmp_threads
+
+    def interrupted(threads):
+        set_threads(threads)
+        if threads > 1:
+            raise KeyboardInterrupt
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_serial_torch, "set_openmp_threads", interrupted)
+        with pytest.raises(KeyboardInterrupt), serial_torch():
+            pass
+    assert torch.get_num_threads() == 2
+    with serial_torch():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_scorers_have_all_threads(two_threads):
+    seen = set()
+
+    def scorer(model, X, y):
+        seen.add(torch.get_num_threads())
+        return model.score(X, y)
+
+    X = np.random.default_rng(0).standard_normal((60, 3))
+    onestep.LogisticRegressionCV(Cs=2, cv=2, scoring=scorer).fit(X, X[:, 0] > 0)
+    assert seen == {2}

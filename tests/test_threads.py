@@ -127,6 +127,20 @@ def test_threads_may_share_a_model_and_its_data() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_threads_may_build_operators_of_a_shared_model() -> None:
+    """The constructor looks at parameters that another thread's product may have swapped."""
+    model, x, y = problem(network, 0)
+    op = HessianOperator(model, (x, y), "cross_entropy", progress=False)
+    v = torch.randn(op.shape[0])
+    product = op @ v
+
+    def work(number: int) -> None:
+        for _ in range(8):
+            assert torch.equal(HessianOperator(model, (x, y), "cross_entropy", progress=False) @ v, product)
+
+    in_threads(work)
+
+
 METHODS = ["levenberg_marquardt", "gauss_newton", "newton_cg", "gradient_descent"]
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from onestep._serial_torch import set_openmp_threads
+
 _forked = False
 _lock = threading.Lock()
 _inside = 0
@@ -27,11 +29,12 @@ def one_thread_after_fork() -> Iterator[None]:
     if not _forked:
         yield
         return
+    # OpenMP keeps the number for each Python thread, so each sets and restores its own.
+    own = torch.get_num_threads()
     with _lock:
         if _inside == 0:
-            _threads = torch.get_num_threads()
+            _threads = own
         _inside += 1
-    # OpenMP keeps the number for each Python thread, so each sets its own.
     torch.set_num_threads(1)
     try:
         yield
@@ -40,6 +43,8 @@ def one_thread_after_fork() -> Iterator[None]:
             _inside -= 1
             if _inside == 0:
                 torch.set_num_threads(_threads)
+            if set_openmp_threads is not None:
+                set_openmp_threads(own)
 
 
 def _mark() -> None:

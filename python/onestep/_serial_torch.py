@@ -27,7 +27,7 @@ def _function(library: str, name: str) -> Callable[[int], int] | None:
 
 
 # Both set a number for the calling thread only: OpenMP's, and MKL's, which goes before OpenMP's and is 0 if not set.
-_set_openmp = _function("libgomp.so.1", "omp_set_num_threads")
+set_openmp_threads = _function("libgomp.so.1", "omp_set_num_threads")
 _set_mkl = _function("libtorch_cpu.so", "MKL_Set_Num_Threads_Local")
 
 
@@ -40,19 +40,27 @@ def serial_torch() -> Iterator[None]:
     another process has one of the cores, this costs far more than such an operation gains by two threads (decision
     0181). Nothing but the calling thread's own settings is changed. Without MKL or libgomp nothing happens.
     """
-    if _set_openmp is None or _set_mkl is None or getattr(_state, "inside", False):
+    if set_openmp_threads is None or _set_mkl is None or getattr(_state, "inside", False):
         yield
         return
     # Asking comes first: it also sets OpenMP's number in a thread that has not used torch before.
     threads = torch.get_num_threads()
-    _native.set_own_thread_count(threads)
-    _set_openmp(1)
-    before = _set_mkl(1)
-    _state.inside = True
+    before = 0
     try:
+        _state.inside = True
+        _native.set_own_thread_count(threads)
+        set_openmp_threads(1)
+        before = _set_mkl(1)
         yield
     finally:
-        _state.inside = False
-        _set_mkl(before)
-        _set_openmp(threads)
-        _native.set_own_thread_count(0)
+        # One within the other, so that an interrupt between two of them does not keep the rest from being undone.
+        try:
+            set_openmp_threads(threads)
+        finally:
+            try:
+                _set_mkl(before)
+            finally:
+                try:
+                    _native.set_own_thread_count(0)
+                finally:
+                    _state.inside = False

@@ -19,7 +19,8 @@ _SEPARATED = re.compile(r"[-+]?(?:\d{1,3}(?:[,.' \u00a0\u202f]\d{3})+(?:[.,]\d+)
 _NOTATION = re.compile(r"\(\d[\d.,]*\)|\d[\d.,]*-|0[xX][0-9a-fA-F]+|\d+(?:_\d+)+|[-+]?\d+(?:[.,]\d+)?(?:[eE][-+]?\d+)?")
 _MINUS = "\u2212"  # of typesetters
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?:[T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](?:\d{4}|\d{2})(?: .*)?")
-_WHOLE = re.compile(r"[-+]?\d{16,}")
+_SEPARATORS = ",.' \u00a0\u202f"
+_WHOLE = re.compile(r"([-+]?\d{16,})(?:\.0*)?")
 # From here on float64 skips whole numbers.
 LARGEST_WHOLE = 2**53
 
@@ -68,13 +69,35 @@ def is_date(text: str) -> bool:
 
 def is_inexact(text: str) -> bool:
     """Whether a text is a whole number that float64 may not hold."""
-    return bool(_WHOLE.fullmatch(text)) and abs(int(text)) > LARGEST_WHOLE
+    whole = _WHOLE.fullmatch(text)
+    return whole is not None and abs(int(whole[1])) > LARGEST_WHOLE
+
+
+def misfits(values: Any, conventions: Conventions) -> Any:
+    """Which of the texts pass for numbers, but are not written as the conventions say: 3,5 where , groups thousands."""
+    texts = values.astype("string").str.replace(_MINUS, "-", regex=False)
+    texts = texts.str.replace(_BEFORE, r"\1", regex=True).str.replace(_AFTER, "", regex=True)
+    decimal = re.escape(conventions.decimal)
+    groups = rf"|\d{{1,3}}(?:{re.escape(conventions.thousands)}\d{{3}})+" if conventions.thousands else ""
+    written = rf"[-+]?(?:(?:\d+{groups})(?:{decimal}\d*)?|{decimal}\d+)(?:[eE][-+]?\d+)?|[-+]?(?:inf|infinity|nan)"
+    return ~texts.str.fullmatch(f"(?i:{written})").fillna(True).astype(bool)
+
+
+def misfit_hint(text: str, conventions: Conventions) -> str:
+    """What a text that misfits should have been, and the options under which it is right."""
+    known = (conventions.decimal, conventions.thousands)
+    others = [c for c in text if c in _SEPARATORS and c not in known]
+    if others and not conventions.thousands:
+        return f"pass --thousands {others[0]!r} --decimal {conventions.decimal!r} if it stands between thousands"
+    return "thousands stand in groups of three digits, and the decimal character once behind them"
 
 
 def separator_hint(text: str) -> str:
     """The options that say what the separators of a text mean."""
-    found = [c for c in text if c in ",.' \u00a0\u202f"]
-    options = [f"--thousands {found[0]!r}"]
-    if found[-1] in ",":
-        options.append(f"--decimal {found[-1]!r}")
-    return "pass " + " or ".join(options)
+    found = [c for c in text if c in _SEPARATORS]
+    if len(set(found)) > 1:
+        return f"pass --thousands {found[0]!r} --decimal {found[-1]!r}"
+    options = [f"--thousands {found[0]!r}"] if re.search(r"(?<!\d)\d{1,3}(?:\D\d{3})+(?!\d)", text) else []
+    if found == [","]:
+        options.append("--decimal ','")
+    return "pass " + " or ".join(options or [f"--thousands {found[0]!r}"])

@@ -120,7 +120,8 @@ class Table:
 
     A row keeps its position in the file as its index, so that `line` can find it again after rows were dropped. The
     columns in `text` are text by the caller's wish. `inexact` has the first row of columns of whole numbers that
-    float64 cannot tell apart, with the number.
+    float64 cannot tell apart, with the number; `misfits` that of columns with a number that is not written as the
+    conventions say.
     """
 
     source: Source
@@ -129,6 +130,7 @@ class Table:
     text: frozenset[str]
     conventions: Conventions
     inexact: dict[str, tuple[int, str]]
+    misfits: dict[str, tuple[int, str]]
 
     @property
     def names(self) -> list[str]:
@@ -196,6 +198,12 @@ class Table:
                 f"{self.source}: column {name!r} holds whole numbers beyond 2^53 ({number} on line {self.line(row)}), "
                 f"of which float64 loses digits; leave it out with --ignore {name!r}, or pass --categorical {name!r}"
             )
+        if name in self.misfits:
+            row, number = self.misfits[name]
+            raise CliError(
+                f"{self.source}: column {name!r} has {number!r} on line {self.line(row)}, which does not fit the "
+                f"--thousands and --decimal given; {numerals.misfit_hint(number, self.conventions)}"
+            )
         values: np.ndarray = numerals.to_numbers(column, self.conventions).to_numpy(dtype=np.float64)
         wrong = np.isnan(values) & column.notna().to_numpy()
         if wrong.any():
@@ -217,11 +225,12 @@ class Table:
         return values
 
 
-def _first_inexact(strings: Any) -> tuple[int, str] | None:
-    """The first row of a column, read as text, whose whole number float64 may not hold."""
-    values = strings.dropna()
-    inexact = values.map(numerals.is_inexact)
-    return (int(inexact.idxmax()), str(values[inexact.idxmax()])) if inexact.any() else None
+def _keep_first(found: dict[str, tuple[int, str]], name: str, texts: Any, wrong: Any) -> None:
+    """Notes the first row of a column that is wrong, with its text."""
+    # A column without a value has the type of its texts.
+    if len(wrong) and wrong.any():
+        row = wrong.idxmax()
+        found[name] = int(row), str(texts[row])
 
 
 def read_table(source: Source, sep: str, conventions: Conventions, text: Collection[str] = ()) -> Table:
@@ -237,18 +246,27 @@ def read_table(source: Source, sep: str, conventions: Conventions, text: Collect
     # Only int and float are numbers to us: what pandas made of the rest (booleans, say) is read again as it stands.
     again = [key for key in keys if frame[key].dtype.kind not in "iuf"]
     large = [key for key in keys if key not in again and frame[key].abs().max() >= numerals.LARGEST_WHOLE]
-    inexact = {}
-    if again or large:
+    inexact: dict[str, tuple[int, str]] = {}
+    misfits: dict[str, tuple[int, str]] = {}
+    # Of separators pandas takes out whatever there is.
+    separated = conventions.thousands is not None or conventions.decimal != "."
+    written = [key for key in keys if key not in again and (separated or key in large)]
+    if again or written:
         # Thousands separators would be taken out of texts, too.
-        strings = _parse(source, sep, names=keys, usecols=again + large, dtype=str, **{**options, "thousands": None})
+        strings = _parse(source, sep, names=keys, usecols=again + written, dtype=str, **{**options, "thousands": None})
         for key in again:
             stripped = strings[key].str.strip()
             frame[key] = stripped.where(stripped != "")
-        found = {names[key]: _first_inexact(strings[key].str.strip()) for key in again + large}
-        inexact = {name: first for name, first in found.items() if first is not None}
+        for key in again + written:
+            texts = strings[key].dropna().str.strip()
+            texts = texts[texts != ""]
+            _keep_first(inexact, names[key], texts, numerals.plain(texts, conventions).map(numerals.is_inexact))
+            if separated and names[key] not in text:
+                passes = key in written or numerals.to_numbers(texts, conventions).notna()
+                _keep_first(misfits, names[key], texts, passes & numerals.misfits(texts, conventions))
     nameless = [str(key + 1) for key in keys if not names[key]]
     if nameless:
         note(f"{source}: column {listed(nameless)} has no name in the header and is left out")
     frame = frame[[key for key in keys if names[key]]].rename(columns=dict(enumerate(names)))
     floats = {name: np.float64 for name in frame.columns if frame[name].dtype.kind in "iu"}
-    return Table(source, sep, frame.astype(floats), frozenset(text), conventions, inexact)
+    return Table(source, sep, frame.astype(floats), frozenset(text), conventions, inexact, misfits)

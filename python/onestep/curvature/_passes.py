@@ -62,8 +62,10 @@ class Passes:
         self, model: nn.Module, loss: Loss, data: Any, *, chunk_size: int | None, seed: int, progress: bool
     ) -> None:
         self.model, self.loss, self.progress = model, loss, progress
-        self.parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
-        self.names = parameter_names(model, self.parameters)
+        # Another thread that computes with other parameters in the same model is waited for.
+        with exclusive():
+            self.parameters = ParameterVector([p for p in model.parameters() if p.requires_grad])
+            self.names = parameter_names(model, self.parameters)
         self.source = as_source(from_numpy(data, self.parameters.tensors[0]), seed)
         self.source.share = share()
         self.route, self.vectorizes = Route(), True

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from onestep._cached import cached_property
 from onestep.linalg import cholesky_ex, cholesky_solve
 
 

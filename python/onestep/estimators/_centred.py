@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from onestep._cached import cached_property
 from onestep.estimators._arrays import check_finite
 from onestep.linalg.constant_columns import constant_columns
 from onestep.linalg.narrow import moments_of, working_dtype

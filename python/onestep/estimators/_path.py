@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
+from onestep._cached import cached_property
 from onestep.estimators._newton import Minimum, minimise, newton_pays
 from onestep.estimators._problem import Problem, total_weight
 from onestep.estimators._small import SmallProblem

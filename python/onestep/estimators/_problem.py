@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from onestep._cached import cached_property
 from onestep.curvature import GLMPoint
 from onestep.estimators._chunked import ChunkedPoint, point_of
 from onestep.linalg.narrow import widened_chunks, working_dtype

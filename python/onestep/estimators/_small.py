@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
+from onestep._cached import cached_property
 from onestep.estimators._arrays import Array
 from onestep.estimators._problem import Point, Problem
 from onestep.linalg import gram

@@ -12,12 +12,12 @@ from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
 from torch import Tensor
 
+from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import Array, as_array, check_alphas, check_flag, rows_for_splitter, to_numpy
 from onestep.estimators._linear import FitData
 from onestep.estimators._newton import Minimum
 from onestep.estimators._path import Path
 from onestep.estimators._problem import total_weight
-from onestep.estimators._threads import kernels_have_the_threads
 from onestep.estimators.glm import LogisticRegression, check_number
 from onestep.linalg.narrow import widened
 from onestep.solvers.multinomial import Solution
@@ -74,7 +74,7 @@ class LogisticRegressionCV(LogisticRegression):
         self.fit_intercept = fit_intercept
         self.class_weight = class_weight
 
-    @kernels_have_the_threads
+    @one_thread_after_fork()
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LogisticRegressionCV:
         """Choose C and fit with it.
 

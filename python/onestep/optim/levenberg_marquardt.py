@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import onestep.linalg as linalg
+from onestep._cached import cached_property
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim.objective import CurvatureRoot, Objective

@@ -6,13 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from onestep._cached import cached_property
 from onestep.evaluation.data import Chunk, Share, Source
 from onestep.evaluation.losses import Loss
 from onestep.evaluation.parameters import ParameterVector

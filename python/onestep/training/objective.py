@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 import onestep.linalg as linalg
+from onestep._cached import cached_property
 from onestep.curvature import glm
 from onestep.curvature.jacobian import root_jacobian
 from onestep.curvature.kernels import differentiable_kernels

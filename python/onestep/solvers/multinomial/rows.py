@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from onestep._cached import cached_property
 from onestep.curvature.glm import glm
 from onestep.linalg.narrow import rows_of_chunk, widened, working_dtype
 from onestep.ops.glm.schema import COMPUTE_DTYPES

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from onestep._cached import cached_property
 from onestep.solvers.coordinates import Coordinates
 from onestep.solvers.multinomial.rows import Evaluation
 
