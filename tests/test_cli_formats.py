@@ -59,6 +59,8 @@ TARGET = 3 * AMOUNTS + 5
     ("written", "value", "options"),
     [
         (lambda v: f"{v:,}", lambda v: v, ["--thousands", ","]),
+        # 1,00,900: in India groups have two digits but for the last.
+        (lambda v: f"1,0{v // 1000},{v % 1000:03}", lambda v: 100_000 + v, ["--thousands", ","]),
         (lambda v: f"{v:,}".replace(",", "."), lambda v: v, ["--thousands", ".", "--decimal", ","]),
         (lambda v: f"{v:,},50".replace(",", " ", v >= 1000), lambda v: v + 0.5, ["--thousands", " ", "--decimal", ","]),
         (lambda v: f"{v},5", lambda v: v + 0.5, ["--decimal", ","]),

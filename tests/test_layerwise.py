@@ -126,7 +126,7 @@ def test_layers_that_stop_sharing_keep_what_they_shared():
 
 
 def test_a_killed_collection_resumes_with_the_same_bits(tmp_path):
-    layers, batches = 300, 5
+    layers, batches = 1000, 5
     model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(layers)))
     data = [torch.randn(5, 6) for _ in range(batches)]
     whole = LayerStatistics(model).collect(data, progress=False)

@@ -44,7 +44,7 @@ def objective(model, X, y, weight=None):
 
 
 @pytest.mark.parametrize("load", [load_breast_cancer, load_iris, load_digits])
-@pytest.mark.parametrize("C", [0.01, 10.0])
+@pytest.mark.parametrize("C", [0.01, 1.0, 10.0])
 @pytest.mark.parametrize("fit_intercept", [False, True])
 def test_agrees_with_scikit_learn(load, C, fit_intercept):
     X, y = table(load)
@@ -71,7 +71,8 @@ def test_weights(rng, class_weight):
     np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-4)
 
 
-@pytest.mark.parametrize(("classes", "dtype"), [(2, np.float64), (4, np.float32)])
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_many_rows_by_conjugate_gradients(rng, classes, dtype):
     """Enough rows that the Hessian is that of a sample; the minimum is that of all."""
     X = rng.normal(size=(60_000, 6)).astype(dtype)

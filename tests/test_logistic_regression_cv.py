@@ -13,7 +13,7 @@ from onestep.estimators import _path
 from onestep.estimators._path import Path
 
 
-@parametrize_with_checks([LogisticRegressionCV(Cs=2, cv=2)])
+@parametrize_with_checks([LogisticRegressionCV(Cs=3, cv=3)])
 def test_scikit_learn_contract(estimator, check):
     check(estimator)
 
@@ -34,7 +34,7 @@ def draw(rng, n=300, d=5, k=3):
 def test_agrees_with_scikit_learn(monkeypatch, rng, k, scoring, newton):
     monkeypatch.setattr(_path, "newton_pays", lambda n, shape: newton)
     X, y = draw(rng, k=k)
-    Cs = np.array([1e-3, 0.1, 10.0])
+    Cs = np.array([1e-3, 1e-2, 0.1, 1.0, 10.0])
     ours = LogisticRegressionCV(Cs, cv=4, scoring=scoring, tol=1e-8, max_iter=500).fit(X, y)
     for fold, (train, test) in enumerate(folds(X, y)):
         for a, C in enumerate(Cs):
@@ -49,7 +49,7 @@ def test_agrees_with_scikit_learn(monkeypatch, rng, k, scoring, newton):
     right = linear_model.LogisticRegression(C=ours.C_, tol=1e-9, max_iter=1000).fit(X, y)
     np.testing.assert_allclose(ours.coef_, right.coef_, atol=1e-5)
     np.testing.assert_array_equal(ours.predict(X), right.predict(X))
-    assert ours.scores_.shape == ours.n_iter_.shape == (4, 3)
+    assert ours.scores_.shape == ours.n_iter_.shape == (4, 5)
 
 
 def folds(X, y):

@@ -85,7 +85,7 @@ def test_class_weights_and_ignored_classes(loss: Any) -> None:
 )
 def test_fit_reaches_the_minimum_of_a_weighted_loss(loss: Any, method: str) -> None:
     X, y = data()
-    fitted = onestep.fit(model(), (X, y), loss, method=method, chunk_size=17, weight_decay=1e-3, progress=False)
+    fitted = onestep.fit(model(), (X, y), loss, method=method, chunk_size=7, weight_decay=1e-3, progress=False)
     reference = model()
     optimizer = torch.optim.LBFGS(reference.parameters(), max_iter=300, tolerance_grad=1e-12, tolerance_change=1e-15)
 

@@ -1,7 +1,5 @@
 """The multinomial solver: minima that scikit-learn's Newton method agrees on, for shapes and features of many kinds."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -168,19 +166,14 @@ def test_features_that_are_not_finite(rng):
         LogisticRegression().fit(X, y)
 
 
-# Rows, columns and classes, and where scikit-learn 1.9 ends.
-SEPARABLE = [(5_000, 96, 20, 109.4)]
-if "ONESTEP_ALL_PROBLEMS" in os.environ:
-    SEPARABLE += [(20_000, 256, 50, 284)]
-
-
-@pytest.mark.parametrize(("n", "d", "k", "theirs"), SEPARABLE)
-def test_separable_classes_end_no_higher_than_scikit_learn(n: int, d: int, k: int, theirs: float) -> None:
-    """Where no row bends L-BFGS takes the decrement for nothing: with 50 classes it ended at 2,276."""
+@pytest.mark.long
+def test_separable_classes_end_no_higher_than_scikit_learn() -> None:
+    """Where no row bends L-BFGS takes the decrement for nothing: it ended at 2,276, scikit-learn at 284."""
     rng = np.random.default_rng(0)
+    n, d, k = 20_000, 256, 50
     y = np.arange(n) % k
     X = (rng.standard_normal((k, d)) * 3)[y] + rng.standard_normal((n, d))
     X *= np.logspace(0, 3, d)[rng.permutation(d)] / 30
     model = LogisticRegression(C=1e4, tol=1e-4, max_iter=1000).fit(X, y)
     log_loss = -np.log(model.predict_proba(X)[np.arange(n), y]).sum()
-    assert 1e4 * log_loss + 0.5 * np.square(model.coef_).sum() < theirs
+    assert 1e4 * log_loss + 0.5 * np.square(model.coef_).sum() < 284

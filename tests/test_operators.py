@@ -373,11 +373,11 @@ def test_the_gradient_belongs_to_the_same_loss() -> None:
 def test_draws_from_the_model_average_to_the_fisher_matrix(loss: str) -> None:
     setting = Setting("mlp", loss)
     F_true = setting.dense(FisherOperator)
-    few = torch.stack([setting.operator(FisherOperator, mc_samples=25, seed=seed) @ setting.V for seed in range(20)])
+    few = torch.stack([setting.operator(FisherOperator, mc_samples=25, seed=seed) @ setting.V for seed in range(40)])
     error = (few.mean(0) - F_true @ setting.V).abs() / (few.std(0) / len(few) ** 0.5)
     assert error.max() < 4.5
-    many = setting.operator(FisherOperator, mc_samples=800) @ setting.V
-    torch.testing.assert_close(many, F_true @ setting.V, rtol=0.3, atol=0.15 * (F_true @ setting.V).abs().max().item())
+    many = setting.operator(FisherOperator, mc_samples=2000) @ setting.V
+    torch.testing.assert_close(many, F_true @ setting.V, rtol=0.2, atol=0.1 * (F_true @ setting.V).abs().max().item())
     op = setting.operator(FisherOperator, mc_samples=1)
     A = op @ torch.eye(setting.p, dtype=torch.float64)
     assert torch.equal(op @ setting.V, op @ setting.V)
@@ -458,7 +458,7 @@ def test_estimates_do_not_depend_on_how_samples_are_blocked(monkeypatch: pytest.
 def test_solve_is_the_dense_solve(preconditioner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
     setting = Setting("encoder")
-    A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator, setting.batches(ROWS))
+    A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
     damped = A + 0.05 * torch.eye(setting.p, dtype=A.dtype)
     if preconditioner == "function":
         L = torch.linalg.cholesky(damped)

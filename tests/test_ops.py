@@ -235,18 +235,22 @@ def test_every_op_is_tested():
 # -------------------------------------------------------------------------------------------------------------- opcheck
 
 
-# Tracing takes a second a sample: these, which between them have every optional tensor and broadcasting. The other
-# functions are traced whole in test_compile.py.
+# Tracing takes a second a sample: these, which between them have every optional tensor and broadcasting.
 TRACED = [
     ("apply_normal_inverse", "broadcasting"),
+    ("apply_spd_inverse", "broadcasting"),
     ("cholesky", "batch"),
+    ("cholesky_solve", "broadcasting"),
     ("glm_point", "labels, broadcasting"),
     ("glm_product", "labels, broadcasting"),
     ("gram", "weight, broadcasting"),
+    ("linear_cross_entropy", "all"),
     ("linear_cross_entropy_tangent", "all"),
     ("moments", "centred"),
+    ("solve_normal", "broadcasting"),
     ("solve_normal_backward", "weight"),
     ("solve_normal_ex", "dual"),
+    ("solve_spd", "broadcasting"),
 ]
 UNTRACED = ("test_schema", "test_autograd_registration", "test_faketensor")
 

@@ -625,7 +625,7 @@ def test_settings_of_one_group_are_used_for_all_or_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_in_a_closure_is_noticed(kind: Any) -> None:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    model = torch.nn.Sequential(torch.nn.Linear(5, 20), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(20, 1))
     X = DESIGN.float()
     optimizer = kind(model.parameters())
     with pytest.warns(UserWarning, match=r"then .* at the same parameters.*model\.eval\(\)") as caught:

@@ -24,7 +24,7 @@ def rng():
     return np.random.default_rng(1)
 
 
-@pytest.fixture(params=[None, 12], ids=["one block", "many blocks"])
+@pytest.fixture(params=[None, 40], ids=["one block", "many blocks"])
 def block(request, monkeypatch):
     if request.param is not None:
         monkeypatch.setattr("onestep.estimators._centred._BLOCK", request.param)
@@ -51,7 +51,7 @@ def refits(X, y, weight, alpha, fit_intercept):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("fit_intercept", [False, True])
 @pytest.mark.parametrize("k", [None, 2])
-@pytest.mark.parametrize(("n", "d"), [(30, 5), (12, 1), (9, 8), (8, 8), (10, 25)])
+@pytest.mark.parametrize(("n", "d"), [(80, 5), (12, 1), (9, 8), (8, 8), (10, 25)])
 def test_leave_one_out_is_what_refits_give(rng, n, d, k, fit_intercept, weighted):
     X, y = problem(rng, n, d, k)
     weight = None

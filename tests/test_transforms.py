@@ -231,8 +231,6 @@ REPEATED = {
     "op cholesky",
     "op cholesky_solve",
     "op solve_spd",
-    "op apply_spd_inverse",
-    "op linear_cross_entropy",
     "glm, gaussian",
     "glm, logistic",
 }

@@ -25,11 +25,15 @@ _WHOLE = re.compile(r"([-+]?\d{16,})(?:\.0*)?")
 LARGEST_WHOLE = 2**53
 
 
+def _without_signs(values: Any) -> Any:
+    """The texts with a plain minus, and without a currency or percent sign."""
+    texts = values.astype("string").str.replace(_MINUS, "-", regex=False)
+    return texts.str.replace(_BEFORE, r"\1", regex=True).str.replace(_AFTER, "", regex=True)
+
+
 def plain(values: Any, conventions: Conventions) -> Any:
     """The texts as Python writes numbers: without a currency or percent sign, without thousands separators."""
-    texts = values.astype("string")
-    texts = texts.str.replace(_MINUS, "-", regex=False)
-    texts = texts.str.replace(_BEFORE, r"\1", regex=True).str.replace(_AFTER, "", regex=True)
+    texts = _without_signs(values)
     if conventions.thousands:
         grouped = re.compile(rf"(?<=\d){re.escape(conventions.thousands)}(?=\d{{3}})")
         texts = texts.str.replace(grouped, "", regex=True)
@@ -75,10 +79,13 @@ def is_inexact(text: str) -> bool:
 
 def misfits(values: Any, conventions: Conventions) -> Any:
     """Which of the texts pass for numbers, but are not written as the conventions say: 3,5 where , groups thousands."""
-    texts = values.astype("string").str.replace(_MINUS, "-", regex=False)
-    texts = texts.str.replace(_BEFORE, r"\1", regex=True).str.replace(_AFTER, "", regex=True)
+    texts = _without_signs(values)
     decimal = re.escape(conventions.decimal)
-    groups = rf"|\d{{1,3}}(?:{re.escape(conventions.thousands)}\d{{3}})+" if conventions.thousands else ""
+    groups = ""
+    if conventions.thousands:
+        # Three digits in each group; in India two in all but the last.
+        mark = re.escape(conventions.thousands)
+        groups = rf"|\d{{1,3}}(?:{mark}\d{{3}})+|\d{{1,2}}(?:{mark}\d{{2}})+{mark}\d{{3}}"
     written = rf"[-+]?(?:(?:\d+{groups})(?:{decimal}\d*)?|{decimal}\d+)(?:[eE][-+]?\d+)?|[-+]?(?:inf|infinity|nan)"
     return ~texts.str.fullmatch(f"(?i:{written})").fillna(True).astype(bool)
 

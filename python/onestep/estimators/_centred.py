@@ -60,9 +60,9 @@ class Centred(NamedTuple):
         n, d = self.X.shape
         room = torch.empty(0)
         for rows in blocks(n, d if width is None else width, least):
-            count = rows.stop - rows.start
-            room = room if len(room) >= count else torch.empty(count, d, dtype=torch.float64)
-            yield rows, self.x(rows, out=room[:count])
+            if rows.start == 0:  # the largest
+                room = torch.empty(rows.stop, d, dtype=torch.float64)
+            yield rows, self.x(rows, out=room[: rows.stop - rows.start])
 
     def unrounded(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows, and √w (X - x_mean) over them without the rounding of x_mean, which passes for a rank."""

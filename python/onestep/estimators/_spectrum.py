@@ -90,7 +90,8 @@ class PrimalSpectrum:
         shrink = 1.0 / (self._values[:, None] + alphas)
         room = torch.empty(0)
         for rows, x in self.centred.x_by_blocks(max(d, min(len(alphas) * k, _COLUMNS))):
-            room = torch.empty_like(x) if len(room) < len(x) else room
+            if rows.start == 0:  # the largest block
+                room = torch.empty_like(x)
             rotated = torch.mm(x, self._V, out=room[: len(x)])
             # x is not needed any more: its memory takes the squares.
             leverage = torch.square(rotated, out=x) @ shrink

@@ -11,8 +11,9 @@ from onestep._serial_torch import serial_torch
 
 Fit = TypeVar("Fit", bound=Callable[..., Any])
 
-# Up to so many features torch's part of a fit (factors and eigenvectors of d x d matrices) takes a few milliseconds.
-_NARROW = 512
+# Up to so many features torch's part of a fit takes a few milliseconds. With 512 the QR and SVD of a rank-deficient X
+# took 1.4 times as long on one thread as on two.
+_NARROW = 128
 
 
 def kernels_have_the_threads(fit: Fit) -> Fit:
