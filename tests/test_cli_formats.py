@@ -7,29 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_cli import small
+from cli_cases import small
 
 import onestep
-from onestep.cli import main
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("rich")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 linear_model = pytest.importorskip("sklearn.linear_model")
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command line in this process: exit code, stdout, stderr."""
-
-    def call(*words):
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

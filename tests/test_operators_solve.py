@@ -1,0 +1,214 @@
+"""Operators' solve, exact diagonals and SciPy, against dense matrices in float64."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import pytest
+import torch
+from operator_cases import CLASSES, Setting
+from torch import Tensor
+
+from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator
+
+# ---------------------------------------------------------------------------------------------------------------- solve
+
+
+@pytest.mark.parametrize("preconditioner", [None, "diagonal", "function"])
+def test_solve_is_the_dense_solve(preconditioner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
+    setting = Setting("encoder")
+    A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
+    damped = A + 0.05 * torch.eye(setting.p, dtype=A.dtype)
+    if preconditioner == "function":
+        L = torch.linalg.cholesky(damped)
+        preconditioner = lambda r: torch.cholesky_solve(r.reshape(len(r), -1), L).reshape(r.shape)  # noqa: E731
+    for b in (setting.V[:, 0], setting.V * torch.tensor([1.0, 0.0, 1e-6])):
+        x, report = op.solve(b, 0.05, tolerance=1e-10, preconditioner=preconditioner)
+        assert x.shape == b.shape
+        torch.testing.assert_close(x, torch.linalg.solve(damped, b), rtol=1e-6, atol=1e-8 * b.abs().max().item())
+        residual = (b - damped @ x).norm(dim=0) / b.norm(dim=0).clamp_min(1e-300)
+        assert report.relative_residual == pytest.approx(residual.max().item(), rel=1e-3)
+        assert report.converged and not report.negative_curvature
+        assert 0 < report.iterations <= (2 if callable(preconditioner) else 150)
+        assert report.method == "conjugate_gradients"
+
+
+def test_solve_of_nothing_is_nothing() -> None:
+    setting = Setting()
+    x, report = setting.operator(GaussNewtonOperator).solve(torch.zeros(setting.p).double(), 0.1)
+    assert not x.any()
+    assert (report.converged, report.iterations, report.relative_residual) == (True, 0, 0.0)
+
+
+def test_solve_takes_and_gives_dicts() -> None:
+    setting = Setting()
+    op = setting.operator(GaussNewtonOperator)
+    b = {name: torch.ones_like(p) for name, p in setting.point.items()}
+    x, _ = op.solve(b, 0.1)
+    flat, _ = op.solve(torch.ones(setting.p).double(), 0.1)
+    assert torch.equal(torch.cat([x[name].reshape(-1) for name in setting.names]), flat)
+
+
+def test_solve_reports_what_it_did_not_reach() -> None:
+    setting = Setting()
+    A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
+    b = setting.V[:, 0]
+    with pytest.warns(UserWarning, match="1 of 1 right-hand sides ended above tolerance") as caught:
+        x, report = op.solve(b, 1e-3, tolerance=1e-12, max_iterations=2)
+    assert caught[0].filename == __file__
+    assert (report.converged, report.iterations) == (False, 2)
+    residual = b - A @ x - 1e-3 * x
+    assert report.relative_residual == pytest.approx((residual.norm() / b.norm()).item(), rel=1e-6)
+    # Less than rounding allows.
+    single = setting.model.float()
+    op = GaussNewtonOperator(single, (setting.inputs.float(), setting.target), "cross_entropy", progress=False)
+    with pytest.warns(UserWarning, match="above tolerance"):
+        x, report = op.solve(b.float(), 1e-3, tolerance=1e-12)
+    assert not report.converged and report.relative_residual < 1e-3 and report.iterations < 250
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_indefinite_systems_raise_or_are_solved_by_minres(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not dense:
+        monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
+    setting = Setting()
+    op, H = setting.operator(HessianOperator), setting.dense(HessianOperator)
+    least = torch.linalg.eigvalsh(H)[0].item()
+    assert least < -0.01
+    # An eigenvalue of -0.0005, as close to 0 as in issue 15.16.
+    damping = -least - 0.0005
+    with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite.*indefinite='minres'"):
+        op.solve(setting.V, damping)
+    x, report = op.solve(setting.V, damping, tolerance=1e-9, indefinite="minres")
+    expected = torch.linalg.solve(H + damping * torch.eye(setting.p, dtype=H.dtype), setting.V)
+    assert report.converged and report.negative_curvature and len(report.relative_residuals) == 3
+    assert report.method == ("dense" if dense else "minres")
+    assert (x - expected).norm() < 1e-4 * expected.norm()
+    x, report = op.solve(setting.V[:, 0], 2.0)
+    assert report.converged and not report.negative_curvature
+
+
+def test_solve_reports_each_right_hand_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
+    setting = Setting()
+    A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
+    easy = torch.linalg.eigh(A).eigenvectors[:, -1]
+    with pytest.warns(UserWarning, match="1 of 2 right-hand sides"):
+        _, report = op.solve(torch.stack([easy, setting.V[:, 0]], 1), 1e-3, max_iterations=2)
+    assert report.relative_residuals[0] < 1e-5 < report.relative_residuals[1] == report.relative_residual
+    assert report.negative_curvatures == (False, False) and not report.converged
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e20])
+def test_solve_does_not_depend_on_the_size_of_the_right_hand_side(
+    size: float, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 15.9: in float32, b of 1e-25 or 1e20 gave x = 0, converged."""
+    if not dense:
+        monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
+    setting = Setting()
+    A, b = setting.dense(GaussNewtonOperator), setting.V[:, 0]
+    op = GaussNewtonOperator(
+        setting.model.float(), (setting.inputs.float(), setting.target), "cross_entropy", progress=False
+    )
+    x, report = op.solve(b.float() * size, 0.1)
+    expected = torch.linalg.solve(A + 0.1 * torch.eye(setting.p, dtype=A.dtype), b)
+    assert report.converged and (x.double() / size - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_blocks_in_the_form_of_vmap_are_refused_with_the_right_shape() -> None:
+    setting = Setting()
+    op = setting.operator(GaussNewtonOperator)
+    first = {name: torch.ones(20, *p.shape, dtype=p.dtype) for name, p in setting.point.items()}
+    with pytest.raises(ValueError, match=r"has shape \(20, .*expected \(.*20\).*movedim\(0, -1\)"):
+        op @ first
+    last = {name: part.movedim(0, -1) for name, part in first.items()}
+    assert (op @ last)[setting.names[0]].shape == last[setting.names[0]].shape
+
+
+def test_small_matrices_have_an_exact_diagonal_and_trace() -> None:
+    setting = Setting()
+    A, op = setting.dense(GaussNewtonOperator), setting.operator(GaussNewtonOperator)
+    diagonal, trace = op.diagonal(), op.trace()
+    torch.testing.assert_close(diagonal.value, A.diagonal(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(trace.value, A.trace(), rtol=1e-9, atol=1e-12)
+    assert (diagonal.value >= 0).all() and not diagonal.standard_error.any() and trace.samples == 0
+
+
+def bent(outputs: Tensor, target: Tensor) -> Tensor:
+    """Not convex in the outputs."""
+    return (outputs.sin() * (target + 1.0).unsqueeze(1)).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "options"),
+    [
+        (GaussNewtonOperator, "cross_entropy", {}),
+        (GaussNewtonOperator, "poisson", {}),
+        (FisherOperator, "mse", {"mc_samples": 2}),
+        (FisherOperator, "cross_entropy", {"kind": "empirical"}),
+        (GaussNewtonOperator, bent, {"chunk_size": 2}),
+    ],
+)
+def test_diagonals_of_larger_matrices_are_exact_by_rows(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, loss: Any, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("onestep.curvature._operator.MOST_DENSE", 0)
+    setting = Setting("mlp", loss if isinstance(loss, str) else "cross_entropy")
+    setting.loss = loss
+    op = setting.operator(kind, **options)
+    diagonal = op.diagonal()
+    expected = (op @ torch.eye(setting.p, dtype=torch.float64)).diagonal()
+    torch.testing.assert_close(diagonal.value, expected, rtol=1e-9, atol=1e-14)
+    assert diagonal.samples == 0 and not diagonal.standard_error.any()
+    assert bool((diagonal.value < 0).any()) == (loss is bent)
+    # Where the outputs of a row are many, rows are not cheap.
+    monkeypatch.setattr("onestep.curvature.operators._MOST_OUTPUTS", CLASSES - 1)
+    estimate = op.diagonal()
+    assert estimate.samples == 64
+    if loss is not bent:
+        assert (estimate.value >= 0).all()
+        assert ((estimate.value - expected).abs() <= 5 * estimate.standard_error + 1e-14).all()
+
+
+def test_a_newton_step_lowers_the_loss() -> None:
+    setting = Setting()
+    op = setting.operator(GaussNewtonOperator)
+    before, gradient = op.loss_and_gradient()
+    step, _ = op.solve(-gradient, 1e-2)
+    torch.nn.utils.vector_to_parameters(setting.vector() + step, setting.model.parameters())
+    assert op.loss_and_gradient()[0] < before
+
+
+# ---------------------------------------------------------------------------------------------------------------- scipy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scipy_finds_the_eigenvalues(dtype: torch.dtype) -> None:
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+    setting = Setting()
+    values = torch.linalg.eigvalsh(setting.dense(HessianOperator))
+    setting.model.to(dtype)
+    op = HessianOperator(setting.model, (setting.inputs.to(dtype), setting.target), "cross_entropy", progress=False)
+    found = linalg.eigsh(op.to_scipy(), k=3, which="LA", return_eigenvectors=False)
+    assert found.dtype == (torch.empty(0, dtype=dtype).numpy().dtype)
+    torch.testing.assert_close(torch.tensor(sorted(found)).double(), values[-3:], rtol=1e-4, atol=1e-5)
+    matrix = op.to_scipy() @ setting.V.to(dtype).numpy()
+    torch.testing.assert_close(torch.tensor(matrix), op @ setting.V.to(dtype))
+
+
+def test_without_scipy_an_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("scipy"):
+            raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+        return real(name, *args, **kwargs)
+
+    op = Setting().operator(HessianOperator)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModuleNotFoundError, match=r"needs scipy.*pip install scipy"):
+        op.to_scipy()
