@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 import cases
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +125,9 @@ def csv(tmp_path: Path) -> Callable[[str | bytes], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Numbers that are the same in every test."""
+    return np.random.default_rng(0)

@@ -1,12 +1,6 @@
 """Problems for Ridge and its solution of minimum norm."""
 
 import numpy as np
-import pytest
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def problem(rng, n, d, k=None, dtype=np.float64):

@@ -9,11 +9,6 @@ from sklearn.model_selection import LeaveOneOut
 from onestep import LogisticRegression, PoissonRegressor, RidgeClassifier, RidgeCV
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def years_and_incomes(rng, n=200):
     X = np.stack([rng.integers(1950, 2020, n).astype(float), 3e5 + 1e5 * rng.normal(size=n)], 1)
     return X, 0.05 * (X[:, 0] - 1985) + 1e-5 * (X[:, 1] - 3e5)
