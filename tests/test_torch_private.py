@@ -21,6 +21,13 @@ def test_every_check_passes():
         ("dispatch_modes", lambda: 0, "dispatch modes"),
         ("in_legacy_vmap", lambda: False, "vmap of batched gradients"),
         ("unpack_dual", lambda tensor, level: (tensor, None), "forward mode"),
+        ("tree_map_only", lambda kind, function, tree: tree, "_pytree"),
+        ("tree_leaves", lambda tree: [], "_pytree"),
+        ("_ATTENTION_ARGUMENTS", {private.flash_attention: "query key value"}, "scaled_dot_product_attention"),
+        ("weight_norm", lambda v, g, dim: v, "weight_norm"),
+        ("version", lambda tensor: 0, "versions of tensors"),
+        ("is_hooked", lambda module: False, "hooks of modules"),
+        ("number_of_outputs", lambda op: 1, "outputs of ops"),
     ],
 )
 def test_changed_behaviour_is_an_import_error(monkeypatch, name, broken, message):

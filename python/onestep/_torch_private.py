@@ -18,12 +18,18 @@ __all__ = [
     "BatchNorm",
     "DropoutNd",
     "SingleLevelFunction",
+    "TorchDispatchMode",
     "TransformType",
     "any_requires_grad",
+    "attention_math",
     "below_autograd",
     "check",
     "compiled_calls",
+    "cudnn_attention",
+    "cudnn_attention_backward",
     "dispatch_modes",
+    "flash_attention",
+    "flash_attention_backward",
     "forward_grad_enabled",
     "forward_level",
     "functorch",
@@ -32,15 +38,24 @@ __all__ = [
     "has_tangent",
     "in_legacy_vmap",
     "interpreter_stack",
+    "is_hooked",
     "make_dual",
     "nn_mish",
     "nn_silu",
+    "number_of_outputs",
     "set_forward_grad_enabled",
     "set_grad_enabled",
     "set_single_level_allowed",
     "temporarily_pop_interpreter_stack",
     "transforms_active",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
     "unpack_dual",
+    "version",
+    "weight_norm",
 ]
 
 #: The releases of torch that were tried; pyproject.toml has the same range.
@@ -62,6 +77,8 @@ try:
     from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.nn.modules.dropout import _DropoutNd as DropoutNd
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
     # Whether a torch.func transform is active.
     transforms_active = torch._C._are_functorch_transforms_active
@@ -86,6 +103,15 @@ try:
 
     get_single_level_allowed = functorch.get_single_level_autograd_function_allowed
     set_single_level_allowed = functorch.set_single_level_autograd_function_allowed
+
+    # What torch.nn.utils.parametrizations.weight_norm calls.
+    weight_norm = torch._weight_norm
+    # What F.scaled_dot_product_attention chooses from.
+    attention_math = torch.ops.aten._scaled_dot_product_attention_math.default
+    flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
+    flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+    cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    cudnn_attention_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
     # What torch.nn.functional.silu and mish call.
     nn_silu = torch._C._nn.silu
@@ -121,6 +147,23 @@ def graph_is_kept() -> bool:
 def has_tangent(value: Any) -> bool:
     """Whether the value is a tensor with a tangent at the level that is being computed."""
     return isinstance(value, Tensor) and unpack_dual(value, level=0)[1] is not None
+
+
+def version(tensor: Tensor) -> int:
+    """Changes whenever the tensor is written to in place."""
+    return tensor._version
+
+
+def number_of_outputs(op: Any) -> int:
+    """How many tensors an op of torch.library returns."""
+    return len(op._schema.returns)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something is called beside the module's forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 # ----------------------------------------------------------------------------------------------- what is relied on
@@ -238,9 +281,48 @@ def compiled_calls(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     return found
 
 
-def _modes() -> bool:
-    from torch.utils._python_dispatch import TorchDispatchMode
+def _trees() -> bool:
+    leaves, form = tree_flatten({"a": [1, (2.0,)], "b": None})
+    mapped = tree_map_only(int, lambda n: n + 1, {"a": [1, (2.0,)]})
+    back = tree_unflatten([n for n in leaves if n is not None] + [None], form)
+    same = tree_leaves(back) == leaves and tree_map(lambda n: n, back) == back
+    return leaves == [1, 2.0, None] and mapped == {"a": [2, (2.0,)]} and same
 
+
+# The arguments of attention's ops that are called by position; those of CUDA's kernels cannot be run everywhere.
+_ATTENTION_ARGUMENTS = {
+    flash_attention: "query key value dropout_p is_causal return_debug_mask scale",
+    flash_attention_backward: "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
+    "is_causal philox_seed philox_offset scale",
+    cudnn_attention: "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask scale",
+    cudnn_attention_backward: "grad_out query key value out logsumexp philox_seed philox_offset attn_bias cum_seq_q "
+    "cum_seq_k max_q max_k dropout_p is_causal scale",
+    attention_math: "query key value attn_mask dropout_p is_causal dropout_mask scale enable_gqa",
+}
+
+
+def _attention_ops() -> bool:
+    return all(
+        [argument.name for argument in op._schema.arguments] == names.split()
+        for op, names in _ATTENTION_ARGUMENTS.items()
+    )
+
+
+def _values() -> bool:
+    v, g = torch.tensor([[3.0, 4.0]], device="cpu"), torch.tensor([[10.0]], device="cpu")
+    before = version(v)
+    v.add_(0)
+    return bool(weight_norm(v, g, 0).tolist() == [[6.0, 8.0]]) and version(v) > before
+
+
+def _hooks() -> bool:
+    layer = nn.Identity()
+    free = is_hooked(layer)
+    layer.register_forward_hook(lambda *_: None)
+    return not free and is_hooked(layer) and number_of_outputs(torch.ops.aten.max.dim) == 2
+
+
+def _modes() -> bool:
     class Nothing(TorchDispatchMode):
         pass
 
@@ -256,6 +338,10 @@ _CHECKS: dict[str, Callable[[], bool]] = {
     "torch.func's interpreter stack is not as expected": _transforms,
     "the vmap of batched gradients is not seen": _legacy_vmap,
     "torch's dispatch modes are not counted": _modes,
+    "torch.utils._pytree does not flatten and map as before": _trees,
+    "the ops of scaled_dot_product_attention have other arguments": _attention_ops,
+    "weight_norm or the versions of tensors are not as expected": _values,
+    "hooks of modules or the outputs of ops are not seen": _hooks,
 }
 
 

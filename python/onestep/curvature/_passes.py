@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_map_only
 
+from onestep._torch_private import tree_map_only
 from onestep.curvature._vectors import all_finite
 from onestep.curvature.products import Route
 from onestep.evaluation.arrays import from_numpy

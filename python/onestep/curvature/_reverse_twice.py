@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from onestep._torch_private import tree_flatten, tree_map, tree_unflatten
 
 
 def hessian_product(scalar: Callable[[Any], Tensor], params: Any, v: Any) -> Any:

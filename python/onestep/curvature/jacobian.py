@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vjp, vmap
-from torch.utils._pytree import tree_map_only
 
+from onestep._torch_private import tree_map_only
 from onestep.curvature.products import Route
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import Loss

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from onestep._torch_private import TransformType, interpreter_stack, nn_mish, nn_silu
+from onestep._torch_private import TransformType, attention_math, interpreter_stack, nn_mish, nn_silu, weight_norm
 from onestep.curvature._lstm import lstm
 from onestep.evaluation.exclusive import exclusive
 from onestep.functional import replace_attention
@@ -78,7 +78,7 @@ def _attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         hidden = query.new_full((), -torch.inf)
         attn_mask = torch.where(attn_mask, query.new_zeros(()), hidden)
-    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+    out: Tensor = attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
     return out
@@ -178,7 +178,7 @@ _RECORDED |= {torch.logit, Tensor.logit, torch.special.logit}
 
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.lstm: lstm,
-    torch._weight_norm: _weight_norm,
+    weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _attention,
 }
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from onestep._fork import one_thread_after_fork
+from onestep._torch_private import tree_leaves
 from onestep.curvature.jacobian import root_jacobian
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.curvature.laplace_assembly import STRUCTURES, Structure, Sums, find_last_layer

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from onestep._torch_private import tree_map_only
 
 
 def from_numpy(data: Any, like: Tensor) -> Any:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from onestep._torch_private import tree_leaves, tree_map_only
 from onestep.evaluation.exclusive import exclusive
 
 

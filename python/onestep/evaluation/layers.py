@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep._torch_private import is_hooked
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.module import call_model
 
@@ -46,8 +47,7 @@ def ends_model(calls: list[tuple[Tensor, Tensor]], outputs: Tensor) -> bool:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether a module computes what its class says: no hook or patch makes it another."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in vars(module)
+    return not is_hooked(module) and "forward" not in vars(module)
 
 
 def is_plain(layer: nn.Module) -> bool:

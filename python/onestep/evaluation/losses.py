@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from onestep._torch_private import tree_leaves, tree_map_only
 
 IGNORED = -100
 

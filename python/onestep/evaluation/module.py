@@ -13,10 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.func import debug_unwrap, functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from onestep._torch_private import BatchNorm, DropoutNd, compiled_calls
+from onestep._torch_private import BatchNorm, DropoutNd, TorchDispatchMode, compiled_calls, tree_leaves
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.errors import NonFiniteError
@@ -110,7 +108,7 @@ def _everywhere(module: nn.Module, values: dict[str, Tensor]) -> tuple[nn.Module
     return module, {
         f"{prefix}.{name}" if prefix else name: of_parameter[id(parameter)]
         for prefix, part in module.named_modules()
-        for name, parameter in part._parameters.items()
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
         if id(parameter) in of_parameter
     }
 

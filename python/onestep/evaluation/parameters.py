@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+
+from onestep._torch_private import tree_map_only, version
 
 
 class ParameterVector:
@@ -49,7 +50,7 @@ class ParameterVector:
 
     def versions(self) -> tuple[int, ...]:
         """Changes whenever a parameter does."""
-        return tuple(t._version for t in self.tensors)
+        return tuple(version(t) for t in self.tensors)
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

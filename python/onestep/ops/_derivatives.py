@@ -23,6 +23,7 @@ from onestep._torch_private import (
     has_tangent,
     in_legacy_vmap,
     make_dual,
+    number_of_outputs,
     set_forward_grad_enabled,
     set_grad_enabled,
     set_single_level_allowed,
@@ -155,7 +156,7 @@ def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[
 def register_derivatives(op: Op, function: type[OpFunction]) -> None:
     """Attaches ``function`` to the op."""
     function.op = op.dispatched
-    outputs = len(op.dispatched._schema.returns)
+    outputs = number_of_outputs(op.dispatched)
     function.jvp = staticmethod(_forward_over_forward(function, outputs))  # type: ignore[method-assign]
     function.forward = staticmethod(function.run_below)  # type: ignore[method-assign]
     LIBRARY.impl(op.name, function.call, "Autograd")

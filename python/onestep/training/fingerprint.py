@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from onestep._torch_private import tree_leaves
 from onestep.evaluation.data import Chunk, IndexedSource
 from onestep.evaluation.losses import Loss
 from onestep.training.facts import Facts, FirstPass, Settings

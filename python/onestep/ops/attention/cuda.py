@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from onestep._torch_private import cudnn_attention, cudnn_attention_backward, flash_attention, flash_attention_backward
 from onestep.ops import _cuda
 from onestep.ops._library import register
 from onestep.ops.attention import schema
@@ -220,11 +221,9 @@ def _prefers_cudnn(q: Tensor, sizes: Sizes) -> bool:
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, sizes: Sizes) -> tuple[Tensor, Tensor]:
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     if _prefers_cudnn(q, sizes):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )
+        out, lse, *_ = cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
         return out, lse.double().view(out.shape[:-1])
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, causal, False, scale=scale)
+    out, lse, *_ = flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse.double()
 
 
@@ -296,7 +295,7 @@ def _flash_backward(
     # Without dropout nothing is drawn; the state of the generator is an empty argument.
     if _prefers_cudnn(q, sizes):
         state = torch.empty((), dtype=torch.int64, device=q.device)
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
+        grads = cudnn_attention_backward(
             grad,
             q,
             k,
@@ -316,7 +315,7 @@ def _flash_backward(
         return grads
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_backward.default(
+    grads = flash_attention_backward(
         grad, q, k, v, out, lse.float(), None, None, *lengths, 0.0, causal, state, unused, scale=scale
     )
     return grads
