@@ -18,7 +18,8 @@ from torch import Tensor
 
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.estimators._problem import Point, Problem
-from onestep.linalg import cholesky_ex, cholesky_solve
+from onestep.linalg import cholesky_solve
+from onestep.linalg.spd import factor_with_shift
 
 # Samples of the rows, the larger of these and of so many rows per parameter: the minimum of each is the start on the
 # next larger one, and its Hessian, whose error is about √(parameters / rows), the preconditioner there.
@@ -277,14 +278,8 @@ def _factor(H: Tensor, penalties: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     least = max(diagonal.max().item() * 1e-16, torch.finfo(torch.float64).tiny)
     scale = diagonal.clamp_min(least).rsqrt()
     scaled = H * scale[:, None] * scale
-    raised = 0.01 * max(torch.finfo(dtype).eps, 1e-12)
-    scaled.diagonal().add_(penalties * scale.square()).add_(raised)
-    while True:
-        L, info = cholesky_ex(scaled)
-        if not int(info) or raised > 1:
-            return L, scale
-        scaled.diagonal().add_(99 * raised)
-        raised *= 100
+    scaled.diagonal().add_(penalties * scale.square())
+    return factor_with_shift(scaled, 0.01 * max(torch.finfo(dtype).eps, 1e-12))[0], scale
 
 
 def runaway_step(point: Point) -> bool:

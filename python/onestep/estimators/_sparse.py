@@ -14,6 +14,7 @@ from scipy.sparse import csr_array, issparse
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.estimators._arrays import Array
 from onestep.estimators._centred import MIN_RCOND
 from onestep.estimators._problem import Point, Problem
@@ -81,7 +82,8 @@ class SparseLeastSquares:
                 continue
 
             def product(V: Array, penalty: float = penalty) -> Array:
-                shared = total * np.outer(x_mean, _dots(x_mean[:, None], V))
+                # A sum instead of a product by BLAS: the same for any number of threads.
+                shared = total * np.outer(x_mean, (x_mean[:, None] * V).sum(0))
                 image: Array = weighted.T @ (X @ V) - shared + penalty * V
                 return image
 
@@ -98,37 +100,26 @@ class SparseLeastSquares:
         return torch.from_numpy((weighted.T @ X).toarray() - total * np.outer(x_mean, x_mean))
 
 
-def _dots(A: Array, B: Array) -> Array:
-    """The dot product of each pair of columns (k,): the same for any number of threads, as BLAS is not asked."""
-    return np.asarray((A * B).sum(0))
-
-
 def _conjugate_gradients(apply: Callable[[Array], Array], B: Array, inverse: Array) -> Array:
     """AV = B for each column of B (d, k), A symmetric and not negative, preconditioned by a diagonal (d,)."""
-    V, R = np.zeros_like(B), B.copy()
-    D = inverse[:, None] * R
-    rho = _dots(R, D)
-    goal = _TOLERANCE**2 * rho
-    most = max(_LEAST_ITERATIONS, 2 * B.shape[0])
-    for _ in range(most):
-        going = rho > goal
-        if not going.any():
-            return V
-        image = apply(D)
-        bend = _dots(D, image)
-        length = np.where(going & (bend > 0), rho / np.where(bend > 0, bend, 1.0), 0.0)
-        V += length * D
-        R -= length * image
-        Z = inverse[:, None] * R
-        last, rho = rho, _dots(R, Z)
-        D = Z + np.where(last > 0, rho / np.where(last > 0, last, 1.0), 0.0) * D
-    warnings.warn(
-        f"conjugate gradients stopped after {most} iterations with a relative residual of "
-        f"{math.sqrt((rho / np.where(goal > 0, goal, 1.0)).max()) * _TOLERANCE:.1e}; a larger alpha converges sooner",
-        ConvergenceWarning,
-        stacklevel=5,
+    diagonal = torch.from_numpy(inverse)[:, None]
+    solved = conjugate_gradient(
+        lambda V: torch.from_numpy(apply(V.numpy())),
+        torch.from_numpy(B),
+        precondition=lambda R: R * diagonal,
+        tolerance=_TOLERANCE,
+        max_iterations=max(_LEAST_ITERATIONS, 2 * B.shape[0]),
+        least_progress=0.0,
     )
-    return V
+    if not solved.converged.all():
+        left = (solved.residual.norm(dim=0) / np.maximum(np.linalg.norm(B, axis=0), np.finfo(float).tiny)).max().item()
+        warnings.warn(
+            f"conjugate gradients stopped after {solved.iterations} iterations with a relative residual of {left:.1e}; "
+            "a larger alpha converges sooner",
+            ConvergenceWarning,
+            stacklevel=5,
+        )
+    return np.asarray(solved.x)
 
 
 @dataclass(frozen=True)

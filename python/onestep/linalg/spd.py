@@ -24,6 +24,10 @@ from onestep.ops.normal.schema import SINGULAR_EPSILONS as SINGULAR_EPSILONS
 # off by a few ε of the largest.
 LEAST_RCOND = 1e-8
 
+# A matrix that cannot be factored gets a shift that is larger by the first number, as often as the second says: from
+# rounding noise, 1e-14 of the diagonal, to all of it.
+_MORE_SHIFT, _TRIES = 100.0, 8
+
 
 class Factor(NamedTuple):
     """SAS = LLᵀ with S = diag(scale), so that SAS has a unit diagonal.
@@ -76,6 +80,22 @@ def factor(A: Tensor) -> Factor:
     scaled = A * (scale * scale.mT)
     L, info = cholesky_ex(scaled)
     return Factor(scale, scaled, L, -1, int(info) - 1)
+
+
+def factor_with_shift(A: Tensor, shift: float) -> tuple[Tensor, bool]:
+    """L of A + sI = LLᵀ for A (...,d,d), and whether there is one; s is the first of ``shift``·100ⁱ that will do.
+
+    For preconditioners and starts, whose solutions need not be those of A itself. All matrices of a batch get the same
+    s. Waits for a GPU.
+    """
+    for _ in range(_TRIES):
+        shifted = A.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
+        L, info = cholesky_ex(shifted)
+        if not bool(info.any()):
+            return L, True
+        shift *= _MORE_SHIFT
+    return L, False
 
 
 def eigenvalues_are_accurate(values: Tensor, penalty: float | Tensor, floor: float = LEAST_RCOND) -> bool:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onestep.linalg import cholesky_ex, cholesky_solve
+from onestep.linalg import cholesky_solve
+from onestep.linalg.spd import factor_with_shift
 from onestep.solvers.multinomial.rows import Rows
 
 # Pairs that L-BFGS keeps.
@@ -24,6 +25,8 @@ _LARGEST_FACTOR = 8192
 _LEAST_SPREAD = 1e-8
 # Of the mean diagonal element: the least that one counts as where the Gram matrix is factored.
 _LEAST_DIAGONAL = 1e-12
+# What is added to a diagonal of ones: it is a preconditioner, and needs few digits.
+_LEAST_SHIFT = 1e-8
 # An intercept has no penalty and is divided by its own class's spread, at least so much of their mean.
 _LEAST_SHARE = 1e-2
 # The factor is made anew where the spread has changed by this factor.
@@ -160,12 +163,7 @@ class Memory:
         least = _LEAST_DIAGONAL * diagonal.mean().item() + torch.finfo(torch.float64).tiny
         scale = diagonal.clamp_min(least).rsqrt()[:, None]
         A = A * scale * scale.mT
-        raised = 1e-8
-        while True:
-            L, info = cholesky_ex(A + raised * torch.eye(len(A), dtype=A.dtype))
-            if not int(info) or raised > 1:
-                break
-            raised *= 100
+        L, _ = factor_with_shift(A, _LEAST_SHIFT)
         self._features = lambda R: scale * cholesky_solve(scale * R, L)
 
     def _apply(self, R: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.layers import columns
 from onestep.evaluation.losses import IGNORED, Loss, like_outputs, scores_and_classes
 from onestep.evaluation.parameters import ParameterVector
+from onestep.linalg.spd import factor_with_shift
 from onestep.optim.objective import Preconditioner
 from onestep.training.objective import DataObjective
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
@@ -31,25 +32,11 @@ _LARGEST_FACTOR = 1024
 # Of the diagonal's mean; directions in which nothing bends, as the common shift of softmax, need some.
 _LEAST_DAMPING = 1e-10
 _ROUNDINGS = 10
-# If a matrix cannot be factored, its damping is multiplied by the first number; the second is how many times.
-_MORE_DAMPING, _TRIES = 100.0, 8
 
 
 def is_glm(loss: Loss) -> bool:
     """Whether the loss of a linear layer's outputs is that of a generalised linear model with a canonical link."""
     return loss.name in _FAMILIES
-
-
-def _factor(blocks: Tensor, damping: float) -> Tensor | None:
-    """The Cholesky factors of blocks (b,n,n) + damping·I, with more damping if need be; None if none is enough."""
-    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    damping = max(damping, torch.finfo(blocks.dtype).tiny)
-    for _ in range(_TRIES):
-        L, info = linalg.cholesky_ex(blocks + damping * identity)
-        if not bool(info.any()):
-            return L
-        damping *= _MORE_DAMPING
-    return None
 
 
 class GLMHead(Structure):
@@ -137,8 +124,8 @@ class HeadObjective(DataObjective):
         least = rounding * blocks.diagonal(dim1=-2, dim2=-1).mean().item()
 
         def solver(damping: float) -> Callable[[Tensor], Tensor]:
-            L = _factor(blocks, damping + least)
-            if L is None:
+            L, factored = factor_with_shift(blocks, max(damping + least, torch.finfo(blocks.dtype).tiny))
+            if not factored:
                 return torch.Tensor.clone
 
             def solve(v: Tensor) -> Tensor:
