@@ -199,6 +199,9 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
             # All methods that suit were tried, and the last one was stuck.
             assert result is not None
             return result
+        if not plan.method.one_pass:
+            # The method begins passes of its own.
+            facts.first_pass.close()
         if not plan.method.keeps_modes:
             warn_of_layers(noisy, "fit", 3)
             noisy = ""

@@ -142,9 +142,6 @@ def make_plan(
     method = METHODS[name]
     objective, unstructured = method.objective(facts)
     chunk_rows, curvature_rows, pieces, least = method.cut(facts, settings)
-    # Other methods begin passes of their own.
-    if not method.one_pass:
-        facts.first_pass.close()
     own = facts.share._replace(pieces=max(pieces, facts.share.size), least=least)
     return FitPlan(
         method=method,

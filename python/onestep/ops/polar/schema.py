@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from onestep.ops._derivatives import register_not_differentiable
 from onestep.ops._library import define
 from onestep.ops.operands import LinAlgError, any_failed, check_dims, describe_failures
 
@@ -59,7 +58,6 @@ polar = define(
     fake=polar_results,
     own_dims=(2,),
 )
-register_not_differentiable(polar, "use M.detach(), or torch.linalg.svd where a derivative is wanted")
 
 
 def raise_if_failed(info: Tensor) -> None:
