@@ -202,4 +202,13 @@ inline void multiply_panels(int64_t tiles, int64_t panels, int64_t segments, int
     }
 }
 
+// c (rows × columns) = left · right, or added to it; both are packed whole, to tiles and to panels of depth `depth`.
+template <class T>
+inline void multiply_packed(const T* left, const T* right, int64_t depth, int64_t rows, int64_t columns,
+                            bool accumulate, T* c, int64_t ld) {
+    multiply_panels<T>(round_up_to(rows, kTileRows) / kTileRows, round_up_to(columns, kPanel<T>) / kPanel<T>, 1, depth,
+                       LeftTiles<T>::packed(left, depth), {right, kPanel<T> * depth, 0}, accumulate,
+                       {c, ld, kPanel<T>, rows, columns});
+}
+
 }  // namespace onestep::ONESTEP_NS

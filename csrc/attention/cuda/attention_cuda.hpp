@@ -12,7 +12,9 @@
 #include "base/operand.hpp"
 #include "base/status.hpp"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
+
+using namespace onestep::cuda;
 
 struct AttentionTensors {
     HeadedOperand q;  // heads × queries × d
@@ -69,4 +71,4 @@ Status attention_jvp(const AttentionProblem& problem, const AttentionOutputs& ou
 Status attention_gradients(const AttentionProblem& problem, bool tangents, const AttentionOutputs& outputs,
                            void* workspace, cudaStream_t stream);
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

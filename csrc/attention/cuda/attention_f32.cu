@@ -1,6 +1,6 @@
 #include "attention/cuda/launch.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 AttentionInstances attention_instances_f32() {
     static constexpr AttentionInstance kInstances[] = {AttentionLaunches<PlainSizes<float, 64>>::instance(),
@@ -9,4 +9,4 @@ AttentionInstances attention_instances_f32() {
     return {kInstances, static_cast<int>(std::size(kInstances))};
 }
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

@@ -1,6 +1,6 @@
 #include "attention/cuda/launch.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 AttentionInstances attention_instances_f64() {
     static constexpr AttentionInstance kInstances[] = {AttentionLaunches<PlainSizes<double, 64>>::instance(),
@@ -8,4 +8,4 @@ AttentionInstances attention_instances_f64() {
     return {kInstances, static_cast<int>(std::size(kInstances))};
 }
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

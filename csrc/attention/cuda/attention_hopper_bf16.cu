@@ -1,6 +1,6 @@
 #include "attention/cuda/hopper_sizes.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 AttentionInstances attention_instances_hopper_bf16() {
     static constexpr AttentionInstance kInstances[] = {AttentionLaunches<HopperSizes<bfloat16, 64>>::instance(),
@@ -8,4 +8,4 @@ AttentionInstances attention_instances_hopper_bf16() {
     return {kInstances, static_cast<int>(std::size(kInstances))};
 }
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

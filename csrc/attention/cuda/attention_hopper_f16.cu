@@ -1,6 +1,6 @@
 #include "attention/cuda/hopper_sizes.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 AttentionInstances attention_instances_hopper_f16() {
     static constexpr AttentionInstance kInstances[] = {AttentionLaunches<HopperSizes<float16, 64>>::instance(),
@@ -8,4 +8,4 @@ AttentionInstances attention_instances_hopper_f16() {
     return {kInstances, static_cast<int>(std::size(kInstances))};
 }
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

@@ -24,8 +24,8 @@ HeadedOperand operand(const Input& given, int dims) {
     return bindings::headed(address, strides, element, dims);
 }
 
-cuda::AttentionTensors tensors(const Tensors& given, int dims) {
-    cuda::AttentionTensors result;
+attention::cuda::AttentionTensors tensors(const Tensors& given, int dims) {
+    attention::cuda::AttentionTensors result;
     result.q = operand(std::get<0>(given), dims);
     result.k = operand(std::get<1>(given), dims);
     result.v = operand(std::get<2>(given), dims);
@@ -38,9 +38,10 @@ cuda::AttentionTensors tensors(const Tensors& given, int dims) {
 }
 
 // sizes: heads, kv_heads, queries, keys, d, dv
-cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale,
-                               bool causal, bool warp_groups, const Tensors& primal, const Tensors& tangent) {
-    cuda::AttentionProblem result;
+attention::cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes,
+                                          double scale, bool causal, bool warp_groups, const Tensors& primal,
+                                          const Tensors& tangent) {
+    attention::cuda::AttentionProblem result;
     result.element = static_cast<Element>(element);
     result.batch = bindings::batch_shape(batch);
     result.heads = sizes[0];
@@ -57,12 +58,14 @@ cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array
     return result;
 }
 
-template <Status (*Kernel)(const cuda::AttentionProblem&, const cuda::AttentionOutputs&, cudaStream_t)>
+template <Status (*Kernel)(const attention::cuda::AttentionProblem&, const attention::cuda::AttentionOutputs&,
+                           cudaStream_t)>
 void run_outputs(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
                  bool warp_groups, const Tensors& primal, const Tensors& tangent, Address out, Address lse, int device,
                  Address stream) {
-    const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
-    cuda::AttentionOutputs outputs;
+    const attention::cuda::AttentionProblem given =
+        problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
+    attention::cuda::AttentionOutputs outputs;
     outputs.out = bindings::pointer<void>(out);
     outputs.lse = bindings::pointer<double>(lse);
     bindings::run_on_device(device, [&] { return Kernel(given, outputs, bindings::stream_of(stream)); });
@@ -71,22 +74,23 @@ void run_outputs(int element, const Sizes& batch, const std::array<int64_t, 6>& 
 void run_gradients(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
                    bool warp_groups, const Tensors& primal, const Tensors& tangent, bool tangents,
                    const std::array<Address, 4>& results, Address workspace, int device, Address stream) {
-    const cuda::AttentionProblem given = problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
-    cuda::AttentionOutputs outputs;
+    const attention::cuda::AttentionProblem given =
+        problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
+    attention::cuda::AttentionOutputs outputs;
     outputs.q_grad = bindings::pointer<void>(results[0]);
     outputs.k_grad = bindings::pointer<void>(results[1]);
     outputs.v_grad = bindings::pointer<void>(results[2]);
     outputs.score_grad = bindings::pointer<void>(results[3]);
     bindings::run_on_device(device, [&] {
-        return cuda::attention_gradients(given, tangents, outputs, bindings::pointer<void>(workspace),
-                                         bindings::stream_of(stream));
+        return attention::cuda::attention_gradients(given, tangents, outputs, bindings::pointer<void>(workspace),
+                                                    bindings::stream_of(stream));
     });
 }
 
 bool supported(int element, int d, int dv, int device) {
     bool result = false;
     bindings::run_on_device(device, [&] {
-        result = cuda::attention_supported(static_cast<Element>(element), d, dv);
+        result = attention::cuda::attention_supported(static_cast<Element>(element), d, dv);
         return Status::ok;
     });
     return result;
@@ -97,10 +101,12 @@ bool supported(int element, int d, int dv, int device) {
 void register_attention_cuda(py::module_& module) {
     using namespace py::literals;
     module.def("attention_supported", supported, "element"_a, "d"_a, "dv"_a, "device"_a);
-    module.def("attention_forward", run_outputs<cuda::attention_forward>, "element"_a, "batch"_a, "sizes"_a, "scale"_a,
-               "causal"_a, "warp_groups"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a, "stream"_a);
-    module.def("attention_jvp", run_outputs<cuda::attention_jvp>, "element"_a, "batch"_a, "sizes"_a, "scale"_a,
-               "causal"_a, "warp_groups"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a, "stream"_a);
+    module.def("attention_forward", run_outputs<attention::cuda::attention_forward>, "element"_a, "batch"_a, "sizes"_a,
+               "scale"_a, "causal"_a, "warp_groups"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a,
+               "stream"_a);
+    module.def("attention_jvp", run_outputs<attention::cuda::attention_jvp>, "element"_a, "batch"_a, "sizes"_a,
+               "scale"_a, "causal"_a, "warp_groups"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a,
+               "stream"_a);
     // results: the gradients of q, k, v and of the scores, 0: not wanted. workspace: 16 bytes (32 for double) for each
     // row of queries.
     module.def("attention_gradients", run_gradients, "element"_a, "batch"_a, "sizes"_a, "scale"_a, "causal"_a,

@@ -8,7 +8,7 @@
 #include "attention/cuda/attention_cuda.hpp"
 #include "attention/cuda/tiles.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 inline constexpr double kLog2E = 1.4426950408889634;
 inline constexpr double kLn2 = 0.6931471805599453;
@@ -178,4 +178,4 @@ struct BlockPlace {
     }
 };
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

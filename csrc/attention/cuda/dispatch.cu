@@ -3,7 +3,7 @@
 #include "attention/cuda/attention_cuda.hpp"
 #include "attention/cuda/instances.hpp"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 namespace {
 
 AttentionInstances instances(Element element) {
@@ -79,4 +79,4 @@ Status attention_gradients(const AttentionProblem& problem, bool tangents, const
     return chosen != nullptr ? chosen->gradients(problem, tangents, outputs, workspace, stream) : unsupported(problem);
 }
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

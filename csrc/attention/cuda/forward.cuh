@@ -3,7 +3,7 @@
 
 #include "attention/cuda/blocks.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 template <class Sizes>
 inline constexpr int64_t kAlignmentBytes = Sizes::Products::kAlignment <= 128 ? 0 : Sizes::Products::kAlignment;
@@ -359,4 +359,4 @@ __global__ void __launch_bounds__(Sizes::kThreads)
                problem.dv);
 }
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

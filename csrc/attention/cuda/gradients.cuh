@@ -10,7 +10,7 @@
 #include "attention/cuda/blocks.cuh"
 #include "attention/cuda/forward.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 // What a query's scores are turned into gradients with: L log₂ e, L̇, δ and δ̇.
 template <class Acc>
@@ -309,4 +309,4 @@ __global__ void __launch_bounds__(Sizes::kThreads)
     }
 }
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

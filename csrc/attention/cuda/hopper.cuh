@@ -5,7 +5,7 @@
 #include "attention/cuda/tiles.cuh"
 #include "attention/cuda/wgmma.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 template <class T_, int D_>
 struct HopperProducts {
@@ -109,4 +109,4 @@ struct HopperProducts {
     }
 };
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

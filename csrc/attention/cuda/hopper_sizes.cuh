@@ -4,7 +4,7 @@
 #include "attention/cuda/hopper.cuh"
 #include "attention/cuda/launch.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 // Two blocks of one warp group on a multiprocessor: while one waits for tensor cores or memory, the other computes.
 // With 128 features the gradient of queries, which has one accumulator alone, is faster in one block of two warp groups
@@ -17,4 +17,4 @@ struct HopperSizes {
     static constexpr bool kApart = false;
 };
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

@@ -3,7 +3,7 @@
 
 #include "attention/cuda/attention_cuda.hpp"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 struct AttentionInstance {
     int most_features;  // of q, k and v
@@ -26,4 +26,4 @@ AttentionInstances attention_instances_f16();
 AttentionInstances attention_instances_hopper_bf16();
 AttentionInstances attention_instances_hopper_f16();
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

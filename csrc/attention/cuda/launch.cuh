@@ -7,7 +7,7 @@
 #include "attention/cuda/gradients.cuh"
 #include "attention/cuda/instances.hpp"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
 
 // Block sizes for rows of up to D features: shared memory stays under the 163 KiB of compute capability 8.0.
 template <class T, int D>
@@ -123,4 +123,4 @@ struct AttentionLaunches {
     }
 };
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

@@ -18,7 +18,9 @@
 #include "base/cuda/mma.cuh"
 #include "base/cuda/numbers.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
+
+using namespace onestep::cuda;
 
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -442,4 +444,4 @@ __device__ __forceinline__ void store_rows(const Acc (&acc)[M][N][4], Acc factor
     }
 }
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

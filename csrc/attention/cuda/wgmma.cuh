@@ -9,7 +9,9 @@
 #include "base/cuda/device.cuh"
 #include "base/cuda/numbers.cuh"
 
-namespace onestep::cuda {
+namespace onestep::attention::cuda {
+
+using namespace onestep::cuda;
 
 // An operand in shared memory. `panel_bytes`: from one panel of 64 columns to the next, where a product has several.
 #if defined(ONESTEP_SIMT)
@@ -216,4 +218,4 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], [[maybe_unused]] con
 #undef ONESTEP_WGMMA_REGISTERS
 #endif
 
-}  // namespace onestep::cuda
+}  // namespace onestep::attention::cuda

@@ -16,6 +16,10 @@ using cudaStream_t = struct SimtStream*;
 
 namespace onestep::cuda {
 
+// Elements of operands beside float and double; numbers.cuh computes with them.
+struct bfloat16;
+struct float16;
+
 // What dispatch depends on.
 struct DeviceLimits {
     int multiprocessors = 0;

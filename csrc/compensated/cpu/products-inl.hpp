@@ -25,9 +25,7 @@ inline void pack_left(const T* from, int64_t ld, int64_t depth, int64_t rows, T*
 template <class T>
 inline void multiply_add(const T* left, const T* right, int64_t depth, int64_t rows, int64_t columns, T* c,
                          int64_t ld) {
-    multiply_panels<T>(round_up_to(rows, kTileRows) / kTileRows, round_up_to(columns, kPanel<T>) / kPanel<T>, 1, depth,
-                       LeftTiles<T>::packed(left, depth), {right, kPanel<T> * depth, 0}, true,
-                       {c, ld, kPanel<T>, rows, columns});
+    multiply_packed<T>(left, right, depth, rows, columns, true, c, ld);
 }
 
 }  // namespace onestep::compensated::ONESTEP_NS

@@ -17,11 +17,11 @@ using py::literals::operator""_a;
 // Bytes that glm_point (m = 1) or glm_product needs, or -1 if one pass does not take so many columns.
 template <class X, class T>
 int64_t bind_workspace(bool intercept, int64_t n, int64_t d, int64_t k, int64_t m, int device) {
-    if (m * k > cuda::glm_most_columns<X, T>(d, intercept)) {
+    if (m * k > glm::cuda::glm_most_columns<X, T>(d, intercept)) {
         return -1;
     }
-    const cuda::DeviceGuard guard(device);
-    return cuda::glm_workspace(glm_data<X, T>(0, intercept, {}, {}, {}, {}, n, d, k), m);
+    const glm::cuda::DeviceGuard guard(device);
+    return glm::cuda::glm_workspace(glm_data<X, T>(0, intercept, {}, {}, {}, {}, n, d, k), m);
 }
 
 template <class X, class T>
@@ -35,7 +35,7 @@ void bind_point(int family, bool intercept, const Operand& x, const Operand& y, 
     args.gradient = pointer<T>(gradient);
     args.curvature = pointer<T>(curvature);
     bindings::run_on_device(device, [&] {
-        return cuda::glm_point(args, pointer<T>(info), pointer<void>(workspace), bindings::stream_of(stream));
+        return glm::cuda::glm_point(args, pointer<T>(info), pointer<void>(workspace), bindings::stream_of(stream));
     });
 }
 
@@ -50,7 +50,7 @@ void bind_product(int family, bool intercept, const Operand& x, const Operand& w
     args.v = bindings::batched<const T>(v, 2);
     args.product = pointer<T>(product);
     bindings::run_on_device(
-        device, [&] { return cuda::glm_product(args, pointer<void>(workspace), bindings::stream_of(stream)); });
+        device, [&] { return glm::cuda::glm_product(args, pointer<void>(workspace), bindings::stream_of(stream)); });
 }
 
 template <class X, class T>
@@ -59,8 +59,8 @@ void bind_chunk_point(int family, const Operand& y, const Operand& labels, const
                       Address stream) {
     const auto data = glm_data<X, T>(family, false, {}, y, labels, weight, n, 0, k);
     bindings::run_on_device(device, [&] {
-        return cuda::glm_chunk_point(data, pointer<T>(outputs), pointer<T>(curvature), pointer<double>(losses),
-                                     pointer<int>(statuses), bindings::stream_of(stream));
+        return glm::cuda::glm_chunk_point(data, pointer<T>(outputs), pointer<T>(curvature), pointer<double>(losses),
+                                          pointer<int>(statuses), bindings::stream_of(stream));
     });
 }
 
@@ -69,8 +69,8 @@ void bind_chunk_product(int family, const Operand& weight, int64_t n, int64_t k,
                         Address curvature, int device, Address stream) {
     const auto data = glm_data<X, T>(family, false, {}, {}, {}, weight, n, 0, k);
     bindings::run_on_device(device, [&] {
-        return cuda::glm_chunk_product(data, m, pointer<T>(outputs), pointer<const T>(curvature),
-                                       bindings::stream_of(stream));
+        return glm::cuda::glm_chunk_product(data, m, pointer<T>(outputs), pointer<const T>(curvature),
+                                            bindings::stream_of(stream));
     });
 }
 
@@ -78,8 +78,8 @@ template <class T>
 void bind_sum_losses(int64_t count, Address losses, Address statuses, Address loss, Address info, int device,
                      Address stream) {
     bindings::run_on_device(device, [&] {
-        return cuda::glm_sum_losses(count, pointer<const double>(losses), pointer<const int>(statuses),
-                                    pointer<double>(loss), pointer<T>(info), bindings::stream_of(stream));
+        return glm::cuda::glm_sum_losses(count, pointer<const double>(losses), pointer<const int>(statuses),
+                                         pointer<double>(loss), pointer<T>(info), bindings::stream_of(stream));
     });
 }
 
@@ -110,11 +110,11 @@ void register_chunks(py::module_& module, const std::string& suffix) {
 void register_glm_cuda(py::module_& module) {
     register_passes<float, float>(module, "f32");
     register_passes<double, double>(module, "f64");
-    register_passes<cuda::bfloat16, float>(module, "bf16");
-    register_passes<cuda::float16, float>(module, "f16");
+    register_passes<glm::cuda::bfloat16, float>(module, "bf16");
+    register_passes<glm::cuda::float16, float>(module, "f16");
     register_chunks<float>(module, "f32");
     register_chunks<double>(module, "f64");
-    module.def("glm_chunk_losses", cuda::glm_chunk_losses);
+    module.def("glm_chunk_losses", glm::cuda::glm_chunk_losses);
 }
 
 }  // namespace onestep

@@ -5,7 +5,9 @@
 #include "base/cuda/numbers.cuh"
 #include "glm/glm.hpp"
 
-namespace onestep::cuda::glm {
+namespace onestep::glm::cuda {
+
+using namespace onestep::cuda;
 
 template <class X>
 struct Chunk;
@@ -103,4 +105,4 @@ __device__ X one() {
     }
 }
 
-}  // namespace onestep::cuda::glm
+}  // namespace onestep::glm::cuda

@@ -9,7 +9,7 @@
 #include "base/cuda/device.cuh"
 #include "glm/cuda/glm.hpp"
 
-namespace onestep::cuda::glm {
+namespace onestep::glm::cuda {
 
 // How far the probabilities of a row may be from a sum of 1; as in ops/glm.
 inline constexpr double kSumTolerance = 1e-3;
@@ -87,4 +87,4 @@ __device__ T checked_target(const GlmData<X, T>& data, int64_t row, int64_t colu
     return y;
 }
 
-}  // namespace onestep::cuda::glm
+}  // namespace onestep::glm::cuda

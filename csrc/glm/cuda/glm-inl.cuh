@@ -8,8 +8,7 @@
 #include "glm/cuda/sums.cuh"
 #include "glm/cuda/tile.cuh"
 
-namespace onestep::cuda {
-namespace glm {
+namespace onestep::glm::cuda {
 
 // Blocks are a few waves of the device, and more where a thread would add up more rows than this in T.
 inline constexpr int64_t kMostSummedRows = 8192;
@@ -154,71 +153,66 @@ unsigned chunk_blocks(const GlmData<X, T>& data) {
     return static_cast<unsigned>(ceil_div<int64_t>(data.n, kChunkRows));
 }
 
-}  // namespace glm
-
 template <class X, class T>
 int64_t glm_most_columns(int64_t d, bool intercept) {
     const int64_t height = d + (intercept ? 1 : 0);
-    if (glm::tile_fits<X, T, 16>(height)) {
+    if (tile_fits<X, T, 16>(height)) {
         return 16;
     }
-    if (glm::tile_fits<X, T, 8>(height)) {
+    if (tile_fits<X, T, 8>(height)) {
         return 8;
     }
-    if (glm::tile_fits<X, T, 4>(height)) {
+    if (tile_fits<X, T, 4>(height)) {
         return 4;
     }
-    return d <= glm::kMostRowsFeatures<X> ? 1 : 0;
+    return d <= kMostRowsFeatures<X> ? 1 : 0;
 }
 
 template <class X, class T>
 int64_t glm_workspace(const GlmData<X, T>& data, int64_t m) {
     // A point's and a product's kernels have the same blocks.
-    const glm::Pass<X, T> pass = glm::pass_for<X, T, false>(data, m);
-    return glm::Workspace<T>(pass.blocks, data.rows_of_w() * m * data.k).bytes;
+    const Pass<X, T> pass = pass_for<X, T, false>(data, m);
+    return Workspace<T>(pass.blocks, data.rows_of_w() * m * data.k).bytes;
 }
 
 template <class X, class T>
 Status glm_point(const GlmPointArgs<X, T>& args, T* info, void* workspace, cudaStream_t stream) {
-    glm::PassArgs<X, T> pass;
+    PassArgs<X, T> pass;
     pass.data = args.data;
     pass.right = args.w;
     pass.curvature = args.curvature;
-    return glm::run(glm::pass_for<X, T, true>(args.data, 1), pass, args.gradient, args.loss, info, workspace, stream);
+    return run(pass_for<X, T, true>(args.data, 1), pass, args.gradient, args.loss, info, workspace, stream);
 }
 
 template <class X, class T>
 Status glm_product(const GlmProductArgs<X, T>& args, void* workspace, cudaStream_t stream) {
-    glm::PassArgs<X, T> pass;
+    PassArgs<X, T> pass;
     pass.data = args.data;
     pass.m = static_cast<int>(args.m);
     pass.right = {args.v.data, args.v.row, args.v.col};
     pass.right_stride = args.v.batch[0];
     pass.curvature = const_cast<T*>(args.curvature);
-    return glm::run<X, T>(glm::pass_for<X, T, false>(args.data, args.m), pass, args.product, nullptr, nullptr,
-                          workspace, stream);
+    return run<X, T>(pass_for<X, T, false>(args.data, args.m), pass, args.product, nullptr, nullptr, workspace, stream);
 }
 
 template <class X, class T>
 Status glm_chunk_point(const GlmData<X, T>& data, T* outputs, T* curvature, double* losses, int* statuses,
                        cudaStream_t stream) {
-    glm::PassArgs<X, T> args;
+    PassArgs<X, T> args;
     args.data = data;
     args.curvature = curvature;
     args.losses = losses;
     args.statuses = statuses;
-    return launch(glm::chunk_kernel<X, T, true>, dim3(glm::chunk_blocks(data)), dim3(glm::kThreads), 0, stream, args,
-                  outputs);
+    return launch(chunk_kernel<X, T, true>, dim3(chunk_blocks(data)), dim3(kThreads), 0, stream, args, outputs);
 }
 
 template <class X, class T>
 Status glm_chunk_product(const GlmData<X, T>& data, int64_t m, T* outputs, const T* curvature, cudaStream_t stream) {
-    glm::PassArgs<X, T> args;
+    PassArgs<X, T> args;
     args.data = data;
     args.m = static_cast<int>(m);
     args.curvature = const_cast<T*>(curvature);
-    return launch(glm::chunk_kernel<X, T, false>, dim3(glm::chunk_blocks(data)), dim3(glm::kThreads), 0, stream, args,
-                  outputs);
+    return launch(chunk_kernel<X, T, false>, dim3(chunk_blocks(data)), dim3(kThreads), 0, stream, args, outputs);
 }
 
 #define ONESTEP_INSTANTIATE_GLM_PASSES(X, T)                                       \
@@ -231,4 +225,4 @@ Status glm_chunk_product(const GlmData<X, T>& data, int64_t m, T* outputs, const
     template Status glm_chunk_point(const GlmData<T, T>&, T*, T*, double*, int*, cudaStream_t); \
     template Status glm_chunk_product(const GlmData<T, T>&, int64_t, T*, const T*, cudaStream_t);
 
-}  // namespace onestep::cuda
+}  // namespace onestep::glm::cuda

@@ -15,11 +15,9 @@
 #include "base/cuda/runtime.hpp"
 #include "glm/glm.hpp"
 
-namespace onestep::cuda {
+namespace onestep::glm::cuda {
 
-// Types of X beside float and double: base/cuda/numbers.cuh.
-struct bfloat16;
-struct float16;
+using namespace onestep::cuda;
 
 // What a point's `info` says; the larger code wins.
 enum class GlmInfo : int { ok = 0, bad_target = 1, negative_weight = 2 };
@@ -55,4 +53,4 @@ template <class T>
 Status glm_sum_losses(int64_t count, const double* losses, const int* statuses, double* loss, T* info,
                       cudaStream_t stream);
 
-}  // namespace onestep::cuda
+}  // namespace onestep::glm::cuda

@@ -1,7 +1,7 @@
 #include "glm/cuda/glm-inl.cuh"
 
-namespace onestep::cuda {
+namespace onestep::glm::cuda {
 
 ONESTEP_INSTANTIATE_GLM_PASSES(float16, float)
 
-}  // namespace onestep::cuda
+}  // namespace onestep::glm::cuda

@@ -1,8 +1,8 @@
 #include "glm/cuda/glm-inl.cuh"
 
-namespace onestep::cuda {
+namespace onestep::glm::cuda {
 
 ONESTEP_INSTANTIATE_GLM_PASSES(float, float)
 ONESTEP_INSTANTIATE_GLM_CHUNKS(float)
 
-}  // namespace onestep::cuda
+}  // namespace onestep::glm::cuda

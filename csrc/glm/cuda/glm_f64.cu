@@ -1,8 +1,8 @@
 #include "glm/cuda/glm-inl.cuh"
 
-namespace onestep::cuda {
+namespace onestep::glm::cuda {
 
 ONESTEP_INSTANTIATE_GLM_PASSES(double, double)
 ONESTEP_INSTANTIATE_GLM_CHUNKS(double)
 
-}  // namespace onestep::cuda
+}  // namespace onestep::glm::cuda

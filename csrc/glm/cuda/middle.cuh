@@ -3,7 +3,7 @@
 
 #include "glm/cuda/family.cuh"
 
-namespace onestep::cuda::glm {
+namespace onestep::glm::cuda {
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
@@ -202,4 +202,4 @@ __device__ inline void store_block_loss(double loss, int status, double* scratch
     }
 }
 
-}  // namespace onestep::cuda::glm
+}  // namespace onestep::glm::cuda

@@ -5,7 +5,7 @@
 #include "glm/cuda/chunk.cuh"
 #include "glm/cuda/middle.cuh"
 
-namespace onestep::cuda::glm {
+namespace onestep::glm::cuda {
 
 // Sums each of `count` values over `lanes` neighbouring lanes, with one shuffle a value instead of log2(lanes): at each
 // step a lane hands half of its values on. Afterwards lane l has value l / (lanes / count), or, of more values than
@@ -194,4 +194,4 @@ __global__ void __launch_bounds__(kThreads, (point && sizeof(X) == 2 ? 1 : kRows
     }
 }
 
-}  // namespace onestep::cuda::glm
+}  // namespace onestep::glm::cuda

@@ -4,7 +4,7 @@
 
 #include "glm/cuda/middle.cuh"
 
-namespace onestep::cuda::glm {
+namespace onestep::glm::cuda {
 
 // Elements of a result that a block adds up, and how many threads share the blocks' parts of one.
 inline constexpr int kSumElements = 32;
@@ -101,4 +101,4 @@ __global__ void __launch_bounds__(kThreads) chunk_kernel(PassArgs<X, T> args, T*
     }
 }
 
-}  // namespace onestep::cuda::glm
+}  // namespace onestep::glm::cuda

@@ -6,7 +6,7 @@
 #include "glm/cuda/middle.cuh"
 #include "glm/cuda/rows.cuh"
 
-namespace onestep::cuda::glm {
+namespace onestep::glm::cuda {
 
 inline constexpr int kTileRows = 32;
 // Lanes that share a row between the two products, and columns of X that a thread may own on the way back.
@@ -251,4 +251,4 @@ __global__ void __launch_bounds__(kThreads, kTileResident<T>) tile_kernel(PassAr
     }
 }
 
-}  // namespace onestep::cuda::glm
+}  // namespace onestep::glm::cuda

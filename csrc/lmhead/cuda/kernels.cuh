@@ -7,7 +7,7 @@
 #include "base/cuda/numbers.cuh"
 #include "lmhead/cuda/lmhead.hpp"
 
-namespace onestep::cuda::lmhead {
+namespace onestep::lmhead::cuda {
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / kWarpSize;
@@ -397,4 +397,4 @@ __global__ void __launch_bounds__(kThreads) value_kernel(int64_t count, const do
     }
 }
 
-}  // namespace onestep::cuda::lmhead
+}  // namespace onestep::lmhead::cuda

@@ -14,11 +14,9 @@
 #include "base/cuda/runtime.hpp"
 #include "base/status.hpp"
 
-namespace onestep::cuda {
+namespace onestep::lmhead::cuda {
 
-// Types of the operands beside float and double: base/cuda/numbers.cuh.
-struct bfloat16;
-struct float16;
+using namespace onestep::cuda;
 
 // What is kept of a row: `kHeadStatistics` arrays of a chunk's rows.
 enum HeadStatistic : int {
@@ -77,4 +75,4 @@ Status head_gradient(const HeadChunk<T, Input>& chunk, bool cross, const T* scal
 template <class T>
 Status head_value(int64_t count, const double* values, T* value, cudaStream_t stream);
 
-}  // namespace onestep::cuda
+}  // namespace onestep::lmhead::cuda

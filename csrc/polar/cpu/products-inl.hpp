@@ -30,9 +30,7 @@ inline void pack_right(const Matrix<const T>& from, int64_t depth, int64_t colum
 
 template <class T>
 inline void multiply(const T* left, const T* right, int64_t depth, int64_t rows, int64_t columns, T* c, int64_t ld) {
-    multiply_panels<T>(round_up_to(rows, kTileRows) / kTileRows, round_up_to(columns, kPanel<T>) / kPanel<T>, 1, depth,
-                       LeftTiles<T>::packed(left, depth), {right, kPanel<T> * depth, 0}, false,
-                       {c, ld, kPanel<T>, rows, columns});
+    multiply_packed<T>(left, right, depth, rows, columns, false, c, ld);
 }
 
 template <class T>

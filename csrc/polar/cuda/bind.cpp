@@ -13,7 +13,7 @@ using py::literals::operator""_a;
 template <class T>
 void bind_inverse(int64_t batch, int64_t n, Address a, int64_t a_matrix, int64_t a_row, Address inverse,
                   int64_t inverse_matrix, int64_t inverse_row, Address info, int offset, int device, Address stream) {
-    cuda::SpdInverseArgs<T> args;
+    polar::cuda::SpdInverseArgs<T> args;
     args.batch = batch;
     args.n = n;
     args.a = pointer<T>(a);
@@ -24,7 +24,7 @@ void bind_inverse(int64_t batch, int64_t n, Address a, int64_t a_matrix, int64_t
     args.inverse_row = inverse_row;
     args.info = pointer<int>(info);
     args.offset = offset;
-    bindings::run_on_device(device, [&] { return cuda::spd_inverse(args, bindings::stream_of(stream)); });
+    bindings::run_on_device(device, [&] { return polar::cuda::spd_inverse(args, bindings::stream_of(stream)); });
 }
 
 template <class T>
@@ -38,7 +38,7 @@ void register_inverse(py::module_& module, const char* name) {
 void register_polar_cuda(py::module_& module) {
     register_inverse<float>(module, "spd_inverse_f32");
     register_inverse<double>(module, "spd_inverse_f64");
-    module.attr("most_inverse_order") = cuda::kMostInverseOrder;
+    module.attr("most_inverse_order") = polar::cuda::kMostInverseOrder;
 }
 
 }  // namespace onestep

@@ -3,7 +3,7 @@
 #include "base/cuda/device.cuh"
 #include "polar/cuda/polar.hpp"
 
-namespace onestep::cuda {
+namespace onestep::polar::cuda {
 namespace {
 
 // A block has a matrix in registers, padded to order N with the identity: thread (tx, ty) of S × S holds the R × R
@@ -146,4 +146,4 @@ Status spd_inverse(const SpdInverseArgs<T>& args, cudaStream_t stream) {
 template Status spd_inverse(const SpdInverseArgs<float>&, cudaStream_t);
 template Status spd_inverse(const SpdInverseArgs<double>&, cudaStream_t);
 
-}  // namespace onestep::cuda
+}  // namespace onestep::polar::cuda

@@ -8,7 +8,9 @@
 #include "base/cuda/runtime.hpp"
 #include "base/status.hpp"
 
-namespace onestep::cuda {
+namespace onestep::polar::cuda {
+
+using namespace onestep::cuda;
 
 inline constexpr int64_t kMostInverseOrder = 128;
 
@@ -29,4 +31,4 @@ struct SpdInverseArgs {
 template <class T>
 Status spd_inverse(const SpdInverseArgs<T>& args, cudaStream_t stream);
 
-}  // namespace onestep::cuda
+}  // namespace onestep::polar::cuda

@@ -18,10 +18,11 @@ from onestep.evaluation.module import eval_mode, noisy_layers, warn_of_layers
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.facts import Facts, Settings
 from onestep.training.fingerprint import described, differences, fingerprint
+from onestep.training.look import look
 from onestep.training.loop import Checkpoint, Stuck, load_checkpoint, run
 from onestep.training.methods import METHODS
 from onestep.training.methods.affine_equations import NotAffineError
-from onestep.training.plan import look, make_plan
+from onestep.training.plan import make_plan
 from onestep.training.result import FitResult, Record
 from onestep.training.structures.affine import NOT_AFFINE
 

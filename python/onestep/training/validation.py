@@ -11,7 +11,8 @@ from torch import Tensor
 from onestep.evaluation.distributed import share, summed
 from onestep.evaluation.module import call_model
 from onestep.training.facts import cut
-from onestep.training.plan import FitPlan, rows_of
+from onestep.training.look import rows_of
+from onestep.training.plan import FitPlan
 
 # With mini-batches, the loss is taken this many times in a fit,
 _TIMES = 20

@@ -80,12 +80,12 @@ struct Numbers {
             case Element::float64:
                 return put(value, value);
             case Element::bfloat16: {
-                const cuda::bfloat16 number = cuda::to_bfloat16(static_cast<float>(value));
-                return put(number, static_cast<double>(cuda::to_float(number)));
+                const attention::cuda::bfloat16 number = attention::cuda::to_bfloat16(static_cast<float>(value));
+                return put(number, static_cast<double>(attention::cuda::to_float(number)));
             }
             case Element::float16: {
-                const cuda::float16 number = cuda::to_float16(static_cast<float>(value));
-                return put(number, static_cast<double>(cuda::to_float(number)));
+                const attention::cuda::float16 number = attention::cuda::to_float16(static_cast<float>(value));
+                return put(number, static_cast<double>(attention::cuda::to_float(number)));
             }
             case Element::boolean:
                 break;
@@ -95,7 +95,7 @@ struct Numbers {
     double get(int64_t at) const {
         const auto from = [&](auto number) {
             std::memcpy(&number, bytes.data() + at * static_cast<int64_t>(sizeof(number)), sizeof(number));
-            return static_cast<double>(cuda::to_float(number));
+            return static_cast<double>(attention::cuda::to_float(number));
         };
         switch (element) {
             case Element::float32:
@@ -103,12 +103,12 @@ struct Numbers {
             case Element::float64:
                 return from(double{});
             case Element::bfloat16:
-                return from(cuda::bfloat16{});
+                return from(attention::cuda::bfloat16{});
             case Element::float16:
             case Element::boolean:
                 break;
         }
-        return from(cuda::float16{});
+        return from(attention::cuda::float16{});
     }
 
     std::vector<double> all() const {
@@ -127,7 +127,7 @@ struct Inputs {
     std::vector<uint8_t> bytes;
     std::vector<std::vector<double>> rows;
     AttentionArgs<double> args;
-    cuda::AttentionProblem problem;
+    attention::cuda::AttentionProblem problem;
 
     // rows × cols for each head; heads between rows, as a projection leaves them.
     void operand(int64_t heads, int64_t count, int64_t cols, HeadedOperand& reference, HeadedOperand& device) {
@@ -206,7 +206,7 @@ struct Inputs {
         rows.reserve(8);
         for (const bool tangent : {false, true}) {
             AttentionInputs& to = tangent ? args.tangent : args.primal;
-            cuda::AttentionTensors& device = tangent ? problem.tangent : problem.primal;
+            attention::cuda::AttentionTensors& device = tangent ? problem.tangent : problem.primal;
             operand(c.heads, c.queries, c.d, to.q, device.q);
             operand(c.kv_heads, c.keys, c.d, to.k, device.k);
             operand(c.kv_heads, c.keys, c.dv, to.v, device.v);
@@ -298,15 +298,17 @@ Results expected(const Inputs& inputs) {
 
 Results computed(const Inputs& inputs) {
     const Case& c = inputs.c;
-    cuda::AttentionProblem problem = inputs.problem;
+    attention::cuda::AttentionProblem problem = inputs.problem;
     const int64_t rows = c.problems * c.heads * c.queries;
     const int64_t key_rows = c.problems * c.kv_heads * c.keys;
     const Element wide = c.element == Element::float64 ? Element::float64 : Element::float32;
-    const auto run = [&](Status status) { check(status == Status::ok, c.name() + ": " + cuda::last_device_error()); };
+    const auto run = [&](Status status) {
+        check(status == Status::ok, c.name() + ": " + attention::cuda::last_device_error());
+    };
     Results results;
     const auto outputs_of = [&](auto kernel, std::vector<double>& out, std::vector<double>& lse, Numbers& numbers) {
         lse.assign(static_cast<size_t>(rows), std::nan(""));
-        cuda::AttentionOutputs outputs;
+        attention::cuda::AttentionOutputs outputs;
         outputs.out = numbers.bytes.data();
         outputs.lse = lse.data();
         run(kernel(problem, outputs, nullptr));
@@ -323,20 +325,20 @@ Results computed(const Inputs& inputs) {
     };
     Numbers out = Numbers(c.element, rows * c.dv).poisoned();
     Numbers out_tangent = Numbers(c.element, rows * c.dv).poisoned();
-    outputs_of(cuda::attention_forward, results.out, results.lse, out);
+    outputs_of(attention::cuda::attention_forward, results.out, results.lse, out);
     problem.primal.out = contiguous(out);
     problem.primal.lse = results.lse.data();
-    outputs_of(cuda::attention_jvp, results.out_tangent, results.lse_tangent, out_tangent);
+    outputs_of(attention::cuda::attention_jvp, results.out_tangent, results.lse_tangent, out_tangent);
     problem.tangent.out = contiguous(out_tangent);
     problem.tangent.lse = results.lse_tangent.data();
 
-    std::vector<double> workspace(static_cast<size_t>(cuda::attention_gradients_workspace(problem) / 8 + 4));
+    std::vector<double> workspace(static_cast<size_t>(attention::cuda::attention_gradients_workspace(problem) / 8 + 4));
     const auto gradients = [&](bool tangents, auto& q, auto& k, auto& v, auto& mask) {
         Numbers q_grad = Numbers(c.element, rows * c.d).poisoned();
         Numbers k_grad = Numbers(c.element, key_rows * c.d).poisoned();
         Numbers v_grad = Numbers(c.element, key_rows * c.dv).poisoned();
         Numbers mask_grad(wide, wants_mask_grad(c) ? rows * c.keys : 0);
-        cuda::AttentionOutputs outputs;
+        attention::cuda::AttentionOutputs outputs;
         outputs.q_grad = q_grad.bytes.data();
         outputs.k_grad = k_grad.bytes.data();
         outputs.v_grad = v_grad.bytes.data();
@@ -344,7 +346,7 @@ Results computed(const Inputs& inputs) {
         void* at = workspace.data();
         size_t space = workspace.size() * sizeof(double);
         at = std::align(32, 1, at, space);
-        run(cuda::attention_gradients(problem, tangents, outputs, at, nullptr));
+        run(attention::cuda::attention_gradients(problem, tangents, outputs, at, nullptr));
         q = q_grad.all();
         k = k_grad.all();
         v = v_grad.all();

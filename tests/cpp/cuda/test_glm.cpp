@@ -20,7 +20,7 @@ enum class Layout { rows, strided };
 
 template <class X>
 X narrowed(double value) {
-    return cuda::from_float<X>(static_cast<float>(value));
+    return glm::cuda::from_float<X>(static_cast<float>(value));
 }
 template <>
 double narrowed<double>(double value) {
@@ -42,14 +42,14 @@ struct Numbers {
         std::uniform_real_distribution<double> uniform(low, 1.0);
         for (int64_t i = 0; i < count; ++i) {
             data.push_back(narrowed<X>(uniform(random)));
-            wide.push_back(static_cast<double>(cuda::to_float(data.back())));
+            wide.push_back(static_cast<double>(glm::cuda::to_float(data.back())));
         }
     }
 
     void set(int64_t i, int64_t j, double value) {
         const auto at = static_cast<size_t>(i * row + j * col);
         data[at] = narrowed<X>(value);
-        wide[at] = static_cast<double>(cuda::to_float(data[at]));
+        wide[at] = static_cast<double>(glm::cuda::to_float(data[at]));
     }
     double get(int64_t i, int64_t j) const { return wide[static_cast<size_t>(i * row + j * col)]; }
 
@@ -152,23 +152,24 @@ Results<T> on_device(const Inputs<X, T>& in) {
     out.gradient.assign(static_cast<size_t>(height * data.k), poison);
     out.curvature.assign(static_cast<size_t>(data.n * data.k), poison);
     out.product.assign(static_cast<size_t>(in.of.m * height * data.k), poison);
-    std::vector<double> workspace(static_cast<size_t>(cuda::glm_workspace(data, 1) + 7) / 8);
+    std::vector<double> workspace(static_cast<size_t>(glm::cuda::glm_workspace(data, 1) + 7) / 8);
     GlmPointArgs<X, T> point;
     point.data = data;
     point.w = in.w.view();
     point.loss = out.loss.data();
     point.gradient = out.gradient.data();
     point.curvature = out.curvature.data();
-    check(cuda::glm_point(point, out.info.data(), workspace.data(), nullptr) == Status::ok,
-          "point: " + cuda::last_device_error());
-    workspace.assign(static_cast<size_t>(cuda::glm_workspace(data, in.of.m) + 7) / 8, 0.0);
+    check(glm::cuda::glm_point(point, out.info.data(), workspace.data(), nullptr) == Status::ok,
+          "point: " + glm::cuda::last_device_error());
+    workspace.assign(static_cast<size_t>(glm::cuda::glm_workspace(data, in.of.m) + 7) / 8, 0.0);
     GlmProductArgs<X, T> product;
     product.data = data;
     product.curvature = out.curvature.data();
     product.m = in.of.m;
     product.v = sides(in.v, height);
     product.product = out.product.data();
-    check(cuda::glm_product(product, workspace.data(), nullptr) == Status::ok, "product: " + cuda::last_device_error());
+    check(glm::cuda::glm_product(product, workspace.data(), nullptr) == Status::ok,
+          "product: " + glm::cuda::last_device_error());
     return out;
 }
 
@@ -219,7 +220,7 @@ template <class X, class T>
 void test_case(const Case& of, const std::string& type) {
     std::mt19937 random(static_cast<unsigned>(of.n + 31 * of.d + 7 * of.k + of.m));
     const Inputs<X, T> in(random, of);
-    check(of.m * of.k <= cuda::glm_most_columns<X, T>(of.d, of.intercept), "columns: " + of.name());
+    check(of.m * of.k <= glm::cuda::glm_most_columns<X, T>(of.d, of.intercept), "columns: " + of.name());
     compare(on_device(in), in_loops(in), type + ", " + of.name());
 }
 
@@ -305,15 +306,15 @@ void test_chunks() {
         }
         Results<T> got;
         got.curvature.resize(outputs.size());
-        const auto blocks = static_cast<size_t>(cuda::glm_chunk_losses(of.n));
+        const auto blocks = static_cast<size_t>(glm::cuda::glm_chunk_losses(of.n));
         std::vector<double> losses(blocks);
         std::vector<int> statuses(blocks);
-        check(cuda::glm_chunk_point(data, outputs.data(), got.curvature.data(), losses.data(), statuses.data(),
-                                    nullptr) == Status::ok,
-              cuda::last_device_error());
-        check(cuda::glm_sum_losses(static_cast<int64_t>(blocks), losses.data(), statuses.data(), got.loss.data(),
-                                   got.info.data(), nullptr) == Status::ok,
-              cuda::last_device_error());
+        check(glm::cuda::glm_chunk_point(data, outputs.data(), got.curvature.data(), losses.data(), statuses.data(),
+                                         nullptr) == Status::ok,
+              glm::cuda::last_device_error());
+        check(glm::cuda::glm_sum_losses(static_cast<int64_t>(blocks), losses.data(), statuses.data(), got.loss.data(),
+                                        got.info.data(), nullptr) == Status::ok,
+              glm::cuda::last_device_error());
         const auto back = [&](const std::vector<T>& rows, int64_t columns) {
             std::vector<T> sums(static_cast<size_t>(columns));
             for (int64_t q = 0; q < columns; ++q) {
@@ -334,8 +335,8 @@ void test_chunks() {
                 }
             }
         }
-        check(cuda::glm_chunk_product(data, of.m, sides.data(), got.curvature.data(), nullptr) == Status::ok,
-              cuda::last_device_error());
+        check(glm::cuda::glm_chunk_product(data, of.m, sides.data(), got.curvature.data(), nullptr) == Status::ok,
+              glm::cuda::last_device_error());
         got.product = back(sides, of.m * of.k);
         compare(got, expected, "chunks");
     }
@@ -368,8 +369,8 @@ void test_no_rows() {
 int main() {
     test_kernels<float, float>("f32");
     test_kernels<double, double>("f64");
-    test_kernels<cuda::bfloat16, float>("bf16");
-    test_kernels<cuda::float16, float>("f16");
+    test_kernels<glm::cuda::bfloat16, float>("bf16");
+    test_kernels<glm::cuda::float16, float>("f16");
     test_status<float, float>();
     test_chunks<float>();
     test_chunks<double>();

@@ -20,7 +20,7 @@ using Dense = std::vector<double>;
 
 template <class U>
 U narrowed(double value) {
-    return cuda::from_float<U>(static_cast<float>(value));
+    return lmhead::cuda::from_float<U>(static_cast<float>(value));
 }
 template <>
 double narrowed<double>(double value) {
@@ -33,7 +33,7 @@ Dense numbers(std::mt19937& random, int64_t count, double size) {
     std::uniform_real_distribution<double> uniform(-size, size);
     Dense values(static_cast<size_t>(count));
     for (double& value : values) {
-        value = static_cast<double>(cuda::to_float(narrowed<U>(uniform(random))));
+        value = static_cast<double>(lmhead::cuda::to_float(narrowed<U>(uniform(random))));
     }
     return values;
 }
@@ -141,8 +141,9 @@ Results on_device(const Operands<T, Input>& in) {
     }
     const std::vector<Input> b = narrow<Input>(in.b), db = narrow<Input>(in.db);
     const std::vector<T> c = narrow<T>(in.c), dc = narrow<T>(in.dc);
-    std::vector<T> statistics(static_cast<size_t>(cuda::kHeadStatistics * of.n), std::numeric_limits<T>::quiet_NaN());
-    cuda::HeadChunk<T, Input> chunk;
+    std::vector<T> statistics(static_cast<size_t>(lmhead::cuda::kHeadStatistics * of.n),
+                              std::numeric_limits<T>::quiet_NaN());
+    lmhead::cuda::HeadChunk<T, Input> chunk;
     chunk.rows = of.n;
     chunk.classes = of.classes;
     chunk.logits = logits.data();
@@ -161,19 +162,24 @@ Results on_device(const Operands<T, Input>& in) {
     std::vector<T> losses(static_cast<size_t>(of.n)), value(1), bias(static_cast<size_t>(of.classes), T(0));
     Dense values(static_cast<size_t>(of.n));
     for (int64_t first = 0; first < of.classes; first += of.block) {
-        check(cuda::head_statistics(chunk, first, std::min(of.block, of.classes - first), losses.data(), values.data(),
-                                    nullptr) == Status::ok,
-              cuda::last_device_error());
+        check(lmhead::cuda::head_statistics(chunk, first, std::min(of.block, of.classes - first), losses.data(),
+                                            values.data(), nullptr) == Status::ok,
+              lmhead::cuda::last_device_error());
     }
-    check(cuda::head_value(of.n, values.data(), value.data(), nullptr) == Status::ok, cuda::last_device_error());
-    check(cuda::head_bias_gradient(chunk, bias.data(), nullptr) == Status::ok, cuda::last_device_error());
+    check(lmhead::cuda::head_value(of.n, values.data(), value.data(), nullptr) == Status::ok,
+          lmhead::cuda::last_device_error());
+    check(lmhead::cuda::head_bias_gradient(chunk, bias.data(), nullptr) == Status::ok,
+          lmhead::cuda::last_device_error());
     // A power of two, which changes no digit.
     const T scale = T(4);
-    check(cuda::head_gradient(chunk, !of.gauss_newton, &scale, nullptr) == Status::ok, cuda::last_device_error());
+    check(lmhead::cuda::head_gradient(chunk, !of.gauss_newton, &scale, nullptr) == Status::ok,
+          lmhead::cuda::last_device_error());
 
     const int64_t stride = leading * static_cast<int64_t>(sizeof(T) / sizeof(Input));
     const auto slope = [&](const std::vector<T>& rows, int64_t i, int64_t v) {
-        return static_cast<double>(cuda::to_float(reinterpret_cast<const Input*>(rows.data())[i * stride + v])) / 4.0;
+        return static_cast<double>(
+                   lmhead::cuda::to_float(reinterpret_cast<const Input*>(rows.data())[i * stride + v])) /
+               4.0;
     };
     Results out(of);
     out.losses.assign(losses.begin(), losses.end());
@@ -210,7 +216,8 @@ void test_case(const Case& of, const std::string& type) {
     const std::string name = type + ", " + of.name();
     const double tolerance = sizeof(T) == 4 ? 4e-6 : 1e-13;
     // Slopes are rounded once, to Input.
-    const double rounded = sizeof(Input) == 2 ? (std::is_same_v<Input, cuda::float16> ? 1e-3 : 8e-3) : tolerance;
+    const double rounded =
+        sizeof(Input) == 2 ? (std::is_same_v<Input, lmhead::cuda::float16> ? 1e-3 : 8e-3) : tolerance;
     check(difference(got.losses, expected.losses) < tolerance, "losses: " + name);
     check(difference(got.value, expected.value) < tolerance, "value: " + name);
     check(difference(got.grad_bias, expected.grad_bias) < tolerance, "grad_bias: " + name);
@@ -271,8 +278,8 @@ void test_masked() {
 int main() {
     test_cases<float, float>("f32");
     test_cases<double, double>("f64");
-    test_cases<float, cuda::bfloat16>("bf16");
-    test_cases<float, cuda::float16>("f16");
+    test_cases<float, lmhead::cuda::bfloat16>("bf16");
+    test_cases<float, lmhead::cuda::float16>("f16");
     test_rows();
     test_masked();
     std::printf("%d checks, %d failed\n", checks, failures);

@@ -56,9 +56,9 @@ double residual(const std::vector<T>& a, const std::vector<T>& inverse, int64_t 
 }
 
 template <class T>
-cuda::SpdInverseArgs<T> arguments(std::vector<T>& a, std::vector<T>& inverse, std::vector<int>& info, int64_t n,
-                                  int64_t row, int64_t matrix) {
-    cuda::SpdInverseArgs<T> args;
+polar::cuda::SpdInverseArgs<T> arguments(std::vector<T>& a, std::vector<T>& inverse, std::vector<int>& info, int64_t n,
+                                         int64_t row, int64_t matrix) {
+    polar::cuda::SpdInverseArgs<T> args;
     args.batch = static_cast<int64_t>(info.size());
     args.n = n;
     args.a = a.data();
@@ -83,16 +83,17 @@ void test_orders() {
         std::vector<T> a = matrices<T>(random, batch, n, row, matrix);
         std::vector<T> inverse(static_cast<size_t>(batch * n * n), std::numeric_limits<T>::quiet_NaN());
         std::vector<int> info(static_cast<size_t>(batch), 0);
-        check(cuda::spd_inverse(arguments(a, inverse, info, n, row, matrix), nullptr) == Status::ok,
-              cuda::last_device_error());
+        check(polar::cuda::spd_inverse(arguments(a, inverse, info, n, row, matrix), nullptr) == Status::ok,
+              polar::cuda::last_device_error());
         for (int64_t b = 0; b < batch; ++b) {
             const double off = residual(a, inverse, b, n, row, matrix);
             check(off < tolerance, "order " + std::to_string(n) + ": residual " + std::to_string(off));
             check(info[static_cast<size_t>(b)] == 0, "info");
         }
     }
-    check(cuda::spd_inverse(cuda::SpdInverseArgs<T>{1, 129}, nullptr) == Status::device_error, "order 129");
-    check(cuda::spd_inverse(cuda::SpdInverseArgs<T>{0, 5}, nullptr) == Status::ok, "no matrices");
+    check(polar::cuda::spd_inverse(polar::cuda::SpdInverseArgs<T>{1, 129}, nullptr) == Status::device_error,
+          "order 129");
+    check(polar::cuda::spd_inverse(polar::cuda::SpdInverseArgs<T>{0, 5}, nullptr) == Status::ok, "no matrices");
 }
 
 void test_failures() {
@@ -103,13 +104,13 @@ void test_failures() {
         std::vector<float> a = matrices<float>(random, 3, n, n, n * n);
         std::vector<float> good(3 * n * n), inverse(3 * n * n);
         std::vector<int> info(3, 0);
-        check(cuda::spd_inverse(arguments(a, good, info, n, n, n * n), nullptr) == Status::ok, "good");
+        check(polar::cuda::spd_inverse(arguments(a, good, info, n, n, n * n), nullptr) == Status::ok, "good");
         // Matrix 1 fails at order 18, where its row and column are 0 but for the diagonal.
         for (int64_t j = 0; j < n; ++j) {
             a[static_cast<size_t>(n * n + 17 * n + j)] = a[static_cast<size_t>(n * n + j * n + 17)] = 0.0f;
         }
         a[static_cast<size_t>(n * n + 17 * n + 17)] = bad;
-        check(cuda::spd_inverse(arguments(a, inverse, info, n, n, n * n), nullptr) == Status::ok, "bad");
+        check(polar::cuda::spd_inverse(arguments(a, inverse, info, n, n, n * n), nullptr) == Status::ok, "bad");
         check(info == std::vector<int>({0, 118, 0}), "info of a bad pivot: " + std::to_string(info[1]));
         check(std::isnan(inverse[n * n]) && std::isnan(inverse[2 * n * n - 1]), "NaN");
         bool same = true;
@@ -118,7 +119,7 @@ void test_failures() {
         }
         check(same, "neighbours keep their bits");
         info = {0, 3, 0};
-        check(cuda::spd_inverse(arguments(a, inverse, info, n, n, n * n), nullptr) == Status::ok, "again");
+        check(polar::cuda::spd_inverse(arguments(a, inverse, info, n, n, n * n), nullptr) == Status::ok, "again");
         check(info[1] == 3, "an earlier failure stays");
     }
 }

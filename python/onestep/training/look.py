@@ -1,0 +1,78 @@
+"""Looks at data and model before a plan is made: ``look`` reads the first rows and gathers the facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from onestep.evaluation.arrays import from_numpy
+from onestep.evaluation.data import Chunk, Source, as_source
+from onestep.evaluation.distributed import from_first, share, summed, together
+from onestep.evaluation.losses import IGNORED, Loss
+from onestep.evaluation.module import chunk_rows
+from onestep.evaluation.parameters import ParameterVector
+from onestep.training.facts import Facts, FirstPass, Settings
+
+
+def look(
+    model: nn.Module, parameters: ParameterVector, loss: Loss, described: str, data: Any, settings: Settings
+) -> Facts:
+    """Reads the first rows and runs the model on them, to find how many rows a chunk may have."""
+    source, own = rows_of(data, parameters, loss, settings), share()
+    # Data may be on the CPU and the model on a GPU: chunks are moved to the model one by one.
+    source.device = parameters.device
+    _check_equal_batches(data, own.size)
+    # The estimate of a softmax head wants rows in random order.
+    shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
+    first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))
+    _check_not_shifted(loss, first_pass.first)
+    together(lambda: _check_range(loss, first_pass.first.target))
+    measured = settings.chunk_size or from_first(lambda: chunk_rows(model, loss, first_pass.first))
+    return Facts(model, parameters, loss, described, source, own, first_pass, measured)
+
+
+def rows_of(data: Any, parameters: ParameterVector, loss: Loss, settings: Settings) -> Source:
+    """The rows of data of any kind; with their labels among the inputs where the model computes the loss."""
+    return as_source(from_numpy(data, parameters.tensors[0]), settings.seed, with_labels=loss.name == "model")
+
+
+def _check_range(loss: Loss, target: Any) -> None:
+    """Raises where the first rows hold targets for which the loss is no likelihood, and may have no minimum."""
+    if loss.name not in ("poisson", "bce") or not isinstance(target, torch.Tensor):
+        return
+    most = 1 if loss.name == "bce" else math.inf
+    wrong = target[(target < 0) | (target > most)]
+    if len(wrong):
+        expected = "numbers from 0 to 1" if loss.name == "bce" else "counts of 0 or more"
+        raise ValueError(f"target holds {wrong[0].item():g}; expected {expected} for loss={loss.name!r}")
+
+
+def _check_not_shifted(loss: Loss, first: Chunk) -> None:
+    """Raises where a language model would be trained to repeat its input: its labels are for itself to shift."""
+    ids = first.inputs.get("input_ids") if isinstance(first.inputs, dict) else None
+    if loss.name != "cross_entropy" or ids is None or not isinstance(first.target, torch.Tensor):
+        return
+    counted = first.target != IGNORED
+    if first.target.shape == ids.shape and bool(counted.any()) and torch.equal(first.target[counted], ids[counted]):
+        raise ValueError(
+            "the labels are the input_ids themselves, which a language model of transformers shifts in its own loss: "
+            "pass loss='model'"
+        )
+
+
+def _check_equal_batches(data: Any, processes: int) -> None:
+    """Raises unless all processes have equally many batches or rows: some rows would not be computed otherwise."""
+    if processes == 1 or not isinstance(data, Sized):
+        return
+    counts = summed(lambda: (torch.empty(0), [len(data), len(data) ** 2]))[1]
+    if processes * counts[1] != counts[0] ** 2:
+        what = "batches" if isinstance(data, DataLoader) else "items"
+        raise ValueError(
+            f"data has {len(data)} {what} in this process, and {counts[0] / processes:g} on average over all "
+            f"{processes}; expected the same data everywhere, or a DataLoader with a DistributedSampler"
+        )
