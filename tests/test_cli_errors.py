@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,9 +234,28 @@ def test_bench_measures_and_compares(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert run("bench", "--seconds", "0")[0] == 2
 
 
-def test_completion_of_the_shell(run: Run) -> None:
+def test_completion_of_the_shell(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("shtab")
     code, written, _ = run("--print-completion", "bash")
     assert code == 0
-    assert "predict" in written
-    assert "complete" in written
+    # What bash offers for what has been typed so far: commands, options, choices and names of files.
+    (tmp_path / "houses.csv").touch()
+    ask = """
+    COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+    _shtab_onestep onestep "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+    echo "${COMPREPLY[@]}"
+    """
+    for typed, offered in {
+        "onestep pre": "predict",
+        "onestep fit --targ": "--target",
+        "onestep fit --model m": "mlp",
+        "onestep fit hou": "houses.csv",
+        "onestep fit x.csv --save hou": "houses.csv",
+        "onestep predict model.safetensors hou": "houses.csv",
+        "onestep keras hou": "houses.csv",
+        "onestep keras x.keras --data hou": "houses.csv",
+    }.items():
+        done = subprocess.run(
+            ["bash", "-c", f"{written}\n{ask}", "bash", *typed.split()], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.stdout.split() == [offered], (typed, done.stderr)

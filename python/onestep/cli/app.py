@@ -28,7 +28,9 @@ examples:
   python -m onestep predict model.safetensors new.csv > prices.csv
   python -m onestep info
   python -m onestep bench
-  onestep --print-completion bash > ~/.local/share/bash-completion/completions/onestep
+
+for the tab key in bash to complete commands, options and files:
+  onestep --print-completion bash > ~/.onestep.bash && echo 'source ~/.onestep.bash' >> ~/.bashrc
 """
 
 FIT_EPILOG = """\
@@ -86,6 +88,16 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _complete_files(parser: argparse.ArgumentParser, files: object) -> None:
+    """Names of files are offered for arguments that are paths, in sub-commands, too; shtab would offer nothing."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_files(command, files)
+        elif action.type is Path:
+            action.complete = files  # type: ignore[attr-defined]
+
+
 class _Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: object, values: object, *__: object) -> NoReturn:
         try:
@@ -93,6 +105,7 @@ class _Completion(argparse.Action):
         except ModuleNotFoundError:
             parser.error("--print-completion needs shtab, which is not installed: pip install 'onestep[cli]'")
         parser.prog = "onestep"
+        _complete_files(parser, shtab.FILE)
         print(shtab.complete(parser, shell=str(values)))
         parser.exit()
 
