@@ -37,7 +37,13 @@ def op_arguments():
     }
 
 
-@pytest.mark.parametrize("name", op_arguments())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in ("attention_jvp", "attention_backward") else ())
+        for name in op_arguments()
+    ],
+)
 def test_opcheck(name):
     arguments = op_arguments()[name]
     if name in ("attention", "attention_jvp"):
@@ -124,7 +130,17 @@ FORWARD_MODE = {
 # "eager" runs the graph as it is, which enters forward-mode levels past torch.autograd.forward_ad.
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [*((name, "aot_eager") for name in FORWARD_MODE), ("jvp of grad", "eager"), ("in dual tensors", "eager")],
+    [
+        ("jvp of grad", "aot_eager"),
+        ("in dual tensors", "eager"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                *((name, "aot_eager") for name in FORWARD_MODE if name != "jvp of grad"),
+                ("jvp of grad", "eager"),
+            ]
+        ),
+    ],
 )
 def test_compiled_forward_mode(name, backend):
     problem = Problem("none", SIZES["long keys"])

@@ -66,7 +66,20 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+# A second each.
+USUAL = (
+    "solve_normal, tensor ridge",
+    "solve_normal, dual",
+    "solve_normal_ex",
+    "cholesky_solve",
+    "linear_cross_entropy",
+    "glm",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in USUAL else pytest.mark.long) for name in FUNCTIONS]
+)
 def test_compiled_equals_eager_with_backward(name):
     function, inputs = FUNCTIONS[name]
     inputs = inputs()
@@ -159,7 +172,9 @@ def test_compiled_failed_problem_has_zero_gradients():
     assert grad_x[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.hessian])
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.jacfwd, pytest.param(torch.func.hessian, marks=pytest.mark.long)]
+)
 def test_compiled_transforms(transform):
     X, Y, *_ = rows(d=3)
 

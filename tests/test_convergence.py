@@ -110,8 +110,18 @@ def test_columns_of_unlike_scale(method: str, dtype: torch.dtype) -> None:
 SOME = ["rosenbrock", "brown-badly-scaled", "beale", "bard", "gaussian", "powell-singular", "kowalik-osborne", "meyer"]
 
 
-@pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("kind", [LevenbergMarquardt, GaussNewton, NewtonCG])
+# Those on which conjugate gradients take a second or more.
+SLOW = ("powell-singular", "kowalik-osborne", "brown-badly-scaled")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=pytest.mark.long if name in SLOW and kind is not LevenbergMarquardt else ())
+        for kind in (LevenbergMarquardt, GaussNewton, NewtonCG)
+        for name in SOME
+    ],
+)
 def test_an_optimiser_is_right_or_does_not_claim_it(kind: Any, name: str) -> None:
     """Directly, with a closure: a decrement of 1e-10 of the loss claims a minimum."""
     problem = next(problem for problem in PROBLEMS if problem.name == name)

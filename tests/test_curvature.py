@@ -375,7 +375,7 @@ def test_products_update_running_statistics_as_torch_does() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("method", ["gauss_newton", "newton_cg"])
+@pytest.mark.parametrize("method", ["gauss_newton", pytest.param("newton_cg", marks=pytest.mark.long)])
 def test_recurrent_networks_are_fitted(method: str, kind: type[nn.RNNBase], dtype: torch.dtype) -> None:
     """Products of one step share a pass, and oneDNN's LSTM can be gone back through only once."""
     torch.manual_seed(0)

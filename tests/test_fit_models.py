@@ -146,7 +146,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("loss", [pytest.param("mse", marks=pytest.mark.long), "cross_entropy"])
 def test_gradient_checkpointing_changes_nothing(method: str, loss: str) -> None:
     X, y = table(60)
     target = (X[:, 0] > 0).long() + (X[:, 1] > 0).long() if loss == "cross_entropy" else torch.cat([y, y, X[:, :1]], 1)

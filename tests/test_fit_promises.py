@@ -332,7 +332,8 @@ def test_no_method_claims_a_minimum_that_is_none(method: str) -> None:
     """Of the problems of Moré, Garbow and Hillstrom. ONESTEP_ALL_PROBLEMS=1 takes all, for minutes."""
     every = "ONESTEP_ALL_PROBLEMS" in os.environ
     cheap = method == "gradient_descent"
-    problems = [problem for problem in PROBLEMS if every or cheap or problem.name in FEW]
+    few = FEW if method == "levenberg_marquardt" else FEW[:3]
+    problems = [problem for problem in PROBLEMS if every or cheap or problem.name in few]
     claimed = 0
     for problem in problems:
         squares, converged = sum_of_squares(problem, method, 60 if every else 8 if cheap else 12)
