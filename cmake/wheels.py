@@ -34,11 +34,13 @@ print("native module loads; targets:", ", ".join(native.supported_targets()))
 """
 
 
-def run(*command: str | Path, quiet: bool = True, **options: object) -> bool:
-    """Runs a command; its output is shown if it fails, or if asked."""
-    done = subprocess.run([str(word) for word in command], capture_output=quiet, text=True, check=False, **options)  # type: ignore[call-overload]
-    if done.returncode and quiet:
+def run(*command: str | Path, summary: bool = False, **options: object) -> bool:
+    """Runs a command; its output is shown if it fails, its last line if asked."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    if done.returncode:
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
+    elif summary:
+        print("  " + done.stdout.rstrip().rpartition("\n")[2], flush=True)
     return done.returncode == 0
 
 
@@ -103,16 +105,18 @@ def attempt(python: Path, wheel: Path, sources: Path) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         run(python, "-m", "venv", folder)
         fresh = Path(folder) / "bin" / "python"
-        pip = (fresh, "-m", "pip", "install", "--quiet")
+        pip = (fresh, "-m", "pip", "install", "--quiet", "--no-compile")  # of torch's files few are imported
         own = python.name == f"python{sysconfig.get_python_version()}"
         if TEST_ALL or own:
             constraints = Path(folder) / "constraints.txt"
             constraints.write_text(pins(own))
             needs = ("numpy", "torch", "pytest", "pytest-benchmark", "scikit-learn")
             return run(*pip, wheel, *needs, env=os.environ | {"PIP_CONSTRAINT": str(constraints)}) and run(
-                fresh, "-m", "pytest", "-q", "--rootdir", sources, *(sources / test for test in QUICK_TESTS), cwd=folder
+                *(fresh, "-m", "pytest", "-q", "--rootdir", sources, *(sources / test for test in QUICK_TESTS)),
+                summary=True,
+                cwd=folder,
             )
-        return run(*pip, "--no-deps", wheel) and run(fresh, "-c", LOAD, quiet=False)
+        return run(*pip, "--no-deps", wheel) and run(fresh, "-c", LOAD, summary=True)
 
 
 def main() -> int:

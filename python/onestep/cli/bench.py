@@ -18,7 +18,7 @@ from onestep.curvature import glm
 from onestep.functional import linear_cross_entropy, scaled_dot_product_attention
 from onestep.linalg import gram, solve_normal
 
-from .errors import say
+from .errors import count, say
 
 LEAST_ROUNDS = 3
 
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     assert isinstance(supported, list)
     torch.manual_seed(0)
     gemm, read = _limits()
-    print(f"onestep {onestep.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"onestep {onestep.__version__}, torch {torch.__version__}, {count(torch.get_num_threads(), 'thread')}")
     print(f"CPU target: {facts['cpu_target']} (this machine supports {', '.join(supported)})")
     print(f"torch's fp32 GEMM: {gemm:.0f} GFLOP/s; reading: {read:.1f} GB/s\n")
     print(f"{'fp32, in turn with torch':46}{'onestep':>11}{'torch':>11}{'ratio':>8}   of GEMM")
