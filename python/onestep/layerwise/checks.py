@@ -25,7 +25,8 @@ def check_number(name: str, value: Any, *, most: float = math.inf, positive: boo
         expected = "a finite number above 0" if positive else "a finite number of 0 or more"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}; expected {expected}")
-    if not (value > 0 if positive else value >= 0) or not value <= most or value == math.inf:
+    number = float(value)
+    if number < 0 or (positive and number == 0) or not number <= most or number == math.inf:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
