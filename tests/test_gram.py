@@ -9,7 +9,7 @@ import torch
 from cases import CASES, Case, assert_as_accurate, assert_bitwise, named, over
 from torch import Tensor
 
-from onestep.linalg import gram, moments
+from onestep.linalg import gram, moments, solve_normal
 
 
 def exact_gram(X: Tensor, Y: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,6 +84,25 @@ def test_gram_of_integers_is_exact(dtype):
     products, cross = gram(X, Y, weight=weight)
     assert_bitwise(products.double(), expected[0])
     assert_bitwise(cross.double(), expected[1])
+
+
+# From 16 panels on, columns are summed in groups: in the inputs' type up to 4096 rows, in double beyond. Targets lie in
+# groups of their own, or share one with features.
+@pytest.mark.parametrize(("n", "d", "k"), [(140, 390, 130), (4100, 401, 2)])
+def test_groups_of_columns_are_exact(n, d, k, dtype):
+    generator = cases.seeded("groups of columns")
+    X = torch.randint(-3, 4, (2, n, d), generator=generator).to(dtype)
+    Y = torch.randint(-3, 4, (2, n, k), generator=generator).to(dtype)
+    expected = X.double().mT @ X.double(), X.double().mT @ Y.double()
+    for found, right in zip(gram(X, Y), expected, strict=True):
+        assert_bitwise(found.double(), right)
+    found = moments(X[0], Y[0])
+    assert_bitwise(found.gram, expected[0][0])
+    assert_bitwise(found.cross, expected[1][0])
+    # [A | R] goes on to be solved: R of A's own columns, so the solution is known.
+    W = torch.randint(-3, 4, (2, d, k), generator=generator).to(dtype)
+    if n > d:
+        torch.testing.assert_close(solve_normal(X, X @ W), W, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

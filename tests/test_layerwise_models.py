@@ -178,6 +178,10 @@ def test_half_precision_models_keep_their_dtype():
     assert model[0].weight.dtype == torch.bfloat16
     assert torch.equal(model[0].weight, report.quantized["0"].dequantize().bfloat16())
     assert all(layer.error < layer.error_before for layer in report.layers)
+    # Rows of 16 bits are summed as they are.
+    sums = LayerStatistics(model, "0").update(x)["0"]
+    assert torch.equal(sums.gram, LayerStatistics(perceptron(), "0").update(x.float())["0"].gram)
+    torch.testing.assert_close(sums.total, x.float().sum(0))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -206,7 +210,10 @@ EDITED = LayerStatistics(perceptron(), "2").update(X)
 
 
 def edited(**arguments):
-    return edit(perceptron(), X[:2], **{"layer": "2", "statistics": EDITED, "targets": torch.zeros(2, 5), **arguments})
+    subjects = arguments.pop("subjects", X[:2])
+    return edit(
+        perceptron(), subjects, **{"layer": "2", "statistics": EDITED, "targets": torch.zeros(2, 5), **arguments}
+    )
 
 
 REFUSED = {
@@ -247,6 +254,31 @@ REFUSED = {
     "a strength without end": (lambda: edited(strength=float("inf")), ValueError, "strength is inf"),
     "no teacher": (lambda: refit(perceptron(), [X], None), TypeError, "teacher is NoneType"),
     "blocks by number": (lambda: replace_blocks(perceptron(), [X], [1, 2]), TypeError, r"blocks is \[1, 2\]"),
+    "flags in words": (lambda: quantize(perceptron(), [X], symmetric="yes"), TypeError, "symmetric is 'yes'"),
+    "act_order None": (lambda: quantize(perceptron(), [X], act_order=None), TypeError, "act_order is None"),
+    "a bar of 1": (lambda: prune(perceptron(), [X], progress=1), TypeError, "progress is 1; expected True or False"),
+    "zeros by name": (lambda: refit(perceptron(), [X], perceptron(), keep_zeros="no"), TypeError, "keep_zeros is 'no'"),
+    "a ridge in words": (lambda: refit(perceptron(), [X], perceptron(), ridge="a"), TypeError, "ridge is 'a'"),
+    "no ridge": (lambda: replace_blocks(perceptron(), [X], ["0"], ridge=None), TypeError, "ridge is None"),
+    "sums of integers": (
+        lambda: merge([perceptron()] * 2, [X, X], dtype=torch.int32),
+        TypeError,
+        "dtype is torch.int32",
+    ),
+    "nothing to merge": (lambda: merge(None, [X]), TypeError, "models is NoneType"),
+    "too much shrinkage": (lambda: merge([perceptron()] * 2, [X, X], shrinkage=2), ValueError, "shrinkage is 2"),
+    "no batch": (lambda: quantize(perceptron(), [None]), TypeError, "the model does not take a batch|is called with"),
+    "an unknown strength": (lambda: edited(strength=None), TypeError, "strength is None"),
+    "one subject's row": (lambda: edited(subjects=X[0]), ValueError, r"subjects have shape \(16,\)"),
+    "a number as folder": (lambda: LayerStatistics(perceptron(), folder=5), TypeError, "folder is 5"),
+    "a number as file": (
+        lambda: LayerStatistics(perceptron()).collect([X], checkpoint=5),
+        TypeError,
+        "checkpoint is 5",
+    ),
+    "to a number": (lambda: save(perceptron(), 5), TypeError, "path is 5"),
+    "codes that are none": (lambda: save(perceptron(), "never", {"0": 5}), TypeError, r"quantized\['0'\] is int"),
+    "targets of no teacher": (lambda: EDITED.targets("2"), KeyError, "there is no teacher"),
     "no statistics": (lambda: edited(statistics=None), TypeError, "statistics is NoneType"),
 }
 

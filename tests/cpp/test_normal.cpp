@@ -276,6 +276,59 @@ void test_half() {
     compare(long_rows, "half long");
 }
 
+// Gram matrices of bfloat16 rows without weights and targets. Small whole numbers leave nothing to round.
+void test_half_alone() {
+    std::mt19937 random(6);
+    const std::string target = target_name(active_target());
+    for (const auto& [n, d] : {std::pair<int64_t, int64_t>{1, 128}, {31, 150}, {130, 200}, {4100, 128}, {129, 780}}) {
+        for (const bool by_columns : {false, true}) {
+            if (by_columns && n * d > 30'000) {
+                continue;  // the layouts differ in loading alone
+            }
+            std::vector<float> values(static_cast<size_t>(n * d));
+            std::vector<uint16_t> half(values.size());
+            for (size_t e = 0; e < values.size(); ++e) {
+                values[e] = static_cast<float>(static_cast<int>(random() % 9) - 4);
+                uint32_t bits;
+                std::memcpy(&bits, &values[e], sizeof(bits));
+                half[e] = static_cast<uint16_t>(bits >> 16);
+            }
+            const int64_t row = by_columns ? 1 : d;
+            const int64_t col = by_columns ? n : 1;
+            GramArgs<float> args;
+            args.n = n;
+            args.d = d;
+            args.x_half = {HalfType::bfloat16, {half.data(), row, col}};
+            std::vector<float> found(static_cast<size_t>(d * d));
+            args.gram = found.data();
+            const std::string name = target + " half alone n" + std::to_string(n) + " d" + std::to_string(d) +
+                                     (by_columns ? " by columns" : "");
+            check(gram(args) == Status::ok, name + " status");
+            std::vector<float> expected(found.size(), 0.0F);
+            for (int64_t p = 0; p < n; ++p) {
+                for (int64_t i = 0; i < d; ++i) {
+                    for (int64_t j = i; j < d; ++j) {
+                        expected[static_cast<size_t>(i * d + j)] += values[static_cast<size_t>(p * row + i * col)] *
+                                                                    values[static_cast<size_t>(p * row + j * col)];
+                    }
+                }
+            }
+            for (int64_t i = 0; i < d; ++i) {
+                for (int64_t j = 0; j < i; ++j) {
+                    expected[static_cast<size_t>(i * d + j)] = expected[static_cast<size_t>(j * d + i)];
+                }
+            }
+            check(identical(found, expected), name);
+        }
+    }
+    // The only kernel of the family that amx does not share with avx512.
+    if (active_target() == Target::avx512 && target_supported(Target::amx)) {
+        check(select_target("amx") == SelectResult::ok, "select_target");
+        test_half_alone();
+        check(select_target("avx512") == SelectResult::ok, "select_target");
+    }
+}
+
 // A bad problem must be reported and must not change one bit of another.
 template <class T>
 void test_isolation(const char* type) {
@@ -397,6 +450,7 @@ int main(int argc, char** argv) {
          {"sizes_fp32", [] { test_sizes<float>("fp32"); }},
          {"sizes_fp64", [] { test_sizes<double>("fp64"); }},
          {"half", test_half},
+         {"half_alone", test_half_alone},
          {"segments_fp32", [] { test_segments<float>("fp32"); }},
          {"segments_fp64", [] { test_segments<double>("fp64"); }},
          {"isolation_fp32", [] { test_isolation<float>("fp32"); }},

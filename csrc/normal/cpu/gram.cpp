@@ -8,6 +8,8 @@ namespace {
 
 // Rows of the sample from which moments takes its provisional means.
 constexpr int64_t kSampleRows = 1024;
+// From so many features on the tiles of the amx target are filled.
+constexpr int64_t kAmxFeatures = 128;
 
 // An element of X.
 template <class T>
@@ -60,7 +62,14 @@ void provisional_means(const MomentsArgs<T>& args, double* sums, T* shift) {
 
 template <class T>
 GramPlan<T> plan(const GramArgs<T>& args) {
-    return plan_gram(active_normal_kernels<T>(), args.batch.count(), args.n, args.d, args.k);
+    GramPlan<T> plan = plan_gram(active_normal_kernels<T>(), args.batch.count(), args.n, args.d, args.k);
+    if constexpr (std::is_same_v<T, float>) {
+        const bool plain = args.k == 0 && args.weight.data == nullptr;
+        if (args.x_half.type == HalfType::bfloat16 && plain && args.d >= kAmxFeatures) {
+            plan.gram_rows = ONESTEP_AMX_KERNELS(normal, bf16).gram_rows;
+        }
+    }
+    return plan;
 }
 
 template <class T>
@@ -70,17 +79,52 @@ Status run(const GramPlan<T>& plan, const GramArgs<T>& args, const Workspace& wo
     }
     const int64_t d = args.d;
     const int64_t k = args.k;
-    return for_each_gram(plan, args, workspace, nanoseconds_of_bytes(d * (d + k) * static_cast<int64_t>(sizeof(T))),
-                         [&](int64_t problem, const T* c, int64_t ld) {
-                             T* to = args.gram + problem * d * d;
-                             for (int64_t i = 0; i < d; ++i) {
-                                 for (int64_t j = i; j < d; ++j) {
-                                     to[i * d + j] = to[j * d + i] = c[i * ld + j];
-                                 }
-                                 std::copy_n(c + i * ld + d, k, args.cross + (problem * d + i) * k);
-                             }
-                             return Status::ok;
-                         });
+    const auto rows = [&](int64_t problem) { return rows_of<T>(args, problem); };
+    if (plan.groups > 1) {
+        return gram_groups(plan, rows, [&](int64_t problem, const auto& group, const auto* c) {
+            write_symmetric_group(group, d, c, args.gram + problem * d * d);
+            for (int64_t j = std::max(d, group.left); j < std::min(d + k, group.right); ++j) {
+                for (int64_t i = 0; i < d; ++i) {
+                    args.cross[(problem * d + i) * k + j - d] = static_cast<T>(c[i * group.ld + j - group.left]);
+                }
+            }
+        });
+    }
+    // Rows of the results of a problem; read(i, j, count, values) gives elements of [A | R].
+    const auto write = [&](int64_t problem, Range some, const auto& read) {
+        write_symmetric(some, d, read, args.gram + problem * d * d);
+        for (int64_t i = some.begin; i < some.end; ++i) {
+            read(i, d, k, args.cross + (problem * d + i) * k);
+        }
+    };
+    const FixedCut blocks{d, kMirrorBlock};
+    if (plan.pieces.pieces > 1) {
+        double* sums = workspace.get(plan.sums);
+        const Status status = gram_parts(plan, rows, sums);
+        if (status != Status::ok) {
+            return status;
+        }
+        auto body = [&](int64_t index) {
+            const int64_t problem = index / blocks.pieces();
+            write(problem, blocks[index % blocks.pieces()], [&](int64_t i, int64_t j, int64_t count, T* values) {
+                const int64_t begin = i * plan.ld + j;
+                sum_gram_pieces(plan, sums, problem, begin, begin + count,
+                                [&](int64_t at, double sum) { values[at - begin] = static_cast<T>(sum); });
+            });
+        };
+        const int64_t bytes = plan.pieces.pieces * plan.size() * static_cast<int64_t>(sizeof(double));
+        return parallel_for(plan.problems * blocks.pieces(), nanoseconds_of_bytes(bytes / blocks.pieces()), body);
+    }
+    return for_each_gram<T>(plan, args, workspace, nullptr,
+                            nanoseconds_of_bytes(d * (d + k) * static_cast<int64_t>(sizeof(T))),
+                            [&](int64_t problem, const T* c, int64_t ld) {
+                                for (int64_t block = 0; block < blocks.pieces(); ++block) {
+                                    write(problem, blocks[block], [&](int64_t i, int64_t j, int64_t count, T* values) {
+                                        std::copy_n(c + i * ld + j, count, values);
+                                    });
+                                }
+                                return Status::ok;
+                            });
 }
 
 template <class T>
@@ -116,33 +160,49 @@ Status run(const MomentsPlan<T>& plan, const MomentsArgs<T>& args, const Workspa
         rows.shift = shift;
     }
     double* sums = workspace.get(plan.sums);
-    const Status status = gram_parts(plan.gram, [&](int64_t) { return rows; }, sums);
+    Status status = gram_parts(plan.gram, [&](int64_t) { return rows; }, sums);
     if (status != Status::ok) {
         return status;
     }
     double* s = sums;  // the pieces are added up into the first
-    sum_gram_pieces(plan.gram, sums, 0, [&](int64_t at, double sum) { s[at] = sum; });
+    const FixedCut blocks{plan.gram.rows_padded, kMirrorBlock};
+    const int64_t bytes = kMirrorBlock * ld * static_cast<int64_t>(sizeof(double));
+    auto sum_block = [&](int64_t block) {
+        sum_gram_pieces(plan.gram, sums, 0, blocks[block].begin * ld, blocks[block].end * ld,
+                        [&](int64_t at, double sum) { s[at] = sum; });
+    };
+    status = parallel_for(blocks.pieces(), nanoseconds_of_bytes(plan.gram.pieces.pieces * bytes), sum_block);
+    if (status != Status::ok) {
+        return status;
+    }
     const double* ones = s + d * ld;  // Σ w z, of which the first is only in column d of the rows above
     const double total = ones[d];
     *args.weight_sum = total;
     // Offsets of the true means from the provisional ones.
-    const auto offset = [&](int64_t c) {
-        if (!args.center || !(total > 0.0)) {
-            return 0.0;
+    double* offset = workspace.get(plan.sample);
+    for (int64_t c = 0; c < columns; ++c) {
+        const bool moved = args.center && total > 0.0;
+        offset[c] = moved ? (c < d ? s[c * ld + d] : ones[c]) / total : 0.0;
+    }
+    const FixedCut written{d, kMirrorBlock};
+    auto write_block = [&](int64_t block) {
+        const auto read = [&](int64_t i, int64_t j, int64_t count, double* values) {
+            for (int64_t c = j; c < j + count; ++c) {
+                values[c - j] = s[i * ld + c] - total * offset[i] * offset[c];
+            }
+        };
+        write_symmetric(written[block], d, read, args.gram);
+        for (int64_t i = written[block].begin; i < written[block].end; ++i) {
+            read(i, d + 1, args.k, args.cross + i * args.k);
         }
-        return (c < d ? s[c * ld + d] : ones[c]) / total;
     };
-    for (int64_t i = 0; i < d; ++i) {
-        for (int64_t j = i; j < d; ++j) {
-            args.gram[i * d + j] = args.gram[j * d + i] = s[i * ld + j] - total * offset(i) * offset(j);
-        }
-        for (int64_t c = 0; c < args.k; ++c) {
-            args.cross[i * args.k + c] = s[i * ld + d + 1 + c] - total * offset(i) * offset(d + 1 + c);
-        }
+    status = parallel_for(written.pieces(), nanoseconds_of_bytes(2 * bytes), write_block);
+    if (status != Status::ok) {
+        return status;
     }
     for (int64_t c = 0; c < columns; ++c) {
         if (c != d) {
-            args.mean[c < d ? c : c - 1] = args.center ? static_cast<double>(shift[c]) + offset(c) : 0.0;
+            args.mean[c < d ? c : c - 1] = args.center ? static_cast<double>(shift[c]) + offset[c] : 0.0;
         }
     }
     return Status::ok;

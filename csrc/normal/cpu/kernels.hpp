@@ -148,7 +148,15 @@ struct NormalKernels {
     int64_t (*pack_work)(int64_t d, int64_t k);
 };
 
+// What the amx target does not share with avx512.
+struct HalfGramKernels {
+    // gram_rows of bfloat16 rows without weights, shift, ones or targets.
+    decltype(NormalKernels<float>::gram_rows) gram_rows;
+};
+
 ONESTEP_DECLARE_TABLE(normal, f32, NormalKernels<float>)
 ONESTEP_DECLARE_TABLE(normal, f64, NormalKernels<double>)
+ONESTEP_DECLARE_TABLE(normal, bf16, HalfGramKernels)
+ONESTEP_DECLARE_AMX_TABLE(normal, bf16, HalfGramKernels)
 
 }  // namespace onestep

@@ -12,6 +12,7 @@ namespace onestep {
 template <class T>
 struct GramPlan {
     const NormalKernels<T>* kernels = nullptr;
+    decltype(NormalKernels<T>::gram_rows) gram_rows = nullptr;
     int64_t problems = 0;
     int64_t features = 0;     // rows of the matrix
     int64_t columns = 0;      // features and right-hand sides
@@ -25,19 +26,25 @@ struct GramPlan {
 
     // Memory of the whole call.
     Layout layout;
-    Part<double> sums;  // of all pieces of all problems; empty where each problem is one piece of work
+    Part<double> sums;  // of all pieces of all problems; empty where a sum is finished by the thread that began it
 
-    // Memory of a thread while it works on a piece or a problem.
+    // Memory of a thread while it works on a piece, a group or a problem.
     Layout own_layout;
     Part<T> packed;
     Part<T> slab;      // the sum of as many rows as are summed in T
-    Part<double> sum;  // of all slabs of a problem
-    Part<T> matrix;
+    Part<double> sum;  // of all slabs of a group or a problem
+    Part<T> matrix;    // of a problem
 
     int64_t size() const { return rows_padded * ld; }
     int64_t parts() const { return pieces.pieces * groups; }
     // Columns further right have more rows above the diagonal: groups hold equal areas of the triangle.
     Range panels_of(int64_t group) const;
+    // What a group covers of the matrix: the rows [0, height) of the columns [left, right), as height × ld elements.
+    struct Group {
+        Range panels;
+        int64_t left, right, height, ld;
+    };
+    Group group_of(int64_t index) const;
 };
 
 template <class T>
@@ -45,7 +52,7 @@ struct MomentsPlan {
     Layout layout;
     GramPlan<T> gram;
     Part<T> shift;        // provisional means of the columns
-    Part<double> sample;  // sums that they are computed from
+    Part<double> sample;  // sums that they are computed from; then the offsets of the true means
     Part<double> sums;    // gram.sums
 };
 
@@ -81,6 +88,7 @@ struct SolveNormalPlan {
     Layout layout;
     PackPlan<T> pack;
     GramPlan<T> gram;  // of all problems, or of the one that gets jitter
+    Part<T> matrices;  // of all problems, where groups of columns fill them
     FinishPlan<T> finish;
 };
 

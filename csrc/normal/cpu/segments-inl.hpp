@@ -60,7 +60,7 @@ inline void dual_gram(const SegmentRows<T>& rows, int64_t begin, int64_t n, cons
             }
         }
         for (int64_t q = 0; q * panel < n; ++q) {
-            gram_panel<T>(packed, depth, q, minimum(n, (q + 1) * panel), n, c + q * panel, ld);
+            gram_panel<T>(packed, depth, q, 0, minimum(n, (q + 1) * panel), n, c + q * panel, ld);
         }
     }
 }

@@ -228,7 +228,7 @@ class Segments {
             std::fill_n(sum, size, 0.0);
             const EvenCut cut{rows_in(args_, of->segment), of->pieces};
             gram_in_double<T>(plan_.gram, rows_of_segment(of->segment), cut.longer_first(index - of->begin),
-                              {0, plan_.gram.panels}, own, sum);
+                              plan_.gram.group_of(0), own, sum, plan_.gram.ld);
         };
         const int64_t products = kLongRows * args_.d * (args_.d + args_.k) / 2;
         const Status status = parallel_for(pieces, nanoseconds_of_products(products), part);

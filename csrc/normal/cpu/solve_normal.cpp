@@ -286,6 +286,7 @@ SolveNormalPlan<T> plan(const SolveNormalArgs<T>& args) {
     plan.gram = plan_gram(kernels, together, args.n, args.d, args.k);
     plan.finish = plan_finish(args, plan.gram);
     plan.layout = plan.gram.layout;
+    plan.matrices = plan.layout.template add<T>("matrices", plan.gram.groups > 1 ? together * plan.gram.size() : 0);
     return plan;
 }
 
@@ -305,7 +306,7 @@ Status run(const SolveNormalPlan<T>& plan, const SolveNormalArgs<T>& given, cons
     if (plan.pack.packed) {
         return solve_packed(plan, args);
     }
-    return for_each_gram(plan.gram, args, workspace,
+    return for_each_gram(plan.gram, args, workspace, workspace.get(plan.matrices),
                          nanoseconds_of_products(args.d * args.d * (args.d / 3 + 2 * args.k)),
                          [&](int64_t problem, T* c, int64_t ld) { return finish(plan, args, problem, c, ld); });
 }

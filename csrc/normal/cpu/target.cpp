@@ -29,5 +29,6 @@ constexpr NormalKernels<T> normal_kernels() {
 
 extern const NormalKernels<float> f32 = normal_kernels<float>();
 extern const NormalKernels<double> f64 = normal_kernels<double>();
+extern const HalfGramKernels bf16 = {gram_rows<float>};
 
 }  // namespace onestep::normal::ONESTEP_NS

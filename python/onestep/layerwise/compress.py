@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep.layerwise.checks import check_dtype_of_sums, check_flags
 from onestep.layerwise.export import QuantizedWeight
 from onestep.layerwise.layers import Layer, Patterns, evaluating, find_layers
 from onestep.layerwise.order import Sums, solve_in_order
@@ -68,6 +69,8 @@ def quantize(
         raise ValueError(f"bits is {bits!r}; expected an integer from 2 to 8")
     if group_size is not None and (type(group_size) is not int or group_size < 1):
         raise ValueError(f"group_size is {group_size!r}; expected a positive integer, or None for a scale for each row")
+    check_flags(symmetric=symmetric, act_order=act_order, sequential=sequential, progress=progress)
+    check_dtype_of_sums(dtype)
     report = Report()
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
@@ -150,6 +153,8 @@ def prune(
         (0.5, True)
     """
     fraction, keep, of = _sparsity(sparsity)
+    check_flags(sequential=sequential, progress=progress)
+    check_dtype_of_sums(dtype)
     for layer in find_layers(model, layers).values():
         if of and layer.weight.shape[1] % of:
             raise ValueError(f"layer {layer.name!r} has {layer.weight.shape[1]} features; expected a multiple of {of}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from onestep.layerwise.checks import check_number
 from onestep.layerwise.layers import call, check_on_cpu, evaluating, find_layers, mask_of
 from onestep.layerwise.order import Sums
 from onestep.layerwise.report import LayerReport, Report
@@ -59,8 +59,7 @@ def edit(
         >>> model(subject).detach().round(decimals=2)
         tensor([[ 1., -1.]])
     """
-    if not 0 < strength < math.inf:
-        raise ValueError(f"strength is {strength!r}; expected a finite number above 0")
+    check_number("strength", strength, positive=True)
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets is {type(targets).__name__}; expected a tensor (subjects, outputs)")
     if not isinstance(statistics, LayerStatistics):
@@ -129,6 +128,11 @@ def _keys(model: nn.Module, module: nn.Module, subjects: Any) -> Tensor:
     x = seen[0]
     if x.dim() == 2:
         return x
+    if x.dim() != 3:
+        raise ValueError(
+            f"the layer's inputs for the subjects have shape {tuple(x.shape)}; expected (subjects, features) or "
+            "(subjects, places, features)"
+        )
     mask = mask_of(subjects)
     if mask is None or mask.shape != x.shape[:-1]:
         return x[:, -1]

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from onestep.layerwise.checks import check_path
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -51,6 +53,7 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
     Raises:
         ModuleNotFoundError: safetensors is not installed.
         ValueError: a name is no layer of the model.
+        TypeError: an argument is something else.
 
     Examples:
         >>> import tempfile, torch
@@ -67,6 +70,15 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
         from safetensors.torch import save_file
     except ModuleNotFoundError:
         raise ModuleNotFoundError("layerwise.save needs safetensors: pip install 'onestep[layerwise]'") from None
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected torch.nn.Module")
+    check_path("path", path)
+    if quantized is not None:
+        if not isinstance(quantized, Mapping):
+            raise TypeError(f"quantized is {type(quantized).__name__}; expected report.quantized")
+        for name, weight in quantized.items():
+            if not isinstance(weight, QuantizedWeight):
+                raise TypeError(f"quantized[{name!r}] is {type(weight).__name__}; expected QuantizedWeight")
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
     for name, value in model.state_dict().items():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from onestep import linalg
+from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import Patterns, batches_of, check_on_cpu, find_layers
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.operands import LinAlgError
@@ -55,10 +56,14 @@ def merge(
         >>> torch.allclose(merged[0].weight, (a[0].weight + 4 * b[0].weight) / 5)  # b's inputs are larger
         True
     """
+    for what, given in (("models", models), ("data", data)):
+        if not isinstance(given, Sequence):
+            raise TypeError(f"{what} is {type(given).__name__}; expected a list with one entry for each model")
     if len(models) < 2 or len(data) != len(models):
         raise ValueError(f"there are {len(models)} models and {len(data)} data; expected two or more, and as many data")
-    if not 0.0 <= shrinkage <= 1.0:
-        raise ValueError(f"shrinkage is {shrinkage!r}; expected a number from 0 to 1")
+    check_number("shrinkage", shrinkage, most=1.0)
+    check_flags(progress=progress)
+    check_dtype_of_sums(dtype)
     for model in models:
         check_on_cpu(find_layers(model, layers).values())
     states = [model.state_dict() for model in models]

@@ -17,6 +17,8 @@ from onestep.layerwise.statistics import LayerStatistics
 from onestep.linalg.damping import unit_cholesky
 from onestep.ops.operands import LinAlgError
 
+_NO_BATCH = object()
+
 
 def solve_in_order(
     model: nn.Module,
@@ -43,8 +45,8 @@ def solve_in_order(
         if not bool(layer.weight.isfinite().all()):
             raise ValueError(f"the weight of layer {layer.name!r} holds NaN or infinity; expected finite values")
     batches = batches_of(data)
-    first = next(iter(batches), None)
-    if first is None:
+    first = next(iter(batches), _NO_BATCH)
+    if first is _NO_BATCH:
         raise ValueError("data has no batches; expected at least one")
     if not sequential:
         statistics = LayerStatistics(model, list(chosen), teacher=teacher, dtype=dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
+from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import Layer, Patterns
 from onestep.layerwise.order import Sums, solve_in_order
 from onestep.layerwise.report import LayerReport, Report
@@ -64,8 +65,9 @@ def refit(
         >>> report["0"].error <= report["0"].error_before
         True
     """
-    if not ridge >= 0:
-        raise ValueError(f"ridge is {ridge!r}; expected a number of 0 or more")
+    check_number("ridge", ridge)
+    check_flags(keep_zeros=keep_zeros, sequential=sequential, progress=progress)
+    check_dtype_of_sums(dtype)
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher is {type(teacher).__name__}; expected torch.nn.Module")
     if teacher is model:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep.evaluation.progress import Progress
+from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import batches_of, call, count_of, evaluating, mask_of
 from onestep.layerwise.report import LayerReport, Report
 
@@ -76,8 +77,9 @@ def replace_blocks(
           (1): Linear(in_features=4, out_features=2, bias=True)
         ), True)
     """
-    if not ridge >= 0:
-        raise ValueError(f"ridge is {ridge!r}; expected a number of 0 or more")
+    check_number("ridge", ridge)
+    check_flags(progress=progress)
+    check_dtype_of_sums(dtype)
     container, first, count = _run_of(model, blocks)
     seen = _Run(dtype)
     handles = [

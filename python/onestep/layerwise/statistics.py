@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep.evaluation.progress import Progress
+from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_path
 from onestep.layerwise.experts import ExpertCalls
 from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, mask_of
 from onestep.layerwise.sums import InputSums, Storage, TargetSums
 from onestep.ops.operands import LinAlgError
-
-_DTYPES = (torch.float32, torch.float64)
 
 
 class _Enough(Exception):
@@ -65,8 +64,9 @@ class LayerStatistics:
         dtype: torch.dtype = torch.float32,
         folder: str | Path | None = None,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise TypeError(f"dtype is {dtype}; expected torch.float32 or torch.float64")
+        check_dtype_of_sums(dtype)
+        if folder is not None:
+            check_path("folder", folder)
         self._layers = find_layers(model, layers)
         self._model, self._teacher, self._dtype = model, teacher, dtype
         self._storage = Storage(folder)
@@ -101,6 +101,8 @@ class LayerStatistics:
         Raises:
             KeyError: there is no teacher, or no row has reached the layer.
         """
+        if name not in self._targets:
+            raise KeyError(f"no targets for {name!r}: there is no teacher, or no row has reached the layer")
         return self._targets[name]
 
     def shared(self) -> list[list[str]]:
@@ -154,7 +156,10 @@ class LayerStatistics:
             self.
         """
         batches = batches_of(data)
-        if not isinstance(every, int) or every < 1:
+        check_flags(progress=progress)
+        if checkpoint is not None:
+            check_path("checkpoint", checkpoint)
+        if type(every) is not int or every < 1:
             raise ValueError(f"every is {every!r}; expected a positive number of batches")
         if checkpoint is not None and Path(checkpoint).exists():
             self.load(checkpoint)
@@ -316,15 +321,19 @@ class _Pass:
         self.kept: list[Tensor] = []  # so that ids stay theirs
 
     def rows(self, x: Tensor) -> Tensor:
-        """(rows, d), padding left out."""
+        """(rows, d) of the sums' dtype, padding left out; 16 bits that gram reads in place stay as they are."""
         if self.mask is not None and x.shape[:-1] == self.mask.shape:
             x = x[self.mask]
-        return x.reshape(-1, x.shape[-1]).to(self.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        in_place = self.dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float16)
+        return rows if in_place else rows.to(self.dtype)
 
     def take_target(self, name: str, output: Tensor) -> None:
         self.outputs.setdefault(name, []).append(output)
 
     def take_input(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"layer {name!r} is called with {type(x).__name__}; expected a tensor")
         key = id(x)
         rows = None
         if not self._adds:
@@ -332,7 +341,7 @@ class _Pass:
         elif key not in self.sums:
             rows = self.rows(x)
             gram = self._storage.keep(linalg.gram(rows)[0])
-            self.sums[key] = InputSums(gram, rows.sum(0), len(rows))
+            self.sums[key] = InputSums(gram, rows.sum(0, dtype=self.dtype), len(rows))
             self.kept.append(x)
         calls = self.given.setdefault(name, [])
         if self.outputs:
@@ -350,7 +359,7 @@ class _Pass:
                 f"layer {name!r} has {rows.shape[0]} rows in call {index + 1}; expected those of the teacher's layer: "
                 "the two models send rows to it differently"
             )
-        target = self.rows(outputs[index])
+        rows, target = rows.to(self.dtype), self.rows(outputs[index]).to(self.dtype)
         added = TargetSums(self._storage.keep(rows.mT @ target), target.sum(0), target.square().sum())
         self.crossed[name] = self.crossed[name].plus(added, self._storage) if name in self.crossed else added
 

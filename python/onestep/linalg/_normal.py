@@ -222,7 +222,8 @@ def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) ->
     """Computes XᵀDX and XᵀDY in one pass over the rows, D = diag(weight) (BLAS xSYRK, xGEMM).
 
     Args:
-        X: (…,n,d) float32 or float64, any strides; bfloat16 or float16, which are widened as they are read.
+        X: (…,n,d) float32 or float64, any strides; bfloat16 or float16, which are widened as they are read (bfloat16
+            without Y and weight is multiplied by AMX tiles where the CPU has them, and summed in float32).
         Y: (…,n,k) or (…,n), of X's dtype, or float32 beside a 16-bit X; None for no targets, k = 0.
         weight: (…,n), >= 0, likewise.
 
