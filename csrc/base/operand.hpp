@@ -33,6 +33,8 @@ constexpr int64_t size_of(Element element) {
     return 1;
 }
 
+constexpr bool is_half(Element element) { return element == Element::bfloat16 || element == Element::float16; }
+
 // The tag of float, double or BFloat16.
 template <class T>
 inline constexpr Element kElement = Element::float32;

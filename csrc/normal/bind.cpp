@@ -8,14 +8,15 @@ namespace py = pybind11;
 using bindings::Address;
 using bindings::Operand;
 
-// X in T, or in 16-bit numbers of a HalfType.
+// X in T, or in 16-bit numbers where T is float.
 template <class T, class Args>
-void set_x(const Operand& x, int half, Args& args) {
-    if (half < 0 || half > 2 || (half != 0 && sizeof(T) != sizeof(float))) {
-        throw std::invalid_argument("x_half is " + std::to_string(half));
+void set_x(const Operand& x, int element, Args& args) {
+    const auto given = static_cast<Element>(element);
+    if (given != kElement<T> && !(is_half(given) && kElement<T> == Element::float32)) {
+        throw std::invalid_argument("x_element is " + std::to_string(element));
     }
-    args.x_half.type = static_cast<HalfType>(half);
-    if (args.x_half.type != HalfType::none) {
+    args.x_half.element = given;
+    if (args.x_half) {
         args.x_half.rows = bindings::batched<const uint16_t>(x, 2);
     } else if constexpr (std::is_same_v<Args, MomentsArgs<T>>) {
         args.x = bindings::batched<const T>(x, 2).at(BatchShape{}, 0);
@@ -25,14 +26,14 @@ void set_x(const Operand& x, int half, Args& args) {
 }
 
 template <class T>
-void bind_gram(const Operand& x, int x_half, const Operand& y, const Operand& weight, const bindings::Sizes& batch,
+void bind_gram(const Operand& x, int x_element, const Operand& y, const Operand& weight, const bindings::Sizes& batch,
                int64_t n, int64_t d, int64_t k, Address gram_out, Address cross_out) {
     GramArgs<T> args;
     args.batch = bindings::batch_shape(batch);
     args.n = n;
     args.d = d;
     args.k = k;
-    set_x<T>(x, x_half, args);
+    set_x<T>(x, x_element, args);
     args.y = bindings::batched<const T>(y, 2);
     args.weight = bindings::batched<const T>(weight, 1);
     args.gram = bindings::pointer<T>(gram_out);
@@ -41,7 +42,7 @@ void bind_gram(const Operand& x, int x_half, const Operand& y, const Operand& we
 }
 
 template <class T>
-void bind_moments(const Operand& x, int x_half, const Operand& y, const Operand& weight, int64_t n, int64_t d,
+void bind_moments(const Operand& x, int x_element, const Operand& y, const Operand& weight, int64_t n, int64_t d,
                   int64_t k, bool center, Address gram_out, Address cross_out, Address mean_out,
                   Address weight_sum_out) {
     const BatchShape single;
@@ -49,7 +50,7 @@ void bind_moments(const Operand& x, int x_half, const Operand& y, const Operand&
     args.n = n;
     args.d = d;
     args.k = k;
-    set_x<T>(x, x_half, args);
+    set_x<T>(x, x_element, args);
     args.y = bindings::batched<const T>(y, 2).at(single, 0);
     args.weight = bindings::batched<const T>(weight, 1).at(single, 0);
     args.center = center;
@@ -61,7 +62,7 @@ void bind_moments(const Operand& x, int x_half, const Operand& y, const Operand&
 }
 
 template <class T>
-void bind_solve_normal(const Operand& x, int x_half, const Operand& y, const Operand& weight, const Operand& ridge,
+void bind_solve_normal(const Operand& x, int x_element, const Operand& y, const Operand& weight, const Operand& ridge,
                        double uniform_ridge, const bindings::Sizes& batch, int64_t n, int64_t d, int64_t k,
                        int64_t refine, double jitter, Address solution, Address factor, Address info, Address rcond,
                        Address jittered) {
@@ -70,7 +71,7 @@ void bind_solve_normal(const Operand& x, int x_half, const Operand& y, const Ope
     args.n = n;
     args.d = d;
     args.k = k;
-    set_x<T>(x, x_half, args);
+    set_x<T>(x, x_element, args);
     args.y = bindings::batched<const T>(y, 2);
     args.weight = bindings::batched<const T>(weight, 1);
     args.ridge = bindings::batched<const T>(ridge, 1);
@@ -176,16 +177,16 @@ void bind_cholesky_solve(const Operand& factor, const Operand& b, const bindings
 
 template <class T>
 void register_normal_kernels(py::module_& module, const std::string& suffix) {
-    module.def(("gram_" + suffix).c_str(), bind_gram<T>, py::arg("x"), py::arg("x_half"), py::arg("y"),
+    module.def(("gram_" + suffix).c_str(), bind_gram<T>, py::arg("x"), py::arg("x_element"), py::arg("y"),
                py::arg("weight"), py::arg("batch"), py::arg("n"), py::arg("d"), py::arg("k"), py::arg("gram"),
                py::arg("cross"));
-    module.def(("moments_" + suffix).c_str(), bind_moments<T>, py::arg("x"), py::arg("x_half"), py::arg("y"),
+    module.def(("moments_" + suffix).c_str(), bind_moments<T>, py::arg("x"), py::arg("x_element"), py::arg("y"),
                py::arg("weight"), py::arg("n"), py::arg("d"), py::arg("k"), py::arg("center"), py::arg("gram"),
                py::arg("cross"), py::arg("mean"), py::arg("weight_sum"));
-    module.def(("solve_normal_" + suffix).c_str(), bind_solve_normal<T>, py::arg("x"), py::arg("x_half"), py::arg("y"),
-               py::arg("weight"), py::arg("ridge"), py::arg("uniform_ridge"), py::arg("batch"), py::arg("n"),
-               py::arg("d"), py::arg("k"), py::arg("refine"), py::arg("jitter"), py::arg("solution"), py::arg("factor"),
-               py::arg("info"), py::arg("rcond"), py::arg("jittered"));
+    module.def(("solve_normal_" + suffix).c_str(), bind_solve_normal<T>, py::arg("x"), py::arg("x_element"),
+               py::arg("y"), py::arg("weight"), py::arg("ridge"), py::arg("uniform_ridge"), py::arg("batch"),
+               py::arg("n"), py::arg("d"), py::arg("k"), py::arg("refine"), py::arg("jitter"), py::arg("solution"),
+               py::arg("factor"), py::arg("info"), py::arg("rcond"), py::arg("jittered"));
     module.def(("solve_segments_" + suffix).c_str(), bind_solve_segments<T>, py::arg("x"), py::arg("y"),
                py::arg("offsets"), py::arg("indices"), py::arg("weight"), py::arg("base"), py::arg("ridge"),
                py::arg("uniform_ridge"), py::arg("segments"), py::arg("entries"), py::arg("rows"), py::arg("d"),

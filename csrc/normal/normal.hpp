@@ -18,11 +18,12 @@
 
 namespace onestep {
 
-// Rows of 16-bit numbers that are read in place of x, and widened while they are packed; T is float then.
-enum class HalfType : int { none = 0, bfloat16 = 1, float16 = 2 };
+// Rows of bfloat16 or float16 that are read in place of x, and widened while they are packed; T is float then.
 struct HalfRows {
-    HalfType type = HalfType::none;
+    Element element = Element::float32;
     Batched<const uint16_t> rows;
+
+    constexpr explicit operator bool() const { return is_half(element); }
 };
 
 // A = XᵀDX and R = XᵀDY, D = diag(weight).

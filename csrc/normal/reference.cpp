@@ -26,10 +26,10 @@ T at(const Matrix<const T>& a, int64_t i, int64_t j) {
 template <class T>
 Matrix<const T> rows_as(const Matrix<const T>& wide, const HalfRows& half, const BatchShape& batch, int64_t problem,
                         int64_t n, int64_t d, Dense<T>& storage) {
-    if (half.type == HalfType::none) {
+    if (!half) {
         return wide;
     }
-    const bool bfloat16 = half.type == HalfType::bfloat16;
+    const bool bfloat16 = half.element == Element::bfloat16;
     const int fraction = bfloat16 ? 7 : 10;
     const int bias = bfloat16 ? 127 : 15;
     const auto from = half.rows.at(batch, problem);

@@ -13,7 +13,7 @@ def release_workspaces() -> None: ...
 def set_least_parallel_nanoseconds(nanoseconds: int) -> int: ...
 def gram_f32(
     x: _Operand,
-    x_half: int,
+    x_element: int,
     y: _Operand,
     weight: _Operand,
     batch: Sequence[int],
@@ -28,7 +28,7 @@ gram_f64 = gram_f32
 
 def moments_f32(
     x: _Operand,
-    x_half: int,
+    x_element: int,
     y: _Operand,
     weight: _Operand,
     n: int,
@@ -45,7 +45,7 @@ moments_f64 = moments_f32
 
 def solve_normal_f32(
     x: _Operand,
-    x_half: int,
+    x_element: int,
     y: _Operand,
     weight: _Operand,
     ridge: _Operand,

@@ -22,9 +22,9 @@ struct Inputs {
     HalfRows x_half;
 
     // x becomes multiples of 2⁻⁷ or 2⁻¹⁰ below 1, which 16 bits hold.
-    void narrow(HalfType type) {
-        const int fraction = type == HalfType::bfloat16 ? 7 : 10;
-        const int bias = type == HalfType::bfloat16 ? 127 : 15;
+    void narrow(Element element) {
+        const int fraction = element == Element::bfloat16 ? 7 : 10;
+        const int bias = element == Element::bfloat16 ? 127 : 15;
         bits.resize(x.data.size());
         for (size_t e = 0; e < bits.size(); ++e) {
             const int digits = static_cast<int>(std::ldexp(x.data[e], fraction));
@@ -33,7 +33,7 @@ struct Inputs {
             const int below = digits == 0 ? 0 : (std::abs(digits) << -exponent) & ((1 << fraction) - 1);
             bits[e] = static_cast<uint16_t>((digits < 0 ? 0x8000 : 0) | (exponent + bias) << fraction | below);
         }
-        x_half.type = type;
+        x_half.element = element;
         x_half.rows = {bits.data(), x.view.row, x.view.col, {x.view.batch[0]}};
     }
 
@@ -253,13 +253,13 @@ void test_sizes(const char* type) {
 void test_half() {
     std::mt19937 random(5);
     using Layout = Table<float>::Layout;
-    for (const HalfType type : {HalfType::bfloat16, HalfType::float16}) {
+    for (const Element element : {Element::bfloat16, Element::float16}) {
         for (const Layout layout : {Layout::rows, Layout::columns, Layout::strided}) {
             for (const Size<float>& size :
                  {Size<float>{17, 9, 5, 2}, {5, 40, 31, 3}, {2, 70, 33, 1}, {1, 300, 75, 2}}) {
                 Inputs<float> in(random, size, layout, size.d == 33 ? 1 : 0);
-                in.narrow(type);
-                const std::string name = "half " + std::to_string(static_cast<int>(type)) + " d" +
+                in.narrow(element);
+                const std::string name = "half " + std::to_string(static_cast<int>(element)) + " d" +
                                          std::to_string(size.d) + " layout " + std::to_string(static_cast<int>(layout));
                 compare(in, name);
                 const Results<float> half = run<true>(in);
@@ -272,7 +272,7 @@ void test_half() {
         }
     }
     Inputs<float> long_rows(random, {1, 8300, 9, 1}, Layout::rows, 0);
-    long_rows.narrow(HalfType::bfloat16);
+    long_rows.narrow(Element::bfloat16);
     compare(long_rows, "half long");
 }
 
@@ -298,7 +298,7 @@ void test_half_alone() {
             GramArgs<float> args;
             args.n = n;
             args.d = d;
-            args.x_half = {HalfType::bfloat16, {half.data(), row, col}};
+            args.x_half = {Element::bfloat16, {half.data(), row, col}};
             std::vector<float> found(static_cast<size_t>(d * d));
             args.gram = found.data();
             const std::string name = target + " half alone n" + std::to_string(n) + " d" + std::to_string(d) +

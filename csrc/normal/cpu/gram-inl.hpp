@@ -156,7 +156,7 @@ inline void gram_rows(const RowsArgs<T>& args, int64_t begin, int64_t end, int64
     }
     for (int64_t block = begin; block < end; block += kBlockRows) {
         const int64_t rows = minimum(kBlockRows, end - block);
-        if (args.half != HalfType::none) {
+        if (is_half(args.element)) {
             pack_half_columns<T>(args, block, rows, minimum(args.d, needed), packed);
         } else {
             pack_columns<T>(args.x, args.index, block, rows, 0, minimum(args.d, needed), packed);

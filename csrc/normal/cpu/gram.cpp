@@ -15,11 +15,11 @@ constexpr int64_t kAmxFeatures = 128;
 template <class T>
 double x_value(const MomentsArgs<T>& args, int64_t row, int64_t c) {
     if constexpr (std::is_same_v<T, float>) {
-        if (args.x_half.type != HalfType::none) {
+        if (args.x_half) {
             const Batched<const uint16_t>& from = args.x_half.rows;
             float value = 0.0F;
-            active_normal_kernels<T>().widen_rows(args.x_half.type, {from.data + row * from.row + c * from.col, 0, 0},
-                                                  1, 1, &value);
+            active_normal_kernels<T>().widen_rows(args.x_half.element,
+                                                  {from.data + row * from.row + c * from.col, 0, 0}, 1, 1, &value);
             return static_cast<double>(value);
         }
     }
@@ -65,7 +65,7 @@ GramPlan<T> plan(const GramArgs<T>& args) {
     GramPlan<T> plan = plan_gram(active_normal_kernels<T>(), args.batch.count(), args.n, args.d, args.k);
     if constexpr (std::is_same_v<T, float>) {
         const bool plain = args.k == 0 && args.weight.data == nullptr;
-        if (args.x_half.type == HalfType::bfloat16 && plain && args.d >= kAmxFeatures) {
+        if (args.x_half.element == Element::bfloat16 && plain && args.d >= kAmxFeatures) {
             plan.gram_rows = ONESTEP_AMX_KERNELS(normal, bf16).gram_rows;
         }
     }
@@ -150,7 +150,7 @@ Status run(const MomentsPlan<T>& plan, const MomentsArgs<T>& args, const Workspa
     rows.k = args.k;
     rows.ones = true;
     rows.x = args.x;
-    rows.half = args.x_half.type;
+    rows.element = args.x_half.element;
     rows.x_half = args.x_half.rows.at(BatchShape{}, 0);
     rows.y = args.y;
     rows.weight = args.weight;

@@ -223,7 +223,7 @@ RowsArgs<T> rows_of(const Args& args, int64_t problem) {
     rows.d = args.d;
     rows.k = args.k;
     rows.x = args.x.at(args.batch, problem);
-    rows.half = args.x_half.type;
+    rows.element = args.x_half.element;
     rows.x_half = args.x_half.rows.at(args.batch, problem);
     rows.y = args.y.at(args.batch, problem);
     rows.weight = args.weight.at(args.batch, problem);

@@ -9,9 +9,9 @@ namespace onestep::normal::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-template <HalfType Type>
+template <Element Type>
 ONESTEP_INLINE Vec<float> widen_words(WordBits words) {
-    if constexpr (Type == HalfType::bfloat16) {
+    if constexpr (Type == Element::bfloat16) {
         return reinterpret_cast<Vec<float>>(words << 16);
     } else {
         // The exponent's 5 bits are biased by 15, those of float by 127; 31 stays the largest. A number without
@@ -26,7 +26,7 @@ ONESTEP_INLINE Vec<float> widen_words(WordBits words) {
 }
 
 // to[e · to_step] = from[e · step], e in [0, count).
-template <HalfType Type>
+template <Element Type>
 ONESTEP_INLINE void widen_run(const uint16_t* from, int64_t step, int64_t count, float* to, int64_t to_step) {
     constexpr int64_t lanes = kLanes<float>;
     int64_t e = 0;
@@ -50,20 +50,20 @@ ONESTEP_INLINE void widen_run(const uint16_t* from, int64_t step, int64_t count,
     }
 }
 
-ONESTEP_INLINE void widen_run(HalfType type, const uint16_t* from, int64_t step, int64_t count, float* to,
+ONESTEP_INLINE void widen_run(Element element, const uint16_t* from, int64_t step, int64_t count, float* to,
                               int64_t to_step) {
-    if (type == HalfType::bfloat16) {
-        widen_run<HalfType::bfloat16>(from, step, count, to, to_step);
+    if (element == Element::bfloat16) {
+        widen_run<Element::bfloat16>(from, step, count, to, to_step);
     } else {
-        widen_run<HalfType::float16>(from, step, count, to, to_step);
+        widen_run<Element::float16>(from, step, count, to, to_step);
     }
 }
 
 template <class T>
-inline void widen_rows(HalfType type, const Matrix<const uint16_t>& from, int64_t rows, int64_t cols, T* to) {
+inline void widen_rows(Element element, const Matrix<const uint16_t>& from, int64_t rows, int64_t cols, T* to) {
     if constexpr (sizeof(T) == sizeof(float)) {
         for (int64_t i = 0; i < rows; ++i) {
-            widen_run(type, from.data + i * from.row, from.col, cols, to + i * cols, 1);
+            widen_run(element, from.data + i * from.row, from.col, cols, to + i * cols, 1);
         }
     }
 }
@@ -80,12 +80,12 @@ inline void pack_half_columns(const RowsArgs<T>& args, int64_t begin, int64_t ro
             T* to = packed + c * kBlockRows;
             if (from.row == 1 && from.col != 1) {
                 for (int64_t j = 0; j < width; ++j) {
-                    widen_run(args.half, source + (c + j) * from.col, 1, rows, to + j, panel);
+                    widen_run(args.element, source + (c + j) * from.col, 1, rows, to + j, panel);
                 }
                 continue;
             }
             for (int64_t p = 0; p < rows; ++p) {
-                widen_run(args.half, source + p * from.row + c * from.col, from.col, width, to + p * panel, 1);
+                widen_run(args.element, source + p * from.row + c * from.col, from.col, width, to + p * panel, 1);
             }
         }
     }

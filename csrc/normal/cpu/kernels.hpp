@@ -31,8 +31,8 @@ struct RowsArgs {
     int64_t d = 0, k = 0;
     bool ones = false;
     Matrix<const T> x;
-    HalfType half = HalfType::none;
-    Matrix<const uint16_t> x_half;  // in place of x, if `half` says so
+    Element element = Element::float32;
+    Matrix<const uint16_t> x_half;  // in place of x, if is_half(element)
     Matrix<const T> y;
     Matrix<const T> weight;          // null data: ones
     const T* shift = nullptr;        // one per column of Z, padded to whole panels; or null
@@ -132,7 +132,7 @@ struct NormalKernels {
     int64_t (*backward_work)(int64_t d, int64_t k);
 
     // to (contiguous) = rows × cols of 16-bit numbers; float alone.
-    void (*widen_rows)(HalfType type, const Matrix<const uint16_t>& from, int64_t rows, int64_t cols, T* to);
+    void (*widen_rows)(Element element, const Matrix<const uint16_t>& from, int64_t rows, int64_t cols, T* to);
 
     // Of ragged problems; see segments-inl.hpp.
     void (*multiply_rows)(int64_t rows, int64_t depth, const Matrix<const T>& a, const T* b, int64_t ldb, T* c);

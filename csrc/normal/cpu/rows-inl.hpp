@@ -51,12 +51,12 @@ ONESTEP_INLINE void add_products_compensated(int64_t rows, const double* x, int6
 template <class T>
 ONESTEP_INLINE void load_row(const RowsArgs<T>& args, int64_t row, double* to) {
     if constexpr (sizeof(T) == sizeof(float)) {
-        if (args.half != HalfType::none) {
+        if (is_half(args.element)) {
             const uint16_t* from = args.x_half.data + row * args.x_half.row;
             for (int64_t j = 0; j < args.d; j += kLanes<T>) {
                 T some[kLanes<T>];
                 const int64_t count = minimum(kLanes<T>, args.d - j);
-                widen_run(args.half, from + j * args.x_half.col, args.x_half.col, count, some, 1);
+                widen_run(args.element, from + j * args.x_half.col, args.x_half.col, count, some, 1);
                 for (int64_t lane = 0; lane < count; ++lane) {
                     to[j + lane] = static_cast<double>(some[lane]);
                 }

@@ -239,9 +239,9 @@ Status solve_packed(const SolveNormalPlan<T>& plan, const SolveNormalArgs<T>& ar
         pack.n = args.n;
         pack.d = d;
         pack.k = k;
-        if (args.x_half.type != HalfType::none) {
+        if (args.x_half) {
             T* to = pack.widened + lane * args.n * d;
-            kernels.widen_rows(args.x_half.type, args.x_half.rows.at(args.batch, problem), args.n, d, to);
+            kernels.widen_rows(args.x_half.element, args.x_half.rows.at(args.batch, problem), args.n, d, to);
             pack.x.set(lane, {to, d, 1});
         } else {
             pack.x.set(lane, args.x.at(args.batch, problem));
@@ -279,7 +279,7 @@ SolveNormalPlan<T> plan(const SolveNormalArgs<T>& args) {
     const int64_t problems = args.batch.count();
     SolveNormalPlan<T> plan;
     if (args.refine == 0) {
-        plan.pack = plan_pack(kernels, problems, args.n, args.d, args.k, args.x_half.type != HalfType::none);
+        plan.pack = plan_pack(kernels, problems, args.n, args.d, args.k, static_cast<bool>(args.x_half));
     }
     // A problem of a pack that gets jitter goes on alone, its rows in one piece.
     const int64_t together = plan.pack.packed ? std::max(problems, kFewProblems) : problems;

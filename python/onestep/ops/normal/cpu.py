@@ -14,7 +14,7 @@ from onestep.ops.normal import schema
 from onestep.ops.normal.dual import apply_dual
 from onestep.ops.normal.formulas import solve_normal_vjp
 from onestep.ops.normal.solves import Results, register_solves
-from onestep.ops.operands import kernel_batch, operand, optional_operand
+from onestep.ops.operands import ELEMENTS, kernel_batch, operand, optional_operand
 
 Entries = dict[torch.dtype, Callable[..., None]]
 
@@ -33,7 +33,7 @@ def _gram(X: Tensor, Y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, T
     batch = tuple(gram.shape[:-2])
     _GRAM[Y.dtype](
         x=operand(X, batch, 2),
-        x_half=schema.HALF.get(X.dtype, 0),
+        x_element=ELEMENTS[X.dtype],
         y=operand(Y, batch, 2),
         weight=optional_operand(weight, batch, 1),
         batch=kernel_batch(batch),
@@ -51,7 +51,7 @@ def _moments(X: Tensor, Y: Tensor, weight: Tensor | None = None, center: bool = 
     out = schema.moments_results(X, Y, weight)
     _MOMENTS[Y.dtype](
         x=operand(X, (), 2),
-        x_half=schema.HALF.get(X.dtype, 0),
+        x_element=ELEMENTS[X.dtype],
         y=operand(Y, (), 2),
         weight=optional_operand(weight, (), 1),
         n=X.shape[-2],
@@ -82,7 +82,7 @@ def _solve(
     n, d = X.shape[-2:]
     _SOLVE[Y.dtype](
         x=operand(X, batch, 2),
-        x_half=schema.HALF.get(X.dtype, 0),
+        x_element=ELEMENTS[X.dtype],
         y=operand(Y, batch, 2),
         weight=None if weight is None else operand(weight, batch, 1),
         ridge=None if ridge is None else operand(ridge, batch, 1),

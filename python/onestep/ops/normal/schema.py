@@ -27,8 +27,8 @@ Moments = tuple[Tensor, Tensor, Tensor, Tensor]
 Solved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
-# What the rows of X may be beside the types of most kernels, and what csrc/normal calls them (HalfType).
-HALF = {torch.bfloat16: 1, torch.float16: 2}
+# What the rows of X may be beside the types of most kernels.
+HALF = (torch.bfloat16, torch.float16)
 
 # ``info`` of a problem whose weight or ridge (the ops' third and fourth arguments, counted as LAPACK does) has a
 # negative value, on devices where values are not checked before the kernel runs.
