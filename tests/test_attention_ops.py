@@ -54,6 +54,26 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(ops, name).default, tuple(arguments), **options)
 
 
+@pytest.mark.parametrize("name", op_arguments())
+def test_vmap_of_nothing(name):
+    first, *rest = op_arguments()[name]
+    one = getattr(ops, name)(first, *rest)
+    none = func.vmap(lambda x: getattr(ops, name)(x, *rest))(first.new_empty((0, *first.shape)))
+    # The mask's gradient and the like are empty where they are not wanted, mapped or not.
+    assert all(
+        got.shape in ((0, *expected.shape), (0, *expected.shape[1:])) for got, expected in zip(none, one, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "name"), [(0, 2, "query"), (2, 0, "key"), (0, 0, "query")])
+def test_no_heads(heads, kv_heads, name):
+    q, k = torch.zeros(1, heads, 3, 4), torch.zeros(1, kv_heads, 3, 4)
+    with pytest.raises(ValueError, match=rf"{name} has shape \(1, 0, 3, 4\); expected one head at least"):
+        ops.attention(q, k, k, None, 1.0, False)
+    with pytest.raises(ValueError, match="head"):
+        scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+
 @pytest.mark.parametrize("name", ["attention_and_jvp", "attention_backward_and_jvp"])
 def test_values_and_tangents_where_a_derivative_is_wanted(name):
     """These levels get what the two ops give one after the other."""

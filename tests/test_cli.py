@@ -354,7 +354,8 @@ def test_predict_fills_with_what_fit_learned_or_says_that_it_cannot(run, csv, tm
     saved, holes = tmp_path / "model.safetensors", csv("a,b,kind\n,1,\n", "holes.csv")
     run("fit", csv(small()), "--target", "y", "--save", saved)
     code, _, err = run("predict", saved, holes)
-    assert code == 2 and "missing values in a (1), kind (1)" in err and "--impute median" in err
+    # The row is empty, and counted for each column.
+    assert code == 0 and err.count("1 row without a prediction") == 2 and err.count("--impute median") == 2
     run("fit", csv(small()), "--target", "y", "--impute", "median", "--save", saved)
     with safe_open(saved, framework="numpy") as file:
         median = json.loads(file.metadata()["columns"])[0]["fill"]
@@ -400,7 +401,6 @@ def test_a_saved_model_is_a_torch_linear(run, csv, tmp_path):
     [
         ("a,b\n1,2\n", "has no column 'kind' (the model was fitted on it)"),
         ("a,b,kind\n1,2,u\nx,2,v\n", "column 'a' should hold numbers, but line 3 has 'x'"),
-        ("a,b,kind\n1,inf,u\n", "column 'b' holds an infinite value on line 2"),
         ("a,b,kind\n", "has a header but no rows"),
     ],
 )
@@ -432,7 +432,7 @@ def test_files_that_are_not_saved_models(run, csv, tmp_path):
         (table, "is not a model saved by onestep"),
         (csv(b"", "empty"), "is not a model saved by onestep"),
         (csv(whole[: len(whole) // 2], "half"), "is not a model saved by onestep"),
-        (csv(whole.replace(b"onestep 2", b"onestep 9"), "later"), "another version of onestep"),
+        (csv(whole.replace(b"onestep 3", b"onestep 9"), "later"), "another version of onestep"),
         (csv(whole.replace(b"number", b"nomber"), "damaged"), "is damaged"),
         (csv(whole[:-8] + np.array([np.nan]).tobytes(), "nan"), "is damaged"),
         (other, "not a model saved by"),

@@ -177,6 +177,29 @@ def test_an_interrupt_and_lack_of_memory_end_in_one_line(run, csv, monkeypatch):
         assert (found, out) == (code, "") and message in err and err.count("\n") == 1
 
 
+INTERRUPTED_WHILE_IT_IS_IMPORTED = """
+import os, signal, sys
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == "torch":
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(interrupt)
+sys.argv[0] = sys.argv.pop(1)
+sys.orig_argv = [sys.executable, "-m", "onestep"]
+import onestep
+"""
+
+
+@pytest.mark.parametrize("name", ["-m", "/usr/bin/onestep"])
+def test_an_interrupt_while_the_program_starts_shows_no_traceback(name):
+    """As `python -m onestep` and as the script of pip; a program of the user's own gets KeyboardInterrupt."""
+    words = [sys.executable, "-c", INTERRUPTED_WHILE_IT_IS_IMPORTED]
+    done = subprocess.run([*words, name, "fit"], capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+    if name == "-m":
+        done = subprocess.run([*words, "train.py"], capture_output=True, timeout=120)
+        assert b"KeyboardInterrupt" in done.stderr and done.returncode not in (0, 130)
+
+
 def test_an_ascii_terminal_can_show_the_report(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)

@@ -1,8 +1,10 @@
 """The command line on files as people have them: other numerals, dates, codes, classes, standard input, Ctrl-C."""
 
 import io
+import os
 import re
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -54,6 +56,12 @@ TARGET = 3 * AMOUNTS + 5
         (lambda v: f"{v} %", lambda v: v, []),
         (lambda v: f"£{v:,}", lambda v: v, ["--thousands", ","]),
         (lambda v: f"\u2212{v}", lambda v: -v, []),
+        (lambda v: f"\u20b9{v}", lambda v: v, []),
+        (lambda v: f"CHF {v}", lambda v: v, []),
+        (lambda v: f"{v} usd", lambda v: v, []),
+        (lambda v: f"US${v}", lambda v: v, []),
+        (lambda v: f"{v}\u2030", lambda v: v, []),
+        (lambda v: f"{v // 1000}\u2019{v % 1000:03}", lambda v: v, ["--thousands", "\u2019"]),
     ],
 )
 def test_numerals(run, table, tmp_path, written, value, options):
@@ -62,7 +70,9 @@ def test_numerals(run, table, tmp_path, written, value, options):
     path, saved = table({"amount": texts, "y": y}), tmp_path / "model.safetensors"
     code, _, err = run("fit", path, "--target", "y", "--save", saved, *options)
     assert code == 0, err
-    assert ("is left out" in err) == any(sign in texts[0] for sign in "$€£%")
+    assert ("is left out" in err) == any(
+        sign in texts[0] for sign in ("$", "€", "£", "%", "\u20b9", "CHF", "usd", "\u2030")
+    )
     np.testing.assert_allclose(weights(saved), [4, 5], rtol=1e-7)
     code, out, _ = run("predict", saved, path)
     np.testing.assert_allclose([float(line) for line in out.splitlines()[1:]], y, rtol=1e-9)
@@ -77,9 +87,21 @@ def test_numerals(run, table, tmp_path, written, value, options):
         (["5 %", "$5"] * 20, "mixes the units $, %"),
         ([f"2021-03-{1 + v % 28:02}" for v in AMOUNTS], "dates, such as '2021-03-05' on line 2; pass --dates 'amount'"),
         ([f"{1 + v % 28}/3/2021" for v in AMOUNTS], "seems to hold dates"),
+        ([f"20{10 + v % 9}-01" for v in AMOUNTS], "dates, such as '2010-01' on line 2; pass --dates 'amount'"),
+        ([f"{1 + v % 28} Jan 2024" for v in AMOUNTS], "pass --dates 'amount' --date-format '%d %b %Y' for year"),
         ([2**53 + int(v) for v in AMOUNTS], "whole numbers beyond 2^53 (9007199254741892 on line 2)"),
         ([2**70 + int(v) for v in AMOUNTS], "whole numbers beyond 2^53"),
-        ([f"({v})" for v in AMOUNTS], "seems to hold numbers, such as '(900)' on line 2; write them with the digits"),
+        (
+            [f"({v})" for v in AMOUNTS],
+            "seems to hold numbers, such as '(900)' on line 2; write negative numbers with a",
+        ),
+        ([f"(${v})" for v in AMOUNTS], "such as '($900)' on line 2; write negative numbers with a minus"),
+        (["5k", "12k", "1.2M", "7"] * 10, "such as '5k' on line 2; write them with the digits"),
+        ([f"1’{v % 1000:03}" for v in AMOUNTS], "such as '1’900' on line 2; pass --thousands '’'"),
+        ([f"1,0{v // 1000},{v % 1000:03}" for v in AMOUNTS], "pass --thousands ','"),
+        (["75.8%", "0.1234"] * 20, "has % beside some numbers and not others, such as '0.1234' on line 3 and '75.8%'"),
+        (["CHF 5", "USD5"] * 20, "mixes the units CHF, USD"),
+        (["9.007199254740993e15", *map(str, AMOUNTS[1:])], "beyond 2^53 (9.007199254740993e15 on line 2)"),
         ([f"{v}-" for v in AMOUNTS % 5], "such as '0-' on line 2"),
         ([hex(v) for v in AMOUNTS], "such as '0x384' on line 2"),
         ([f"{v}_000" for v in AMOUNTS], "such as '900_000' on line 2"),
@@ -133,6 +155,36 @@ def test_dates(run, table, tmp_path):
     assert code == 2 and "'when' should hold dates, but line 2 has '20/11/2019'" in err and "--date-format" in err
 
 
+def test_the_day_of_a_time_is_the_day_written(run, table, tmp_path):
+    """23:30 in New York is the next day in UTC."""
+    days = pd.date_range("2019-11-20", periods=120, freq="5D")
+    y = 2 * days.year + 3 * days.month - days.day + 7 * days.day_of_week
+    times = [f"{day:%Y-%m-%d}T{'23:30:00-05:00' if k % 2 else '00:10+0530'}" for k, day in enumerate(days)]
+    spoken = [f"{day:%d %b %Y 23:30} -0500" for day in days]
+    for texts, options in ((times, []), (spoken, ["--date-format", "%d %b %Y %H:%M %z"])):
+        saved = tmp_path / "model.safetensors"
+        code, _, err = run(
+            "fit", table({"when": texts, "y": y}), "--target", "y", "--dates", "when", "--save", saved, *options
+        )
+        assert (code, err) == (0, "")
+        np.testing.assert_allclose(weights(saved), [2, 3, -1, 7, 0], atol=1e-6)
+
+
+def test_what_is_advised_about_a_target_is_accepted(run, table):
+    """A target's error names no option that refuses a target."""
+    b = np.arange(40) % 7
+    for texts in (
+        [2**53 + int(v) for v in AMOUNTS],
+        [f"{v}_000" for v in AMOUNTS],
+        [f"20{10 + v % 9}-01" for v in AMOUNTS],
+    ):
+        code, _, err = run("fit", table({"y": texts, "b": b}), "--target", "y")
+        assert code == 2 and "--task classification" in err, err
+        assert not any(option in err for option in ("--ignore", "--categorical", "--dates")), err
+    code, _, err = run("fit", table({"y": [4] * 40, "b": b}), "--target", "y")
+    assert "different values" not in err
+
+
 def test_codes_that_read_like_missing_values(run, table, tmp_path):
     """Namibia is NA."""
     path = table({"country": ["NA", "DE", "FR", "DE"] * 20, "y": [7.5, 3, 1, 3] * 20})
@@ -162,6 +214,22 @@ def test_standard_input(run, table, tmp_path, monkeypatch):
     assert run("predict", saved, "-")[1] == run("predict", saved, path)[1]
     feed(b"a,y\n1,2\n3\n")
     assert "standard input: line 3 has 1 fields" in run("fit", "-", "--target", "y")[2]
+    # As the interpreter leaves it where the descriptor was closed: fit - <&-
+    monkeypatch.setattr(sys, "stdin", None)
+    code, out, err = run("fit", "-", "--target", "y")
+    assert (code, out) == (2, "") and "standard input is closed" in err
+
+
+def test_a_pipe_is_read_once(run, table, tmp_path):
+    """What the shell makes of <(command)."""
+    path, pipe = table({"a": AMOUNTS, "y": TARGET}), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(path.read_bytes()))
+    writer.start()
+    code, out, err = run("fit", pipe, "--target", "y")
+    writer.join()
+    assert (code, err) == (0, "") and f"{pipe}: 40 rows" in out
+    assert "is not a file, nor a pipe" in run("fit", "/dev/null", "--target", "y")[2]
 
 
 def test_rows_with_unknown_categories_get_an_empty_prediction(run, tmp_path):
@@ -177,6 +245,45 @@ def test_rows_with_unknown_categories_get_an_empty_prediction(run, tmp_path):
     )
     assert "2 rows without a prediction: column 'kind' has 'w' on line 3, which was not there" in err
     assert "R² 1.0000" in err and "(2 rows)" in err
+
+
+def test_rows_that_cannot_be_read_get_an_empty_prediction(run, table, tmp_path):
+    """A missing value, a text for a number, a date that is none: each costs its own row, and is counted."""
+    days = pd.date_range("2019-11-20", periods=40, freq="5D")
+    saved, y = tmp_path / "model.safetensors", 3 * AMOUNTS + days.day
+    run(
+        "fit",
+        table({"a": AMOUNTS, "when": days.strftime("%Y-%m-%d"), "y": y}),
+        "--target",
+        "y",
+        "--dates",
+        "when",
+        "--save",
+        saved,
+    )
+    rows = {
+        "a": ["900", "", "x", "900", "inf", "900"],
+        "when": ["2019-11-20", "2019-11-20", "2019-11-20", "2019-02-30", "2019-11-20", ""],
+    }
+    code, out, err = run("predict", saved, table(rows, "new.csv"))
+    assert code == 0 and out.splitlines()[2:] == ['""'] * 5
+    assert float(out.splitlines()[1]) == pytest.approx(2720)
+    assert "1 row without a prediction: column 'a' has no value on line 3; a model fitted with --impute" in err
+    assert "2 rows without a prediction: column 'a' has 'x' on line 4, which is no finite number" in err
+    assert "1 row without a prediction: column 'when' has '2019-02-30' on line 5, which is not YYYY-MM-DD" in err
+    assert "column 'when' has no value on line 7" in err
+
+
+def test_units_are_those_of_the_fit(run, table, tmp_path):
+    """A model of percentages does not take dollars, nor plain numbers, which may be fractions; 0 is 0 in all."""
+    saved = tmp_path / "model.safetensors"
+    run("fit", table({"a": [f"{v}%" for v in AMOUNTS], "y": TARGET}), "--target", "y", "--save", saved)
+    for text, expected in (("900%", 2705), ("0", 5)):
+        code, out, err = run("predict", saved, table({"a": [text]}, "new.csv"))
+        assert code == 0 and float(out.splitlines()[1]) == pytest.approx(expected), err
+    for text, found in (("$12", "$"), ("12", "nothing"), ("12.5", "nothing")):
+        code, out, err = run("predict", saved, table({"a": [text]}, "new.csv"))
+        assert (code, out) == (2, "") and f"column 'a' has {found} beside its numbers, but % in the file" in err
 
 
 def flowers(classes):

@@ -312,3 +312,14 @@ def test_vmap_of_ops_with_one_result() -> None:
     tables = torch.randn(4, 6, 3, dtype=torch.float64)
     jacobians = torch.func.vmap(lambda x: ops.mlp_jacobian(x, vector, *shape, 1.0), in_dims=2)(tables.movedim(0, 2))
     assert torch.equal(jacobians, torch.stack([ops.mlp_jacobian(x, vector, *shape, 1.0) for x in tables]))
+
+
+def test_vmap_of_nothing() -> None:
+    """No call tells the results' shapes: they are those of one call, none of them."""
+    model = network([3, 4, 2], ["tanh", "identity"], dtype=torch.float64)
+    vector, *shape = arguments(model)
+    ops, X, p = torch.ops.onestep, torch.randn(0, 6, 3, dtype=torch.float64), vector.numel()
+    assert torch.func.vmap(lambda x: ops.mlp_product(x, vector, vector, *shape))(X).shape == (0, p)
+    assert torch.func.vmap(lambda x: ops.mlp_jacobian(x, vector, *shape, 1.0))(X).shape == (0, 6, 2, p)
+    loss, gradient = torch.func.vmap(lambda x: ops.mlp_gradient(x, x[:, :2], vector, *shape, True))(X)
+    assert (loss.shape, gradient.shape, loss.dtype) == ((0,), (0, p), torch.float64)

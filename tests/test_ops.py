@@ -287,6 +287,17 @@ def test_fake_has_the_kernels_shapes_strides_and_dtypes(name, label, dtype):
     assert described(op(*on_meta)) == described(op(*args))
 
 
+# moments takes no batches, see test_transforms.py.
+@pytest.mark.parametrize(("name", "label"), [sample for sample in SAMPLES if sample[0] != "moments"])
+def test_vmap_of_nothing(name, label):
+    """Over a dimension of size 0: results of the shapes of one call, none of them."""
+    args = samples_of(name, Make(torch.float64))[label]
+    one = getattr(ops, name)(*args)
+    none = torch.vmap(lambda first: getattr(ops, name)(first, *args[1:]))(args[0].new_empty((0, *args[0].shape)))
+    pairs = zip(none, one, strict=True) if isinstance(one, tuple) else [(none, one)]
+    assert all(got.shape == (0, *expected.shape) and got.dtype == expected.dtype for got, expected in pairs)
+
+
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,), (2, 1)])
 @pytest.mark.parametrize("d", [1, 4, 34])
 def test_factors_are_column_major(d, batch):

@@ -32,18 +32,6 @@ char* allocate(int64_t bytes) {
 
 void release(char* block) { ::operator delete(block, std::align_val_t{kAlignment}); }
 
-void poison([[maybe_unused]] const char* memory, [[maybe_unused]] int64_t bytes) {
-#ifdef ONESTEP_POISONS
-    ASAN_POISON_MEMORY_REGION(memory, static_cast<size_t>(bytes));
-#endif
-}
-
-void unpoison([[maybe_unused]] const char* memory, [[maybe_unused]] int64_t bytes) {
-#ifdef ONESTEP_POISONS
-    ASAN_UNPOISON_MEMORY_REGION(memory, static_cast<size_t>(bytes));
-#endif
-}
-
 struct Block {
     char* memory = nullptr;
     int64_t bytes = 0;
@@ -114,6 +102,23 @@ void give_back(Block block) {
 }
 
 }  // namespace
+
+void poison([[maybe_unused]] const void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef ONESTEP_POISONS
+    ASAN_POISON_MEMORY_REGION(memory, static_cast<size_t>(bytes));
+#endif
+}
+
+void unpoison([[maybe_unused]] const void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef ONESTEP_POISONS
+    ASAN_UNPOISON_MEMORY_REGION(memory, static_cast<size_t>(bytes));
+#endif
+}
+
+void refuse_work(int64_t wanted, int64_t left) {
+    throw std::length_error("a kernel takes " + std::to_string(wanted) + " elements of work memory, of which " +
+                            std::to_string(left) + " are left");
+}
 
 Workspace::Workspace(void* memory, int64_t bytes) : memory_(static_cast<char*>(memory)), bytes_(bytes) {
     poison(memory_, bytes_);

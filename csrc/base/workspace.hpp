@@ -10,19 +10,12 @@
 #include <cstring>
 
 #include "base/guarded.hpp"
+#include "base/work_memory.hpp"
 
 namespace onestep {
 
 // Alignment of the memory and of each part: a cache line, which is also the widest vector.
 inline constexpr int64_t kAlignment = 64;
-
-#if defined(__SANITIZE_ADDRESS__)
-#define ONESTEP_POISONS 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define ONESTEP_POISONS 1
-#endif
-#endif
 
 // `count` elements at `offset` bytes of a workspace.
 template <class T>
@@ -40,18 +33,13 @@ class Layout {
         static_assert(alignof(T) <= kAlignment);
         const Part<T> part{name, bytes_, count};
         const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-        bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment + kGap;
+        bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment + kPoisonedGap;
         return part;
     }
 
     int64_t bytes() const { return bytes_; }
 
  private:
-#ifdef ONESTEP_POISONS
-    static constexpr int64_t kGap = kAlignment;
-#else
-    static constexpr int64_t kGap = 0;
-#endif
     int64_t bytes_ = 0;
 };
 
@@ -64,6 +52,11 @@ class Workspace {
     template <class T>
     T* get(const Part<T>& part) const {
         return reinterpret_cast<T*>(checked(part.name, part.offset, part.count * static_cast<int64_t>(sizeof(T))));
+    }
+
+    template <class T>
+    WorkMemory<T> work(const Part<T>& part) const {
+        return {get(part), part.count};
     }
 
     template <class T>
@@ -94,6 +87,10 @@ class CachedWorkspace {
     template <class T>
     T* get(const Part<T>& part) const {
         return view_.get(part);
+    }
+    template <class T>
+    WorkMemory<T> work(const Part<T>& part) const {
+        return view_.work(part);
     }
     template <class T>
     T* zeroed(const Part<T>& part) const {

@@ -2,6 +2,7 @@
 
 namespace onestep {
 void register_runtime(pybind11::module_& module);
+void register_restored(pybind11::module_& module);
 void register_compensated(pybind11::module_& module);
 void register_lmhead(pybind11::module_& module);
 void register_mlp(pybind11::module_& module);
@@ -16,6 +17,7 @@ void register_attention(pybind11::module_& module);
 PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
     module.doc() = "onestep's compiled kernels; called through onestep.ops.";
     onestep::register_runtime(module);
+    onestep::register_restored(module);
     onestep::register_compensated(module);
     onestep::register_lmhead(module);
     onestep::register_mlp(module);

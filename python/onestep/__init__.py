@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from onestep import curvature, functional, layerwise, linalg, nn, ops, optim
+from onestep import _program, curvature, functional, layerwise, linalg, nn, ops, optim  # noqa: F401 (before torch)
 from onestep._runtime import info
 from onestep.training import FitResult, fit
 

@@ -28,14 +28,20 @@ __all__ = [
     "cudnn_attention",
     "cudnn_attention_backward",
     "dispatch_modes",
+    "enter_dual_level",
+    "exit_dual_level",
     "flash_attention",
     "flash_attention_backward",
+    "forward_ad",
     "forward_grad_enabled",
     "forward_level",
+    "function_modes",
     "functorch",
+    "functorch_python",
     "get_single_level_allowed",
     "graph_is_kept",
     "has_tangent",
+    "hook_tables",
     "in_legacy_vmap",
     "interpreter_stack",
     "is_hooked",
@@ -43,10 +49,14 @@ __all__ = [
     "nn_mish",
     "nn_silu",
     "number_of_outputs",
+    "own_parameters",
+    "pop_function_mode",
+    "pop_transforms",
     "set_forward_grad_enabled",
     "set_grad_enabled",
     "set_single_level_allowed",
     "temporarily_pop_interpreter_stack",
+    "transform_depth",
     "transforms_active",
     "tree_flatten",
     "tree_leaves",
@@ -73,6 +83,7 @@ def _error(what: str) -> ImportError:
 try:
     from torch._C import _functorch as functorch
     from torch._C._functorch import TransformType
+    from torch._functorch import eager_transforms as functorch_python
     from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
     from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -92,10 +103,23 @@ try:
     # A context in which a call of an op skips the Autograd key.
     below_autograd = torch._C._AutoDispatchBelowAutograd
 
+    # How many torch.func transforms are active in this thread, and ending those above a depth.
+    transform_depth = functorch.get_dynamic_layer_stack_depth
+    pop_transforms = functorch.pop_dynamic_layer_stack_and_undo_to_depth
+    # How many TorchFunctionModes are active in this thread, and taking the last off.
+    function_modes = torch._C._len_torch_function_stack
+    pop_function_mode = torch._C._pop_torch_function_stack
+
     forward_grad_enabled = torch._C._is_fwd_grad_enabled
     set_forward_grad_enabled = torch._C._set_fwd_grad_enabled
     # torch.set_grad_enabled is a class whose construction takes a microsecond more.
     set_grad_enabled = torch._C._set_grad_enabled
+
+    # Opening and closing forward mode's one level, which torch.autograd.forward_ad counts in _current_level.
+    enter_dual_level = torch._C._enter_dual_level
+    exit_dual_level = torch._C._exit_dual_level
+    # How many torch.func.jvp the process is in; the first opens the level.
+    _nesting: int = functorch_python.JVP_NESTING
 
     # unpack_dual(tensor, level=0) → (primal, tangent or None). It takes a third of the time of forward_ad.unpack_dual.
     unpack_dual = torch._VF._unpack_dual
@@ -164,6 +188,18 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def own_parameters(module: nn.Module) -> dict[str, Any]:
+    """The table in which a module looks its own parameters up, by name; some are None."""
+    return module._parameters
+
+
+def hook_tables(module: nn.Module, *, before: bool) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """A module's forward hooks by key, and the keys of those that are also called with keyword arguments."""
+    if before:
+        return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    return module._forward_hooks, module._forward_hooks_with_kwargs
 
 
 # ----------------------------------------------------------------------------------------------- what is relied on
@@ -319,7 +355,20 @@ def _hooks() -> bool:
     layer = nn.Identity()
     free = is_hooked(layer)
     layer.register_forward_hook(lambda *_: None)
+    seen: list[int] = []
+    for before in (True, False):
+        hooks, with_kwargs = hook_tables(layer, before=before)
+        with_kwargs["own"], hooks["own"] = True, lambda *given: seen.append(len(given))
+    layer(_number(1.0))
+    if seen != [3, 4]:
+        return False
     return not free and is_hooked(layer) and number_of_outputs(torch.ops.aten.max.dim) == 2
+
+
+def _parameters() -> bool:
+    layer = nn.Linear(1, 1, bias=False, device="cpu", dtype=torch.float64)
+    own_parameters(layer)["weight"] = _number(3.0).reshape(1, 1)
+    return bool(layer(_number(2.0).reshape(1, 1)).item() == 6.0)
 
 
 def _modes() -> bool:
@@ -338,6 +387,7 @@ _CHECKS: dict[str, Callable[[], bool]] = {
     "torch.func's interpreter stack is not as expected": _transforms,
     "the vmap of batched gradients is not seen": _legacy_vmap,
     "torch's dispatch modes are not counted": _modes,
+    "the table of a module's own parameters (_parameters) is not used": _parameters,
     "torch.utils._pytree does not flatten and map as before": _trees,
     "the ops of scaled_dot_product_attention have other arguments": _attention_ops,
     "weight_norm or the versions of tensors are not as expected": _values,

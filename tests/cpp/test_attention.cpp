@@ -1,6 +1,7 @@
 // The tuned attention kernels against the plain loops, for every CPU target of this machine, in fp32, fp64 and
 // bfloat16, at tile edges, with each mask and layout, serially and with threads.
 #include "attention/attention.hpp"
+#include "attention/cpu/kernels.hpp"
 #include "base/bfloat16.hpp"
 #include "testing.hpp"
 
@@ -445,6 +446,46 @@ void test_half() {
     }
 }
 
+template <class T>
+void test_work_memory() {
+    constexpr bool kDouble = sizeof(T) == 8;
+    const AttentionKernels<T>& table = []() -> const AttentionKernels<T>& {
+        if constexpr (kDouble) {
+            return ONESTEP_KERNELS(attention, f64);
+        } else {
+            return ONESTEP_KERNELS(attention, f32);
+        }
+    }();
+    constexpr int64_t size = 9;
+    std::vector<T> numbers(size * size, T(0.25));
+    std::vector<double> lse(size, 0.5);
+    const AttentionSlice matrix{numbers.data(), kDouble ? Element::float64 : Element::float32, size, 1};
+    const AttentionSlice statistics{lse.data(), Element::float64, 1, 1};
+    AttentionHead<T> head;
+    head.queries = head.keys = head.d = head.dv = size;
+    head.tile = table.lanes * 2;
+    head.primal = {matrix, matrix, matrix, matrix, matrix, statistics, matrix, {}};
+    head.tangent = head.primal;
+    const int64_t rows = std::min(size, head.tile);
+    std::vector<T> out(static_cast<size_t>(size * size));
+    std::vector<T> sums(static_cast<size_t>(std::max(size, head.tile) * (head.tile + size + 16)));
+    std::vector<double> out_lse(size);
+    std::vector<T> delta(size);
+    const AttentionDeltas<T> deltas{delta.data(), delta.data()};
+    const int64_t q_row = (size + table.lanes - 1) / table.lanes * table.lanes;
+    const AttentionGrads<T> grads{sums.data(), q_row, out.data(), out.data(), false};
+    const AttentionRows<T> to{out.data(), out_lse.data()};
+    const int64_t wanted = table.work(size, size, head.tile);
+    const auto check_kernel = [&](const char* what, const auto& kernel) { check_work_memory<T>(what, wanted, kernel); };
+    check_kernel("forward", [&](const auto& work) { table.forward(head, 0, rows, to.out, to.lse, work); });
+    check_kernel("jvp", [&](const auto& work) { table.jvp(head, 0, rows, to.out, to.lse, work); });
+    check_kernel("both", [&](const auto& work) { table.forward_and_jvp(head, 0, rows, to, to, work); });
+    check_kernel("deltas", [&](const auto& work) { table.deltas(head, 0, rows, deltas, work); });
+    check_kernel("backward", [&](const auto& work) { table.backward(head, deltas, 0, size, grads, work); });
+    check_kernel("backward_jvp", [&](const auto& work) { table.backward_jvp(head, deltas, 0, size, grads, work); });
+    check_kernel("score_grad", [&](const auto& work) { table.score_grad(head, deltas, 0, 0, sums.data(), work); });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -452,6 +493,8 @@ int main(int argc, char** argv) {
                        {{"fp32", test_wide<float>},
                         {"fp64", test_wide<double>},
                         {"bf16", test_half},
+                        {"work_memory_fp32", test_work_memory<float>},
+                        {"work_memory_fp64", test_work_memory<double>},
                         {"faults_fp64", [] { test_faults<double>(Half::none); }, Where::first_target},
                         {"faults_bf16", [] { test_faults<float>(Half::operands); }}});
 }

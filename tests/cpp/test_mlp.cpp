@@ -1,6 +1,7 @@
 // The tuned perceptron kernels against the plain loops, for every CPU target of this machine, in both types, at every
 // tile edge and with every activation, serially and with threads. Built with AddressSanitizer and
 // UndefinedBehaviorSanitizer by make test-cpp.
+#include "mlp/cpu/kernels.hpp"
 #include "mlp/mlp.hpp"
 #include "testing.hpp"
 
@@ -171,6 +172,42 @@ void test_activations() {
     }
 }
 
+template <class T>
+const MlpKernels<T>& kernels() {
+    if constexpr (sizeof(T) == 8) {
+        return ONESTEP_KERNELS(mlp, f64);
+    } else {
+        return ONESTEP_KERNELS(mlp, f32);
+    }
+}
+
+template <class T>
+void test_work_memory() {
+    std::mt19937 random(4);
+    using A = MlpActivation;
+    const int64_t rows = 2 * kernels<T>().panel;
+    const Inputs<T> in(random, rows, {{3, 9, 2}, {A::tanh, A::identity}, true}, Table<T>::Layout::rows);
+    const MlpArgs<T> args = in.args();
+    MlpNetwork<T> network{args.layers, args.count, args.x, in.y.view.at(BatchShape{}, 0), args.parameters, nullptr};
+    std::vector<T> packed(static_cast<size_t>(kernels<T>().packed_size(args.layers, args.count)));
+    kernels<T>().pack(network, packed.data());
+    network.packed = packed.data();
+    const int64_t wanted = kernels<T>().work(args.layers, args.count, rows);
+    std::vector<T> result(static_cast<size_t>(rows * args.outputs() * args.size()));
+    check_work_memory<T>("gradient", wanted, [&](const WorkMemory<T>& work) {
+        (void)kernels<T>().gradient(network, 0, rows, result.data(), work);
+    });
+    check_work_memory<T>("product", wanted, [&](const WorkMemory<T>& work) {
+        kernels<T>().product(network, network, 0, rows, result.data(), work);
+    });
+    check_work_memory<T>("diagonal", wanted, [&](const WorkMemory<T>& work) {
+        kernels<T>().diagonal(network, 0, rows, result.data(), work);
+    });
+    check_work_memory<T>("jacobian", wanted, [&](const WorkMemory<T>& work) {
+        kernels<T>().jacobian(network, 0, rows, T(1), result.data(), work);
+    });
+}
+
 void test_faults() {
     trial = Trial::faults;
     std::mt19937 random(3);
@@ -187,6 +224,8 @@ int main(int argc, char** argv) {
                        {{"faults", test_faults, Where::first_target},
                         {"fp32", test_type<float>},
                         {"fp64", test_type<double>},
+                        {"work_memory_fp32", test_work_memory<float>},
+                        {"work_memory_fp64", test_work_memory<double>},
                         {"activations_fp32", test_activations<float>},
                         {"activations_fp64", test_activations<double>}},
                        Target::avx512);

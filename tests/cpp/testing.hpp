@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -155,6 +156,32 @@ bool identical(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 // Where a test runs: under every target, or under the first one alone, since what it tests is compiled once.
+// Calls a kernel with the `wanted` elements of work memory that its family says, and with ever fewer: it refuses, or
+// what lies behind them is as it was.
+template <class T, class Kernel>
+void check_work_memory(const std::string& what, int64_t wanted, const Kernel& kernel) {
+    Layout layout;
+    const auto part = layout.add<T>("work", wanted);
+    const CachedWorkspace own(layout);
+    int refused = 0;
+    for (int64_t count = wanted; count >= 0; count -= wanted / 12) {
+        T* memory = own.get(part);
+        std::fill(memory, memory + wanted, T(7));
+        bool refuses = false;
+        try {
+            kernel(WorkMemory<T>{memory, count});
+        } catch (const std::length_error&) {
+            refuses = true;
+        }
+        memory = own.get(part);
+        check(std::all_of(memory + count, memory + wanted, [](T value) { return value == T(7); }),
+              what + ": writes beyond its work memory");
+        check(!refuses || count < wanted, what + ": its work memory is too small");
+        refused += refuses ? 1 : 0;
+    }
+    check(refused > 0, what + ": takes no work memory");
+}
+
 enum class Where { every_target, first_target };
 
 struct Test {

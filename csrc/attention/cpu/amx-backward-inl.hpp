@@ -134,7 +134,7 @@ ONESTEP_INLINE void for_squares_by_queries(const AttentionHead<float>& head, int
                                            const KeyPlanes& key_planes, int64_t first, int64_t end,
                                            const Work<float>& work, const Square& square) {
     for (int64_t i = first; i < end; i += kSquare) {
-        Work<float> inner = work;
+        Work<float> inner = work.rest();
         QueryTile<float> queries = {};
         queries.begin = i;
         queries.count = minimum(kSquare, end - i);
@@ -154,14 +154,14 @@ ONESTEP_INLINE void for_squares_by_queries(const AttentionHead<float>& head, int
 // tangents.
 template <bool Tangent>
 inline void bfloat16_backward(const AttentionHead<float>& head, const AttentionDeltas<float>& deltas, int64_t begin,
-                              int64_t end, const AttentionGrads<float>& grads, float* memory) {
+                              int64_t end, const AttentionGrads<float>& grads, const WorkMemory<float>& memory) {
     AmxTiles tiles;
     const int64_t d_row = whole_vectors<float>(head.d);
     const int64_t dv_row = whole_vectors<float>(head.dv);
-    Work<float> outer{memory};
+    Work<float> outer(memory);
     const ScoreTile<float> scores = take_square(Tangent, outer);
     for (int64_t j = begin; j < end; j += head.tile) {
-        Work<float> middle = outer;
+        Work<float> middle = outer.rest();
         const int64_t count = minimum(head.tile, end - j);
         const int64_t ld = whole_vectors<float>(count);
         float* kt_sums = take_zeroed(d_row * ld, middle);
@@ -218,9 +218,9 @@ inline void bfloat16_backward(const AttentionHead<float>& head, const AttentionD
 // sum += dS, or with Tangent dṠ, of the tile that begins at query i and key j, square by square.
 template <bool Tangent>
 inline void bfloat16_score_grad(const AttentionHead<float>& head, const AttentionDeltas<float>& deltas, int64_t i,
-                                int64_t j, float* sum, float* memory) {
+                                int64_t j, float* sum, const WorkMemory<float>& memory) {
     AmxTiles tiles;
-    Work<float> work{memory};
+    Work<float> work(memory);
     const ScoreTile<float> scores = take_square(Tangent, work);
     const int64_t count = minimum(head.tile, head.keys - j);
     const KeyPlanes key_planes = pack_key_planes<Tangent>(head, j, count, work);
@@ -236,9 +236,9 @@ inline void bfloat16_score_grad(const AttentionHead<float>& head, const Attentio
 // rowsum(G∘O) is the diagonal of GOᵀ, and its tangent that of ĠOᵀ + GȮᵀ. Only blocks on the diagonal are computed, by
 // the products that compute dP: they sum in the same order, so that dP − δ is exactly 0 where a query sees one key.
 inline void bfloat16_deltas(const AttentionHead<float>& head, int64_t begin, int64_t rows,
-                            const AttentionDeltas<float>& deltas, float* memory) {
+                            const AttentionDeltas<float>& deltas, const WorkMemory<float>& memory) {
     AmxTiles tiles;
-    Work<float> work{memory};
+    Work<float> work(memory);
     const auto left = [&](const AttentionSlice& slice) {
         return packed_planes<AmxSide::left, Inner::columns>(slice, begin, rows, head.dv, work);
     };

@@ -27,29 +27,29 @@ ONESTEP_INLINE void for_squares_by_keys(const AttentionHead<float>& head, int64_
 }
 
 inline void bfloat16_forward(const AttentionHead<float>& head, int64_t begin, int64_t rows, float* out, double* lse,
-                             float* memory) {
+                             const WorkMemory<float>& memory) {
     AmxTiles tiles;
     const AttentionSlices& primal = head.primal;
     const int64_t ld = whole_vectors<float>(rows);
     const int64_t v_row = whole_vectors<float>(head.dv);
-    Work<float> work{memory};
+    Work<float> work(memory);
     float* sums = take_zeroed(v_row * ld, work);
     float* scores = work.take(kSquare * kSquare);
     const MaskTile<float> mask = take_mask<float>(kSquare, kSquare, work);
     const SoftmaxRows<float> state = take_softmax<float>(ld, work);
     const Planes q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
-    Work<float> inner = work;
+    Work<float> inner = work.rest();
     Planes k, vt;
     // A positive scale keeps the order of scores, so that softmax_step can apply it after it has found their maximum.
     // Any other is applied before.
     const bool late_scale = head.scale > 0.0F;
     const auto pack = [&](int64_t j, int64_t keys) {
-        inner = work;
+        inner = work.rest();
         k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
         vt = packed_planes<AmxSide::left, Inner::rows>(primal.v, j, keys, head.dv, inner);
     };
     const auto square = [&](int64_t i, int64_t queries, int64_t j, int64_t keys) {
-        Work<float> own = inner;
+        Work<float> own = inner.rest();
         const int64_t width = whole_vectors<float>(queries);
         const SoftmaxRows<float> rows_state = {state.top + i, state.sum + i, state.decay + i};
         PlaneProducts s(head.d);
@@ -76,13 +76,13 @@ inline void bfloat16_forward(const AttentionHead<float>& head, int64_t begin, in
 }
 
 inline void bfloat16_jvp(const AttentionHead<float>& head, int64_t begin, int64_t rows, float* out, double* lse,
-                         float* memory) {
+                         const WorkMemory<float>& memory) {
     AmxTiles tiles;
     const AttentionSlices& primal = head.primal;
     const AttentionSlices& tangent = head.tangent;
     const int64_t ld = whole_vectors<float>(rows);
     const int64_t v_row = whole_vectors<float>(head.dv);
-    Work<float> work{memory};
+    Work<float> work(memory);
     float* sums = take_zeroed(v_row * ld, work);
     float* scores = work.take(kSquare * kSquare);
     float* tangents = work.take(kSquare * kSquare);
@@ -90,17 +90,17 @@ inline void bfloat16_jvp(const AttentionHead<float>& head, int64_t begin, int64_
     const TangentRows<float> state = take_tangent_rows<float>(head, begin, rows, work);
     const Planes q = packed_planes<AmxSide::right, Inner::columns>(primal.q, begin, rows, head.d, work);
     const Planes q_tangent = packed_planes<AmxSide::right, Inner::columns>(tangent.q, begin, rows, head.d, work);
-    Work<float> inner = work;
+    Work<float> inner = work.rest();
     Planes k, k_tangent, vt, vt_tangent;
     const auto pack = [&](int64_t j, int64_t keys) {
-        inner = work;
+        inner = work.rest();
         k = packed_planes<AmxSide::left, Inner::columns>(primal.k, j, keys, head.d, inner);
         k_tangent = packed_planes<AmxSide::left, Inner::columns>(tangent.k, j, keys, head.d, inner);
         vt = packed_planes<AmxSide::left, Inner::rows>(primal.v, j, keys, head.dv, inner);
         vt_tangent = packed_planes<AmxSide::left, Inner::rows>(tangent.v, j, keys, head.dv, inner);
     };
     const auto square = [&](int64_t i, int64_t queries, int64_t j, int64_t keys) {
-        Work<float> own = inner;
+        Work<float> own = inner.rest();
         const int64_t width = whole_vectors<float>(queries);
         const TangentRows<float> rows_state = {state.high + i, state.low + i, state.lse_tangent + i};
         const Planes own_q = q.from_block(i / kAmxBlock);

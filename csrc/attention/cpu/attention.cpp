@@ -109,7 +109,7 @@ class Passes {
         const int64_t tiles = plan_.query_tiles.pieces();
         auto tile_of_queries = [&](int64_t index) {
             const CachedWorkspace own(plan_.own_layout);
-            T* work = own.get(plan_.work);
+            const WorkMemory<T> work = own.work(plan_.work);
             // With a causal mask the last queries see the most keys. They go first, so that no thread is left with a
             // long unit at the end.
             const Range queries = plan_.query_tiles[tiles - 1 - index % tiles];
@@ -141,7 +141,7 @@ class Passes {
             const CachedWorkspace own(plan_.own_layout);
             const Range queries = plan_.query_tiles[index % tiles];
             kernels_.deltas(head(index / tiles), queries.begin, queries.size(),
-                            deltas_of(deltas, index / tiles * args_.queries), own.get(plan_.work));
+                            deltas_of(deltas, index / tiles * args_.queries), own.work(plan_.work));
         };
         Status status =
             parallel_for(plan_.heads * tiles, nanoseconds_of_products(plan_.tile * args_.dv * 3), tile_of_queries);
@@ -192,7 +192,7 @@ class Passes {
         };
         auto piece_of_keys = [&](int64_t index) {
             const CachedWorkspace own(plan_.own_layout);
-            T* work = own.get(plan_.work);
+            const WorkMemory<T> work = own.work(plan_.work);
             const int64_t kv_head = index / plan_.pieces;
             const int64_t piece = index % plan_.pieces;
             const Range keys{plan_.cuts[piece], plan_.cuts[piece + 1]};
@@ -260,7 +260,7 @@ class Passes {
         const int64_t col_tiles = col_each ? plan_.key_tiles.pieces() : 1;
         auto tile_of_mask = [&](int64_t index) {
             const CachedWorkspace own(plan_.own_layout);
-            T* work = own.get(plan_.work);
+            const WorkMemory<T> work = own.work(plan_.work);
             T* sum = own.zeroed(plan_.mask_sum);
             const int64_t own_index = index / (row_tiles * col_tiles);
             const int64_t row_tile = index / col_tiles % row_tiles;

@@ -252,14 +252,15 @@ inline void put_sums(const AttentionHead<T>& head, const KeyTile<T>& keys, const
 // of them.
 template <class T, bool Gradient, bool Tangent>
 inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
-                          const AttentionGrads<T>& grads, const AttentionGrads<T>& tangents, T* memory) {
+                          const AttentionGrads<T>& grads, const AttentionGrads<T>& tangents,
+                          const WorkMemory<T>& memory) {
     // Each loop begins again with the memory that was left when it was entered.
-    Work<T> outer{memory};
+    Work<T> outer(memory);
     const GradSums<T> sums = take_sums<T>(head, Gradient, outer);
     const GradSums<T> sum_tangents = take_sums<T>(head, Tangent, outer);
     const ScoreTile<T> scores = take_scores<T>(head.tile * head.tile, Tangent, outer);
     for (int64_t j = begin; j < end; j += head.tile) {
-        Work<T> middle = outer;
+        Work<T> middle = outer.rest();
         const KeyTile<T> keys = pack_keys<T, Tangent>(head, j, end, middle);
         if constexpr (Gradient) {
             clear_sums<T>(head, keys.count, sums);
@@ -268,7 +269,7 @@ inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>
             clear_sums<T>(head, keys.count, sum_tangents);
         }
         for (int64_t i = head.causal ? j : 0; i < head.queries; i += head.tile) {
-            Work<T> inner = middle;
+            Work<T> inner = middle.rest();
             const QueryTile<T> queries = pack_queries<T, Tangent>(head, i, inner);
             compute_scores<T, Tangent>(head, deltas, keys, queries, scores);
             if constexpr (Gradient) {
@@ -289,13 +290,13 @@ inline void backward_keys(const AttentionHead<T>& head, const AttentionDeltas<T>
 
 template <class T>
 inline void attention_backward(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin,
-                               int64_t end, const AttentionGrads<T>& grads, T* memory) {
+                               int64_t end, const AttentionGrads<T>& grads, const WorkMemory<T>& memory) {
     backward_keys<T, true, false>(head, deltas, begin, end, grads, {}, memory);
 }
 
 template <class T>
 inline void attention_backward_jvp(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin,
-                                   int64_t end, const AttentionGrads<T>& tangents, T* memory) {
+                                   int64_t end, const AttentionGrads<T>& tangents, const WorkMemory<T>& memory) {
     backward_keys<T, false, true>(head, deltas, begin, end, {}, tangents, memory);
 }
 
@@ -312,8 +313,8 @@ inline void add_rows(const T* from, int64_t from_row, int64_t rows, int64_t cols
 // sum += dS, or with Tangent dṠ, of the tile that begins at query i and key j; see AttentionKernels.
 template <class T, bool Tangent>
 inline void score_grad(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t i, int64_t j, T* sum,
-                       T* memory) {
-    Work<T> work{memory};
+                       const WorkMemory<T>& memory) {
+    Work<T> work(memory);
     const ScoreTile<T> scores = take_scores<T>(head.tile * head.tile, Tangent, work);
     const KeyTile<T> keys = pack_keys<T, Tangent>(head, j, head.keys, work);
     const QueryTile<T> queries = pack_queries<T, Tangent>(head, i, work);
@@ -348,11 +349,11 @@ ONESTEP_INLINE void put_delta(const AttentionHead<T>& head, int64_t row, T sum, 
 // δ, and δ̇ if it is wanted, of a tile of queries; see AttentionKernels.
 template <class T>
 inline void row_deltas(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionDeltas<T>& deltas,
-                       T* memory) {
+                       const WorkMemory<T>& memory) {
     const AttentionSlices& primal = head.primal;
     const AttentionSlices& tangent = head.tangent;
     const int64_t width = whole_vectors<T>(rows);
-    Work<T> work{memory};
+    Work<T> work(memory);
     const auto columns = [&](const AttentionSlice& slice) {
         return packed_columns<T>(slice, begin, rows, head.dv, T(1), width, work);
     };

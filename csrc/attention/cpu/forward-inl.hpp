@@ -329,11 +329,11 @@ inline void put_online_tangents(const AttentionHead<T>& head, int64_t begin, int
 // O and L of a tile of queries, and with Tangent their tangents, in one pass over the keys.
 template <class T, bool Tangent>
 inline void forward_rows(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionRows<T>& values,
-                         const AttentionRows<T>& tangents, T* memory) {
+                         const AttentionRows<T>& tangents, const WorkMemory<T>& memory) {
     const int64_t tile = head.tile;
     const int64_t width = whole_vectors<T>(rows);
     const int64_t v_row = whole_vectors<T>(head.dv);
-    Work<T> work{memory};
+    Work<T> work(memory);
     const ForwardOperands<T> operands = take_operands<T>(head, begin, rows, Tangent, work);
     T* sums = work.take(rows * v_row);
     T* scores = work.take(tile * width);
@@ -377,17 +377,18 @@ inline void forward_rows(const AttentionHead<T>& head, int64_t begin, int64_t ro
 
 template <class T>
 inline void attention_forward(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse,
-                              T* memory) {
+                              const WorkMemory<T>& memory) {
     forward_rows<T, false>(head, begin, rows, {out, lse}, {}, memory);
 }
 
 // Ȯ and L̇ of a tile of queries. L is known, so that scores become P at once and no sum has to be decayed.
 template <class T>
-inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* memory) {
+inline void attention_jvp(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse,
+                          const WorkMemory<T>& memory) {
     const int64_t tile = head.tile;
     const int64_t width = whole_vectors<T>(rows);
     const int64_t v_row = whole_vectors<T>(head.dv);
-    Work<T> work{memory};
+    Work<T> work(memory);
     const ForwardOperands<T> operands = take_operands<T>(head, begin, rows, true, work);
     T* sums = work.take(rows * v_row);
     T* scores = work.take(tile * width);

@@ -9,6 +9,7 @@
 
 #include "base/operand.hpp"
 #include "base/target.hpp"
+#include "base/work_memory.hpp"
 
 namespace onestep {
 
@@ -72,31 +73,34 @@ struct AttentionKernels {
 
     // O and L, or their tangents, of the queries [begin, begin + rows), which are a tile. `out` and `lse` are those of
     // the head's first query, as in AttentionRows.
-    void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
-    void (*jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse, T* work);
+    void (*forward)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse,
+                    const WorkMemory<T>& work);
+    void (*jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, T* out, double* lse,
+                const WorkMemory<T>& work);
     // Both at once; O and L are not read. Null: the target has no such kernel.
     void (*forward_and_jvp)(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionRows<T>& values,
-                            const AttentionRows<T>& tangents, T* work);
+                            const AttentionRows<T>& tangents, const WorkMemory<T>& work);
 
     // δ, and δ̇ if deltas.tangent is given, of the queries [begin, begin + rows).
     void (*deltas)(const AttentionHead<T>& head, int64_t begin, int64_t rows, const AttentionDeltas<T>& deltas,
-                   T* work);
+                   const WorkMemory<T>& work);
 
     // The gradients of k and v of the keys [begin, end), and what these keys add to the gradient of q. A tile begins at
     // `begin`. With a causal mask, queries before `begin` do not see these keys, and their rows of q are left alone.
     void (*backward)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
-                     const AttentionGrads<T>& grads, T* work);
+                     const AttentionGrads<T>& grads, const WorkMemory<T>& work);
     void (*backward_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
-                         const AttentionGrads<T>& grads, T* work);
+                         const AttentionGrads<T>& grads, const WorkMemory<T>& work);
     // Both at once. Null: the target has no such kernel.
     void (*backward_and_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t begin, int64_t end,
-                             const AttentionGrads<T>& grads, const AttentionGrads<T>& tangents, T* work);
+                             const AttentionGrads<T>& grads, const AttentionGrads<T>& tangents,
+                             const WorkMemory<T>& work);
 
     // sum += dS (or dṠ) of the tile that starts at query i and key j; rows of `tile` elements.
     void (*score_grad)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t i, int64_t j, T* sum,
-                       T* work);
+                       const WorkMemory<T>& work);
     void (*score_grad_jvp)(const AttentionHead<T>& head, const AttentionDeltas<T>& deltas, int64_t i, int64_t j, T* sum,
-                           T* work);
+                           const WorkMemory<T>& work);
 };
 
 ONESTEP_DECLARE_TABLE(attention, f32, AttentionKernels<float>)

@@ -4,6 +4,7 @@
 #include "attention/cpu/kernels.hpp"
 #include "base/math-inl.hpp"
 #include "base/tile-inl.hpp"
+#include "base/work-inl.hpp"
 
 namespace onestep::attention::ONESTEP_NS {
 
@@ -13,22 +14,6 @@ template <class T>
 ONESTEP_INLINE int64_t whole_vectors(int64_t count) {
     return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
-
-// Hands out work memory from the front. Each part is aligned to 64 bytes if the memory is.
-template <class T>
-struct Work {
-    T* next;
-
-    static int64_t rounded(int64_t count) {
-        const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-        return (count + line - 1) / line * line;
-    }
-    T* take(int64_t count) {
-        T* result = next;
-        next += rounded(count);
-        return result;
-    }
-};
 
 // The address of element (row, col) of a slice.
 template <class E>

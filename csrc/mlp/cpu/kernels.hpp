@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "base/target.hpp"
+#include "base/work_memory.hpp"
 #include "mlp/mlp.hpp"
 
 namespace onestep {
@@ -32,13 +33,15 @@ struct MlpKernels {
     int64_t (*work)(const MlpLayer* layers, int64_t count, int64_t rows);
 
     // Rows [begin, begin + rows): adds their gradient (unless null) and returns their loss.
-    double (*gradient)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* gradient, T* work);
+    double (*gradient)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* gradient,
+                       const WorkMemory<T>& work);
     // Adds the rows' part of 2 JᵀJ v, or of its diagonal; `direction` is v, packed as the weights are.
     void (*product)(const MlpNetwork<T>& network, const MlpNetwork<T>& direction, int64_t begin, int64_t rows,
-                    T* product, T* work);
-    void (*diagonal)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* diagonal, T* work);
+                    T* product, const WorkMemory<T>& work);
+    void (*diagonal)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* diagonal, const WorkMemory<T>& work);
     // The same rows of the Jacobian; `jacobian` is the whole.
-    void (*jacobian)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T scale, T* jacobian, T* work);
+    void (*jacobian)(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T scale, T* jacobian,
+                     const WorkMemory<T>& work);
 };
 
 ONESTEP_DECLARE_TABLE(mlp, f32, MlpKernels<float>)

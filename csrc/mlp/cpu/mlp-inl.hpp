@@ -3,6 +3,7 @@
 #pragma once
 
 #include "base/gemm-inl.hpp"
+#include "base/work-inl.hpp"
 #include "mlp/cpu/activations-inl.hpp"
 
 namespace onestep::mlp::ONESTEP_NS {
@@ -60,17 +61,18 @@ inline int64_t widest_layer(const MlpLayer* layers, int64_t count) {
     return most;
 }
 
-// What a block holds: the activations of every layer, the targets, and δ of two layers.
+// What a block holds, a part each: the activations of every layer, the targets, δ of two layers, and the Jacobian's
+// rows of one panel, by rows.
 template <class T>
 inline int64_t mlp_work(const MlpLayer* layers, int64_t count, int64_t rows) {
     const int64_t panels = rows / kPanel<T>;
-    int64_t size = Units<T>::padded(layers[0].inputs) + Units<T>::padded(layers[count - 1].outputs);
+    const auto part = [&](int64_t units) { return Work<T>::rounded(panels * Units<T>::padded(units)); };
+    const int64_t widest = widest_layer(layers, count);
+    int64_t size = part(layers[0].inputs) + part(layers[count - 1].outputs);
     for (int64_t l = 0; l < count; ++l) {
-        size += Units<T>::padded(layers[l].outputs);
+        size += part(layers[l].outputs);
     }
-    size += 2 * Units<T>::padded(widest_layer(layers, count));
-    // The Jacobian's rows of one panel, by rows.
-    return panels * size + 2 * Units<T>::padded(widest_layer(layers, count));
+    return size + 2 * part(widest) + 2 * Work<T>::rounded(Units<T>::padded(widest));
 }
 
 // One block of rows that passes through the layers.
@@ -78,18 +80,17 @@ template <class T>
 struct Block {
     const MlpNetwork<T>& network;
     int64_t begin, rows, panels;
-    T* work;
+    Work<T> work;
 
-    Block(const MlpNetwork<T>& network_, int64_t begin_, int64_t rows_, T* work_)
-        : network(network_), begin(begin_), rows(rows_), panels((rows_ + kPanel<T> - 1) / kPanel<T>), work(work_) {}
+    Block(const MlpNetwork<T>& network_, int64_t begin_, int64_t rows_, const WorkMemory<T>& memory)
+        : network(network_), begin(begin_), rows(rows_), panels((rows_ + kPanel<T> - 1) / kPanel<T>), work(memory) {}
 
     const MlpLayer& layer(int64_t l) const { return network.layers[l]; }
     const MlpLayer& last() const { return network.layers[network.count - 1]; }
 
     Units<T> take(int64_t units) {
-        const Units<T> result{work, Units<T>::padded(units)};
-        work += panels * result.panel;
-        return result;
+        const int64_t panel = Units<T>::padded(units);
+        return {work.take(panels * panel), panel};
     }
 
     // The block's rows of a table, as units.
@@ -275,7 +276,8 @@ inline void add_backward(const Block<T>& block, const Units<T>* activations, Uni
 }
 
 template <class T>
-inline double mlp_gradient_rows(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* gradient, T* work) {
+inline double mlp_gradient_rows(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* gradient,
+                                const WorkMemory<T>& work) {
     Block<T> block(network, begin, rows, work);
     Units<T> activations[kMostMlpLayers + 1];
     block.forward(activations);
@@ -315,7 +317,7 @@ inline double mlp_gradient_rows(const MlpNetwork<T>& network, int64_t begin, int
 
 template <class T>
 inline void mlp_product_rows(const MlpNetwork<T>& network, const MlpNetwork<T>& direction, int64_t begin, int64_t rows,
-                             T* product, T* work) {
+                             T* product, const WorkMemory<T>& work) {
     Block<T> block(network, begin, rows, work);
     Units<T> activations[kMostMlpLayers + 1];
     block.forward(activations);
@@ -351,14 +353,15 @@ inline void square_units(const Block<T>& block, int64_t units, const Units<T>& v
 }
 
 template <class T>
-inline void mlp_diagonal_rows(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* diagonal, T* work) {
+inline void mlp_diagonal_rows(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T* diagonal,
+                              const WorkMemory<T>& work) {
     Block<T> block(network, begin, rows, work);
     Units<T> activations[kMostMlpLayers + 1];
     const int64_t count = network.count;
     const int64_t widest = widest_layer(network.layers, count);
     for (int64_t output = 0; output < block.last().outputs; ++output) {
         // Squared in place.
-        block.work = work;
+        block.work = Work<T>(work);
         block.forward(activations);
         Units<T> delta = block.take(widest);
         Units<T> next = block.take(widest);
@@ -390,7 +393,7 @@ inline void transpose_panel(int64_t units, int64_t rows, const T* from, T* to) {
 
 template <class T>
 inline void mlp_jacobian_rows(const MlpNetwork<T>& network, int64_t begin, int64_t rows, T scale, T* jacobian,
-                              T* work) {
+                              const WorkMemory<T>& work) {
     Block<T> block(network, begin, rows, work);
     Units<T> activations[kMostMlpLayers + 1];
     block.forward(activations);
@@ -400,8 +403,8 @@ inline void mlp_jacobian_rows(const MlpNetwork<T>& network, int64_t begin, int64
     const int64_t widest = widest_layer(network.layers, count);
     const Units<T> first = block.take(widest);
     const Units<T> second = block.take(widest);
-    T* delta_rows = block.work;
-    T* input_rows = delta_rows + Units<T>::padded(widest);
+    T* delta_rows = block.work.take(Units<T>::padded(widest));
+    T* input_rows = block.work.take(Units<T>::padded(widest));
     for (int64_t output = 0; output < last.outputs; ++output) {
         Units<T> delta = first;
         Units<T> next = second;

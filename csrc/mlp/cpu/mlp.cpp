@@ -73,7 +73,7 @@ Status sum_over_rows(const MlpPlan<T>& plan, T* result, double* loss, const Work
     const int64_t pieces = plan.pieces.pieces;
     auto piece_rows = [&](int64_t piece) {
         const CachedWorkspace own(plan.own_layout);
-        T* work = own.get(plan.work);
+        const WorkMemory<T> work = own.work(plan.work);
         T* to = result == nullptr ? nullptr : partial + piece * size;
         const Range blocks = plan.pieces.spread(piece);
         for (int64_t block = blocks.begin; block < blocks.end; ++block) {
@@ -117,7 +117,7 @@ template <class T>
 Status run(const MlpPlan<T>& plan, const MlpGradientArgs<T>& args, const Workspace& workspace) {
     const MlpNetwork<T> network = pack(plan, args.network, args.y, plan.packed, workspace);
     return sum_over_rows(plan, args.gradient, args.loss, workspace,
-                         [&](int64_t begin, int64_t rows, T* gradient, T* work) {
+                         [&](int64_t begin, int64_t rows, T* gradient, const WorkMemory<T>& work) {
                              return plan.kernels->gradient(network, begin, rows, gradient, work);
                          });
 }
@@ -127,7 +127,7 @@ Status run(const MlpPlan<T>& plan, const MlpProductArgs<T>& args, const Workspac
     const MlpNetwork<T> network = pack(plan, args.network, {}, plan.packed, workspace);
     if (args.v == nullptr) {
         return sum_over_rows(plan, args.product, nullptr, workspace,
-                             [&](int64_t begin, int64_t rows, T* diagonal, T* work) {
+                             [&](int64_t begin, int64_t rows, T* diagonal, const WorkMemory<T>& work) {
                                  plan.kernels->diagonal(network, begin, rows, diagonal, work);
                                  return 0.0;
                              });
@@ -135,10 +135,11 @@ Status run(const MlpPlan<T>& plan, const MlpProductArgs<T>& args, const Workspac
     MlpArgs<T> along = args.network;
     along.parameters = args.v;
     const MlpNetwork<T> direction = pack(plan, along, {}, plan.direction, workspace);
-    return sum_over_rows(plan, args.product, nullptr, workspace, [&](int64_t begin, int64_t rows, T* product, T* work) {
-        plan.kernels->product(network, direction, begin, rows, product, work);
-        return 0.0;
-    });
+    return sum_over_rows(plan, args.product, nullptr, workspace,
+                         [&](int64_t begin, int64_t rows, T* product, const WorkMemory<T>& work) {
+                             plan.kernels->product(network, direction, begin, rows, product, work);
+                             return 0.0;
+                         });
 }
 
 template <class T>
@@ -147,7 +148,7 @@ Status run(const MlpPlan<T>& plan, const MlpJacobianArgs<T>& args, const Workspa
     auto body = [&](int64_t block) {
         const CachedWorkspace own(plan.own_layout);
         const Range rows = plan.blocks[block];
-        plan.kernels->jacobian(network, rows.begin, rows.size(), args.scale, args.jacobian, own.get(plan.work));
+        plan.kernels->jacobian(network, rows.begin, rows.size(), args.scale, args.jacobian, own.work(plan.work));
     };
     return parallel_for(plan.blocks.pieces(), plan.blocks.size * args.network.outputs() * plan.row_nanoseconds, body);
 }

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from onestep._program import leave_interrupts_to_main
+
 from .errors import CliError, Interrupted, say
 from .keras import add_parser as add_keras
 
@@ -38,8 +40,9 @@ Columns of numbers are used as they are; columns of text become categories, one 
 the most frequent, which is the baseline; columns named in --dates become year, month, day and weekday. The first line
 of the file names the columns. A file named - is standard input.
 
-Currency and percent signs beside numbers are left out, with a note. Numbers with other signs in them, such as 1,037 or
-3,5, are refused until --thousands or --decimal says what they mean.
+Currency signs, codes such as USD, % and ‰ beside numbers are left out, with a note; they must be the same in all of a
+column. Numbers with other signs in them, such as 1,037 or 3,5, are refused until --thousands or --decimal says what
+they mean. Dates with a time and its distance from UTC are the day that is written.
 
 A target of text or of two values is classified: the linear model is then logistic regression, the network's loss is
 cross-entropy, and predict gives a class and its probability. --task says otherwise.
@@ -64,8 +67,9 @@ examples:
 
 PREDICT_EPILOG = """\
 Writes a CSV with the column predicted_TARGET (and probability, of a class), and one line for each row of the file. A
-row with a category that the model does not know gets an empty line; how many is shown on stderr. Where the file has
-the target as well, so are R² and RMSE, or accuracy and log loss. A file named - is standard input.
+row with a category that the model does not know, with a value that is missing, or that is no number or date, gets an
+empty line; how many is shown on stderr. Where the file has the target as well, so are R² and RMSE, or accuracy and log
+loss. A file named - is standard input.
 
 examples:
   python -m onestep predict model.safetensors new.csv
@@ -343,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # R² must not end in a UnicodeEncodeError where the terminal is ASCII.
             stream.reconfigure(errors="replace")
+    leave_interrupts_to_main()
     args = build_parser().parse_args(argv)
     try:
         _dispatch(args)

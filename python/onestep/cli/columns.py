@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from . import numerals
-from .errors import CliError, count, listed, note
+from .errors import CliError, count, note
 from .table import Table
 
 # Texts that differ in most rows say which row it is: more levels than this are refused then, or than MANY_LEVELS
@@ -21,10 +22,14 @@ MOST_LEVELS = 1000
 
 @dataclass(frozen=True)
 class Number:
-    """A column of numbers: one feature. `fill` stands in for missing values; without it there may be none."""
+    """A column of numbers: one feature. `fill` stands in for missing values; without it there may be none.
+
+    `unit` is what stands beside them, such as % or $, and is left out; empty for nothing.
+    """
 
     name: str
     fill: float | None
+    unit: str = ""
 
     @property
     def features(self) -> list[str]:
@@ -32,8 +37,9 @@ class Number:
         return [self.name]
 
     def encode(self, table: Table) -> np.ndarray:
-        """The features of each row, NaN where a value is missing and nothing may fill it."""
-        values = table.numbers(self.name)
+        """The features of each row, NaN where there is no number, or none is given and nothing may fill it."""
+        values = table.readable(self.name)
+        values = np.where(np.isinf(values), np.nan, values)
         return (values if self.fill is None else np.where(np.isnan(values), self.fill, values))[:, None]
 
 
@@ -91,18 +97,30 @@ class Date:
         return [f"{self.name} {part}" for part in self.parts]
 
     def encode(self, table: Table) -> np.ndarray:
-        """The features of each row, NaN where a date is missing and nothing may fill it."""
+        """The features of each row, NaN where there is no date, or none is given and nothing may fill it."""
         dates = _dates(self.name, table, self.format)
         if self.fill is not None:
-            dates = dates.fillna(pd.Timestamp(self.fill))
+            dates = dates.mask(table.frame[self.name].isna(), pd.Timestamp(self.fill))
         return np.column_stack([_date_part(dates, part).to_numpy(dtype=np.float64) for part in self.parts])
 
 
 def _dates(name: str, table: Table, written: str | None) -> Any:
-    """A column as dates without a time zone; raises on texts that are none."""
-    values = table.frame[name]
-    texts = values.astype("string")
-    dates = pd.to_datetime(texts, format=written or "ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
+    """A column as dates, NaT for texts that are none. A time's distance from UTC does not change the day written."""
+    texts = table.frame[name].astype("string")
+    if written and "%z" in written:
+        return pd.to_datetime(texts.map(lambda text: _local_time(text, written), na_action="ignore"), errors="coerce")
+    return pd.to_datetime(numerals.local(texts), format=written or "ISO8601", errors="coerce")
+
+
+def _local_time(text: str, written: str) -> Any:
+    try:
+        return datetime.strptime(text, written).replace(tzinfo=None)
+    except ValueError:
+        return None
+
+
+def _date(name: str, table: Table, train: np.ndarray, written: str | None, impute: bool) -> Date | None:
+    dates, values = _dates(name, table, written), table.frame[name]
     wrong = (dates.isna() & values.notna()).to_numpy()
     if wrong.any():
         first = int(wrong.argmax())
@@ -111,11 +129,7 @@ def _dates(name: str, table: Table, written: str | None) -> Any:
             f"{values.iloc[first]!r}, which is not {written or 'YYYY-MM-DD'}; correct it, or say how dates are written "
             "with --date-format, such as %d/%m/%Y"
         )
-    return dates
-
-
-def _date(name: str, table: Table, train: np.ndarray, written: str | None, impute: bool) -> Date | None:
-    dates = _dates(name, table, written).iloc[train]
+    dates = dates.iloc[train]
     parts = tuple(part for part in DATE_PARTS if _date_part(dates, part).nunique() > 1)
     fill = str(dates.quantile(0.5, interpolation="lower").isoformat()) if impute else None
     return Date(name, parts, written, fill) if parts else None
@@ -159,20 +173,21 @@ def _category(name: str, table: Table, values: Any, impute: bool) -> Category | 
     return Category(name, baseline, others, baseline if impute else None)
 
 
-def _number(name: str, values: np.ndarray, impute: bool) -> Number | None:
+def _number(table: Table, name: str, train: np.ndarray, impute: bool) -> Number | None:
+    values = table.numbers(name)[train]
     if np.nanmin(values) == np.nanmax(values):
         return None
-    return Number(name, float(np.nanmedian(values)) if impute else None)
+    return Number(name, float(np.nanmedian(values)) if impute else None, table.unit(name) or "")
 
 
-def tell_symbols(table: Table, name: str) -> None:
-    """Notes that a column's currency or percent signs are left out."""
-    signs = numerals.symbols(table.frame[name])
-    if signs:
-        values = table.frame[name].dropna().astype(str)
-        example = values[values.str.contains(signs[0], regex=False)].iloc[0]
+def tell_unit(table: Table, name: str) -> None:
+    """Notes that the unit beside a column's numbers is left out."""
+    unit = table.unit(name)
+    if unit:
+        found = numerals.units(table.frame[name], table.conventions)
+        example = table.frame[name][found.index[0]]
         read = numerals.to_numbers(pd.Series([example]), table.conventions)[0]
-        note(f"column {name!r}: {listed(signs)} is left out ({example} is read as {read:g})")
+        note(f"column {name!r}: {unit} is left out ({example} is read as {read:g})")
 
 
 def learn_columns(
@@ -200,9 +215,8 @@ def learn_columns(
             table.check_text(name)
             column = _category(name, table, values, impute)
         else:
-            hint = f"correct it, leave the column out with --ignore {name!r}, or pass --categorical {name!r}"
-            column = _number(name, table.numbers(name, hint)[train], impute)
-            tell_symbols(table, name)
+            column = _number(table, name, train, impute)
+            tell_unit(table, name)
         if column is None:
             note(f"column {name!r} is constant in the training rows and is left out")
         else:

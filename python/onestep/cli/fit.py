@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from .columns import encode, learn_columns, level_order, tell_symbols
+from .columns import encode, learn_columns, level_order, tell_unit
 from .errors import CliError, Interrupted, count, listed, note
 from .model import LinearModel, Model, NetworkModel, check_writable, save_model
 from .report import ClassScore, Score, console, duration, weight_table
@@ -34,7 +34,7 @@ def _read(args: argparse.Namespace) -> tuple[Table, list[str]]:
     text = [name for name in args.categorical + args.dates if name != args.target]
     if args.task == "classification":
         text.append(args.target)
-    table = read_table(Source(args.file), args.sep, conventions, text)
+    table = read_table(Source(args.file), args.sep, conventions, text, target=args.target)
     table.require(args.target, "the target")
     for option in ("ignore", "categorical", "dates"):
         for name in getattr(args, option):
@@ -61,7 +61,7 @@ def _settle_task(args: argparse.Namespace, table: Table) -> bool:
         remedy = "one model predicts the probability of each"
     elif different != 2:
         whole = values.dtype.kind == "f" and bool((values % 1 == 0).all())
-        if whole and different <= FEW_CLASSES:
+        if whole and 1 < different <= FEW_CLASSES:
             note(
                 f"the target {name!r} has {different} different values: pass --task classification if they are classes"
             )
@@ -88,7 +88,7 @@ def _settle_missing(table: Table, names: list[str], target: str, impute: bool) -
 def _target(table: Table, name: str, classify: bool) -> tuple[np.ndarray, tuple[str, ...]]:
     """The target of each row and its classes, if any: a number (NaN: missing), or a class's position (-1: missing)."""
     if not classify:
-        return table.numbers(name, "correct it, choose another target, or pass --task classification"), ()
+        return table.numbers(name), ()
     values = table.frame[name]
     labels = values.map(lambda value: f"{value:.15g}", na_action="ignore") if values.dtype.kind == "f" else values
     classes = sorted(map(str, labels.dropna().unique()), key=level_order)
@@ -173,7 +173,7 @@ def _load(args: argparse.Namespace) -> _Data:
     # The target's own errors come before those of the columns.
     _target(table, args.target, classify)
     if not classify:
-        tell_symbols(table, args.target)
+        tell_unit(table, args.target)
     _settle_missing(table, names, args.target, args.impute is not None)
     y, classes = _target(table, args.target, classify)
     train, test = _split(table, y, classes, args.test_size, args.seed)

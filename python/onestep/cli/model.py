@@ -22,7 +22,7 @@ from .columns import Category, Column, Date, Number
 from .errors import CliError
 from .source import Conventions
 
-FORMAT = 2
+FORMAT = 3
 # A network's layers between are large: so many rows are predicted together.
 ROWS_AT_A_TIME = 1 << 16
 
@@ -193,7 +193,7 @@ def save_model(model: Model, conventions: Conventions, path: Path) -> None:
 def _column(entry: dict[str, Any]) -> Column:
     name, fill = str(entry["name"]), entry["fill"]
     if entry["kind"] == "number":
-        return Number(name, None if fill is None else float(fill))
+        return Number(name, None if fill is None else float(fill), str(entry["unit"]))
     if entry["kind"] == "date":
         return Date(name, tuple(map(str, entry["parts"])), entry["format"], fill)
     levels = tuple(map(str, entry["levels"]))

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from .columns import Category, Number, encode
+from .columns import Category, Column, Number, encode
 from .errors import CliError, count, listed, note, say
 from .model import Model, check_writable, load_model, replacing
 from .report import ClassScore, Score
@@ -19,31 +19,51 @@ from .table import Table, read_table
 
 
 def _check(table: Table, model: Model) -> None:
-    """Raises unless the table has every column the model needs, and no missing value that it cannot fill."""
+    """Raises unless the table has every column the model needs, with numbers in the units that it was fitted on."""
     names = [column.name for column in model.columns]
     for name in names:
         table.require(name, "the model was fitted on it")
     extra = [name for name in table.names if name not in names and name != model.target]
     if extra:
         note(f"not used by the model: {listed(extra)}")
-    missing = {column.name: int(table.frame[column.name].isna().sum()) for column in model.columns}
-    unfilled = [f"{c.name} ({missing[c.name]:,})" for c in model.columns if c.fill is None and missing[c.name]]
-    if unfilled:
-        raise CliError(
-            f"{table.source} has missing values in {listed(unfilled)}; a model fitted with --impute median fills them"
-        )
+    for column in model.columns:
+        if not isinstance(column, Number):
+            continue
+        if table.is_text(column.name):
+            table.numbers(column.name)
+        unit = table.unit(column.name)
+        if unit is not None and unit != column.unit:
+            found, fitted = unit or "nothing", column.unit or "nothing"
+            raise CliError(
+                f"{table.source}: column {column.name!r} has {found} beside its numbers, but {fitted} in the file that "
+                "the model was fitted on; write it as there"
+            )
 
 
 def _tell_unknown(table: Table, model: Model) -> None:
-    """Notes the rows that get no prediction, since they hold a category that the model does not know."""
+    """Notes the rows that get no prediction: those with a value that is missing, or that the model does not know."""
     for column in model.columns:
-        if isinstance(column, Category) and (unknown := column.codes(table) < 0).any():
-            first = int(unknown.argmax())
+        unknown = np.isnan(column.encode(table)).any(1)
+        missing = unknown & table.frame[column.name].isna().to_numpy()
+        for rows, why in ((missing, ""), (unknown & ~missing, _why_unknown(column))):
+            if not rows.any():
+                continue
+            first = int(rows.argmax())
+            value = repr(str(table.frame[column.name].iloc[first])) if why else "no value"
+            hint = why or "; a model fitted with --impute median fills it"
             note(
-                f"{table.source}: {count(int(unknown.sum()), 'row')} without a prediction: column {column.name!r} has "
-                f"{table.frame[column.name].iloc[first]!r} on line {table.line(first)}, which was not there when the "
-                f"model was fitted; it knows {listed([column.baseline, *column.levels])}"
+                f"{table.source}: {count(int(rows.sum()), 'row')} without a prediction: column {column.name!r} has "
+                f"{value} on line {table.line(first)}{hint}"
             )
+
+
+def _why_unknown(column: Column) -> str:
+    if isinstance(column, Category):
+        levels = listed([column.baseline, *column.levels])
+        return f", which was not there when the model was fitted; it knows {levels}"
+    if isinstance(column, Number):
+        return ", which is no finite number"
+    return f", which is not {column.format or 'YYYY-MM-DD'}"
 
 
 def _tell_score(table: Table, model: Model, features: np.ndarray, known: np.ndarray) -> None:
@@ -96,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     conventions = replace(conventions, **{name: value for name, value in given.items() if value is not None})
     text = [column.name for column in model.columns if not isinstance(column, Number)]
     text += [model.target] if model.classes else []
-    table = read_table(Source(args.file), args.sep, conventions, text=text)
+    table = read_table(Source(args.file), args.sep, conventions, text, fits=False, target=model.target)
     _check(table, model)
     features = encode(model.columns, table)
     known = ~np.isnan(features).any(1)

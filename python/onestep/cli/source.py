@@ -9,21 +9,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .errors import CliError
+
 STANDARD_INPUT = Path("-")
 
 
 class Source:
-    """A CSV file, or standard input, which is copied to a temporary file since it is read more than once."""
+    """A CSV file, or standard input or a pipe, copied to a temporary file since it is read more than once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._name = str(path)
         if path == STANDARD_INPUT:
             self._name = "standard input"
-            self._copy = tempfile.NamedTemporaryFile(suffix=".csv")  # noqa: SIM115 (deleted with this object)
-            shutil.copyfileobj(sys.stdin.buffer, self._copy)
-            self._copy.flush()
-            self.path = Path(self._copy.name)
+            if sys.stdin is None:
+                raise CliError("standard input is closed; pass a file, or send the table to standard input")
+            self._keep(sys.stdin.buffer)
+        elif path.is_dir():
+            raise CliError(f"{path} is a directory, not a CSV file")
+        elif not path.exists():
+            raise CliError(f"no such file: {path}")
+        elif path.is_fifo():
+            # As the shell's <(command) gives one.
+            with path.open("rb") as pipe:
+                self._keep(pipe)
+        elif not path.is_file():
+            raise CliError(f"{path} is not a file, nor a pipe")
+
+    def _keep(self, stream: BinaryIO) -> None:
+        """Copies what a stream holds, which can be read once."""
+        self._copy = tempfile.NamedTemporaryFile(suffix=".csv")  # noqa: SIM115 (deleted with this object)
+        shutil.copyfileobj(stream, self._copy)
+        self._copy.flush()
+        self.path = Path(self._copy.name)
 
     def __str__(self) -> str:
         return self._name

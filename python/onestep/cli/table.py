@@ -47,13 +47,6 @@ def _records(path: Source, sep: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _header(source: Source, sep: str) -> list[str]:
-    path = source.path
-    if path.is_dir():
-        raise CliError(f"{path} is a directory, not a CSV file")
-    if not path.exists():
-        raise CliError(f"no such file: {path}")
-    if not path.is_file():
-        raise CliError(f"{path} is not a regular file")
     with source.open() as file:
         if b"\0" in file.read(1 << 16):
             raise CliError(f"{source} is not a text file (it holds NUL bytes)")
@@ -121,7 +114,7 @@ class Table:
     A row keeps its position in the file as its index, so that `line` can find it again after rows were dropped. The
     columns in `text` are text by the caller's wish. `inexact` has the first row of columns of whole numbers that
     float64 cannot tell apart, with the number; `misfits` that of columns with a number that is not written as the
-    conventions say.
+    conventions say. `target` is the column that is fitted to, or None where a saved model is applied.
     """
 
     source: Source
@@ -131,6 +124,8 @@ class Table:
     conventions: Conventions
     inexact: dict[str, tuple[int, str]]
     misfits: dict[str, tuple[int, str]]
+    fits: bool
+    target: str | None
 
     @property
     def names(self) -> list[str]:
@@ -166,7 +161,7 @@ class Table:
             return
         values = self.frame[name].dropna()
         number = numerals.to_numbers(values, self.conventions).notna()
-        keep = f"or keep its texts as categories with --categorical {name!r}"
+        keep = f"or keep its texts as {self._as_texts(name)}"
         separated = values.map(numerals.is_separated)
         if separated.any() and 2 * (number | separated).sum() > len(values):
             row = separated.idxmax()
@@ -179,24 +174,81 @@ class Table:
             row = notation.idxmax()
             raise CliError(
                 f"{self.source}: column {name!r} seems to hold numbers, such as {values[row]!r} on line "
-                f"{self.line(row)}; write them with the digits 0 to 9, as in -1234.5, {keep}"
+                f"{self.line(row)}; {numerals.notation_hint(values[row])}, {keep}"
             )
         dates = values.map(numerals.is_date)
         if 2 * dates.sum() > len(values):
             row = dates.idxmax()
+            parts = f"pass --dates {name!r}{numerals.date_format_hint(values[row])} for year, month, day and weekday, "
             raise CliError(
                 f"{self.source}: column {name!r} seems to hold dates, such as {values[row]!r} on line "
-                f"{self.line(row)}; pass --dates {name!r} for year, month, day and weekday, {keep}"
+                f"{self.line(row)}; {'' if name == self.target else parts}{keep}"
             )
 
-    def numbers(self, name: str, hint: str = "correct it") -> np.ndarray:
+    def _as_texts(self, name: str) -> str:
+        """The option under which a column's texts are what they are."""
+        if name == self.target:
+            return "classes with --task classification"
+        return f"categories with --categorical {name!r}"
+
+    def _remedy(self, name: str) -> str:
+        """What can be done about a column of numbers that cannot be read."""
+        if not self.fits:
+            return "correct it"
+        if name == self.target:
+            return "correct it, choose another target, or pass --task classification"
+        return f"correct it, leave the column out with --ignore {name!r}, or pass --categorical {name!r}"
+
+    def unit(self, name: str) -> str | None:
+        """What stands beside the numbers of a column (a currency or percent sign), "" for nothing, None: no number.
+
+        Raises where it is not the same beside all.
+        """
+        found = numerals.units(self.frame[name], self.conventions)
+        kinds = sorted(set(found))
+        if len(kinds) < 2:
+            if kinds or self.frame[name].dtype.kind != "f":
+                return kinds[0] if kinds else None
+            return "" if (self.frame[name].fillna(0) != 0).any() else None
+        first, second = (found[found == kind].index[0] for kind in kinds[:2])
+        values = self.frame[name]
+        what = f"mixes the units {listed(kinds)}" if kinds[0] else f"has {kinds[1]} beside some numbers and not others"
+        raise CliError(
+            f"{self.source}: column {name!r} {what}, such as {values[first]!r} on line {self.line(first)} and "
+            f"{values[second]!r} on line {self.line(second)}; write it in one of them"
+        )
+
+    def numbers(self, name: str) -> np.ndarray:
         """A column as float64 with NaN for missing values; raises on text and on infinite values."""
+        values = self.readable(name)
+        column = self.frame[name]
+        wrong = np.isnan(values) & column.notna().to_numpy()
+        if wrong.any():
+            first = int(wrong.argmax())
+            text, hint = str(column.iloc[first]), self._remedy(name)
+            if numerals.is_separated(text):
+                hint = numerals.separator_hint(text)
+            elif numerals.is_notation(text):
+                hint = numerals.notation_hint(text)
+            more = f", and {int(wrong.sum()) - 1:,} more like it" if wrong.sum() > 1 else ""
+            raise CliError(
+                f"{self.source}: column {name!r} should hold numbers, but line {self.line(column.index[first])} has "
+                f"{text!r}{more}; {hint}"
+            )
+        infinite = np.isinf(values)
+        if infinite.any():
+            row = column.index[int(infinite.argmax())]
+            raise CliError(f"{self.source}: column {name!r} holds an infinite value on line {self.line(row)}")
+        return values
+
+    def readable(self, name: str) -> np.ndarray:
+        """As ``numbers``, with NaN for texts that are none; raises for a column that would be misread."""
         column = self.frame[name]
         if name in self.inexact:
             row, number = self.inexact[name]
             raise CliError(
                 f"{self.source}: column {name!r} holds whole numbers beyond 2^53 ({number} on line {self.line(row)}), "
-                f"of which float64 loses digits; leave it out with --ignore {name!r}, or pass --categorical {name!r}"
+                f"of which float64 loses digits; {self._remedy(name)}"
             )
         if name in self.misfits:
             row, number = self.misfits[name]
@@ -204,24 +256,8 @@ class Table:
                 f"{self.source}: column {name!r} has {number!r} on line {self.line(row)}, which does not fit the "
                 f"--thousands and --decimal given; {numerals.misfit_hint(number, self.conventions)}"
             )
+        self.unit(name)
         values: np.ndarray = numerals.to_numbers(column, self.conventions).to_numpy(dtype=np.float64)
-        wrong = np.isnan(values) & column.notna().to_numpy()
-        if wrong.any():
-            first = int(wrong.argmax())
-            if numerals.is_separated(str(column.iloc[first])):
-                hint = numerals.separator_hint(column.iloc[first])
-            more = f", and {int(wrong.sum()) - 1:,} more like it" if wrong.sum() > 1 else ""
-            raise CliError(
-                f"{self.source}: column {name!r} should hold numbers, but line {self.line(column.index[first])} has "
-                f"{column.iloc[first]!r}{more}; {hint}"
-            )
-        signs = numerals.symbols(column)
-        if len(signs) > 1:
-            raise CliError(f"{self.source}: column {name!r} mixes the units {listed(signs)}; write it in one of them")
-        infinite = np.isinf(values)
-        if infinite.any():
-            row = column.index[int(infinite.argmax())]
-            raise CliError(f"{self.source}: column {name!r} holds an infinite value on line {self.line(row)}")
         return values
 
 
@@ -233,8 +269,19 @@ def _keep_first(found: dict[str, tuple[int, str]], name: str, texts: Any, wrong:
         found[name] = int(row), str(texts[row])
 
 
-def read_table(source: Source, sep: str, conventions: Conventions, text: Collection[str] = ()) -> Table:
-    """Reads a CSV file; the columns named in `text` are kept as text even where they look like numbers."""
+def read_table(
+    source: Source,
+    sep: str,
+    conventions: Conventions,
+    text: Collection[str] = (),
+    *,
+    fits: bool = True,
+    target: str | None = None,
+) -> Table:
+    """Reads a CSV file; the columns named in `text` are kept as text even where they look like numbers.
+
+    `fits` and `target` say what its errors may advise: the options of fit, those of a target.
+    """
     names = _header(source, sep)
     options = conventions.options()
     # pandas needs distinct names, so each is its position until the columns without a name are gone.
@@ -269,4 +316,4 @@ def read_table(source: Source, sep: str, conventions: Conventions, text: Collect
         note(f"{source}: column {listed(nameless)} has no name in the header and is left out")
     frame = frame[[key for key in keys if names[key]]].rename(columns=dict(enumerate(names)))
     floats = {name: np.float64 for name in frame.columns if frame[name].dtype.kind in "iu"}
-    return Table(source, sep, frame.astype(floats), frozenset(text), conventions, inexact, misfits)
+    return Table(source, sep, frame.astype(floats), frozenset(text), conventions, inexact, misfits, fits, target)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
 from onestep.curvature._estimates import Estimate, estimate_diagonal, estimate_trace
 from onestep.curvature._passes import Named, Passes
 from onestep.curvature._solve import MOST_DENSE, SolveReport, as_preconditioner, solve
@@ -38,8 +38,10 @@ class CurvatureOperator(ABC):
     values that they have when a product is taken. A product is one pass over the data, whatever the number of vectors;
     nothing is kept between batches.
 
-    The model is evaluated in eval mode (dropout off, batch norm with its running statistics) and put back afterwards:
-    otherwise the matrix would be another one for each pass, or couple the rows of a batch. Rows always come in the same
+    The model is evaluated in eval mode (dropout off, batch norm with its running statistics) and put back afterwards,
+    also by Ctrl-C: otherwise the matrix would be another one for each pass, or couple the rows of a batch. Threads may
+    share a model and take turns; beside another thread's own ``torch.func.jvp`` a product may be reverse mode twice,
+    with other last bits. Rows always come in the same
     order, that of a shuffling DataLoader being drawn from ``seed``; results are the same bits each time, as far as
     torch's kernels are deterministic.
 
@@ -71,7 +73,7 @@ class CurvatureOperator(ABC):
     # How many frames __init__ is from the user's call, with that of its decorator, for warnings.
     _construction_depth = 3
 
-    @one_thread_after_fork()
+    @undisturbed
     def __init__(
         self,
         model: nn.Module,
@@ -122,7 +124,7 @@ class CurvatureOperator(ABC):
 
     # ------------------------------------------------------------------------------------------------------ products
 
-    @one_thread_after_fork()
+    @undisturbed
     def __matmul__(self, v: Vectors) -> Vectors:
         """Computes A v.
 
@@ -145,7 +147,7 @@ class CurvatureOperator(ABC):
         product: Vectors = like(v, result, self._names, self._parameters)
         return product
 
-    @one_thread_after_fork()
+    @undisturbed
     def loss_and_gradient(self) -> tuple[float, Tensor]:
         """The loss over all data, and its gradient (p,): ``solve(-gradient, damping)`` is a damped Newton step."""
         return self._passes.loss_and_gradient(mean=self.reduction == "mean")
@@ -178,7 +180,7 @@ class CurvatureOperator(ABC):
 
     # ----------------------------------------------------------------------------------------------------- estimates
 
-    @one_thread_after_fork()
+    @undisturbed
     def trace(self, samples: int | None = None, *, generator: torch.Generator | None = None) -> Estimate:
         """tr A: exact for up to 128 parameters, else estimated by Hutchinson's method (Commun. Statist. 19, 1990).
 
@@ -195,7 +197,7 @@ class CurvatureOperator(ABC):
             return Estimate(value, torch.zeros_like(value), 0)
         return estimate_trace(self.__matmul__, self._empty(), 64 if samples is None else samples, generator)
 
-    @one_thread_after_fork()
+    @undisturbed
     def diagonal(self, samples: int | None = None, *, generator: torch.Generator | None = None) -> Estimate:
         """diag A, (p,): exact for up to 128 parameters, else estimated by z∘Az with random signs z.
 
@@ -223,7 +225,7 @@ class CurvatureOperator(ABC):
 
     # --------------------------------------------------------------------------------------------------------- solve
 
-    @one_thread_after_fork()
+    @undisturbed
     def solve(
         self,
         b: Vectors,

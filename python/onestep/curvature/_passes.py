@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from onestep._forward_mode import BusyError
+from onestep._restored import eval_mode
 from onestep._torch_private import tree_map_only
 from onestep.curvature._vectors import all_finite
 from onestep.curvature.products import Route
@@ -23,7 +25,6 @@ from onestep.evaluation.module import (
     autograd_gradient,
     call_model,
     chunk_rows,
-    eval_mode,
     explain,
     parameter_names,
     summed_gradient,
@@ -198,6 +199,8 @@ class Passes:
             try:
                 block: Named = vmap(product, randomness="same")(V)
                 return block
+            except BusyError:
+                pass
             except RuntimeError:
                 # Not every module runs under vmap, nn.LSTM for one; what else is wrong, the loop will tell.
                 self.vectorizes = False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from onestep._torch_private import TransformType, attention_math, interpreter_stack, nn_mish, nn_silu, weight_norm
 from onestep.curvature._lstm import lstm
-from onestep.evaluation.exclusive import exclusive
 from onestep.functional import replace_attention
 
 
-@contextmanager
-def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[Kernels]:
+def differentiable_kernels(*, composed_norms: bool = False) -> Kernels:
     """Attention by onestep, LSTMs made of elementary functions, and norms too if asked for: in this thread, alone.
 
     What onestep's attention does not take runs in torch's mathematical form. While a torch function mode is on, as
@@ -28,11 +25,9 @@ def differentiable_kernels(*, composed_norms: bool = False) -> Iterator[Kernels]
     gone through only once. The forward mode of its layer, batch and instance norm takes mean and deviation for
     constants when it is differentiated again: derivatives of a product would be wrong without a word.
 
-    Only one thread is inside at a time (see ``exclusive``): what is computed here may use forward mode.
+    Forward mode needs ``exclusive`` around it, one context before this one.
     """
-    kernels = Kernels(_SUBSTITUTES | _NORMS if composed_norms else _SUBSTITUTES)
-    with exclusive(), kernels, replace_attention():
-        yield kernels
+    return Kernels(_SUBSTITUTES | _NORMS if composed_norms else _SUBSTITUTES)
 
 
 def may_be_differentiated() -> bool:
@@ -52,6 +47,16 @@ class Kernels(TorchFunctionMode):
         super().__init__()
         self.substitutes = substitutes
         self.recorded_gradient = False
+        self._attention = replace_attention()
+
+    def __enter__(self) -> Kernels:
+        super().__enter__()
+        self._attention.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._attention.__exit__(*error)
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _RECORDED:

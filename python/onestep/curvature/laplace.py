@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
+from onestep._restored import eval_mode
 from onestep._torch_private import tree_leaves
 from onestep.curvature.jacobian import root_jacobian
 from onestep.curvature.kernels import differentiable_kernels
@@ -20,9 +21,10 @@ from onestep.curvature.laplace_blocks import Posterior
 from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, as_source
 from onestep.evaluation.distributed import share
+from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.layers import columns
 from onestep.evaluation.losses import LOSSES, as_loss
-from onestep.evaluation.module import call_model, chunk_rows, eval_mode, parameter_names, warn_of_eval_mode
+from onestep.evaluation.module import call_model, chunk_rows, parameter_names, warn_of_eval_mode
 from onestep.evaluation.parameters import ParameterVector
 
 # Rows that are read before it is known how many fit into memory.
@@ -91,7 +93,7 @@ class Laplace:
         torch.Size([2])
     """
 
-    @one_thread_after_fork()
+    @undisturbed
     def __init__(
         self,
         model: nn.Module,
@@ -205,7 +207,7 @@ class Laplace:
 
     # --------------------------------------------------------------------------------------------------- predictions
 
-    @one_thread_after_fork()
+    @undisturbed
     def predict(self, inputs: Any, *, joint: bool = False) -> Prediction:
         """Outputs and their variance by the model linearised in its parameters, J P⁻¹ Jᵀ.
 
@@ -248,7 +250,7 @@ class Laplace:
         values: Callable[[Tensor], dict[str, Tensor]] = lambda vector: dict(  # noqa: E731
             zip(names, self._vector.split(vector), strict=True)
         )
-        with differentiable_kernels():
+        with exclusive(), differentiable_kernels():
             for J in root_jacobian(self.model, None, chunk, self._vector.read(), values, self._sums.route):
                 J = J.double()
                 solved = self._posterior.solve(J.flatten(0, 1).mT).mT.reshape(J.shape)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from onestep._restored import hooked
 from onestep.curvature.glm import GLMPoint, glm
 from onestep.curvature.jacobian import root_jacobian, root_of_loss
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.curvature.laplace_blocks import Block, DenseBlocks, DiagonalBlock, KroneckerBlock
 from onestep.curvature.products import Route
 from onestep.evaluation.data import Chunk
+from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.layers import columns, ends_model, is_plain, layer_calls, spread
 from onestep.evaluation.losses import IGNORED, Loss, are_probabilities, like_outputs, scores_and_classes
 from onestep.evaluation.module import call_model
@@ -197,7 +199,7 @@ class Sums:
         squares = torch.zeros(p, dtype=torch.float64, device=device)
         for chunk in chunks():
             self._count(chunk, call_model(self.module, chunk.inputs))
-            with differentiable_kernels():
+            with exclusive(), differentiable_kernels():
                 for rows in self._rows(chunk, self.names):
                     for index, matrix in zip(groups, matrices, strict=True):
                         some = rows if len(index) == p else rows[:, index]
@@ -239,7 +241,7 @@ class Sums:
         for chunk in chunks():
             self._count(chunk, _add_factors(self.module, self.loss_function, chunk, factors))
             if others:
-                with differentiable_kernels():
+                with exclusive(), differentiable_kernels():
                     for rows in self._rows(chunk, others):
                         squares += rows.double().square().sum(0)
         blocks: list[Block] = [
@@ -309,13 +311,8 @@ def _add_factors(module: nn.Module, loss: Loss, chunk: Chunk, factors: dict[nn.M
         factors[layer].add_inputs(args[0] if args else kwargs["input"])
         given.append((factors[layer], output))
 
-    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in factors]
-    try:
-        with torch.enable_grad():
-            outputs = call_model(module, chunk.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked([(layer, note) for layer in factors]), torch.enable_grad():
+        outputs = call_model(module, chunk.inputs)
     flat, shape = outputs.detach().reshape(len(chunk), -1), outputs.shape[1:]
     roots = vmap(lambda z, target: root_of_loss(loss, z, shape, target))(flat, chunk.target)
     results = [output for _, output in given]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
+from onestep._restored import eval_mode
 from onestep.curvature._estimates import Estimate, averaged, seeds
 from onestep.curvature._operator import CurvatureOperator, check_count, in_order
 from onestep.curvature._passes import Named
@@ -22,7 +23,6 @@ from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import share, summed
 from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import LOSSES, as_loss, drawn_slope
-from onestep.evaluation.module import eval_mode
 from onestep.evaluation.parameters import flatten
 
 # Rows of the Jacobian give a diagonal at the cost of a gradient for each output; 64 random products, at that of 200.

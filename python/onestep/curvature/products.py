@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import grad, vjp
 
-from onestep._fork import one_thread_after_fork
+from onestep._forward_mode import BusyError, jvp
+from onestep._interrupts import interrupt_behind, undisturbed
 from onestep.curvature import _reverse_twice as reverse_twice
 from onestep.curvature.kernels import Kernels, differentiable_kernels, may_be_differentiated
+from onestep.evaluation.exclusive import exclusive
 
 # A tensor, or a mapping of names to tensors.
 Parameters = TypeVar("Parameters", Tensor, dict[str, Tensor])
@@ -37,12 +39,15 @@ class Route:
                 return by_torch_func()
             except RuntimeError as error:
                 first = error
+                if interrupt_behind(error) is not None:
+                    raise
                 _refuse_reentrant_checkpoints(error)
             try:
                 result = by_reverse_mode()
             except RuntimeError as error:
                 raise first from error
-            self.reverse_twice = True
+            # Another thread's forward mode passes; what torch.func cannot do stays so.
+            self.reverse_twice = not isinstance(first, BusyError)
             return result
         return by_reverse_mode()
 
@@ -111,7 +116,7 @@ def _gradient_of(scalar: Callable[[Parameters], Tensor], kernels: Kernels) -> Ca
     return gradient
 
 
-@one_thread_after_fork()
+@undisturbed
 def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Parameters) -> Parameters:
     """Computes Hv, H = ∂²loss/∂params², by forward mode over reverse mode (Pearlmutter, Neural Computation 6, 1994).
 
@@ -120,8 +125,8 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
     memory, or by torch's mathematical form where onestep's does not take the operands (see
     ``onestep.functional.replace_attention``). Where the product may be differentiated itself, which ``torch.no_grad``
     rules out, norms are composed of elementary functions. Python threads take turns: torch's forward mode serves one at
-    a time. Where torch.func cannot differentiate ``loss_fn`` (checkpointing, torch.autograd.grad inside), it is reverse
-    mode twice.
+    a time. Where torch.func cannot differentiate ``loss_fn`` (checkpointing, torch.autograd.grad inside), or another
+    thread is inside a ``torch.func.jvp`` of its own, it is reverse mode twice.
 
     Args:
         loss_fn: params → a scalar. For a module: ``lambda p: loss(functional_call(model, p, (x,)), y)``.
@@ -157,18 +162,18 @@ def hessian_product(
             raise TypeError(f"loss_fn returned dtype {loss.dtype}; expected a real floating-point scalar")
         return loss
 
-    with differentiable_kernels(composed_norms=may_be_differentiated()) as kernels:
+    with exclusive(), differentiable_kernels(composed_norms=may_be_differentiated()) as kernels:
         gradient = _gradient_of(scalar, kernels)
 
         def forward_over_reverse() -> Parameters:
-            pushed: tuple[Parameters, Parameters] = jvp(gradient, (params,), (v,))  # type: ignore[assignment]
+            pushed: tuple[Parameters, Parameters] = jvp(gradient, (params,), (v,))
             return pushed[1]
 
         product: Parameters = route.take(forward_over_reverse, lambda: reverse_twice.hessian_product(scalar, params, v))
         return product
 
 
-@one_thread_after_fork()
+@undisturbed
 def ggnvp(
     model_fn: Callable[[Parameters], Tensor],
     loss_fn: Callable[[Tensor], Tensor],
@@ -244,7 +249,7 @@ def outer_products(
 
     def in_one_pass(v: Parameters) -> Parameters:
         def pushed(values: Parameters) -> tuple[Tensor, Tensor]:
-            both: tuple[Tensor, Tensor] = jvp(model_fn, (values,), (v,))  # type: ignore[assignment]
+            both: tuple[Tensor, Tensor] = jvp(model_fn, (values,), (v,))
             return both
 
         outputs, pullback, tangent = vjp(pushed, params, has_aux=True)  # type: ignore[misc]
@@ -253,13 +258,13 @@ def outer_products(
 
     def in_two_passes(v: Parameters) -> Parameters:
         outputs, pullback = kept_linearization()
-        _, tangent = jvp(model_fn, (params,), (v,))  # type: ignore[misc]
+        _, tangent = jvp(model_fn, (params,), (v,))
         result: Parameters = pullback(outer(outputs, tangent))[0]
         return result
 
     def product(v: Parameters) -> Parameters:
         v = _tangent(params, v)
-        with differentiable_kernels(composed_norms=composed_norms):
+        with exclusive(), differentiable_kernels(composed_norms=composed_norms):
             graph = kept_graph if keep else lambda: reverse_twice.GaussNewtonProduct(model_fn, params)
             result: Parameters = route.take(
                 lambda: in_two_passes(v) if keep else in_one_pass(v), lambda: graph()(outer, v)
@@ -268,6 +273,6 @@ def outer_products(
 
     if keep:
         # Now, while the parameters are where the caller wants them.
-        with differentiable_kernels(composed_norms=composed_norms):
+        with exclusive(), differentiable_kernels(composed_norms=composed_norms):
             route.take(lambda: kept_linearization()[0], lambda: kept_graph().outputs)
     return product

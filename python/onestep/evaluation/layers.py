@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep._restored import hooked
 from onestep._torch_private import is_hooked
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.module import call_model
@@ -24,16 +25,12 @@ def layer_calls(module: nn.Module, layer: nn.Module, chunk: Chunk) -> tuple[list
     """What goes into a layer and comes out of it, for each time it is called, and the module's outputs."""
     calls: list[tuple[Tensor, Tensor]] = []
 
-    def note(_layer: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+    def note(_layer: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], result: Tensor) -> None:
         if args:
             calls.append((args[0], result))
 
-    handle = layer.register_forward_hook(note)
-    try:
-        with torch.no_grad():
-            outputs = call_model(module, chunk.inputs)
-    finally:
-        handle.remove()
+    with hooked([(layer, note)]), torch.no_grad():
+        outputs = call_model(module, chunk.inputs)
     return calls, outputs
 
 

@@ -6,19 +6,25 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import debug_unwrap, functional_call
+from torch.func import debug_unwrap
 
-from onestep._torch_private import BatchNorm, DropoutNd, TorchDispatchMode, compiled_calls, tree_leaves
+from onestep._restored import replaced
+from onestep._torch_private import (
+    BatchNorm,
+    DropoutNd,
+    TorchDispatchMode,
+    compiled_calls,
+    own_parameters,
+    tree_leaves,
+)
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.errors import NonFiniteError
-from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss, check_mean_over_rows
 from onestep.evaluation.parameters import ParameterVector, call_with, flatten
 
@@ -41,9 +47,9 @@ def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | N
         own, values = [module.get_parameter(name) for name in parameters], list(parameters.values())
         outputs = without_graph(lambda: call_with(lambda: module(*args, **kwargs), own, values))
     else:
-        module, parameters = _everywhere(module, parameters)
-        with uncompiled(module):
-            outputs = without_graph(lambda: functional_call(module, parameters, args, kwargs, tie_weights=False))
+        module = getattr(module, "_orig_mod", module)
+        with uncompiled(module), _swapped(module, parameters):
+            outputs = without_graph(lambda: module(*args, **kwargs))
     return outputs if isinstance(outputs, Tensor) else _tensor_of(outputs, own_loss="labels" in kwargs)
 
 
@@ -67,21 +73,12 @@ def _has_keras_layers(module: nn.Module) -> bool:
     return any(kind.__module__.partition(".")[0] == "keras" for kind in kinds)
 
 
-@contextmanager
-def uncompiled(module: nn.Module) -> Iterator[None]:
+def uncompiled(module: nn.Module) -> AbstractContextManager[None]:
     """Lets what torch.compile has compiled in a module run as written.
 
     Inside torch.func and under hooks it would be compiled anew, with a wall of warnings.
     """
-    calls = compiled_calls(module)
-    before = [own[name] for own, name, _ in calls]
-    for own, name, value in calls:
-        own[name] = value
-    try:
-        yield
-    finally:
-        for (own, name, _), value in zip(calls, before, strict=True):
-            own[name] = value
+    return replaced(compiled_calls(module))
 
 
 def without_graph(compute: Callable[[], Result]) -> Result:
@@ -97,67 +94,30 @@ def without_graph(compute: Callable[[], Result]) -> Result:
         return compute()
 
 
-def _everywhere(module: nn.Module, values: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The values by all names of their parameters, but one name for each place.
+def _swapped(module: nn.Module, values: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """The module's parameters have these values, by name, in every place that they are in.
 
-    ``functional_call`` finds tied weights itself; in a module that occurs twice it then swaps one place twice, and puts
-    the swapped tensor back.
+    What ``torch.func.functional_call`` does, but that parameters are put back whatever interrupts it, and that a module
+    which occurs twice in another is swapped once.
     """
+    if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)):
+        raise RuntimeError(
+            f"model is {type(module).__name__}, whose parameters cannot be exchanged; expected the module that it was "
+            "made of"
+        )
     of_parameter = {id(module.get_parameter(name)): value for name, value in values.items()}
-    module = getattr(module, "_orig_mod", module)
-    return module, {
-        f"{prefix}.{name}" if prefix else name: of_parameter[id(parameter)]
-        for prefix, part in module.named_modules()
-        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
+    return replaced(
+        (own, name, of_parameter[id(parameter)])
+        for own in map(own_parameters, module.modules())
+        for name, parameter in own.items()
         if id(parameter) in of_parameter
-    }
+    )
 
 
 def parameter_names(module: nn.Module, parameters: ParameterVector) -> list[str]:
     """The module's names of the parameters, in their order."""
     by_identity = {id(value): name for name, value in module.named_parameters()}
     return [by_identity[id(tensor)] for tensor in parameters.tensors]
-
-
-# How often eval_mode has been entered for a module and not left, and the mode that it had before.
-_held: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Everything in eval mode, and afterwards in the modes that it had; the last thread that leaves puts it back."""
-    modules = list(model.modules())
-    with exclusive():
-        for module in modules:
-            count, training = _held.get(module, (0, module.training))
-            _held[module] = count + 1, training
-        model.eval()
-    try:
-        yield
-    finally:
-        with exclusive():
-            for module in modules:
-                count, training = _held[module]
-                if count > 1:
-                    _held[module] = count - 1, training
-                else:
-                    del _held[module]
-                    module.training = training
-
-
-@contextmanager
-def own_modes(model: nn.Module) -> Iterator[None]:
-    """Inside ``eval_mode``: everything in the mode that it had before, for a step that drops and learns statistics."""
-    with exclusive():
-        modes = [(module, _held[module][1]) for module in model.modules() if module in _held]
-        for module, training in modes:
-            module.training = training
-    try:
-        yield
-    finally:
-        with exclusive():
-            for module, _ in modes:
-                module.training = False
 
 
 def warn_of_eval_mode(model: nn.Module, caller: str, stacklevel: int) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from onestep._restored import eval_mode
 from onestep.curvature.laplace_assembly import find_last_layer
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.layers import ends_model, layer_calls
-from onestep.evaluation.module import eval_mode
 from onestep.training import FitResult, fit
 
 WHEN = ("before", "after", "both")
@@ -52,14 +53,15 @@ def solve_head(
         layer = find_last_layer(module, Chunk(*first).on(device)).layer
         rows = [_rows(module, layer, Chunk(*batch).on(device)) for batch in batches()]
     X, y = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    trained = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+    trained = list(layer.parameters())
+    put_back = map(Tensor.requires_grad_, trained, [parameter.requires_grad for parameter in trained])
     try:
-        for parameter, _ in trained:
+        for parameter in trained:
             parameter.requires_grad_(True)
         return fit(layer, (X, y), loss, **{"progress": False, **options})
     finally:
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+        # One call into C, in which no interrupt comes.
+        deque(put_back, maxlen=0)
 
 
 def _rows(module: nn.Module, layer: nn.Linear, chunk: Chunk) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def quantize(
         report.quantized[layer.name] = quantized
         report.layers.append(sums.report(layer.name, weight, plain.dequantize(), solved, result))
 
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         solve_in_order(
             model, data, layers, solve, sequential=sequential, dtype=dtype, progress=progress, what="quantize"
         )
@@ -169,7 +169,7 @@ def prune(
         plain = _smallest_removed(weight, fraction, keep, of)
         report.layers.append(sums.report(layer.name, weight, plain, solved, result))
 
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         solve_in_order(model, data, layers, solve, sequential=sequential, dtype=dtype, progress=progress, what="prune")
     return report
 

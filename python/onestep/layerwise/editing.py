@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep._restored import hooked
 from onestep.layerwise.checks import check_number
 from onestep.layerwise.layers import call, check_on_cpu, evaluating, find_layers, mask_of
 from onestep.layerwise.order import Sums
@@ -117,12 +118,8 @@ def _keys(model: nn.Module, module: nn.Module, subjects: Any) -> Tensor:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else next(iter(kwargs.values())))
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with evaluating(model):
-            call(model, subjects)
-    finally:
-        handle.remove()
+    with hooked([(module, hook)], before=True), evaluating(model), torch.no_grad():
+        call(model, subjects)
     if len(seen) != 1:
         raise ValueError(f"the layer was called {len(seen)} times for the subjects; expected once")
     x = seen[0]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from onestep._restored import Entry
+
 # What transformers calls them.
 _NAMES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -29,7 +31,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 class ExpertCalls(TorchFunctionMode):
-    """Sees each product of rows with one expert's weight, there for a ``with`` block.
+    """Sees each product of rows with one expert's weight, there for a ``with`` block, inside one of ``forwards``.
 
     Modules of transformers multiply all experts at once, or one after the other by torch.nn.functional.linear; here
     they do the latter.
@@ -53,7 +55,6 @@ class ExpertCalls(TorchFunctionMode):
         self._names, self._modules, self._before, self._after = names, list(modules), before, after
         self._addresses = {part.data_ptr() for module in self._modules for part in _parts(module)}
         self._products = 0
-        self._own: list[tuple[nn.Module, Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for each of its functions."""
@@ -70,20 +71,9 @@ class ExpertCalls(TorchFunctionMode):
             self._after(name, out)
         return out
 
-    def __enter__(self) -> ExpertCalls:
-        for module in self._modules:
-            self._own.append((module, module.__dict__.get("forward")))
-            module.forward = self._one_by_one(module)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for module, forward in self._own:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+    def forwards(self) -> list[Entry]:
+        """What ``onestep._restored.replaced`` takes for the modules to multiply expert by expert."""
+        return [(vars(module), "forward", self._one_by_one(module)) for module in self._modules]
 
     def _one_by_one(self, module: nn.Module) -> Callable[..., Any]:
         # transformers' decorator, which chooses how experts are multiplied, keeps the plain loop as __wrapped__.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep._restored import eval_mode
 from onestep.layerwise.experts import refusal, stacks_of
 
 # What a layer pattern is: "*.mlp.*", or several, of which those that begin with "!" leave layers out.
@@ -202,18 +203,9 @@ def mask_of(batch: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards each module is in the mode that it was in."""
+def evaluating(*models: nn.Module) -> AbstractContextManager[None]:
+    """Eval mode; afterwards each module is in the mode that it was in."""
     for model in models:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; expected torch.nn.Module")
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return eval_mode(*models)

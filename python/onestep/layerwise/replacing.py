@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
+from onestep._restored import hooked
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import batches_of, call, count_of, evaluating, mask_of
@@ -82,23 +83,18 @@ def replace_blocks(
     check_dtype_of_sums(dtype)
     container, first, count = _run_of(model, blocks)
     seen = _Run(dtype)
-    handles = [
-        container[first].register_forward_pre_hook(seen.enter, with_kwargs=True),
-        container[first + count - 1].register_forward_hook(seen.leave),
-    ]
     batches = batches_of(data)
-    try:
-        with (
-            evaluating(model),
-            Progress(count_of(batches), enabled=progress, what="replace_blocks", unit="batch") as bar,
-        ):
-            for batch in batches:
-                seen.mask = mask_of(batch)
-                call(model, batch)
-                bar.update()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked([(container[first], seen.enter)], before=True),
+        hooked([(container[first + count - 1], seen.leave)]),
+        evaluating(model),
+        torch.no_grad(),
+        Progress(count_of(batches), enabled=progress, what="replace_blocks", unit="batch") as bar,
+    ):
+        for batch in batches:
+            seen.mask = mask_of(batch)
+            call(model, batch)
+            bar.update()
     if seen.equations is None or seen.equations.count == 0:
         raise ValueError(f"no row of data reached the block {blocks[0]!r}")
     d = seen.equations.d
@@ -172,7 +168,7 @@ class _Run:
         self.plain = self.plain and len(args) == 1 and not kwargs
         self._given.append(args[0] if args else next(iter(kwargs.values())))
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.in_tuple = isinstance(output, tuple)
         self.plain = self.plain and not self.in_tuple
         out, given = output[0] if self.in_tuple else output, self._given.pop()

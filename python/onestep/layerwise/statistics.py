@@ -6,7 +6,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
+from onestep._restored import hooks, replaced
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_path
 from onestep.layerwise.experts import ExpertCalls
@@ -128,12 +129,13 @@ class LayerStatistics:
         """
         seen = _Pass(self._dtype, mask_of(batch), set(self.names) if stop_early else None, self._storage)
         models = [self._model] if self._teacher is None else [self._teacher, self._model]
-        with evaluating(*models):
+        with evaluating(*models), torch.no_grad():
             if self._teacher is not None:
-                with _hooks(self._teachers, seen.take_target, after=True):
+                hooked, calls = _hooks(self._teachers, seen.take_target, after=True)
+                with hooked, calls:
                     call(self._teacher, batch)
-            before = _hooks(self._layers, seen.take_input, after=False)
-            with before, suppress(_Enough):
+            hooked, calls = _hooks(self._layers, seen.take_input, after=False)
+            with suppress(_Enough), hooked, calls:
                 call(self._model, batch)
         self._commit(seen)
         return self
@@ -254,7 +256,8 @@ class LayerStatistics:
         Nothing is added. Inputs are numbered; the same number is the same tensor.
         """
         seen = _Pass(self._dtype, None, None, self._storage, sums=False)
-        with evaluating(self._model), _hooks(self._layers, seen.take_input, after=False):
+        hooked, calls = _hooks(self._layers, seen.take_input, after=False)
+        with evaluating(self._model), torch.no_grad(), hooked, calls:
             call(self._model, batch)
         return seen.given
 
@@ -372,34 +375,23 @@ def _before(take: Callable[[str, Tensor], None], name: str) -> Callable[..., Non
 
 
 def _after(take: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         take(name, output)
 
     return hook
 
 
-class _hooks:
-    """Hooks on layers, there for a ``with`` block: ``take(name, input)``, or ``take(name, output)`` after the call."""
-
-    def __init__(self, layers: dict[str, Layer], take: Callable[[str, Tensor], None], *, after: bool) -> None:
-        self._layers, self._take, self._after = layers, take, after
-        self._open = ExitStack()
-
-    def __enter__(self) -> None:
-        stacked = [layer for layer in self._layers.values() if layer.stack is not None]
-        for name, layer in self._layers.items():
-            if layer.stack is None:
-                handle: Any = (
-                    layer.module.register_forward_hook(_after(self._take, name))
-                    if self._after
-                    else layer.module.register_forward_pre_hook(_before(self._take, name), with_kwargs=True)
-                )
-                self._open.callback(handle.remove)
-        if stacked:
-            names = {layer.weight.data_ptr(): layer.name for layer in stacked}
-            modules = {id(layer.module): layer.module for layer in stacked}.values()
-            take = {"after" if self._after else "before": self._take}
-            self._open.enter_context(ExpertCalls(names, modules, **take))
-
-    def __exit__(self, *unused: object) -> None:
-        self._open.close()
+def _hooks(
+    layers: dict[str, Layer], take: Callable[[str, Tensor], None], *, after: bool
+) -> tuple[AbstractContextManager[None], AbstractContextManager[Any]]:
+    """Hooks on layers, two contexts: ``take(name, input)``, or ``take(name, output)`` after the call."""
+    make = _after if after else _before
+    plain = [(layer.module, make(take, name)) for name, layer in layers.items() if layer.stack is None]
+    entries = hooks(plain, before=not after)
+    stacked = [layer for layer in layers.values() if layer.stack is not None]
+    if not stacked:
+        return replaced(entries), nullcontext()
+    names = {layer.weight.data_ptr(): layer.name for layer in stacked}
+    modules = {id(layer.module): layer.module for layer in stacked}.values()
+    calls = ExpertCalls(names, modules, **{"after" if after else "before": take})
+    return replaced(entries + calls.forwards()), calls

@@ -191,7 +191,8 @@ def register_not_differentiable(op: Op, use_instead: str) -> None:
     """Makes an op raise where a derivative of it is wanted, rather than return a silent zero."""
 
     def autograd_kernel(*args: Any) -> Any:
-        if records_derivatives(args) or carries_tangents(args):
+        # Asked of the tensors: that a level of forward mode is open may be another thread's doing.
+        if (torch.is_grad_enabled() and any_requires_grad(*args)) or carries_tangents(args):
             raise NotImplementedError(f"onestep::{op.name} has no derivative; {use_instead}")
         with below_autograd():
             return op.dispatched(*args)

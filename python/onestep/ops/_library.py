@@ -104,7 +104,7 @@ def define(
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if own_dims is None:
-            return _loop_over_batch(op, info.batch_size, in_dims, args)
+            return _loop_over_batch(op, fake, info.batch_size, in_dims, args)
         result = call_batched(op, args, in_dims, own_dims)
         return result, (0,) * len(result) if isinstance(result, tuple) else 0
 
@@ -154,18 +154,27 @@ def _raise_without_kernel(op: Op, device: str, *args: Any) -> None:
     raise NotImplementedError(f"onestep::{op.name} has no kernel for {device} tensors ({reason}): {remedy}")
 
 
-def _loop_over_batch(op: Op, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+def _loop_over_batch(
+    op: Op, fake: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
     """vmap of an op without batch dimensions, one call after the other."""
 
-    def element(index: int) -> Any:
-        return op.dispatched(
-            *(
-                arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
-                for arg, dim in zip(args, in_dims, strict=True)
-            )
-        )
+    def element(index: int | None) -> list[Any]:
+        """The arguments of one call; of a batch of none, tensors of the shapes that they would have."""
 
-    results = [element(index) for index in range(size)]
+        def part(arg: Tensor, dim: int) -> Tensor:
+            return arg.new_empty(arg.movedim(dim, 0).shape[1:]) if index is None else arg.select(dim, index)
+
+        return [
+            part(arg, dim) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+
+    if size == 0:
+        one = fake(*element(None))
+        none = tuple(result.new_empty((0, *result.shape)) for result in ((one,) if isinstance(one, Tensor) else one))
+        return (none[0], 0) if isinstance(one, Tensor) else (none, (0,) * len(none))
+    results = [op.dispatched(*element(index)) for index in range(size)]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))

@@ -8,13 +8,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import jacfwd, jacrev
+from torch.func import jacrev
 from torch.overrides import TorchFunctionMode
 
 import onestep.linalg as linalg
+from onestep._forward_mode import jacfwd
 from onestep.curvature import hvp
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.curvature.products import Route, gauss_newton_products, hessian_product
+from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.module import without_graph
 from onestep.evaluation.parameters import ParameterVector, call_with, flatten
 
@@ -184,7 +186,7 @@ class ClosureObjective(Objective):
 
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
         point, outputs, loss = self._functions(parameters)
-        with torch.no_grad(), differentiable_kernels():
+        with torch.no_grad(), exclusive(), differentiable_kernels():
             flat, shape = without_graph(lambda: outputs(point)), torch.Size()
             shape, flat = flat.shape, flat.detach().reshape(-1)
             J = self.route.take(lambda: _jacobian(outputs, point, len(flat)), lambda: _jacobian_by_rows(outputs, point))
@@ -197,7 +199,7 @@ class ClosureObjective(Objective):
 
 def _jacobian(outputs: Callable[[Tensor], Tensor], point: Tensor, m: int) -> Tensor:
     """J (m,p) by torch.func."""
-    J: Tensor = (jacrev if m < len(point) else jacfwd)(outputs)(point)
+    J: Tensor = jacrev(outputs)(point) if m < len(point) else jacfwd(outputs, point)
     return J.reshape(m, len(point))
 
 

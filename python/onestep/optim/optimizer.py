@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.optim.objective import ClosureObjective, Objective
@@ -235,7 +235,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         """Called with each step that is kept."""
 
     # torch types step() loosely; a closure is not optional here.
-    @one_thread_after_fork()
+    @undisturbed
     def step(self, closure: Callable[[], Any] | Objective | None = None) -> float:  # type: ignore[override]
         """Takes one damped step; the parameters stay as they are if none lowers the loss.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onestep._restored import eval_mode
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.evaluation.distributed import share
+from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import LOSSES
-from onestep.evaluation.module import eval_mode, parameter_names
+from onestep.evaluation.module import parameter_names
 from onestep.training.plan import FitPlan
 
 # More parameters' covariance would take minutes and half a gigabyte.
@@ -36,7 +38,7 @@ def covariance(plan: FitPlan) -> Tensor:
         raise NotImplementedError("covariance runs on one process; torch.distributed has several")
     R = torch.zeros(0, p, dtype=torch.float64, device=parameters.device)
     total = elements = 0.0
-    with torch.no_grad(), eval_mode(plan.model), differentiable_kernels():
+    with torch.no_grad(), eval_mode(plan.model), exclusive(), differentiable_kernels():
         objective = plan.objective(plan.source.all, plan.source.all, fixed=True)
         for chunk in plan.source.all():
             total += objective.chunk_loss(chunk).item()

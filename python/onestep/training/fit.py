@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
+from onestep._restored import eval_mode
 from onestep.evaluation.distributed import from_first, same_everywhere
 from onestep.evaluation.losses import as_loss
-from onestep.evaluation.module import eval_mode, noisy_layers, warn_of_layers
+from onestep.evaluation.module import noisy_layers, warn_of_layers
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.facts import Facts, Settings
 from onestep.training.fingerprint import described, differences, fingerprint
@@ -27,7 +28,7 @@ from onestep.training.result import FitResult, Record
 from onestep.training.structures.affine import NOT_AFFINE
 
 
-@one_thread_after_fork()
+@undisturbed
 def fit(
     model: nn.Module,
     data: Any,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import debug_unwrap
 
 import onestep.linalg as linalg
+from onestep._restored import hooked
 from onestep.evaluation.parameters import ParameterVector, flatten
 
 # A larger factor is kept as its diagonal: that of a vocabulary would take most of a step's time, and V² of memory.
@@ -60,15 +61,9 @@ class Factors:
         # Set once the forward pass is over: a model may run backward passes of its own in it.
         self.backward = False
 
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting(self) -> AbstractContextManager[None]:
         """Sums over what the layers are given, and what comes back to them, meanwhile."""
-        handles = [layer.register_forward_hook(self._collect, with_kwargs=True) for layer in self.layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked([(layer, self._collect) for layer in self.layers])
 
     def _collect(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if self.backward:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from onestep._interrupts import TorchState
 from onestep.evaluation.distributed import from_first, together
 from onestep.evaluation.progress import Progress
 from onestep.training import checkpoint as checkpoints
@@ -69,6 +70,7 @@ def run(
     started = time.perf_counter()
     begin = started - (result.history[-1].seconds if result.history else 0.0)
     recorded, start = len(result.history), plan.parameters.read()
+    state = TorchState()
     with Progress(most if limits else None, enabled=settings.progress, done=recorded) as bar:
         try:
             while not result.reason and len(result.history) < most:
@@ -88,7 +90,8 @@ def run(
             result.reason = result.reason or (
                 f"epochs={settings.epochs:g} reached" if settings.epochs is not None else f"max_steps={most} reached"
             )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            state.restore(stop)
             result.reason, result.converged, stuck = "interrupted", False, False
             if len(result.history) == recorded:
                 # A step that is not in the history was not taken.

@@ -17,6 +17,7 @@ from onestep.curvature.kernels import differentiable_kernels
 from onestep.curvature.products import Route, gauss_newton_products, hessian_product
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed, summed_by_piece
+from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss, drawn_slope
 from onestep.evaluation.module import autograd_gradient, call_model, parameter_names, summed_gradient, uncompiled
 from onestep.evaluation.parameters import ParameterVector
@@ -239,7 +240,7 @@ class DataObjective(Objective):
 
         def local() -> tuple[Tensor, list[float]]:
             count, size = 0.0, 0
-            with torch.no_grad(), differentiable_kernels():
+            with torch.no_grad(), exclusive(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     count += self._elements(chunk)
                     for rows in self.root_jacobian(parameters, chunk):
@@ -260,7 +261,7 @@ class DataObjective(Objective):
 
         def local() -> tuple[Tensor, list[float]]:
             total, count = torch.zeros(p, p, dtype=torch.float64, device=parameters.device), 0.0
-            with torch.no_grad(), differentiable_kernels():
+            with torch.no_grad(), exclusive(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     for rows in self.root_jacobian(parameters, chunk):
                         total += linalg.moments(rows, rows[:, :0]).gram

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from onestep._restored import own_modes
 from onestep.evaluation.data import IndexedSource
 from onestep.evaluation.distributed import from_first, same_everywhere, share, summed, together
 from onestep.evaluation.exclusive import exclusive
-from onestep.evaluation.module import explain, own_modes
+from onestep.evaluation.module import explain
 from onestep.optim import NonFiniteError, PolarGrad
 from onestep.training.facts import Facts, Settings
 from onestep.training.methods.base import Cut, Method, Run, Taken, Verdict

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vjp
+from torch.func import vjp
 
+from onestep._forward_mode import jvp
+from onestep._restored import hooked
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.evaluation.data import Chunk
+from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.layers import ends_model, is_plain, layer_calls, spread
 from onestep.evaluation.losses import IGNORED, Loss
 from onestep.evaluation.module import call_model
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 # With fewer classes torch's own cross-entropy is faster, and the scores are small.
 _LEAST_CLASSES = 1024
+# How long a product waits for another thread that is inside torch.func.jvp: there is no other way for it.
+_PATIENCE_SECONDS = 60.0
 
 
 class HeadOperands(NamedTuple):
@@ -89,16 +94,14 @@ class VocabularyObjective(DataObjective):
     def _operands(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> HeadOperands:
         """The model up to its head."""
 
-        def stop(layer: Any, args: tuple[Any, ...]) -> None:
+        def stop(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _ReachedError(HeadOperands(args[0], layer.weight, layer.bias))
 
-        handle = self.layer.register_forward_pre_hook(stop)
         try:
-            call_model(self.module, chunk.inputs, values)
+            with hooked([(self.layer, stop)], before=True):
+                call_model(self.module, chunk.inputs, values)
         except _ReachedError as reached:
             return reached.operands
-        finally:
-            handle.remove()
         raise ValueError("the model did not come to its last layer for some rows; pass a function as loss")
 
     def chunk_loss(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> Tensor:
@@ -117,12 +120,12 @@ class VocabularyObjective(DataObjective):
         def operands(vector: Tensor) -> tuple[Tensor, ...]:
             return tuple(operand for operand in self._operands(chunk, values(vector)) if operand is not None)
 
-        with differentiable_kernels():
+        with exclusive(), differentiable_kernels():
             (h, weight, *bias), pullback = vjp(operands, point)  # type: ignore[misc]
 
         def product(v: Tensor) -> Tensor:
-            with differentiable_kernels():
-                pushed: Any = jvp(operands, (point,), (v,))[1]
+            with exclusive(), differentiable_kernels():
+                pushed: Any = jvp(operands, (point,), (v,), patience=_PATIENCE_SECONDS)[1]
                 along = (*pushed, None)[:3]
                 parts = linear_cross_entropy_ggnvp(
                     h, weight, chunk.target, along, *bias, ignore_index=IGNORED, reduction="sum"

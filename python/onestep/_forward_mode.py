@@ -1,0 +1,166 @@
+"""torch.func.jvp beside other threads that use torch's forward mode, which knows nothing of threads.
+
+torch has one level of forward mode for the whole process. The outermost ``jvp``, whichever thread it is in, opens it;
+those that run meanwhile share it; where the first one ends, it is closed and the tangents of all are dropped. Results
+are wrong then, or there is an error. Our own threads take turns (``evaluation.exclusive``), but a user's ``jvp`` does
+not know of that (decision 0191). So:
+
+- We open the level ourselves, around our calls, and close it when nobody else uses it. While somebody does it stays
+  open, which lets them finish; a thread that waits for them closes it.
+- Where somebody else has opened it, we wait a little for them to end, and raise ``BusyError``: callers take reverse
+  mode twice.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from onestep._torch_private import (
+    TransformType,
+    enter_dual_level,
+    exit_dual_level,
+    forward_ad,
+    functorch_python,
+    interpreter_stack,
+)
+
+# How long to wait for others to leave forward mode: several products of a small model.
+_PATIENCE_SECONDS = 0.02
+# How often it is looked whether they have.
+_POLL_SECONDS = 0.001
+
+# Held by who uses the level for us.
+_region = threading.RLock()
+# Whether the level that is open is ours.
+_open = False
+_closer: threading.Thread | None = None
+
+
+class BusyError(RuntimeError):
+    """Another thread is inside torch's forward mode."""
+
+
+def jvp(
+    function: Callable[..., Any],
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+    *,
+    patience: float = _PATIENCE_SECONDS,
+) -> Any:
+    """``torch.func.jvp``, right beside another thread's.
+
+    Raises:
+        BusyError: another thread's has begun first and not ended for ``patience`` seconds.
+    """
+    return _alone(lambda: torch.func.jvp(function, primals, tangents), patience)
+
+
+def jacfwd(function: Callable[..., Any], point: Any) -> Any:
+    """``torch.func.jacfwd(function)(point)``, likewise."""
+    return _alone(lambda: torch.func.jacfwd(function)(point), _PATIENCE_SECONDS)
+
+
+def _alone(compute: Callable[[], Any], patience: float) -> Any:
+    if _own_levels() > 0:
+        return compute()  # inside another jvp of this thread, which has the level and outlives us
+    with _region:
+        deadline = time.monotonic() + patience
+        while not _enter():
+            if time.monotonic() > deadline:
+                raise BusyError("another thread is inside torch's forward mode (torch.func.jvp)")
+            time.sleep(_POLL_SECONDS)
+        try:
+            return compute()
+        finally:
+            _leave()
+
+
+def _own_levels() -> int:
+    """How many jvp this thread is in."""
+    return sum(level.key() == TransformType.Jvp for level in interpreter_stack() or ())
+
+
+def _enter() -> bool:
+    """Opens the level, or finds it as it was left open; False where it is somebody else's."""
+    global _open
+    if _open:
+        return True
+    # Threads change hands after calls alone: from the question to the call of the last line no other one runs.
+    if functorch_python.JVP_NESTING != 0 or forward_ad._current_level >= 0:
+        return False
+    functorch_python.JVP_NESTING = 1
+    forward_ad._current_level = 0
+    _open = True
+    enter_dual_level()
+    return True
+
+
+def _close() -> bool:
+    """Closes the level if nobody else uses it."""
+    global _open
+    if not _open:
+        return True
+    # As above.
+    if functorch_python.JVP_NESTING != 1:
+        return False
+    functorch_python.JVP_NESTING = 0
+    forward_ad._current_level = -1
+    _open = False
+    exit_dual_level(level=0)
+    return True
+
+
+def _leave() -> None:
+    global _closer
+    if not _close() and _closer is None:
+        _closer = threading.Thread(target=_close_later, name="onestep-forward-mode", daemon=True)
+        _closer.start()
+
+
+def _close_later() -> None:
+    global _closer
+    while True:
+        time.sleep(_POLL_SECONDS)
+        if _region.acquire(blocking=False):
+            try:
+                if _close():
+                    _closer = None
+                    return
+            finally:
+                _region.release()
+
+
+def settle(interrupt: BaseException) -> None:
+    """After an interrupt, which may have come while torch counted that a jvp begins or ends: counts again, if so.
+
+    Where there is no other thread it is always done: what others are in is not known.
+    """
+    if _own_levels():
+        return
+    functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(interrupt.__traceback__)}
+    alone = all(thread in (threading.current_thread(), _closer) for thread in threading.enumerate())
+    if alone or functions & {"enter_jvp_nesting", "exit_jvp_nesting", "jvp_increment_nesting"}:
+        functorch_python.JVP_NESTING = int(_open)
+        _close()
+
+
+def _renew() -> None:
+    """A forked child has only the thread that forked: others are in no jvp any more."""
+    global _region, _closer, _open
+    _region, _closer = threading.RLock(), None
+    own = _own_levels()
+    if own == 0 and functorch_python.JVP_NESTING > 0:
+        functorch_python.JVP_NESTING, _open = 0, False
+        if forward_ad._current_level >= 0:
+            forward_ad._current_level = -1
+            exit_dual_level(level=0)
+
+
+os.register_at_fork(after_in_child=_renew)

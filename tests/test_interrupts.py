@@ -1,0 +1,251 @@
+"""Ctrl-C at any point: the user's model, and what torch keeps for a thread, are as they were."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import onestep
+from onestep import _forward_mode, layerwise
+from onestep._restored import eval_mode, hooked, own_modes, replaced
+from onestep._torch_private import function_modes, functorch_python, transform_depth
+from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator, Laplace
+
+
+class Interrupt(KeyboardInterrupt):
+    pass
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.1), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    net[1].eval()
+    return net
+
+
+def state(net: nn.Module) -> list[Any]:
+    """What an interrupt must not change; parameters are the very same objects."""
+    own: list[Any] = [
+        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+        for module in net.modules()
+    ]
+    own += [id(parameter) for parameter in net.parameters()]
+    levels = (functorch_python.JVP_NESTING, torch.autograd.forward_ad._current_level, transform_depth())
+    return [*own, levels, function_modes(), torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()]
+
+
+def interrupted_at(work: Callable[[], Any], point: int) -> BaseException | None:
+    """Runs work, interrupted at its point-th event (a call, a line, a return of Python code); None: it has fewer."""
+    left = point
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            sys.settrace(None)
+            raise Interrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except Interrupt as stop:
+        return stop
+    finally:
+        sys.settrace(None)
+    return None
+
+
+def jobs() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[], Any]]]]:
+    x, y = torch.randn(12, 4), torch.randint(3, (12,))
+    for kind in (HessianOperator, GaussNewtonOperator, FisherOperator):
+
+        def product(net: nn.Module, kind: Any = kind) -> Callable[[], Any]:
+            op = kind(net, (x, y), "cross_entropy", progress=False)
+            v = torch.randn(op.shape[0], 2)
+            return lambda: op @ v
+
+        yield kind.__name__, product
+    yield (
+        "Laplace",
+        lambda net: lambda: Laplace(net, (x, y), "cross_entropy", structure="kronecker"),
+    )
+    yield "layerwise", lambda net: lambda: layerwise.LayerStatistics(net, "*").update(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "job"), list(jobs()), ids=[name for name, _ in jobs()])
+def test_an_interrupt_leaves_the_model_as_it_was(name: str, job: Callable[[nn.Module], Callable[[], Any]]) -> None:
+    """At points spread over the work; the traceback is kept, as an interactive session does."""
+    net = model()
+    work = job(net)
+    work()
+    before, kept, points = state(net), [], 0
+    total = 1
+    while interrupted_at(work, total) is not None:
+        total *= 2
+    for point in range(1, total, max(1, total // 36)):
+        stop = interrupted_at(work, point)
+        points += stop is not None
+        kept = [stop]
+        assert state(net) == before, (name, point)
+    assert points > 15 and kept is not None
+    work()
+
+
+def test_fit_keeps_what_was_reached() -> None:
+    """The model is a step of the fit, in its own modes, wherever the interrupt comes."""
+    x, y = torch.randn(40, 4), torch.randn(40, 3)
+
+    def fit(net: nn.Module) -> onestep.FitResult:
+        return onestep.fit(net, (x, y), method="gauss_newton", max_steps=3, tol=0.0, progress=False)
+
+    start = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    whole = copy.deepcopy(start)
+    fit(whole)
+    total = 1
+    while interrupted_at(lambda: fit(copy.deepcopy(start)), total) is not None and total < 2**17:
+        total *= 2
+    reached = 0
+    for point in range(500, total, total // 16):
+        net = copy.deepcopy(start)
+        before, first = state(net), [p.detach().clone() for p in net.parameters()]
+        result: list[Any] = []
+        interrupted_at(lambda net=net, result=result: result.append(fit(net)), point)
+        assert state(net) == before
+        if not (result and result[0].history):
+            assert all(map(torch.equal, net.parameters(), first))
+        reached += bool(result)
+    assert reached > 0
+
+
+def test_changes_are_put_back_in_any_order() -> None:
+    """Two threads' contexts may end in the order in which they began."""
+    net = model()
+    before = state(net)
+    one, two = eval_mode(net), eval_mode(net)
+    one.__enter__()
+    two.__enter__()
+    with own_modes(net):
+        assert [m.training for m in net.modules()] == [True, True, False, True, True, True]
+    assert not any(m.training for m in net.modules())
+    one.__exit__(None, None, None)
+    assert not any(m.training for m in net.modules())
+    two.__exit__(None, None, None)
+    assert state(net) == before
+    calls: list[str] = []
+    first = hooked([(net[0], lambda *args: calls.append("after"))])
+    second = hooked([(net[0], lambda layer, args, kwargs: calls.append("before"))], before=True)
+    first.__enter__()
+    second.__enter__()
+    net[0](torch.zeros(1, 4))
+    first.__exit__(None, None, None)
+    net[0](torch.zeros(1, 4))
+    second.__exit__(None, None, None)
+    assert calls == ["before", "after", "before"] and state(net) == before
+    table = {"a": 1}
+    with pytest.raises(TypeError), replaced([(table, "a", 2), (table, "b", 3), ([], "no index", 4)]):
+        pass
+    assert table == {"a": 1}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_signals_in_products() -> None:
+    """A real signal comes between any two bytecodes, which no trace function does."""
+    net = model()
+    x, y = torch.randn(12, 4), torch.randint(3, (12,))
+    op = HessianOperator(net, (x, y), "cross_entropy", progress=False)
+    v = torch.randn(op.shape[0])
+    expected, before = op @ v, state(net)
+    begin = time.perf_counter()
+    for _ in range(3):
+        op @ v
+    seconds = (time.perf_counter() - begin) / 3
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    stops: list[BaseException] = []
+    try:
+        for k in range(40):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, seconds * (k + 0.5) / 40)
+                op @ v
+            except Interrupt as stop:
+                stops.append(stop)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert state(net) == before
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert stops
+    torch.testing.assert_close(op @ v, expected)
+
+
+def test_a_users_own_forward_mode_in_another_thread() -> None:
+    """Products and the user's jvp are right side by side, and the level is closed in the end."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(12, 4), torch.randint(3, (12,))
+    operators = [kind(net, (x, y), "cross_entropy", progress=False) for kind in (HessianOperator, GaussNewtonOperator)]
+    v = torch.randn(operators[0].shape[0])
+    expected = [op @ v for op in operators]
+    z, t = torch.randn(500), torch.randn(500)
+
+    def function(z: Tensor) -> Tensor:
+        return (z.sin() ** 2).sum()
+
+    right = torch.func.jvp(function, (z,), (t,))[1]
+    end, wrong, count = threading.Event(), [], 0
+
+    def user() -> None:
+        nonlocal count
+        while not end.is_set():
+            try:
+                torch.testing.assert_close(torch.func.jvp(function, (z,), (t,))[1], right)
+                count += 1
+            except Exception as error:
+                wrong.append(error)
+
+    other = threading.Thread(target=user)
+    other.start()
+    try:
+        for _ in range(12):
+            for op, product in zip(operators, expected, strict=True):
+                torch.testing.assert_close(op @ v, product)
+    finally:
+        end.set()
+        other.join()
+    assert not wrong and count > 0
+    deadline = time.monotonic() + 5
+    while _forward_mode._open and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (functorch_python.JVP_NESTING, torch.autograd.forward_ad._current_level) == (0, -1)
+    # One that has begun first and does not end: reverse mode twice, for this product alone.
+    inside, release = threading.Event(), threading.Event()
+
+    def long(z: Tensor) -> Tensor:
+        inside.set()
+        release.wait(10)
+        return function(z)
+
+    found: list[Tensor] = []
+    other = threading.Thread(target=lambda: found.append(torch.func.jvp(long, (z,), (t,))[1]))
+    other.start()
+    inside.wait(10)
+    for op, product in zip(operators, expected, strict=True):
+        torch.testing.assert_close(op @ v, product)
+        assert not op._passes.route.reverse_twice
+    release.set()
+    other.join()
+    torch.testing.assert_close(found[0], right)
+    assert all(map(torch.equal, [op @ v for op in operators], expected))
