@@ -2,6 +2,7 @@
 
 import ast
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def stub_arguments():
 
 def module_arguments():
     """The same, from the signatures that pybind11 writes into docstrings."""
-    functions = {name: value for name, value in vars(_native).items() if not name.startswith("_")}
+    functions = {name: value for name, value in vars(_native).items() if isinstance(value, types.BuiltinFunctionType)}
     signatures = {name: function.__doc__.partition("->")[0] for name, function in functions.items()}
     return {name: re.findall(r"[(,] ?(\w+): ", signature) for name, signature in signatures.items()}
 

@@ -236,7 +236,8 @@ void release_other_threads() {
 
 template <class Change>
 void define(py::module_& module, const char* name) {
-    py::class_<Change>(module, name)
+    // The metaclass of Python's own classes, which stubs know.
+    py::class_<Change>(module, name, py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))
         .def(py::init<const py::list&>())
         .def("__enter__", &Change::enter)
         .def("__exit__", &Change::exit);
