@@ -41,6 +41,9 @@ class Route:
                 first = error
                 if interrupt_behind(error) is not None:
                     raise
+                if "KeyboardInterrupt" in str(error):
+                    # Torch runs some decompositions as compiled code, which makes an error of what Python raises in it.
+                    raise KeyboardInterrupt from error
                 _refuse_reentrant_checkpoints(error)
             try:
                 result = by_reverse_mode()

@@ -47,9 +47,10 @@ def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | N
         own, values = [module.get_parameter(name) for name in parameters], list(parameters.values())
         outputs = without_graph(lambda: call_with(lambda: module(*args, **kwargs), own, values))
     else:
-        module = getattr(module, "_orig_mod", module)
-        with uncompiled(module), _swapped(module, parameters):
-            outputs = without_graph(lambda: module(*args, **kwargs))
+        # The names are those of the compiled module.
+        plain = getattr(module, "_orig_mod", module)
+        with uncompiled(plain), _swapped(module, parameters):
+            outputs = without_graph(lambda: plain(*args, **kwargs))
     return outputs if isinstance(outputs, Tensor) else _tensor_of(outputs, own_loss="labels" in kwargs)
 
 

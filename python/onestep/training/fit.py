@@ -205,7 +205,7 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
             # The method begins passes of its own.
             facts.first_pass.close()
         if not plan.method.keeps_modes:
-            warn_of_layers(noisy, "fit", 3)
+            warn_of_layers(noisy, "fit", 4)
             noisy = ""
         if result is not None:
             plan = replace(plan, why=f"{result.method} could not move after step {len(result.history)}; {plan.why}")
