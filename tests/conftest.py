@@ -16,7 +16,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 # A product of two parametrisations with more cases is thinned, too.
-MOST_OF_TWO = 24
+MOST_OF_TWO = 16
 
 
 def choices(item: pytest.Item) -> tuple[tuple[int, str], ...]:

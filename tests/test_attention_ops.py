@@ -65,10 +65,10 @@ def test_vmap_of_nothing(name):
     )
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "name"), [(0, 2, "query"), (2, 0, "key"), (0, 0, "query")])
-def test_no_heads(heads, kv_heads, name):
-    q, k = torch.zeros(1, heads, 3, 4), torch.zeros(1, kv_heads, 3, 4)
-    with pytest.raises(ValueError, match=rf"{name} has shape \(1, 0, 3, 4\); expected one head at least"):
+@pytest.mark.parametrize("heads", [2, 0])
+def test_no_heads(heads):
+    q, k = torch.zeros(1, heads, 3, 4), torch.zeros(1, 0, 3, 4)
+    with pytest.raises(ValueError, match=r"key has shape \(1, 0, 3, 4\); expected one head at least"):
         ops.attention(q, k, k, None, 1.0, False)
     with pytest.raises(ValueError, match="head"):
         scaled_dot_product_attention(q, k, k, enable_gqa=True)

@@ -305,6 +305,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.long
 def test_a_bar_is_shown_on_a_terminal_only(csv):
     pytest.importorskip("tqdm")
     reader, writer = pty.openpty()

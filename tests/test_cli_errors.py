@@ -143,6 +143,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_without_the_extras_info_works_and_fit_names_them():
     done = Child(WITHOUT_EXTRAS, "fit", HOUSES, "--target", "price").finish()
     assert done.returncode == 2 and done.output.startswith("version")

@@ -116,6 +116,7 @@ def test_dynamic_rows_and_features():
         torch.testing.assert_close(run(compiled, inputs), run(solve_normal, inputs))
 
 
+@pytest.mark.long
 def test_float_ridge_may_change():
     compiled = torch.compile(solve_normal, fullgraph=True, backend="aot_eager")
     X, Y, *_ = rows(3)

@@ -119,6 +119,7 @@ torch.save(results, {out!r} + f"{{rank}}of{{size}}")
 """
 
 
+@pytest.mark.long
 def test_processes_do_not_change_a_bit_of_matrix_free_fits(tmp_path: Path) -> None:
     """Conjugate gradients that end early would magnify the least difference."""
     script = ALIKE.format(tests=str(Path(__file__).parent), store=str(tmp_path / "store"), out=str(tmp_path / "out"))

@@ -125,6 +125,7 @@ def test_layers_that_stop_sharing_keep_what_they_shared():
     torch.testing.assert_close(statistics["b"].gram, x.mT @ x + (x + 1).mT @ (x + 1))
 
 
+@pytest.mark.long
 def test_a_killed_collection_resumes_with_the_same_bits(tmp_path):
     layers, batches = 1000, 5
     model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(layers)))

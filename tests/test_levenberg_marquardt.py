@@ -77,7 +77,12 @@ FAR = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES if "ONESTEP_ALL_PROBLEMS" in os.environ else FAR)
+@pytest.mark.parametrize(
+    "name",
+    NAMES
+    if "ONESTEP_ALL_PROBLEMS" in os.environ
+    else [pytest.param(name, marks=pytest.mark.long if name == "chebyquad-8" else ()) for name in FAR],
+)
 def test_ten_times_the_start_is_never_silently_wrong(name: str) -> None:
     problem = PROBLEMS[NAMES.index(name)]
     result, reached = fitted(problem, 10.0, 250)

@@ -77,7 +77,7 @@ def test_class_weights_and_ignored_classes(loss: Any) -> None:
     ("loss", "method"),
     [
         (WEIGHTED[2], "levenberg_marquardt"),
-        (WEIGHTED[2], "gauss_newton"),
+        pytest.param(WEIGHTED[2], "gauss_newton", marks=pytest.mark.long),
         (WEIGHTED[2], "newton_cg"),
         (WEIGHTED[3], "levenberg_marquardt"),
     ],

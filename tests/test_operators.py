@@ -201,7 +201,9 @@ def test_the_gradient_belongs_to_the_same_loss() -> None:
 # --------------------------------------------------------------------------------------------------------------- Fisher
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", [pytest.param(loss, marks=() if loss == "mse" else pytest.mark.long) for loss in LOSSES]
+)
 def test_draws_from_the_model_average_to_the_fisher_matrix(loss: str) -> None:
     setting = Setting("mlp", loss)
     F_true = setting.dense(FisherOperator)

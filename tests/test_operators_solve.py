@@ -15,7 +15,7 @@ from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperat
 # ---------------------------------------------------------------------------------------------------------------- solve
 
 
-@pytest.mark.parametrize("preconditioner", [None, "diagonal", "function"])
+@pytest.mark.parametrize("preconditioner", [None, pytest.param("diagonal", marks=pytest.mark.long), "function"])
 def test_solve_is_the_dense_solve(preconditioner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
     setting = Setting("encoder")

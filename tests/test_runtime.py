@@ -150,6 +150,7 @@ def test_info_is_a_copy():
 # -------------------------------------------------------------------------------------------------------------- targets
 
 
+@pytest.mark.long
 def test_command_line_info_under_a_target_that_is_not_the_default():
     facts = onestep.info()
     targets = facts["cpu_targets_supported"]

@@ -161,7 +161,10 @@ print(max(0, status("VmHWM") - before) if kind != "memmap" else 0)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("kind", ["float16", "bfloat16", "memmap"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("float16", marks=pytest.mark.long), "bfloat16", pytest.param("memmap", marks=pytest.mark.long)],
+)
 def test_x_is_not_copied(kind, tmp_path):
     if kind == "memmap":
         X = np.memmap(tmp_path / "X", np.float32, "w+", shape=(300_000, 128))

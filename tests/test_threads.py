@@ -144,7 +144,7 @@ def test_threads_may_build_operators_of_a_shared_model() -> None:
 METHODS = ["levenberg_marquardt", "gauss_newton", "newton_cg", "gradient_descent"]
 
 
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("loss", ["mse", pytest.param("cross_entropy", marks=pytest.mark.long)])
 def test_fits_in_threads(loss: str) -> None:
     """Each thread fits models of its own by another method: the losses and parameters of a fit without company."""
     before, random = settings(), torch.get_rng_state()

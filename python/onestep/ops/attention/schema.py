@@ -99,9 +99,8 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, mask: Optional, *others: Opt
         check_size("value", v, -3, kv_heads, f"(..., {kv_heads}, keys, features): as many heads as key")
     if d == 0:
         raise ValueError(f"query has shape {tuple(q.shape)}; expected one feature at least")
-    for name, tensor in (("query", q), ("key", k)):
-        if tensor.shape[-3] == 0:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected one head at least")
+    if kv_heads == 0:
+        raise ValueError(f"key has shape {tuple(k.shape)}; expected one head at least")
     if heads % kv_heads != 0:
         raise ValueError(
             f"query has shape {tuple(q.shape)} and key {tuple(k.shape)}; "
