@@ -183,10 +183,16 @@ import os, signal, sys
 def interrupt(event, arguments):
     if event == "import" and arguments[0] == "torch":
         os.kill(os.getpid(), signal.SIGINT)
-sys.addaudithook(interrupt)
+# What a shell starts in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if "info" not in sys.argv:
+    sys.addaudithook(interrupt)
 sys.argv[0] = sys.argv.pop(1)
 sys.orig_argv = [sys.executable, "-m", "onestep"]
 import onestep
+from onestep.cli import main
+main(sys.argv[1:])
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
 
 
@@ -199,6 +205,8 @@ def test_an_interrupt_while_the_program_starts_shows_no_traceback(name):
     if name == "-m":
         done = subprocess.run([*words, "train.py"], capture_output=True, timeout=120)
         assert b"KeyboardInterrupt" in done.stderr and done.returncode not in (0, 130)
+        done = subprocess.run([*words, name, "info"], capture_output=True, timeout=120)
+        assert done.stdout.endswith(b"True\n"), "main is told of an interrupt once it runs"
 
 
 def test_an_ascii_terminal_can_show_the_report(monkeypatch):

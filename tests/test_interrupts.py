@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import onestep
 from onestep import _forward_mode, layerwise
+from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode, hooked, own_modes, replaced
 from onestep._torch_private import function_modes, functorch_python, transform_depth
 from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator, Laplace
@@ -126,6 +128,56 @@ def test_fit_keeps_what_was_reached() -> None:
             assert all(map(torch.equal, net.parameters(), first))
         reached += bool(result)
     assert reached > 0
+
+
+def test_what_torch_keeps_for_a_thread_is_put_back() -> None:
+    """As where an interrupt comes at the first instruction of an __exit__: nothing else ends these contexts."""
+    before = state(model())
+
+    class Mode(TorchFunctionMode):
+        pass
+
+    @undisturbed
+    def work() -> None:
+        torch._C._set_grad_enabled(False)
+        torch._C._set_fwd_grad_enabled(False)
+        Mode().__enter__()
+        torch._C._functorch._grad_increment_nesting()
+        raise Interrupt
+
+    @undisturbed
+    def hidden() -> None:
+        try:
+            raise Interrupt
+        finally:
+            raise RuntimeError("torch.func found another level than its own")
+
+    for function in (work, hidden):
+        with pytest.raises(Interrupt):
+            function()
+        assert state(model()) == before
+
+
+def test_an_interrupt_that_torch_made_an_error_of_is_one_again() -> None:
+    """Its decompositions run as compiled code, which hands on the text alone. The operator's route stays."""
+
+    class Net(nn.Linear):
+        stop = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.stop:
+                raise RuntimeError("The following operation failed in the TorchScript interpreter. KeyboardInterrupt: ")
+            return super().forward(x)
+
+    net = Net(4, 3)
+    op = HessianOperator(net, (torch.randn(12, 4), torch.randint(3, (12,))), "cross_entropy", progress=False)
+    v = torch.randn(op.shape[0])
+    expected = op @ v
+    net.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        op @ v
+    net.stop = False
+    assert torch.equal(op @ v, expected) and not op._passes.route.reverse_twice
 
 
 def test_changes_are_put_back_in_any_order() -> None:
