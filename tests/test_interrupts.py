@@ -132,7 +132,8 @@ def test_fit_keeps_what_was_reached() -> None:
 
 def test_what_torch_keeps_for_a_thread_is_put_back() -> None:
     """As where an interrupt comes at the first instruction of an __exit__: nothing else ends these contexts."""
-    before = state(model())
+    net = model()
+    before = state(net)
 
     class Mode(TorchFunctionMode):
         pass
@@ -155,7 +156,7 @@ def test_what_torch_keeps_for_a_thread_is_put_back() -> None:
     for function in (work, hidden):
         with pytest.raises(Interrupt):
             function()
-        assert state(model()) == before
+        assert state(net) == before
 
 
 def test_an_interrupt_that_torch_made_an_error_of_is_one_again() -> None:
