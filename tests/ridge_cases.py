@@ -10,6 +10,22 @@ def problem(rng, n, d, k=None, dtype=np.float64):
     return X.astype(dtype), y.astype(dtype)
 
 
+def rank_deficient(rng, rows, case):
+    """X (rows, 6) of rank 5 or 4, or as it is drawn where `case` names no dependence; and y (rows, 2)."""
+    X, y = problem(rng, rows, 6, 2)
+    # Few bits, so that sums of columns are exact in fp32 too.
+    X = np.round(X * 64) / 64
+    if case == "duplicate":
+        X[:, 5] = X[:, 0]
+    elif case == "sum":
+        X[:, 5] = X[:, 0] - X[:, 1]
+    elif case == "constant":
+        X[:, 5] = X[:, 4] = 0.1
+    elif case == "zero":
+        X[:, 2] = 0.0
+    return X, y
+
+
 def tolerance(dtype):
     return 2e-5 if dtype == np.float32 else 1e-9
 

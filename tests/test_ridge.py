@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from ridge_cases import minimum_norm, problem, tolerance
+from ridge_cases import minimum_norm, problem, rank_deficient, tolerance
 from scipy import sparse
 from scipy.linalg import LinAlgWarning
 from sklearn import linear_model
@@ -198,17 +198,7 @@ def test_weight_is_repetition(rng, fit_intercept, shape):
 @pytest.mark.parametrize("fit_intercept", [False, True])
 @pytest.mark.parametrize("case", ["duplicate", "constant", "sum", "wide", "zero"])
 def test_without_ridge_rank_deficient_is_minimum_norm(rng, case, fit_intercept, weighted, dtype):
-    X, y = problem(rng, 4 if case == "wide" else 50, 6, 2)
-    # Few bits, so that sums of columns are exact in fp32 too.
-    X = np.round(X * 64) / 64
-    if case == "duplicate":
-        X[:, 5] = X[:, 0]
-    elif case == "sum":
-        X[:, 5] = X[:, 0] - X[:, 1]
-    elif case == "constant":
-        X[:, 5] = X[:, 4] = 0.1
-    elif case == "zero":
-        X[:, 2] = 0.0
+    X, y = rank_deficient(rng, 4 if case == "wide" else 50, case)
     X, y = X.astype(dtype), y.astype(dtype)
     weight = rng.uniform(0.5, 2.0, size=len(X)).astype(dtype) if weighted else None
     with pytest.warns(LinAlgWarning, match=r"rank \d of 6 features.*minimum norm"):

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from ridge_cases import minimum_norm, problem, tolerance
+from ridge_cases import minimum_norm, problem, rank_deficient, tolerance
 from scipy.linalg import LinAlgWarning
 from sklearn import linear_model
 from sklearn.base import clone
@@ -80,17 +80,7 @@ def test_partial_fit_without_ridge_is_of_minimum_norm_until_there_are_rows_enoug
 @pytest.mark.parametrize("fit_intercept", [False, True])
 @pytest.mark.parametrize("case", ["duplicate", "constant", "sum", "zero"])
 def test_partial_fit_without_ridge_rank_deficient_is_minimum_norm(rng, case, fit_intercept, dtype):
-    X, y = problem(rng, 500, 6, 2)
-    # Few bits, so that sums of columns are exact in fp32 too.
-    X = np.round(X * 64) / 64
-    if case == "duplicate":
-        X[:, 5] = X[:, 0]
-    elif case == "sum":
-        X[:, 5] = X[:, 0] - X[:, 1]
-    elif case == "constant":
-        X[:, 5] = X[:, 4] = 0.1
-    elif case == "zero":
-        X[:, 2] = 0.0
+    X, y = rank_deficient(rng, 500, case)
     X, y = X.astype(dtype), y.astype(dtype)
     weight = rng.uniform(0.5, 2.0, size=len(X)).astype(dtype)
     with pytest.warns(LinAlgWarning, match=r"rank \d of 6 features.*minimum norm"):

@@ -15,7 +15,8 @@ namespace py = pybind11;
 namespace onestep {
 namespace {
 
-// With a GIL nothing else runs during a method, since none runs Python code of its own.
+// Without a GIL two threads may be in these methods at once. With one they take turns by themselves: no method runs
+// Python code, but where a class makes a property of `training` (set_mode).
 class Lock {
  public:
 #ifdef Py_GIL_DISABLED

@@ -38,12 +38,13 @@ class CurvatureOperator(ABC):
     values that they have when a product is taken. A product is one pass over the data, whatever the number of vectors;
     nothing is kept between batches.
 
-    The model is evaluated in eval mode (dropout off, batch norm with its running statistics) and put back afterwards,
-    also by Ctrl-C: otherwise the matrix would be another one for each pass, or couple the rows of a batch. Threads may
-    share a model and take turns; beside another thread's own ``torch.func.jvp`` a product may be reverse mode twice,
-    with other last bits. Rows always come in the same
-    order, that of a shuffling DataLoader being drawn from ``seed``; results are the same bits each time, as far as
-    torch's kernels are deterministic.
+    The model is evaluated in eval mode (dropout off, batch norm with its running statistics): otherwise the matrix
+    would be another one for each pass, or couple the rows of a batch. Afterwards, and also after Ctrl-C, all modules
+    are in the modes that they had. Rows always come in the same order, that of a shuffling DataLoader being drawn from
+    ``seed``; results are the same bits each time, as far as torch's kernels are deterministic.
+
+    Threads may share a model, and take turns. While another thread is inside a ``torch.func.jvp`` of its own, a product
+    may be taken by reverse mode twice, with other last bits.
 
     Under torch.distributed every process calls the same methods with the same arguments and computes its share of each
     batch (a DistributedSampler's batches as they are); all get the sum.

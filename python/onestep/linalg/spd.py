@@ -88,6 +88,7 @@ def factor_with_shift(A: Tensor, shift: float) -> tuple[Tensor, bool]:
     For preconditioners and starts, whose solutions need not be those of A itself. All matrices of a batch get the same
     s. Waits for a GPU.
     """
+    shift = max(shift, torch.finfo(A.dtype).tiny)
     for _ in range(_TRIES):
         shifted = A.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(shift)

@@ -124,7 +124,7 @@ class HeadObjective(DataObjective):
         least = rounding * blocks.diagonal(dim1=-2, dim2=-1).mean().item()
 
         def solver(damping: float) -> Callable[[Tensor], Tensor]:
-            L, factored = factor_with_shift(blocks, max(damping + least, torch.finfo(blocks.dtype).tiny))
+            L, factored = factor_with_shift(blocks, damping + least)
             if not factored:
                 return torch.Tensor.clone
 
