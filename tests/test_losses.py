@@ -127,6 +127,50 @@ def test_other_losses_that_are_no_mean_over_rows_are_refused(name: str) -> None:
             make()
 
 
+def ignored_later() -> tuple[Tensor, Tensor]:
+    """Labels of the later rows are ignored; the first chunk has none."""
+    X, y = data()
+    y[ROWS // 2 :: 3] = -100
+    return X, y
+
+
+def by_class() -> tuple[Tensor, Tensor]:
+    """Each chunk has one class alone."""
+    X, y = data()
+    return X, y.sort().values
+
+
+LATE: dict[str, tuple[Callable[[Tensor, Any], Tensor], tuple[Tensor, Tensor], int | None]] = {
+    "a chunk without labels that count": (
+        lambda z, y: F.cross_entropy(z, y),
+        (data()[0], torch.where(torch.arange(ROWS) < 20, data()[1], -100)),
+        10,
+    ),
+    "ignored in later batches": (lambda z, y: F.cross_entropy(z, y), ignored_later(), None),
+    "class weights": (balanced, data(), 10),
+    "class weights, one class a chunk": (balanced, by_class(), 1),
+    "a sum": (COUPLED["a sum"], data(), 10),
+}
+
+
+@pytest.mark.parametrize("method", ["newton_cg", "levenberg_marquardt", "polar"])
+@pytest.mark.parametrize("name", LATE)
+def test_losses_that_are_no_mean_over_later_chunks_are_refused(name: str, method: str) -> None:
+    """The model gives the same for all rows, which has one mean under all weights."""
+    loss, (X, y), chunk_size = LATE[name]
+    net = model()
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    rows: Any = (X, y) if chunk_size else DataLoader(TensorDataset(X, y), batch_size=10)
+    with pytest.raises(ValueError, match="expected a mean over rows"):
+        onestep.fit(net, rows, loss, method=method, batch_size=ROWS, chunk_size=chunk_size or 10, progress=False)
+    if method == "newton_cg":
+        with pytest.raises(ValueError, match="expected a mean over rows"):
+            onestep.fit(net, rows, loss, method=method, chunk_size=chunk_size or 10, progress=False)
+        with pytest.raises(ValueError, match="expected a mean over rows"):
+            HessianOperator(net, rows, loss, chunk_size=chunk_size or 10, progress=False)
+
+
 def test_means_over_rows_are_not_refused() -> None:
     X, y = data()
     for scale in (1e-12, 1.0, 1e12):

@@ -20,10 +20,11 @@ from onestep.evaluation.data import Chunk, as_source
 from onestep.evaluation.distributed import share, summed, together
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.exclusive import exclusive
-from onestep.evaluation.losses import Loss, check_mean_over_rows
+from onestep.evaluation.losses import Loss
 from onestep.evaluation.module import (
     autograd_gradient,
     call_model,
+    check_first_rows,
     chunk_rows,
     explain,
     parameter_names,
@@ -31,6 +32,7 @@ from onestep.evaluation.module import (
 )
 from onestep.evaluation.parameters import ParameterVector
 from onestep.evaluation.progress import Progress
+from onestep.evaluation.row_means import RowMeans
 
 Named: TypeAlias = dict[str, Tensor]
 ProductOf: TypeAlias = Callable[[Chunk, int, Named], Callable[[Named], Named]]
@@ -90,23 +92,25 @@ class Passes:
         if first is None:
             raise ValueError("data gives this process no rows; expected at least one for each process")
         with eval_mode(self.model), exclusive():
-            return chunk_rows(self.model, self.loss, first)
+            rows = chunk_rows(self.model, self.loss, first)
+            check_first_rows(self.model, self.loss, first.rows(slice(0, rows)))
+            return rows
 
-    def _checked_loss(self, chunk: Chunk) -> float:
+    def _checked_loss(self, chunk: Chunk, row_means: RowMeans) -> float:
         """The loss summed over a chunk, once it is known to be a mean over rows."""
         with exclusive():
             outputs = call_model(self.model, chunk.inputs).detach()
-            check_mean_over_rows(self.loss, outputs, chunk.target)
+            row_means.add(outputs, chunk.target)
             return self.loss.sum(outputs, chunk.target).item()
 
     def check_deterministic(self) -> None:
         """Raises where two passes over the data differ."""
 
         def losses() -> list[float]:
-            found = []
+            found, row_means = [], RowMeans(self.loss)
             with torch.no_grad(), eval_mode(self.model):
                 for number, chunk in enumerate(self.chunks()):
-                    loss = self._checked_loss(chunk)
+                    loss = self._checked_loss(chunk, row_means)
                     if not math.isfinite(loss):
                         raise NonFiniteError(explain(chunk, number, f"the loss is {loss}"))
                     found.append(loss)

@@ -12,12 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onestep._torch_private import tree_leaves, tree_map_only
+from onestep._torch_private import tree_leaves
 
 IGNORED = -100
-
-# Values of a loss over all rows and over parts of them agree to this many ε.
-_SAME_ROUNDINGS = 1000
 
 
 class CrossEntropy(NamedTuple):
@@ -259,18 +256,12 @@ def as_loss(loss: str | Callable[[Tensor, Any], Tensor], *, of_model: bool = Fal
             raise TypeError(f"the loss function returned {got}; expected a scalar, the mean over the rows")
         if mean.is_complex():
             raise TypeError(f"the loss function returned {mean.dtype}; expected a real number")
-        return mean.reshape(()) * _rows(outputs, target)
+        return mean.reshape(()) * rows_of(outputs, target)
 
     return Loss("function", total, lambda target, rows: rows)
 
 
-def _of_rows(loss: Loss, outputs: Tensor, target: Any, part: slice, each: int) -> float:
-    """The loss of some rows, each of which has so many outputs."""
-    own = outputs[part.start * each : part.stop * each]
-    return loss.sum(own, tree_map_only(Tensor, lambda t: t[part], target)).item()
-
-
-def _rows(outputs: Tensor, target: Any) -> int:
+def rows_of(outputs: Tensor, target: Any) -> int:
     """Rows of the data: those of the target, since a model may put a row's outputs, one for each token, in many."""
     first = next((leaf for leaf in tree_leaves(target) if isinstance(leaf, Tensor) and leaf.dim() > 0), outputs)
     return len(first)
@@ -278,36 +269,3 @@ def _rows(outputs: Tensor, target: Any) -> int:
 
 def _name(kind: Any) -> str:
     return str(getattr(kind, "__name__", type(kind).__name__))
-
-
-def check_mean_over_rows(loss: Loss, outputs: Tensor, target: Any) -> None:
-    """Raises if a function as loss, over all rows, is not the mean of its values over parts of them.
-
-    Chunks of rows would be weighted by their rows where the function weights them otherwise.
-
-    Raises:
-        ValueError: with what the function gave, and the remedy.
-    """
-    rows = _rows(outputs, target)
-    if loss.name != "function" or rows < 2 or len(outputs) % rows:
-        return
-    # A row's outputs follow each other where a model flattens them.
-    each = len(outputs) // rows
-    close = _SAME_ROUNDINGS * torch.finfo(outputs.dtype).eps
-    for cut in sorted({1, rows // 3 or 1, rows // 2}):
-        parts = slice(0, cut), slice(cut, rows)
-        with torch.no_grad():
-            whole = loss.sum(outputs, target).item() / rows
-            try:
-                sums = [_of_rows(loss, outputs, target, part, each) for part in parts]
-            except (RuntimeError, ValueError, IndexError):
-                # It cannot be taken of any number of rows; where it has to be, that error will be seen.
-                return
-        mean = sum(sums) / rows
-        if math.isfinite(whole) and abs(whole - mean) > close * max(abs(whole), *(abs(part) / rows for part in sums)):
-            raise ValueError(
-                f"loss is {whole:.6g} over {rows} rows and {mean:.6g} as the mean of its values over the first {cut} "
-                "and the others; expected a mean over rows, since rows are computed in chunks. For class weights or an "
-                "ignored class pass torch's own: nn.CrossEntropyLoss(weight=..., ignore_index=...) or a "
-                "functools.partial of F.cross_entropy; otherwise a function that divides by the number of rows alone"
-            )

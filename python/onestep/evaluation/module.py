@@ -25,8 +25,9 @@ from onestep._torch_private import (
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed_by_piece
 from onestep.evaluation.errors import NonFiniteError
-from onestep.evaluation.losses import Loss, check_mean_over_rows
+from onestep.evaluation.losses import Loss
 from onestep.evaluation.parameters import ParameterVector, call_with, flatten
+from onestep.evaluation.row_means import RowMeans
 
 Result = TypeVar("Result")
 
@@ -142,7 +143,7 @@ def noisy_layers(model: nn.Module) -> str:
 
 
 def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
-    """How many rows keep ``_CHUNK_BYTES`` for the backward pass. Raises if the loss is not a mean over rows."""
+    """How many rows keep ``_CHUNK_BYTES`` for the backward pass."""
     few = chunk.rows(slice(0, 8))
 
     def evaluate() -> Tensor:
@@ -159,12 +160,14 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
                 raise RuntimeError(f"model or loss fails on the first rows, {_described(few)}: {error}") from error
             else:
                 raise
-    affordable = max(1, _CHUNK_BYTES * len(few) // max(1, kept))
+    return max(1, _CHUNK_BYTES * len(few) // max(1, kept))
+
+
+def check_first_rows(model: nn.Module, loss: Loss, some: Chunk) -> None:
+    """Raises if a function as loss is no mean over these rows. The first pass over the data looks at all of them."""
     if loss.name == "function":
-        some = chunk.rows(slice(0, affordable))
         with torch.no_grad():
-            check_mean_over_rows(loss, call_model(model, some.inputs).detach(), some.target)
-    return affordable
+            RowMeans(loss).add(call_model(model, some.inputs), some.target)
 
 
 def _described(chunk: Chunk) -> str:

@@ -14,7 +14,7 @@ from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, Source, as_source
 from onestep.evaluation.distributed import from_first, share, summed, together
 from onestep.evaluation.losses import IGNORED, Loss
-from onestep.evaluation.module import chunk_rows
+from onestep.evaluation.module import check_first_rows, chunk_rows
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.facts import Facts, FirstPass, Settings
 
@@ -33,6 +33,7 @@ def look(
     _check_not_shifted(loss, first_pass.first)
     together(lambda: _check_range(loss, first_pass.first.target))
     measured = settings.chunk_size or from_first(lambda: chunk_rows(model, loss, first_pass.first))
+    together(lambda: check_first_rows(model, loss, first_pass.first.rows(slice(0, measured))))
     return Facts(model, parameters, loss, described, source, own, first_pass, measured)
 
 

@@ -21,6 +21,7 @@ from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss, drawn_slope
 from onestep.evaluation.module import autograd_gradient, call_model, parameter_names, summed_gradient, uncompiled
 from onestep.evaluation.parameters import ParameterVector
+from onestep.evaluation.row_means import RowMeans
 from onestep.optim import Objective
 from onestep.optim.objective import CurvatureRoot, Preconditioner
 from onestep.training.kronecker import Factors
@@ -119,13 +120,18 @@ class DataObjective(Objective):
         self.fixed, self.trial_chunks, self.sampled = fixed, trial_chunks, sampled
         self.pieces, self.kept_rows = pieces, kept_rows
         self.route = Route()
+        # Looks at the rows of the first pass.
+        self.row_means: RowMeans | None = RowMeans(loss)
 
     def _elements(self, chunk: Chunk) -> float:
         return self.loss.elements(chunk.target, len(chunk))
 
     def chunk_loss(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> Tensor:
         """The loss summed over a chunk, at the parameters' values or at others."""
-        return self.loss.sum(call_model(self.module, chunk.inputs, values), chunk.target)
+        outputs = call_model(self.module, chunk.inputs, values)
+        if self.row_means is not None and values is None:
+            self.row_means.add(outputs, chunk.target)
+        return self.loss.sum(outputs, chunk.target)
 
     def chunk_gradient(self, chunk: Chunk, parameters: ParameterVector) -> tuple[float, Tensor]:
         """The loss summed over a chunk and its gradient (p,)."""
@@ -139,6 +145,7 @@ class DataObjective(Objective):
 
         with torch.no_grad():
             total, count = summed_by_piece(self.pieces, (torch.empty(0), 2), terms)[1]
+        self.row_means = None
         return total / count
 
     def before(self, parameters: ParameterVector) -> float | None:
@@ -148,6 +155,7 @@ class DataObjective(Objective):
         loss, gradient, count = summed_gradient(
             lambda chunk: self.chunk_gradient(chunk, parameters), self._elements, self.chunks, parameters, self.pieces
         )
+        self.row_means = None
         return loss / count, gradient.div_(count)
 
     def values(self, parameters: ParameterVector) -> Callable[[Tensor], dict[str, Tensor]]:

@@ -154,6 +154,9 @@ class PolarRun(Run):
         assert size is not None
         batch = together(lambda: source.batch(number, size))
         objective = plan.objective(lambda: batch, lambda: batch, fixed=False)
+        if len(batch) == 1:
+            # A batch in one chunk is not weighted by its rows.
+            objective.row_means = None
 
         def local() -> tuple[Tensor, list[float]]:
             total, numbers = None, [0.0, 0.0]
