@@ -140,3 +140,39 @@ def test_an_optimiser_is_right_or_does_not_claim_it(kind: Any, name: str) -> Non
     assert right or not claimed, reached
     if name in ("bard", "gaussian"):
         assert right and claimed
+
+
+class Saddle(nn.Module):
+    """z₀² - z₁² + z₁⁴/4, of zeros: the minimum is -1 at (0, ±√2), and both ways from (0, 0) are symmetric."""
+
+    def __init__(self, start: tuple[float, float], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.z = nn.Parameter(torch.tensor(start, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.z[0] ** 2 - self.z[1] ** 2 + 0.25 * self.z[1] ** 4).expand(len(x), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [(0.0, 0.0), (1.0, 0.0)])
+@pytest.mark.parametrize("method", ["auto", *ITERATIVE, "gradient_descent"])
+def test_a_saddle_without_a_gradient_is_no_minimum(method: str, start: tuple[float, float], dtype: torch.dtype) -> None:
+    """In float32, outputs of shape () times Python floats, too: forward mode makes float64 of their tangents."""
+    x = torch.zeros(4, 1, dtype=dtype)
+    result = onestep.fit(Saddle(start, dtype), (x, x), lambda z, _: z.mean(), method=method, progress=False)
+    if method == "newton_cg" or result.converged:
+        assert result.converged
+        assert result.loss == pytest.approx(-1.0, abs=1e-5)
+    elif start == (0.0, 0.0):
+        assert result.loss < -0.99, result
+
+
+@pytest.mark.parametrize("method", ITERATIVE)
+def test_a_network_of_zeros_is_trained(method: str) -> None:
+    """All slopes and all rows of the Jacobian but the last bias's are zero there, and the Hessian has negative ones."""
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    for parameter in network.parameters():
+        nn.init.zeros_(parameter)
+    result = onestep.fit(network, (x, x.sin()), method=method, max_steps=12, progress=False)
+    assert result.loss < 1e-2 * x.sin().square().mean().item(), result

@@ -29,6 +29,7 @@ from onestep._torch_private import (
     forward_ad,
     functorch_python,
     interpreter_stack,
+    tree_map,
 )
 
 # How long to wait for others to leave forward mode: several products of a small model.
@@ -54,12 +55,15 @@ def jvp(
     *,
     patience: float = _PATIENCE_SECONDS,
 ) -> Any:
-    """``torch.func.jvp``, right beside another thread's.
+    """``torch.func.jvp``, right beside another thread's, with tangents of the outputs' dtype.
+
+    Forward mode makes a float64 tangent of a float32 tensor of shape () times a Python float (torch 2.13).
 
     Raises:
         BusyError: another thread's has begun first and not ended for ``patience`` seconds.
     """
-    return _alone(lambda: torch.func.jvp(function, primals, tangents), patience)
+    outputs, pushed = _alone(lambda: torch.func.jvp(function, primals, tangents), patience)
+    return outputs, tree_map(lambda tangent, output: tangent.to(output.dtype), pushed, outputs)
 
 
 def jacfwd(function: Callable[..., Any], point: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from onestep._interrupts import undisturbed
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.parameters import ParameterVector, flatten
+from onestep.optim._saddle import concave_direction
 from onestep.optim.objective import ClosureObjective, Objective
 
 # A step is kept if the loss falls at all. Its gain is that fall over the one that the quadratic model promised; damping
@@ -27,6 +28,8 @@ _FRACTIONS = (1.0, 0.5)
 _SAME_ROUNDINGS = 100
 # So often a step along negative curvature may be doubled.
 _DOUBLINGS = 40
+# Steps away from a saddle that are tried, relative to the parameters' size.
+_SADDLE_STEPS = (1.0, 0.1, 1e-2, 1e-3)
 # A predicted reduction under this part of the loss is near the end.
 _NEAR = 1e-4
 LEAST_DAMPING, MOST_DAMPING = 1e-15, 1e15
@@ -364,11 +367,21 @@ class DampedOptimizer(torch.optim.Optimizer):
                 without_influence=model.without_influence + (0 if model.flat is None else int(model.flat.sum())),
             )
 
-        if lr == 0 or not bool(gradient.any()):
-            promised_first = math.nan if lr == 0 else 0.0
+        if lr == 0:
             return report(loss, 0.0, math.nan, accepted=False)
         judged = objective.before(parameters)
         before = loss if judged is None else judged + (0.0 if decay is None else _penalty(decay, start))
+
+        if not bool(gradient.any()):
+            promised_first = 0.0
+            found = self._leave_saddle(objective, parameters, decay, start, before)
+            if found is None:
+                return report(before, 0.0, math.nan, accepted=False)
+            step, new_loss, ahead = found
+            self.accepted(parameters, step, gradient)
+            if ahead is not None:
+                self._ahead = (objective, parameters.versions(), new_loss, ahead)
+            return report(new_loss, step.norm().item(), math.nan, accepted=True)
         while rejected < self.trials:
             damping = self.damping
             proposal = model.propose(damping)
@@ -407,6 +420,28 @@ class DampedOptimizer(torch.optim.Optimizer):
         if objective.fixed:
             self._ahead = (objective, parameters.versions(), loss, gradient)
         return taken
+
+    def _leave_saddle(
+        self, objective: Objective, parameters: ParameterVector, decay: Tensor | None, start: Tensor, loss: float
+    ) -> tuple[Tensor, float, Tensor | None] | None:
+        """A step along a direction of negative curvature that lowers the loss, where no gradient tells of one."""
+        try:
+            hessian = objective.curvature(parameters, hessian=True)
+            direction = concave_direction(lambda v: hessian(v) if decay is None else hessian(v) + decay * v, start)
+        except (RuntimeError, NotImplementedError):
+            # A model without second derivatives.
+            return None
+        if direction is None:
+            return None
+        direction *= start.square().mean().sqrt().clamp_min(1.0) * float(self.setting("lr"))
+        for size in _SADDLE_STEPS:
+            for step in (size * direction, -size * direction):
+                parameters.write(start + step)
+                new_loss, ahead = self._trial(objective, parameters, decay)
+                if new_loss < loss - _SAME_ROUNDINGS * torch.finfo(start.dtype).eps * abs(loss):
+                    return self._farther(objective, parameters, decay, start, step, new_loss, ahead)
+        parameters.write(start)
+        return None
 
     def _remember_slopes(self, gradient: Tensor) -> None:
         """The greatest slope that each parameter has had: one that lost it, as on a plateau, is not one of no use."""

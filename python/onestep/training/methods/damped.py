@@ -280,7 +280,7 @@ class DampedRun(Run):
     def _test(self, report: StepReport, tol: float, eps: float) -> str:
         """Which test for a minimum is met, if one is."""
         least = max(tol**2, eps if report.accepted else _ROUNDINGS * eps)
-        if report.grad_norm == 0:
+        if report.grad_norm == 0 and not report.accepted:
             return "the gradient is zero"
         if report.decrement <= least * abs(report.new_loss):
             return f"the loss can be lowered by no more than {least:.0e} of itself"
