@@ -1,5 +1,6 @@
 """The command line on files as people have them: other numerals, dates, codes, classes, standard input, Ctrl-C."""
 
+import contextlib
 import io
 import os
 import re
@@ -213,7 +214,7 @@ def test_standard_input(run, table, tmp_path, monkeypatch):
     feed(path.read_bytes())
     assert run("predict", saved, "-")[1] == run("predict", saved, path)[1]
     feed(b"a,y\n1,2\n3\n")
-    assert "standard input: line 3 has 1 fields" in run("fit", "-", "--target", "y")[2]
+    assert "standard input: line 3 has 1 field," in run("fit", "-", "--target", "y")[2]
     # As the interpreter leaves it where the descriptor was closed: fit - <&-
     monkeypatch.setattr(sys, "stdin", None)
     code, out, err = run("fit", "-", "--target", "y")
@@ -224,11 +225,25 @@ def test_a_pipe_is_read_once(run, table, tmp_path):
     """What the shell makes of <(command)."""
     path, pipe = table({"a": AMOUNTS, "y": TARGET}), tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_bytes(path.read_bytes()))
+    done = threading.Event()
+
+    def write():
+        pipe.write_bytes(path.read_bytes())
+        # Whoever opens the pipe again waits for a writer: he gets one that writes nothing.
+        while not done.wait(2):
+            with contextlib.suppress(OSError):
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+    # A daemon: where nobody reads, it does not end.
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    code, out, err = run("fit", pipe, "--target", "y")
-    writer.join()
+    try:
+        code, out, err = run("fit", pipe, "--target", "y")
+    finally:
+        done.set()
     assert (code, err) == (0, "") and f"{pipe}: 40 rows" in out
+    writer.join(10)
+    assert not writer.is_alive()
     assert "is not a file, nor a pipe" in run("fit", "/dev/null", "--target", "y")[2]
 
 
@@ -245,6 +260,29 @@ def test_rows_with_unknown_categories_get_an_empty_prediction(run, tmp_path):
     )
     assert "2 rows without a prediction: column 'kind' has 'w' on line 3, which was not there" in err
     assert "R² 1.0000" in err and "(2 rows)" in err
+
+
+@pytest.mark.parametrize("options", [[], ["--impute", "median"]])
+def test_records_of_another_width_get_an_empty_prediction(run, tmp_path, options):
+    """Too few fields or too many, quoted line breaks and blank lines beside them; fit refuses them."""
+    data, saved = tmp_path / "data.csv", tmp_path / "model.safetensors"
+    data.write_text(small())
+    run("fit", data, "--target", "y", "--save", saved, *options)
+    rows = '1,2,u,4\n1,"2\n",w\n\n0,0,v,15\n0,0,v,15,16\n0,0\n"0",0,v,15'
+    data.write_text("\ufeffa,b,kind,y\n" + rows)
+    code, out, err = run("predict", saved, data)
+    assert code == 0 and [out.splitlines()[line] for line in (2, 4, 5)] == ['""'] * 3
+    assert [round(float(out.splitlines()[line]), 6) for line in (1, 3, 6)] == [4, 15, 15]
+    assert "3 rows without a prediction: line 3 has 3 fields, but the header has 4" in err
+    assert err.count("without a prediction") == 1 and "(3 rows)" in err
+    assert "line 3 has 3 fields, but the header has 4" in run("fit", data, "--target", "y")[2]
+    # A model of one column, whose empty record is no blank line.
+    data.write_text("a,y\n" + "".join(f"{v},{2 * v}\n" for v in range(9)))
+    run("fit", data, "--target", "y", "--save", saved, *options)
+    data.write_text("a\n3\n3,4\n5\n")
+    code, out, err = run("predict", saved, data)
+    assert (code, out.splitlines()[2]) == (0, '""') and "1 row without a prediction: line 3 has 2 fields" in err
+    assert [round(float(line), 6) for line in out.splitlines()[1::2]] == [6, 10]
 
 
 def test_rows_that_cannot_be_read_get_an_empty_prediction(run, table, tmp_path):

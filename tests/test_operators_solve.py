@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from operator_cases import CLASSES, Setting
-from torch import Tensor
+from torch import Tensor, nn
 
 from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator
 
@@ -73,6 +74,7 @@ def test_solve_reports_what_it_did_not_reach() -> None:
 def test_indefinite_systems_raise_or_are_solved_by_minres(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not dense:
         monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
+        monkeypatch.setattr("onestep.curvature._solve.MOST_FORMED", 0)
     setting = Setting()
     op, H = setting.operator(HessianOperator), setting.dense(HessianOperator)
     least = torch.linalg.eigvalsh(H)[0].item()
@@ -212,3 +214,54 @@ def test_without_scipy_an_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModuleNotFoundError, match=r"needs scipy.*pip install scipy"):
         op.to_scipy()
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_larger_indefinite_systems_are_decomposed_where_that_is_cheaper(columns: int) -> None:
+    """Issue 15: 502 iterations of MINRES at p = 241, wrong by 99 %. A block as a dict, too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 1)).double()
+    op = HessianOperator(net, (torch.randn(200, 4).double(), torch.randn(200, 1).double()), "mse", progress=False)
+    p = op.shape[0]
+    b, identity = torch.randn(p, columns).double(), torch.eye(p).double()
+    H = op @ identity
+    expected = torch.linalg.solve(H + 0.1 * identity, b)
+    x, report = op.solve(b, 0.1, indefinite="minres")
+    assert (report.method, report.converged, report.negative_curvature) == ("dense", True, True)
+    assert report.iterations < 10 and (x - expected).norm() < 1e-6 * expected.norm()
+    parts = b.split([t.numel() for t in net.parameters()])
+    as_dict = {name: v.reshape(*t.shape, columns) for (name, t), v in zip(net.named_parameters(), parts, strict=True)}
+    given, _ = op.solve(as_dict, 0.1, indefinite="minres")
+    assert torch.equal(torch.cat([given[name].reshape(-1, columns) for name in as_dict]), x)
+    # Of a definite matrix that iterations do not solve.
+    shift = 1e-4 - torch.linalg.eigvalsh(H)[0].item()
+    x, report = op.solve(b, shift, tolerance=1e-9)
+    expected = torch.linalg.solve(H + shift * identity, b)
+    assert report.method == "dense" and report.iterations < p / 2 and (x - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_minres_that_does_not_converge_is_followed_by_a_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestep.curvature._solve.MOST_DENSE", 0)
+    monkeypatch.setattr("onestep.curvature._solve._BLOCK_COST", 1.0)
+    setting = Setting()
+    op, H = setting.operator(HessianOperator), setting.dense(HessianOperator)
+    damping = -torch.linalg.eigvalsh(H)[0].item() - 0.0005
+    most = setting.p // 3
+    x, report = op.solve(setting.V[:, 0], damping, tolerance=1e-9, max_iterations=most, indefinite="minres")
+    expected = torch.linalg.solve(H + damping * torch.eye(setting.p, dtype=H.dtype), setting.V[:, 0])
+    assert report.method == "dense" and report.iterations > most and report.converged
+    assert (x - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("solvable", [True, False])
+def test_a_singular_matrix_in_single_precision_gives_the_shortest_solution(solvable: bool) -> None:
+    """Not one of the size of its rounding; where there is none, the one of least squares, and a warning."""
+    torch.manual_seed(0)
+    X = torch.randn(60, 20) @ torch.randn(20, 40)
+    op = GaussNewtonOperator(nn.Linear(40, 1, bias=False), (X, torch.randn(60, 1)), "mse", progress=False)
+    A = X.double().T @ X.double() / 30
+    b = (A @ torch.randn(40).double()).float() if solvable else torch.randn(40)
+    with contextlib.nullcontext() if solvable else pytest.warns(UserWarning, match="singular, or near it"):
+        x, report = op.solve(b, 0.0)
+    expected = torch.linalg.pinv(A, rtol=1e-5) @ b.double()
+    assert report.converged == solvable and (x - expected).norm() < 1e-3 * expected.norm()

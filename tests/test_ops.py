@@ -287,15 +287,41 @@ def test_fake_has_the_kernels_shapes_strides_and_dtypes(name, label, dtype):
     assert described(op(*on_meta)) == described(op(*args))
 
 
-# moments takes no batches, see test_transforms.py.
-@pytest.mark.parametrize(("name", "label"), [sample for sample in SAMPLES if sample[0] != "moments"])
-def test_vmap_of_nothing(name, label):
-    """Over a dimension of size 0: results of the shapes of one call, none of them."""
-    args = samples_of(name, Make(torch.float64))[label]
-    one = getattr(ops, name)(*args)
-    none = torch.vmap(lambda first: getattr(ops, name)(first, *args[1:]))(args[0].new_empty((0, *args[0].shape)))
-    pairs = zip(none, one, strict=True) if isinstance(one, tuple) else [(none, one)]
-    assert all(got.shape == (0, *expected.shape) and got.dtype == expected.dtype for got, expected in pairs)
+def elsewhere_samples(make):
+    """Of ops that have no samples above: arguments by the op's name."""
+    X, offsets, weight = make.normal(6, 3), torch.tensor([0, 4, 6]), make.positive(6)
+    problem = (X, make.normal(6, 2), offsets, None, weight, make.spd(3), make.positive(2, 3))
+    L = ops.solve_normal_segments_ex(*problem)[1]
+    return {
+        "apply_segments_inverse": (make.normal(2, 3, 2), X, *problem[2:], L),
+        "compensated_sweep": (make.normal(4, 3), make.factor(3).mT, None, None, None, 4, True, 3),
+        "polar": (make.normal(2, 4, 3), 2, 1e-2),
+        "solve_normal_segments": problem,
+        "solve_normal_segments_ex": problem,
+        "unit_cholesky": (make.spd(2, 3), make.positive()),
+    }
+
+
+# moments takes no batches, see test_transforms.py. Attention and perceptrons have such a test of their own.
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [sample for sample in SAMPLES if sample[0] != "moments"]
+    + [(name, None) for name in elsewhere_samples(Make(torch.float64))],
+)
+def test_vmap_over_each_operand(name, label):
+    """The results of one call, as often as there are elements: twice, or not at all."""
+    make = Make(torch.float64)
+    args = elsewhere_samples(make)[name] if label is None else samples_of(name, make)[label]
+    op = getattr(ops, name)
+    one = op(*args)
+    for place, arg in enumerate(args):
+        if not isinstance(arg, torch.Tensor):
+            continue
+        mapped = torch.vmap(lambda x, place=place: op(*args[:place], x, *args[place + 1 :]))
+        for size in (0, 2):
+            many = mapped(arg.expand(size, *arg.shape))
+            for got, expected in zip(many, one, strict=True) if isinstance(one, tuple) else [(many, one)]:
+                torch.testing.assert_close(got, expected.expand(size, *expected.shape))
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,), (2, 1)])

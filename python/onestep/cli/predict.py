@@ -40,10 +40,13 @@ def _check(table: Table, model: Model) -> None:
             )
 
 
-def _tell_unknown(table: Table, model: Model) -> None:
-    """Notes the rows that get no prediction: those with a value that is missing, or that the model does not know."""
+def _tell_unknown(table: Table, model: Model, whole: np.ndarray) -> None:
+    """Notes the rows that get no prediction: those that are not whole, or have a value that is missing or unknown."""
+    if table.broken:
+        example = next(iter(table.broken.values()))
+        note(f"{table.source}: {count(len(table.broken), 'row')} without a prediction: {example}")
     for column in model.columns:
-        unknown = np.isnan(column.encode(table)).any(1)
+        unknown = np.isnan(column.encode(table)).any(1) & whole
         missing = unknown & table.frame[column.name].isna().to_numpy()
         for rows, why in ((missing, ""), (unknown & ~missing, _why_unknown(column))):
             if not rows.any():
@@ -119,8 +122,9 @@ def run(args: argparse.Namespace) -> None:
     table = read_table(Source(args.file), args.sep, conventions, text, fits=False, target=model.target)
     _check(table, model)
     features = encode(model.columns, table)
-    known = ~np.isnan(features).any(1)
-    _tell_unknown(table, model)
+    whole = ~np.isin(np.arange(len(features)), list(table.broken))
+    known = ~np.isnan(features).any(1) & whole
+    _tell_unknown(table, model, whole)
 
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(_predictions(model, features, known))

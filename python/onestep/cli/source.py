@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 import tempfile
@@ -42,6 +43,12 @@ class Source:
         shutil.copyfileobj(stream, self._copy)
         self._copy.flush()
         self.path = Path(self._copy.name)
+
+    def rewritten(self, content: BinaryIO) -> Source:
+        """A source of the same name that holds something else."""
+        result = copy.copy(self)
+        result._keep(content)
+        return result
 
     def __str__(self) -> str:
         return self._name

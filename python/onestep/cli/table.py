@@ -3,6 +3,7 @@
 import codecs
 import csv
 import difflib
+import io
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from . import numerals
-from .errors import CliError, listed, note
+from .errors import CliError, count, listed, note
 from .source import Conventions, Source
 
 
@@ -67,10 +68,38 @@ def _header(source: Source, sep: str) -> list[str]:
     return names
 
 
+class _WrongWidth(CliError):
+    """A record has more fields than the header, or fewer."""
+
+
 def _check_shape(path: Source, sep: str, width: int) -> None:
     for line, fields in _records(path, sep):
         if len(fields) != width:
-            raise CliError(f"{path}: line {line} has {len(fields)} fields, but the header has {width}")
+            raise _WrongWidth(f"{path}: {_wrong_width(line, fields, width)}")
+
+
+def _wrong_width(line: int, fields: list[str], width: int) -> str:
+    return f"line {line} has {count(len(fields), 'field')}, but the header has {width}"
+
+
+def _with_empty_records(path: Source, sep: str, width: int) -> tuple[Source, dict[int, str]]:
+    """The table with an empty record for each that has too many fields or too few; these rows, and what they have."""
+    begins, wrong, broken = set[int](), set[int](), dict[int, str]()
+    for row, (line, fields) in enumerate(_records(path, sep), -1):
+        begins.add(line)
+        if len(fields) != width:
+            wrong.add(line)
+            broken[row] = _wrong_width(line, fields, width)
+    content, keeps = io.BytesIO(), True
+    for number, text in enumerate(_lines(path), 1):
+        if number in begins:
+            keeps = number not in wrong
+            if not keeps:
+                content.write((sep * (width - 1) if width > 1 else '""').encode() + b"\n")
+        if keeps:
+            content.write(text.encode())
+    content.seek(0)
+    return path.rewritten(content), broken
 
 
 def _unclosed_quote(path: Source, sep: str) -> CliError:
@@ -114,7 +143,8 @@ class Table:
     A row keeps its position in the file as its index, so that `line` can find it again after rows were dropped. The
     columns in `text` are text by the caller's wish. `inexact` has the first row of columns of whole numbers that
     float64 cannot tell apart, with the number; `misfits` that of columns with a number that is not written as the
-    conventions say. `target` is the column that is fitted to, or None where a saved model is applied.
+    conventions say. `target` is the column that is fitted to, or None where a saved model is applied. `broken` has the
+    rows whose records have too many fields or too few, which are read as empty, with what they have.
     """
 
     source: Source
@@ -126,6 +156,7 @@ class Table:
     misfits: dict[str, tuple[int, str]]
     fits: bool
     target: str | None
+    broken: dict[int, str]
 
     @property
     def names(self) -> list[str]:
@@ -269,6 +300,14 @@ def _keep_first(found: dict[str, tuple[int, str]], name: str, texts: Any, wrong:
         found[name] = int(row), str(texts[row])
 
 
+def _parse_whole(source: Source, sep: str, **options: Any) -> Any:
+    """As _parse, but a record that is too short is an error, too: pandas fills it with missing values."""
+    frame = _parse(source, sep, **options)
+    if frame[options["names"][-1]].isna().any():
+        _check_shape(source, sep, len(options["names"]))
+    return frame
+
+
 def read_table(
     source: Source,
     sep: str,
@@ -280,16 +319,22 @@ def read_table(
 ) -> Table:
     """Reads a CSV file; the columns named in `text` are kept as text even where they look like numbers.
 
-    `fits` and `target` say what its errors may advise: the options of fit, those of a target.
+    `fits` and `target` say what its errors may advise: the options of fit, those of a target. Where a model is applied
+    and not fitted, a record with too many fields or too few is a row without values.
     """
     names = _header(source, sep)
     options = conventions.options()
     # pandas needs distinct names, so each is its position until the columns without a name are gone.
     keys = list(range(len(names)))
-    frame = _parse(source, sep, names=keys, dtype={key: str for key in keys if names[key] in text}, **options)
-    if frame[keys[-1]].isna().any():
-        # pandas fills a record that is too short with missing values.
-        _check_shape(source, sep, len(names))
+    dtype = {key: str for key in keys if names[key] in text}
+    readable, broken = source, dict[int, str]()
+    try:
+        frame = _parse_whole(source, sep, names=keys, dtype=dtype, **options)
+    except _WrongWidth:
+        if fits:
+            raise
+        readable, broken = _with_empty_records(source, sep, len(names))
+        frame = _parse(readable, sep, names=keys, dtype=dtype, **options)
     # Only int and float are numbers to us: what pandas made of the rest (booleans, say) is read again as it stands.
     again = [key for key in keys if frame[key].dtype.kind not in "iuf"]
     large = [key for key in keys if key not in again and frame[key].abs().max() >= numerals.LARGEST_WHOLE]
@@ -300,7 +345,9 @@ def read_table(
     written = [key for key in keys if key not in again and (separated or key in large)]
     if again or written:
         # Thousands separators would be taken out of texts, too.
-        strings = _parse(source, sep, names=keys, usecols=again + written, dtype=str, **{**options, "thousands": None})
+        strings = _parse(
+            readable, sep, names=keys, usecols=again + written, dtype=str, **{**options, "thousands": None}
+        )
         for key in again:
             stripped = strings[key].str.strip()
             frame[key] = stripped.where(stripped != "")
@@ -316,4 +363,6 @@ def read_table(
         note(f"{source}: column {listed(nameless)} has no name in the header and is left out")
     frame = frame[[key for key in keys if names[key]]].rename(columns=dict(enumerate(names)))
     floats = {name: np.float64 for name in frame.columns if frame[name].dtype.kind in "iu"}
-    return Table(source, sep, frame.astype(floats), frozenset(text), conventions, inexact, misfits, fits, target)
+    return Table(
+        source, sep, frame.astype(floats), frozenset(text), conventions, inexact, misfits, fits, target, broken
+    )

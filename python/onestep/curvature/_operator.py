@@ -240,7 +240,8 @@ class CurvatureOperator(ABC):
         """Solves (A + damping·I) x = b by preconditioned conjugate gradients (Hestenes and Stiefel 1952).
 
         For up to 128 parameters the matrix is formed, in one pass over the data, and decomposed, if there is no
-        preconditioner and ``max_iterations`` allows for as many products.
+        preconditioner and ``max_iterations`` allows for as many products. For up to 2,000 it is formed, by blocks of
+        columns, where iterations have cost as much without converging, and where MINRES would cost more.
 
         Args:
             b: as ``v`` in ``A @ v``; the columns of a block share passes over the data.

@@ -86,6 +86,7 @@ def define(
     *,
     fake: Callable[..., Any],
     own_dims: Sequence[int] | None = None,
+    first_has_batch: bool = False,
     vmap: Callable[..., Any] | None = None,
 ) -> Op:
     """Defines one op.
@@ -95,6 +96,8 @@ def define(
         fake: what a kernel does, on shapes alone: checks the operands and returns empty results.
         own_dims: for each tensor argument, how many trailing dimensions are not batch dimensions. None: the op has no
             batch dimensions, and vmap calls it once per element.
+        first_has_batch: the results have no batch dimensions but the first argument's, or may have none but those, so
+            vmap over other arguments repeats the first one (a view).
         vmap: a rule of its own, as ``torch.library.register_vmap`` takes it.
     """
     LIBRARY.define(schema)
@@ -105,6 +108,9 @@ def define(
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if own_dims is None:
             return _loop_over_batch(op, fake, info.batch_size, in_dims, args)
+        if first_has_batch and in_dims[0] is None:
+            args = (args[0].expand(info.batch_size, *args[0].shape), *args[1:])
+            in_dims = (0, *in_dims[1:])
         result = call_batched(op, args, in_dims, own_dims)
         return result, (0,) * len(result) if isinstance(result, tuple) else 0
 

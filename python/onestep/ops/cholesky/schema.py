@@ -102,4 +102,5 @@ apply_spd_inverse = define(
     "apply_spd_inverse(Tensor B, Tensor A, Tensor L) -> Tensor",
     fake=_apply_results,
     own_dims=(2, 2, 2),
+    first_has_batch=True,
 )

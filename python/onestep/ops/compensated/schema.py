@@ -31,6 +31,7 @@ inverse_cholesky = define(
     "inverse_cholesky(Tensor A, Tensor damping) -> (Tensor, Tensor)",
     fake=factor_results,
     own_dims=(2, 0),
+    first_has_batch=True,
 )
 
 # A = R P² Rᵀ: R unit upper triangular, with P on its diagonal.
@@ -38,6 +39,7 @@ unit_cholesky = define(
     "unit_cholesky(Tensor A, Tensor damping) -> (Tensor, Tensor)",
     fake=factor_results,
     own_dims=(2, 0),
+    first_has_batch=True,
 )
 
 

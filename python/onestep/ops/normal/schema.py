@@ -276,6 +276,7 @@ solve_normal_backward = define(
     "Tensor info) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=backward_results,
     own_dims=(2, 2, 2, 1, 1, 2, 2, 0),
+    first_has_batch=True,
 )
 
 
@@ -294,4 +295,5 @@ apply_normal_inverse = define(
     "apply_normal_inverse(Tensor B, Tensor X, Tensor? weight, Tensor? ridge, Tensor L) -> Tensor",
     fake=apply_results,
     own_dims=(2, 2, 1, 1, 2),
+    first_has_batch=True,
 )
