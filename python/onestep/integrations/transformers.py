@@ -12,6 +12,8 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
     raise ModuleNotFoundError(
         "onestep.integrations.transformers needs transformers, which is not installed: "
         "pip install 'onestep[transformers]'",
