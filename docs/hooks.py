@@ -1,7 +1,6 @@
-"""Steps of the documentation's build that MkDocs has no plugin for: formulas as MathML, and the list of decisions."""
+"""Steps of the documentation's build that MkDocs has no plugin for: formulas as MathML, and what stands for lists."""
 
 import html
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -13,16 +12,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
-MEMBERS = re.compile(r"<!-- members of (\S+) -->")
-RESULTS = Path(__file__).parents[1] / "bench" / "results"
-DECISIONS = Path(__file__).parent / "decisions"
-# Titles of pictures, and of the tables that are folded.
-TITLES = {
-    "ratios": "Ratios to the peers by family, with goals and limits",
-    "table": "Every case: seconds, ratio, goal, share of the machine's limit",
-    "busy_neighbour": "Every case beside a busy process",
-    "compare_builds": "Every kernel before and after its rebuilding",
-}
+DOCS = Path(__file__).resolve().parent
+# Code on the pages imports `docs.plots` and `docs.shell`, as it does when it is typed in the repository's folder.
+sys.path.insert(0, str(DOCS.parent))
+
+from docs import plots  # noqa: E402
+from docs.lists import LIST, RESULTS, TITLES, names  # noqa: E402
+
+plots.INTO_PAGES = True
 
 
 def _mathml(found: re.Match[str]) -> str:
@@ -43,10 +40,10 @@ def on_page_content(text: str, page: Page, **_: object) -> str:
     return FORMULA.sub(_mathml, text)
 
 
-def _members(found: re.Match[str]) -> str:
+def _members(path: str, heading_level: int) -> str:
     """An entry for each public name of a module: none can be forgotten."""
-    module = importlib.import_module(found[1])
-    return "\n\n".join(f"::: {found[1]}.{name}" for name in module.__all__ if name != "__version__")
+    options = f"\n    options:\n      heading_level: {heading_level}"
+    return "\n\n".join(f"::: {name}{options}" for name in names(path))
 
 
 def _results() -> str:
@@ -69,20 +66,27 @@ def _results() -> str:
     return "\n\n".join(parts)
 
 
-def on_page_markdown(text: str, **_: object) -> str:
-    """Writes out public names and the list of decisions, one line a file, where a page asks for them."""
-    text = MEMBERS.sub(_members, text)
-    text = text.replace("<!-- results -->", _results())
-    if "<!-- decisions -->" not in text:
-        return text
-    files = sorted(DECISIONS.glob("[0-9]*.md"))
+def _decisions() -> str:
+    files = sorted((DOCS / "decisions").glob("[0-9]*.md"))
     # Some titles begin with the number.
     titles = [re.sub(r"^[#\s]*(?:\d+[.:]\s*)?", "", file.read_text().splitlines()[0]) for file in files]
-    lines = [
+    return "\n".join(
         f"- [{file.stem[:4]}: {title[0].upper()}{title[1:]}]({file.name})"
         for file, title in zip(files, titles, strict=True)
-    ]
-    return text.replace("<!-- decisions -->", "\n".join(lines))
+    )
+
+
+def on_page_markdown(text: str, **_: object) -> str:
+    """Puts in place of each list for readers of a clone what the site has there; the list of ops stays."""
+
+    def block(found: re.Match[str]) -> str:
+        if found[2]:
+            return _members(found[2], 3 if "\n## " in text[: found.start()] else 2)
+        if found[1] == "changelog":
+            return (DOCS.parent / "CHANGELOG.md").read_text()
+        return {"ops": lambda: found[3], "results": _results, "decisions": _decisions}[found[1]]()
+
+    return LIST.sub(block, text)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -91,8 +95,3 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         name = f"assets/results/{picture.parent.name}-{picture.name}"
         files.append(File.generated(config, name, abs_src_path=str(picture)))
     return files
-
-
-def on_config(config: MkDocsConfig) -> None:
-    """Lets code on the pages import docs/plots.py and docs/shell.py."""
-    sys.path.insert(0, str(Path(__file__).parent))

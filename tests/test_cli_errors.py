@@ -1,7 +1,10 @@
 """The command line: bad files and usage in one line each, the program itself, and real data."""
 
+import argparse
 import io
+import itertools
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from processes import Child
 
 import onestep
 from onestep.cli import main
+from onestep.cli.app import build_parser
 
 CALIFORNIA = ROOT.parent / "shared" / "data" / "california_housing.csv"
 
@@ -138,6 +142,7 @@ WITHOUT_EXTRAS = """
 import sys
 sys.modules.update(dict.fromkeys(["pandas", "rich", "safetensors", "sklearn", "matplotlib"]))
 from onestep.cli import main
+from onestep.cli.app import build_parser
 assert main(["info"]) == 0
 sys.exit(main(sys.argv[1:]))
 """
@@ -156,6 +161,7 @@ reader, writer = os.pipe()
 os.close(reader)
 sys.stdout = os.fdopen(writer, "w")
 from onestep.cli import main
+from onestep.cli.app import build_parser
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -191,6 +197,7 @@ sys.argv[0] = sys.argv.pop(1)
 sys.orig_argv = [sys.executable, "-m", "onestep"]
 import onestep
 from onestep.cli import main
+from onestep.cli.app import build_parser
 main(sys.argv[1:])
 print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
@@ -260,10 +267,24 @@ def test_bench_measures_and_compares(run: Run, monkeypatch: pytest.MonkeyPatch) 
     code, written, _ = run("bench", "--seconds", "1")
     assert code == 0
     assert re.search(r"solve_normal, 50 of 8 × 4 +\d+\.\d\d ms +\d+\.\d\d ms", written)
-    wrong = bench.Case("wrong", lambda: torch.ones(3), lambda: torch.zeros(3) + 2)
+    assert "of GEMM: the operations that the result needs" in written  # a share may be above 100%
+    results = itertools.chain([torch.full((3,), 2.0)], itertools.repeat(torch.ones(3)))  # wrong from the second call on
+    wrong = bench.Case("wrong", lambda: next(results), lambda: torch.full((3,), 2.0))
     with pytest.raises(RuntimeError, match="wrong: the results differ"):
         bench._measure(wrong, 0.01)
     assert run("bench", "--seconds", "0")[0] == 2
+
+
+def test_help_of_every_command_has_an_example_that_its_parser_takes() -> None:
+    parser = build_parser()
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    assert set(commands.choices) == {"info", "fit", "predict", "keras", "bench"}
+    for name, command in commands.choices.items():
+        lines = command.format_help().partition("\nexamples:\n")[2].splitlines()
+        examples = [line.partition(" -m onestep ")[2].partition("  #")[0].partition(" > ")[0] for line in lines]
+        assert examples, name
+        for example in examples:
+            assert parser.parse_args(shlex.split(example)).command == name, example
 
 
 def test_completion_of_the_shell(run: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import doctest
@@ -10,15 +11,19 @@ import inspect
 import io
 import pkgutil
 import re
+import runpy
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import onestep
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 # Modules of extras that need not be installed.
 EXTRAS = {"keras", "lightning", "pytorch_lightning", "pandas", "rich", "safetensors", "sklearn", "transformers"}
 
@@ -63,10 +68,43 @@ def test_code_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert line.startswith(first[:5])
 
 
-PUBLIC = ("", "curvature", "estimators", "functional", "layerwise", "linalg", "nn", "optim", "training")
-REFERENCE = "\n".join(page.read_text() for page in (README.parent / "docs" / "reference").glob("*.md"))
-# Of scikit-learn's contract; the rest of an estimator is documented like everything else.
-INHERITED = {"fit", "predict", "predict_proba", "predict_log_proba", "decision_function", "score", "get_params"}
+PUBLIC = ("", "curvature", "estimators", "functional", "layerwise", "linalg", "nn", "ops", "optim", "training")
+REFERENCE = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+# What an optimiser of its own would fill in; not for those who call one.
+OPTIMISER_HOOKS = {"accepted", "form_again", "never_used", "quadratic_model", "read_state", "setting", "write_state"}
+
+
+def raises(function: Any) -> bool:
+    """Whether the function's own body raises an error that it makes."""
+    try:
+        source = inspect.getsource(inspect.unwrap(function))
+    except OSError:  # made by dataclasses
+        return False
+    tree = ast.parse(textwrap.dedent(source))
+    made = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    return any(isinstance(call.func, ast.Name) and call.func.id[0].isupper() for call in made)
+
+
+def not_documented_method(method: Any, of_class: str) -> list[str]:
+    """What a reader would miss in a method's docstring; shapes and dtypes may be told by the class's."""
+    doc, signature = inspect.getdoc(method) or "", inspect.signature(method)
+    missing = ["a docstring"] if not doc else []
+    missing += ["Args"] if set(signature.parameters) - {"self"} and "Args:" not in doc else []
+    missing += ["Raises"] if raises(method) and "Raises:" not in doc else []
+    if "Tensor" in str(signature):
+        missing += ["shapes"] if not SHAPE.search(doc + of_class) else []
+        missing += ["dtypes"] if not DTYPE.search(doc + of_class) else []
+    return [f"method {method.__name__}: {what}" for what in missing]
+
+
+def own_methods(thing: type) -> list[Any]:
+    """Public methods and properties, those of onestep's base classes, too."""
+    found = {name: inspect.getattr_static(thing, name) for name in dir(thing) if not name.startswith("_")}
+    functions = [member.fget if isinstance(member, property) else member for member in found.values()]
+    return [function for function in functions
+            if inspect.isfunction(function)
+            and function.__module__.partition(".")[0] == thing.__module__.partition(".")[0]
+            and function.__name__ not in OPTIMISER_HOOKS]  # fmt: skip
 
 
 def not_documented(thing: object) -> list[str]:
@@ -83,10 +121,9 @@ def not_documented(thing: object) -> list[str]:
         returns_nothing = signature.return_annotation in (None, "None")
         missing += ["Returns"] if "Returns:" not in doc and not returns_nothing else []
         missing += ["Raises"] if "Raises:" not in doc and signature.parameters else []
-    else:
-        own = [name for name in vars(thing) if not name.startswith("_") and callable(getattr(thing, name, None))]
-        bare = [name for name in own if not inspect.getdoc(getattr(thing, name)) and name not in INHERITED]
-        missing += [f"method {name}" for name in bare]
+    elif inspect.isclass(thing):
+        missing += ["Raises"] if "__init__" in vars(thing) and raises(thing.__init__) and "Raises:" not in doc else []  # type: ignore[misc]
+        missing += [gap for method in own_methods(thing) for gap in not_documented_method(method, doc)]
     return missing
 
 
@@ -94,13 +131,26 @@ SHAPE = re.compile(r"\((?:…|\.\.\.|[A-Za-z](?: \+ 1)?)(?:, ?[^()]*)?\)|\((?:ou
 DTYPE = re.compile(r"\b(?:float|int|uint|bfloat)(?:8|16|32|64)|\bdtypes?\b|\bfp32\b")
 SOURCE = re.compile(r"\b(?:18|19|20)\d\d\b|\bLAPACK\b|\bBLAS\b")
 # What has no mathematics of its own, or is made by other names, which show how.
-NO_SOURCE = {"info", "save", "LayerStatistics", "Objective", "replace_attention", "MultiheadAttention"}
-NO_EXAMPLE = {"GLMPoint", "Objective"}
+NO_SOURCE = {
+    "info",
+    "build",
+    "records_derivatives",
+    "save",
+    "LayerStatistics",
+    "Objective",
+    "replace_attention",
+    "MultiheadAttention",
+}
+
+
+# Functions of the ops' own page.
+ELSEWHERE = {"build", "records_derivatives"}
 
 
 def public_names() -> dict[str, object]:
     modules = [importlib.import_module(f"onestep.{name}".rstrip(".")) for name in PUBLIC]
-    return {name: getattr(module, name) for module in modules for name in module.__all__}
+    found = [(name, getattr(module, name)) for module in modules for name in module.__all__]
+    return {name: thing for name, thing in found if not inspect.ismodule(thing)}
 
 
 def not_told(thing: object, others: dict[str, object]) -> list[str]:
@@ -117,7 +167,7 @@ def not_told(thing: object, others: dict[str, object]) -> list[str]:
     only_holds_results = inspect.isclass(thing) and (dataclasses.is_dataclass(thing) or hasattr(thing, "_fields"))
     if not only_holds_results:
         missing += ["a source"] if not SOURCE.search(told) and name not in NO_SOURCE else []
-        missing += ["an example"] if "Examples:" not in doc and name not in NO_EXAMPLE else []
+    missing += ["an example"] if "Examples:" not in doc and name not in ELSEWHERE else []
     return missing
 
 
@@ -133,6 +183,28 @@ def test_every_public_name_tells_shapes_dtypes_sources_and_has_an_example() -> N
     assert {name: missing for name, missing in gaps.items() if missing} == {}
 
 
+def test_lists_of_pages_are_in_step_with_the_package() -> None:
+    """What a reader of a clone sees in place of the site's entries and tables: `python docs/lists.py` writes it."""
+    pytest.importorskip("sklearn")
+    written = runpy.run_path(str(ROOT / "docs" / "lists.py"))["written"]
+    pages = {page: written(page) for page in (ROOT / "docs").rglob("*.md")}
+    assert [str(page) for page, text in pages.items() if page.read_text() != text] == []
+    assert sum("<!-- end -->" in text for text in pages.values()) > 10
+    # Of classes and functions under decorators, it is their own file that is linked.
+    assert "solve_normal(X, Y, *, weight, ridge, refine)`](../../python/onestep/linalg/_normal.py)" in REFERENCE
+    links = [(page, link) for page, text in pages.items() for link in re.findall(r"\]\((\.\./[^)#]+)", text)]
+    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_code_of_pages_imports_what_a_clone_has() -> None:
+    """A cell is typed in the repository's folder: `docs.plots` is found there, `plots` on the site alone."""
+    known = {*sys.stdlib_module_names, *EXTRAS, "docs", "matplotlib", "numpy", "onestep", "scipy", "torch"}
+    for page in (ROOT / "docs").rglob("*.md"):
+        for block in re.findall(r"^```python.*?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            names = {name.partition(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", block, re.MULTILINE)}
+            assert names <= known, f"{page}: {names - known}"
+
+
 @pytest.mark.parametrize("module", PUBLIC)
 def test_every_public_name_is_in_the_reference_and_documented(module: str) -> None:
     path = f"onestep.{module}".rstrip(".")
@@ -143,7 +215,7 @@ def test_every_public_name_is_in_the_reference_and_documented(module: str) -> No
         thing = getattr(found, name)
         if inspect.ismodule(thing) or not callable(thing):
             continue
-        listed = f"::: {path}.{name}" in REFERENCE or any(
+        listed = f"<!-- members of {path}.{name} -->" in REFERENCE or any(
             f"<!-- members of onestep.{other} -->" in REFERENCE
             and name in importlib.import_module(f"onestep.{other}").__all__
             for other in PUBLIC[1:]
@@ -183,6 +255,25 @@ def test_a_docstring_with_gaps_is_found() -> None:
         """Of (n,d) in float32 (Gauss 1809)."""
         return a
 
+    class Bad:
+        """Of (n,d) tensors in float32."""
+
+        def __init__(self, a: int) -> None:
+            raise ValueError("a")
+
+        def push(self, a: torch.Tensor) -> None:
+            """Adds."""
+            if not len(a):
+                raise ValueError("empty")
+
+        def pull(self) -> torch.Tensor:
+            """All (n,d), float32."""
+            return torch.ones(1, 1)
+
+    gaps = ["parameter a", "Raises", "method push: Args", "method push: Raises"]
+    assert not_documented(Bad) == gaps
+    Bad.__doc__ = None
+    assert not_documented(Bad)[-2:] == ["method push: shapes", "method push: dtypes"]
     assert not_documented(good) == []
     assert not_told(good, {}) == ["a source", "an example"]
     assert not_told(bare, {}) == ["shapes", "dtypes", "a source", "an example"]

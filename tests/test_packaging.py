@@ -40,12 +40,12 @@ def test_public_ci_runs_what_ci_runs_on_every_version() -> None:
     jobs = pytest.importorskip("yaml").safe_load(WORKFLOW.read_text())["jobs"]
     commands = {name: [step.get("run", "") for step in job["steps"]] for name, job in jobs.items()}
     assert "bash .ci/run" in commands["check"]
-    assert any(command.startswith("make wheels") for command in commands["wheels"])
+    # A wheel that nobody has installed and tried is no wheel: the quick tests run under every Python.
+    assert any(re.fullmatch("make wheels .*WHEEL_OPTIONS=--test-all", command) for command in commands["wheels"])
     assert "make docs" in commands["documentation"]
     matrix = jobs["pythons"]["strategy"]["matrix"]
     assert [version.removesuffix(".*") for version in matrix["torch"]] == torches()
-    of_check = next(step["with"]["python-version"] for step in jobs["check"]["steps"] if "python-version" in str(step))
-    assert sorted([*matrix["python"], of_check]) == sorted(pythons())
+    assert matrix["python"] == pythons()
 
 
 def test_wheels_are_built_for_every_python_that_is_promised() -> None:

@@ -1,6 +1,7 @@
 """Targets, threads, forks, interrupts: what runs around the kernels."""
 
 import ctypes
+import importlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import torch
 from processes import Child
 
 import onestep
-from onestep import _native, _runtime
+from onestep import _native, _runtime, integrations
 from onestep.curvature import glm
 from onestep.linalg import cholesky, gram, solve_normal, solve_normal_ex
 
@@ -65,6 +66,16 @@ def settings():
 before = settings()
 import onestep
 facts = {"target": onestep.info()["cpu_target"], "before": before, "after": settings(), "modules": list(sys.modules)}
+
+def asked_for(path):  # after `import onestep` alone, where the library that the module needs is missing
+    try:
+        return str(eval(path))
+    except ImportError as error:
+        return str(error)
+
+sys.modules.update(dict.fromkeys(("sklearn", "transformers", "lightning", "keras")))
+paths = ("estimators", "integrations", *(f"integrations.{name}" for name in dir(onestep.integrations)))
+facts["asked for"] = {path: asked_for(f"onestep.{path}") for path in paths}
 print(json.dumps(facts))
 """
 
@@ -451,6 +462,28 @@ def test_import_leaves_torchs_settings_alone(fresh_import):
 
 def test_import_leaves_scikit_learn_for_later(fresh_import):
     assert "sklearn" not in fresh_import["modules"]
+
+
+def test_modules_of_extras_are_loaded_when_asked_for_and_name_what_they_need(fresh_import):
+    assert not {"onestep.estimators", "onestep.integrations"} & set(fresh_import["modules"])
+    found = fresh_import["asked for"]
+    assert found.pop("integrations").startswith("<module 'onestep.integrations'")
+    extras = {"estimators": "sklearn"} | {f"integrations.{name}": name for name in dir(integrations)}
+    for path, extra in extras.items():
+        assert f"pip install 'onestep[{extra}]'" in found.pop(path), path
+    assert found == {}
+
+
+def test_modules_of_extras_are_found_from_the_package_alone(monkeypatch):
+    pytest.importorskip("sklearn")
+    estimators = importlib.import_module("onestep.estimators")
+    monkeypatch.delattr(onestep, "estimators")  # as it is before the first import
+    assert onestep.estimators is estimators
+    # Those that the documentation names, and no other: what they share is not for users.
+    assert dir(integrations) == ["keras", "lightning", "trainer", "transformers"]
+    for module in (onestep, integrations):
+        with pytest.raises(AttributeError, match=f"'{module.__name__}' has no attribute 'nothing'"):
+            _ = module.nothing
 
 
 def test_results_do_not_alias_inputs_or_each_other():

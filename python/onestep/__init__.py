@@ -8,6 +8,7 @@ stand on compiled kernels.
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from onestep._runtime import info
 from onestep.training import FitResult, fit
 
 if TYPE_CHECKING:
+    from onestep import estimators, integrations
     from onestep.estimators import (
         LogisticRegression,
         LogisticRegressionCV,
@@ -37,9 +39,11 @@ __all__ = [
     "RidgeClassifier",
     "__version__",
     "curvature",
+    "estimators",
     "fit",
     "functional",
     "info",
+    "integrations",
     "layerwise",
     "linalg",
     "nn",
@@ -47,17 +51,18 @@ __all__ = [
     "optim",
 ]
 
-# The estimators need scikit-learn, which is an extra, and take a second to import: they are loaded when asked for.
+# Estimators need scikit-learn, integrations the libraries that they are named after: both are loaded when asked for.
+_MODULES = frozenset({"estimators", "integrations"})
 _ESTIMATORS = frozenset(
     {"LogisticRegression", "LogisticRegressionCV", "PoissonRegressor", "Ridge", "RidgeCV", "RidgeClassifier"}
 )
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"onestep.{name}")
     if name in _ESTIMATORS:
-        from onestep import estimators
-
-        return getattr(estimators, name)
+        return getattr(importlib.import_module("onestep.estimators"), name)
     raise AttributeError(f"module 'onestep' has no attribute {name!r}")
 
 

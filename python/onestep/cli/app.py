@@ -77,6 +77,23 @@ examples:
 """
 
 
+INFO_EPILOG = """\
+examples:
+  python -m onestep info
+  ONESTEP_TARGET=generic python -m onestep info    # the kernels without AVX: generic, avx2, avx512 or amx
+"""
+
+BENCH_EPILOG = """\
+Every case is a line: milliseconds of onestep and of torch (medians), how many times as fast onestep is, and which share
+of the rate of torch's own matrix product it reaches. Nothing else should run meanwhile.
+
+examples:
+  python -m onestep bench
+  python -m onestep bench --seconds 30
+  ONESTEP_TARGET=avx2 python -m onestep bench      # another CPU target; onestep info lists those of this machine
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         say("error", f"{message} (see {self.prog} --help)")
@@ -188,8 +205,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "info",
         help="version, CPU target, thread source, CUDA build and devices",
-        description="Show what runs here: onestep's version and CPU target, where its threads come from, torch's "
+        description="Show what runs here: onestep's version and CPU target, where its threads come from, torch's\n"
         "version, whether the CUDA kernels were built, and the devices.",
+        epilog=INFO_EPILOG,
+        formatter_class=raw,
     )
 
     fit = commands.add_parser(
@@ -281,8 +300,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="say which CPU target runs here, and how fast, beside torch alone",
-        description="Measures typical calls beside torch's own way to the same result, in turn in one process. Says "
-        "which CPU target runs and what share of the machine's GEMM rate the calls reach.",
+        description="Measure typical calls beside torch's own way to the same result, in turn in one process, and say\n"
+        "which CPU target runs.",
+        epilog=BENCH_EPILOG,
+        formatter_class=raw,
     )
     bench.add_argument(
         "--seconds", type=_seconds, default=120, metavar="S", help="about how long to measure (default: %(default)s)"

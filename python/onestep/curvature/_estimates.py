@@ -20,7 +20,14 @@ class Estimate:
     Attributes:
         value: a scalar for a trace, (p,) for a diagonal; in float64.
         standard_error: of each element of ``value``: the samples' standard deviation over the root of their number.
-        samples: how many there were.
+        samples: how many there were; 0 where the value is exact.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import HessianOperator
+        >>> H = HessianOperator(torch.nn.Linear(1, 1), (torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)), "mse")
+        >>> H.trace()
+        Estimate(value=tensor(7., dtype=torch.float64), standard_error=tensor(0., dtype=torch.float64), samples=0)
     """
 
     value: Tensor

@@ -191,7 +191,12 @@ class CurvatureOperator(ABC):
             generator: draws the signs, the same in all processes; None for a new one with seed 0.
 
         Returns:
-            ``Estimate``: value, standard_error, samples.
+            ``Estimate``: value () and standard_error () in float64, both exact with samples = 0 where none were drawn.
+
+        Raises:
+            TypeError: ``samples`` is no integer, or ``generator`` no torch.Generator.
+            ValueError: ``samples`` is below 2.
+            NonFiniteError: a product is NaN or infinite, naming the batch.
         """
         if samples is None and self.shape[0] <= MOST_DENSE:
             value = self._exact_diagonal().sum()
@@ -206,7 +211,20 @@ class CurvatureOperator(ABC):
         theirs exactly for any number of parameters, by rows of the Jacobian, where torch.func.vmap can run the model.
         Otherwise, for the losses with a name, theirs is the mean of squares (Jᵀs)², which is never negative, with s
         drawn by a root of the loss's Hessian. The error of z∘Az comes from the rest of the row, and may make an element
-        negative where the matrix has no negative elements. Arguments and result as for ``trace``.
+        negative where the matrix has no negative elements.
+
+        Args:
+            samples: how many random vectors are averaged, at least 2; None for the exact diagonal where it can be had
+                so, and 64 elsewhere.
+            generator: draws them, the same in all processes; None for a new one with seed 0.
+
+        Returns:
+            ``Estimate``: value (p,) and standard_error (p,) in float64.
+
+        Raises:
+            TypeError: ``samples`` is no integer, or ``generator`` no torch.Generator.
+            ValueError: ``samples`` is below 2.
+            NonFiniteError: a product is NaN or infinite, naming the batch.
         """
         if samples is None:
             exact = self._exact_diagonal() if self.shape[0] <= MOST_DENSE else self._diagonal_by_rows()

@@ -44,6 +44,14 @@ class SolveReport:
         method: "dense", "conjugate_gradients" or "minres".
         relative_residuals: of each right-hand side.
         negative_curvatures: met by each right-hand side; a dense solve knows all of the matrix.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import GaussNewtonOperator
+        >>> G = GaussNewtonOperator(torch.nn.Linear(1, 1), (torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)), "mse")
+        >>> x, report = G.solve(torch.ones(2), damping=1.0)
+        >>> report.method, report.converged, report.negative_curvature
+        ('dense', True, False)
     """
 
     iterations: int

@@ -29,6 +29,13 @@ class GLMPoint:
 
     loss, grad, hvp and the Gram matrices are differentiable in W (and hvp in V) to every order, by backward, forward
     mode and torch.func. X, W and weight are not copied: a point holds as long as they are not changed in place.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import glm
+        >>> point = glm(torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 1.0]), torch.zeros(1), "logistic")
+        >>> point.grad, point.hvp(torch.ones(1))
+        (tensor([-0.5000]), tensor([1.2500]))
     """
 
     def __init__(

@@ -45,6 +45,14 @@ class Prediction:
         covariance: (n,k,k) of a row's k outputs, where it was asked for.
         probabilities: of the classes under "cross_entropy", of a 1 under "bce", with the outputs' variance integrated
             out by the probit approximation (MacKay, Neural Computation 4, 1992); None under other losses.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.curvature import Laplace
+        >>> model = torch.nn.Linear(1, 1)
+        >>> posterior = Laplace(model, (torch.tensor([[0.0], [2.0]]), torch.zeros(2, 1)), "mse", noise_variance=1.0)
+        >>> posterior.predict(torch.tensor([[1.0]])).variance
+        tensor([[0.3636]])
     """
 
     mean: Tensor
@@ -175,7 +183,13 @@ class Laplace:
         return self._kept[1]
 
     def solve(self, b: Tensor) -> Tensor:
-        """P⁻¹b for b (p,) or (p,k), in float64: with gradients of test losses as b, influence functions.
+        """P⁻¹b: with gradients of test losses as b, influence functions.
+
+        Args:
+            b: (p,) or (p,k), of any real dtype.
+
+        Returns:
+            P⁻¹b in the shape of ``b``, float64.
 
         Raises:
             ValueError: ``b`` has another shape.
@@ -198,6 +212,16 @@ class Laplace:
         """``count`` vectors of parameters drawn from the posterior, (count,p), in the parameters' own dtype.
 
         ``torch.nn.utils.vector_to_parameters`` takes one of them where parameters="all".
+
+        Args:
+            count: how many, at least 1.
+            generator: of torch, on the parameters' device; None for torch's own.
+
+        Returns:
+            (count,p), a vector a row.
+
+        Raises:
+            ValueError: ``count`` is no integer of at least 1.
         """
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count={count!r}; expected an integer of at least 1")
@@ -216,6 +240,12 @@ class Laplace:
         Args:
             inputs: rows as in the data.
             joint: whether to give the covariance of a row's outputs, too.
+
+        Returns:
+            ``Prediction``: mean and variance (n,…) in the outputs' dtype, and what else was asked for.
+
+        Raises:
+            TypeError: ``inputs`` holds no tensors or arrays.
         """
         inputs = from_numpy(inputs, self.mean)
         leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
@@ -272,6 +302,13 @@ class Laplace:
 
         Args:
             prior_precision, noise_variance: others than those of the object, for comparisons; > 0.
+
+        Returns:
+            The log marginal likelihood, in natural units.
+
+        Raises:
+            TypeError: one of them is no number.
+            ValueError: it is not above 0, or ``noise_variance`` is given for another loss than "mse".
         """
         prior = _checked("prior_precision", self.prior_precision if prior_precision is None else prior_precision)
         if noise_variance is not None and self._loss.name != "mse":

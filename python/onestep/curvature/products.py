@@ -133,14 +133,16 @@ def hvp(loss_fn: Callable[[Parameters], Tensor], params: Parameters, v: Paramete
 
     Args:
         loss_fn: params → a scalar. For a module: ``lambda p: loss(functional_call(model, p, (x,)), y)``.
-        params: a tensor or a dict of tensors.
+        params: a tensor of any shape (…), or a dict of such tensors; float32, float64 or bfloat16, on any device.
         v: the same structure, shapes and dtypes.
 
     Returns:
-        Hv, in the structure of ``params``. Differentiable.
+        Hv, in the structure, shapes and dtypes of ``params``. Differentiable.
 
     Raises:
-        ValueError, TypeError: ``v`` does not match ``params``, or the loss is not a scalar.
+        ValueError: ``v`` has other names, shapes or dtypes than ``params``, or the loss is no scalar.
+        TypeError: ``params`` or ``v`` holds no tensors, or the loss is not of a real floating-point dtype.
+        RuntimeError: ``loss_fn`` holds checkpoints with ``use_reentrant=True``, which have no second derivatives.
 
     Examples:
         >>> import torch
@@ -191,14 +193,16 @@ def ggnvp(
     Args:
         model_fn: params → outputs, a tensor of any shape.
         loss_fn: outputs → a scalar.
-        params: a tensor or a dict of tensors.
+        params: a tensor of any shape (…), or a dict of such tensors; float32, float64 or bfloat16, on any device.
         v: the same structure, shapes and dtypes.
 
     Returns:
-        Jᵀ H J v, in the structure of ``params``. Differentiable.
+        Jᵀ H J v, in the structure, shapes and dtypes of ``params``. Differentiable.
 
     Raises:
-        ValueError, TypeError: ``v`` does not match ``params``, or the loss is not a scalar.
+        ValueError: ``v`` has other names, shapes or dtypes than ``params``, or the loss is no scalar.
+        TypeError: ``params`` or ``v`` holds no tensors, or the loss is not of a real floating-point dtype.
+        RuntimeError: ``model_fn`` holds checkpoints with ``use_reentrant=True``, which have no second derivatives.
 
     Examples:
         >>> import torch

@@ -121,7 +121,17 @@ class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> Any:
-        """X coef_ᵀ + intercept_; see `Ridge.predict`."""
+        """X coef_ᵀ + intercept_.
+
+        Args:
+            X: (n, d), array, data frame or CPU tensor.
+
+        Returns:
+            (n,) for one target, else (n, k), in X's dtype; a tensor if X is one.
+
+        Raises:
+            ValueError, sklearn.exceptions.NotFittedError: as for `Ridge.predict`.
+        """
         return self._linear(X)
 
     def _check_options(self) -> bool:

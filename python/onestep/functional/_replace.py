@@ -52,8 +52,13 @@ _multi_head_attention_forward = _without_dispatch(
 class replace_attention(TorchFunctionMode):
     """Within this context, ``torch.nn.functional.scaled_dot_product_attention`` is onestep's, in this thread.
 
-    That holds for every module that calls it, ``torch.nn.MultiheadAttention`` and torch.nn's transformer layers among
-    them. Calls that onestep does not take (other devices and dtypes, dropout) stay torch's.
+    ``replace_attention()`` takes no arguments. It holds for every module that calls that function,
+    ``torch.nn.MultiheadAttention`` and torch.nn's transformer layers among them, and for float32, float64 and bfloat16
+    operands (…,T,D) on the CPU. Calls that onestep does not take (other devices and dtypes, dropout) stay torch's.
+
+    Raises:
+        ValueError, TypeError: in a call of attention that onestep takes, as ``scaled_dot_product_attention`` does:
+            shapes or masks that do not go together.
 
     Examples:
         >>> import torch

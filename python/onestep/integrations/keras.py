@@ -11,6 +11,11 @@ from torch import Tensor, nn
 try:
     import keras
 except ModuleNotFoundError as error:
+    if error.name != "keras":
+        raise ImportError(
+            f"keras cannot be imported ({error}); its backend is the one that KERAS_BACKEND names, or TensorFlow. Set "
+            "KERAS_BACKEND=torch in the environment before keras is imported"
+        ) from error
     raise ModuleNotFoundError(
         "onestep.integrations.keras needs keras, which is not installed: pip install 'onestep[keras]'", name="keras"
     ) from error

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 try:
     from lightning.pytorch import Callback
 except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "lightning":
+        raise
     raise ModuleNotFoundError(
         "onestep.integrations.lightning needs lightning, which is not installed: pip install 'onestep[lightning]'",
         name="lightning",

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 try:
     from transformers import TrainerCallback
 except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
     raise ModuleNotFoundError(
         "onestep.integrations.trainer needs transformers, which is not installed: pip install 'onestep[trainer]'",
         name="transformers",

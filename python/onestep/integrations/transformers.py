@@ -7,8 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import sdpa_mask
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ModuleNotFoundError(
+        "onestep.integrations.transformers needs transformers, which is not installed: "
+        "pip install 'onestep[transformers]'",
+        name="transformers",
+    ) from error
 
 from onestep.functional import scaled_dot_product_attention
 

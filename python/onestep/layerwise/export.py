@@ -23,6 +23,14 @@ class QuantizedWeight:
         zero: (outputs, groups), the code of 0, a whole number.
         group: (features,) int64, the group of each feature.
         bits: 2 to 8.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import quantize
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+        >>> weight = quantize(model, [torch.eye(2)], bits=4, progress=False).quantized["0"]
+        >>> weight.codes.shape, torch.equal(weight.dequantize(), model[0].weight)
+        (torch.Size([3, 2]), True)
     """
 
     codes: Tensor

@@ -21,6 +21,14 @@ class LayerReport:
         damping: what was added to the diagonal in the end, in means of the diagonal.
         error_before: Σ‖t − Ŵx‖² / Σ‖t‖² over the rows without the solve: rounded to nearest, pruned by size, as it was.
         error: the same with it.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import quantize
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.eye(2)
+        >>> report = quantize(model, [x], bits=8, progress=False)["0"]
+        >>> report.rows, report.dead, report.error <= report.error_before
+        (2, 0, True)
     """
 
     name: str
@@ -40,6 +48,13 @@ class Report:
     Attributes:
         layers: one report each.
         quantized: the codes and grids of those that were quantised, by name.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import quantize
+        >>> report = quantize(torch.nn.Sequential(torch.nn.Linear(2, 2)), [torch.eye(2)], bits=8, progress=False)
+        >>> [layer.name for layer in report.layers], list(report.quantized)
+        (['0'], ['0'])
     """
 
     layers: list[LayerReport] = field(default_factory=list)

@@ -47,6 +47,11 @@ class LayerStatistics:
         names: the layers.
         batches: how many batches have been added.
 
+    Raises:
+        ValueError: a pattern matches no layer, or the teacher has other layers or outputs.
+        TypeError: an argument, or a layer's weight, is of another type or dtype.
+        NotImplementedError: a layer that matches has a weight that is computed, or stacked in another way.
+
     Examples:
         >>> import torch
         >>> from onestep.layerwise import LayerStatistics
@@ -98,6 +103,12 @@ class LayerStatistics:
 
     def targets(self, name: str) -> TargetSums:
         """The sums with the teacher's outputs.
+
+        Args:
+            name: of a layer.
+
+        Returns:
+            Σxtᵀ, Σt and Σ‖t‖² of the rows.
 
         Raises:
             KeyError: there is no teacher, or no row has reached the layer.
@@ -156,6 +167,10 @@ class LayerStatistics:
 
         Returns:
             self.
+
+        Raises:
+            ValueError: ``every`` is not positive, the file is damaged or of other layers, or inputs as in ``update``.
+            TypeError: an argument is something else.
         """
         batches = batches_of(data)
         check_flags(progress=progress)
@@ -179,6 +194,9 @@ class LayerStatistics:
 
     def merge(self, other: LayerStatistics) -> LayerStatistics:
         """Adds what another one has seen, in this process or read from a file; returns self.
+
+        Args:
+            other: of the same layers; it stays as it is.
 
         Raises:
             TypeError: it is something else.
@@ -205,7 +223,14 @@ class LayerStatistics:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Writes everything to a file, which is replaced in one step; torch.load reads it."""
+        """Writes everything to a file, which is replaced in one step; torch.load reads it.
+
+        Args:
+            path: the file; one beside it, with ``.partial`` at the end of its name, is there while it is written.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         slots = {id(sums): sums for sums in self._inputs.values()}
         places = {key: index for index, key in enumerate(slots)}
         state = {
@@ -226,7 +251,11 @@ class LayerStatistics:
     def load(self, path: str | Path) -> LayerStatistics:
         """Takes everything from a file that ``save`` wrote; returns self.
 
+        Args:
+            path: the file.
+
         Raises:
+            OSError: it cannot be read.
             ValueError: the file is damaged, or of other layers, other numbers of features, or another dtype.
         """
         try:
@@ -254,6 +283,12 @@ class LayerStatistics:
         """The layers that one batch reaches, in the order of their first calls, and which inputs each is given.
 
         Nothing is added. Inputs are numbered; the same number is the same tensor.
+
+        Args:
+            batch: as in ``update``.
+
+        Returns:
+            For each layer the numbers of the inputs of its calls.
         """
         seen = _Pass(self._dtype, None, None, self._storage, sums=False)
         hooked, calls = _hooks(self._layers, seen.take_input, after=False)
@@ -263,6 +298,10 @@ class LayerStatistics:
 
     def kept_factor(self, name: str, damping: float) -> tuple[linalg.InverseCholeskyResult, float]:
         """U of E[xxᵀ] of a layer over its mean diagonal element, and that element; factored once, and kept.
+
+        Args:
+            name: of a layer.
+            damping: as for ``linalg.inverse_cholesky``, in means of the diagonal.
 
         Raises:
             ValueError: no row has reached the layer.

@@ -57,6 +57,13 @@ class InputSums:
         gram: (d,d), Σxxᵀ, float32 or float64, as ``LayerStatistics`` was told.
         total: (d,), Σx, likewise.
         count: rows.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.layerwise import LayerStatistics
+        >>> statistics = LayerStatistics(torch.nn.Sequential(torch.nn.Linear(2, 3)))
+        >>> statistics.update(torch.ones(4, 2))["0"].total
+        tensor([4., 4.])
     """
 
     gram: Tensor
@@ -64,7 +71,15 @@ class InputSums:
     count: int
 
     def plus(self, other: InputSums, storage: Storage) -> InputSums:
-        """The sums over both."""
+        """The sums over both, in new matrices.
+
+        Args:
+            other: of the same features and dtype.
+            storage: where the sum is kept, in memory or in a file.
+
+        Returns:
+            The sums over the rows of both.
+        """
         return InputSums(storage.add(self.gram, other.gram), self.total + other.total, self.count + other.count)
 
 

@@ -29,6 +29,14 @@ class LinearSolution(NamedTuple):
     Attributes:
         W: (d,k), or (p,d,k) for p penalties; float32 or float64, as ``NormalEquations`` was told.
         intercept: (k,), or (p,k); zeros without an intercept.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import NormalEquations
+        >>> equations = NormalEquations(1, 1, intercept=True, dtype=torch.float64)
+        >>> solution = equations.update(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [3.0]])).solve()
+        >>> round(solution.W.item(), 6), round(solution.intercept.item(), 6)
+        (2.0, 1.0)
     """
 
     W: Tensor
@@ -176,6 +184,9 @@ class NormalEquations:
 
     def merge(self, other: NormalEquations) -> NormalEquations:
         """Adds the rows that another accumulator has seen, which stays as it is; returns self.
+
+        Args:
+            other: of the same d, k and intercept.
 
         Raises:
             TypeError: ``other`` is no NormalEquations, or its sums are of float32 rows and this one's dtype is float64.
@@ -326,6 +337,9 @@ class NormalEquations:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the place of what was added up so far, from ``state_dict`` of an accumulator made alike.
+
+        Args:
+            state: what ``state_dict`` gave.
 
         Raises:
             ValueError: a key is missing or unknown, d, k, intercept or dtype differ, or a tensor's shape, dtype, device

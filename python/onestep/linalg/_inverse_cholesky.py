@@ -21,6 +21,14 @@ class InverseCholeskyResult(NamedTuple):
             positive definite: the last k features are dependent; −1 where A holds NaN or infinity.
         damping: (…), what U was computed with: as asked for where info is 0, more where info is positive; NaN where
             there is no U.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import inverse_cholesky
+        >>> result = inverse_cholesky(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
+        >>> result.U, result.info.item(), result.damping.item()
+        (tensor([[0.5000, 0.0000],
+                [0.0000, 1.0000]]), 0, 0.0)
     """
 
     U: Tensor

@@ -36,6 +36,13 @@ class SolveNormalResult(NamedTuple):
         rcond: (…) an estimate of 1 / (‖A‖₁‖A⁻¹‖₁) (LAPACK xPOCON); 0 for a problem that failed. cond(A) = cond(X)²
             where there is no ridge. For n < d with a ridge it is that of the n × n dual system.
         jitter: (…) what was added to the diagonal of A; 0 where nothing was.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import solve_normal_ex
+        >>> X = torch.tensor([[[1.0], [1.0]], [[0.0], [0.0]]])  # the second of two problems has no solution
+        >>> solve_normal_ex(X, torch.ones(2, 2, 1)).info
+        tensor([0, 1], dtype=torch.int32)
     """
 
     solution: Tensor
@@ -53,6 +60,13 @@ class Moments(NamedTuple):
         x_mean: (d,) weighted means; zeros if not centred.
         y_mean: (k,) likewise.
         weight_sum: () Σ w, or n.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import moments
+        >>> found = moments(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]]), center=True)
+        >>> found.gram.item(), found.cross.item(), found.x_mean.item()
+        (2.0, 4.0, 1.0)
     """
 
     gram: Tensor

@@ -19,6 +19,13 @@ class PolarResult(NamedTuple):
     Attributes:
         factor: U (…,n,m), NaN where info is not 0.
         info: (…), int32: 0, or positive where M is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import polar_ex
+        >>> result = polar_ex(torch.tensor([[[3.0, 0.0], [0.0, 2.0]], [[float("nan"), 0.0], [0.0, 1.0]]]))
+        >>> result.info > 0, torch.allclose(result.factor[0], torch.eye(2), atol=1e-2)
+        (tensor([False,  True]), True)
     """
 
     factor: Tensor

@@ -18,6 +18,14 @@ class SolveSegmentsResult(NamedTuple):
     Attributes:
         solution: (B,d,k) or (B,d). NaN for a problem that failed; its gradients are zero.
         info: (B,) int32, as ``SolveNormalResult.info``.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.linalg import solve_normal_segments_ex
+        >>> X, Y = torch.tensor([[1.0], [1.0], [2.0]]), torch.tensor([1.0, 3.0, 8.0])
+        >>> result = solve_normal_segments_ex(X, Y, torch.tensor([0, 2, 3]))  # rows 0 and 1, and row 2
+        >>> [round(w, 4) for w in result.solution.flatten().tolist()], result.info
+        ([2.0, 4.0], tensor([0, 0], dtype=torch.int32))
     """
 
     solution: Tensor

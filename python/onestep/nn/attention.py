@@ -17,7 +17,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
-            torch's.
+            torch's. The kernel takes float32, float64 and bfloat16 on the CPU.
+
+    Raises:
+        ValueError: ``embed_dim`` or ``num_heads`` is not above 0.
+        AssertionError: ``embed_dim`` is no multiple of ``num_heads`` (all three are torch's own).
 
     Examples:
         >>> import torch
@@ -38,7 +42,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As torch's; shapes (T, N, E), (N, T, E) with ``batch_first``, or (T, E)."""
+        """Attention of the queries over keys and values, as torch's; T queries, S keys, N sequences.
+
+        Args:
+            query: (T, N, E), with ``batch_first`` (N, T, E), or (T, E) of one sequence.
+            key, value: (S, N, kdim) and (S, N, vdim), likewise.
+            key_padding_mask: (N, S) or (S,), boolean or additive: True or -inf where a key is left out.
+            need_weights: whether to return the weights, which are O(T·S), by torch's own operations.
+            attn_mask: (T, S) or (N·heads, T, S), boolean (True: left out) or additive.
+            average_attn_weights: whether weights are averaged over heads.
+            is_causal: that ``attn_mask`` is the causal mask, which must be given.
+
+        Returns:
+            The outputs in the shape of ``query``, with E features, and the weights (N, T, S), (N, heads, T, S) or None.
+
+        Raises:
+            RuntimeError, AssertionError: shapes do not go together, or ``is_causal`` without a mask (torch's own).
+        """
         with replace_attention():
             return super().forward(
                 query,

@@ -52,7 +52,12 @@ native, status = _load()
 
 
 def build() -> str:
-    """What CUDA kernels this build has, in words."""
+    """What CUDA kernels this build has, in words.
+
+    Returns:
+        "built for sm_80, sm_90", "none (CPU kernels only)", that the module was built and cannot be loaded and why, or
+        that it is emulated.
+    """
     return status
 
 

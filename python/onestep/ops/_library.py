@@ -212,7 +212,17 @@ def _align_batches(args: tuple[Any, ...], in_dims: tuple[int | None, ...], own_d
 
 
 def records_derivatives(args: tuple[Any, ...]) -> bool:
-    """Whether eager autograd, a forward-mode level or a torch.func transform may want a derivative of this call."""
+    """Whether eager autograd, a forward-mode level or a torch.func transform may want a derivative of this call.
+
+    Args:
+        args: the arguments of an op, tensors and plain values.
+
+    Returns:
+        True where a transform or forward-mode level is active, or grad mode is on and a tensor requires a gradient.
+
+    Raises:
+        TypeError: ``args`` cannot be iterated over.
+    """
     if transforms_active() or forward_level() >= 0:
         return True
     return torch.is_grad_enabled() and any_requires_grad(*args)

@@ -47,37 +47,96 @@ class Objective(ABC):
     Attributes:
         fixed: whether the next step will see the same function, so that its value and gradient at the point reached
             can be kept for it.
+
+    Examples:
+        Optimisers make one of the closure that ``step`` is given; of residuals, the mean square is the loss:
+
+        >>> import torch
+        >>> from onestep.optim import LevenbergMarquardt
+        >>> p = torch.zeros(2, requires_grad=True)
+        >>> LevenbergMarquardt([p]).step(lambda: p - 1)  # the loss before the step
+        1.0
     """
 
     fixed = False
 
     @abstractmethod
     def value(self, parameters: ParameterVector) -> float:
-        """The loss."""
+        """The loss.
+
+        Args:
+            parameters: those that are trained, p numbers of one dtype, as the optimiser keeps them.
+
+        Returns:
+            The loss at their present values.
+        """
 
     def before(self, parameters: ParameterVector) -> float | None:
-        """What ``value`` gives before a step, where steps are judged on other rows than they are made of."""
+        """What ``value`` gives before a step, where steps are judged on other rows than they are made of.
+
+        Args:
+            parameters: as for ``value``.
+
+        Returns:
+            The loss on the rows that judge, or None where they are the same rows.
+        """
         return None
 
     @abstractmethod
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
-        """The loss and its gradient (p,)."""
+        """The loss and its gradient.
+
+        Args:
+            parameters: as for ``value``.
+
+        Returns:
+            The loss, and the gradient (p,) in the parameters' dtype.
+        """
 
     @abstractmethod
     def curvature(self, parameters: ParameterVector, *, hessian: bool) -> Callable[[Tensor], Tensor]:
-        """v (p,) → Hv, of the Hessian or of the Gauss-Newton matrix."""
+        """Products with the Hessian or the Gauss-Newton matrix at the parameters' present values.
+
+        Args:
+            parameters: as for ``value``.
+            hessian: whether it is the Hessian.
+
+        Returns:
+            The function v (p,) → Hv (p,), in the parameters' dtype.
+        """
 
     def preconditioner(self, parameters: ParameterVector) -> Preconditioner | None:
-        """Of the Gauss-Newton matrix, where more is known of it than a gradient tells."""
+        """Of the Gauss-Newton matrix, where more is known of it than a gradient tells.
+
+        Args:
+            parameters: as for ``value``.
+
+        Returns:
+            None, or damping → the function v (p,) → about (matrix + damping I)⁻¹v.
+        """
         return None
 
     def curvature_root(self, parameters: ParameterVector) -> CurvatureRoot | None:
-        """Of the Gauss-Newton matrix, where products with it are to be preferred to the matrix itself."""
+        """Of the Gauss-Newton matrix, where products with it are to be preferred to the matrix itself.
+
+        Args:
+            parameters: as for ``value``.
+
+        Returns:
+            None, or R (m,p) with RᵀR the matrix, as a ``CurvatureRoot``.
+        """
         return None
 
     @abstractmethod
     def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
-        """The Gauss-Newton matrix (p,p), float64."""
+        """The Gauss-Newton matrix, formed.
+
+        Args:
+            parameters: as for ``value``.
+
+        Returns:
+            The matrix (p,p), float64.
+        """
 
 
 _NO_BACKWARD = "backward() was called inside the closure: return the loss and leave the derivatives to the optimiser"

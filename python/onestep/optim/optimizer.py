@@ -70,6 +70,15 @@ class StepReport:
         rejected: trials taken back.
         cg_iterations: products with the curvature matrix, of all trials together.
         without_influence: parameters on which the outputs no longer depend, where the method can tell.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.optim import LevenbergMarquardt
+        >>> p = torch.zeros(2, requires_grad=True)
+        >>> optimizer = LevenbergMarquardt([p])
+        >>> loss = optimizer.step(lambda: p - 1)
+        >>> optimizer.report.accepted, optimizer.report.new_loss < 0.1 * loss
+        (True, True)
     """
 
     loss: float
@@ -140,6 +149,9 @@ class DampedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any torch optimiser; the group's settings are checked, and are those of the first group if not given.
+
+        Args:
+            param_group: "params", and settings.
 
         Raises:
             ValueError: a setting is not what it should be, or differs from the first group's, other than weight_decay.

@@ -138,7 +138,15 @@ class PolarGrad(torch.optim.Optimizer):
             }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as two where it holds hidden matrices and others; ``"polar"`` in it decides for all members."""
+        """Adds a group, as two where it holds hidden matrices and others.
+
+        Args:
+            param_group: "params", and settings that differ from the defaults; ``"polar"`` decides for all members.
+
+        Raises:
+            ValueError: a setting or a parameter is not what it should be, or a parameter is in a group already.
+            TypeError: a parameter is no tensor.
+        """
         group = dict(param_group)
         given = group.pop("params")
         members = [given] if isinstance(given, Tensor) else list(given)
@@ -207,7 +215,14 @@ class PolarGrad(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the inputs of the next step are collected again if that is due."""
+        """As torch's; the inputs of the next step are collected again if that is due.
+
+        Args:
+            state_dict: what ``state_dict`` of an optimiser of the same parameters gave.
+
+        Raises:
+            ValueError: it is of other groups (torch's own).
+        """
         super().load_state_dict(state_dict)
         if self._grams is not None:
             self._grams.take()

@@ -26,6 +26,13 @@ class Record:
             that factor.
         seconds: since fit began, over all its sessions if it was resumed.
         validation_loss: after the step, on ``validation``; None where it was not taken.
+
+    Examples:
+        >>> import torch, onestep
+        >>> X = torch.linspace(0, 1, 20)[:, None]
+        >>> record = onestep.fit(torch.nn.Linear(1, 1), (X, 3 * X - 1), progress=False).history[0]
+        >>> record.step, record.accepted, record.damping
+        (1, True, 0.0)
     """
 
     step: int
@@ -132,7 +139,16 @@ class FitResult:
         )
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Writes a picture of the loss against steps and seconds; the format is the file name's. Needs matplotlib."""
+        """Writes a picture of the loss against steps and seconds.
+
+        Args:
+            path: of the file; the format is that of its name, such as loss.png.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+            ValueError: the file's name has a format that matplotlib does not write.
+            OSError: the file cannot be written.
+        """
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
@@ -170,6 +186,13 @@ class FitResult:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over ``state``."""
+        """Takes over what another result's ``state()`` gave.
+
+        Args:
+            state: with the keys "initial_loss", "converged", "reason" and "history".
+
+        Raises:
+            KeyError: one of them is missing.
+        """
         self.initial_loss, self.converged, self.reason = state["initial_loss"], state["converged"], state["reason"]
         self.history = [Record(**record) for record in state["history"]]
