@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -127,16 +127,30 @@ class LayerStatistics:
         Raises:
             ValueError: a layer's inputs hold NaN or infinity, or overflow; nothing of the batch has been added then.
         """
-        seen = _Pass(self._dtype, mask_of(batch), set(self.names) if stop_early else None, self._storage)
-        models = [self._model] if self._teacher is None else [self._teacher, self._model]
+        models = [self._model] if self._teacher is None else [self._model, self._teacher]
+        runs = [lambda model=model: call(model, batch) for model in models]
+        return self.update_by(runs, mask_of(batch), stop_early=stop_early)
+
+    def update_by(
+        self, runs: Sequence[Callable[[], object]], mask: Tensor | None, *, stop_early: bool = False
+    ) -> LayerStatistics:
+        """As ``update``, of a batch that each of ``runs`` sends through the model, and the teacher if there is one.
+
+        Args:
+            runs: through all that has the layers.
+            mask: (sequences, places), which places are not padding.
+            stop_early: as in ``update``.
+        """
+        seen = _Pass(self._dtype, mask, set(self.names) if stop_early else None, self._storage)
+        models = [self._model] if self._teacher is None else [self._model, self._teacher]
         with evaluating(*models), torch.no_grad():
             if self._teacher is not None:
                 hooked, calls = _hooks(self._teachers, seen.take_target, after=True)
                 with hooked, calls:
-                    call(self._teacher, batch)
+                    runs[1]()
             hooked, calls = _hooks(self._layers, seen.take_input, after=False)
             with suppress(_Enough), hooked, calls:
-                call(self._model, batch)
+                runs[0]()
         self._commit(seen)
         return self
 
