@@ -170,6 +170,9 @@ class LayerStatistics:
 
         Returns:
             self.
+
+        Raises:
+            FileNotFoundError: the checkpoint's folder is not there.
         """
         batches = batches_of(data)
         check_flags(progress=progress)
@@ -177,6 +180,8 @@ class LayerStatistics:
             check_path("checkpoint", checkpoint)
         if type(every) is not int or every < 1:
             raise ValueError(f"every is {every!r}; expected a positive number of batches")
+        if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+            raise FileNotFoundError(f"checkpoint is {str(checkpoint)!r}; expected a file in a folder that is there")
         if checkpoint is not None and Path(checkpoint).exists():
             self.load(checkpoint)
         with Progress(count_of(batches), enabled=progress, done=self.batches, what="statistics", unit="batch") as bar:
@@ -220,6 +225,7 @@ class LayerStatistics:
 
     def save(self, path: str | Path) -> None:
         """Writes everything to a file, which is replaced in one step; torch.load reads it."""
+        check_path("path", path)
         slots = {id(sums): sums for sums in self._inputs.values()}
         places = {key: index for index, key in enumerate(slots)}
         state = {
@@ -247,6 +253,8 @@ class LayerStatistics:
             state = torch.load(path, weights_only=True, mmap=self._storage.folder is not None)
         except (EOFError, RuntimeError, pickle.UnpicklingError, struct.error) as error:
             raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged: {error}") from error
+        if not isinstance(state, dict) or not {"batches", "layers", "inputs", "targets", "dtype"} <= state.keys():
+            raise ValueError(f"{path} is no file of LayerStatistics.save")
         unknown = [name for name in state["layers"] if name not in self._layers]
         if unknown or state["dtype"] != str(self._dtype):
             raise ValueError(
