@@ -279,6 +279,14 @@ REFUSED = {
     "to a number": (lambda: save(perceptron(), 5), TypeError, "path is 5"),
     "codes that are none": (lambda: save(perceptron(), "never", {"0": 5}), TypeError, r"quantized\['0'\] is int"),
     "targets of no teacher": (lambda: EDITED.targets("2"), KeyError, "there is no teacher"),
+    "a text for a batch": (lambda: quantize(perceptron(), ["ab"]), TypeError, r"does not take a batch \(str\)"),
+    "no layer": (lambda: edited(layer=None), TypeError, "layer is None; expected the full name"),
+    "a folder that is not there": (
+        lambda: LayerStatistics(perceptron()).collect([X], checkpoint="/no/such/file"),
+        FileNotFoundError,
+        "checkpoint is '/no/such/file'",
+    ),
+    "saved to nothing": (lambda: LayerStatistics(perceptron()).save(None), TypeError, "path is None"),
     "no statistics": (lambda: edited(statistics=None), TypeError, "statistics is NoneType"),
 }
 
@@ -303,6 +311,21 @@ def test_a_damaged_file_is_refused(tmp_path):
         (tmp_path / "damaged.pt").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"damaged\.pt is no file"):
             LayerStatistics(perceptron()).load(tmp_path / "damaged.pt")
+    torch.save(perceptron().state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt is no file"):
+        LayerStatistics(perceptron()).load(tmp_path / "weights.pt")
+
+
+def test_a_subject_without_a_place_is_refused():
+    class Masked(nn.Sequential):
+        def forward(self, x, attention_mask):
+            return super().forward(x)
+
+    model, x = Masked(nn.Linear(4, 2)), torch.randn(2, 3, 4)
+    batch = {"x": x, "attention_mask": torch.tensor([[0, 1, 0], [0, 0, 0]])}
+    statistics = LayerStatistics(model).update(batch)
+    with pytest.raises(ValueError, match="subject 1 is padding alone"):
+        edit(model, batch, torch.zeros(2, 2), layer="0", statistics=statistics)
 
 
 @pytest.mark.parametrize("call", [quantize, lambda model, data, **options: prune(model, data, (2, 16), **options)])

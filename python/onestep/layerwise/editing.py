@@ -30,7 +30,8 @@ def edit(
     Δ = R Kᵀ(C + KKᵀ)⁻¹, with the keys K the layer's inputs at each subject's last place, R = targets − WK what is
     missing, and C = E[xxᵀ] / strength of ordinary text (Meng et al. 2023). By Woodbury's identity that is
     R (1 + KᵀC⁻¹K)⁻¹ KᵀC⁻¹: C⁻¹ = UᵀU is factored once for each ``statistics`` and kept there, and a batch of m edits
-    solves m × m equations.
+    solves m × m equations. A batch knows nothing of edits before it, and undoes them in part where keys are
+    alike: what has to hold together belongs in one batch.
 
     Args:
         model: changed in place.
@@ -46,7 +47,8 @@ def edit(
         A ``Report`` of one layer, with Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after.
 
     Raises:
-        ValueError: the layer is not there, was not reached, or ``targets`` has another shape or is not finite.
+        ValueError: the layer is not there, was not reached, ``targets`` has another shape or is not finite, or a
+            subject is padding alone.
         TypeError: ``targets`` is no tensor, or ``statistics`` something else.
         NotImplementedError: the layer is one of stacked experts.
 
@@ -61,6 +63,8 @@ def edit(
         tensor([[ 1., -1.]])
     """
     check_number("strength", strength, positive=True)
+    if not isinstance(layer, str):
+        raise TypeError(f"layer is {layer!r}; expected the full name of one layer")
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets is {type(targets).__name__}; expected a tensor (subjects, outputs)")
     if not isinstance(statistics, LayerStatistics):
@@ -133,5 +137,7 @@ def _keys(model: nn.Module, module: nn.Module, subjects: Any) -> Tensor:
     mask = mask_of(subjects)
     if mask is None or mask.shape != x.shape[:-1]:
         return x[:, -1]
+    if not bool(mask.any(1).all()):
+        raise ValueError(f"subject {int(mask.any(1).int().argmin())} is padding alone; expected a place that is not")
     places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1).amax(1)
     return x[torch.arange(len(x), device=x.device), places]

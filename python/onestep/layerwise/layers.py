@@ -189,7 +189,7 @@ def call(model: nn.Module, batch: Any) -> Any:
     arguments = tuple(batch) if isinstance(batch, (tuple, list)) else () if isinstance(batch, Mapping) else (batch,)
     try:
         return model(*arguments, **keywords)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         kinds = [type(value).__name__ for value in arguments] or list(keywords)
         raise TypeError(
             f"the model does not take a batch ({', '.join(kinds)}): {error}. A batch is what the model is called "

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
+from onestep._restored import replaced
 from onestep.evaluation.progress import Progress
-from onestep.layerwise.layers import Layer, Patterns, batches_of, check_on_cpu, find_layers
+from onestep.layerwise.chain import Passes, without_caches
+from onestep.layerwise.layers import Layer, Patterns, batches_of, check_on_cpu, evaluating, find_layers
 from onestep.layerwise.report import LayerReport
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.linalg.damping import unit_cholesky
@@ -35,8 +37,9 @@ def solve_in_order(
     """Calls ``solve`` for each layer with the statistics of its inputs.
 
     Sequential: layers that share their inputs are a group, and a group's statistics are taken when all groups before
-    it are solved, so that later layers see, and mend, what earlier ones have become. Otherwise all statistics are
-    taken in one pass over the data, of the model as it was.
+    it are solved, so that later layers see, and mend, what earlier ones have become; where the model is a chain of
+    blocks, by passes through the group's block (``Passes``). Otherwise all statistics are taken in one pass over the
+    data, of the model as it was.
     """
     chosen = find_layers(model, layers)
     check_on_cpu(chosen.values())
@@ -56,12 +59,19 @@ def solve_in_order(
                 solve(layer, statistics)
                 bar.update()
         return
-    trace = _called(model, chosen, first)
-    with Progress(len(chosen), enabled=progress, what=what, unit="layer") as bar:
+    both = [model] if teacher is None else [model, teacher]
+    with (
+        Progress(len(chosen), enabled=progress, what=what, unit="layer") as bar,
+        evaluating(*both),
+        torch.no_grad(),
+        replaced(without_caches(both)),
+    ):
+        trace = _called(model, chosen, first)
+        passes = Passes(both, batches, chosen)
         for group, once in trace:
             statistics = LayerStatistics(model, group, teacher=teacher, dtype=dtype)
-            for batch in batches:
-                statistics.update(batch, stop_early=once)
+            for mask, runs in passes.of(group):
+                statistics.update_by(runs, mask, stop_early=once)
             for name in group:
                 solve(chosen[name], statistics)
                 bar.update()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -138,16 +138,30 @@ class LayerStatistics:
         Raises:
             ValueError: a layer's inputs hold NaN or infinity, or overflow; nothing of the batch has been added then.
         """
-        seen = _Pass(self._dtype, mask_of(batch), set(self.names) if stop_early else None, self._storage)
-        models = [self._model] if self._teacher is None else [self._teacher, self._model]
+        models = [self._model] if self._teacher is None else [self._model, self._teacher]
+        runs = [lambda model=model: call(model, batch) for model in models]
+        return self.update_by(runs, mask_of(batch), stop_early=stop_early)
+
+    def update_by(
+        self, runs: Sequence[Callable[[], object]], mask: Tensor | None, *, stop_early: bool = False
+    ) -> LayerStatistics:
+        """As ``update``, of a batch that each of ``runs`` sends through the model, and the teacher if there is one.
+
+        Args:
+            runs: through all that has the layers.
+            mask: (sequences, places), which places are not padding.
+            stop_early: as in ``update``.
+        """
+        seen = _Pass(self._dtype, mask, set(self.names) if stop_early else None, self._storage)
+        models = [self._model] if self._teacher is None else [self._model, self._teacher]
         with evaluating(*models), torch.no_grad():
             if self._teacher is not None:
                 hooked, calls = _hooks(self._teachers, seen.take_target, after=True)
                 with hooked, calls:
-                    call(self._teacher, batch)
+                    runs[1]()
             hooked, calls = _hooks(self._layers, seen.take_input, after=False)
             with suppress(_Enough), hooked, calls:
-                call(self._model, batch)
+                runs[0]()
         self._commit(seen)
         return self
 
@@ -171,6 +185,7 @@ class LayerStatistics:
         Raises:
             ValueError: ``every`` is not positive, the file is damaged or of other layers, or inputs as in ``update``.
             TypeError: an argument is something else.
+            FileNotFoundError: the checkpoint's folder is not there.
         """
         batches = batches_of(data)
         check_flags(progress=progress)
@@ -178,6 +193,8 @@ class LayerStatistics:
             check_path("checkpoint", checkpoint)
         if type(every) is not int or every < 1:
             raise ValueError(f"every is {every!r}; expected a positive number of batches")
+        if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+            raise FileNotFoundError(f"checkpoint is {str(checkpoint)!r}; expected a file in a folder that is there")
         if checkpoint is not None and Path(checkpoint).exists():
             self.load(checkpoint)
         with Progress(count_of(batches), enabled=progress, done=self.batches, what="statistics", unit="batch") as bar:
@@ -231,6 +248,7 @@ class LayerStatistics:
         Raises:
             OSError: it cannot be written.
         """
+        check_path("path", path)
         slots = {id(sums): sums for sums in self._inputs.values()}
         places = {key: index for index, key in enumerate(slots)}
         state = {
@@ -262,6 +280,8 @@ class LayerStatistics:
             state = torch.load(path, weights_only=True, mmap=self._storage.folder is not None)
         except (EOFError, RuntimeError, pickle.UnpicklingError, struct.error) as error:
             raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged: {error}") from error
+        if not isinstance(state, dict) or not {"batches", "layers", "inputs", "targets", "dtype"} <= state.keys():
+            raise ValueError(f"{path} is no file of LayerStatistics.save")
         unknown = [name for name in state["layers"] if name not in self._layers]
         if unknown or state["dtype"] != str(self._dtype):
             raise ValueError(
