@@ -153,9 +153,8 @@ class Saddle(nn.Module):
         return (self.z[0] ** 2 - self.z[1] ** 2 + 0.25 * self.z[1] ** 4).expand(len(x), 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("start", [(0.0, 0.0), (1.0, 0.0)])
-@pytest.mark.parametrize("method", ["auto", *ITERATIVE, "gradient_descent"])
+@pytest.mark.parametrize(("start", "dtype"), [((0.0, 0.0), torch.float32), ((1.0, 0.0), torch.float64)])
+@pytest.mark.parametrize("method", [*ITERATIVE, "gradient_descent"])
 def test_a_saddle_without_a_gradient_is_no_minimum(method: str, start: tuple[float, float], dtype: torch.dtype) -> None:
     """In float32, outputs of shape () times Python floats, too: forward mode makes float64 of their tangents."""
     x = torch.zeros(4, 1, dtype=dtype)
