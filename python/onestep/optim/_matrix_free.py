@@ -15,7 +15,8 @@ from onestep.curvature.conjugate_gradient import Solve, conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim._decrement import MOST_DENSE, newton_decrement, without_influence
 from onestep.optim.objective import Objective, Preconditioner
-from onestep.optim.optimizer import LEAST_DAMPING, DampedOptimizer, Proposal, QuadraticModel
+from onestep.optim.optimizer import LEAST_DAMPING, DampedOptimizer
+from onestep.optim.quadratic_model import Proposal, QuadraticModel
 
 # How much of the last direction the next solve starts from, and how long squared gradients are remembered
 # (Martens and Sutskever, Training deep and recurrent networks with Hessian-free optimization, 2012).

@@ -12,7 +12,8 @@ from torch import Tensor
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim._decrement import newton_decrement, without_influence
 from onestep.optim.objective import Objective
-from onestep.optim.optimizer import DampedOptimizer, Proposal, QuadraticModel
+from onestep.optim.optimizer import DampedOptimizer
+from onestep.optim.quadratic_model import Proposal, QuadraticModel
 
 
 class GradientDescent(DampedOptimizer):

@@ -14,7 +14,8 @@ from onestep._cached import cached_property
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim.objective import CurvatureRoot, Objective
-from onestep.optim.optimizer import DampedOptimizer, Proposal, QuadraticModel
+from onestep.optim.optimizer import DampedOptimizer
+from onestep.optim.quadratic_model import Proposal, QuadraticModel
 
 # Without damping the factor may not exist: this much, relative to a unit diagonal, stands in for none.
 _UNDAMPED = 1e-12

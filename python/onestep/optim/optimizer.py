@@ -17,6 +17,7 @@ from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.optim._saddle import concave_direction
 from onestep.optim.objective import ClosureObjective, Objective
+from onestep.optim.quadratic_model import QuadraticModel
 
 # A step is kept if the loss falls at all. Its gain is that fall over the one that the quadratic model promised; damping
 # follows it (Marquardt 1963; Moré 1978). It falls already at a gain of 0.3 and hardly ever rises while steps succeed:
@@ -33,21 +34,6 @@ _SADDLE_STEPS = (1.0, 0.1, 1e-2, 1e-3)
 # A predicted reduction under this part of the loss is near the end.
 _NEAR = 1e-4
 LEAST_DAMPING, MOST_DAMPING = 1e-15, 1e15
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A step (p,), the reduction that the undamped quadratic model promises for it, and the products it took.
-
-    ``concave``: whether it goes along a direction in which the model falls without end.
-    ``shorter``: the step without that direction, for where the loss does not follow the model so far.
-    """
-
-    step: Tensor
-    predicted: float
-    products: int = 0
-    concave: bool = False
-    shorter: Proposal | None = None
 
 
 @dataclass(frozen=True)
@@ -94,31 +80,6 @@ class StepReport:
     rejected: int
     cg_iterations: int
     without_influence: int
-
-
-class QuadraticModel:
-    """The loss near the present parameters: loss + gᵀs + ½ sᵀBs."""
-
-    without_influence = 0
-    # Parameters (p,) with neither a slope nor curvature, once a decrement was found.
-    flat: Tensor | None = None
-    # A lower bound of the decrement, where one is known.
-    promise = -math.inf
-
-    def decrement(self, enough: float, *, final: bool) -> float:
-        """The reduction by the undamped minimiser; infinity if it is not known, or not known to be at most enough.
-
-        ``final``: whether no step lowered the loss, so that no later step may be asked.
-        """
-        return math.inf
-
-    def resolution(self, point: Tensor) -> float:
-        """By how much rounding the parameters, whose values are ``point``, may change the loss; 0 if not known."""
-        return 0.0
-
-    def propose(self, damping: float) -> Proposal | None:
-        """The damped minimiser; None if it cannot be had with so little damping."""
-        raise NotImplementedError
 
 
 class DampedOptimizer(torch.optim.Optimizer):
