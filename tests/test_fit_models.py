@@ -258,6 +258,44 @@ def test_data_frames_are_data() -> None:
         onestep.fit(fitted, (frame.assign(kind="a"), series), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        ("newton_cg", "bce"),
+        ("gauss_newton", "cross_entropy"),
+        ("levenberg_marquardt", "weighted"),
+        ("gradient_descent", "cross_entropy"),
+        ("closed_form", "cross_entropy"),
+        ("auto", "bce"),
+    ],
+)
+def test_separable_classes_are_said_to_be_where_steps_run_out(method: str, loss: str) -> None:
+    """A head over a frozen body, in float64, where the loss is far from zero after a few steps."""
+    torch.manual_seed(0)
+    classes = torch.arange(60) % 2
+    X = 6 * nn.functional.one_hot(classes, 4).double() + torch.rand(60, 4).double()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1 if loss == "bce" else 2)).double()
+    target, given = classes, loss
+    if loss == "bce":
+        target = classes[:, None].double()
+    elif loss == "weighted":
+        given = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]).double())
+
+    def said(rows: Tensor, frozen: bool = True, **options: Any) -> bool:
+        net = copy.deepcopy(model)
+        for parameter in net[:2].parameters():
+            parameter.requires_grad_(not frozen)
+        result = onestep.fit(net, (rows, target), given, method=method, max_steps=6, progress=False, **options)
+        assert not result.converged
+        return "planes separate the classes" in result.reason
+
+    assert said(X)
+    # Rows that are the same in both classes, a penalty, and outputs that are not affine.
+    assert not said(X[torch.arange(60) // 2 * 2])
+    assert not said(X, weight_decay=1e-6)
+    assert method == "closed_form" or not said(X, frozen=False)
+
+
 @pytest.mark.parametrize("method", ["newton_cg", "gauss_newton", "levenberg_marquardt"])
 def test_classes_that_a_plane_separates_are_said_to_be(method: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from scipy import sparse
 from scipy.special import logsumexp
 from sklearn import linear_model
 from sklearn.model_selection import LeaveOneOut
 
-from onestep import LogisticRegression, PoissonRegressor, RidgeClassifier, RidgeCV
+from onestep import LogisticRegression, LogisticRegressionCV, PoissonRegressor, RidgeClassifier, RidgeCV
 
 
 def years_and_incomes(rng, n=200):
@@ -138,8 +139,10 @@ def test_category_without_counts(rng, fit_intercept):
 def test_balanced_class_without_weight(rng, label):
     y = np.array([0, 1, label], dtype=object if label == "rare" else int).astype(str if label == "rare" else int)
     y, X = y[np.arange(12) % 3], rng.normal(size=(12, 2))
-    with pytest.raises(ValueError, match=rf"class_weight='balanced'.*zero in all rows of class '?{label}'?"):
-        LogisticRegression(class_weight="balanced").fit(X, y, (np.arange(12) % 3 != 2).astype(float))
+    for kind in (LogisticRegression, LogisticRegressionCV, RidgeClassifier):
+        for rows in (X, sparse.csr_array(X)) if kind is RidgeClassifier else (X,):
+            with pytest.raises(ValueError, match=rf"class_weight='balanced'.*zero in all rows of class '?{label}'?"):
+                kind(class_weight="balanced").fit(rows, y, (np.arange(12) % 3 != 2).astype(float))
 
 
 @pytest.mark.parametrize("labels", [[2**63 + 5, 2**63 + 9], [2**64 - 1, 0], [2**64 - 1, 2**64 - 3, 2**64 - 2]])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
+from torch import Tensor
 
 from onestep.estimators._arrays import Array
 
@@ -28,3 +31,15 @@ def encode_labels(y: Array) -> tuple[Array, Array]:
         check_classification_targets(labels)
     classes, indices = np.unique(labels, return_inverse=True)
     return classes, indices.astype(np.int64, copy=False)
+
+
+def check_balanced(class_weight: Any, classes: Array, indices: Array, weight: Tensor | None) -> None:
+    """Raises where ``class_weight="balanced"`` has a class without weight: no factor gives it its share."""
+    if not (isinstance(class_weight, str) and class_weight == "balanced") or weight is None:
+        return
+    counted = np.bincount(indices, weight.numpy(), len(classes))
+    if not counted.all():
+        raise ValueError(
+            "class_weight='balanced' gives every class the same weight, and sample_weight is zero in all rows of class "
+            f"{classes[counted == 0].tolist()[0]!r}: leave them out, or pass a dict of weights"
+        )

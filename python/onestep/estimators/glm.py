@@ -18,7 +18,7 @@ from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import Array, check_finite, check_flag, give_labels, giver_of, sparse_operand, to_numpy
-from onestep.estimators._labels import encode_labels
+from onestep.estimators._labels import check_balanced, encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._newton import Minimum, minimise
 from onestep.estimators._path import Path
@@ -250,13 +250,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
     def _weigh_classes(self, data: FitData, classes: np.ndarray, indices: np.ndarray) -> FitData:
         if self.class_weight is None:
             return data
-        if self.class_weight == "balanced" and data.weight is not None:
-            counted = np.bincount(indices, data.weight.numpy(), len(classes))
-            if not counted.all():
-                raise ValueError(
-                    "class_weight='balanced' divides by the weight of each class, and sample_weight is zero in all "
-                    f"rows of class {classes[counted == 0].tolist()[0]!r}: leave them out, or pass a dict of weights"
-                )
+        check_balanced(self.class_weight, classes, indices, data.weight)
         weights = compute_class_weight(
             self.class_weight, classes=classes, y=classes[indices], sample_weight=to_numpy("weight", data.weight)
         )

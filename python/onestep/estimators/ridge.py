@@ -20,7 +20,7 @@ from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import check_alphas, check_flag, give_labels, giver_of, sparse_operand, to_numpy
 from onestep.estimators._deviations import MOST_FEATURES, Deviations
 from onestep.estimators._indicators import solve_indicators
-from onestep.estimators._labels import encode_labels
+from onestep.estimators._labels import check_balanced, encode_labels
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._solve import Solution, solve_ridge
 from onestep.estimators._sparse import SparseLeastSquares, dense_if_small, is_large_sparse
@@ -293,6 +293,8 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         self._multilabel = type_of_target(data.y).startswith("multilabel")
         labels = data.y if self._multilabel else column_or_1d(data.y, warn=True)
         if self.class_weight is not None:
+            if not self._multilabel:
+                check_balanced(self.class_weight, *encode_labels(labels), data.weight)
             weight = torch.from_numpy(compute_sample_weight(self.class_weight, labels)).to(data.dtype)
             data = data._replace(weight=weight if data.weight is None else weight * data.weight)
         if rows is not None:

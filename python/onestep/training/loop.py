@@ -87,9 +87,10 @@ def run(
                 asked = from_first(lambda: _asked_to_stop(result, settings, time.perf_counter() - started))
                 # A checkpoint does not keep this reason: the fit can go on from it.
                 result.reason = result.reason or asked
-            result.reason = result.reason or (
-                f"epochs={settings.epochs:g} reached" if settings.epochs is not None else f"max_steps={most} reached"
-            )
+            if not result.reason:
+                limit = f"epochs={settings.epochs:g}" if settings.epochs is not None else f"max_steps={most}"
+                why = running.without_minimum() if result.history else ""
+                result.reason = f"{limit} reached" + (f"; {why}" if why else "")
         except KeyboardInterrupt as stop:
             state.restore(stop)
             result.reason, result.converged, stuck = "interrupted", False, False

@@ -88,6 +88,10 @@ class Run(ABC):
     def verdict(self) -> Verdict:
         """Whether to stop after the step just taken."""
 
+    def without_minimum(self) -> str:
+        """Why the loss has no minimum, if that is so: asked where a fit ends because its steps are used up."""
+        return ""
+
     def loss(self) -> float | None:
         """The loss at the present parameters, to compare with that of a checkpoint's last step.
 

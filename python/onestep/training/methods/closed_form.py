@@ -11,6 +11,7 @@ from onestep.training.facts import Facts, Settings
 from onestep.training.methods import affine_equations, softmax_estimate
 from onestep.training.methods.affine_equations import NotAffineError, Solution
 from onestep.training.methods.base import Method, Run, Taken, Verdict
+from onestep.training.methods.damped import SEPARATED
 from onestep.training.methods.quasi_newton import HeadFit, head_of
 from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
@@ -89,6 +90,7 @@ class _OnePass(Run):
         self.plan = plan
         self.exact = plan.loss.name == "mse"
         self.note = ""
+        self.separated = False
 
     def step(self, number: int) -> Taken:
         """Solves; the loss before is that of the same pass."""
@@ -123,10 +125,11 @@ class _OnePass(Run):
         if not math.isfinite(fit.loss):
             raise NonFiniteError(f"step 1: the loss is {fit.loss}: NaN or infinity, or features too large")
         fit.write()
+        self.separated = plan.settings.weight_decay == 0 and fit.separates()
         return Solution(fit.initial_loss, fit.loss, "")
 
     def verdict(self) -> Verdict:
         """It is solved for, or estimated."""
         if self.exact:
             return Verdict(f"solved exactly{self.note or ' in one pass'}", converged=True)
-        return Verdict(_ESTIMATED)
+        return Verdict(f"estimated in one pass over the data; {SEPARATED}" if self.separated else _ESTIMATED)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed, together
-from onestep.evaluation.losses import IGNORED, scores_and_classes
+from onestep.evaluation.losses import Loss, like_outputs, scores_and_classes
 from onestep.evaluation.module import call_model
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError, StepReport
 from onestep.optim.gradient_descent import GradientDescent
@@ -56,6 +56,26 @@ SEPARATED = (
     "planes separate the classes, so that the loss falls towards zero as the parameters grow, and has no minimum; "
     "weight_decay > 0 gives it one"
 )
+
+
+def _some_are_wrong(loss: Loss, outputs: Tensor, target: Tensor) -> bool:
+    """Whether a row that counts has no class, or another one has as large a score."""
+    if loss.name == "bce":
+        target = like_outputs(outputs, target)
+        right = torch.where(target == 1, outputs > 0, (target == 0) & (outputs < 0))
+        return not bool(right.all())
+    if target.is_floating_point():
+        # Probabilities of classes, which no plane separates.
+        return True
+    options = loss.cross_entropy
+    assert options is not None
+    scores, classes = scores_and_classes(outputs, target)
+    counted = classes != options.ignore_index
+    if options.weight is not None:
+        counted &= options.weight.to(classes.device)[classes.where(counted, 0)] > 0
+    others, classes = scores[counted].clone(), classes[counted, None]
+    own = others.gather(1, classes)
+    return bool((others.scatter_(1, classes, -math.inf).amax(1) >= own[:, 0]).any())
 
 
 class DampedMethod(Method):
@@ -288,6 +308,10 @@ class DampedRun(Run):
             return "the loss can be lowered by no more than rounding the parameters changes it"
         return ""
 
+    def without_minimum(self) -> str:
+        """That planes separate the classes; not asked of a fit by mini-batches, which may read its data once."""
+        return SEPARATED if self.plan.settings.batch_size is None and self._separated() else ""
+
     def _separated(self) -> bool:
         """Whether the loss is a cross-entropy without a minimum.
 
@@ -295,25 +319,17 @@ class DampedRun(Run):
         parameters give a lower loss.
         """
         plan = self.plan
-        if plan.loss.name != "cross_entropy" or plan.settings.weight_decay > 0:
+        entropy = plan.loss.cross_entropy is not None and plan.loss.cross_entropy.label_smoothing == 0
+        if not (entropy or plan.loss.name == "bce") or plan.settings.weight_decay > 0:
             return False
 
         def terms() -> tuple[Tensor, list[float]]:
-            wrong, affine = 0, True
-            for number, chunk in enumerate(plan.source.all()):
-                if chunk.target.is_floating_point():
-                    # Probabilities of classes, which no plane separates.
+            first = None
+            for chunk in plan.source.all():
+                first = first or chunk
+                if _some_are_wrong(plan.loss, call_model(plan.model, chunk.inputs), chunk.target):
                     return torch.empty(0), [1]
-                if number == 0:
-                    affine = not why_not_affine(plan.model, plan.parameters, chunk)
-                scores, classes = scores_and_classes(call_model(plan.model, chunk.inputs), chunk.target)
-                counted = classes != IGNORED
-                others = scores[counted].clone()
-                own = others.gather(1, classes[counted, None])
-                wrong += int((others.scatter_(1, classes[counted, None], -math.inf).amax(1) >= own[:, 0]).sum())
-                if wrong or not affine:
-                    break
-            return torch.empty(0), [wrong + (not affine)]
+            return torch.empty(0), [0 if first is None else bool(why_not_affine(plan.model, plan.parameters, first))]
 
         with torch.no_grad():
             return not summed(terms)[1][0]
