@@ -3,13 +3,14 @@
 OLD and NEW are folders that hold a package `onestep` (a checkout's `python/`). Each build runs in a worker process of
 its own; the two take turns (A B A B ...), and only one works at a time. There are two ratios of NEW's time by OLD's: of
 the fastest turns, and of the turns at the lower quartile, which a busy machine disturbs least. Exits with 1 if a kernel
-is slower by more than `--limit` in both.
+is slower by more than `--limit` in both, or if the last results of the two differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 # Calls of one turn take about this long: short, so that most turns are not disturbed.
 TURN_SECONDS = 0.005
+# How far the norms of two builds' results may be from each other: sums of bfloat16 may be cut in other places.
+SAME = 1e-3
 
 
 def cases() -> dict[str, Callable[[], Any]]:
@@ -130,8 +133,14 @@ def cases() -> dict[str, Callable[[], Any]]:
     return found
 
 
+def norms(results: Any) -> list[float]:
+    """Of the tensors of floating-point numbers among a call's results."""
+    every = results if isinstance(results, (tuple, list)) else [results]
+    return [float(x.double().norm()) for x in every if x.is_floating_point()]
+
+
 def work(only: str) -> None:
-    """A worker: for each line `name calls` on stdin, the seconds that so many calls take."""
+    """A worker: for each line `name calls` on stdin, the seconds that so many calls take, and the last one's norms."""
     import onestep
 
     every = {name: call for name, call in cases().items() if re.search(only, name)}
@@ -141,8 +150,9 @@ def work(only: str) -> None:
         call = every[name]
         start = time.perf_counter()
         for _ in range(calls):
-            call()
-        print(time.perf_counter() - start, flush=True)
+            result = call()
+        seconds = time.perf_counter() - start
+        print(json.dumps([seconds, norms(result)]), flush=True)
 
 
 class Build:
@@ -169,7 +179,8 @@ class Build:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([name, calls]) + "\n")
         self.process.stdin.flush()
-        return float(self._line())
+        seconds, self.norms = json.loads(self._line())
+        return float(seconds)
 
 
 class Comparison(NamedTuple):
@@ -179,6 +190,7 @@ class Comparison(NamedTuple):
     new: float
     fastest: float
     quartile: float
+    same: bool
 
 
 def compare(old: Build, new: Build, name: str, rounds: int) -> Comparison:
@@ -191,7 +203,8 @@ def compare(old: Build, new: Build, name: str, rounds: int) -> Comparison:
             times[build].append(1e3 * build.seconds(name, calls) / calls)
     best = [min(times[build]) for build in (old, new)]
     quartile = [sorted(times[build])[rounds // 4] for build in (old, new)]
-    return Comparison(*best, best[1] / best[0], quartile[1] / quartile[0])
+    same = all(math.isclose(a, b, rel_tol=SAME) for a, b in zip(old.norms, new.norms, strict=False))
+    return Comparison(*best, best[1] / best[0], quartile[1] / quartile[0], same)
 
 
 def main() -> int:
@@ -210,7 +223,7 @@ def main() -> int:
         parser.error("expected two folders, OLD and NEW")
     old, new = (Build(folder, given.only) for folder in given.builds)
     print(f"{old.facts['info']['cpu_target']}; A: {old.facts['file']}; B: {new.facts['file']}")
-    slower = []
+    slower, differing = [], []
     for name in (name for name in new.facts["names"] if name in old.facts["names"]):
         found = compare(old, new, name, given.rounds)
         row = f"| {name} | {found.old:.3f} | {found.new:.3f} | {found.fastest:.3f} | {found.quartile:.3f} |"
@@ -220,8 +233,11 @@ def main() -> int:
                 file.write(row + "\n")
         if min(found.fastest, found.quartile) > given.limit:
             slower.append(name)
+        if not found.same:
+            differing.append(name)
     print(f"slower by more than the limit: {', '.join(slower) or 'none'}")
-    return 1 if slower else 0
+    print(f"other results: {', '.join(differing) or 'none'}")
+    return 1 if slower or differing else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Shape(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{self.B}×({self.n},{self.d},{self.k})"
+        return f"{self.B:,} × ({self.n}, {self.d}, {self.k})"
 
     @property
     def flops(self) -> int:

@@ -12,27 +12,35 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.transforms import blended_transform_factory
 
 FASTER, SLOWER, GOAL, LIMIT = "#2a6f97", "#c8553d", "#222222", "#666666"
 # What the groups whose names do not say it are compared with.
 PEERS = {
+    "attention against flash": "attention, against torch's flash attention",
+    "attention against math": "attention, against torch's math backend",
     "forward": "solve_normal, B×(n,d,k), against Gram and Cholesky in torch",
     "forward + backward": "solve_normal with its gradient, against the same",
     "one small problem": "solve_normal of one small problem, against the same",
     "attention in fit": "attention in fit, against torch's math backend",
     "fit": "fit, against Adam",
+    "whole networks": "whole networks, against Adam and Muon",
+    "polar factors": "polar, against five Newton-Schulz iterations in torch",
+    "layers of language models": "layers of language models, against torch",
+    "GLM HVP": "Hessian products of linear models, against torch",
     "LM head": "LM head, against cross_entropy(linear(…)) in torch",
     "Ridge": "Ridge, against scikit-learn",
     "LogisticRegression": "LogisticRegression, against scikit-learn",
+    "NormalEquations": "NormalEquations on a stream, against gram alone",
 }
 # Ratios beyond these ends are drawn at the end, with their figure.
 LOWEST, HIGHEST = 1 / 16, 64
-LINE_INCHES, COLUMN_INCHES, LABEL_CHARACTERS = 0.17, 5.4, 46
+LINE_INCHES, COLUMN_INCHES, HEAD_INCHES, LABEL_CHARACTERS = 0.17, 5.4, 0.75, 46
 
 
-def _short(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, LABEL_CHARACTERS, max_lines=2, placeholder=" …"))
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, LABEL_CHARACTERS, break_on_hyphens=False))
 
 
 def _share(row: dict[str, Any], limits: dict[str, float]) -> str:
@@ -49,8 +57,8 @@ def _share(row: dict[str, Any], limits: dict[str, float]) -> str:
 
 
 def _heights(rows: list[dict[str, Any]]) -> list[float]:
-    """In lines: a label of two lines takes two, and each row half a one between it and the next."""
-    return [_short(row["case"]).count("\n") + 1.5 for row in rows]
+    """In lines: those of the label, and half a one between a row and the next."""
+    return [_wrapped(row["case"]).count("\n") + 1.5 for row in rows]
 
 
 def _draw(axes: Any, group: str, rows: list[dict[str, Any]], limits: dict[str, float]) -> None:
@@ -74,7 +82,7 @@ def _draw(axes: Any, group: str, rows: list[dict[str, Any]], limits: dict[str, f
     axes.set_xscale("log", base=2)
     axes.set_xlim(LOWEST / 3, HIGHEST * 10)
     axes.set_ylim(-0.3, sum(heights) + 0.3)
-    axes.set_yticks(positions, [_short(row["case"]) for row in rows], fontsize=7.5)
+    axes.set_yticks(positions, [_wrapped(row["case"]) for row in rows], fontsize=7.5)
     axes.set_xticks(
         [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32], ["⅛", "¼", "½", "1", "2", "4", "8", "16", "32"], fontsize=8
     )
@@ -86,6 +94,16 @@ def _draw(axes: Any, group: str, rows: list[dict[str, Any]], limits: dict[str, f
                   fontsize=10, fontweight="bold", in_layout=False, annotation_clip=False)  # fmt: skip
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+
+
+def _legend() -> list[Line2D]:
+    return [
+        Line2D([], [], color=FASTER, linewidth=5, label="onestep is faster"),
+        Line2D([], [], color=SLOWER, linewidth=5, label="onestep is slower"),
+        Line2D([], [], color=GOAL, linewidth=1.4, marker="|", markersize=11, linestyle="", label="goal"),
+        Line2D([], [], color=LIMIT, linestyle="", marker="$\\%$", markersize=8,
+               label="share of the rate of torch's GEMM, or of reading or copying memory"),
+    ]  # fmt: skip
 
 
 def plot_ratios(results: list[dict[str, Any]], limits: dict[str, float], facts: str, path: Path) -> None:
@@ -100,18 +118,17 @@ def plot_ratios(results: list[dict[str, Any]], limits: dict[str, float], facts: 
         shorter = int(lengths[1] < lengths[0])
         columns[shorter].append(group)
         lengths[shorter] += sum(_heights(groups[group])) + 4
-    figure = plt.figure(figsize=(2 * COLUMN_INCHES, LINE_INCHES * max(lengths) + 1.0), layout="constrained")
-    for sub, names in zip(figure.subfigures(1, 2), columns, strict=True):
+    inches = LINE_INCHES * max(lengths) + 0.4
+    figure = plt.figure(figsize=(2 * COLUMN_INCHES, inches + HEAD_INCHES), layout="constrained")
+    head, body = figure.subfigures(2, 1, height_ratios=[HEAD_INCHES, inches])
+    head.text(0.5, 0.98, f"Times as fast as the peer, on a log scale\n{facts}", fontsize=9, ha="center", va="top")
+    head.legend(handles=_legend(), loc="lower center", ncols=4, frameon=False, fontsize=8.5)
+    for sub, names in zip(body.subfigures(1, 2), columns, strict=True):
         if names:
             plots = sub.subplots(
                 len(names), 1, squeeze=False, height_ratios=[sum(_heights(groups[n])) + 0.6 for n in names]
             )
             for axes, name in zip(plots[:, 0], names, strict=True):
                 _draw(axes, name, groups[name], limits)
-    figure.suptitle(
-        "times as fast as the peer (log scale; |: goal), and the share of the machine's rate of GEMM or of memory\n"
-        + facts,
-        fontsize=9,
-    )
     figure.savefig(path, dpi=120)
     plt.close(figure)

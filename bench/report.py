@@ -1,7 +1,10 @@
-"""Runs the benchmarks, prints one table, and stores it with a plot under bench/results/<machine>/.
+"""Runs the benchmarks, prints one table, and stores it with a picture under bench/results/<machine>/.
 
 python bench/report.py [pytest options]     # all benchmarks, about half an hour
-python bench/report.py --plot FOLDER        # draws the plot of stored results again
+python bench/report.py --write FOLDER       # writes table and picture of stored results again
+
+A run is kept in table.json. What was measured apart, since it takes longer or came later, is in other JSON files of the
+folder, each with a note on how; table and picture have both.
 """
 
 from __future__ import annotations
@@ -75,37 +78,42 @@ def folder_of(where: dict[str, Any]) -> Path:
     return RESULTS / "-".join(name.split())
 
 
-def row(benchmark: dict[str, Any], limits: dict[str, float]) -> list[str]:
-    info = benchmark["extra_info"]
-    if "added_mib" in info:
+def row(result: dict[str, Any], limits: dict[str, float]) -> list[str]:
+    """A line of the table; without limits no shares of them."""
+    if "added_mib" in result:
         return [
-            benchmark["group"],
-            info["case"],
-            f"{info['peer_added_mib']:.1f} MiB",
-            f"{info['added_mib']:.1f} MiB",
+            result["group"],
+            result["case"],
+            f"{result['peer_added_mib']:.1f} MiB",
+            f"{result['added_mib']:.1f} MiB",
             "",
-            f"< {info['goal_mib']:.0f} MiB",
+            f"< {result['goal_mib']:.0f} MiB",
             "",
             "",
             "",
         ]
     # What cannot be repeated in rounds brings its own seconds.
-    seconds = info.get("own_seconds", benchmark["stats"]["median"])
-    gflops = info.get("flops", 0) / seconds / 1e9
-    gbps = info.get("bytes", 0) / seconds / 1e9
+    seconds = result.get("own_seconds", result["median_seconds"])
+    gflops = result.get("flops", 0) / seconds / 1e9 if limits else 0
+    gbps = result.get("bytes", 0) / seconds / 1e9 if limits else 0
     return [
-        benchmark["group"],
-        info["case"],
-        f"{info['peer_seconds'] * 1e3:.2f} ms",
+        result["group"],
+        result["case"],
+        f"{result['peer_seconds'] * 1e3:.2f} ms",
         f"{seconds * 1e3:.2f} ms",
-        f"{info['ratio']:.2f}",
-        f"≥ {info['goal']}" if info.get("goal") else "",
+        f"{result['ratio']:.2f}",
+        f"≥ {result['goal']}" if result.get("goal") else "",
         f"{gflops:.0f} ({gflops / limits['gemm_gflops']:.0%})" if gflops else "",
         f"{gbps:.1f} ({gbps / limits['read_gbps']:.0%})" if gbps else "",
-        f"{info['error']:.1e} / {info['peer_error']:.1e}" if "error" in info else "",
+        f"{result['error']:.1e} / {result['peer_error']:.1e}" if "error" in result else "",
     ]
 
 
+# A peak that is measured is no bound: other shapes, and kernels of ours, may be faster than torch's product of 2048³.
+SHARES = (
+    "Shares are of these rates of torch's product of 2048 × 2048 matrices and of torch's sum of 256 MiB: yardsticks, "
+    "no limits. Above 100 % our kernels do what a result needs faster than torch does the operations of that product."
+)
 HEADER = ["group", "case", "peer", "onestep", "ratio", "goal", "GFLOP/s (of GEMM)", "GB/s (of read)", "error / peer's"]
 
 
@@ -123,31 +131,49 @@ def run(path: Path, options: list[str]) -> tuple[list[dict[str, Any]], bool]:
     return found, status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
+def table(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows))
+
+
+def write(folder: Path) -> list[list[str]]:
+    """Writes table and picture of what a folder holds, and returns the table's rows."""
+    whole = json.loads((folder / "table.json").read_text())
+    limits, results = whole["limits"], whole["results"]
+    rows = [row(result, limits) for result in results]
+    facts = ", ".join(f"{name} {value}" for name, value in whole["machine"].items())
+    limit_line = f"GEMM peak {limits['gemm_gflops']:.0f} GFLOP/s, read bandwidth {limits['read_gbps']:.1f} GB/s"
+    parts = [table(rows), facts, f"{limit_line}. {SHARES}"]
+    known = {(result["group"], result["case"]) for result in results}
+    for path in sorted(folder.glob("*.json")):
+        apart = json.loads(path.read_text())
+        if path.name != "table.json" and "results" in apart:
+            # Of a later day, on which the machine's limits may have been others: no shares of those above.
+            later = [{key: value for key, value in result.items() if key not in ("flops", "bytes")}
+                     for result in apart["results"] if (result["group"], result["case"]) not in known]  # fmt: skip
+            parts += [f"## Measured apart: {path.stem}", apart["note"], table([row(result, {}) for result in later])]
+            results = results + later
+    (folder / "table.md").write_text("\n\n".join(parts) + "\n")
+    plot_ratios(results, limits, facts, folder / "ratios.png")
+    return rows
+
+
 def store(benchmarks: list[dict[str, Any]], limits: dict[str, float], where: dict[str, Any]) -> list[list[str]]:
-    """Writes table and plot, and returns the table's rows."""
+    """Keeps a run; writes table and picture, and returns the table's rows."""
     folder = folder_of(where)
     folder.mkdir(exist_ok=True)
-    rows = [row(benchmark, limits) for benchmark in benchmarks]
-    facts = ", ".join(f"{name} {value}" for name, value in where.items())
-    limit_line = f"GEMM peak {limits['gemm_gflops']:.0f} GFLOP/s, read bandwidth {limits['read_gbps']:.1f} GB/s"
-    lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
-    (folder / "table.md").write_text("\n".join([*lines, "", facts, "", limit_line, ""]))
     kept = [{"group": b["group"], "median_seconds": b["stats"]["median"], **b["extra_info"]} for b in benchmarks]
     (folder / "table.json").write_text(
         json.dumps({"machine": where, "limits": limits, "results": kept}, indent=2) + "\n"
     )
-    plot_ratios(kept, limits, facts, folder / "ratios.png")
-    print(f"{facts}\n{limit_line}\nstored under {folder}", flush=True)
+    rows = write(folder)
+    print(f"stored under {folder}", flush=True)
     return rows
 
 
 def main() -> int:
     """File by file, so that one which crashes, or Ctrl-C, does not take the results of those before with it."""
-    if sys.argv[1:2] == ["--plot"]:
-        folder = Path(sys.argv[2])
-        stored = json.loads((folder / "table.json").read_text())
-        facts = ", ".join(f"{name} {value}" for name, value in stored["machine"].items())
-        plot_ratios(stored["results"], stored["limits"], facts, folder / "ratios.png")
+    if sys.argv[1:2] == ["--write"]:
+        write(Path(sys.argv[2]))
         return 0
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(2)
@@ -163,12 +189,12 @@ def main() -> int:
         if found:
             rows = store(benchmarks, limits, where)
 
-    table = Table(title="peer and onestep in turn, ratio of medians")
+    shown = Table(title="peer and onestep in turn, ratio of medians")
     for name in HEADER:
-        table.add_column(name)
+        shown.add_column(name)
     for cells in rows:
-        table.add_row(*cells)
-    Console(width=190).print(table)
+        shown.add_row(*cells)
+    Console(width=190).print(shown)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

@@ -116,8 +116,24 @@ def three(problem: Problem) -> tuple[Calls, Calls, Calls]:
 
 
 CASES = [(4096, "causal"), (1024, "causal"), (1000, "none"), (77, "causal"), (1000, "grouped"), (1000, "boolean")]
-# Bars of T 4096 and 1024, causal; for the rest they hold within a quarter.
+# Goals of T 4096 and 1024, causal; for the rest they hold within a quarter.
 WITHIN = 0.75
+# What tables and pictures call the products and the options.
+NAMES = {
+    "forward": "forward",
+    "backward": "backward",
+    "forward_and_backward": "forward and backward",
+    "jvp": "JVP",
+    "jvp_of_grad": "HVP",
+    "double_backward": "HVP by double backward",
+    "none": "no mask",
+    "grouped": "causal, grouped keys",
+    "boolean": "boolean mask",
+}
+
+
+def operands_of(length: int, option: str) -> str:
+    return f"T {length:,}, {NAMES.get(option, option)}"
 
 
 def goal(value: float, length: int, option: str) -> float:
@@ -137,7 +153,7 @@ def test_first_order(
     compare(
         getattr(ours, name),
         getattr(flash, name),
-        case=f"{name} T {length} {option}",
+        case=f"{NAMES[name]}, {operands_of(length, option)}",
         goal=goal(least, length, option),
         flops=products * problem.product_flops,
     )
@@ -167,7 +183,7 @@ def test_cost_of_second_order(
         getattr(flash, peer_name),
         # The peer has the outputs or gradients alone; tangents and products are checked against math below.
         check=lambda found, expected: agree(found[0], expected),
-        case=f"{ours_name} of ours to flash's {peer_name}, T {length} {option}",
+        case=f"{NAMES[ours_name]} beside flash's {NAMES[peer_name]}, {operands_of(length, option)}",
         goal=round(goal(least, length, option), 3),
         flops=products * problem.product_flops,
     )
@@ -188,7 +204,7 @@ def test_bfloat16(compare: Callable[..., float], name: str, products: int) -> No
         getattr(half.with_attention(scaled_dot_product_attention), name),
         getattr(problem.with_attention(scaled_dot_product_attention), name),
         check=lambda found, expected: agree(found, expected, 3e-2),
-        case=f"{name} T 4096 causal, bf16 on AMX to ours of fp32",
+        case=f"{NAMES[name]}, T 4,096, causal, bf16 on AMX beside ours of fp32",
         goal=2.0,
         flops=products * problem.product_flops,
     )
@@ -215,7 +231,7 @@ def test_second_order(
         getattr(math, peer_name),
         rounds=rounds_for(length),
         check=same,
-        case=f"{ours_name} to math's {peer_name}, T {length} {option}",
+        case=f"{NAMES[ours_name]} beside math's {NAMES[peer_name]}, {operands_of(length, option)}",
         goal=least if (length, option) == (4096, "causal") else None,
     )
 
@@ -232,7 +248,7 @@ def test_memory(benchmark: Any, peer: str) -> None:
     ours, theirs = added_bytes("onestep", 4096), added_bytes(peer, 4096)
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
-        case=f"HVP T 4096 to math's {peer}",
+        case=f"HVP, T 4,096, beside math's {NAMES[peer]}",
         added_mib=ours / 2**20,
         peer_added_mib=theirs / 2**20,
         goal_mib=theirs / 15 / 2**20,
@@ -245,7 +261,7 @@ def test_long_memory(benchmark: Any) -> None:
     ours = added_bytes("onestep", 16384)
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
-        case="HVP T 16384 (peer: one T × T matrix per head)",
+        case="HVP, T 16,384 (peer: one T × T matrix per head)",
         added_mib=ours / 2**20,
         peer_added_mib=float(HEADS * 16384**2 * 4 / 2**20),
         goal_mib=1024,

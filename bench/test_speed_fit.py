@@ -66,7 +66,7 @@ def test_levenberg_marquardt(compare: Callable[..., float]) -> None:
         lambda: adam(X, y, rate, epochs),
         check=reaches,
         case=f"10-64-1 network, 20,000 rows: {steps} steps to {target:.5f} (reached {min(trial[:steps]):.5f}), "
-        f"Adam {epochs} epochs at {rate:g}",
+        f"Adam {epochs:,} epochs at {rate:g}",
         goal=20.0,
     )
 

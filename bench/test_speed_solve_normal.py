@@ -62,6 +62,6 @@ def test_single(compare: Callable[..., float]) -> None:
     compare(
         lambda: repeat(lambda: solve_normal(X, Y, ridge=RIDGE)),
         lambda: repeat(lambda: composite(X, Y, ridge)),
-        case="1000 calls of (16,8,1)",
+        case="1,000 calls of (16, 8, 1)",
         goal=1.0,
     )

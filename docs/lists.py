@@ -84,7 +84,12 @@ def _without_annotations(arguments: ast.arguments) -> ast.arguments:
 
 
 def _members(path: str, page: Path) -> Iterable[str]:
-    for full in names(path):
+    every = names(path)
+    if every != [path]:
+        yield f"In a clone this lists names. The site (`make docs`) has what `help({every[-1]})` tells in Python:"
+        yield "arguments with shapes and dtypes, results, errors, the source, an example."
+        yield ""
+    for full in every:
         owner, _, name = full.rpartition(".")
         if owner.startswith("onestep.integrations."):
             entry = _read(PACKAGE.parent / f"{owner.replace('.', '/')}.py", name)
@@ -106,6 +111,8 @@ def _ops() -> Iterable[str]:
 
 
 def _results(page: Path) -> Iterable[str]:
+    yield "## Tables and pictures by machine"
+    yield ""
     up = os.path.relpath(RESULTS, page.parent)
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         files = sorted((*folder.glob("*.md"), *folder.glob("*.png")), key=lambda file: list(TITLES).index(file.stem))

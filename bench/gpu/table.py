@@ -6,6 +6,7 @@ python bench/gpu/table.py bench/results/nvidia-h200
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,17 @@ def measured(family: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def in_words(case: str) -> str:
+    """A case as tables and pictures name it: "products 2048 x 768 x 50257 float16" → "2,048 × 768 × 50,257, fp16"."""
+    case = case.removeprefix("products ").removeprefix("gradient ").replace(" x ", " × ")
+    for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32"), ("float64", "fp64")):
+        case = case.replace(f" {dtype}", f", {short}")
+    case = re.sub(r" (causal|full)$", r", \1", case)
+    case = re.sub(r"\b([A-Z] \d+) (?=[A-Z] \d)", r"\1, ", case)
+    case = re.sub(r"^(solve_normal|cholesky|logistic|softmax) ", r"\1, ", case)
+    return re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", case)
+
+
 def main(folder: Path) -> None:
     rows: list[dict[str, Any]] = []
     device: dict[str, Any] = {}
@@ -82,6 +94,8 @@ def main(folder: Path) -> None:
         device = {key: value for key, value in content.items() if key != "rows"}
         rows += [figures for row in content["rows"] for figures in measured(path.stem, row)]
     rows.sort(key=lambda row: row["group"])  # stable: cases stay in their order
+    for row in rows:
+        row["case"] = in_words(row["case"])
     copy, gemm = device["copy_bytes_per_second"] / 1e12, device["bf16_flops"] / 1e12
     facts = f"{device['device']}, torch {device['torch']}; copy {copy:.2f} TB/s, bf16 GEMM {gemm:.0f} TFLOP/s"
     header = ["what, against which peer", "case", "ms", "times as fast", "goal", "share of the GPU's limit"]
