@@ -50,7 +50,7 @@ class Effort:
     held_out: int
 
 
-FULL = Effort(width=96, blocks=6, steps=500, batch=24, calibration=256, held_out=128)
+FULL = Effort(width=96, blocks=6, steps=400, batch=24, calibration=256, held_out=128)
 QUICK = Effort(width=32, blocks=4, steps=50, batch=8, calibration=32, held_out=16)
 
 
@@ -184,7 +184,8 @@ def compress(subject: Subject, effort: Effort) -> tuple[float, list[Row]]:
     count = len(subject.model.get_submodule(subject.container))  # type: ignore[arg-type]
     blocks = [f"{subject.container}.{count // 2 - 1 + i}" for i in range(2)]
     data = [{"input_ids": codes[:, :-1]} for codes in subject.train[: effort.calibration].split(32)]
-    options: dict[str, Any] = {"layers": subject.layers, "progress": False}
+    # Each layer mends what the layers before it have lost of the model's own outputs.
+    options: dict[str, Any] = {"teacher": subject.model, "layers": subject.layers, "progress": False}
     ways: list[tuple[str, Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = [
         (
             f"{bits} bits",

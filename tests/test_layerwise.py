@@ -233,6 +233,15 @@ def test_whole_models_lose_less_towards_a_teacher():
         assert lost[1] < 0.9 * lost[0]
 
 
+def test_fewer_rows_than_features_do_not_tell_what_a_teacher_wants():
+    model, teacher, x = nn.Sequential(nn.Linear(20, 3)), nn.Sequential(nn.Linear(20, 3)), torch.randn(10, 20)
+    found = [copy.deepcopy(model) for _ in range(2)]
+    quantize(found[0], x, progress=False)
+    report = quantize(found[1], x, teacher=teacher, progress=False)
+    assert torch.equal(found[0][0].weight, found[1][0].weight)
+    assert report["0"].rows == 10
+
+
 @pytest.mark.parametrize("sparsity", [0.5, (2, 4)])
 def test_pruned_layers_lose_less_than_by_size(sparsity):
     model = Model(width=32)
