@@ -50,7 +50,7 @@ class Effort:
     held_out: int
 
 
-FULL = Effort(width=96, blocks=6, steps=500, batch=24, calibration=256, held_out=128)
+FULL = Effort(width=96, blocks=6, steps=400, batch=24, calibration=256, held_out=128)
 QUICK = Effort(width=32, blocks=4, steps=50, batch=8, calibration=32, held_out=16)
 
 
@@ -184,7 +184,8 @@ def compress(subject: Subject, effort: Effort) -> tuple[float, list[Row]]:
     count = len(subject.model.get_submodule(subject.container))  # type: ignore[arg-type]
     blocks = [f"{subject.container}.{count // 2 - 1 + i}" for i in range(2)]
     data = [{"input_ids": codes[:, :-1]} for codes in subject.train[: effort.calibration].split(32)]
-    options: dict[str, Any] = {"layers": subject.layers, "progress": False}
+    # Each layer mends what the layers before it have lost of the model's own outputs.
+    options: dict[str, Any] = {"teacher": subject.model, "layers": subject.layers, "progress": False}
     ways: list[tuple[str, Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = [
         (
             f"{bits} bits",
@@ -214,7 +215,7 @@ def compress(subject: Subject, effort: Effort) -> tuple[float, list[Row]]:
         end=" ",
     )
     print(f"{subject.held_out.numel():,} held out; perplexity of the full model {full:.3f}")
-    print(f"\n  {'':<22}{'without solve':>16}{'':>8}{'onestep':>12}{'':>8}{'seconds':>9}")
+    print(f"\n  {'':<22}{'without solve':>16}{'':>9}{'onestep':>12}{'':>9}{'seconds':>9}")
     rows = []
     for name, without, with_solve in ways:
         plain, solved = copy.deepcopy(subject.model), copy.deepcopy(subject.model)
@@ -226,8 +227,8 @@ def compress(subject: Subject, effort: Effort) -> tuple[float, list[Row]]:
         row = Row(name, subject.perplexity(plain), subject.perplexity(solved), seconds)
         rows.append(row)
         print(
-            f"  {name:<22}{row.plain:>16.3f}{row.plain / full - 1:>+8.1%}"
-            f"{row.solved:>12.3f}{row.solved / full - 1:>+8.1%}{seconds:>9.1f}"
+            f"  {name:<22}{row.plain:>16.3f}{row.plain / full - 1:>+9.2%}"
+            f"{row.solved:>12.3f}{row.solved / full - 1:>+9.2%}{seconds:>9.1f}"
         )
     return full, rows
 
@@ -241,9 +242,10 @@ def draw(full: float, rows: list[Row]) -> None:
     ):
         places = [len(rows) - 1 - i + offset for i in range(len(rows))]
         bars = ax.barh(places, [max(100 * value, 0.01) for value in values], 0.36, color=color, label=label)
-        ax.bar_label(bars, [f"{value:+.1%}" for value in values], padding=3, fontsize=8)
+        ax.bar_label(bars, [f"{value:+.2%}" for value in values], padding=3, fontsize=8)
     ax.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
     ax.set_xscale("symlog", linthresh=1)
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("perplexity over the full model's, per cent more")
     ax.margins(x=0.12)
     ax.spines[["top", "right"]].set_visible(False)

@@ -91,7 +91,7 @@ def main() -> None:
     """Runs the example."""
     parser = argparse.ArgumentParser(description="Compress a pretrained sentence encoder by solving its layers.")
     parser.add_argument("--quick", action="store_true", help="fewer sentences")
-    calibration, judges = (32, 32) if parser.parse_args().quick else (192, 256)
+    calibration, judges = (32, 32) if parser.parse_args().quick else (128, 256)
     model, tokenizer = load()
     texts = sentences(calibration + judges)
     data, held_out = batches_of(tokenizer, texts[:calibration]), batches_of(tokenizer, texts[calibration:])
@@ -111,17 +111,20 @@ def main() -> None:
         same = (nearest(after) == neighbours).float().mean().item()
         print(f"  {name:<34}{cosines.mean():>12.4f}{cosines.min():>8.3f}{same:>14.0%}{seconds:>9.1f}")
 
+    # Each layer mends what the layers before it have lost of the encoder's own outputs.
+    options: dict[str, Any] = {"teacher": model, "layers": LAYERS, "progress": False}
+
     def to_bits(bits: int) -> None:
         judge(f"{bits} bits, rounded to nearest", lambda changed: without_data(changed, bits))
         judge(
             f"{bits} bits, solved (quantize)",
-            lambda changed: quantize(changed, data, bits, None, layers=LAYERS, act_order=True, progress=False),
+            lambda changed: quantize(changed, data, bits, None, act_order=True, **options),
         )
 
     for bits in (4, 3):
         to_bits(bits)
     judge("half, the smallest removed", lambda changed: without_data(changed, None))
-    judge("half, solved (prune)", lambda changed: prune(changed, data, 0.5, layers=LAYERS, progress=False))
+    judge("half, solved (prune)", lambda changed: prune(changed, data, 0.5, **options))
 
 
 if __name__ == "__main__":

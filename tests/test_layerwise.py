@@ -199,6 +199,49 @@ def test_quantised_layers_are_on_their_grids_and_lose_less(options, tmp_path):
     assert torch.equal(scale[:, group] * (codes - zero[:, group]), model.blocks[1].up.weight)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_towards_a_teacher_layers_mend_what_those_before_lost(act_order):
+    teacher = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 5)).double()
+    model, x = copy.deepcopy(teacher), correlated(1, 400, 12)[0].double()
+    with torch.no_grad():
+        model[0].weight += 0.2 * torch.randn(12, 12)
+        model[2].bias += 1
+    options = {"bits": 8, "group_size": 4, "layers": "2", "damping": 0.0, "act_order": act_order, "progress": False}
+    rows, t = model[1](model[0](x)).detach(), teacher(x).detach()
+    plain = copy.deepcopy(model)
+    quantize(plain, x, dtype=torch.float64, **options)
+    report = quantize(model, x, dtype=torch.float64, teacher=teacher, **options)["2"]
+    # With 8 bits nearly the least that any weights lose; the bias stays.
+    best = torch.linalg.lstsq(rows, t - model[2].bias).solution
+    least = (rows @ best + model[2].bias - t).square().sum() / t.square().sum()
+    lost = (model(x) - t).square().sum() / t.square().sum()
+    assert abs(report.error / lost.item() - 1) < 1e-6
+    assert least <= lost < 1.02 * least
+    before = (plain(x) - t).square().sum() / t.square().sum()
+    assert lost < 0.9 * before
+    assert abs(report.error_before / before.item() - 1) < 0.05
+
+
+def test_whole_models_lose_less_towards_a_teacher():
+    model, (*data, held_out) = Model(width=16, blocks=8), correlated(40, 32, 16).split(8)
+    for solve in (lambda *args, **keywords: quantize(*args, 3, 16, **keywords), prune):
+        lost = []
+        for teacher in (None, copy.deepcopy(model)):
+            solved = copy.deepcopy(model)
+            solve(solved, data, teacher=teacher, progress=False)
+            lost.append((solved(held_out) - model(held_out)).square().sum().item())
+        assert lost[1] < 0.9 * lost[0]
+
+
+def test_fewer_rows_than_features_do_not_tell_what_a_teacher_wants():
+    model, teacher, x = nn.Sequential(nn.Linear(20, 3)), nn.Sequential(nn.Linear(20, 3)), torch.randn(10, 20)
+    found = [copy.deepcopy(model) for _ in range(2)]
+    quantize(found[0], x, progress=False)
+    report = quantize(found[1], x, teacher=teacher, progress=False)
+    assert torch.equal(found[0][0].weight, found[1][0].weight)
+    assert report["0"].rows == 10
+
+
 @pytest.mark.parametrize("sparsity", [0.5, (2, 4)])
 def test_pruned_layers_lose_less_than_by_size(sparsity):
     model = Model(width=32)
@@ -355,7 +398,10 @@ def test_bad_input():
         prune(model, [x], (2, 5), progress=False)
     with pytest.raises(ValueError, match=r"the inputs of layer 'blocks.0.q' hold NaN"):
         quantize(model, [x * torch.nan], progress=False)
-    with pytest.raises(ValueError, match="teacher is model itself"):
-        refit(model, [x], model)
+    for solve in (refit, quantize, prune):
+        with pytest.raises(ValueError, match="teacher is model itself"):
+            solve(model, [x], teacher=model)
+    with pytest.raises(TypeError, match="teacher is str"):
+        quantize(model, [x], teacher="model")
     with pytest.raises(ValueError, match="two or more"):
         merge([model], [[x]])

@@ -60,7 +60,8 @@ class Passes:
     A pass is whole, or through one block of a chain: a container whose blocks are called once each, in order, with what
     the one before returned, and with other arguments that do not depend on it. The hidden states in front of the block
     that is worked on are kept, of all batches. Whether a container is a chain is seen on the first batch: by what its
-    blocks are given, by what they are given when the first returns something else, and by running one after the other.
+    blocks are given, by what they are given when the first returns something else, and by running one after the other,
+    each a second time on something else.
 
     Args:
         models: in eval mode while this is used; layers and containers have the same names in all.
@@ -223,11 +224,12 @@ def _is_chain(model: nn.Module, batch: Any, blocks: list[nn.Module]) -> bool:
         if _mark(hidden) != mark:
             return False
         result = _first_of(given.run(block, hidden))
-        # A block that writes into what it is given could not be run twice on it.
+        # Run once more on something else: what is written into the argument, or left in the model, would show.
+        given.run(block, hidden / 2)
         if _mark(hidden) != mark:
             return False
         hidden = result
-    return True
+    return _mark(hidden) == _mark(returned)
 
 
 def _mark(x: Tensor) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def check_flags(**flags: Any) -> None:
@@ -40,3 +41,11 @@ def check_path(name: str, path: Any) -> None:
     """Refuses what names no file."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{name} is {path!r}; expected a path")
+
+
+def check_teacher(model: Any, teacher: Any) -> None:
+    """Refuses a teacher that is no module, or that changes while it teaches; None is none."""
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher is {type(teacher).__name__}; expected torch.nn.Module")
+    if teacher is not None and teacher is model:
+        raise ValueError("teacher is model itself; expected another one, such as copy.deepcopy(model) from before")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestep.layerwise.checks import check_dtype_of_sums, check_flags
+from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_teacher
 from onestep.layerwise.export import QuantizedWeight
 from onestep.layerwise.layers import Layer, Patterns, evaluating, find_layers
 from onestep.layerwise.order import Sums, solve_in_order
@@ -22,6 +22,7 @@ def quantize(
     bits: int = 4,
     group_size: int | None = 64,
     *,
+    teacher: nn.Module | None = None,
     layers: Patterns = "*",
     symmetric: bool = False,
     act_order: bool = False,
@@ -34,8 +35,9 @@ def quantize(
 
     Column by column, each weight is rounded and its error is made up for by the columns to come: with A = E[xxᵀ] and
     A⁻¹ = UᵀU, w ← w − (w_j − q)/U_jj · U_j: (Hassibi and Stork 1993; GPTQ, Frantar et al. 2022). With a scale
-    for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). The weights are
-    replaced in place by the rounded ones; the report has their codes.
+    for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). With a teacher
+    the sweep begins at argmin Σ‖Wx + b − t‖², t the teacher's outputs. The weights are replaced in place by the rounded
+    ones; the report has their codes.
 
     Args:
         model: any nn.Module with nn.Linear layers, or transformers' Conv1D.
@@ -43,6 +45,8 @@ def quantize(
             keyword arguments (whose ``attention_mask`` leaves padding out).
         bits: 2 to 8.
         group_size: columns that share a scale; None: a scale for each row.
+        teacher: the model as it was, such as ``copy.deepcopy(model)``. Each layer is then rounded towards the teacher's
+            outputs on its own inputs, so that it mends what the layers before it lost (GPTAQ, Li et al. 2025).
         layers: a pattern of names such as ``"*.mlp.*"``, or several; "!head" leaves a layer out.
         symmetric: codes around 2^(bits−1); otherwise each group's range from its least to its largest weight.
         act_order: columns with the largest inputs first; the groups stay those of neighbouring columns.
@@ -52,7 +56,8 @@ def quantize(
         progress: show a bar.
 
     Returns:
-        A ``Report``: for each layer the rows, damping and errors, rounding to nearest beside it, and its codes.
+        A ``Report``: for each layer the rows, damping and errors (against the teacher, where there is one), rounding to
+        nearest beside it, and its codes.
 
     Raises:
         ValueError, TypeError: an argument out of its range; no layer matches; weights or inputs that are not finite.
@@ -71,23 +76,26 @@ def quantize(
         raise ValueError(f"group_size is {group_size!r}; expected a positive integer, or None for a scale for each row")
     check_flags(symmetric=symmetric, act_order=act_order, sequential=sequential, progress=progress)
     check_dtype_of_sums(dtype)
+    check_teacher(model, teacher)
     report = Report()
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
-        sums = Sums(statistics, layer.name)
+        sums = Sums(statistics, layer.name, layer.bias)
         size = group_size or weight.shape[1]
         plain = _rounded(weight, bits, size, symmetric)
         if act_order:
             order = sums.gram.diagonal().argsort(descending=True, stable=True)
             # Grids that are known beforehand: the weights ahead need not be, and R takes half the time of U.
             result = sums.factor(damping, order, unit=True)
+            goal = sums.aim(weight, result.damping)
+            grid = plain if goal is weight else _rounded(goal, bits, size, symmetric)
             _, codes, scale, zero, _ = compensated_sweep(
-                weight[:, order],
+                goal[:, order],
                 result.matrix,
-                plain.scale,
-                plain.zero,
-                plain.group[order],
+                grid.scale,
+                grid.zero,
+                grid.group[order],
                 bits,
                 symmetric,
                 1,
@@ -101,8 +109,9 @@ def quantize(
         else:
             unit = size >= weight.shape[1]
             result = sums.factor(damping, unit=unit)
+            goal = sums.aim(weight, result.damping)
             _, codes, scale, zero, _ = compensated_sweep(
-                weight, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
+                goal, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
             )
         quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
         solved = quantized.dequantize()
@@ -112,7 +121,15 @@ def quantize(
 
     with evaluating(model), torch.no_grad():
         solve_in_order(
-            model, data, layers, solve, sequential=sequential, dtype=dtype, progress=progress, what="quantize"
+            model,
+            data,
+            layers,
+            solve,
+            teacher=teacher,
+            sequential=sequential,
+            dtype=dtype,
+            progress=progress,
+            what="quantize",
         )
     return report
 
@@ -122,6 +139,7 @@ def prune(
     data: Any,
     sparsity: float | tuple[int, int] = 0.5,
     *,
+    teacher: nn.Module | None = None,
     layers: Patterns = "*",
     damping: float = 0.01,
     sequential: bool = True,
@@ -134,7 +152,7 @@ def prune(
     and Alistarh 2023). Which ones, is decided block by block, after what came before has been made up for.
 
     Args:
-        model, data, layers, damping, sequential, dtype, progress: as in ``quantize``.
+        model, data, teacher, layers, damping, sequential, dtype, progress: as in ``quantize``.
         sparsity: the fraction that is removed of each block of 128 columns; or (n, m): of every m neighbouring weights
             of a row, n are kept, such as (2, 4).
 
@@ -155,6 +173,7 @@ def prune(
     fraction, keep, of = _sparsity(sparsity)
     check_flags(sequential=sequential, progress=progress)
     check_dtype_of_sums(dtype)
+    check_teacher(model, teacher)
     for layer in find_layers(model, layers).values():
         if of and layer.weight.shape[1] % of:
             raise ValueError(f"layer {layer.name!r} has {layer.weight.shape[1]} features; expected a multiple of {of}")
@@ -162,15 +181,26 @@ def prune(
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
-        sums = Sums(statistics, layer.name)
+        sums = Sums(statistics, layer.name, layer.bias)
         result = sums.factor(damping, unit=False)
-        solved = compensated_sweep(weight, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
+        goal = sums.aim(weight, result.damping)
+        solved = compensated_sweep(goal, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
         layer.write(solved)
         plain = _smallest_removed(weight, fraction, keep, of)
         report.layers.append(sums.report(layer.name, weight, plain, solved, result))
 
     with evaluating(model), torch.no_grad():
-        solve_in_order(model, data, layers, solve, sequential=sequential, dtype=dtype, progress=progress, what="prune")
+        solve_in_order(
+            model,
+            data,
+            layers,
+            solve,
+            teacher=teacher,
+            sequential=sequential,
+            dtype=dtype,
+            progress=progress,
+            what="prune",
+        )
     return report
 
 

@@ -111,20 +111,51 @@ class Sums:
         rows: how many there were.
     """
 
-    def __init__(self, statistics: LayerStatistics, name: str) -> None:
+    def __init__(self, statistics: LayerStatistics, name: str, bias: Tensor | None = None) -> None:
         sums = statistics[name]
         self.rows = sums.count
+        # With a teacher: Σx(t − b)ᵀ, (d,k), Σ‖t − b‖² and Σ‖t‖², for the layer's bias b.
+        self._cross: Tensor | None = None
+        if statistics.has_targets(name):
+            targets = statistics.targets(name)
+            self._cross, self._square, self._whole = targets.cross, float(targets.square), float(targets.square)
+            if bias is not None:
+                b = bias.to(sums.gram.dtype)
+                self._cross = self._cross - sums.total[:, None] * b
+                self._square += float(self.rows * b.double().square().sum() - 2 * (b.double() @ targets.total.double()))
         self.raw = sums.gram
         diagonal = sums.gram.diagonal()
         self.dead = diagonal == 0
         live = int((~self.dead).sum())
-        scale = diagonal.sum() / live if live else torch.ones_like(diagonal[:1]).squeeze(0)
-        self.gram = sums.gram / scale + torch.diag(self.dead.to(sums.gram.dtype))
+        self._scale = diagonal.sum() / live if live else torch.ones_like(diagonal[:1]).squeeze(0)
+        self.gram = sums.gram / self._scale + torch.diag(self.dead.to(sums.gram.dtype))
 
-    def loss(self, change: Tensor) -> float:
+    def _loss(self, change: Tensor) -> float:
         """Σ‖change · x‖² over the rows, for change (k,d)."""
-        change = change.to(self.raw.dtype)
         return float(((change @ self.raw) * change).sum(dtype=torch.float64).clamp(min=0.0))
+
+    def error(self, weight: Tensor, solved: Tensor) -> float:
+        """What ``solved`` (k,d) loses of what ``weight`` puts out, or the teacher where there is one; 0 to about 1."""
+        if self._cross is None:
+            return self._loss(weight - solved) / (self._loss(weight) or 1.0)
+        linear = float((solved * self._cross.mT).sum(dtype=torch.float64))
+        return max(self._loss(solved) - 2 * linear + self._square, 0.0) / (self._whole or 1.0)
+
+    def aim(self, weight: Tensor, damping: float) -> Tensor:
+        """The weights that come closest to the teacher's outputs, argmin Σ‖Wx + b − t‖² + a pull towards ``weight``.
+
+        Any Ŵ is as far from the teacher's outputs as it is from these weights' outputs, but for a constant.
+        Without a teacher, or from fewer rows than there are features: ``weight`` itself.
+
+        Args:
+            weight: (k,d), as it is.
+            damping: of the pull, in means of the Gram matrix's diagonal.
+        """
+        if self._cross is None or self.rows < len(self.gram):
+            return weight
+        system = self.gram + damping * torch.eye(len(self.gram), dtype=self.gram.dtype)
+        change, info = linalg.solve_spd_ex(system, (self._cross - self.raw @ weight.mT) / self._scale)
+        return weight if int(info) else weight + change.mT
 
     def factor(self, damping: float, order: Tensor | None = None, *, unit: bool) -> Factor:
         """U of the inverse of the damped Gram matrix, or R of the matrix itself (``unit``), in another order if asked.
@@ -140,8 +171,7 @@ class Sums:
         return result
 
     def report(self, name: str, weight: Tensor, plain: Tensor, solved: Tensor, result: Factor) -> LayerReport:
-        """What ``solved`` and, without the solve, ``plain`` lose of what ``weight`` puts out."""
-        whole = self.loss(weight) or 1.0
+        """What ``solved`` and, without the solve, ``plain`` lose of what ``weight``, or the teacher, puts out."""
         return LayerReport(
             name=name,
             rows=self.rows,
@@ -149,6 +179,6 @@ class Sums:
             dead=int(self.dead.sum()),
             info=result.info,
             damping=result.damping,
-            error_before=self.loss(weight - plain) / whole,
-            error=self.loss(weight - solved) / whole,
+            error_before=self.error(weight, plain),
+            error=self.error(weight, solved),
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
-from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
+from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number, check_teacher
 from onestep.layerwise.layers import Layer, Patterns
 from onestep.layerwise.order import Sums, solve_in_order
 from onestep.layerwise.report import LayerReport, Report
@@ -68,10 +68,9 @@ def refit(
     check_number("ridge", ridge)
     check_flags(keep_zeros=keep_zeros, sequential=sequential, progress=progress)
     check_dtype_of_sums(dtype)
-    if not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher is {type(teacher).__name__}; expected torch.nn.Module")
-    if teacher is model:
-        raise ValueError("teacher is model itself; expected another one, such as copy.deepcopy(model) from before")
+    if teacher is None:
+        raise TypeError("teacher is NoneType; expected torch.nn.Module")
+    check_teacher(model, teacher)
     report = Report()
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:

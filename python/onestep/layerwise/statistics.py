@@ -101,6 +101,10 @@ class LayerStatistics:
         zeros = layer.weight.new_zeros(0, dtype=self._dtype)
         return self._inputs.get(name) or InputSums(zeros.new_zeros(d, d), zeros.new_zeros(d), 0)
 
+    def has_targets(self, name: str) -> bool:
+        """Whether there are sums with a teacher's outputs."""
+        return name in self._targets
+
     def targets(self, name: str) -> TargetSums:
         """The sums with the teacher's outputs.
 
