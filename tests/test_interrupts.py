@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 import sys
 import threading
@@ -209,6 +210,60 @@ def test_changes_are_put_back_in_any_order() -> None:
     with pytest.raises(TypeError), replaced([(table, "a", 2), (table, "b", 3), ([], "no index", 4)]):
         pass
     assert table == {"a": 1}
+
+
+class Stubborn(nn.Linear):
+    """Its mode is a property, whose n-th change is interrupted."""
+
+    changes, stop = 0, 0
+
+    @property  # type: ignore[misc]
+    def training(self) -> bool:
+        return self.mode
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        Stubborn.changes += 1
+        if Stubborn.changes == Stubborn.stop:
+            raise Interrupt
+        self.__dict__["mode"] = mode
+
+
+def test_modes_that_are_properties_are_put_back() -> None:
+    """Python code runs where they change, so an interrupt comes there, too: when they are set, and when put back."""
+    net = nn.Sequential(nn.Linear(2, 2), Stubborn(2, 2), nn.Linear(2, 2), Stubborn(2, 2))
+    for stop in range(1, 6):
+        Stubborn.changes, Stubborn.stop = 0, stop
+        try:
+            with eval_mode(net):
+                assert not any(module.training for module in net.modules())
+        except Interrupt:
+            assert stop < 5
+        else:
+            assert stop == 5
+        assert all(module.training for module in net.modules()), stop
+
+
+def test_a_forked_child_has_the_modes_that_other_threads_had_changed() -> None:
+    net, inside, release = model(), threading.Event(), threading.Event()
+    before = state(net)
+
+    def hold() -> None:
+        with eval_mode(net):
+            inside.set()
+            release.wait(20)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    inside.wait(20)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if state(net) == before else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert not any(module.training for module in net.modules())
+    release.set()
+    other.join()
+    assert code == 0 and state(net) == before
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,7 +11,8 @@ from more_garbow_hillstrom import PROBLEMS, Problem
 from torch import Tensor, nn
 
 import onestep
-from onestep.optim import LevenbergMarquardt
+from onestep.curvature import GaussNewtonOperator
+from onestep.optim import LevenbergMarquardt, NonFiniteError
 
 # Their Jacobian is singular at the minimum, or the standard start leads to a local one: reached, but not claimed.
 NOT_CLAIMED = {"freudenstein-roth", "jennrich-sampson", "trigonometric", "chebyquad-8", "chebyquad-10"}
@@ -96,3 +97,33 @@ def test_optimizer_on_a_residual_closure() -> None:
     for _ in range(60):
         optimizer.step(lambda: problem.residuals(x))
     assert problem.residuals(x.detach()).square().sum().item() == pytest.approx(problem.minima[0], rel=1e-6)
+
+
+def test_a_row_at_a_kink_has_no_curvature() -> None:
+    """The sum of distances, started at one of the points: its Hessian is NaN there, which LAPACK does not take."""
+
+    class Point(nn.Module):
+        def __init__(self, start: Tensor) -> None:
+            super().__init__()
+            self.place = nn.Parameter(start.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.place + 0 * x
+
+    def distance(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).norm(dim=-1).mean()
+
+    points = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    median = points.mean(0)
+    for _ in range(300):  # Weiszfeld 1937
+        near = 1 / (points - median).norm(dim=1, keepdim=True)
+        median = (near * points).sum(0) / near.sum()
+    net = Point(points[0])
+    result = onestep.fit(net, (points, points), distance, method="levenberg_marquardt", progress=False)
+    assert result.method == "levenberg_marquardt" and result.converged
+    torch.testing.assert_close(net.place.detach(), median, rtol=0, atol=1e-5)
+    steep = GaussNewtonOperator(Point(points[0]), (points, points), lambda o, t: (o - t).abs().pow(1.5).mean())
+    with pytest.raises(NonFiniteError, match="batch 0"):
+        steep.diagonal(2)
+    with pytest.raises(NonFiniteError, match="batch 0"):
+        steep.diagonal()

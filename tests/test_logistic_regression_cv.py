@@ -92,7 +92,8 @@ def test_a_path_shares_its_preparation_and_starts(monkeypatch, rng):
         ({"Cs": [1.0, -1.0]}, ValueError, "Cs must be positive"),
         ({"Cs": 0}, ValueError, "Cs must be a positive integer"),
         ({"refit": 1}, TypeError, "refit must be True or False"),
-        ({"cv": 1}, ValueError, "k-fold"),
+        ({"cv": 1}, ValueError, "cv=1: k-fold"),
+        ({"cv": []}, ValueError, r"cv=\[\].*expected a number of folds"),
     ],
 )
 def test_bad_parameters(parameters, error, message):

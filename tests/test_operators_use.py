@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from operator_cases import CLASSES, OPERATORS, ROWS, Setting, functional_mse
@@ -250,6 +251,13 @@ def test_bad_arguments_of_methods_are_named() -> None:
     for options, error, message in [
         ({"damping": -1.0}, ValueError, "damping=-1.0; expected a finite number >= 0"),
         ({"damping": float("nan")}, ValueError, "damping=nan"),
+        ({"damping": None}, TypeError, "damping is NoneType; expected a finite number >= 0"),
+        ({"damping": "a"}, TypeError, "damping is str"),
+        ({"damping": True}, TypeError, "damping is bool"),
+        ({"damping": torch.ones(2)}, TypeError, "damping is Tensor"),
+        ({"tolerance": None}, TypeError, "tolerance is NoneType; expected a number between 0 and 1"),
+        ({"indefinite": torch.ones(2)}, ValueError, "indefinite=tensor.*; expected 'raise' or 'minres'"),
+        ({"preconditioner": np.ones(3)}, TypeError, "preconditioner is array"),
         ({"tolerance": 0.0}, ValueError, "tolerance=0.0; expected a number between 0 and 1"),
         ({"max_iterations": 0}, ValueError, "max_iterations=0; expected at least 1"),
         ({"max_iterations": 1.5}, TypeError, "max_iterations is float"),
@@ -263,8 +271,18 @@ def test_bad_arguments_of_methods_are_named() -> None:
     ]:
         with pytest.raises(error, match=message):
             op.solve(b, **({"damping": 0.1} | options))
+    assert torch.equal(op.solve(b, torch.tensor(0.5))[0], op.solve(b, np.float64(0.5))[0])
     with pytest.raises(ValueError, match=r"b has shape \(2,\)"):
         op.solve(torch.zeros(2).double(), 0.1)
+    for options, error, message in [
+        ({"progress": None}, TypeError, "progress is NoneType; expected True or False"),
+        ({"check_deterministic": torch.ones(2)}, TypeError, "check_deterministic is Tensor"),
+        ({"reduction": np.ones(3)}, ValueError, "reduction=array.*; expected 'mean' or 'sum'"),
+        ({"data": "a"}, TypeError, "data is 'a'; expected a pair of tensors"),
+    ]:
+        given = {"model": setting.model, "data": (setting.inputs, setting.target), "loss": "cross_entropy"}
+        with pytest.raises(error, match=message):
+            HessianOperator(**(given | options))
     for method in (op.trace, op.diagonal):
         with pytest.raises(ValueError, match="samples=1; expected at least 2"):
             method(1)

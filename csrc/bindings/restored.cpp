@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -166,7 +167,9 @@ class EvalMode {
     }
 
  private:
+    // All of them, whatever one of them raises, which is raised at the end.
     void undo() {
+        std::optional<py::error_already_set> error;
         for (; entered_ > 0; --entered_) {
             const py::object& module = modules_[entered_ - 1];
             const auto found = holds().find(module.ptr());
@@ -181,8 +184,15 @@ class EvalMode {
             if (threads.empty()) {
                 const py::object before = found->second.before;
                 holds().erase(found);
-                set_mode(module.ptr(), before.ptr());
+                try {
+                    set_mode(module.ptr(), before.ptr());
+                } catch (const py::error_already_set& raised) {
+                    error = raised;
+                }
             }
+        }
+        if (error) {
+            throw py::error_already_set(*error);
         }
     }
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -89,8 +90,9 @@ class CurvatureOperator(ABC):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction={reduction!r}; expected 'mean' or 'sum'")
+        check_choice("reduction", reduction, "mean", "sum")
+        check_flag("progress", progress)
+        check_flag("check_deterministic", check_deterministic)
         if chunk_size is not None:
             check_count("chunk_size", chunk_size)
         data, loss = in_order(data, loss, stacklevel=self._construction_depth)
@@ -282,13 +284,14 @@ class CurvatureOperator(ABC):
             LinAlgError: A + damping·I is not positive definite.
             NonFiniteError: a product is NaN or infinite, naming the batch.
         """
+        damping = as_number("damping", damping, "a finite number >= 0")
         if not 0 <= damping < math.inf:
             raise ValueError(f"damping={damping}; expected a finite number >= 0")
+        tolerance = as_number("tolerance", tolerance, "a number between 0 and 1")
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance={tolerance}; expected a number between 0 and 1")
         check_count("max_iterations", max_iterations)
-        if indefinite not in ("raise", "minres"):
-            raise ValueError(f"indefinite={indefinite!r}; expected 'raise' or 'minres'")
+        check_choice("indefinite", indefinite, "raise", "minres")
         B = as_block(b, "b", self._names, self._parameters)
         if B.shape[1] == 1 and not (isinstance(b, Tensor) and b.dim() == 2):
             # A vector is one for the preconditioner too.
@@ -329,8 +332,30 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value}; expected at least 1")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises if a value is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {type(value).__name__}; expected True or False")
+
+
+def check_choice(name: str, value: Any, *choices: str) -> None:
+    """Raises if a value is none of the words."""
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"{name}={value!r}; expected {' or '.join(map(repr, choices))}")
+
+
+def as_number(name: str, value: Any, expected: str) -> float:
+    """A real number, also as a tensor or an array of no dimensions."""
+    single = isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool
+    if isinstance(value, bool) or not (single or isinstance(value, Real)):
+        raise TypeError(f"{name} is {type(value).__name__}; expected {expected}")
+    return float(value)
+
+
 def in_order(data: Any, loss: Any, stacklevel: int) -> tuple[Any, Any]:
     """(data, loss), also from (loss, data), the order that was."""
+    if isinstance(data, str) and isinstance(loss, str):
+        raise TypeError(f"data is {data!r}; expected a pair of tensors, a data loader, or the like")
     if isinstance(data, str) or (callable(data) and not isinstance(data, (Iterable, Dataset))):
         warnings.warn(
             "operators take (model, data, loss), as onestep.fit does; the order (model, loss, data) is deprecated",

@@ -237,7 +237,7 @@ def as_preconditioner(given: Any, damping: float, diagonal_of: Callable[[int], T
     Args:
         diagonal_of: number of samples → an estimate of the matrix's diagonal.
     """
-    if given == "diagonal":
+    if isinstance(given, str) and given == "diagonal":
         diagonal = diagonal_of(_DIAGONAL_SAMPLES).abs()
         floor = _LEAST_DIAGONAL * diagonal.mean().item()
         inverse = 1 / (diagonal.clamp_min(floor) + damping)

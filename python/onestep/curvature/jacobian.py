@@ -78,7 +78,7 @@ def root_jacobian(
 
 
 def root_of_loss(loss: Loss | None, outputs: Tensor, shape: torch.Size, target: Any) -> Tensor:
-    """R (k,k) with RᵀR the Hessian of a row's loss in its k outputs, which are of this shape."""
+    """R (k,k) with RᵀR the Hessian of a row's loss in its k outputs, of this shape; NaN where that is not finite."""
     if loss is None or loss.name == "mse":
         factor = 1.0 if loss is None else math.sqrt(2.0)
         return factor * torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
@@ -92,6 +92,9 @@ def root_of_loss(loss: Loss | None, outputs: Tensor, shape: torch.Size, target: 
         return result
 
     H = jacrev(slope)(outputs)
+    # LAPACK takes no NaN, and none is hidden.
+    finite = H.isfinite().all()
+    H = torch.where(finite, H, 0.0)
     values, vectors = torch.linalg.eigh((H + H.mT) / 2)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()).mT
+    root: Tensor = torch.where(finite, (vectors * values.clamp_min(0).sqrt()).mT, math.nan)
     return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from torch.func import grad
 
 from onestep._restored import eval_mode
 from onestep.curvature._estimates import Estimate, averaged, seeds
-from onestep.curvature._operator import CurvatureOperator, check_count, in_order
+from onestep.curvature._operator import CurvatureOperator, check_choice, check_count, in_order
 from onestep.curvature._passes import Named
 from onestep.curvature._roots import Root, root_of_loss, signs
 from onestep.curvature.jacobian import root_jacobian
@@ -140,6 +141,9 @@ class _OuterProductOperator(CurvatureOperator):
         units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
         columns = [outer(outputs, unit.expand(n, k).reshape(outputs.shape)).reshape(n, k) for unit in units]
         C = torch.stack(columns, 2).double()
+        if not bool(C.isfinite().all()):
+            # LAPACK takes none: the sum says which batch it is.
+            return {name: torch.full_like(value, math.nan) for name, value in point.items()}
         values, vectors = torch.linalg.eigh((C + C.mT) / 2)
         # Those under this are made of rounding.
         least = k * torch.finfo(outputs.dtype).eps * values.abs().amax(1, keepdim=True)
@@ -229,8 +233,7 @@ class FisherOperator(_OuterProductOperator):
         mc_samples: int | None = None,
         **options: Any,
     ) -> None:
-        if kind not in ("true", "empirical"):
-            raise ValueError(f"kind={kind!r}; expected 'true' or 'empirical'")
+        check_choice("kind", kind, "true", "empirical")
         if mc_samples is not None:
             check_count("mc_samples", mc_samples)
             if kind == "empirical":

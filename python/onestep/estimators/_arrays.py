@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.sparse import csr_array
+from sklearn.model_selection import check_cv
 from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import check_array
 from torch import Tensor
@@ -132,6 +133,23 @@ def rows_for_splitter(X: Tensor) -> Array:
     return zeros if X.dtype == torch.bfloat16 else X.numpy()
 
 
+def splits_of(cv: Any, X: Tensor, y: Array, *, classifier: bool) -> Iterator[tuple[Array, Array]]:
+    """The rows of each fold, (train, test), of scikit-learn's ``cv``; an error names it."""
+    expected = "a number of folds from 2, a splitter, or pairs of row numbers (train, test)"
+    if isinstance(cv, (bool, dict, Tensor)):
+        raise TypeError(f"cv is {cv!r}; expected {expected}")
+    count = 0
+    try:
+        for train, test in check_cv(cv, y, classifier=classifier).split(rows_for_splitter(X), y):
+            count += 1
+            yield train, test
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"cv={cv!r}: {error}; expected {expected}") from error
+    if count == 0:
+        raise ValueError(f"cv={cv!r} has no folds; expected {expected}")
+
+
 def check_alphas(name: str, value: Any, *, positive: bool) -> Array:
     """A penalty or several as fp64 of at most one dimension, each finite and >= 0, or > 0 if `positive`."""
     wanted = "positive" if positive else "non-negative"
@@ -160,7 +178,13 @@ def check_weight(sample_weight: Any, n: int, dtype: Any) -> Array:
     weight = to_numpy("sample_weight", sample_weight)
     if isinstance(weight, numbers.Number) or getattr(weight, "ndim", 1) == 0:
         weight = np.full(n, weight)
-    weight = check_array(weight, ensure_2d=False, dtype=dtype, input_name="sample_weight")
+    try:
+        weight = check_array(weight, ensure_2d=False, dtype=dtype, input_name="sample_weight")
+    except (TypeError, ValueError) as error:
+        if "sample_weight" in str(error):
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"sample_weight is {sample_weight!r}; expected numbers of 0 or more ({error})") from error
     if weight.shape != (n,):
         raise ValueError(f"sample_weight has shape {weight.shape}; expected a number or shape ({n},)")
     if np.any(weight < 0):

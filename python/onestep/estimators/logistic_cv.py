@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import check_scoring
-from sklearn.model_selection import check_cv
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import Array, as_array, check_alphas, check_flag, rows_for_splitter, to_numpy
+from onestep.estimators._arrays import Array, as_array, check_alphas, check_flag, splits_of, to_numpy
 from onestep.estimators._linear import FitData
 from onestep.estimators._newton import Minimum
 from onestep.estimators._path import Path
@@ -98,12 +97,12 @@ class LogisticRegressionCV(LogisticRegression):
         data, classes, indices = self._labelled(X, y, sample_weight)
         labels, family, outputs = self._targets(data, indices, len(classes))
         scorer = check_scoring(self, scoring=self.scoring)
-        folds = check_cv(5 if self.cv is None else self.cv, classes[indices], classifier=True)
+        folds = splits_of(5 if self.cv is None else self.cv, data.X, classes[indices], classifier=True)
         scores: list[list[float]] = []
         iterations: list[list[int]] = []
         weights: list[list[Tensor]] = []
         unfinished = 0
-        for train, test in folds.split(rows_for_splitter(data.X), classes[indices]):
+        for train, test in folds:
             weight = None if data.weight is None else data.weight[train]
             path = Path(data.X[train], labels[train], family, weight, outputs=outputs, intercept=intercept)
             found = self._along(path, 1.0 / total_weight(path.X, weight), tol, max_iter)

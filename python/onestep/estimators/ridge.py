@@ -223,7 +223,7 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
             sklearn.exceptions.NotFittedError: `fit` was not called.
         """
         give, mean = giver_of(X), self._scores(X)
-        if not return_std:
+        if not check_flag("return_std", return_std):
             return give(mean)
         if self._deviations is None:
             raise ValueError(

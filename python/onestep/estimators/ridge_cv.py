@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.metrics import check_scoring
-from sklearn.model_selection import check_cv
 from torch import Tensor
 
 from onestep._fork import one_thread_after_fork
-from onestep.estimators._arrays import Array, check_alphas, check_flag, rows_for_splitter
+from onestep.estimators._arrays import Array, check_alphas, check_flag, splits_of
 from onestep.estimators._linear import FitData, LinearEstimator, as_targets
 from onestep.estimators._selection import choose, fold_scores, gcv_scores, loo_predictions, loo_scores, scorer_scores
 from onestep.estimators._spectrum import Spectrum, decompose
@@ -138,7 +137,7 @@ class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
         """`fit_intercept`, once the options agree with one another."""
         check_flag("alpha_per_target", self.alpha_per_target)
         keeps = check_flag("store_cv_results", self.store_cv_results)
-        if self.method not in ("loo", "gcv"):
+        if not (isinstance(self.method, str) and self.method in ("loo", "gcv")):
             raise ValueError(f"method must be 'loo' or 'gcv', got {self.method!r}")
         if self.cv is None and self.method == "gcv" and (keeps or self.scoring is not None):
             raise ValueError("method='gcv' has no error of each row: scoring and store_cv_results need method='loo'")
@@ -163,7 +162,7 @@ class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _fold_scores(self, data: FitData, alphas: Tensor) -> Array:
         return fold_scores(
             check_scoring(self, scoring=self.scoring or "r2"),
-            check_cv(self.cv).split(rows_for_splitter(data.X), data.y),
+            splits_of(self.cv, data.X, data.y, classifier=False),
             data,
             alphas,
             fit_intercept=self.fit_intercept,

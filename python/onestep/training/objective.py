@@ -251,7 +251,7 @@ class DataObjective(Objective):
             with torch.no_grad(), exclusive(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     count += self._elements(chunk)
-                    for rows in self.root_jacobian(parameters, chunk):
+                    for rows in map(_without_kinks, self.root_jacobian(parameters, chunk)):
                         parts.append((chunk.piece, rows))
                         size += rows.numel() * rows.element_size()
                         if size > _ROOT_BYTES:
@@ -271,7 +271,7 @@ class DataObjective(Objective):
             total, count = torch.zeros(p, p, dtype=torch.float64, device=parameters.device), 0.0
             with torch.no_grad(), exclusive(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
-                    for rows in self.root_jacobian(parameters, chunk):
+                    for rows in map(_without_kinks, self.root_jacobian(parameters, chunk)):
                         total += linalg.moments(rows, rows[:, :0]).gram
                     count += self._elements(chunk)
             return total, [count]
@@ -284,3 +284,11 @@ class DataObjective(Objective):
         point = parameters.read()
         for rows in root_jacobian(self.module, self.loss, chunk, point, self.values(parameters), self.route):
             yield rows.reshape(-1, len(parameters))
+
+
+def _without_kinks(R: Tensor) -> Tensor:
+    """Rows R with zeros for those that are not finite: at a kink, such as that of a norm, a loss has no Hessian.
+
+    Without its curvature the step is longer, which damping shortens, and no test for a minimum is met too early.
+    """
+    return torch.where(R.isfinite().all(1, keepdim=True), R, 0.0)
