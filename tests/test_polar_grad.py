@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from processes import Child, finish_all
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import onestep
 from onestep.optim import NonFiniteError, PolarGrad
@@ -323,3 +326,33 @@ def test_sparse_gradients_are_refused() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="'table' has a sparse gradient"):
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_a_model_may_be_used_between_two_steps() -> None:
+    """Copied, saved, exported, transformed: the inputs that the next step takes are those of training alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, values = torch.randn(8, 4), dict(net.named_parameters())
+    optimizer = PolarGrad(net, gram_every=1)
+    grams = optimizer._grams
+    assert grams is not None
+    net(x).sum().backward()
+    expected = {identity: gram.clone() for identity, gram in grams._sums.items()}
+    assert len(expected) == 1 and all(torch.equal(gram, x.T @ x) for gram in expected.values())
+    copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    torch.export.export(net, (x,))
+    torch.jit.trace(net, x)
+    torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).sum())(values)
+    torch.func.vmap(lambda v: torch.func.functional_call(net, values, (v,)))(torch.randn(3, 2, 4))
+    with forward_ad.dual_level():
+        net(forward_ad.make_dual(x, x))
+    for other in copies:
+        other(x)
+    assert grams._counts == dict.fromkeys(expected, 8)
+    assert all(torch.equal(gram, expected[identity]) for identity, gram in grams._sums.items())
+    optimizer.step()
+    assert sum(len(module._forward_pre_hooks) for module in net.modules()) == 1
+    del optimizer, grams
+    gc.collect()
+    assert not any(module._forward_pre_hooks for module in net.modules())
