@@ -41,6 +41,8 @@ MANY = "a,street,y\n" + "".join(f"{i},Street {i},{i}\n" for i in range(100))
         ("a,a,y\n1,2,3\n", [], "names a column twice: a"),
         ("a;y\n1;2\n", [], "separated by ';'; pass --sep ';'"),
         ("a\ty\n1\t2\n", [], "pass --sep tab"),
+        ('a,y\n"\r","1"\n', [], "has missing values in a (1)"),
+        ('a,y\n1," "\n2," "\n', [], "missing values"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", [], "is not a text file"),
         ("name,y\nJosé,1\n".encode("latin-1"), [], "line 2 is not UTF-8 (byte 0xe9)"),
         (with_line(small(), 9, "1,2,u,3,4"), [], "line 9 has 5 fields, but the header has 4"),

@@ -191,6 +191,8 @@ class Table:
         if name in self.text:
             return
         values = self.frame[name].dropna()
+        if values.empty:
+            return
         number = numerals.to_numbers(values, self.conventions).notna()
         keep = f"or keep its texts as {self._as_texts(name)}"
         separated = values.map(numerals.is_separated)
