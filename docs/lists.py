@@ -29,8 +29,13 @@ TITLES = {
     "table": "Every case: seconds, ratio, goal, share of the machine's limit",
     "busy_neighbour": "Every case beside a busy process",
     "compare_builds": "Every kernel before and after its rebuilding",
-    "whole_networks": "Whole networks from scratch",
 }
+
+
+def title(file: Path) -> str:
+    """What a picture or table is called: as above, by its own first heading, or as the file is."""
+    heading = re.match(r"#+ (.*)", file.read_text()) if file.suffix == ".md" else None
+    return TITLES.get(file.stem) or (heading[1] if heading else file.stem.replace("_", " "))
 
 
 def names(path: str) -> list[str]:
@@ -115,9 +120,10 @@ def _results(page: Path) -> Iterable[str]:
     yield ""
     up = os.path.relpath(RESULTS, page.parent)
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        files = sorted((*folder.glob("*.md"), *folder.glob("*.png")), key=lambda file: list(TITLES).index(file.stem))
+        files = [*folder.glob("*.png"), *folder.glob("*.md")]
+        files.sort(key=lambda file: ([*TITLES, file.stem].index(file.stem), file.stem))
         yield f"- {folder.name}"
-        yield from (f"    - [{TITLES[file.stem]}]({up}/{folder.name}/{file.name})" for file in files)
+        yield from (f"    - [{title(file)}]({up}/{folder.name}/{file.name})" for file in files)
 
 
 def written(page: Path) -> str:

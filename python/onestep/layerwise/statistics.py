@@ -102,7 +102,14 @@ class LayerStatistics:
         return self._inputs.get(name) or InputSums(zeros.new_zeros(d, d), zeros.new_zeros(d), 0)
 
     def has_targets(self, name: str) -> bool:
-        """Whether there are sums with a teacher's outputs."""
+        """Whether there are sums with a teacher's outputs.
+
+        Args:
+            name: of a layer.
+
+        Returns:
+            True where ``targets`` has them.
+        """
         return name in self._targets
 
     def targets(self, name: str) -> TargetSums:
