@@ -109,6 +109,16 @@ def test_stacked_experts_are_layers(kind, tmp_path):
         save(model, tmp_path / "packed.safetensors", one)
 
 
+def test_stacked_experts_have_no_teacher_where_it_is_not_needed():
+    """The two models send them other rows."""
+    model = mixture("mixtral")
+    data = [{"input_ids": torch.randint(20, (2, 12))} for _ in range(3)]
+    taught = copy.deepcopy(model)
+    report = quantize(taught, data, bits=2, teacher=copy.deepcopy(model), progress=False)
+    assert any(".experts." in layer.name for layer in report.layers)
+    assert all(parameter.isfinite().all() for parameter in taught.parameters())
+
+
 def test_stacked_experts_are_refitted_and_edits_of_them_refused():
     teacher = mixture("mixtral")
     model = copy.deepcopy(teacher)

@@ -29,6 +29,7 @@ def solve_in_order(
     solve: Callable[[Layer, LayerStatistics], None],
     *,
     teacher: nn.Module | None = None,
+    needs_teacher: bool = False,
     sequential: bool,
     dtype: torch.dtype,
     progress: bool,
@@ -69,7 +70,9 @@ def solve_in_order(
         trace = _called(model, chosen, first)
         passes = Passes(both, batches, chosen)
         for group, once in trace:
-            statistics = LayerStatistics(model, group, teacher=teacher, dtype=dtype)
+            # The two models send stacked experts other rows, which cannot be compared one by one.
+            alone = not needs_teacher and any(chosen[name].stack is not None for name in group)
+            statistics = LayerStatistics(model, group, teacher=None if alone else teacher, dtype=dtype)
             for mask, runs in passes.of(group):
                 statistics.update_by(runs, mask, stop_early=once)
             for name in group:

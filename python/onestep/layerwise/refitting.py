@@ -83,6 +83,7 @@ def refit(
         layers,
         solve,
         teacher=teacher,
+        needs_teacher=True,
         sequential=sequential,
         dtype=dtype,
         progress=progress,
