@@ -47,7 +47,8 @@ def quantize(
         group_size: columns that share a scale; None: a scale for each row.
         teacher: the model as it was, such as ``copy.deepcopy(model)``. Each layer is then rounded towards the teacher's
             outputs on its own inputs, so that it mends what the layers before it lost (GPTAQ, Li et al. 2025). Stacked
-            experts are not: the two models send them different rows.
+            experts are not: the two models send them different rows. Leave out experts that are modules of their own
+            (``"!*.experts.*"``): other numbers of rows are refused, other rows as many are taken for the same.
         layers: a pattern of names such as ``"*.mlp.*"``, or several; "!head" leaves a layer out.
         symmetric: codes around 2^(bits−1); otherwise each group's range from its least to its largest weight.
         act_order: columns with the largest inputs first; the groups stay those of neighbouring columns.

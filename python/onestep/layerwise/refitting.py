@@ -42,6 +42,7 @@ def refit(
         model: as in ``quantize``; its weights and biases are replaced in place.
         data: batches, as in ``quantize``.
         teacher: a model with layers of the same names, which sees the same batches: what the model was before.
+            Leave out experts that are modules of their own, as in ``quantize``.
         layers: a pattern of names, or several.
         ridge: 0 or more. It pulls towards the weights as they are.
         keep_zeros: weights that are 0 stay 0.
