@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -30,7 +33,8 @@ def register_attention() -> None:
 
     Masks are those of transformers' "sdpa": boolean, or none where a causal mask says it all. So an architecture that
     transformers refuses for "sdpa" is refused here, too, with a ValueError in transformers' words: it does not read
-    such masks, or does not call the attention that is registered.
+    such masks, or does not call the attention that is registered. So is one whose code asks for "sdpa" by name, as
+    those with sparse attention do.
 
     Examples:
         A model with second derivatives at O(T) memory::
@@ -72,6 +76,34 @@ def _check_supports_masks(model: Any, is_init_check: bool) -> None:
             'transformers\' AttentionInterface. Use attn_implementation="sdpa" within '
             "onestep.functional.replace_attention() instead."
         )
+    if _asks_by_name(model):
+        raise ValueError(
+            f'{type(model).__name__} does not take attn_implementation="{NAME}": its code asks for "sdpa" by that '
+            'name, and does for it what it does for no other. Use attn_implementation="sdpa" within '
+            "onestep.functional.replace_attention() instead."
+        )
+
+
+# How the code of a model asks for an implementation by its name: a branch for "sdpa" (sparse attention, which masks all
+# but the largest scores, is there alone), or a table of classes.
+_BY_NAME = re.compile(
+    r"""_attn_implementation\s*(==|!=|in|not\s+in)\s[^\n]*["']sdpa["']|_CLASSES\[[\w.]*attn_implementation\]"""
+)
+
+
+def _asks_by_name(model: Any) -> bool:
+    """Whether the code of a model treats "sdpa" as no other implementation, so that it would be wrong under ours."""
+    modules = {kind.__module__ for kind in type(model).__mro__ if issubclass(kind, PreTrainedModel)}
+    return any(map(_module_asks_by_name, modules - {PreTrainedModel.__module__}))
+
+
+@functools.cache
+def _module_asks_by_name(name: str) -> bool:
+    try:
+        return _BY_NAME.search(inspect.getsource(sys.modules[name])) is not None
+    except (OSError, TypeError, KeyError):
+        # Code without a file.
+        return False
 
 
 def _with_bias(position_bias: Tensor, attention_mask: Tensor | None) -> Tensor:
