@@ -175,3 +175,48 @@ def test_a_network_of_zeros_is_trained(method: str) -> None:
         nn.init.zeros_(parameter)
     result = onestep.fit(network, (x, x.sin()), method=method, max_steps=12, progress=False)
     assert result.loss < 1e-2 * x.sin().square().mean().item(), result
+
+
+@pytest.mark.parametrize("method", ITERATIVE)
+def test_a_loss_is_zero_by_the_size_of_its_targets(method: str) -> None:
+    """In units in which targets are of 1e-19, losses of 1e-30 are large."""
+    x = torch.linspace(0, 1, 50, dtype=torch.float64)[:, None]
+    head = nn.Linear(1, 1).double()
+    result = onestep.fit(head, (x, 1.602e-19 * (1 + 0.5 * x)), method=method, progress=False)
+    slope = head.weight.item() / 1.602e-19
+    assert slope == pytest.approx(0.5, rel=1e-6) or not result.converged, result
+
+
+class TwoDecays(nn.Module):
+    """b₀ e^(-b₁x) + b₂ e^(-b₃x)."""
+
+    def __init__(self, start: tuple[float, ...]) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b[0] * (-self.b[1] * x).exp() + self.b[2] * (-self.b[3] * x).exp()
+
+
+@pytest.mark.parametrize("method", ITERATIVE)
+def test_two_terms_that_start_equal_do_not_stay_so(method: str) -> None:
+    """Their common minimum, at 0.00709, is a saddle: the Hessian's least eigenvalue is -0.199."""
+    x = torch.linspace(0, 4, 40, dtype=torch.float64)[:, None]
+    y = 2 * (-0.3 * x).exp() + (-2 * x).exp()
+    result = onestep.fit(TwoDecays((1.0, 0.5, 1.0, 0.5)), (x, y), method=method, max_steps=100, progress=False)
+    assert result.loss < 1e-4 or not result.converged, result
+    if method != "newton_cg":
+        assert result.converged
+        assert result.loss < 1e-20
+
+
+def test_an_offset_that_is_not_trained_does_not_separate() -> None:
+    """Frozen weights separate the classes, and the bias, which alone is trained, has a minimum."""
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+    head = nn.Linear(1, 2).double()
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[-2.0], [2.0]]))
+        head.bias.zero_()
+    head.weight.requires_grad_(False)
+    result = onestep.fit(head, (x, (x[:, 0] > 0).long()), "cross_entropy", method="newton_cg", progress=False)
+    assert result.converged, result

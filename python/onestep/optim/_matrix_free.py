@@ -35,8 +35,6 @@ class MatrixFreeOptimizer(DampedOptimizer):
     The preconditioner is the objective's own, or (average of squared gradients)^½, scaled to mean 1, plus damping.
     """
 
-    hessian = False
-
     def __init__(
         self, params: Iterable[Any], *, damping: float, weight_decay: float, cg_iterations: int, cg_tolerance: float
     ) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 
 # Conjugate gradients meet a direction of negative curvature before their residual is as small as this, or they give up
-# after so many products.
-_TOLERANCE, _MOST_ITERATIONS = 1e-6, 100
+# after so many products: few, where a test of convergence asks for one.
+_TOLERANCE, MOST_ITERATIONS, FEW_ITERATIONS = 1e-6, 100, 30
 
 
-def concave_direction(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor | None:
+def concave_direction(product: Callable[[Tensor], Tensor], like: Tensor, most_iterations: int) -> Tensor | None:
     """A direction d (p,) of elements of size 1 with dᵀAd ≤ 0, of a symmetric A, given as v ↦ Av; None if none is found.
 
     Conjugate gradients for Ax = b with a random b meet one, if there is one and they have iterations enough: with
@@ -22,10 +22,11 @@ def concave_direction(product: Callable[[Tensor], Tensor], like: Tensor) -> Tens
 
     Args:
         like: of the vectors' length, dtype and device.
+        most_iterations: a product each.
     """
     b = torch.randn(len(like), generator=torch.Generator().manual_seed(0)).to(like)
     solve = conjugate_gradient(
-        product, b, tolerance=_TOLERANCE, max_iterations=min(len(like), _MOST_ITERATIONS), least_progress=0.0
+        product, b, tolerance=_TOLERANCE, max_iterations=min(len(like), most_iterations), least_progress=0.0
     )
     if solve.direction is None:
         return None

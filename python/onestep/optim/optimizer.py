@@ -15,7 +15,7 @@ from torch import Tensor
 from onestep._interrupts import undisturbed
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.parameters import ParameterVector, flatten
-from onestep.optim._saddle import concave_direction
+from onestep.optim._saddle import FEW_ITERATIONS, MOST_ITERATIONS, concave_direction
 from onestep.optim.objective import ClosureObjective, Objective
 from onestep.optim.quadratic_model import QuadraticModel
 
@@ -90,6 +90,8 @@ class DampedOptimizer(torch.optim.Optimizer):
     after a good step (``damping_decrease``) and rises after one of which half was kept (``damping_increase``).
     """
 
+    # Whether the matrix is the Hessian, which tells a saddle from a minimum.
+    hessian = False
     # Whether closures return the bare loss.
     takes_scalar = False
     # The reduction, as a part of the loss, under which it is worth its cost to know the decrement.
@@ -345,16 +347,22 @@ class DampedOptimizer(torch.optim.Optimizer):
         judged = objective.before(parameters)
         before = loss if judged is None else judged + (0.0 if decay is None else _penalty(decay, start))
 
-        if not bool(gradient.any()):
-            promised_first = 0.0
+        def leave_saddle() -> StepReport | None:
             found = self._leave_saddle(objective, parameters, decay, start, before)
             if found is None:
-                return report(before, 0.0, math.nan, accepted=False)
+                return None
             step, new_loss, ahead = found
+            # A failed step has raised it for trials along the gradient.
+            self.damping = first_damping
             self.accepted(parameters, step, gradient)
             if ahead is not None:
                 self._ahead = (objective, parameters.versions(), new_loss, ahead)
             return report(new_loss, step.norm().item(), math.nan, accepted=True)
+
+        first_damping = damping
+        if not bool(gradient.any()):
+            promised_first = 0.0
+            return leave_saddle() or report(before, 0.0, math.nan, accepted=False)
         while rejected < self.trials:
             damping = self.damping
             proposal = model.propose(damping)
@@ -389,18 +397,40 @@ class DampedOptimizer(torch.optim.Optimizer):
             rejected += 1
             # Ever faster: a start far away may need damping many orders of magnitude larger.
             self.damping = damping * 2.0**rejected
+        left = leave_saddle() if self.hessian and objective.fixed else None
+        if left is not None:
+            return left
         taken = report(before, 0.0, math.nan, accepted=False)
         if objective.fixed:
             self._ahead = (objective, parameters.versions(), loss, gradient)
         return taken
 
+    def way_down(self, objective: Objective) -> Tensor | None:
+        """A step (p,) along negative curvature that lowers the loss, if a few products find one; nothing is changed."""
+        parameters = self.parameters()
+        start, decay = parameters.read(), self._decay(parameters)
+        loss = objective.value(parameters) + (0.0 if decay is None else _penalty(decay, start))
+        try:
+            found = self._leave_saddle(objective, parameters, decay, start, loss, FEW_ITERATIONS)
+        finally:
+            parameters.write(start)
+        return None if found is None else found[0]
+
     def _leave_saddle(
-        self, objective: Objective, parameters: ParameterVector, decay: Tensor | None, start: Tensor, loss: float
+        self,
+        objective: Objective,
+        parameters: ParameterVector,
+        decay: Tensor | None,
+        start: Tensor,
+        loss: float,
+        iterations: int = MOST_ITERATIONS,
     ) -> tuple[Tensor, float, Tensor | None] | None:
         """A step along a direction of negative curvature that lowers the loss, where no gradient tells of one."""
         try:
             hessian = objective.curvature(parameters, hessian=True)
-            direction = concave_direction(lambda v: hessian(v) if decay is None else hessian(v) + decay * v, start)
+            direction = concave_direction(
+                lambda v: hessian(v) if decay is None else hessian(v) + decay * v, start, iterations
+            )
         except (RuntimeError, NotImplementedError):
             # A model without second derivatives.
             return None

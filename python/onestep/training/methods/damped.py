@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from onestep._cached import cached_property
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed, together
 from onestep.evaluation.losses import Loss, like_outputs, scores_and_classes
@@ -53,7 +55,8 @@ _FAR = 1e-3
 # How far around a point a plateau is looked for, relative to each parameter.
 _NEARBY = 1e-3
 SEPARATED = (
-    "planes separate the classes, so that the loss falls towards zero as the parameters grow, and has no minimum; "
+    "planes separate the classes, or some of them, so that the loss falls for ever as the parameters grow, and has no "
+    "minimum; "
     "weight_decay > 0 gives it one"
 )
 
@@ -208,6 +211,8 @@ class DampedRun(Run):
         self.report: StepReport | None = None
         self.failures = 0
         self.first_loss = math.nan
+        # The next step, where the last one ended at a saddle.
+        self.way_down: Tensor | None = None
         # The number of the step that formed the optimiser's kept inverse ("step"), and the place in the data before it
         # ("source"): a checkpoint has these instead of the inverse.
         self.formed: dict[str, Any] = {}
@@ -243,6 +248,8 @@ class DampedRun(Run):
         """One damped step, on all rows or on those of the step."""
         place, inverse = self.plan.source.state(), self.optimizer.kept.get("inverse")
         self.objective = self._objective(number)
+        if self.way_down is not None:
+            return self._go_down(self.way_down)
         try:
             self.optimizer.step(self.objective)
         except NonFiniteError as error:
@@ -275,19 +282,22 @@ class DampedRun(Run):
             if self.failures >= _MOST_FAILURES:
                 return Verdict(f"no step lowered the loss on {_MOST_FAILURES} batches in a row")
             return Verdict()
-        zero = (_ROUNDINGS * eps) ** 2 * min(1.0, self.first_loss)
-        is_zero = self.plan.loss.name in ("mse", "cross_entropy") and report.new_loss <= zero
+        is_zero = self._is_zero(report.new_loss, (_ROUNDINGS * eps) ** 2)
         test = "the loss is zero to rounding" if is_zero else self._test(report, tol, eps)
         if (test or self.failures) and self._separated():
             return Verdict(SEPARATED)
         if is_zero:
             return Verdict(test, converged=True)
         if not test and self.failures:
+            if self._finds_way_down():
+                return Verdict()
             stuck = report.decrement > _FAR * abs(report.new_loss)
             return Verdict("no step lowers the loss, although it may not be at a minimum", stuck=stuck)
         if not test:
             return Verdict()
-        if report.grad_norm == 0 and not is_zero and self._is_plateau():
+        if self._finds_way_down():
+            return Verdict()
+        if report.grad_norm == 0 and self._is_plateau():
             return Verdict(f"{test}, but the loss is the same all around: not necessarily a minimum")
         lost = report.without_influence
         if lost:
@@ -296,6 +306,64 @@ class DampedRun(Run):
             count = f"{lost} of {len(self.plan.parameters)} parameters have"
             return Verdict(f"{test}, but {count} no influence on the outputs here: not necessarily a minimum")
         return Verdict(test, converged=True)
+
+    def _is_zero(self, loss: float, rounding: float) -> bool:
+        """Whether a loss is that of rounding, of outputs as large as the targets."""
+        if self.plan.loss.name not in ("mse", "cross_entropy") or loss > rounding * min(1.0, self.first_loss):
+            return False
+        return self.plan.loss.name == "cross_entropy" or loss <= rounding * self._mean_square_of_targets
+
+    @cached_property
+    def _mean_square_of_targets(self) -> float:
+        def terms() -> tuple[Tensor, list[float]]:
+            total = count = 0.0
+            for chunk in self.plan.source.all():
+                total += chunk.target.double().square().sum().item()
+                count += chunk.target.numel()
+            return torch.empty(0), [total, count]
+
+        total, count = summed(terms)[1]
+        return total / count
+
+    @cached_property
+    def _is_convex(self) -> bool:
+        """Whether no point without a gradient is a saddle."""
+        plan = self.plan
+        first = next(plan.source.all(), None)
+        named = plan.loss.name in ("mse", *_CONVEX)
+        return not summed(
+            lambda: (
+                torch.empty(0),
+                [0.0 if named and (first is None or not why_not_affine(plan.model, plan.parameters, first)) else 1.0],
+            )
+        )[1][0]
+
+    def _finds_way_down(self) -> bool:
+        """Whether this is a saddle, from which the next step goes on along negative curvature.
+
+        A Gauss-Newton matrix has none, so its methods end at saddles, as between two terms that started equal.
+        """
+        if not self._is_convex:
+            self.way_down = self.optimizer.way_down(self.objective)
+        return self.way_down is not None
+
+    def _go_down(self, way: Tensor) -> Taken:
+        report, parameters = self.report, self.plan.parameters
+        assert report is not None
+        parameters.write(parameters.read() + way)
+        penalty = 0.5 * self.plan.settings.weight_decay * parameters.read().square().sum().item()
+        loss = self.objective.value(parameters) + penalty
+        self.way_down, self.failures = None, 0
+        self.report = replace(
+            report, loss=report.new_loss, new_loss=loss, accepted=True, decrement=math.inf, resolution=0.0
+        )
+        return Taken(
+            before=report.new_loss,
+            loss=loss,
+            grad_norm=report.grad_norm,
+            step_norm=way.norm().item(),
+            damping=report.damping,
+        )
 
     def _test(self, report: StepReport, tol: float, eps: float) -> str:
         """Which test for a minimum is met, if one is."""
@@ -323,11 +391,20 @@ class DampedRun(Run):
         if not (entropy or plan.loss.name == "bce") or plan.settings.weight_decay > 0:
             return False
 
+        def by_parameters(chunk: Chunk) -> Tensor:
+            """What the outputs are more than with parameters of zero, as growing parameters multiply it."""
+            outputs, point = call_model(plan.model, chunk.inputs), plan.parameters.read()
+            plan.parameters.write(torch.zeros_like(point))
+            try:
+                return outputs - call_model(plan.model, chunk.inputs)
+            finally:
+                plan.parameters.write(point)
+
         def terms() -> tuple[Tensor, list[float]]:
             first = None
             for chunk in plan.source.all():
                 first = first or chunk
-                if _some_are_wrong(plan.loss, call_model(plan.model, chunk.inputs), chunk.target):
+                if _some_are_wrong(plan.loss, by_parameters(chunk), chunk.target):
                     return torch.empty(0), [1]
             return torch.empty(0), [0 if first is None else bool(why_not_affine(plan.model, plan.parameters, first))]
 
@@ -377,6 +454,7 @@ class DampedRun(Run):
             "formed": self.formed,
             "failures": self.failures,
             "first_loss": self.first_loss,
+            "way_down": self.way_down,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -385,6 +463,7 @@ class DampedRun(Run):
         self.optimizer.kept = state["kept"]
         self.failures = state["failures"]
         self.first_loss = state["first_loss"]
+        self.way_down = state.get("way_down")
         # Older checkpoints have the inverse itself in "kept".
         self.formed = state.get("formed", {})
         if self.formed:
