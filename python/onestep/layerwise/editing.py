@@ -87,6 +87,7 @@ def edit(
     for what, values in (("targets", wanted), ("the layer's inputs for the subjects", keys)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{what} hold NaN or infinity; expected finite values")
+    whole = float(wanted.square().sum()) or 1.0
     if chosen.bias is not None:
         wanted = wanted - chosen.bias.to(dtype)
     missing = wanted - keys @ weight.mT
@@ -97,7 +98,6 @@ def edit(
     inner = torch.eye(len(keys), dtype=dtype) + (strength / scale) * (reduced.mT @ reduced)
     change = torch.linalg.solve(inner, (strength / scale) * (reduced.mT @ result.U))
     chosen.write(weight + missing.mT @ change)
-    whole = float(wanted.square().sum()) or 1.0
     after = float((wanted - keys @ chosen.weight.to(dtype).mT).square().sum())
     return Report(
         [

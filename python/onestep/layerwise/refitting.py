@@ -144,8 +144,11 @@ class _Refit:
 
     def _solved(self, penalty: float, zeros: Tensor | None) -> tuple[Tensor, int]:
         """W, and the status of its equations."""
-        system = self.gram + penalty * torch.eye(len(self.gram), dtype=self.gram.dtype)
-        right = self.cross + penalty * self.weight.mT
+        # The bias has no penalty.
+        pulled = torch.full((len(self.gram),), penalty, dtype=self.gram.dtype)
+        pulled[self.layer.weight.shape[1] :] = 0
+        system = self.gram + pulled.diag()
+        right = self.cross + pulled[:, None] * self.weight.mT
         if zeros is None:
             solution, info = linalg.solve_spd_ex(system, right)
             return solution.mT, int(info)

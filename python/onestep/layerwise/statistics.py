@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ class LayerStatistics:
                     )
         self.names = list(self._layers)
         self.batches = 0
+        # Of the data of the last call of collect: where a call that finds its file goes on.
+        self._collected = 0
         # Layers with the same sums share one object. Replaced, never written into.
         self._inputs: dict[str, InputSums] = {}
         self._targets: dict[str, TargetSums] = {}
@@ -206,13 +208,16 @@ class LayerStatistics:
             raise ValueError(f"every is {every!r}; expected a positive number of batches")
         if checkpoint is not None and not Path(checkpoint).parent.is_dir():
             raise FileNotFoundError(f"checkpoint is {str(checkpoint)!r}; expected a file in a folder that is there")
+        self._collected = 0
         if checkpoint is not None and Path(checkpoint).exists():
             self.load(checkpoint)
-        with Progress(count_of(batches), enabled=progress, done=self.batches, what="statistics", unit="batch") as bar:
+        done = self._collected
+        with Progress(count_of(batches), enabled=progress, done=done, what="statistics", unit="batch") as bar:
             for index, batch in enumerate(batches):
-                if index < self.batches:
+                if index < done:
                     continue
                 self.update(batch)
+                self._collected += 1
                 bar.update()
                 if checkpoint is not None and self.batches % every == 0:
                     self.save(checkpoint)
@@ -236,6 +241,7 @@ class LayerStatistics:
             raise ValueError(f"other has {other._dtype} sums; expected {self._dtype}")
         if other.names != self.names:
             raise ValueError(f"other is of the layers {other.names[:3]}, ...; expected {self.names[:3]}, ...")
+        self._check_targets(other._inputs, other._targets, "other")
         merged: dict[tuple[int, int], InputSums] = {}
         inputs = dict(self._inputs)
         for name, added in other._inputs.items():
@@ -249,6 +255,15 @@ class LayerStatistics:
             targets[name] = targets[name].plus(sums, self._storage) if name in targets else sums
         self._inputs, self._targets, self.batches = inputs, targets, self.batches + other.batches
         return self
+
+    def _check_targets(self, layers: Iterable[str], targets: Iterable[str], source: str) -> None:
+        """Raises where one of two has a teacher's outputs and the other has none: sums would be of unlike rows."""
+        without = set(layers) - set(targets)
+        if layers and bool(without) == (self._teacher is not None):
+            have = "no outputs of a teacher" if without else "outputs of a teacher"
+            raise ValueError(
+                f"{source} has {have}; expected statistics made as these, teacher={self._teacher is not None}"
+            )
 
     def save(self, path: str | Path) -> None:
         """Writes everything to a file, which is replaced in one step; torch.load reads it.
@@ -264,6 +279,7 @@ class LayerStatistics:
         places = {key: index for index, key in enumerate(slots)}
         state = {
             "batches": self.batches,
+            "collected": self._collected,
             "layers": {name: places[id(sums)] for name, sums in self._inputs.items()},
             "inputs": [[sums.gram, sums.total, sums.count] for sums in slots.values()],
             "targets": {name: [sums.cross, sums.total, sums.square] for name, sums in self._targets.items()},
@@ -305,9 +321,11 @@ class LayerStatistics:
             found, expected = len(slots[index].gram), self._layers[name].weight.shape[1]
             if found != expected:
                 raise ValueError(f"{path} has {found} features of the layer {name!r}; expected {expected}")
+        self._check_targets(state["layers"], state["targets"], str(path))
         self._inputs = {name: slots[index] for name, index in state["layers"].items()}
         self._targets = {name: TargetSums(*parts) for name, parts in state["targets"].items()}
         self.batches = state["batches"]
+        self._collected = state.get("collected", self.batches)
         return self
 
     def trace(self, batch: Any) -> dict[str, list[int]]:
@@ -387,7 +405,7 @@ class _Pass:
         sums: bool = True,
     ) -> None:
         self.dtype, self.mask, self.awaited, self._storage, self._adds = dtype, mask, awaited, storage, sums
-        self.sums: dict[int, InputSums] = {}  # by the tensor's id
+        self.sums: dict[int, InputSums] = {}  # by the tensor's id and version
         self.given: dict[str, list[int]] = {}
         self.crossed: dict[str, TargetSums] = {}
         self.outputs: dict[str, list[Tensor]] = {}
@@ -407,7 +425,8 @@ class _Pass:
     def take_input(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"layer {name!r} is called with {type(x).__name__}; expected a tensor")
-        key = id(x)
+        # A tensor that is changed in place has another version.
+        key = hash((id(x), 0 if x.is_inference() else x._version))
         rows = None
         if not self._adds:
             self.kept.append(x)
