@@ -16,7 +16,7 @@ from .keras import add_parser as add_keras
 
 # As it was called: by the name that pip installs, or as a module.
 PROGRAM = "onestep" if Path(sys.argv[0]).name == "onestep" else "python -m onestep"
-EXTRAS = {"pandas", "rich", "safetensors", "sklearn"}
+EXTRAS = {"pandas": "pandas", "rich": "rich", "safetensors": "safetensors", "sklearn": "scikit-learn"}
 # What a network is where the command line does not say.
 HIDDEN, MAX_STEPS = 64, 50
 
@@ -124,7 +124,7 @@ class _Completion(argparse.Action):
         try:
             import shtab
         except ModuleNotFoundError:
-            parser.error("--print-completion needs shtab, which is not installed: pip install 'onestep[cli]'")
+            parser.error("--print-completion needs shtab, which is not installed: pip install shtab")
         parser.prog = "onestep"
         _complete_files(parser, shtab.FILE)
         print(shtab.complete(parser, shell=str(values)))
@@ -380,8 +380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        name = "scikit-learn" if package == "sklearn" else package
-        say("error", f"{PROGRAM} {args.command} needs {name}, which is not installed: pip install 'onestep[cli]'")
+        needed = f"{EXTRAS[package]}, which is not installed: pip install {' '.join(EXTRAS.values())}"
+        say("error", f"{PROGRAM} {args.command} needs {needed}")
         return 2
     except BrokenPipeError:
         # The reader (head, say) has left. Python flushes stdout once more at exit: give it somewhere to go.

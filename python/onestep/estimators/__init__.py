@@ -3,7 +3,7 @@
 try:
     import sklearn as _sklearn  # noqa: F401
 except ImportError as error:
-    raise ImportError("onestep's estimators need scikit-learn: pip install 'onestep[sklearn]'") from error
+    raise ImportError("onestep's estimators need scikit-learn: pip install scikit-learn") from error
 
 from onestep.estimators.glm import LogisticRegression, PoissonRegressor
 from onestep.estimators.logistic_cv import LogisticRegressionCV

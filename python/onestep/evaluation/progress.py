@@ -20,7 +20,7 @@ def can_show_progress(stacklevel: int) -> bool:
         import tqdm.auto  # noqa: F401
     except ModuleNotFoundError:
         warnings.warn(
-            "progress=True needs tqdm, which is not installed: pip install 'onestep[fit]', or pass progress=False",
+            "progress=True needs tqdm, which is not installed: pip install tqdm, or pass progress=False",
             stacklevel=stacklevel + 1,
         )
         return False

@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
             "KERAS_BACKEND=torch in the environment before keras is imported"
         ) from error
     raise ModuleNotFoundError(
-        "onestep.integrations.keras needs keras, which is not installed: pip install 'onestep[keras]'", name="keras"
+        "onestep.integrations.keras needs keras, which is not installed: pip install keras", name="keras"
     ) from error
 
 from onestep.integrations.head import check_when

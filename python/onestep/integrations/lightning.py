@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "lightning":
         raise
     raise ModuleNotFoundError(
-        "onestep.integrations.lightning needs lightning, which is not installed: pip install 'onestep[lightning]'",
+        "onestep.integrations.lightning needs lightning, which is not installed: pip install lightning",
         name="lightning",
     ) from error
 

@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     raise ModuleNotFoundError(
-        "onestep.integrations.trainer needs transformers, which is not installed: pip install 'onestep[trainer]'",
+        "onestep.integrations.trainer needs transformers, which is not installed: pip install transformers accelerate",
         name="transformers",
     ) from error
 

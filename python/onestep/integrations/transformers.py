@@ -18,8 +18,7 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     raise ModuleNotFoundError(
-        "onestep.integrations.transformers needs transformers, which is not installed: "
-        "pip install 'onestep[transformers]'",
+        "onestep.integrations.transformers needs transformers, which is not installed: pip install transformers",
         name="transformers",
     ) from error
 

@@ -77,7 +77,7 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
     try:
         from safetensors.torch import save_file
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("layerwise.save needs safetensors: pip install 'onestep[layerwise]'") from None
+        raise ModuleNotFoundError("layerwise.save needs safetensors: pip install safetensors") from None
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected torch.nn.Module")
     check_path("path", path)

@@ -406,7 +406,14 @@ class DampedOptimizer(torch.optim.Optimizer):
         return taken
 
     def way_down(self, objective: Objective) -> Tensor | None:
-        """A step (p,) along negative curvature that lowers the loss, if a few products find one; nothing is changed."""
+        """A step along negative curvature that lowers the loss, if a few products find one; nothing is changed.
+
+        Args:
+            objective: the loss, at the present parameters.
+
+        Returns:
+            (p,), or None.
+        """
         parameters = self.parameters()
         start, decay = parameters.read(), self._decay(parameters)
         loss = objective.value(parameters) + (0.0 if decay is None else _penalty(decay, start))

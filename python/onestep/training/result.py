@@ -153,7 +153,7 @@ class FitResult:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "FitResult.plot needs matplotlib, which is not installed: pip install 'onestep[fit]'", name="matplotlib"
+                "FitResult.plot needs matplotlib, which is not installed: pip install matplotlib", name="matplotlib"
             ) from error
         losses = [self.initial_loss, *(record.loss for record in self.history)]
         figure = Figure(figsize=(9, 3.8), layout="constrained")

@@ -289,7 +289,7 @@ class DampedRun(Run):
         if is_zero:
             return Verdict(test, converged=True)
         if not test and self.failures:
-            if self._finds_way_down():
+            if self.optimizer.hessian and self._finds_way_down():
                 return Verdict()
             stuck = report.decrement > _FAR * abs(report.new_loss)
             return Verdict("no step lowers the loss, although it may not be at a minimum", stuck=stuck)
@@ -308,10 +308,10 @@ class DampedRun(Run):
         return Verdict(test, converged=True)
 
     def _is_zero(self, loss: float, rounding: float) -> bool:
-        """Whether a loss is that of rounding, of outputs as large as the targets."""
+        """Whether a loss is that of rounding, of outputs as large as the targets, or the first ones if these are zero."""
         if self.plan.loss.name not in ("mse", "cross_entropy") or loss > rounding * min(1.0, self.first_loss):
             return False
-        return self.plan.loss.name == "cross_entropy" or loss <= rounding * self._mean_square_of_targets
+        return self.plan.loss.name == "cross_entropy" or loss <= rounding * (self._mean_square_of_targets or 1.0)
 
     @cached_property
     def _mean_square_of_targets(self) -> float:
