@@ -67,6 +67,7 @@ def quantize(
     Examples:
         >>> import torch
         >>> from onestep.layerwise import quantize
+        >>> generator = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
         >>> report = quantize(model, torch.randn(100, 16), bits=4, group_size=16, progress=False)
         >>> report["0"].error <= report["0"].error_before

@@ -308,7 +308,7 @@ class DampedRun(Run):
         return Verdict(test, converged=True)
 
     def _is_zero(self, loss: float, rounding: float) -> bool:
-        """Whether a loss is that of rounding, of outputs as large as the targets, or the first ones if these are zero."""
+        """Whether a loss is that of rounding, of outputs as large as the targets, or the first where these are 0."""
         if self.plan.loss.name not in ("mse", "cross_entropy") or loss > rounding * min(1.0, self.first_loss):
             return False
         return self.plan.loss.name == "cross_entropy" or loss <= rounding * (self._mean_square_of_targets or 1.0)
