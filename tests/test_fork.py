@@ -15,14 +15,16 @@ import onestep
 from onestep import LogisticRegression, LogisticRegressionCV, PoissonRegressor, Ridge, RidgeClassifier, RidgeCV, _fork
 from onestep._cached import cached_property
 from onestep._fork import one_thread_after_fork
-from onestep.curvature import GaussNewtonOperator, hvp
+from onestep.curvature import GaussNewtonOperator, Laplace, hvp
 from onestep.estimators._centred import Primal
+from onestep.layerwise import refit
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(2000, 40))
 Y = X[:, :10] + rng.normal(size=(2000, 10))
 LABELS = Y.argmax(1)
 DEPENDENT = np.hstack([X, X[:, :5]])
+FLOATS = torch.from_numpy(X).float()
 SPARSE = scipy.sparse.csr_array(np.where(X > 1.0, X, 0.0))
 
 
@@ -45,6 +47,25 @@ def product():
     return hvp(lambda w: (inputs @ w - targets).square().mean(), W, W).numpy()
 
 
+def sums():
+    equations = onestep.linalg.NormalEquations(40, 10, dtype=torch.float64)
+    equations.update(torch.from_numpy(X), torch.from_numpy(Y))
+    return equations.merge(equations).solve(0.1).W.numpy()
+
+
+def refitted_layer():
+    torch.manual_seed(0)
+    teacher, model = torch.nn.Linear(40, 30), torch.nn.Linear(40, 30)
+    refit(torch.nn.Sequential(model), FLOATS, torch.nn.Sequential(teacher), progress=False)
+    return model.weight.detach().numpy()
+
+
+def posterior():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 10).double()
+    return Laplace(model, (torch.from_numpy(X), torch.from_numpy(Y)), "mse").standard_deviations().numpy()
+
+
 JOBS = {
     "RidgeCV": lambda: RidgeCV().fit(X, Y).coef_,
     "RidgeCV by folds": lambda: RidgeCV(cv=3).fit(X, Y[:, 0]).coef_,
@@ -58,6 +79,9 @@ JOBS = {
     "fit": fitted_module,
     "operator": operator_product,
     "hvp": product,
+    "NormalEquations": sums,
+    "refit": refitted_layer,
+    "Laplace": posterior,
     "solve_normal": lambda: onestep.linalg.solve_normal(torch.from_numpy(X), torch.from_numpy(Y)).numpy(),
     "polar": lambda: onestep.linalg.polar(torch.from_numpy(X[:400])).numpy(),
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from onestep._fork import one_thread_after_fork
 from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode
 from onestep._torch_private import tree_leaves
@@ -182,6 +183,7 @@ class Laplace:
             self._kept = at, Posterior(self._blocks, len(self.mean), *at)
         return self._kept[1]
 
+    @one_thread_after_fork()
     def solve(self, b: Tensor) -> Tensor:
         """P⁻¹b: with gradients of test losses as b, influence functions.
 
@@ -200,14 +202,17 @@ class Laplace:
         columns = b.detach().double().reshape(len(b), -1)
         return self._posterior.solve(columns).reshape(b.shape)
 
+    @one_thread_after_fork()
     def covariance(self) -> Tensor:
         """P⁻¹ (p,p), float64."""
         return self._posterior.solve(torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device))
 
+    @one_thread_after_fork()
     def standard_deviations(self) -> Tensor:
         """The square roots of P⁻¹'s diagonal, (p,), float64."""
         return self._posterior.variances().sqrt()
 
+    @one_thread_after_fork()
     def sample(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
         """``count`` vectors of parameters drawn from the posterior, (count,p), in the parameters' own dtype.
 
@@ -232,6 +237,7 @@ class Laplace:
     # --------------------------------------------------------------------------------------------------- predictions
 
     @undisturbed
+    @one_thread_after_fork()
     def predict(self, inputs: Any, *, joint: bool = False) -> Prediction:
         """Outputs and their variance by the model linearised in its parameters, J P⁻¹ Jᵀ.
 
@@ -295,6 +301,7 @@ class Laplace:
 
     # ------------------------------------------------------------------------------------------ marginal likelihood
 
+    @one_thread_after_fork()
     def log_marginal_likelihood(
         self, prior_precision: float | None = None, noise_variance: float | None = None
     ) -> float:
@@ -324,6 +331,7 @@ class Laplace:
     def _squared_norm(self) -> float:
         return self.mean.double().square().sum().item()
 
+    @one_thread_after_fork()
     def tune(self, *, noise: bool = True) -> Laplace:
         """Sets the prior precision, and under "mse" the noise variance, to where the marginal likelihood is greatest.
 

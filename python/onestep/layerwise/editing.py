@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep._fork import one_thread_after_fork
 from onestep._restored import hooked
 from onestep.layerwise.checks import check_number
 from onestep.layerwise.layers import call, check_on_cpu, evaluating, find_layers, mask_of
@@ -15,6 +16,7 @@ from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics
 
 
+@one_thread_after_fork()
 def edit(
     model: nn.Module,
     subjects: Any,

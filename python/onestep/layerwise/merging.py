@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from onestep import linalg
+from onestep._fork import one_thread_after_fork
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import Patterns, batches_of, check_on_cpu, find_layers
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.operands import LinAlgError
 
 
+@one_thread_after_fork()
 def merge(
     models: Sequence[nn.Module],
     data: Sequence[Any],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
+from onestep._fork import one_thread_after_fork
 from onestep._restored import replaced
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.chain import Passes, without_caches
@@ -22,6 +23,7 @@ from onestep.ops.operands import LinAlgError
 _NO_BATCH = object()
 
 
+@one_thread_after_fork()
 def solve_in_order(
     model: nn.Module,
     data: Any,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
+from onestep._fork import one_thread_after_fork
 from onestep._restored import hooked
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
@@ -34,6 +35,7 @@ class LinearBlock(nn.Module):
         return (out,) if self.in_tuple else out
 
 
+@one_thread_after_fork()
 def replace_blocks(
     model: nn.Module,
     data: Any,

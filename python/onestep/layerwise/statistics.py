@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
+from onestep._fork import one_thread_after_fork
 from onestep._restored import hooks, replaced
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_path
@@ -155,6 +156,7 @@ class LayerStatistics:
         runs = [lambda model=model: call(model, batch) for model in models]
         return self.update_by(runs, mask_of(batch), stop_early=stop_early)
 
+    @one_thread_after_fork()
     def update_by(
         self, runs: Sequence[Callable[[], object]], mask: Tensor | None, *, stop_early: bool = False
     ) -> LayerStatistics:
@@ -225,6 +227,7 @@ class LayerStatistics:
             self.save(checkpoint)
         return self
 
+    @one_thread_after_fork()
     def merge(self, other: LayerStatistics) -> LayerStatistics:
         """Adds what another one has seen, in this process or read from a file; returns self.
 
@@ -345,6 +348,7 @@ class LayerStatistics:
             call(self._model, batch)
         return seen.given
 
+    @one_thread_after_fork()
     def kept_factor(self, name: str, damping: float) -> tuple[linalg.InverseCholeskyResult, float]:
         """U of E[xxᵀ] of a layer over its mean diagonal element, and that element; factored once, and kept.
 

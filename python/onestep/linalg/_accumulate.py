@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onestep._fork import one_thread_after_fork
 from onestep._processes import collective, initialised, place
 from onestep.linalg import spd
 from onestep.linalg._arguments import features, floating
@@ -118,6 +119,7 @@ class NormalEquations:
         """What has been added up, float64: see ``Moments``. A snapshot: later updates replace it. Not to be written."""
         return self._sums
 
+    @one_thread_after_fork()
     def update(self, X: Tensor, Y: Tensor, weight: Tensor | None = None) -> NormalEquations:
         """Adds a chunk of rows.
 
@@ -182,6 +184,7 @@ class NormalEquations:
                 raise ValueError(f"{name} holds NaN or infinity, first in row {bad[0].item()}; expected finite values")
         raise ValueError(f"X, Y or weight holds values whose products overflow {self.dtype}: rescale them")
 
+    @one_thread_after_fork()
     def merge(self, other: NormalEquations) -> NormalEquations:
         """Adds the rows that another accumulator has seen, which stays as it is; returns self.
 
@@ -254,6 +257,7 @@ class NormalEquations:
         parts = flat.split([torch.Size(size).numel() for size in sizes])
         return Moments(*(part.reshape(size) for part, size in zip(parts, sizes, strict=True)))
 
+    @one_thread_after_fork()
     def solve(self, ridge: float | Tensor | Sequence[float] = 0.0) -> LinearSolution:
         """Solves (XᵀDX + diag(ridge)) W = XᵀDY by Cholesky, in float64 on features scaled to a unit diagonal.
 
