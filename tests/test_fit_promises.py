@@ -135,7 +135,7 @@ MOVED[200:] += 1
         ({"data": (X, MOVED)}, "other target"),
         ({"data": (X[:200], Y[:200])}, r"rows=200, the checkpoint's is 300"),
         ({"data": (X + 1, Y)}, "other inputs"),
-        ({"loss": other_loss}, r"loss='test_fit_promises.other_loss', the checkpoint's is 'mse'"),
+        ({"loss": other_loss}, r"loss='test_fit_promises.other_loss \w+', the checkpoint's is 'mse'"),
         ({"weight_decay": 0.1}, r"weight_decay=0.1, the checkpoint's is 0.0"),
         ({"batch_size": 50}, "batch_size=50"),
         ({"seed": 3}, "seed=3"),
@@ -155,13 +155,35 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path: Path, change: dict
     assert len(onestep.fit(model, **options | {"max_steps": 4, "tol": 1e-3}).history) == 4
 
 
+@pytest.mark.parametrize("batches", [{"method": "polar"}, {"method": "gauss_newton", "batch_size": 100}])
+def test_a_checkpoint_of_batches_knows_lambdas_weights_and_model(tmp_path: Path, batches: dict[str, Any]) -> None:
+    """The loss of all rows, which tells in other fits, is not known there."""
+    path, y = tmp_path / "state.pt", (Y[:, 0] > 0).long()
+    first, second = (nn.CrossEntropyLoss(weight=torch.tensor(weights)) for weights in ([1.0, 2.0], [2.0, 1.0]))
+
+    def fit(loss: Any, activation: nn.Module) -> int:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(X.shape[1], 4), activation, nn.Linear(4, 2))
+        options: dict[str, Any] = {"max_steps": 2, "checkpoint": path, "progress": False}
+        return len(onestep.fit(model, (X.float(), y), loss, **batches, **options).history)
+
+    for loss, other in ((first, second), (lambda z, y: cross_entropy(z, y), lambda z, y: 2 * cross_entropy(z, y))):
+        path.unlink(missing_ok=True)
+        assert fit(loss, nn.Tanh()) == fit(loss, nn.Tanh()) == 2
+        with pytest.raises(ValueError, match="is of another problem: loss="):
+            fit(other, nn.Tanh())
+    with pytest.raises(ValueError, match="is of another problem: other model"):
+        fit(loss, nn.ReLU())
+
+
 def test_a_checkpoint_knows_its_loss_where_hashes_do_not_tell(tmp_path: Path) -> None:
-    """A lambda has the name of any other, and one target among 300,000 is not looked at."""
+    """What an object holds that a function uses is not looked at, nor one target among 300,000."""
     options: dict[str, Any] = {"max_steps": 2, "checkpoint": tmp_path / "state.pt", "progress": False}
-    model = network()
-    onestep.fit(model, (X, Y), lambda z, y: smooth_l1_loss(z, y), **options)
+    model, factor = network(), [1.0]
+    onestep.fit(model, (X, Y), lambda z, y: factor[0] * smooth_l1_loss(z, y), **options)
+    factor[0] = 2.0
     with pytest.raises(ValueError, match="at its parameters the loss was"):
-        onestep.fit(model, (X, Y), lambda z, y: 2 * smooth_l1_loss(z, y), **options)
+        onestep.fit(model, (X, Y), lambda z, y: factor[0] * smooth_l1_loss(z, y), **options)
 
 
 def test_batches_in_an_order_of_their_own_resume(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ def fingerprint(facts: Facts, settings: Settings) -> dict[str, Any]:
     """Settings and hashes by name; a hash is None where the data is not the same on each pass."""
     marks: dict[str, Any] = {name: getattr(settings, name) for name in _SETTINGS}
     marks |= {"loss": facts.described, "rows": facts.source.known_rows, "inputs": None, "target": None}
+    # Without addresses, which another process has otherwise.
+    marks["model"] = _hash(re.sub("0x[0-9a-f]+", "", repr(facts.model)))
     first = facts.first
     again = FirstPass(facts.source, facts.share, shuffled=False)
     again.close()
@@ -35,12 +39,34 @@ def fingerprint(facts: Facts, settings: Settings) -> dict[str, Any]:
 
 
 def described(loss: str | Callable[..., Any], function: Loss) -> str:
-    """A loss by its name, a function by where it is defined, a module by its settings and buffers."""
+    """A loss by its name and options, a function by where it is defined and what it names, a module by its settings."""
+    if function.name == "weighted_cross_entropy":
+        return (
+            f"{function.name} {_hash(list(function.cross_entropy or ())) if function.cross_entropy else _options(loss)}"
+        )
     if function.name != "function":
         return function.name
     if isinstance(loss, nn.Module):
         return f"{loss!r} {_hash(list(loss.state_dict().values()))}"
-    return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
+    return (
+        f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)} {_options(loss)}"
+    )
+
+
+def _options(loss: Any) -> str:
+    """A hash of what a function names and holds: its constants, the variables around it, the options of a partial."""
+    if isinstance(loss, partial):
+        return _hash([_options(loss.func), *loss.args, *sorted(loss.keywords), *loss.keywords.values()])
+    if isinstance(loss, nn.Module):
+        return _hash([repr(loss), *loss.state_dict().values()])
+    code = getattr(loss, "__code__", None)
+    if code is None:
+        return ""
+    around = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
+    held = [*code.co_consts, *(getattr(loss, "__defaults__", None) or ()), *around]
+    # Others may be printed with their addresses.
+    plain = [value for value in held if isinstance(value, (Tensor, int, float, str, bool))]
+    return _hash([*code.co_names, *plain])
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
@@ -48,9 +74,9 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
     found = []
     for name, value in now.items():
         before = saved.get(name)
-        if before == value or (name in ("inputs", "target") and None in (before, value)):
+        hashed = name in ("inputs", "target", "model")
+        if before == value or (hashed and None in (before, value)):
             continue
-        hashed = name in ("inputs", "target")
         found.append(f"other {name}" if hashed else f"{name}={value!r}, the checkpoint's is {before!r}")
     return "; ".join(found)
 
