@@ -405,3 +405,20 @@ def test_bad_input():
         quantize(model, [x], teacher="model")
     with pytest.raises(ValueError, match="two or more"):
         merge([model], [[x]])
+
+
+@pytest.mark.parametrize(
+    "compress", [lambda m, X: prune(m, X, 0.5, progress=False), lambda m, X: quantize(m, X, 4, None, progress=False)]
+)
+def test_weights_of_dead_inputs_take_nothing_from_the_others(compress):
+    """Half of the inputs are dead, with large weights: pruning half costs nothing, grids are of the others."""
+    torch.manual_seed(0)
+    X = torch.randn(500, 64)
+    X[:, ::2] = 0
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    with torch.no_grad():
+        model[0].weight[:, ::2] *= 20
+        before = model(X)
+        compress(model, X)
+        assert (model(X) - before).norm() < 0.1 * before.norm()
+    assert not model[0].weight[:, ::2].any()

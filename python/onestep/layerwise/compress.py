@@ -91,7 +91,7 @@ def quantize(
             order = sums.gram.diagonal().argsort(descending=True, stable=True)
             # Grids that are known beforehand: the weights ahead need not be, and R takes half the time of U.
             result = sums.factor(damping, order, unit=True)
-            goal = sums.aim(weight, result.damping)
+            goal = sums.aim(sums.without_dead(weight), result.damping)
             grid = plain if goal is weight else _rounded(goal, bits, size, symmetric)
             _, codes, scale, zero, _ = compensated_sweep(
                 goal[:, order],
@@ -112,7 +112,7 @@ def quantize(
         else:
             unit = size >= weight.shape[1]
             result = sums.factor(damping, unit=unit)
-            goal = sums.aim(weight, result.damping)
+            goal = sums.aim(sums.without_dead(weight), result.damping)
             _, codes, scale, zero, _ = compensated_sweep(
                 goal, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
             )
@@ -186,7 +186,7 @@ def prune(
         weight = _weight_of(layer, dtype)
         sums = Sums(statistics, layer.name, layer.bias)
         result = sums.factor(damping, unit=False)
-        goal = sums.aim(weight, result.damping)
+        goal = sums.aim(sums.without_dead(weight), result.damping)
         solved = compensated_sweep(goal, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
         layer.write(solved)
         plain = _smallest_removed(weight, fraction, keep, of)

@@ -135,6 +135,11 @@ class Sums:
         self._scale = diagonal.sum() / live if live else torch.ones_like(diagonal[:1]).squeeze(0)
         self.gram = sums.gram / self._scale + torch.diag(self.dead.to(sums.gram.dtype))
 
+    def without_dead(self, weight: Tensor) -> Tensor:
+        """The weights with 0 for dead inputs, which costs nothing and leaves more to the others (SparseGPT, GPTQ)."""
+        some = bool(self.dead.any()) and not bool(self.dead.all())
+        return weight.masked_fill(self.dead, 0.0) if some else weight
+
     def _loss(self, change: Tensor) -> float:
         """Σ‖change · x‖² over the rows, for change (k,d)."""
         return float(((change @ self.raw) * change).sum(dtype=torch.float64).clamp(min=0.0))
