@@ -91,7 +91,7 @@ def main() -> None:
     """Runs the example."""
     parser = argparse.ArgumentParser(description="Compress a pretrained sentence encoder by solving its layers.")
     parser.add_argument("--quick", action="store_true", help="fewer sentences")
-    calibration, judges = (32, 32) if parser.parse_args().quick else (128, 256)
+    calibration, judges = (32, 32) if parser.parse_args().quick else (80, 160)
     model, tokenizer = load()
     texts = sentences(calibration + judges)
     data, held_out = batches_of(tokenizer, texts[:calibration]), batches_of(tokenizer, texts[calibration:])
