@@ -297,8 +297,13 @@ CALLS = st.one_of(
 )
 
 
-def run_calls(calls: int, number: int) -> None:
-    """Makes so many random calls; raises at the first that ends wrongly, with the smallest arguments that do."""
+def run_calls(calls: int, number: int) -> int:
+    """Makes so many random calls; raises at the first that ends wrongly, with the smallest arguments that do.
+
+    Returns:
+        How many were made.
+    """
+    made = 0
 
     @settings(
         max_examples=calls,
@@ -310,9 +315,12 @@ def run_calls(calls: int, number: int) -> None:
     @seed(number)
     @given(CALLS)
     def check(call: Call) -> None:
+        nonlocal made
         attempt(*call)
+        made += 1
 
     check()
+    return made
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,11 +180,11 @@ def test_a_checkpoint_of_batches_knows_lambdas_weights_and_model(tmp_path: Path,
 def test_a_checkpoint_knows_its_loss_where_hashes_do_not_tell(tmp_path: Path) -> None:
     """What an object holds that a function uses is not looked at, nor one target among 300,000."""
     options: dict[str, Any] = {"max_steps": 2, "checkpoint": tmp_path / "state.pt", "progress": False}
-    model, factor = network(), [1.0]
-    onestep.fit(model, (X, Y), lambda z, y: factor[0] * smooth_l1_loss(z, y), **options)
-    factor[0] = 2.0
+    model, factor = network(), SimpleNamespace(value=1.0)
+    onestep.fit(model, (X, Y), lambda z, y: factor.value * smooth_l1_loss(z, y), **options)
+    factor.value = 2.0
     with pytest.raises(ValueError, match="at its parameters the loss was"):
-        onestep.fit(model, (X, Y), lambda z, y: factor[0] * smooth_l1_loss(z, y), **options)
+        onestep.fit(model, (X, Y), lambda z, y: factor.value * smooth_l1_loss(z, y), **options)
 
 
 def test_batches_in_an_order_of_their_own_resume(tmp_path: Path) -> None:

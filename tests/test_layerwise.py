@@ -422,3 +422,61 @@ def test_weights_of_dead_inputs_take_nothing_from_the_others(compress):
         compress(model, X)
         assert (model(X) - before).norm() < 0.1 * before.norm()
     assert not model[0].weight[:, ::2].any()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_teachers_outputs_are_those_before_what_follows_writes_into_them(in_place):
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(20, 30), nn.ReLU(inplace=in_place), nn.Linear(30, 5))
+    model, X = copy.deepcopy(teacher), torch.randn(400, 20)
+    with torch.no_grad():
+        model[0].weight.add_(0.3 * torch.randn(30, 20))
+        report = refit(model, [X], teacher, progress=False)
+        assert (model(X) - teacher(X)).norm() < 5e-3 * teacher(X).norm()
+    assert report["0"].error < 1e-4
+
+
+def test_a_tensor_that_is_changed_in_place_is_another_one_afterwards():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x.clone()
+            x += 2 * self.first(x)
+            x += self.second(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(50, 8)
+    statistics = LayerStatistics(model).update(x)
+    inside = x + 2 * model.first(x)
+    assert statistics.shared() == [["first"], ["second"]]
+    torch.testing.assert_close(statistics["second"].gram, (inside.mT @ inside).detach())
+
+
+def test_collect_adds_all_batches_after_others():
+    x, model = torch.randn(6, 8), nn.Linear(8, 4)
+    statistics = LayerStatistics(model).update(x).collect([x, x], progress=False).collect([x], progress=False)
+    assert (statistics[""].count, statistics.batches) == (24, 4)
+
+
+def test_statistics_with_and_without_a_teacher_are_not_mixed():
+    x, model = torch.randn(6, 8), nn.Linear(8, 4)
+    taught = LayerStatistics(model, teacher=copy.deepcopy(model)).update(x)
+    plain = LayerStatistics(model).update(x)
+    with pytest.raises(ValueError, match="no outputs of a teacher"):
+        taught.merge(plain)
+    with pytest.raises(ValueError, match="has outputs of a teacher; expected none"):
+        plain.merge(taught)
+
+
+def test_refit_does_not_hold_the_bias_back():
+    torch.manual_seed(0)
+    teacher, x = nn.Linear(5, 3), 100 * torch.randn(1000, 5)
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model.bias += 10
+    refit(nn.Sequential(model), [x], nn.Sequential(teacher), progress=False)
+    torch.testing.assert_close(model.bias, teacher.bias, rtol=0, atol=1e-2)

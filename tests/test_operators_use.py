@@ -93,7 +93,7 @@ def test_a_long_pass_shows_a_bar_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_without_tqdm_a_warning_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     setting = Setting()
-    with pytest.warns(UserWarning, match=r"needs tqdm.*pip install 'onestep\[fit\]'"):
+    with pytest.warns(UserWarning, match=r"needs tqdm.*pip install tqdm"):
         op = HessianOperator(setting.model, (setting.inputs, setting.target), "cross_entropy")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

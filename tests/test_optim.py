@@ -115,6 +115,15 @@ def test_newton_leaves_a_saddle_in_a_few_steps() -> None:
     assert optimizer.report is not None and optimizer.report.decrement < 1e-9
 
 
+def test_newton_leaves_a_saddle_at_which_rounding_hides_the_slope() -> None:
+    """The slope at the start, 1e-10 in float32, promises less than the loss can show."""
+    z = torch.tensor([0.0, 5e-4], requires_grad=True)
+    optimizer = NewtonCG([z])
+    for _ in range(10):
+        loss = optimizer.step(lambda: z[0] ** 2 - z[1] ** 2 + z[1] ** 4 / 4 + 1e-3 * z[1])
+    assert loss == pytest.approx(-1.0014143, abs=1e-5)
+
+
 def test_newton_leaves_a_saddle_for_a_minimum() -> None:
     x = parameter(1e-3, 1.0)
     optimizer = NewtonCG([x], damping=1e-3)

@@ -42,54 +42,61 @@ class RowMeans:
         rows = rows_of(outputs, target)
         if self.loss.name != "function" or rows == 0 or len(outputs) % rows or not outputs.is_floating_point():
             return
-        # A row's outputs follow each other where a model flattens them.
-        each = len(outputs) // rows
-        outputs = outputs.detach()
-
-        def part(begin: int, end: int) -> Rows:
-            return outputs[begin * each : end * each], tree_map_only(Tensor, lambda t: t[begin:end], target)
-
+        cuts = sorted({1, rows // 3 or 1, rows // 2} if rows > 1 else ())
+        chunk = outputs.detach(), target
+        some = _part(chunk, 0, min(rows, _KEPT))
+        together = None if self._before is None else _joined(self._before, some)
         with torch.no_grad():
-            for cut in sorted({1, rows // 3 or 1, rows // 2} if rows > 1 else ()):
-                self._compare((outputs, target), part(0, cut), part(cut, rows))
-            some = part(0, min(rows, _KEPT))
-            together = None if self._before is None else _joined(self._before, some)
+            self._compare(chunk, cuts)
             if self._before is not None and together is not None:
-                self._compare(together, self._before, some)
-        self._before = part(max(0, rows - _KEPT), rows)
+                self._compare(together, [rows_of(*self._before)])
+        self._before = _part(chunk, max(0, rows - _KEPT), rows)
 
-    def _compare(self, whole: Rows, first: Rows, second: Rows) -> None:
-        """Raises unless the loss of the whole is the mean over its two parts, as it is and with noise."""
-        self._compare_sums("", whole, first, second)
+    def _compare(self, rows: Rows, cuts: list[int]) -> None:
+        """Raises unless the loss is the mean over its two parts at every cut, as it is and with noise."""
+        self._compare_parts(rows, cuts, "")
         # On the CPU: a GPU that is given a probability of 2 by a kernel's assertion is lost to the process.
-        (outputs, target), (some, of_some), (_, of_others) = tree_map_only(
-            Tensor, lambda t: t.cpu(), (whole, first, second)
-        )
+        outputs, target = tree_map_only(Tensor, lambda t: t.cpu(), rows)
         noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
         noisy = outputs + noise.to(outputs.dtype).mul_(outputs.square().mean().sqrt().clamp_min_(1.0))
-        cut = len(some)
-        self._compare_sums(" of random outputs", (noisy, target), (noisy[:cut], of_some), (noisy[cut:], of_others))
+        self._compare_parts((noisy, target), cuts, " of random outputs")
 
-    def _compare_sums(self, of: str, *parts: Rows) -> None:
-        """Compares the losses of a whole and its two parts, times their rows."""
+    def _compare_parts(self, rows: Rows, cuts: list[int], of: str) -> None:
+        n = rows_of(*rows)
+        close = _SAME_ROUNDINGS * torch.finfo(rows[0].dtype).eps
+        whole = self._sum_of(rows) if cuts else None
+        if whole is None or not math.isfinite(whole):
+            return
+        for cut in cuts:
+            first, second = self._sum_of(_part(rows, 0, cut)), self._sum_of(_part(rows, cut, n))
+            if first is None or second is None:
+                continue
+            # A part without a loss, NaN, where the whole has one, is no part of a mean.
+            if not abs(whole - (first + second)) <= close * max(abs(whole), abs(first), abs(second)):
+                raise ValueError(
+                    f"loss is {whole / n:.6g} over {n} rows{of} and {(first + second) / n:.6g} as the mean of its "
+                    f"values over the first {cut} and the others; expected a mean over rows, since rows are computed "
+                    "in chunks. For class weights or an ignored class pass torch's own: "
+                    "nn.CrossEntropyLoss(weight=..., ignore_index=...) or a functools.partial of F.cross_entropy; "
+                    "otherwise a function that divides by the number of rows alone"
+                )
+
+    def _sum_of(self, rows: Rows) -> float | None:
+        """The loss times the rows; None where it raises, as of some numbers of rows, or of noise.
+
+        Where it has to be taken, the error will be seen.
+        """
         try:
-            whole, first, second = (self.loss.sum(*part).item() for part in parts)
+            return self.loss.sum(*rows).item()
         except Exception:
-            # It cannot be taken of any rows, or of noise; where it has to be taken, the error will be seen.
-            return
-        close = _SAME_ROUNDINGS * torch.finfo(parts[0][0].dtype).eps
-        # A part without a loss, NaN, where the whole has one, is no part of a mean.
-        same = abs(whole - (first + second)) <= close * max(abs(whole), abs(first), abs(second))
-        if same or not math.isfinite(whole):
-            return
-        rows, cut = rows_of(*parts[0]), rows_of(*parts[1])
-        raise ValueError(
-            f"loss is {whole / rows:.6g} over {rows} rows{of} and {(first + second) / rows:.6g} as the mean of its "
-            f"values over the first {cut} and the others; expected a mean over rows, since rows are computed in "
-            "chunks. For class weights or an ignored class pass torch's own: nn.CrossEntropyLoss(weight=..., "
-            "ignore_index=...) or a functools.partial of F.cross_entropy; otherwise a function that divides by the "
-            "number of rows alone"
-        )
+            return None
+
+
+def _part(rows: Rows, begin: int, end: int) -> Rows:
+    """Some rows. A row's outputs, of which there may be several, follow each other where a model flattens them."""
+    outputs, target = rows
+    each = len(outputs) // rows_of(*rows)
+    return outputs[begin * each : end * each], tree_map_only(Tensor, lambda t: t[begin:end] if t.dim() else t, target)
 
 
 def _joined(before: Rows, after: Rows) -> Rows | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_teacher
 from onestep.layerwise.export import QuantizedWeight
-from onestep.layerwise.layers import Layer, Patterns, evaluating, find_layers
+from onestep.layerwise.layers import Layer, Patterns, find_layers
 from onestep.layerwise.order import Sums, solve_in_order
 from onestep.layerwise.report import Report
 from onestep.layerwise.statistics import LayerStatistics
@@ -122,18 +122,17 @@ def quantize(
         report.quantized[layer.name] = quantized
         report.layers.append(sums.report(layer.name, weight, plain.dequantize(), solved, result))
 
-    with evaluating(model), torch.no_grad():
-        solve_in_order(
-            model,
-            data,
-            layers,
-            solve,
-            teacher=teacher,
-            sequential=sequential,
-            dtype=dtype,
-            progress=progress,
-            what="quantize",
-        )
+    solve_in_order(
+        model,
+        data,
+        layers,
+        solve,
+        teacher=teacher,
+        sequential=sequential,
+        dtype=dtype,
+        progress=progress,
+        what="quantize",
+    )
     return report
 
 
@@ -192,18 +191,17 @@ def prune(
         plain = _smallest_removed(weight, fraction, keep, of)
         report.layers.append(sums.report(layer.name, weight, plain, solved, result))
 
-    with evaluating(model), torch.no_grad():
-        solve_in_order(
-            model,
-            data,
-            layers,
-            solve,
-            teacher=teacher,
-            sequential=sequential,
-            dtype=dtype,
-            progress=progress,
-            what="prune",
-        )
+    solve_in_order(
+        model,
+        data,
+        layers,
+        solve,
+        teacher=teacher,
+        sequential=sequential,
+        dtype=dtype,
+        progress=progress,
+        what="prune",
+    )
     return report
 
 

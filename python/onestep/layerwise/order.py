@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,32 +55,28 @@ def solve_in_order(
     first = next(iter(batches), _NO_BATCH)
     if first is _NO_BATCH:
         raise ValueError("data has no batches; expected at least one")
-    if not sequential:
-        statistics = LayerStatistics(model, list(chosen), teacher=teacher, dtype=dtype)
-        statistics.collect(batches, progress=progress)
-        with Progress(len(chosen), enabled=progress, what=what, unit="layer") as bar:
-            for layer in chosen.values():
-                solve(layer, statistics)
-                bar.update()
-        return
     both = [model] if teacher is None else [model, teacher]
-    with (
-        Progress(len(chosen), enabled=progress, what=what, unit="layer") as bar,
-        evaluating(*both),
-        torch.no_grad(),
-        replaced(without_caches(both)),
-    ):
-        trace = _called(model, chosen, first)
+    bar = partial(Progress, len(chosen), enabled=progress, what=what, unit="layer")
+    with evaluating(*both), torch.no_grad(), replaced(without_caches(both)):
+        if not sequential:
+            statistics = LayerStatistics(model, list(chosen), teacher=teacher, dtype=dtype)
+            statistics.collect(batches, progress=progress)
+            with bar() as shown:
+                for layer in chosen.values():
+                    solve(layer, statistics)
+                    shown.update()
+            return
         passes = Passes(both, batches, chosen)
-        for group, once in trace:
-            # The two models send stacked experts other rows, which cannot be compared one by one.
-            alone = not needs_teacher and any(chosen[name].stack is not None for name in group)
-            statistics = LayerStatistics(model, group, teacher=None if alone else teacher, dtype=dtype)
-            for mask, runs in passes.of(group):
-                statistics.update_by(runs, mask, stop_early=once)
-            for name in group:
-                solve(chosen[name], statistics)
-                bar.update()
+        with bar() as shown:
+            for group, once in _called(model, chosen, first):
+                # The two models send stacked experts other rows, which cannot be compared one by one.
+                alone = not needs_teacher and any(chosen[name].stack is not None for name in group)
+                statistics = LayerStatistics(model, group, teacher=None if alone else teacher, dtype=dtype)
+                for mask, runs in passes.of(group):
+                    statistics.update_by(runs, mask, stop_early=once)
+                for name in group:
+                    solve(chosen[name], statistics)
+                    shown.update()
 
 
 def _called(model: nn.Module, chosen: dict[str, Layer], batch: Any) -> list[tuple[list[str], bool]]:

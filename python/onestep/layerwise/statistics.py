@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -259,14 +259,11 @@ class LayerStatistics:
         self._inputs, self._targets, self.batches = inputs, targets, self.batches + other.batches
         return self
 
-    def _check_targets(self, layers: Iterable[str], targets: Iterable[str], source: str) -> None:
+    def _check_targets(self, layers: Collection[str], targets: Collection[str], source: str) -> None:
         """Raises where one of two has a teacher's outputs and the other has none: sums would be of unlike rows."""
-        without = set(layers) - set(targets)
-        if layers and bool(without) == (self._teacher is not None):
-            have = "no outputs of a teacher" if without else "outputs of a teacher"
-            raise ValueError(
-                f"{source} has {have}; expected statistics made as these, teacher={self._teacher is not None}"
-            )
+        if layers and bool(targets) != (self._teacher is not None):
+            found, expected = ("outputs", "none") if targets else ("no outputs", "those of a teacher as here")
+            raise ValueError(f"{source} has {found} of a teacher; expected {expected}")
 
     def save(self, path: str | Path) -> None:
         """Writes everything to a file, which is replaced in one step; torch.load reads it.
@@ -409,7 +406,9 @@ class _Pass:
         sums: bool = True,
     ) -> None:
         self.dtype, self.mask, self.awaited, self._storage, self._adds = dtype, mask, awaited, storage, sums
-        self.sums: dict[int, InputSums] = {}  # by the tensor's id and version
+        self.sums: dict[int, InputSums] = {}  # by the number of the inputs
+        # Of inputs, in the order that they came in: a tensor that is changed in place is another one afterwards.
+        self.numbers: dict[tuple[int, int], int] = {}
         self.given: dict[str, list[int]] = {}
         self.crossed: dict[str, TargetSums] = {}
         self.outputs: dict[str, list[Tensor]] = {}
@@ -424,13 +423,13 @@ class _Pass:
         return rows if in_place else rows.to(self.dtype)
 
     def take_target(self, name: str, output: Tensor) -> None:
-        self.outputs.setdefault(name, []).append(output)
+        # A copy: what follows in the model, such as nn.ReLU(inplace=True), may write into it.
+        self.outputs.setdefault(name, []).append(output.clone())
 
     def take_input(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"layer {name!r} is called with {type(x).__name__}; expected a tensor")
-        # A tensor that is changed in place has another version.
-        key = hash((id(x), 0 if x.is_inference() else x._version))
+        key = self.numbers.setdefault((id(x), 0 if x.is_inference() else x._version), len(self.numbers))
         rows = None
         if not self._adds:
             self.kept.append(x)

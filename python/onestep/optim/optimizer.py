@@ -6,7 +6,6 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +17,7 @@ from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.optim._saddle import FEW_ITERATIONS, MOST_ITERATIONS, concave_direction
 from onestep.optim.objective import ClosureObjective, Objective
 from onestep.optim.quadratic_model import QuadraticModel
+from onestep.optim.step_report import StepReport
 
 # A step is kept if the loss falls at all. Its gain is that fall over the one that the quadratic model promised; damping
 # follows it (Marquardt 1963; Moré 1978). It falls already at a gain of 0.3 and hardly ever rises while steps succeed:
@@ -34,52 +34,6 @@ _SADDLE_STEPS = (1.0, 0.1, 1e-2, 1e-3)
 # A predicted reduction under this part of the loss is near the end.
 _NEAR = 1e-4
 LEAST_DAMPING, MOST_DAMPING = 1e-15, 1e15
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did.
-
-    Attributes:
-        loss: before the step, weight decay included, on the rows that it is made of.
-        new_loss: after it, on the rows that judge it, which for mini-batches are others; as it was there before the
-            step if none was accepted.
-        grad_norm: ‖∇loss‖₂ before the step.
-        step_norm: ‖step‖₂, 0 if none was accepted.
-        predicted: the reduction that the quadratic model promised for the step, or for the first trial if all failed.
-        decrement: what the quadratic model could reduce without damping; infinite where that is not known to be small.
-            A small one says that the parameters before the step were at a minimum, as far as the model tells.
-        resolution: by how much rounding the parameters may change the loss, where the method can tell.
-        damping: with which the step was solved for.
-        gain: actual over predicted reduction.
-        accepted: whether a step was kept.
-        rejected: trials taken back.
-        cg_iterations: products with the curvature matrix, of all trials together.
-        without_influence: parameters on which the outputs no longer depend, where the method can tell.
-
-    Examples:
-        >>> import torch
-        >>> from onestep.optim import LevenbergMarquardt
-        >>> p = torch.zeros(2, requires_grad=True)
-        >>> optimizer = LevenbergMarquardt([p])
-        >>> loss = optimizer.step(lambda: p - 1)
-        >>> optimizer.report.accepted, optimizer.report.new_loss < 0.1 * loss
-        (True, True)
-    """
-
-    loss: float
-    new_loss: float
-    grad_norm: float
-    step_norm: float
-    predicted: float
-    decrement: float
-    resolution: float
-    damping: float
-    gain: float
-    accepted: bool
-    rejected: int
-    cg_iterations: int
-    without_influence: int
 
 
 class DampedOptimizer(torch.optim.Optimizer):
@@ -397,10 +351,11 @@ class DampedOptimizer(torch.optim.Optimizer):
             rejected += 1
             # Ever faster: a start far away may need damping many orders of magnitude larger.
             self.damping = damping * 2.0**rejected
-        left = leave_saddle() if self.hessian and objective.fixed else None
+        taken = report(before, 0.0, math.nan, accepted=False)
+        # Where it is no minimum, as far as the Hessian tells, and the same rows make and judge steps.
+        left = leave_saddle() if self.hessian and judged is None and math.isinf(taken.decrement) else None
         if left is not None:
             return left
-        taken = report(before, 0.0, math.nan, accepted=False)
         if objective.fixed:
             self._ahead = (objective, parameters.versions(), loss, gradient)
         return taken

@@ -39,34 +39,38 @@ def fingerprint(facts: Facts, settings: Settings) -> dict[str, Any]:
 
 
 def described(loss: str | Callable[..., Any], function: Loss) -> str:
-    """A loss by its name and options, a function by where it is defined and what it names, a module by its settings."""
-    if function.name == "weighted_cross_entropy":
-        return (
-            f"{function.name} {_hash(list(function.cross_entropy or ())) if function.cross_entropy else _options(loss)}"
-        )
-    if function.name != "function":
+    """A loss by its name, a function by where it is defined and what it names and holds."""
+    if function.name not in ("function", "weighted_cross_entropy"):
         return function.name
-    if isinstance(loss, nn.Module):
-        return f"{loss!r} {_hash(list(loss.state_dict().values()))}"
-    return (
-        f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)} {_options(loss)}"
-    )
+    kind = type(loss) if isinstance(loss, nn.Module) else loss
+    name = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', type(loss).__qualname__)}"
+    return f"{name} {_hash(_held(loss))}"
 
 
-def _options(loss: Any) -> str:
-    """A hash of what a function names and holds: its constants, the variables around it, the options of a partial."""
-    if isinstance(loss, partial):
-        return _hash([_options(loss.func), *loss.args, *sorted(loss.keywords), *loss.keywords.values()])
+def _held(loss: Any) -> list[Any]:
+    """The settings of a module, the arguments of a partial, the names, constants and variables around a function.
+
+    Numbers, texts and tensors alone: others may be printed with their addresses, which another process has otherwise.
+    """
     if isinstance(loss, nn.Module):
-        return _hash([repr(loss), *loss.state_dict().values()])
-    code = getattr(loss, "__code__", None)
-    if code is None:
-        return ""
-    around = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
-    held = [*code.co_consts, *(getattr(loss, "__defaults__", None) or ()), *around]
-    # Others may be printed with their addresses.
-    plain = [value for value in held if isinstance(value, (Tensor, int, float, str, bool))]
-    return _hash([*code.co_names, *plain])
+        settings = [item for item in vars(loss).items() if not item[0].startswith("_") and item[0] != "training"]
+        held: list[Any] = [*settings, *loss.state_dict().items()]
+    elif isinstance(loss, partial):
+        held = [*_held(loss.func), *loss.args, *sorted(loss.keywords.items(), key=lambda item: item[0])]
+    elif (code := getattr(loss, "__code__", None)) is not None:
+        held = [*code.co_names, *code.co_consts, *(getattr(loss, "__defaults__", None) or ())]
+        held += [value for cell in getattr(loss, "__closure__", None) or () for value in _contents(cell)]
+    else:
+        held = []
+    return [leaf for leaf in tree_leaves(held) if isinstance(leaf, (Tensor, int, float, str))]
+
+
+def _contents(cell: Any) -> list[Any]:
+    """The value of a variable around a function, if it has one yet."""
+    try:
+        return [cell.cell_contents]
+    except ValueError:
+        return []
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:

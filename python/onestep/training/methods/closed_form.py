@@ -11,8 +11,8 @@ from onestep.training.facts import Facts, Settings
 from onestep.training.methods import affine_equations, softmax_estimate
 from onestep.training.methods.affine_equations import NotAffineError, Solution
 from onestep.training.methods.base import Method, Run, Taken, Verdict
-from onestep.training.methods.damped import SEPARATED
 from onestep.training.methods.quasi_newton import HeadFit, head_of
+from onestep.training.methods.separation import SEPARATED
 from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
 from onestep.training.structures.affine_head import find_head

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from onestep._cached import cached_property
 from onestep.evaluation.data import Chunk
-from onestep.evaluation.distributed import summed, together
-from onestep.evaluation.losses import Loss, like_outputs, scores_and_classes
+from onestep.evaluation.distributed import from_first, summed, together
 from onestep.evaluation.module import call_model
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG, NonFiniteError, StepReport
 from onestep.optim.gradient_descent import GradientDescent
 from onestep.optim.optimizer import DampedOptimizer
 from onestep.training.facts import Facts, Settings
 from onestep.training.methods.base import Cut, Method, Run, Taken, Verdict
+from onestep.training.methods.separation import SEPARATED, is_separated, may_be_separated
 from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
 from onestep.training.structures.affine import why_not_affine
@@ -54,31 +54,6 @@ _MOST_FAILURES = 10
 _FAR = 1e-3
 # How far around a point a plateau is looked for, relative to each parameter.
 _NEARBY = 1e-3
-SEPARATED = (
-    "planes separate the classes, or some of them, so that the loss falls for ever as the parameters grow, and has no "
-    "minimum; "
-    "weight_decay > 0 gives it one"
-)
-
-
-def _some_are_wrong(loss: Loss, outputs: Tensor, target: Tensor) -> bool:
-    """Whether a row that counts has no class, or another one has as large a score."""
-    if loss.name == "bce":
-        target = like_outputs(outputs, target)
-        right = torch.where(target == 1, outputs > 0, (target == 0) & (outputs < 0))
-        return not bool(right.all())
-    if target.is_floating_point():
-        # Probabilities of classes, which no plane separates.
-        return True
-    options = loss.cross_entropy
-    assert options is not None
-    scores, classes = scores_and_classes(outputs, target)
-    counted = classes != options.ignore_index
-    if options.weight is not None:
-        counted &= options.weight.to(classes.device)[classes.where(counted, 0)] > 0
-    others, classes = scores[counted].clone(), classes[counted, None]
-    own = others.gather(1, classes)
-    return bool((others.scatter_(1, classes, -math.inf).amax(1) >= own[:, 0]).any())
 
 
 class DampedMethod(Method):
@@ -284,18 +259,17 @@ class DampedRun(Run):
             return Verdict()
         is_zero = self._is_zero(report.new_loss, (_ROUNDINGS * eps) ** 2)
         test = "the loss is zero to rounding" if is_zero else self._test(report, tol, eps)
-        if (test or self.failures) and self._separated():
+        if (test or self.failures) and self._is_separated():
             return Verdict(SEPARATED)
         if is_zero:
             return Verdict(test, converged=True)
         if not test and self.failures:
-            if self.optimizer.hessian and self._finds_way_down():
-                return Verdict()
             stuck = report.decrement > _FAR * abs(report.new_loss)
             return Verdict("no step lowers the loss, although it may not be at a minimum", stuck=stuck)
         if not test:
             return Verdict()
-        if self._finds_way_down():
+        # Without a gradient, the optimiser has looked for a way itself.
+        if report.grad_norm > 0 and self._finds_way_down():
             return Verdict()
         if report.grad_norm == 0 and self._is_plateau():
             return Verdict(f"{test}, but the loss is the same all around: not necessarily a minimum")
@@ -326,24 +300,18 @@ class DampedRun(Run):
         return total / count
 
     @cached_property
-    def _is_convex(self) -> bool:
-        """Whether no point without a gradient is a saddle."""
+    def _is_affine(self) -> bool:
+        """Whether outputs are affine in the parameters, as the first process's first rows tell."""
         plan = self.plan
-        first = next(plan.source.all(), None)
-        named = plan.loss.name in ("mse", *_CONVEX)
-        return not summed(
-            lambda: (
-                torch.empty(0),
-                [0.0 if named and (first is None or not why_not_affine(plan.model, plan.parameters, first)) else 1.0],
-            )
-        )[1][0]
+        return from_first(lambda: not why_not_affine(plan.model, plan.parameters, next(plan.source.all())))
 
     def _finds_way_down(self) -> bool:
         """Whether this is a saddle, from which the next step goes on along negative curvature.
 
         A Gauss-Newton matrix has none, so its methods end at saddles, as between two terms that started equal.
         """
-        if not self._is_convex:
+        # A convex loss of affine outputs has no saddle.
+        if self.plan.loss.name not in ("mse", *_CONVEX) or not self._is_affine:
             self.way_down = self.optimizer.way_down(self.objective)
         return self.way_down is not None
 
@@ -351,8 +319,8 @@ class DampedRun(Run):
         report, parameters = self.report, self.plan.parameters
         assert report is not None
         parameters.write(parameters.read() + way)
-        penalty = 0.5 * self.plan.settings.weight_decay * parameters.read().square().sum().item()
-        loss = self.objective.value(parameters) + penalty
+        loss = self.loss()
+        assert loss is not None
         self.way_down, self.failures = None, 0
         self.report = replace(
             report, loss=report.new_loss, new_loss=loss, accepted=True, decrement=math.inf, resolution=0.0
@@ -378,38 +346,10 @@ class DampedRun(Run):
 
     def without_minimum(self) -> str:
         """That planes separate the classes; not asked of a fit by mini-batches, which may read its data once."""
-        return SEPARATED if self.plan.settings.batch_size is None and self._separated() else ""
+        return SEPARATED if self.plan.settings.batch_size is None and self._is_separated() else ""
 
-    def _separated(self) -> bool:
-        """Whether the loss is a cross-entropy without a minimum.
-
-        That is so where outputs are affine in the parameters and every row's own class has the largest score: larger
-        parameters give a lower loss.
-        """
-        plan = self.plan
-        entropy = plan.loss.cross_entropy is not None and plan.loss.cross_entropy.label_smoothing == 0
-        if not (entropy or plan.loss.name == "bce") or plan.settings.weight_decay > 0:
-            return False
-
-        def by_parameters(chunk: Chunk) -> Tensor:
-            """What the outputs are more than with parameters of zero, as growing parameters multiply it."""
-            outputs, point = call_model(plan.model, chunk.inputs), plan.parameters.read()
-            plan.parameters.write(torch.zeros_like(point))
-            try:
-                return outputs - call_model(plan.model, chunk.inputs)
-            finally:
-                plan.parameters.write(point)
-
-        def terms() -> tuple[Tensor, list[float]]:
-            first = None
-            for chunk in plan.source.all():
-                first = first or chunk
-                if _some_are_wrong(plan.loss, by_parameters(chunk), chunk.target):
-                    return torch.empty(0), [1]
-            return torch.empty(0), [0 if first is None else bool(why_not_affine(plan.model, plan.parameters, first))]
-
-        with torch.no_grad():
-            return not summed(terms)[1][0]
+    def _is_separated(self) -> bool:
+        return may_be_separated(self.plan) and self._is_affine and is_separated(self.plan)
 
     def _of_no_use(self, candidates: Tensor) -> int:
         """How many the candidates are, if changing them all changes no loss; else 0.

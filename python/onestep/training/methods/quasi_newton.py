@@ -15,7 +15,7 @@ from onestep.evaluation.errors import NonFiniteError
 from onestep.solvers.multinomial import Descent, constant_loss
 from onestep.training.facts import Facts, Settings
 from onestep.training.methods.base import Method, Run, Taken, Verdict
-from onestep.training.methods.damped import SEPARATED
+from onestep.training.methods.separation import SEPARATED
 from onestep.training.plan import FitPlan
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
 from onestep.training.structures.base import Mismatch, ObjectiveType
