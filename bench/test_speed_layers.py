@@ -86,9 +86,9 @@ def test_quantising_a_layer(compare: Callable[..., float], n: int) -> None:
     A, W = gram_matrix(n), torch.randn(n, n, generator=torch.Generator().manual_seed(1))
 
     def ours() -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = compensated_sweep(
-            W, unit_cholesky(A).R, None, None, None, BITS, False, n, unit=True
-        )
+        # No sparsity; a scale for each row, and the unit factor.
+        options = (None, None, None, BITS, False, n, 0.0, 0, 0, True)
+        result: tuple[Tensor, ...] = compensated_sweep(W, unit_cholesky(A).R, *options)
         return result
 
     codes, expected = ours()[1], gptq(W, A)[0]

@@ -40,12 +40,12 @@ def accumulate(stream: list[tuple[Tensor, Tensor]]) -> NormalEquations:
 
 def solution_in(dtype: torch.dtype, stream: list[tuple[Tensor, Tensor]]) -> Tensor:
     """W from Gram matrices of `dtype`, each distinct chunk's as often as it comes."""
-    assert len(stream) % DISTINCT == 0
     products, cross = torch.zeros(D, D, dtype=dtype), torch.zeros(D, 1, dtype=dtype)
-    for X, Y in stream[:DISTINCT]:
+    for index, (X, Y) in enumerate(stream[:DISTINCT]):
         X, Y = X.to(dtype), Y.to(dtype)
-        products += len(stream) // DISTINCT * (X.mT @ X)
-        cross += len(stream) // DISTINCT * (X.mT @ Y)
+        times = len(range(index, len(stream), DISTINCT))
+        products += times * (X.mT @ X)
+        cross += times * (X.mT @ Y)
     return torch.linalg.solve(products, cross)
 
 
