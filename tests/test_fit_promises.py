@@ -187,6 +187,25 @@ def test_a_checkpoint_knows_its_loss_where_hashes_do_not_tell(tmp_path: Path) ->
         onestep.fit(model, (X, Y), lambda z, y: factor.value * smooth_l1_loss(z, y), **options)
 
 
+def test_a_checkpoint_knows_the_batches_that_it_had_read(tmp_path: Path) -> None:
+    """The fingerprint has the first batch of a loader, and mini-batches no loss of all rows."""
+    batches = [(X[i : i + 50].float(), Y[i : i + 50].float()) for i in range(0, 250, 50)]
+    options: dict[str, Any] = {"checkpoint": tmp_path / "state.pt", "progress": False, "batch_size": 50}
+
+    def fit(data: list[Any], steps: int) -> int:
+        model = network().float()
+        return len(onestep.fit(model, DataLoader(data, batch_size=None), method="polar", max_steps=steps, **options).history)
+
+    assert fit(batches, 3) == 3
+    changed = [*batches[:2], (batches[2][0], batches[2][1] + 1), *batches[3:]]
+    with pytest.raises(ValueError, match="is of another problem: the batches that it had read of this pass are others"):
+        fit(changed, 4)
+    with pytest.raises(ValueError, match="data has 2 batches in pass 1, of which the checkpoint has used 3"):
+        fit(batches[:2], 4)
+    # What had not been read yet may have changed.
+    assert fit([*batches[:4], changed[2]], 4) == 4
+
+
 def test_batches_in_an_order_of_their_own_resume(tmp_path: Path) -> None:
     """numpy or Python draw the order: two passes differ, and hashes would refuse what is the same data."""
 

@@ -227,7 +227,11 @@ def test_settings_are_in_param_groups_and_in_the_state() -> None:
 
 def test_settings_of_one_group_are_used_for_all_or_refused() -> None:
     x, y = parameter(1.0), parameter(2.0)
-    optimizer = LevenbergMarquardt([{"params": [x], "damping": 3.0}, {"params": [y], "weight_decay": 0.1}])
+    with pytest.raises(ValueError, match=r"damping=0\.001 in a param group, 3\.0 in the first; .* as an argument"):
+        LevenbergMarquardt([{"params": [x], "damping": 3.0}, {"params": [y]}])
+    optimizer = LevenbergMarquardt([{"params": [x]}], damping=3.0)
+    # What the others have reached, where a group is added later.
+    optimizer.add_param_group({"params": [y], "weight_decay": 0.1})
     assert [group["damping"] for group in optimizer.param_groups] == [3.0, 3.0]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.1]
     with pytest.raises(ValueError, match=r"damping=7\.0 in a param group, 0\.001 in the first; expected one value"):

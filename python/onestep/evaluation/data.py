@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from onestep._torch_private import tree_leaves, tree_map_only
+from onestep.evaluation.digest import digest
 from onestep.evaluation.exclusive import exclusive
 
 
@@ -110,6 +111,10 @@ class Source(ABC):
     chunk_size: int | None = None
     # Where chunks are moved to; None to leave them where the data is.
     device: torch.device | None = None
+    # Whether what is read is hashed, for a checkpoint.
+    hashed = False
+    # The hash of what of a pass has been read so far, where a resumed run reads it again.
+    read_hash: str | None = None
 
     @property
     def known_rows(self) -> int | None:
@@ -294,13 +299,18 @@ class LoaderSource(Source):
     def _next(self) -> Chunk:
         while True:
             if self._iterator is None:
-                self._epoch, self._taken = self._epoch + 1, 0
+                self._epoch, self._taken, self.read_hash = self._epoch + 1, 0, None
                 self._iterator = self._whole(self._epoch)
             chunk = next(self._iterator, None)
             if chunk is not None:
                 self._taken += 1
+                self._hash(chunk)
                 return chunk
             self._iterator = None
+
+    def _hash(self, chunk: Chunk) -> None:
+        if self.hashed:
+            self.read_hash = digest((self.read_hash, chunk.inputs, chunk.target))
 
     def batch(self, step: int, size: int) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -333,11 +343,17 @@ class LoaderSource(Source):
     def restore(self, state: Mapping[str, Any]) -> None:
         if not state:
             raise ValueError("the checkpoint is not of a DataLoader, the data is")
-        self._epoch, self._taken, self._iterator = state["epoch"], state["taken"], None
+        self._epoch, self._taken, self._iterator, self.read_hash = state["epoch"], state["taken"], None, None
         if self._taken:
             self._iterator = self._whole(self._epoch)
-            for _ in range(self._taken):
-                next(self._iterator)
+            for number in range(self._taken):
+                chunk = next(self._iterator, None)
+                if chunk is None:
+                    raise ValueError(
+                        f"data has {number} batches in pass {self._epoch + 1}, of which the checkpoint has used "
+                        f"{self._taken}: it is other data"
+                    )
+                self._hash(chunk)
         # A dataset may draw from it for each row.
         torch.set_rng_state(state["random"])
 

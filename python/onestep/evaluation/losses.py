@@ -57,6 +57,17 @@ def like_outputs(outputs: Tensor, target: Tensor) -> Tensor:
     return target.to(outputs.dtype) if target.dtype == torch.bool else target
 
 
+def check_range(loss: Loss, target: Any) -> None:
+    """Raises where a target is one for which the loss is no likelihood, and may have no minimum."""
+    if loss.name not in ("poisson", "bce") or not isinstance(target, Tensor):
+        return
+    most = 1 if loss.name == "bce" else math.inf
+    wrong = target[(target < 0) | (target > most)]
+    if len(wrong):
+        expected = "numbers from 0 to 1" if loss.name == "bce" else "counts of 0 or more"
+        raise ValueError(f"target holds {wrong[0].item():g}; expected {expected} for loss={loss.name!r}")
+
+
 def _mse(outputs: Tensor, target: Tensor) -> Tensor:
     return (outputs - like_outputs(outputs, target)).square().sum()
 

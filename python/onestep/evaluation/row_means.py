@@ -16,6 +16,10 @@ Rows: TypeAlias = tuple[Tensor, Any]
 
 # Values of a loss over all rows and over parts of them agree to this many ε.
 _SAME_ROUNDINGS = 1000
+_REMEDY = (
+    "For class weights or an ignored class pass torch's own: nn.CrossEntropyLoss(weight=..., ignore_index=...) or a "
+    "functools.partial of F.cross_entropy; otherwise a function that divides by the number of rows alone"
+)
 # So many rows of a chunk are kept, to be compared together with those of the next.
 _KEPT = 64
 
@@ -65,6 +69,11 @@ class RowMeans:
         n = rows_of(*rows)
         close = _SAME_ROUNDINGS * torch.finfo(rows[0].dtype).eps
         whole = self._sum_of(rows) if cuts else None
+        if whole is not None and math.isnan(whole) and _are_labels_of_finite_scores(rows):
+            raise ValueError(
+                f"loss is nan over {n} rows{of}, whose outputs are finite; expected a mean over rows, which is a number "
+                f"also where all of their labels are ignored. {_REMEDY}"
+            )
         if whole is None or not math.isfinite(whole):
             return
         for cut in cuts:
@@ -76,9 +85,7 @@ class RowMeans:
                 raise ValueError(
                     f"loss is {whole / n:.6g} over {n} rows{of} and {(first + second) / n:.6g} as the mean of its "
                     f"values over the first {cut} and the others; expected a mean over rows, since rows are computed "
-                    "in chunks. For class weights or an ignored class pass torch's own: "
-                    "nn.CrossEntropyLoss(weight=..., ignore_index=...) or a functools.partial of F.cross_entropy; "
-                    "otherwise a function that divides by the number of rows alone"
+                    f"in chunks. {_REMEDY}"
                 )
 
     def _sum_of(self, rows: Rows) -> float | None:
@@ -90,6 +97,12 @@ class RowMeans:
             return self.loss.sum(*rows).item()
         except Exception:
             return None
+
+
+def _are_labels_of_finite_scores(rows: Rows) -> bool:
+    outputs, target = rows
+    leaves = [leaf for leaf in tree_leaves(target) if isinstance(leaf, Tensor)]
+    return bool(leaves) and not any(leaf.is_floating_point() for leaf in leaves) and bool(outputs.isfinite().all())
 
 
 def _part(rows: Rows, begin: int, end: int) -> Rows:

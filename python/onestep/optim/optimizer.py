@@ -52,10 +52,14 @@ class DampedOptimizer(torch.optim.Optimizer):
     settled = 1e-9
     # Trials of one step, each with more damping, before it is given up.
     trials = 12
+    # False while the first param groups are added.
+    _ready = True
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         rules = {"lr": 1.0, "damping_decrease": 1 / 3, "damping_increase": 1.3}
+        self._ready = False
         super().__init__(params, rules | defaults)
+        self._ready = True
         self.report: StepReport | None = None
         # What steps leave to later ones, besides the state of each parameter. "inverse" is too large for a checkpoint:
         # ``form_again`` makes it of the vectors that are kept with it.
@@ -65,7 +69,7 @@ class DampedOptimizer(torch.optim.Optimizer):
         self._ahead: tuple[Objective, tuple[int, ...], float, Tensor] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As for any torch optimiser; the group's settings are checked, and are those of the first group if not given.
+        """As for any torch optimiser; the group's settings are checked, and are the others' if not given.
 
         Args:
             param_group: "params", and settings.
@@ -77,10 +81,13 @@ class DampedOptimizer(torch.optim.Optimizer):
             first = self.param_groups[0]
             shared = {name: first[name] for name in self.defaults if name != "weight_decay"}
             for name, value in shared.items():
-                if param_group.get(name, value) != value:
+                # A group that is there from the start has the optimiser's default; one that is added later, what the
+                # others have reached.
+                other = param_group.get(name, value if self._ready else self.defaults[name])
+                if other != value:
                     raise ValueError(
-                        f"{name}={param_group[name]} in a param group, {value} in the first; expected one value for "
-                        "all, since a step is solved for in all parameters together"
+                        f"{name}={other} in a param group, {value} in the first; expected one value for all, since a "
+                        f"step is solved for in all parameters together: give {name} as an argument of the optimiser"
                     )
             param_group = shared | param_group
         settings = self.defaults | param_group

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from onestep._torch_private import tree_leaves
 from onestep.evaluation.data import Chunk, IndexedSource
+from onestep.evaluation.digest import digest
 from onestep.evaluation.losses import Loss
 from onestep.training.facts import Facts, FirstPass, Settings
 
@@ -27,14 +27,14 @@ def fingerprint(facts: Facts, settings: Settings) -> dict[str, Any]:
     marks: dict[str, Any] = {name: getattr(settings, name) for name in _SETTINGS}
     marks |= {"loss": facts.described, "rows": facts.source.known_rows, "inputs": None, "target": None}
     # Without addresses, which another process has otherwise.
-    marks["model"] = _hash(re.sub("0x[0-9a-f]+", "", repr(facts.model)))
+    marks["model"] = digest(re.sub("0x[0-9a-f]+", "", repr(facts.model)))
     first = facts.first
     again = FirstPass(facts.source, facts.share, shuffled=False)
     again.close()
-    if _hash(again.first.inputs) == _hash(first.inputs) and _hash(again.first.target) == _hash(first.target):
+    if digest(again.first.inputs) == digest(first.inputs) and digest(again.first.target) == digest(first.target):
         chunks = [first, *_spread(facts)]
-        marks["inputs"] = _hash([chunk.inputs for chunk in chunks])
-        marks["target"] = _hash([chunk.target for chunk in chunks])
+        marks["inputs"] = digest([chunk.inputs for chunk in chunks])
+        marks["target"] = digest([chunk.target for chunk in chunks])
     return marks
 
 
@@ -44,7 +44,7 @@ def described(loss: str | Callable[..., Any], function: Loss) -> str:
         return function.name
     kind = type(loss) if isinstance(loss, nn.Module) else loss
     name = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', type(loss).__qualname__)}"
-    return f"{name} {_hash(_held(loss))}"
+    return f"{name} {digest(_held(loss))}"
 
 
 def _held(loss: Any) -> list[Any]:
@@ -91,16 +91,3 @@ def _spread(facts: Facts) -> list[Chunk]:
     if not isinstance(source, IndexedSource):
         return []
     return [source.take(torch.arange(0, source.rows, max(1, source.rows // _ROWS)))]
-
-
-def _hash(tree: Any) -> str:
-    """Of the shapes, types and values of all tensors in a tree."""
-    result = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            plain = leaf.detach().cpu().contiguous()
-            result.update(f"{tuple(plain.shape)} {plain.dtype}".encode())
-            result.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            result.update(repr(leaf).encode())
-    return result.hexdigest()

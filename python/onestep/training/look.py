@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sized
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, Source, as_source
 from onestep.evaluation.distributed import from_first, share, summed, together
-from onestep.evaluation.losses import IGNORED, Loss
+from onestep.evaluation.losses import IGNORED, Loss, check_range
 from onestep.evaluation.module import check_first_rows, chunk_rows
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.facts import Facts, FirstPass, Settings
@@ -31,7 +30,7 @@ def look(
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
     first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))
     _check_not_shifted(loss, first_pass.first)
-    together(lambda: _check_range(loss, first_pass.first.target))
+    together(lambda: check_range(loss, first_pass.first.target))
     measured = settings.chunk_size or from_first(lambda: chunk_rows(model, loss, first_pass.first))
     together(lambda: check_first_rows(model, loss, first_pass.first.rows(slice(0, measured))))
     return Facts(model, parameters, loss, described, source, own, first_pass, measured)
@@ -40,17 +39,6 @@ def look(
 def rows_of(data: Any, parameters: ParameterVector, loss: Loss, settings: Settings) -> Source:
     """The rows of data of any kind; with their labels among the inputs where the model computes the loss."""
     return as_source(from_numpy(data, parameters.tensors[0]), settings.seed, with_labels=loss.name == "model")
-
-
-def _check_range(loss: Loss, target: Any) -> None:
-    """Raises where the first rows hold targets for which the loss is no likelihood, and may have no minimum."""
-    if loss.name not in ("poisson", "bce") or not isinstance(target, torch.Tensor):
-        return
-    most = 1 if loss.name == "bce" else math.inf
-    wrong = target[(target < 0) | (target > most)]
-    if len(wrong):
-        expected = "numbers from 0 to 1" if loss.name == "bce" else "counts of 0 or more"
-        raise ValueError(f"target holds {wrong[0].item():g}; expected {expected} for loss={loss.name!r}")
 
 
 def _check_not_shifted(loss: Loss, first: Chunk) -> None:

@@ -62,6 +62,8 @@ def run(
     if settings.validation is not None:
         validation = Validation(plan, settings.validation, settings.validation_every, settings.patience)
     path = None if plan.method.one_pass else settings.checkpoint
+    # Where rows are not the same on each pass, so that the fingerprint has no hash, this would not be either.
+    plan.source.hashed = path is not None and identity is not None and identity["inputs"] is not None
     if path is not None and saved is not None:
         _resume(path, saved, plan, running, result, validation)
     stuck = False
@@ -187,6 +189,7 @@ def _save(
             "identity": identity,
             "model": plan.model.state_dict(),
             "source": plan.source.state(),
+            "read_hash": plan.source.read_hash,
             "run": running.state(),
             "validation": None if validation is None else validation.state(),
             "progress": {"step": len(result.history)},
@@ -209,6 +212,11 @@ def _resume(
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is of another model: {error}") from error
     plan.source.restore(saved["source"])
+    if from_first(lambda: plan.source.hashed and saved.get("read_hash") not in (None, plan.source.read_hash)):
+        raise ValueError(
+            f"checkpoint {path} is of another problem: the batches that it had read of this pass are others now; pass "
+            "another file"
+        )
     if validation is not None and saved["validation"] is not None:
         validation.restore(saved["validation"])
     result.restore(saved["result"])

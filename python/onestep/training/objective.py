@@ -18,7 +18,7 @@ from onestep.curvature.products import Route, gauss_newton_products, hessian_pro
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed, summed_by_piece
 from onestep.evaluation.exclusive import exclusive
-from onestep.evaluation.losses import Loss, drawn_slope
+from onestep.evaluation.losses import Loss, check_range, drawn_slope
 from onestep.evaluation.module import autograd_gradient, call_model, parameter_names, summed_gradient, uncompiled
 from onestep.evaluation.parameters import ParameterVector
 from onestep.evaluation.row_means import RowMeans
@@ -124,6 +124,8 @@ class DataObjective(Objective):
         self.row_means: RowMeans | None = RowMeans(loss)
 
     def _elements(self, chunk: Chunk) -> float:
+        if self.row_means is not None:
+            check_range(self.loss, chunk.target)
         return self.loss.elements(chunk.target, len(chunk))
 
     def chunk_loss(self, chunk: Chunk, values: dict[str, Tensor] | None = None) -> Tensor:

@@ -21,7 +21,14 @@ from onestep.optim.gradient_descent import GradientDescent
 from onestep.optim.optimizer import DampedOptimizer
 from onestep.training.facts import Facts, Settings
 from onestep.training.methods.base import Cut, Method, Run, Taken, Verdict
-from onestep.training.methods.separation import SEPARATED, is_separated, may_be_separated
+from onestep.training.methods.separation import (
+    SEPARATED,
+    WITHOUT_MINIMUM,
+    is_separated,
+    may_be_separated,
+    may_run_away,
+    moves_on,
+)
 from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
 from onestep.training.structures.affine import why_not_affine
@@ -52,6 +59,8 @@ _CONVEX = ("cross_entropy", "weighted_cross_entropy", "bce", "poisson")
 _MOST_FAILURES = 10
 # Where no step succeeds although the undamped model promises this part of the loss, the method is stuck.
 _FAR = 1e-3
+# After this many steps in a row that met the test for a minimum and still moved some outputs by much, there is none.
+_RUNAWAY_STEPS = 3
 # How far around a point a plateau is looked for, relative to each parameter.
 _NEARBY = 1e-3
 
@@ -186,6 +195,9 @@ class DampedRun(Run):
         self.report: StepReport | None = None
         self.failures = 0
         self.first_loss = math.nan
+        # The parameters before the last step that was accepted, and how many steps in a row went on at a minimum.
+        self.before: Tensor | None = None
+        self.runaway = 0
         # The next step, where the last one ended at a saddle.
         self.way_down: Tensor | None = None
         # The number of the step that formed the optimiser's kept inverse ("step"), and the place in the data before it
@@ -222,6 +234,7 @@ class DampedRun(Run):
     def step(self, number: int) -> Taken:
         """One damped step, on all rows or on those of the step."""
         place, inverse = self.plan.source.state(), self.optimizer.kept.get("inverse")
+        start = self.plan.parameters.read()
         self.objective = self._objective(number)
         if self.way_down is not None:
             return self._go_down(self.way_down)
@@ -234,6 +247,8 @@ class DampedRun(Run):
         report = self.optimizer.report
         assert report is not None
         self.report = report
+        if report.accepted:
+            self.before = start
         if math.isnan(self.first_loss):
             self.first_loss = abs(report.loss)
         failed = not report.accepted and report.grad_norm > 0
@@ -268,6 +283,10 @@ class DampedRun(Run):
             return Verdict("no step lowers the loss, although it may not be at a minimum", stuck=stuck)
         if not test:
             return Verdict()
+        if self._moves_on():
+            self.runaway += 1
+            return Verdict(WITHOUT_MINIMUM) if self.runaway >= _RUNAWAY_STEPS else Verdict()
+        self.runaway = 0
         # Without a gradient, the optimiser has looked for a way itself.
         if report.grad_norm > 0 and self._finds_way_down():
             return Verdict()
@@ -351,6 +370,10 @@ class DampedRun(Run):
     def _is_separated(self) -> bool:
         return may_be_separated(self.plan) and self._is_affine and is_separated(self.plan)
 
+    def _moves_on(self) -> bool:
+        """Whether steps of an affine model still change its outputs by much, though they hardly lower the loss."""
+        return self.before is not None and may_run_away(self.plan) and self._is_affine and moves_on(self.plan, self.before)
+
     def _of_no_use(self, candidates: Tensor) -> int:
         """How many the candidates are, if changing them all changes no loss; else 0.
 
@@ -395,6 +418,8 @@ class DampedRun(Run):
             "failures": self.failures,
             "first_loss": self.first_loss,
             "way_down": self.way_down,
+            "runaway": self.runaway,
+            "before": self.before if self.runaway else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -404,6 +429,7 @@ class DampedRun(Run):
         self.failures = state["failures"]
         self.first_loss = state["first_loss"]
         self.way_down = state.get("way_down")
+        self.runaway, self.before = state.get("runaway", 0), state.get("before")
         # Older checkpoints have the inverse itself in "kept".
         self.formed = state.get("formed", {})
         if self.formed:

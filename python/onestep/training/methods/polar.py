@@ -16,6 +16,7 @@ from onestep._restored import own_modes
 from onestep.evaluation.data import IndexedSource
 from onestep.evaluation.distributed import from_first, same_everywhere, share, summed, together
 from onestep.evaluation.exclusive import exclusive
+from onestep.evaluation.losses import check_range
 from onestep.evaluation.module import explain
 from onestep.optim import NonFiniteError, PolarGrad
 from onestep.training.facts import Facts, Settings
@@ -161,6 +162,7 @@ class PolarRun(Run):
         def local() -> tuple[Tensor, list[float]]:
             total, numbers = None, [0.0, 0.0]
             for chunk in batch:
+                check_range(plan.loss, chunk.target)
                 value, gradient = objective.chunk_gradient(chunk, plan.parameters)
                 if not math.isfinite(value):
                     raise NonFiniteError(f"step {number + 1}, {explain(chunk, number, f'the loss is {value}')}")

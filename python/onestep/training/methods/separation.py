@@ -1,4 +1,4 @@
-"""Cross-entropies without a minimum: planes separate the classes, so that larger parameters always lower the loss."""
+"""Losses without a minimum: planes separate classes, or counts are all zero, so that larger parameters always lower them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import summed
-from onestep.evaluation.losses import Loss, like_outputs, scores_and_classes
+from onestep.evaluation.losses import CrossEntropy, Loss, like_outputs, scores_and_classes
 from onestep.evaluation.module import call_model
 from onestep.training.plan import FitPlan
 
@@ -18,6 +18,15 @@ SEPARATED = (
     "minimum; "
     "weight_decay > 0 gives it one"
 )
+
+
+# What is said where only some rows move on: their classes, or counts that are all zero.
+WITHOUT_MINIMUM = (
+    "the loss falls for ever as some parameters grow, and has no minimum (planes separate some of the classes, or all "
+    "counts of a group are zero); weight_decay > 0 gives it one"
+)
+# A step that still moves the outputs of some row so far, where the loss can hardly be lowered.
+_RUNAWAY = 0.1
 
 
 def may_be_separated(plan: FitPlan) -> bool:
@@ -48,6 +57,40 @@ def is_separated(plan: FitPlan) -> bool:
         return not summed(terms)[1][0]
 
 
+def may_run_away(plan: FitPlan) -> bool:
+    """Whether the loss is one that may fall for ever along a direction, and nothing else holds the parameters."""
+    return may_be_separated(plan) or (plan.loss.name == "poisson" and plan.settings.weight_decay == 0)
+
+
+def moves_on(plan: FitPlan, before: Tensor) -> bool:
+    """Whether the outputs of some row that counts have moved by much from those with the parameters ``before``.
+
+    Near a minimum a Newton step moves them little. Where there is none the loss falls like e⁻ᵗ, and every step moves
+    some outputs by about 1, however little is left to be gained.
+    """
+
+    def terms() -> tuple[Tensor, list[float]]:
+        moved = any(_movement(plan, chunk, before) > _RUNAWAY for chunk in plan.source.all())
+        return torch.empty(0), [moved]
+
+    with torch.no_grad():
+        return bool(summed(terms)[1][0])
+
+
+def _movement(plan: FitPlan, chunk: Chunk, before: Tensor) -> float:
+    outputs, point = call_model(plan.model, chunk.inputs), plan.parameters.read()
+    plan.parameters.write(before)
+    try:
+        change = outputs - call_model(plan.model, chunk.inputs)
+    finally:
+        plan.parameters.write(point)
+    if plan.loss.cross_entropy is not None and not chunk.target.is_floating_point():
+        scores, classes = _counted(plan.loss.cross_entropy, change, chunk.target)
+        # What all classes have in common changes nothing.
+        change = scores - scores.gather(1, classes[:, None])
+    return change.abs().max().item() if change.numel() else 0.0
+
+
 def _some_are_wrong(loss: Loss, outputs: Tensor, target: Tensor) -> bool:
     """Whether a row that counts has no class, or another one has as large a score."""
     if loss.name == "bce":
@@ -59,10 +102,15 @@ def _some_are_wrong(loss: Loss, outputs: Tensor, target: Tensor) -> bool:
         return True
     options = loss.cross_entropy
     assert options is not None
+    scores, classes = _counted(options, outputs, target)
+    own = scores.gather(1, classes[:, None])[:, 0]
+    return bool((scores.scatter(1, classes[:, None], -math.inf).amax(1) >= own).any())
+
+
+def _counted(options: CrossEntropy, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (m,C) and classes (m,) of what is not ignored and has a weight."""
     scores, classes = scores_and_classes(outputs, target)
     counted = classes != options.ignore_index
     if options.weight is not None:
         counted &= options.weight.to(classes.device)[classes.where(counted, 0)] > 0
-    others, classes = scores[counted].clone(), classes[counted, None]
-    own = others.gather(1, classes)
-    return bool((others.scatter_(1, classes, -math.inf).amax(1) >= own[:, 0]).any())
+    return scores[counted], classes[counted]
