@@ -226,7 +226,7 @@ def test_an_offset_that_is_not_trained_does_not_separate() -> None:
 @pytest.mark.parametrize("method", ["gauss_newton", "newton_cg", "levenberg_marquardt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_group_that_runs_away_is_told(loss: str, method: str, dtype: torch.dtype) -> None:
-    """Of 60 rows 20 have a feature of their own and one class, or counts of zero: its coefficient has no finite best."""
+    """Of 60 rows 20 have a feature of their own and one class, or counts of zero: its coefficient has no best value."""
     generator = torch.Generator().manual_seed(0)
     X = torch.cat([torch.randn(60, 2, generator=generator), (torch.arange(60) < 20)[:, None].float()], 1).to(dtype)
     mixed = (torch.rand(60, generator=generator) < 0.5) & (X[:, 2] == 0)
@@ -285,7 +285,7 @@ def test_a_function_of_rows_that_are_all_ignored_is_refused_with_the_remedy() ->
     """0 / 0 in the first chunk."""
     X, y = torch.randn(400, 3), torch.zeros(400, dtype=torch.int64)
     y[:200] = -100
-    with pytest.raises(ValueError, match="loss is nan over 100 rows, .*pass torch's own: nn.CrossEntropyLoss"):
+    with pytest.raises(ValueError, match=r"loss is nan over 100 rows, .*pass torch's own: nn.CrossEntropyLoss"):
         onestep.fit(
             nn.Linear(3, 2), (X, y), lambda z, t: nn.functional.cross_entropy(z, t), chunk_size=100, progress=False
         )

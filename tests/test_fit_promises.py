@@ -194,7 +194,8 @@ def test_a_checkpoint_knows_the_batches_that_it_had_read(tmp_path: Path) -> None
 
     def fit(data: list[Any], steps: int) -> int:
         model = network().float()
-        return len(onestep.fit(model, DataLoader(data, batch_size=None), method="polar", max_steps=steps, **options).history)
+        loader = DataLoader(data, batch_size=None)
+        return len(onestep.fit(model, loader, method="polar", max_steps=steps, **options).history)
 
     assert fit(batches, 3) == 3
     changed = [*batches[:2], (batches[2][0], batches[2][1] + 1), *batches[3:]]

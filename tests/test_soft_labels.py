@@ -95,7 +95,7 @@ def test_no_rows_and_bad_input():
     input, weight, target, bias = soft(4)
     assert linear_cross_entropy(input[:0], weight, target[:0], bias).isnan()
     assert linear_cross_entropy(input[:0], weight, target[:0], bias, reduction="sum") == 0
-    with pytest.raises(ValueError, match=r"target has shape \(4,\) and dtype torch.float64; expected probabilities \(4, 11\)"):
+    with pytest.raises(ValueError, match=r"target has shape \(4,\) and dtype torch.float64; expected .* \(4, 11\)"):
         linear_cross_entropy(input, weight, target[:, 0], bias)
     with pytest.raises(ValueError, match="ignore_index=3 is given with probabilities as target"):
         linear_cross_entropy(input, weight, target, bias, ignore_index=3)

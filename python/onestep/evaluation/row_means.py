@@ -71,8 +71,8 @@ class RowMeans:
         whole = self._sum_of(rows) if cuts else None
         if whole is not None and math.isnan(whole) and _are_labels_of_finite_scores(rows):
             raise ValueError(
-                f"loss is nan over {n} rows{of}, whose outputs are finite; expected a mean over rows, which is a number "
-                f"also where all of their labels are ignored. {_REMEDY}"
+                f"loss is nan over {n} rows{of}, whose outputs are finite; expected a mean over rows, which is a "
+                f"number also where all of their labels are ignored. {_REMEDY}"
             )
         if whole is None or not math.isfinite(whole):
             return

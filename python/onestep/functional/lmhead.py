@@ -45,7 +45,9 @@ class _SoftLabels(NamedTuple):
     rest: Tensor
 
     @staticmethod
-    def of(input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, smoothing: float, scale: float) -> _SoftLabels:
+    def of(
+        input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, smoothing: float, scale: float
+    ) -> _SoftLabels:
         shape = (*input.shape[:-1], weight.shape[0])
         if target.shape != shape:
             raise ValueError(
@@ -61,7 +63,8 @@ class _SoftLabels(NamedTuple):
         sums = probabilities.sum(-1)
         # Smoothing adds ε/V of one to each probability, whatever their sum.
         row = sums + smoothing * (scale - sums)
-        return _SoftLabels(row, row[..., None] / shape[-1] - (1 - smoothing) * probabilities - smoothing * scale / shape[-1])
+        each = (row - smoothing * scale) / shape[-1]
+        return _SoftLabels(row, each[..., None] - (1 - smoothing) * probabilities)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Σ rest∘z for each row (…)."""
@@ -86,6 +89,8 @@ def _of_soft_labels(
     wanted = _wanted(input, weight, bias) if reduction != "none" else (False, False, False)
     ones = torch.ones_like(labels.row)
     row = ones if reduction == "none" else labels.row
+    value: Tensor
+    losses: Tensor
     value, losses = lmhead.linear_cross_entropy(row, input, weight, bias, any_class, -1, 1.0, wanted)[:2]
     linear = labels.linear(input, weight, bias)
     if reduction == "none":

@@ -372,7 +372,9 @@ class DampedRun(Run):
 
     def _moves_on(self) -> bool:
         """Whether steps of an affine model still change its outputs by much, though they hardly lower the loss."""
-        return self.before is not None and may_run_away(self.plan) and self._is_affine and moves_on(self.plan, self.before)
+        if self.before is None or not may_run_away(self.plan) or not self._is_affine:
+            return False
+        return moves_on(self.plan, self.before)
 
     def _of_no_use(self, candidates: Tensor) -> int:
         """How many the candidates are, if changing them all changes no loss; else 0.

@@ -204,7 +204,8 @@ class QRFactor(LeastSquares):
             free = torch.linalg.qr(Vh[rank:].mT / length[:, None]).Q
             V = V - free @ (free.mT @ V)
             norm = "the least norm of weights, the bias left out," if self.intercept else "the least norm"
-            return V, f"{note}; {d - rank} of {d} features depend on others: of all solutions the one with {norm} is taken"
+            note += f"; {d - rank} of {d} features depend on others: of all solutions the one with {norm} is taken"
+            return V, note
         lost = torch.finfo(A.dtype).eps * (S[0] / S[-1]).item()
         if lost > _LOSS_DIGITS**2:
             note += f"; features are so nearly dependent that about {max(0, int(-math.log10(lost)))} digits are right"

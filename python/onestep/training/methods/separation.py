@@ -1,4 +1,4 @@
-"""Losses without a minimum: planes separate classes, or counts are all zero, so that larger parameters always lower them."""
+"""Losses without a minimum: planes separate classes, or counts are all zero, and larger parameters lower the loss."""
 
 from __future__ import annotations
 
