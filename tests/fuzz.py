@@ -196,6 +196,12 @@ def op_calls(draw: Any) -> Call:
             "ridge": None,
             "L": draw(tensors((d, d))),
         },
+        "sparse_multiply": {
+            "offsets": torch.tensor(draw(st.lists(st.integers(-1, 8), max_size=9).map(sorted)), dtype=torch.int64),
+            "indices": torch.tensor(draw(st.lists(st.integers(-1, d), min_size=n, max_size=n)), dtype=torch.int64),
+            "values": draw(tensors((n,))),
+            "V": draw(tensors((d, k))),
+        },
         "cholesky_solve": {"B": draw(tensors((d, k))), "L": draw(tensors((d, d)))},
     }
     name = draw(st.sampled_from(sorted(calls)))

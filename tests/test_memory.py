@@ -40,6 +40,9 @@ CALLS: dict[str, Callable[[], Any]] = {
         torch.ones(300), X, _random(50, 40), None, TARGET, -100, 0.0, [True, True, False]
     ),
     "mlp_gradient": lambda: ops.mlp_gradient(X, Y, _random(40 * 3 + 3), [40, 3], [0], [True], True),
+    "sparse_multiply": lambda: ops.sparse_multiply(
+        torch.arange(0, 121, 3), torch.arange(120) % 40, torch.ones(120), _random(40, 5)
+    ),
     "attention": lambda: ops.attention(Q, Q, Q, None, 0.3, True),
     "attention_backward": lambda: ops.attention_backward(
         Q, None, Q, Q, Q, None, *ops.attention(Q, Q, Q, None, 0.3, True), 0.3, True, False

@@ -220,11 +220,12 @@ OPS = [
 SAMPLES = [(name, label) for name in OPS for label in samples_of(name, Make(torch.float64))]
 
 
-# Those of tests/test_attention_ops.py, test_compensated_sweep.py, test_mlp.py, test_polar.py and test_segments.py.
+# Those of tests/test_attention_ops.py, test_compensated_sweep.py, test_mlp.py, test_polar.py, test_segments.py and
+# test_sparse_products.py.
 ELSEWHERE = ["attention", "attention_and_jvp", "attention_jvp"]
 ELSEWHERE += ["attention_backward", "attention_backward_and_jvp", "attention_backward_jvp"]
 ELSEWHERE += ["compensated_sweep", "unit_cholesky", "mlp_gradient", "mlp_jacobian", "mlp_product", "polar"]
-ELSEWHERE += ["apply_segments_inverse", "solve_normal_segments", "solve_normal_segments_ex"]
+ELSEWHERE += ["apply_segments_inverse", "solve_normal_segments", "solve_normal_segments_ex", "sparse_multiply"]
 
 
 def test_every_op_is_tested():
@@ -298,6 +299,7 @@ def elsewhere_samples(make):
         "polar": (make.normal(2, 4, 3), 2, 1e-2),
         "solve_normal_segments": problem,
         "solve_normal_segments_ex": problem,
+        "sparse_multiply": (torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), make.normal(3), make.normal(3, 5)),
         "unit_cholesky": (make.spd(2, 3), make.positive()),
     }
 

@@ -11,6 +11,7 @@ enum class [[nodiscard]] Status : int {
     negative_ridge = 4,
     device_error = 5,  // a CUDA launch; see base/cuda/runtime.hpp for its text
     unexpected_exception = 6,
+    bad_index = 7,  // of a sparse matrix
 };
 
 }  // namespace onestep

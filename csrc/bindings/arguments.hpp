@@ -94,6 +94,10 @@ void run(const Kernel& kernel) {
             throw pybind11::value_error("weight has negative values; expected values >= 0");
         case Status::negative_ridge:
             throw pybind11::value_error("ridge has negative values; expected values >= 0");
+        case Status::bad_index:
+            throw pybind11::value_error(
+                "offsets or indices are out of range; expected offsets from 0 that never fall, to as many as there are "
+                "values, and indices from 0, less than the number of columns");
         case Status::device_error:
             throw std::runtime_error("a CUDA kernel could not be launched");
     }

@@ -8,6 +8,7 @@ void register_lmhead(pybind11::module_& module);
 void register_mlp(pybind11::module_& module);
 void register_normal(pybind11::module_& module);
 void register_polar(pybind11::module_& module);
+void register_sparse(pybind11::module_& module);
 void register_glm(pybind11::module_& module);
 void register_attention(pybind11::module_& module);
 }  // namespace onestep
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
     onestep::register_mlp(module);
     onestep::register_normal(module);
     onestep::register_polar(module);
+    onestep::register_sparse(module);
     onestep::register_glm(module);
     onestep::register_attention(module);
 }

@@ -386,3 +386,20 @@ def attention_backward_and_jvp_f32(
 ) -> None: ...
 
 attention_backward_and_jvp_f64 = attention_backward_and_jvp_f32
+
+# csrc/sparse/bind.cpp
+
+def sparse_multiply_f32(
+    n: int,
+    d: int,
+    k: int,
+    elements: int,
+    offsets: int,
+    indices: int,
+    wide: bool,
+    values: int,
+    v: int,
+    out: int,
+) -> None: ...
+
+sparse_multiply_f64 = sparse_multiply_f32

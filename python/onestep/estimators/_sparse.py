@@ -20,6 +20,7 @@ from onestep.estimators._centred import MIN_RCOND
 from onestep.estimators._problem import Point, Problem
 from onestep.estimators._solve import Solution, solve_spd
 from onestep.solvers.multinomial.sparse import centred_gram, column_squares
+from onestep.solvers.sparse_products import SparseProducts
 
 # Elements, zeros included, up to which a matrix is solved as a dense one: half a megabyte.
 SMALL_SPARSE = 1 << 16
@@ -68,6 +69,7 @@ class SparseLeastSquares:
         cross = np.asarray(cross.toarray() if issparse(cross) else cross, dtype=np.float64)
         # Σ w x̃ (y + offset - ȳ) is Σ w x (y + offset - ȳ), as what is centred adds up to zero.
         cross += np.outer(weighted.T @ np.ones(n), offset - y_mean)
+        by_rows, by_columns = SparseProducts(X), SparseProducts(weighted)
         coef, paths = np.zeros_like(cross), []
         gram = self._gram(X, weighted, x_mean, total) if d <= _LARGEST_GRAM else None
         for penalty in sorted(set(alpha.tolist())):
@@ -84,7 +86,7 @@ class SparseLeastSquares:
             def product(V: Array, penalty: float = penalty) -> Array:
                 # A sum instead of a product by BLAS: the same for any number of threads.
                 shared = total * np.outer(x_mean, (x_mean[:, None] * V).sum(0))
-                image: Array = weighted.T @ (X @ V) - shared + penalty * V
+                image: Array = by_columns.transposed_multiply(by_rows.multiply(V)) - shared + penalty * V
                 return image
 
             squares = column_squares(X, weight) - total * x_mean**2
@@ -137,6 +139,7 @@ class _SparsePoisson:
         return torch.from_numpy(self.curvature)[:, None]
 
 
+# By SciPy, which sums float32 rows in float64. With one column, products are bound by reading the rows.
 def _scores(rows: Any, W: Array, intercept: bool) -> Array:
     return np.asarray(rows @ W[:-1] + W[-1] if intercept else rows @ W, dtype=np.float64)
 

@@ -4,7 +4,7 @@ A family is a folder: ``schema.py`` (schema, checks of operands, shapes of resul
 ``cuda.py`` (the kernels of a device), ``derivatives.py``.
 """
 
-from onestep.ops import attention, cholesky, compensated, glm, lmhead, mlp, normal, polar, segments
+from onestep.ops import attention, cholesky, compensated, glm, lmhead, mlp, normal, polar, segments, sparse
 from onestep.ops._cuda import build as cuda_build
 from onestep.ops._library import install_kernels, records_derivatives
 
@@ -22,4 +22,5 @@ __all__ = [
     "polar",
     "records_derivatives",
     "segments",
+    "sparse",
 ]

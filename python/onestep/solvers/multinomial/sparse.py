@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from onestep._cached import cached_property
 from onestep.solvers.coordinates import Coordinates
 from onestep.solvers.multinomial.rows import Evaluation
+from onestep.solvers.sparse_products import SparseProducts
 
 # Bytes of the scores of a chunk of rows.
 _CHUNK_BYTES = 16 << 20
@@ -20,7 +20,7 @@ _CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class SparseRows:
-    """X (n, d) in CSR form. Products are SciPy's, on one thread, and so the same for any number of threads.
+    """X (n, d) in CSR form, of which products are taken chunk by chunk.
 
     Attributes:
         X: (n, d) scipy.sparse CSR, float32 or float64.
@@ -68,9 +68,9 @@ class SparseRows:
         W = self.coordinates.weights(V, self.dtype).numpy()
         features = W[:-1] if self.coordinates.intercept else W
         slopes, bends, loss = np.zeros(W.shape), np.zeros(self.classes), 0.0
-        for rows in self._chunks():
-            X, y, weight = self.X[rows], self.y.numpy()[rows], self._weights[rows]
-            scores = X @ features
+        for number, rows in enumerate(self._products.chunks):
+            y, weight = self.y.numpy()[rows], self._weights[rows]
+            scores = self._products.multiply(features, number)
             if self.coordinates.intercept:
                 scores += W[-1]
             scores -= scores.max(1, keepdims=True)
@@ -82,16 +82,16 @@ class SparseRows:
             bends += np.einsum("ik,ik->k", P, 1 - P, dtype=np.float64)
             P[np.arange(len(y)), y] -= 1
             P *= weight[:, None]
-            slopes[: features.shape[0]] += X.T @ P
+            slopes[: features.shape[0]] += self._products.transposed_multiply(P, number)
             if self.coordinates.intercept:
                 slopes[-1] += P.sum(0, dtype=np.float64)
         gradient = torch.from_numpy(slopes / self.total)
         spreads = torch.from_numpy(bends / self.count)
         return Evaluation(loss / self.total, self.coordinates.pull_back(gradient), gradient, spreads)
 
-    def _chunks(self) -> Iterator[slice]:
-        step = max(256, _CHUNK_BYTES // (self.X.dtype.itemsize * self.classes))
-        return (slice(start, min(start + step, self.count)) for start in range(0, self.count, step))
+    @cached_property
+    def _products(self) -> SparseProducts:
+        return SparseProducts(self.X, max(256, _CHUNK_BYTES // (self.X.dtype.itemsize * self.classes)))
 
     def gram(self, step: int) -> Tensor:
         return self._gram(step, self._weights[::step].astype(np.float64))
@@ -99,8 +99,8 @@ class SparseRows:
     def curved_gram(self, V: Tensor, step: int) -> Tensor:
         W = self.coordinates.weights(V, self.dtype).numpy()
         curvature = []
-        for rows in self._chunks():
-            scores = self.X[rows] @ W[: self.X.shape[1]]
+        for number in range(len(self._products.chunks)):
+            scores = self._products.multiply(W[: self.X.shape[1]], number)
             if self.coordinates.intercept:
                 scores += W[-1]
             scores -= scores.max(1, keepdims=True)
@@ -120,8 +120,10 @@ class SparseRows:
     def movement(self, direction: Tensor) -> float:
         W = self.coordinates.weights(direction, self.dtype).numpy()
         most = 0.0
-        for rows in self._chunks():
-            moved = self.X[rows] @ W[:-1] + W[-1] if self.coordinates.intercept else self.X[rows] @ W
+        for number, rows in enumerate(self._products.chunks):
+            moved = self._products.multiply(W[: self.X.shape[1]], number)
+            if self.coordinates.intercept:
+                moved += W[-1]
             moved -= moved.mean(1, keepdims=True)
             most = max(most, float(abs(moved[self._weights[rows] > 0]).max(initial=0.0)))
         return most
