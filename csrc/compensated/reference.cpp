@@ -3,15 +3,13 @@
 #include <vector>
 
 #include "base/guarded.hpp"
+#include "base/singular.hpp"
 #include "compensated/compensated.hpp"
 
 namespace onestep::reference {
 namespace {
 
 using Doubles = std::vector<double>;
-
-// A pivot of so many epsilons of its diagonal element is rounding noise.
-constexpr int kSingularEpsilons = 8;
 
 // L of the reversed matrix; returns info.
 template <class T>

@@ -3,6 +3,7 @@
 #include <limits>
 #include <vector>
 
+#include "base/singular.hpp"
 #include "normal/cpu/kernels.hpp"
 #include "normal/normal.hpp"
 
@@ -231,7 +232,7 @@ Status solve_normal(SolveNormalArgs<T> args) {
             Dense<T> floor(static_cast<size_t>(d));
             for (int64_t i = 0; i < d; ++i) {
                 u[i * d + i] += added;
-                floor[i] = std::max(T(0), u[i * d + i] * (kSingularEpsilons * std::numeric_limits<T>::epsilon()));
+                floor[i] = singular_floor(u[i * d + i]);
             }
             failed = factor(u, d, floor);
             if (failed == 0 || args.jitter <= 0.0 || !std::isfinite(mean) || added >= mean) {
@@ -313,7 +314,7 @@ Status solve_segments(const SolveSegmentsArgs<T>& args) {
             }
         }
         for (int64_t i = 0; i < d; ++i) {
-            floor[i] = std::max(T(0), a[i * d + i] * (kSingularEpsilons * std::numeric_limits<T>::epsilon()));
+            floor[i] = singular_floor(a[i * d + i]);
         }
         const int32_t failed = factor(a, d, floor);
         if (failed == 0) {

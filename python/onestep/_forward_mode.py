@@ -96,7 +96,8 @@ def _enter() -> bool:
     global _open
     if _open:
         return True
-    # Threads change hands after calls alone: from the question to the call of the last line no other one runs.
+    # Threads change hands after calls alone: from the question to the call of the last line no other one runs. So
+    # torch's own names stand here, and no functions of _torch_private.
     if functorch_python.JVP_NESTING != 0 or forward_ad._current_level >= 0:
         return False
     functorch_python.JVP_NESTING = 1

@@ -49,9 +49,11 @@ __all__ = [
     "nn_mish",
     "nn_silu",
     "number_of_outputs",
+    "original_module",
     "own_parameters",
     "pop_function_mode",
     "pop_transforms",
+    "reset_method",
     "set_forward_grad_enabled",
     "set_grad_enabled",
     "set_single_level_allowed",
@@ -176,6 +178,17 @@ def has_tangent(value: Any) -> bool:
 def version(tensor: Tensor) -> int:
     """Changes whenever the tensor is written to in place."""
     return tensor._version
+
+
+def original_module(module: nn.Module) -> nn.Module:
+    """What torch.compile was given for the module that it returned; any other module itself."""
+    found: nn.Module = getattr(module, "_orig_mod", module)
+    return found
+
+
+def reset_method(module: nn.Module) -> Callable[[], None] | None:
+    """What draws a module's parameters anew, which nn.MultiheadAttention and nn.Transformer call _reset_parameters."""
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
 
 
 def number_of_outputs(op: Any) -> int:
@@ -367,6 +380,8 @@ def _hooks() -> bool:
 
 def _parameters() -> bool:
     layer = nn.Linear(1, 1, bias=False, device="cpu", dtype=torch.float64)
+    if reset_method(layer) is None or reset_method(nn.MultiheadAttention(1, 1, device="meta")) is None:
+        return False
     own_parameters(layer)["weight"] = _number(3.0).reshape(1, 1)
     return bool(layer(_number(2.0).reshape(1, 1)).item() == 6.0)
 
@@ -387,7 +402,7 @@ _CHECKS: dict[str, Callable[[], bool]] = {
     "torch.func's interpreter stack is not as expected": _transforms,
     "the vmap of batched gradients is not seen": _legacy_vmap,
     "torch's dispatch modes are not counted": _modes,
-    "the table of a module's own parameters (_parameters) is not used": _parameters,
+    "the table of a module's own parameters (_parameters) is not used, or no method resets them": _parameters,
     "torch.utils._pytree does not flatten and map as before": _trees,
     "the ops of scaled_dot_product_attention have other arguments": _attention_ops,
     "weight_norm or the versions of tensors are not as expected": _values,

@@ -96,15 +96,15 @@ AttentionDeltas<T> deltas_of(const AttentionDeltas<T>& deltas, int64_t first_row
     return {deltas.primal + first_row, deltas.tangent != nullptr ? deltas.tangent + first_row : nullptr};
 }
 
-// The passes over one set of arguments. Every loop is over units of work that the plan cuts by sizes alone, and no two
-// units write to the same element. So results have the same bits for any number of threads.
+// The passes over one set of arguments. Every loop is over pieces that the plan cuts by sizes alone, and no two
+// pieces write to the same element. So results have the same bits for any number of threads.
 template <class T>
 class Passes {
  public:
     Passes(const AttentionPlan<T>& plan, const AttentionArgs<T>& args, const Workspace& workspace)
         : plan_(plan), args_(args), workspace_(workspace), kernels_(*plan.kernels) {}
 
-    // O and L, or their tangents, or both. A unit of work is a tile of queries of one head, with all keys.
+    // O and L, or their tangents, or both. A piece is a tile of queries of one head, with all keys.
     Status outputs(Pass pass) const {
         const int64_t tiles = plan_.query_tiles.pieces();
         auto tile_of_queries = [&](int64_t index) {
@@ -176,12 +176,11 @@ class Passes {
     // About the nanoseconds of the matrix products with this many scores, with d and with dv columns each.
     int64_t nanoseconds(int64_t scores) const { return nanoseconds_of_products(scores * (args_.d + args_.dv)); }
 
-    // Gradients of q, k and v. A unit of work is a piece of keys of one key and value head, with all query heads that
+    // Gradients of q, k and v. A piece is a range of keys of one key and value head, with all query heads that
     // read it, one after the other: it alone writes the k and v gradients of these keys. All pieces add to the gradient
     // of q; so each has its own sums in `partial`, which a second loop adds up in the order of the keys.
     Status gradients_by_keys(const AttentionDeltas<T>& deltas, Pass pass) const {
-        // The pass's results: of its values or its tangents (`args_` has either), and where it computes both,
-        // `tangents`.
+        // results[0]: where this pass writes. results[1]: where the tangents go, if it computes both.
         const AttentionResults<T>* const results[2] = {&args_, &args_.tangents};
         const int64_t kinds = pass == Pass::both ? 2 : 1;
         const int64_t group = args_.heads / args_.kv_heads;
@@ -245,7 +244,7 @@ class Passes {
             tile_of_queries);
     }
 
-    // The gradient of the mask: dS, or dṠ, summed over the heads and problems that share it. A unit of work is what
+    // The gradient of the mask: dS, or dṠ, summed over the heads and problems that share it. A piece is what
     // adds to one tile of the gradient: a tile of scores of every head that shares it. If the mask has one column for
     // all keys, one row for all queries, or one element, that is a row of tiles, a column of tiles, or all tiles. They
     // are added up in one tile (`sum`) first, and its columns or rows after that.

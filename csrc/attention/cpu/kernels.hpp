@@ -63,10 +63,9 @@ struct AttentionGrads {
 template <class T>
 struct AttentionKernels {
     int64_t lanes;
-    // Queries and keys of a tile, and how many there are where rows of q, k or v are long (kWideBytes in
-    // attention.cpp). With these, the work memory of a kernel fits the second-level cache.
+    // Queries and keys of a tile. With these, the work memory of a kernel fits the second-level cache.
     int64_t tile;
-    int64_t wide_tile;
+    int64_t wide_tile;  // the same where rows of q, k or v are long (kWideBytes in attention.cpp)
 
     // Elements of work memory (`work`) that are enough for any of the kernels below.
     int64_t (*work)(int64_t d, int64_t dv, int64_t tile);

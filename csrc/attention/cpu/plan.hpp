@@ -24,7 +24,7 @@ struct AttentionPlan {
     FixedCut query_tiles, key_tiles;
 
     // The backward functions cut the keys of a head into pieces of whole tiles and of about equal work: piece i has the
-    // keys [cuts[i], cuts[i + 1]). A forward function's unit of work is a tile of queries.
+    // keys [cuts[i], cuts[i + 1]). A forward function's piece is a tile of queries.
     static constexpr int64_t kMostPieces = 16;
     int64_t pieces = 1;  // of each head
     int64_t cuts[kMostPieces + 1] = {};

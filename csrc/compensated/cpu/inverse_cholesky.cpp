@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "base/parallel.hpp"
+#include "base/singular.hpp"
 #include "compensated/cpu/plan.hpp"
 
 namespace onestep {
@@ -71,7 +72,7 @@ struct Elimination {
                     finite = finite && std::abs(row[j]) <= std::numeric_limits<T>::max();
                 }
                 row[i] += added;
-                floor[i] = kSingularEpsilons * std::numeric_limits<T>::epsilon() * std::max(row[i], T(0));
+                floor[i] = singular_floor(row[i]);
             }
             bad[block] = finite ? 0 : 1;
         };

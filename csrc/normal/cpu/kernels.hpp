@@ -22,9 +22,6 @@ inline constexpr int64_t kSlabRows = 4096;  // rows that are summed in T before 
 // Rows of the factor that are computed before the rest of the matrix is updated.
 inline constexpr int64_t kFactorRows = 96;
 
-// A pivot of at most this many epsilons of its diagonal element is rounding noise: the equations are singular.
-inline constexpr int kSingularEpsilons = 8;
-
 // One problem's rows. The columns of Z = [X | 1? | Y] less `shift`, times sqrt(weight), are what Gram sums over.
 template <class T>
 struct RowsArgs {

@@ -1,6 +1,7 @@
 // Small problems, one per vector lane: the whole algorithm runs on vectors of problems, without shuffles.
 #pragma once
 
+#include "base/singular.hpp"
 #include "normal/cpu/cholesky-inl.hpp"
 #include "normal/cpu/gram-inl.hpp"
 

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "base/checks.hpp"
+#include "base/singular.hpp"
 #include "normal/cpu/gram.hpp"
 
 namespace onestep {
@@ -109,7 +110,7 @@ class Segments {
 
     Status factor(T* c, int64_t ld, int64_t order, T* floor, T* inverse_diagonal, int64_t& failed) const {
         for (int64_t i = 0; i < order; ++i) {
-            floor[i] = std::max(T(0), c[i * (ld + 1)] * (kSingularEpsilons * std::numeric_limits<T>::epsilon()));
+            floor[i] = singular_floor(c[i * (ld + 1)]);
         }
         return factor_in_place(kernels_, c, ld, order, floor, inverse_diagonal, failed);
     }

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "base/checks.hpp"
+#include "base/singular.hpp"
 #include "normal/cpu/gram.hpp"
 
 namespace onestep {
@@ -132,7 +133,7 @@ class Finish {
         }
         for (int attempt = 0;; ++attempt) {
             for (int64_t i = 0; i < d; ++i) {
-                floor[i] = std::max(T(0), c_[i * ld_ + i] * (kSingularEpsilons * std::numeric_limits<T>::epsilon()));
+                floor[i] = singular_floor(c_[i * ld_ + i]);
             }
             norm_ = args_.rcond != nullptr ? symmetric_norm1(c_, ld_, d, own_.get(plan_.work)) : T(0);
             const Status status = factor_in_place(kernels_, c_, ld_, d, floor, inverse_diagonal_, failed_);

@@ -1,5 +1,6 @@
 #include "base/cuda/bind.hpp"
 
+#include "base/singular.hpp"
 #include "normal/cpu/kernels.hpp"
 #include "normal/cuda/normal.hpp"
 

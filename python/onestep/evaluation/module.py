@@ -19,6 +19,7 @@ from onestep._torch_private import (
     DropoutNd,
     TorchDispatchMode,
     compiled_calls,
+    original_module,
     own_parameters,
     tree_leaves,
 )
@@ -49,7 +50,7 @@ def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | N
         outputs = without_graph(lambda: call_with(lambda: module(*args, **kwargs), own, values))
     else:
         # The names are those of the compiled module.
-        plain = getattr(module, "_orig_mod", module)
+        plain = original_module(module)
         with uncompiled(plain), _swapped(module, parameters):
             outputs = without_graph(lambda: plain(*args, **kwargs))
     return outputs if isinstance(outputs, Tensor) else _tensor_of(outputs, own_loss="labels" in kwargs)

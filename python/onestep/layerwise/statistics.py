@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
 from onestep._restored import hooks, replaced
+from onestep._torch_private import version
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_path
 from onestep.layerwise.experts import ExpertCalls
@@ -429,7 +430,7 @@ class _Pass:
     def take_input(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"layer {name!r} is called with {type(x).__name__}; expected a tensor")
-        key = self.numbers.setdefault((id(x), 0 if x.is_inference() else x._version), len(self.numbers))
+        key = self.numbers.setdefault((id(x), 0 if x.is_inference() else version(x)), len(self.numbers))
         rows = None
         if not self._adds:
             self.kept.append(x)

@@ -1,7 +1,9 @@
 """Solving one symmetric positive definite system by Cholesky, and whether the solution can be trusted.
 
-Everything in onestep that solves such a system and has something else to do where Cholesky fails comes here, so that
-the same matrix is singular to all of it:
+What solves one such system and takes another way where Cholesky fails comes here, so that the same matrix is singular
+to all of it. Two kinds of solves have rules of their own: kernels over batches, which report each problem by `info`
+(and `jitter`), and steps and preconditioners, which take more damping until they have a factor
+(`optim/levenberg_marquardt.py`, `linalg/damping.py`, `training/kronecker.py`, `layerwise/order.py`).
 
 - A is **singular** where a pivot, after scaling to a unit diagonal, is at most ``SINGULAR_EPSILONS`` ε: only rounding
   noise is left of it. ``solve_normal`` judges by the same number, in its kernels and in the dual form.
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from onestep.linalg._cholesky import cholesky_ex, cholesky_solve
-from onestep.ops.normal.schema import SINGULAR_EPSILONS as SINGULAR_EPSILONS
+from onestep.ops.singular import SINGULAR_EPSILONS as SINGULAR_EPSILONS
 
 # Cholesky on the normal equations has errors of about ε/rcond, and rcond is the square of X's own. Down to this value
 # it keeps at least half the digits of float64 (2e-8), and so all of float32. The same holds for eigenvalues, which are

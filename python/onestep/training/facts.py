@@ -22,6 +22,7 @@ from onestep.training.structures.affine import explained, why_not_affine
 
 # The most rows of the first chunk, which is read before it is known how many rows fit into memory.
 _FIRST_ROWS = 1024
+# The arguments of fit that are whole numbers of at least 1.
 _COUNTS = (
     *("max_steps", "batch_size", "curvature_batch_size", "chunk_size", "cg_iterations"),
     *("validation_every", "patience"),
@@ -79,10 +80,13 @@ class Settings:
             raise ValueError(f"weight_decay={self.weight_decay}; expected a finite number >= 0")
 
 
-def cut(source: Source, share: Share, chunk_rows: int) -> Source:
-    """The same rows for one process's share, in chunks of at most ``chunk_rows``. The source itself stays as it is."""
+def cut(source: Source, share: Share, chunk_rows: int, *, hashed: bool = False) -> Source:
+    """The same rows for one process's share, in chunks of at most ``chunk_rows``. The source itself stays as it is.
+
+    ``hashed``: whether batches are hashed as they are read, for a checkpoint.
+    """
     result = copy.copy(source)
-    result.share, result.chunk_size = share, chunk_rows
+    result.share, result.chunk_size, result.hashed = share, chunk_rows, hashed
     return result
 
 

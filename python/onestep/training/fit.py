@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode
+from onestep._torch_private import reset_method
 from onestep.evaluation.distributed import from_first, same_everywhere
 from onestep.evaluation.losses import as_loss
 from onestep.evaluation.module import noisy_layers, warn_of_layers
@@ -90,10 +91,10 @@ def fit(
         max_steps: the most steps; None for ``epochs``, or 50. The polar method, whose rates fall to zero at the
             end, takes as many as there are seconds where only these are given, and else 20 passes over the data, but
             from 300 to 3,000 steps.
-        tol: converged when the loss can be lowered by no more than tol² of itself, as far as the method's matrix tells;
-            without one, or where damping hides it, when the gradient norm is under tol times the first one and a step
-            promises less than tol of the loss. Where the loss can get no lower but the matrix is singular, or a
-            parameter has lost its influence, that is not convergence. With ``batch_size`` none of this is tested.
+        tol: converged when the loss can be lowered by no more than tol² of itself (or than rounding changes it), as far
+            as the method's own matrix tells, without its damping; or when the gradient or the loss is zero. A saddle
+            that the Hessian shows, and a parameter that has lost its influence, are no convergence. With
+            ``batch_size`` none of this is tested.
         damping: initial damping, else the method's own.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         batch_size: rows a step, for data that does not fit in memory or many steps; None for all rows. A step is then
@@ -192,11 +193,14 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
     parameters that were reached and goes on with the history, without the methods that were tried.
     """
     saved, identity = from_first(lambda: _checkpoint(facts, settings))
+    # A source that differs on each pass has no hash, and neither would its batches.
+    hashed = identity is not None and identity["inputs"] is not None
     result: FitResult | None = None
     tried: set[str] = set()
     while True:
         try:
-            plan = make_plan(facts, settings, without=tried, resumed=saved["method"] if saved else None)
+            resumed = saved["method"] if saved else None
+            plan = make_plan(facts, settings, without=tried, resumed=resumed, hashed=hashed)
         except LookupError:
             # All methods that suit were tried, and the last one was stuck.
             assert result is not None
@@ -244,7 +248,7 @@ def _reset(model: nn.Module, seed: int) -> None:
         torch.manual_seed(seed)
         for name, module in model.named_modules():
             if any(p.requires_grad for p in module.parameters(recurse=False)):
-                reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+                reset = reset_method(module)
                 if reset is None:
                     kind = type(module).__name__
                     raise ValueError(f"initialize=True, but {name or 'the model'} ({kind}) has no reset_parameters()")

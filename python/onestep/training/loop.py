@@ -62,8 +62,6 @@ def run(
     if settings.validation is not None:
         validation = Validation(plan, settings.validation, settings.validation_every, settings.patience)
     path = None if plan.method.one_pass else settings.checkpoint
-    # Where rows are not the same on each pass, so that the fingerprint has no hash, this would not be either.
-    plan.source.hashed = path is not None and identity is not None and identity["inputs"] is not None
     if path is not None and saved is not None:
         _resume(path, saved, plan, running, result, validation)
     stuck = False

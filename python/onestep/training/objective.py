@@ -28,6 +28,7 @@ from onestep.training.kronecker import Factors
 
 # Rows of the Jacobian are kept for products if they take no more bytes than this.
 _ROOT_BYTES = 64 * 2**20
+# Of so many rows of the Jacobian at a time the squares are summed: they stay in cache.
 _SQUARED_ROWS = 128
 
 
@@ -77,7 +78,6 @@ class _KeptRoot(SummedRoot):
         ]
 
     def diagonals(self) -> Iterator[tuple[int, Tensor]]:
-        # Squares of a few rows at a time stay in cache.
         blocks = ((piece, block) for piece, rows in self.parts for block in rows.split(_SQUARED_ROWS))
         return ((piece, block.square().sum(0)) for piece, block in blocks)
 
@@ -282,7 +282,7 @@ class DataObjective(Objective):
         return total.div_(count or 1)
 
     def root_jacobian(self, parameters: ParameterVector, chunk: Chunk) -> Iterator[Tensor]:
-        """Rows R with RᵀR the sum of JᵀHJ over rows of the chunk, a piece at a time."""
+        """Rows R with RᵀR the sum of JᵀHJ over rows of the chunk, some rows at a time."""
         point = parameters.read()
         for rows in root_jacobian(self.module, self.loss, chunk, point, self.values(parameters), self.route):
             yield rows.reshape(-1, len(parameters))

@@ -31,7 +31,7 @@ class FitPlan:
         reasons: why methods and structures that might have been faster do not apply, each a clause.
         model, parameters, loss, settings: those of the facts, and the arguments of fit.
         source: this process's share of the rows, in pieces and chunks as the method wants them. It keeps the place in
-            the data, the only thing in a plan that moves.
+            the data, which moves; nothing else in a plan does.
         batch_size: rows of a step; None for all.
         chunk_rows: how many rows are computed together.
         max_steps: the greatest number of steps; None for as many as there is time for.
@@ -59,13 +59,19 @@ class FitPlan:
 
 
 def make_plan(
-    facts: Facts, settings: Settings, *, without: Collection[str] = (), resumed: str | None = None
+    facts: Facts,
+    settings: Settings,
+    *,
+    without: Collection[str] = (),
+    resumed: str | None = None,
+    hashed: bool = False,
 ) -> FitPlan:
     """The plan for these facts.
 
     Args:
         without: methods that "auto" may not take, since they were tried.
         resumed: the method of the checkpoint that the fit goes on from, which "auto" takes again.
+        hashed: whether batches are hashed as they are read, for a checkpoint.
 
     Raises:
         ValueError: the method that was asked for cannot do this.
@@ -87,7 +93,7 @@ def make_plan(
         parameters=facts.parameters,
         loss=facts.loss,
         settings=settings,
-        source=cut(facts.source, own, chunk_rows),
+        source=cut(facts.source, own, chunk_rows, hashed=hashed),
         batch_size=method.batch_size(facts, settings),
         chunk_rows=chunk_rows,
         max_steps=method.most_steps_of(facts, settings),

@@ -1,9 +1,9 @@
 """Scaled dot-product attention on CUDA: torch's fused kernels where they fit, and csrc/attention/cuda.
 
 Values and gradients of bfloat16 and float16 without a mask are computed by torch's flash attention, or on Hopper and
-later by cuDNN's, which is up to twice as fast (``flash_fits`` says where). Everything else is computed by our kernels:
-masks, float32, other lengths, and all tangents. Sizes that no kernel takes run as the formulas in torch's ops, at O(T²)
-memory; ``path`` says which of the three runs, and why.
+later by cuDNN's, which is up to twice as fast (``why_not_flash`` says where not). Everything else is computed by our
+kernels: masks, float32, other lengths, and all tangents. Sizes that no kernel takes run as the formulas in torch's ops,
+at O(T²) memory; ``path`` says which of the three runs, and why.
 
 Results have the dtype of q, and L is float64. Our kernels add up in a fixed order: the same call gives the same bits.
 torch's gradient does so where ``torch.use_deterministic_algorithms`` asks for it.
@@ -37,7 +37,7 @@ class Path(NamedTuple):
     reason: str
 
 
-def flash_fits(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool, sizes: Sizes) -> str:
+def why_not_flash(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool, sizes: Sizes) -> str:
     """Why torch's flash kernels do not take these operands; empty if they do."""
     if not q.is_cuda:
         return "operands are not on a GPU"
@@ -60,7 +60,7 @@ def flash_fits(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, ca
     return ""
 
 
-def kernel_fits(q: Tensor, sizes: Sizes) -> str:
+def why_not_kernel(q: Tensor, sizes: Sizes) -> str:
     """Why our kernels do not take these operands; empty if they do."""
     if _cuda.native is None:
         return f"CUDA kernels: {_cuda.status}"
@@ -73,11 +73,11 @@ def kernel_fits(q: Tensor, sizes: Sizes) -> str:
 def path(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool, tangents: bool) -> Path:
     """What computes values and gradients, or tangents, of these operands."""
     sizes = schema.check_operands(q, k, v, mask)
-    reason = "they give no tangents" if tangents else flash_fits(q, k, v, mask, scale, causal, sizes)
+    reason = "they give no tangents" if tangents else why_not_flash(q, k, v, mask, scale, causal, sizes)
     if not reason:
         return Path("flash", "")
     reason = f"not torch's flash kernels: {reason}"
-    unfit = kernel_fits(q, sizes)
+    unfit = why_not_kernel(q, sizes)
     return Path("formulas", f"{reason}; not ours: {unfit}") if unfit else Path("kernel", reason)
 
 
@@ -230,9 +230,9 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, 
 @register(schema.attention, device="cuda")
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     sizes = schema.check_operands(q, k, v, mask)
-    if not flash_fits(q, k, v, mask, scale, causal, sizes):
+    if not why_not_flash(q, k, v, mask, scale, causal, sizes):
         return _flash_forward(q, k, v, scale, causal, sizes)
-    if kernel_fits(q, sizes):
+    if why_not_kernel(q, sizes):
         return formula_forward(q, k, v, mask, scale, causal)
     out, lse = schema.empty_outputs(sizes, q)
     call = _Call(sizes, q, scale, causal)
@@ -252,7 +252,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, ca
 def _attention_jvp(*args: Any) -> tuple[Tensor, Tensor]:
     q, k, v, mask, out, lse, dq, dk, dv, dmask, scale, causal = args
     sizes = schema.check_operands(q, k, v, mask, out, dq, dk, dv, dmask)
-    if kernel_fits(q, sizes):
+    if why_not_kernel(q, sizes):
         return formula_jvp(q, k, v, mask, dq, dk, dv, dmask, scale, causal)
     dout, dlse = schema.empty_outputs(sizes, q)
     call = _Call(sizes, q, scale, causal)
@@ -364,12 +364,12 @@ def _attention_backward(*args: Any) -> Grads:
     if (
         grad is not None
         and grad_lse is None
-        and not flash_fits(q, k, v, mask, scale, causal, sizes)
+        and not why_not_flash(q, k, v, mask, scale, causal, sizes)
         and grad.shape == out.shape == q.shape
     ):
         grads = _flash_backward(grad.to(q.dtype), q, k, v, out.to(q.dtype), lse, scale, causal, sizes)
         return *grads, q.new_empty((*sizes.batch, 0), dtype=sizes.dtype)
-    if kernel_fits(q, sizes):
+    if why_not_kernel(q, sizes):
         return formula_backward(grad, grad_lse, q, k, v, mask, scale, causal, mask_grad)
     return _gradients((grad, grad_lse, q, k, v, mask, out, lse, *(None,) * 8), False, scale, causal, mask_grad)
 
@@ -377,7 +377,7 @@ def _attention_backward(*args: Any) -> Grads:
 @register(schema.attention_backward_jvp, device="cuda")
 def _attention_backward_jvp(*args: Any) -> Grads:
     tensors, (scale, causal, mask_grad) = args[:16], args[16:]
-    if kernel_fits(args[2], schema.backward_jvp_sizes(tensors)):
+    if why_not_kernel(args[2], schema.backward_jvp_sizes(tensors)):
         return formula_backward_jvp(*args[:6], *args[8:14], *args[16:])
     return _gradients(tensors, True, scale, causal, mask_grad)
 

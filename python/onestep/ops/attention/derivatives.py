@@ -1,9 +1,9 @@
 """Derivatives of scaled dot-product attention.
 
 Four ops are enough up to order two. The tangent of ``attention`` is ``attention_jvp``, its gradient
-``attention_backward``. Each of these is linear in the tangents or the cotangents, and the other one is its transpose.
-By the operands both are differentiated by ``attention_backward_jvp``, since second derivatives are symmetric. In the
-methods' names and arguments a d in front marks a tangent.
+``attention_backward``. Both are linear, in the tangents and in the cotangents, and each is the transpose of the other.
+``attention_backward_jvp`` differentiates both with respect to the operands, since second derivatives are symmetric. A d
+in front of an argument's name marks a tangent.
 """
 
 from __future__ import annotations

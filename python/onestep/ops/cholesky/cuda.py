@@ -16,6 +16,7 @@ from onestep.ops._cuda import native, place
 from onestep.ops._library import register
 from onestep.ops.cholesky import schema
 from onestep.ops.operands import kernel_batch, operand, optional_operand
+from onestep.ops.singular import with_singular
 
 # Without it this file is not imported.
 assert native is not None
@@ -87,17 +88,8 @@ def factor_into(A: Tensor, L: Tensor, info: Tensor, *, normal_equations: bool = 
     first = (~pivots.isfinite()).to(torch.int32).argmax(-1).to(torch.int32) + 1
     info.copy_(torch.where((code == 0) & ~pivots.isfinite().all(-1), first, code))
     if normal_equations:
-        _check_pivots(L, A.diagonal(dim1=-2, dim2=-1), info)
+        info.copy_(with_singular(info, L, A.diagonal(dim1=-2, dim2=-1)))
     L.masked_fill_((info != 0)[..., None, None], torch.nan)
-
-
-def _check_pivots(L: Tensor, diagonal: Tensor, info: Tensor) -> None:
-    """The rule of the normal equations: a pivot must exceed 8 ε of its diagonal element (kSingularEpsilons)."""
-    pivots = L.diagonal(dim1=-2, dim2=-1).square()
-    floor = 8 * torch.finfo(L.dtype).eps * diagonal
-    bad = (pivots <= floor) & (info == 0).unsqueeze(-1)
-    first = bad.to(torch.int32).argmax(-1).to(torch.int32) + 1
-    info.copy_(torch.where(bad.any(-1), first, info))
 
 
 def solve_into(L: Tensor, B: Tensor, solution: Tensor) -> None:

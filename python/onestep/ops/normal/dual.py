@@ -10,8 +10,9 @@ from torch import Tensor
 
 from onestep.ops.cholesky.schema import cholesky, cholesky_solve
 from onestep.ops.normal.formulas import column, failed
-from onestep.ops.normal.schema import SINGULAR_EPSILONS, check_numbers, gram
+from onestep.ops.normal.schema import check_numbers, gram
 from onestep.ops.operands import check_not_negative, reads_values
+from onestep.ops.singular import with_singular
 
 
 def _scales(weight: Tensor | None, ridge: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -46,7 +47,7 @@ def solve_dual(
     eye = torch.eye(X.shape[-2], dtype=X.dtype, device=X.device)
     system = inner + largest.unsqueeze(-1) * eye
     L, info = cholesky.dispatched(system)
-    info = _with_singular(info, L, system)
+    info = with_singular(info, L, system.diagonal(dim1=-2, dim2=-1))
     solution = _from_dual(X, root, inverse_ridge, L, column(root, Y))
     for _ in range(refine):
         # δ = A⁻¹(XᵀD(Y − XW) − ΛW), with A⁻¹ by Woodbury's identity.
@@ -61,16 +62,6 @@ def solve_dual(
         norm = torch.linalg.matrix_norm(system, 1)
         inverse = cholesky_solve.dispatched(eye, L)
         rcond_out.copy_(torch.where(info == 0, 1 / (norm * torch.linalg.matrix_norm(inverse, 1)), 0))
-
-
-def _with_singular(info: Tensor, L: Tensor, system: Tensor) -> Tensor:
-    """info, with the order of the first pivot that is rounding noise where the factor exists; as the primal form."""
-    noise = L.diagonal(dim1=-2, dim2=-1).square() <= (
-        SINGULAR_EPSILONS * torch.finfo(L.dtype).eps * system.diagonal(dim1=-2, dim2=-1)
-    )
-    # One more entry behind the last pivot, so that argmax always finds one.
-    first = torch.nn.functional.pad(noise, (0, 1), value=True).to(torch.int32).argmax(-1)
-    return torch.where((info == 0) & (first < L.shape[-1]), (first + 1).to(info.dtype), info)
 
 
 def _from_dual(X: Tensor, root: Tensor | None, inverse_ridge: Tensor, L: Tensor, right: Tensor) -> Tensor:

@@ -34,10 +34,6 @@ HALF = (torch.bfloat16, torch.float16)
 # negative value, on devices where values are not checked before the kernel runs.
 NEGATIVE_WEIGHT, NEGATIVE_RIDGE = -3, -4
 
-# A system is singular where a pivot is at most this many ε of its diagonal element: rounding noise. The same number as
-# in csrc/normal/cpu/kernels.hpp; linalg/spd.py takes it from here.
-SINGULAR_EPSILONS = 8
-
 
 def check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
     """Checks X (…,n,d), Y (…,n,k), weight (…,n); returns their batch shapes.
@@ -210,7 +206,8 @@ def raise_if_failed(info: Tensor, d: int) -> None:
             raise ValueError(f"{name} has negative values; expected values >= 0")
     raise LinAlgError(
         f"{describe_failures(info, 'problems')}. info = i up to {d}: the leading minor of order i of X'DX + ridge is "
-        "not positive definite, because columns are linearly dependent, or X or weight holds NaN or Inf; "
+        "not positive definite, because columns are linearly dependent (rows, where n < d and ridge > 0), or X or "
+        "weight holds NaN or Inf; "
         f"info = {d + 1}: Y holds NaN or Inf, or the solution overflowed. Add ridge > 0, remove dependent "
         "columns, clean the data, or call the _ex variant, which reports info and keeps the good solutions."
     )

@@ -18,10 +18,11 @@ from onestep.training.plan import FitPlan
 from onestep.training.structures.affine_head import find_head
 from onestep.training.structures.base import Mismatch, ObjectiveType
 
-# An estimate takes at most this many passes over the features, the one that computes them included; or more, as long as
-# they take no more than this many operations. It ends where the loss can be lowered by less than this part of itself.
+# An estimate takes at most this many passes over the features, the one that computes them included.
 _PASSES = 5.0
+# It takes more passes as long as they have no more than this many operations in all.
 _CHEAP_OPERATIONS = 2e9
+# It ends where the loss can be lowered by less than this part of itself.
 _ESTIMATE = 1e-5
 _ESTIMATED = "estimated in one pass over the data; method='quasi_newton' from here ends at the minimum"
 

@@ -92,7 +92,7 @@ class DampedMethod(Method):
         return options
 
     def setup(self, plan: FitPlan) -> Run:
-        """At the first step."""
+        """A run before its first step."""
         return DampedRun(plan, self.optimizer(plan.parameters.tensors, **self.options(plan)))
 
 

@@ -25,17 +25,20 @@ from onestep.training.methods.damped import MOST_DENSE
 from onestep.training.plan import FitPlan
 from onestep.training.structures.base import Mismatch
 
-# Positions, such as characters of a text, that a step takes where the batch is not given; rows of one position each
-# carry more than a character does.
+# Positions, such as characters of a text, that a step takes where the batch is not given.
 _POSITIONS = 1024
+# The same for rows of one position each, which carry more than a character does.
 _ROWS = 128
 # A pass over few rows has at least so many steps.
 _LEAST_STEPS_A_PASS = 8
-# Where neither steps, passes nor seconds are given: passes, and the least and most steps that they may come to.
+# Passes over the data where neither steps, passes nor seconds are given.
 _PASSES = 20
+# The least and the most steps that these passes may come to.
 _LEAST_STEPS, _MOST_STEPS = 300, 3000
-# The rate rises over so many steps, or this part of all, and falls to zero in proportion to what is left.
-_WARM_UP, _WARM_UP_PART = 20, 0.1
+# The rate rises over so many steps, and falls to zero in proportion to what is left.
+_WARM_UP = 20
+# The rise takes no more than this part of all steps.
+_WARM_UP_PART = 0.1
 # A step moves the elements of hidden matrices by about a tenth of what they are at first, as the root of mean squares
 # goes; the rates of Adam are half of those. Weights that are large have been trained, or are scaled otherwise.
 _PART_OF_WEIGHTS, _LEAST_RATE, _MOST_RATE = 0.1, 1e-2, 4e-2
@@ -98,7 +101,7 @@ class PolarSteps(Method):
         return super().most_steps_of(facts, settings)
 
     def setup(self, plan: FitPlan) -> Run:
-        """At the first step."""
+        """A run before its first step."""
         return PolarRun(plan)
 
 

@@ -25,12 +25,14 @@ from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
 if TYPE_CHECKING:
     from onestep.training.facts import Facts
 
+# The families of `curvature.glm` by the losses that they are.
 _FAMILIES = {"cross_entropy": "softmax", "poisson": "poisson"}
 
 # The largest matrix that is factored: the whole Hessian, or its block for each output.
 _LARGEST_FACTOR = 1024
 # Of the diagonal's mean; directions in which nothing bends, as the common shift of softmax, need some.
 _LEAST_DAMPING = 1e-10
+# The same, in ε of the parameters' type: what rounding makes of a curvature of zero.
 _ROUNDINGS = 10
 
 
