@@ -6,6 +6,7 @@ import torch
 from sklearn import linear_model
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import LeaveOneOut
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from onestep import LogisticRegression, LogisticRegressionCV
@@ -106,3 +107,12 @@ def test_stopping_early_warns(rng):
     X, y = draw(rng)
     with pytest.warns(ConvergenceWarning, match="fits stopped at max_iter=1"):
         LogisticRegressionCV(max_iter=1).fit(X, y)
+
+
+def test_scores_that_are_all_undefined_are_told() -> None:
+    """The area under the curve of one row."""
+    X = np.random.default_rng(0).standard_normal((12, 2))
+    y = np.arange(12) % 2
+    with pytest.warns(UserWarning) as caught:
+        LogisticRegressionCV([0.1, 1.0], cv=LeaveOneOut(), scoring="roc_auc").fit(X, y)
+    assert any("the scores of 24 of 24 fits are NaN" in str(each.message) for each in caught)

@@ -306,6 +306,11 @@ def test_two_processes_solve_together(tmp_path: Path) -> None:
         (lambda: PolarGrad(network(), lr=-1.0), ValueError, r"lr=-1\.0; expected"),
         (lambda: PolarGrad(network(), momentum=1.0), ValueError, r"momentum=1\.0"),
         (lambda: PolarGrad(network(), gram_every=0), ValueError, "gram_every=0"),
+        (
+            lambda: PolarGrad([{"params": [torch.ones(3)], "damping": 1.0}]),
+            ValueError,
+            "damping is given in a param group",
+        ),
         (lambda: PolarGrad(network(), blocks={"nothing": 3}), ValueError, "blocks names 'nothing'"),
         (lambda: PolarGrad(network(), blocks={"0.weight": 5}), ValueError, r"blocks=5 .* \(12, 5\)"),
         (

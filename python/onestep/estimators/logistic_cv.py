@@ -112,6 +112,15 @@ class LogisticRegressionCV(LogisticRegression):
             scores.append([self._score_of(W, classes, data, test, scorer) for W in weights[-1]])
         self.scores_ = np.array(scores)
         self.n_iter_ = np.array(iterations, dtype=np.int32)
+        if np.isnan(self.scores_).any():
+            undefined = int(np.isnan(self.scores_).sum())
+            warnings.warn(
+                f"the scores of {undefined} of {self.scores_.size} fits are NaN; a C with such a score "
+                "is chosen only if all have one, and then the first. A score may be undefined for a fold with a single "
+                "row or class: pass another scoring, or larger folds",
+                UserWarning,
+                stacklevel=3,
+            )
         means = np.where(np.isnan(self.scores_), -np.inf, self.scores_).mean(axis=0)
         best = int(means.argmax())
         self.C_ = float(self.Cs_[best])

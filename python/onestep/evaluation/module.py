@@ -158,7 +158,9 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
             if "saved tensor hooks" in str(error):
                 kept = _computed_bytes(evaluate)
             elif type(error) is RuntimeError:
-                raise RuntimeError(f"model or loss fails on the first rows, {_described(few)}: {error}") from error
+                raise RuntimeError(
+                    f"model or loss fails on the first rows, {_described(few)}: {error or error!r}"
+                ) from error
             else:
                 raise
     return max(1, _CHUNK_BYTES * len(few) // max(1, kept))

@@ -13,12 +13,20 @@ import onestep.linalg as linalg
 from onestep._cached import cached_property
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
+from onestep.linalg import spd
 from onestep.optim.objective import CurvatureRoot, Objective
 from onestep.optim.optimizer import DampedOptimizer
 from onestep.optim.quadratic_model import Proposal, QuadraticModel
+from onestep.optim.step_report import StepReport
 
 # Without damping the factor may not exist: this much, relative to a unit diagonal, stands in for none.
 _UNDAMPED = 1e-12
+# A test for a minimum in float32 that seems to be met within this factor is repeated with a matrix summed in float64.
+_LIKELY = 1e3
+# Up to so many parameters: beyond, its eigenvalues take too long.
+_MOST_DECOMPOSED = 512
+# The rows of a Jacobian are right to about so many ε.
+_ROUNDED_ROWS = 4
 # With momentum, damping that follows every gain leads into poor minima.
 _FALLS, _RISES = 0.6, 1.6
 # Steps on a sample's curvature are solved for to this part of the gradient, by no more products than cost as much as
@@ -86,11 +94,28 @@ class LevenbergMarquardt(DampedOptimizer):
             diagonal = root.diagonal if decay is None else root.diagonal + decay
             scale = self._scale(parameters, diagonal.double(), floor).to(parameters.dtype)
             return _SampledModel(root, diagonal, decay, gradient, scale, carried, self.kept, parameters)
-        A = objective.gauss_newton_matrix(parameters)
+        A = objective.gauss_newton_matrix(parameters, precise="precise" in self.kept)
         if decay is not None:
             A = A + torch.diag(decay.double())
         scale = self._scale(parameters, A.diagonal(), floor)
-        return _FactoredModel(A, gradient.double(), scale, parameters.dtype, carried)
+        return _FactoredModel(A, gradient.double(), scale, parameters.dtype, carried, self.kept)
+
+    def _step(
+        self,
+        objective: Objective,
+        parameters: ParameterVector,
+        start: Tensor,
+        decay: Tensor | None,
+        loss: float,
+        gradient: Tensor,
+    ) -> StepReport:
+        """Once more with a precise matrix and without damping, where no step succeeds and this one is but rounding."""
+        precise = "precise" in self.kept
+        report = super()._step(objective, parameters, start, decay, loss, gradient)
+        if report.accepted or precise or "precise" not in self.kept:
+            return report
+        self.damping = _UNDAMPED
+        return super()._step(objective, parameters, start, decay, loss, gradient)
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Remembers the step for the momentum."""
@@ -164,10 +189,50 @@ class _MatrixModel(QuadraticModel):
 
 
 class _FactoredModel(_MatrixModel):
-    def __init__(self, A: Tensor, gradient: Tensor, scale: Tensor, dtype: torch.dtype, carried: Tensor | None) -> None:
+    """Steps by Cholesky.
+
+    Args:
+        kept: gets "precise" where the matrix turns out to be made of rounding, so that the next one is summed in
+            float64.
+    """
+
+    def __init__(
+        self,
+        A: Tensor,
+        gradient: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        carried: Tensor | None,
+        kept: dict[str, Tensor],
+    ) -> None:
         super().__init__(gradient, A.diagonal(), scale, dtype, carried)
         self.system = _Scaled(A, gradient, scale)
-        self.matrix = A
+        self.matrix, self.kept = A, kept
+
+    def decrement(self, enough: float, *, final: bool) -> float:
+        """½gᵀA⁻¹g, or infinity where that seems small and A may be too inaccurate to tell.
+
+        Products in float32 leave eigenvalues under ε of the largest to rounding, and directions of small curvature look
+        flat. Summed in float64, A tells which are.
+        """
+        found = super().decrement(enough, final=final)
+        eps = torch.finfo(self.dtype).eps
+        p = len(self.gradient)
+        likely = final or found <= _LIKELY * enough
+        if self.dtype == torch.float64 or p > _MOST_DECOMPOSED or not likely:
+            return found
+        system = self.undamped()
+        if "precise" not in self.kept:
+            shifted = system.matrix + _UNDAMPED * torch.eye(p, dtype=system.matrix.dtype, device=system.matrix.device)
+            if spd.factor(shifted).least_pivot() > p * eps:
+                return found
+            self.kept["precise"] = torch.ones(())
+            return math.inf
+        values, vectors = torch.linalg.eigh(system.matrix)
+        # The rows of the Jacobian are rounded, too: what they say of a direction under this is nothing.
+        bent = values > (_ROUNDED_ROWS * eps) ** 2 * values[-1]
+        along = (vectors.mT @ system.gradient)[bent]
+        return float(0.5 * (along.square() / values[bent]).sum())
 
     def undamped(self) -> _Scaled:
         return _Scaled(self.matrix, self.gradient, self.diagonal)

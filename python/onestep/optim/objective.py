@@ -128,11 +128,12 @@ class Objective(ABC):
         return None
 
     @abstractmethod
-    def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
+    def gauss_newton_matrix(self, parameters: ParameterVector, *, precise: bool = False) -> Tensor:
         """The Gauss-Newton matrix, formed.
 
         Args:
             parameters: as for ``value``.
+            precise: whether products of rows of the Jacobian are float64, whatever their type.
 
         Returns:
             The matrix (p,p), float64.
@@ -243,7 +244,7 @@ class ClosureObjective(Objective):
 
         return product
 
-    def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
+    def gauss_newton_matrix(self, parameters: ParameterVector, *, precise: bool = False) -> Tensor:
         point, outputs, loss = self._functions(parameters)
         with torch.no_grad(), exclusive(), differentiable_kernels():
             flat, shape = without_graph(lambda: outputs(point)), torch.Size()

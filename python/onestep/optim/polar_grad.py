@@ -19,6 +19,8 @@ from onestep.optim._hidden import Layout, blocks_by_identity, is_transposed, kno
 from onestep.optim._input_gram import InputGrams, damped_inverse
 
 # Settings that a group may have, each with what it must be.
+# Settings of the other optimisers, which a param group may bring by mistake.
+_OF_DAMPED_METHODS = {"damping", "damping_decrease", "damping_increase", "cg_iterations", "cg_tolerance"}
 _NOT_NEGATIVE = ("lr", "adam_lr", "weight_decay", "eps", "gram_damping")
 
 
@@ -145,10 +147,17 @@ class PolarGrad(torch.optim.Optimizer):
             param_group: "params", and settings that differ from the defaults; ``"polar"`` decides for all members.
 
         Raises:
-            ValueError: a setting or a parameter is not what it should be, or a parameter is in a group already.
+            ValueError: a setting or a parameter is not what it should be, a setting is one of the damped optimisers, or
+                a parameter is in a group already.
             TypeError: a parameter is no tensor.
         """
         group = dict(param_group)
+        foreign = sorted(_OF_DAMPED_METHODS & group.keys())
+        if foreign:
+            raise ValueError(
+                f"{foreign[0]} is given in a param group; expected settings of PolarGrad, which takes no damped steps "
+                "(gram_damping is for the inverse of the inputs' Gram matrix)"
+            )
         given = group.pop("params")
         members = [given] if isinstance(given, Tensor) else list(given)
         parameters = [member[1] if isinstance(member, tuple) else member for member in members]

@@ -266,7 +266,7 @@ class DataObjective(Objective):
             return None
         return _KeptRoot(parts, parameters.read(), self.pieces, count)
 
-    def gauss_newton_matrix(self, parameters: ParameterVector) -> Tensor:
+    def gauss_newton_matrix(self, parameters: ParameterVector, *, precise: bool = False) -> Tensor:
         p = len(parameters)
 
         def local() -> tuple[Tensor, list[float]]:
@@ -274,6 +274,7 @@ class DataObjective(Objective):
             with torch.no_grad(), exclusive(), differentiable_kernels():
                 for chunk in self.curvature_chunks():
                     for rows in map(_without_kinks, self.root_jacobian(parameters, chunk)):
+                        rows = rows.double() if precise else rows
                         total += linalg.moments(rows, rows[:, :0]).gram
                     count += self._elements(chunk)
             return total, [count]

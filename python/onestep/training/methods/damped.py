@@ -31,7 +31,7 @@ from onestep.training.methods.separation import (
 )
 from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
-from onestep.training.structures.affine import why_not_affine
+from onestep.training.structures.affine import explained, why_not_affine
 from onestep.training.structures.base import Mismatch
 
 # Up to this many parameters "auto" forms the Gauss-Newton matrix.
@@ -242,6 +242,13 @@ class DampedRun(Run):
             self.optimizer.step(self.objective)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {number + 1}, {error}") from error
+        except NotImplementedError as error:
+            if "onestep" in str(error):
+                raise
+            raise NotImplementedError(
+                f"the model or the loss has no derivative that {self.plan.method.name!r} takes ({explained(error)}): "
+                "use method='gradient_descent' or 'polar', which take gradients alone"
+            ) from error
         if self.optimizer.kept.get("inverse") is not inverse:
             self.formed = {"step": number, "source": place}
         report = self.optimizer.report

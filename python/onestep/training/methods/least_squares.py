@@ -115,17 +115,20 @@ class NormalSums(LeastSquares):
             note = f" in one pass; features depend on each other, so a ridge of {ridge:.1e} was added"
             W, intercept = self.equations.solve(ridge)
         # Sums are centred where there is an intercept.
-        spread = (squares - (rows * sums.y_mean.square() if self.intercept else 0.0)).sum()
+        shift = rows * sums.y_mean.square() if self.intercept else torch.zeros_like(squares)
         V = W.double()
-        error_sum = (spread + ((sums.gram @ V - 2 * sums.cross) * V).sum()).clamp_min(0).item()
+        error_sum = ((squares - shift).sum() + ((sums.gram @ V - 2 * sums.cross) * V).sum()).clamp_min(0).item()
         if replaceable:
-            self._check_digits(ridge, spread.item(), error_sum)
+            # Squares of targets are summed in float64; products of rows in their own type.
+            own = ((sums.gram.abs() @ V.abs() + 2 * sums.cross.abs()) * V.abs()).sum().item()
+            noise = torch.finfo(self.dtype).eps * own + torch.finfo(torch.float64).eps * (squares + shift).sum().item()
+            self._check_digits(ridge, noise, error_sum)
         return W, intercept, error_sum, note
 
-    def _check_digits(self, ridge: float, spread: float, error: float) -> None:
-        eps = torch.finfo(self.dtype).eps
-        if _FEW * eps * spread > _LOSS_DIGITS * error:
+    def _check_digits(self, ridge: float, noise: float, error: float) -> None:
+        if _FEW * noise > _LOSS_DIGITS * error:
             raise LostDigitsError("the squared error is rounding noise beside the squares that it is a difference of")
+        eps = torch.finfo(self.dtype).eps
         gram = self.equations.sums.gram
         least_pivot = spd.factor(gram + ridge * torch.eye(len(gram), dtype=gram.dtype)).least_pivot()
         if eps > _MOST_LOST[self.dtype] * least_pivot:
@@ -190,19 +193,22 @@ class QRFactor(LeastSquares):
         return W, intercept, (R @ solution).square().sum().item(), note
 
     def _smallest(self, A: Tensor, B: Tensor) -> tuple[Tensor, str]:
-        """argmin ‖AV - B‖, the smallest of them if there are several; and a note on its accuracy."""
+        """argmin ‖AV - B‖, the smallest of them if there are several; and a note on its accuracy.
+
+        Columns that depend on each other do so no more when they are rounded to float32. So singular values that such
+        rounding may have made count as zero, unless that costs more than the rounding of a product with W does.
+        """
         length = A.norm(dim=0)
         length = torch.where(length > 0, length, 1.0)
         U, S, Vh = torch.linalg.svd(A / length, full_matrices=False)
-        d = self.features
-        cutoff = max(_ROUNDINGS * torch.finfo(self.dtype).eps, d * torch.finfo(A.dtype).eps) * S[0]
-        rank = int((cutoff < S).sum())
-        V = (Vh[:rank].mT @ ((U[:, :rank].mT @ B) / S[:rank, None])) / length[:, None]
+        d, least = self.features, self.features * torch.finfo(A.dtype).eps
+        ranks = [int((cutoff * S[0] < S).sum()) for cutoff in (max(least, _ROUNDINGS * self._eps), least)]
+        solutions = [self._of_rank(rank, (U, S, Vh), B, length) for rank in dict.fromkeys(ranks)]
+        V, rank = solutions[0], ranks[0]
+        if len(solutions) > 1 and self._loss_of(A, B, solutions[1]) < (1 - _LOSS_DIGITS) * self._loss_of(A, B, V):
+            V, rank = solutions[1], ranks[1]
         note = " in a second pass, by QR in float64"
         if rank < d:
-            # What V has of directions that change no output.
-            free = torch.linalg.qr(Vh[rank:].mT / length[:, None]).Q
-            V = V - free @ (free.mT @ V)
             norm = "the least norm of weights, the bias left out," if self.intercept else "the least norm"
             note += f"; {d - rank} of {d} features depend on others: of all solutions the one with {norm} is taken"
             return V, note
@@ -210,3 +216,23 @@ class QRFactor(LeastSquares):
         if lost > _LOSS_DIGITS**2:
             note += f"; features are so nearly dependent that about {max(0, int(-math.log10(lost)))} digits are right"
         return V, note
+
+    @property
+    def _eps(self) -> float:
+        return float(torch.finfo(self.dtype).eps)
+
+    def _of_rank(self, rank: int, svd: tuple[Tensor, Tensor, Tensor], B: Tensor, length: Tensor) -> Tensor:
+        """The solution in the leading singular vectors of A / length."""
+        U, S, Vh = svd
+        V: Tensor = (Vh[:rank].mT @ ((U[:, :rank].mT @ B) / S[:rank, None])) / length[:, None]
+        if rank == self.features:
+            return V
+        # What V has of directions that change no output.
+        free: Tensor = torch.linalg.qr(Vh[rank:].mT / length[:, None]).Q
+        return V - free @ (free.mT @ V)
+
+    def _loss_of(self, A: Tensor, B: Tensor, V: Tensor) -> float:
+        """The squared error of V as it will be stored, and about what rounding adds to it where rows are multiplied."""
+        W = V.to(self.dtype).double()
+        rounding = 0.5 * self._eps * (A.square().sum(0)[:, None] * W.square()).sum().sqrt()
+        return ((A @ W - B).square().sum() + rounding.square()).item()

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from onestep.curvature import glm
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.errors import NonFiniteError
 from onestep.solvers.multinomial import Descent, constant_loss
 from onestep.training.facts import Facts, Settings
 from onestep.training.methods.base import Method, Run, Taken, Verdict
-from onestep.training.methods.separation import SEPARATED
+from onestep.training.methods.separation import RUNAWAY, SEPARATED
 from onestep.training.plan import FitPlan
 from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
 from onestep.training.structures.base import Mismatch, ObjectiveType
@@ -30,6 +31,8 @@ _MARGIN = 0.1
 _ROUNDINGS = 10
 # A mean loss below this may be on its way to zero.
 _SMALL_LOSS = 1e-3
+# Newton's step is taken for up to so many weights, and so many products of rows and weights.
+_MOST_WEIGHTS, _MOST_PRODUCTS = 256, 1e8
 # Rows whose scores are formed at a time.
 _ROWS = 8192
 
@@ -181,6 +184,29 @@ class HeadFit:
                 return False
         return True
 
+    def runs_away(self) -> bool:
+        """Whether another step would still move the scores of some row by much, as where there is no minimum.
+
+        L-BFGS knows little of directions in which hardly anything bends; for few weights, Newton's step is taken.
+        """
+        rows = self.kept.rows
+        V = self.descent.point.V
+        if not self.kept.hard or V.numel() > _MOST_WEIGHTS or rows.count * V.numel() > _MOST_PRODUCTS:
+            return self.descent.moves_on()
+        weight = None if rows.weight is None else rows.weight.double()
+        intercept = rows.coordinates.intercept
+        W = rows.coordinates.weights(V, torch.float64)
+        point = glm(rows.X.double(), rows.y, W, "softmax", weight=weight, intercept=intercept)
+        values, vectors = torch.linalg.eigh(point.gram())
+        # Scores have a shift in common that changes nothing.
+        bent = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
+        along = (vectors.mT @ point.grad.reshape(-1))[bent] / values[bent]
+        step = (vectors[:, bent] @ along).view(W.shape)
+        moved = rows.X.double() @ (step[:-1] if intercept else step) + (step[-1] if intercept else 0.0)
+        moved = moved - moved.mean(1, keepdim=True)
+        counted = moved if weight is None else moved[weight > 0]
+        return bool((counted.abs() > RUNAWAY).any())
+
 
 class _Run(Run):
     def __init__(self, plan: FitPlan) -> None:
@@ -224,7 +250,7 @@ class _Run(Run):
         fit = self._prepared()
         descent = fit.descent
         free = self.plan.settings.weight_decay == 0
-        if free and (descent.ended or fit.loss < _SMALL_LOSS) and (fit.separates() or descent.moves_on()):
+        if free and (descent.ended or fit.loss < _SMALL_LOSS) and (fit.separates() or fit.runs_away()):
             return Verdict(SEPARATED)
         if descent.converged:
             return Verdict(f"the loss can be lowered by no more than {self.least:.0e} of itself", converged=True)

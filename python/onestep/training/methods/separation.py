@@ -26,7 +26,7 @@ WITHOUT_MINIMUM = (
     "counts of a group are zero); weight_decay > 0 gives it one"
 )
 # A step that still moves the outputs of some row so far, where the loss can hardly be lowered.
-_RUNAWAY = 0.1
+RUNAWAY = 0.1
 
 
 def may_be_separated(plan: FitPlan) -> bool:
@@ -70,7 +70,7 @@ def moves_on(plan: FitPlan, before: Tensor) -> bool:
     """
 
     def terms() -> tuple[Tensor, list[float]]:
-        moved = any(_movement(plan, chunk, before) > _RUNAWAY for chunk in plan.source.all())
+        moved = any(_movement(plan, chunk, before) > RUNAWAY for chunk in plan.source.all())
         return torch.empty(0), [moved]
 
     with torch.no_grad():
