@@ -302,12 +302,12 @@ def test_codes_with_numbers_are_categories_and_told(run, table, tmp_path):
             "has 2 classes: it is classified, because it has two different values; pass --task reg",
         ),
         ([0.5, 1, 1, 0.5] * 10, True, "has 2 classes"),
-        ([0, 1, 2, 1] * 10, False, "its values are numbers, 3 different ones; pass --task classification if they are"),
-        ([0, 0.5, 1, 0] * 10, False, "its values are numbers, 3 different ones; pass --task classification"),
-        (list(range(10)) * 4, False, "numbers, 10 different ones; pass --task classification"),
-        (list(range(20)) * 2, False, "numbers, 20 different ones; pass --task classification"),
-        (TARGET, False, "the target 'y' is fitted as a number, because its values are numbers, 40 different ones"),
-        ([7] * 40, False, "numbers, 1 different ones"),
+        ([0, 1, 2, 1] * 10, False, "it holds numbers, with 3 different values; pass --task classification"),
+        ([0, 0.5, 1, 0] * 10, False, "it holds numbers, with 3 different values; pass --task classification"),
+        (list(range(10)) * 4, False, "numbers, with 10 different values; pass --task classification"),
+        (list(range(20)) * 2, False, "numbers, with 20 different values; pass --task classification"),
+        (TARGET, False, "the target 'y' is fitted as a number, because it holds numbers, with 40 different values"),
+        ([7] * 40, False, "numbers, with 1 different value;"),
     ],
 )
 def test_the_task_is_told_with_its_reason_and_the_other_option(run, table, values, classes, why):

@@ -356,7 +356,11 @@ def test_classes_by_a_network(run, table, tmp_path):
 def test_what_counts_as_a_class(run, table):
     binary = table({"a": AMOUNTS, "y": (AMOUNTS > 1500).astype(int)})
     _code, out, err = run("fit", binary, "--target", "y")
-    assert "the target 'y' has 2 classes: it is classified; pass --task regression" in err and "accuracy" in out
+    assert (
+        "the target 'y' has 2 classes: it is classified, because it has two different values; pass --task regression"
+        in err
+        and "accuracy" in out
+    )
     assert "R²" in run("fit", binary, "--target", "y", "--task", "regression")[1]
     stars = table({"a": AMOUNTS, "y": 1 + np.arange(40) % 5})
     _, out, err = run("fit", stars, "--target", "y")

@@ -66,9 +66,8 @@ def _settle_task(args: argparse.Namespace, table: Table) -> tuple[bool, str]:
     if different == 2:
         why = "because it has two different values; pass --task regression to fit it as a number"
         return True, f"the target {name!r} has 2 classes: it is classified, {why}"
-    why = (
-        f"because its values are numbers, {different:,} different ones; pass --task classification if they are classes"
-    )
+    many = count(different, "different value")
+    why = f"because it holds numbers, with {many}; pass --task classification if they are classes"
     return False, f"the target {name!r} is fitted as a number, {why}"
 
 
