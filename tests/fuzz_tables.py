@@ -28,60 +28,70 @@ def dates(written: str) -> Any:
     return st.dates().filter(lambda day: 1900 < day.year < 2100).map(lambda day: day.strftime(written))
 
 
-# What the cells of a column are, but for a few that are something else.
-KINDS = (
-    st.sampled_from(MIXED),
-    st.floats(-100, 100).map(str),
-    st.sampled_from(("u", "v", "w")),
-    st.integers(1, 4).map(lambda k: f"zone {k}"),
-    numbers(str),
-    numbers(lambda v: f"${v}"),
-    numbers(lambda v: f"{v} %"),
-    numbers(lambda v: f"{v} percent"),
-    numbers(lambda v: f"Rs. {v:,}/-"),
-    numbers(lambda v: f"{v:,}"),
-    numbers(lambda v: f"{v},5"),
-    numbers(lambda v: f"{v:,}".replace(",", ".") + ",25"),
-    numbers(lambda v: f"{v:,}".replace(",", "\u202f")),
-    numbers(lambda v: f"{v} kg"),
-    numbers(lambda v: f"<{v}"),
-    dates("%Y-%m-%d"),
-    dates("%Y-%m"),
-    dates("%Y"),
-    dates("%Y%m%d"),
-    dates("%d.%m.%Y"),
+# What the cells of a column are, but for a few that are something else, and the options that such a column needs.
+TARGETS = (
+    (st.floats(-100, 100).map(str), ""),
+    (st.sampled_from(("u", "v", "w")), ""),
+    (numbers(str), ""),
+    (numbers(lambda v: f"${v}"), ""),
+    (numbers(lambda v: f"{v} percent"), ""),
+    (numbers(lambda v: f"{v},5"), "--decimal ,"),
+    (numbers(lambda v: f"{v:,}".replace(",", ".") + ",25"), "--thousands . --decimal ,"),
 )
-OPTIONS = ("--impute median", "--alpha 1", "--test-size 0", "--task classification", "--task regression", "--missing")
+KINDS = (
+    *TARGETS,
+    (st.sampled_from(MIXED), ""),
+    (st.integers(1, 4).map(lambda k: f"zone {k}"), ""),
+    (numbers(lambda v: f"{v} %"), ""),
+    (numbers(lambda v: f"Rs. {v:,}/-"), "--thousands ,"),
+    (numbers(lambda v: f"{v:,}"), "--thousands ,"),
+    (numbers(lambda v: f"{v:,}".replace(",", "\u202f")), "--decimal ,"),
+    (st.integers(1, 4).map(lambda v: f"{v} kg"), "--categorical {name}"),
+    (st.integers(1, 4).map(lambda v: f"<{v}"), "--categorical {name}"),
+    (dates("%Y-%m-%d"), "--dates {name}"),
+    (dates("%Y-%m"), "--dates {name}"),
+    (dates("%Y"), "--dates {name}"),
+    (dates("%Y%m%d"), ""),
+    (dates("%d.%m.%Y"), "--dates {name} --date-format %d.%m.%Y"),
+)
+OPTIONS = ("--impute median", "--alpha 1", "--task classification", "--task regression", "--missing", "--dates c1")
 OPTIONS += ("--thousands ,", "--decimal ,", "--thousands . --decimal ,", "--thousands .", "--dtype float32", "--sep ;")
-OPTIONS += ("--dates c1", "--date-format %d.%m.%Y", "--date-format %Y%m%d", "--date-format %Q", "--categorical c1")
-OPTIONS += ("--model mlp --hidden 2 --max-steps 2", "--ignore c1")
+OPTIONS += ("--date-format %d.%m.%Y", "--date-format %Y%m%d", "--date-format %Q", "--categorical c1", "--ignore c1")
+OPTIONS += ("--model mlp --hidden 2 --max-steps 2",)
 
 
 def table(draw: Any, kinds: list[Any], rows: int) -> str:
     """A CSV file, mostly one, with columns of these kinds."""
-    others = st.sampled_from(MIXED + ODD if draw(st.integers(0, 3)) == 0 else MIXED)
+    others = st.sampled_from(MIXED + ODD if draw(st.integers(0, 3)) == 3 else MIXED)
     # Of 40 cells so many are of another kind.
-    wrong = draw(st.sampled_from((0, 0, 1, 4)))
+    wrong = draw(st.sampled_from((0, 0, 0, 1, 3)))
     lines = [[f"c{i}" for i in range(len(kinds))]]
     for _ in range(rows):
-        cells = [draw(others if draw(st.integers(0, 39)) < wrong else kind) for kind in kinds]
-        lines.append(cells[: len(cells) - (draw(st.integers(0, 60)) == 0)])
-    quote, end = draw(st.integers(0, 3)) > 0, draw(st.sampled_from(("\n", "\n", "\r\n")))
+        cells = [draw(others if draw(st.integers(0, 39)) >= 40 - wrong else kind) for kind in kinds]
+        lines.append(cells[: len(cells) - (draw(st.integers(0, 60)) == 60)])
+    quote, end = draw(st.integers(0, 3)) < 3, draw(st.sampled_from(("\n", "\n", "\r\n")))
     mark = draw(st.sampled_from(("", "", "\ufeff")))
     return mark + "".join(",".join(f'"{c}"' if quote else c for c in line) + end for line in lines)
 
 
 @st.composite
 def command_lines(draw: Any) -> Call:
-    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4))
-    text = table(draw, kinds, draw(st.integers(0, 14)))
+    # Most of the time a file that can be fitted.
+    kinds = [draw(st.sampled_from(TARGETS)), *draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3))]
+    kinds = kinds if draw(st.integers(0, 11)) < 11 else kinds[:1]
+    cells = [kind for kind, _ in kinds]
+    text = table(draw, cells, draw(st.sampled_from((12, 14, 10, 8, 6, 3, 1, 0))))
     # Other rows of the same kinds, or another number of columns, to predict for.
     change = draw(st.sampled_from((0, 0, 0, 0, -1, 1)))
-    kinds = kinds[:change] or kinds if change < 0 else kinds + change * [KINDS[0]]
-    other = table(draw, kinds, draw(st.integers(0, 5)))
-    options = draw(st.lists(st.sampled_from(OPTIONS), max_size=3, unique=True))
+    other = table(draw, cells[:change] or cells if change < 0 else cells + change * cells[:1], draw(st.integers(0, 5)))
+    options = [
+        needs.format(name=f"c{at}") for at, (_, needs) in enumerate(kinds) if needs and draw(st.integers(0, 7)) < 7
+    ]
+    options += draw(st.lists(st.sampled_from(OPTIONS), max_size=2)) if draw(st.booleans()) else []
+    options = list(dict.fromkeys([*options, *(["--test-size 0"] if draw(st.integers(0, 3)) < 3 else [])]))
     use = draw(st.lists(st.sampled_from(("--missing", "--decimal ,", "--thousands .", "--sep ;")), max_size=1))
-    broken = draw(st.integers(0, 9)) == 0
+    use = use if draw(st.booleans()) else []
+    broken = draw(st.integers(0, 9)) == 9
 
     def run(text: str, other: str, options: list[str], use: list[str]) -> Any:
         with tempfile.TemporaryDirectory() as folder:
