@@ -163,6 +163,8 @@ def test_dates_that_say_more_or_less_than_the_models(run, table, tmp_path):
             "has dates with and without a day, such as '2023-01-05' on line 22",
         ),
         (["2023", "2024-05"] * 20, [], "has dates with and without a month, such as '2024-05' on line 3 and '2023' on"),
+        (["2023-1", "2023-2"] * 20, [], "line 2 has '2023-1', which is not YYYY-MM-DD"),
+        (["202301", "202302"] * 20, [], "line 2 has '202301', which is not YYYY-MM-DD"),
         (["2023-W05", "2023-W06"] * 20, [], "line 2 has '2023-W05', which is not YYYY-MM-DD"),
         (["12:30", "12:45"] * 20, ["--date-format", "%H:%M"], "says no year, month or day"),
         (["2023-01-05", "2023-01-06"] * 20, ["--date-format", "%Q"], "--date-format '%Q' is no format of dates"),
@@ -247,6 +249,13 @@ def test_words_of_currencies_and_percent_are_read(run, table, tmp_path, written,
             "column 'a' has € and USD beside one number, '€5 USD' on line 2; write it with one",
         ),
         (["$5%", "$6%", "$7%", "$8%"] * 10, "column 'a' has $ and % beside one number"),
+        (["$1,037", "($2,100)"] * 20, "such as '$1,037' on line 2; pass --thousands ',' or --decimal ',', or keep"),
+        (["$37", "($21)"] * 20, "such as '($21)' on line 3; write negative numbers with a minus before them"),
+        (["1,00E+05", "2,50E+04"] * 20, "such as '1,00E+05' on line 2; pass --decimal ',', or keep"),
+        (
+            ["18:30", "7:05 pm"] * 20,
+            "times of day, such as '18:30' on line 2; write them as numbers, such as 18.5 hours",
+        ),
         (["1\u202f037", "2\u202f100"] * 20, "pass --thousands ' ', or keep"),
         (["1.037.000", "2.100.000"] * 20, "pass --thousands '.' --decimal ',', or keep"),
         (["1.037,50 €", "2.100,00 €"] * 20, "pass --thousands '.' --decimal ',', or keep"),
@@ -402,6 +411,13 @@ def test_float32_holds_classes_or_refuses(run, table, tmp_path):
     assert run("fit", path, "--target", "y")[0] == 0
 
 
+def test_separators_that_options_do_not_fit_are_told_before_lost_digits(run, table):
+    """3.7579544029403023 is no whole number, whatever groups its digits are taken for."""
+    path = table({"a": [f"{v / 7:.16f}" for v in AMOUNTS], "y": TARGET})
+    code, _, err = run("fit", path, "--target", "y", "--thousands", ".", "--decimal", ",")
+    assert code == 2 and "which does not fit the --thousands and --decimal given" in err
+
+
 # --- files as spreadsheets write them --------------------------------------------------------------------------------
 
 
@@ -463,7 +479,7 @@ def test_an_indian_spreadsheet(run, table, tmp_path):
         ("sep=;\na;y\n1;2\n", "line 1 is 'sep=;', a note for spreadsheets; delete this line"),
         ("a|y\n1|2\n", "separated by '|'; pass --sep '|'"),
         ("a,y,a\n1,2,3\n", "names a column twice: a; rename one of them"),
-        (with_line(small(), 9, "#DIV/0!,2,u,3"), "'a' should hold numbers, but line 9 has '#DIV/0!'; correct it"),
+        (with_line(small(), 9, "#DIV/0!,2,u,3"), "pass --missing '#DIV/0!' if it means that there is no value"),
         (with_line(small(), 9, "-,2,u,3"), "pass --missing '-' if it means that there is no value"),
     ],
 )

@@ -21,6 +21,7 @@ _DATE = re.compile(
 )
 # Weeks of ISO 8601 and quarters, which name no day.
 _SPAN = re.compile(r"\d{4}[- ]?(?:W\d{2}(?:-?[1-7])?|Q[1-4])|Q[1-4][-/ ]?\d{4}", re.IGNORECASE)
+_TIME = re.compile(r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?: ?[AaPp]\.?[Mm]\.?)?")
 # What ISO 8601 says of a date: a year, a year and a month, or a day, which a time may follow.
 _ISO_YEAR, _ISO_MONTH, _ISO_DAY = r"\d{4}", r"\d{4}-\d{2}", r"\d{4}([-/]?)\d{2}\1\d{2}(?:[Tt ].*)?"
 # A time of day with its distance from UTC.
@@ -34,6 +35,11 @@ _ENOUGH_DATES = 5
 def is_date(text: str) -> bool:
     """Whether a text looks like a date, a week or a quarter."""
     return bool(_DATE.fullmatch(text) or _SPAN.fullmatch(text))
+
+
+def is_time(text: str) -> bool:
+    """Whether a text looks like a time of day without a date."""
+    return bool(_TIME.fullmatch(text))
 
 
 def remedy(text: str, name: str) -> str:

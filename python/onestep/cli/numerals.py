@@ -94,6 +94,8 @@ def notation_hint(text: str) -> str:
     """What to write instead."""
     if "(" in text or text.endswith("-"):
         return "write negative numbers with a minus before them, as in -1234.5"
+    if re.search(r"\d,\d+[eE]", text):
+        return "pass --decimal ','"
     return "write them with the digits 0 to 9, as in -1234.5"
 
 

@@ -113,10 +113,9 @@ class Table:
             return numerals.separator_hint(text)
         if numerals.is_notation(text):
             return numerals.notation_hint(text)
-        # A dash, a question mark or a word.
-        missing = (
-            "" if any(c.isdigit() for c in text) else f"; pass --missing {text!r} if it means that there is no value"
-        )
+        # A dash, a question mark, a word, or what a spreadsheet writes for an error, such as #DIV/0!.
+        digits = any(c.isdigit() for c in text) and not text.startswith("#")
+        missing = "" if digits else f"; pass --missing {text!r} if it means that there is no value"
         return self._remedy(name) + missing
 
     def unit(self, name: str) -> str | None:
@@ -148,17 +147,17 @@ class Table:
     def numbers(self, name: str) -> np.ndarray:
         """A column as float64 with NaN for missing values; raises on any value that cannot be read as it is written."""
         column = self.frame[name]
-        if name in self.inexact:
-            row, number = self.inexact[name].index[0], self.inexact[name].iloc[0]
-            raise CliError(
-                f"{self.source}: column {name!r} holds whole numbers beyond 2^53 ({number} on line {self.line(row)}), "
-                f"of which float64 loses digits; {self._remedy(name)}"
-            )
         if name in self.misfits:
             row, number = self.misfits[name].index[0], self.misfits[name].iloc[0]
             raise CliError(
                 f"{self.source}: column {name!r} has {number!r} on line {self.line(row)}, which does not fit the "
                 f"--thousands and --decimal given; {numerals.misfit_hint(number, self.conventions)}"
+            )
+        if name in self.inexact:
+            row, number = self.inexact[name].index[0], self.inexact[name].iloc[0]
+            raise CliError(
+                f"{self.source}: column {name!r} holds whole numbers beyond 2^53 ({number} on line {self.line(row)}), "
+                f"of which float64 loses digits; {self._remedy(name)}"
             )
         self.unit(name)
         values: np.ndarray = numerals.to_numbers(column, self.conventions).to_numpy(dtype=np.float64)
@@ -179,7 +178,10 @@ class Table:
 
     def as_fitted(self, name: str, unit: str) -> np.ndarray:
         """A column as a model has it whose numbers have that unit: NaN where there is no such number, but no error."""
-        values = numerals.to_numbers(self.frame[name], self.conventions).to_numpy(dtype=np.float64)
+        column = self.frame[name]
+        values: np.ndarray = numerals.to_numbers(column, self.conventions).to_numpy(dtype=np.float64)
+        if column.dtype.kind == "f" and not unit and name not in self.misfits and name not in self.inexact:
+            return values
         return np.where(self.flaws(name, unit) == "", values, np.nan)
 
     def written(self, name: str, row: int) -> str:

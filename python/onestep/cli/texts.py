@@ -18,14 +18,17 @@ def check_text(table: Table, name: str) -> None:
         return
     number = numerals.to_numbers(values, table.conventions).notna()
     separated = values.map(numerals.is_separated) & ~number
-    if separated.any() and 2 * (number | separated).sum() > len(values):
-        # The text with most kinds of separators calls for all the options.
-        row = values[separated].map(numerals.count_separators).idxmax()
-        _refuse(table, name, "numbers", row, numerals.separator_hint(values[row]))
-    notation = values.map(numerals.is_notation) & ~number
-    if notation.any() and 2 * (number | notation).sum() > len(values):
-        row = notation.idxmax()
-        _refuse(table, name, "numbers", row, numerals.notation_hint(values[row]))
+    notation = values.map(numerals.is_notation) & ~number & ~separated
+    # Several ways may stand side by side, as in ($1,037) below $2,000.
+    number |= separated | notation
+    if 2 * number.sum() > len(values):
+        if separated.any():
+            # The text with most kinds of separators calls for all the options.
+            row = values[separated].map(numerals.count_separators).idxmax()
+            _refuse(table, name, "numbers", row, numerals.separator_hint(values[row]))
+        if notation.any():
+            row = notation.idxmax()
+            _refuse(table, name, "numbers", row, numerals.notation_hint(values[row]))
     day = values.map(dates.is_date)
     if 2 * day.sum() > len(values):
         row = day.idxmax()
@@ -34,6 +37,9 @@ def check_text(table: Table, name: str) -> None:
         else:
             hint = dates.remedy(values[row], name)
         _refuse(table, name, "dates", row, hint)
+    time = values.map(dates.is_time)
+    if 2 * time.sum() > len(values):
+        _refuse(table, name, "times of day", time.idxmax(), "write them as numbers, such as 18.5 hours for 18:30")
     _check_measures(table, name, values, number)
 
 
