@@ -383,3 +383,20 @@ def test_an_interrupted_network_is_kept(run, table, tmp_path, monkeypatch):
     assert code == 130 and "interrupted after 3 steps: the network as it stood was kept" in err
     assert "saved to" in out and saved.exists()
     assert run("predict", saved, path)[0] == 0
+
+
+def test_codes_with_leading_zeros_are_told(run, table):
+    """A postcode is no number, but may be read as one."""
+    codes = ["01067", "10115", "80331", "01069"] * 10
+    code, _, err = run("fit", table({"zip": codes, "y": TARGET}), "--target", "y")
+    assert (
+        code == 0 and "'zip' is taken for numbers, although some begin with a zero, such as '01067': pass --cat" in err
+    )
+    code, out, err = run("fit", table({"zip": codes, "y": TARGET}), "--target", "y", "--categorical", "zip")
+    assert (code, besides_task(err)) == (0, "") and "zip = 01069" in out
+    # Neither decimals nor dates are codes.
+    path = table(
+        {"a": [f"0.{v}" for v in AMOUNTS], "day": ["05.03.2023", "06.03.2023"] * 20, "b": AMOUNTS, "y": TARGET}
+    )
+    code, _, err = run("fit", path, "--target", "y", "--dates", "day", "--date-format", "%d.%m.%Y")
+    assert code == 0 and "begin with a zero" not in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from . import dates, numerals, units
@@ -100,6 +101,22 @@ def tell_dates_in_numbers(table: Table, name: str, values: Any) -> None:
     reading = "" if name == table.target else f"; pass {options} if they are dates"
     example = f"{values[values == values][0]:.0f}"
     note(f"column {name!r} is taken for numbers, although all may be dates, such as {example}{reading}")
+
+
+def tell_leading_zeros(table: Table, name: str) -> None:
+    """Notes that numbers of a column begin with zeros, as postcodes and other codes do."""
+    with table.readable.open() as file:
+        # Only then is the column read once more.
+        some = re.search(rb"(?:^|[\s;,|\"])0\d", file.read(1 << 16))
+    if not some or name in table.text or (table.frame[name] % 1 != 0).all():
+        return
+    texts = table.texts(name).dropna().str.strip()
+    padded = texts[texts.str.fullmatch(r"0\d+")]
+    if len(padded):
+        note(
+            f"column {name!r} is taken for numbers, although some begin with a zero, such as {padded.iloc[0]!r}: "
+            f"pass --categorical {name!r} if they are codes"
+        )
 
 
 def read_as_missing(table: Table, names: list[str]) -> str:
