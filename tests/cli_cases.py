@@ -45,3 +45,9 @@ def r2(out: str, name: str) -> list[float]:
     """R² of the network and of the linear model."""
     start = out.splitlines().index(next(line for line in out.splitlines() if line.startswith(name)))
     return [float(re.search(r"R² (-?[\d.]+)", line)[1]) for line in out.splitlines()[start : start + 2]]
+
+
+def besides_task(err: str) -> str:
+    """What was said but for the note that the target is fitted as a number, which stands where --task does not."""
+    lines = err.splitlines(keepends=True)
+    return "".join(line for line in lines if not re.match("note: the target .* is fitted as a number, because", line))

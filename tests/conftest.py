@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -123,6 +123,17 @@ def csv(tmp_path: Path) -> Callable[[str | bytes], Path]:
         path = tmp_path / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
+
+    return write
+
+
+@pytest.fixture
+def table(csv: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes columns as a CSV file, every field quoted."""
+
+    def write(columns: dict[str, Iterable[object]], name: str = "data.csv") -> Path:
+        lines = [columns, *zip(*columns.values(), strict=True)]
+        return csv("".join(",".join(f'"{field}"' for field in line) + "\n" for line in lines), name)
 
     return write
 

@@ -8,14 +8,10 @@ tiles, strides, dtypes, NaN and Inf, mostly shapes that fit and now and then one
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
-import io
 import itertools
 import random
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
 import hypothesis.strategies as st
@@ -23,12 +19,12 @@ import torch
 
 # torch imports its compiler in the first call of some functions, which may take longer than an answer may.
 import torch._dynamo
-from fuzz_draws import SIZES, Call, ForeignError, attempt, maybe, same_dtype, sizes, tensors
+from fuzz_draws import SIZES, Call, attempt, maybe, same_dtype, sizes, tensors
 from fuzz_models import estimator_calls, fit_calls, operator_calls, polar_calls
+from fuzz_tables import command_lines
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from onestep import curvature, functional, linalg
-from onestep.cli import main
 
 LINALG = (
     "solve_normal",
@@ -209,101 +205,20 @@ def op_calls(draw: Any) -> Call:
     return getattr(torch.ops.onestep, name), same_dtype(draw, calls[name]), names
 
 
-CELLS = (
-    "1",
-    "2.5",
-    "-3",
-    "0",
-    "1e3",
-    "",
-    "NA",
-    "nan",
-    "inf",
-    "1,5",
-    "1,037",
-    "$4",
-    "7%",
-    "u",
-    "v",
-    "w",
-    "a b",
-    "2021-03-05",
-)
-ODD_CELLS = ('"', "\0", "é", "9007199254740993", "x" * 50, "1e999", "\r")
+KINDS = {
+    "op": op_calls(),
+    "linalg": linalg_calls(),
+    "polar": polar_calls(),
+    "functional": functional_calls(),
+    "glm": glm_calls(),
+    "operator": operator_calls(),
+    "estimator": estimator_calls(),
+    "fit": fit_calls(),
+    "csv": command_lines(),
+}
 
 
-def tables(draw: Any, columns: int, rows: int) -> str:
-    """A CSV file, mostly one."""
-    cells = st.sampled_from(CELLS + ODD_CELLS if draw(st.integers(0, 3)) == 0 else CELLS)
-    if draw(st.booleans()):
-        cells = st.floats(-100, 100).map(str)
-    lines = [[f"c{i}" for i in range(columns)]]
-    lines += [[draw(cells) for _ in range(columns - (draw(st.integers(0, 40)) == 0))] for _ in range(rows)]
-    quote = draw(st.booleans())
-    return "\n".join(",".join(f'"{c}"' if quote else c for c in line) for line in lines) + "\n"
-
-
-@st.composite
-def command_lines(draw: Any) -> Call:
-    columns, rows = draw(st.integers(1, 4)), draw(st.integers(0, 12))
-    text = tables(draw, columns, rows)
-    # Other rows, or another number of columns, to predict for.
-    other = tables(draw, max(1, columns + draw(st.sampled_from((0, 0, 0, -1, 1)))), draw(st.integers(0, 5)))
-    options = draw(
-        st.lists(
-            st.sampled_from(("--impute median", "--alpha 1", "--test-size 0", "--task classification", "--missing"))
-            | st.sampled_from(("--thousands ,", "--decimal ,", "--dates c1", "--categorical c1", "--dtype float32"))
-            | st.sampled_from(("--model mlp --hidden 2 --max-steps 2", "--ignore c1", "--date-format %d", "--sep ;")),
-            max_size=3,
-            unique=True,
-        )
-    )
-    use = draw(st.lists(st.sampled_from(("--missing", "--decimal ,", "--thousands .", "--sep ;")), max_size=1))
-    broken = draw(st.integers(0, 9)) == 0
-
-    def run(text: str, other: str, options: list[str], use: list[str]) -> Any:
-        with tempfile.TemporaryDirectory() as folder:
-            path, rows = Path(folder) / "data.csv", Path(folder) / "other.csv"
-            path.write_bytes(text.encode())
-            rows.write_bytes(other.encode())
-            model = path.with_suffix(".safetensors")
-            words = ["fit", str(path), "--target", "c0", "--save", str(model), *" ".join(options).split()]
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                codes = [exit_code(words)]
-                if model.exists():
-                    if broken:
-                        model.write_bytes(model.read_bytes()[: 40 * len(other) % 300])
-                    codes += [exit_code(["predict", str(model), str(p), *" ".join(use).split()]) for p in (path, rows)]
-        if not set(codes) <= {0, 2} or "Traceback" in out.getvalue():
-            raise ForeignError(f"exit codes {codes}: {out.getvalue()}")
-        return codes
-
-    return run, {"text": text, "other": other, "options": options, "use": use}, ()
-
-
-def exit_code(words: list[str]) -> Any:
-    """What the process would end with; argparse leaves by SystemExit."""
-    try:
-        return main(words)
-    except SystemExit as end:
-        return end.code
-
-
-CALLS = st.one_of(
-    op_calls(),
-    linalg_calls(),
-    polar_calls(),
-    functional_calls(),
-    glm_calls(),
-    operator_calls(),
-    estimator_calls(),
-    fit_calls(),
-    command_lines(),
-)
-
-
-def run_calls(calls: int, number: int) -> int:
+def run_calls(calls: int, number: int, kinds: Collection[str] = tuple(KINDS)) -> int:
     """Makes so many random calls; raises at the first that ends wrongly, with the smallest arguments that do.
 
     Returns:
@@ -319,7 +234,7 @@ def run_calls(calls: int, number: int) -> int:
         suppress_health_check=list(HealthCheck),
     )
     @seed(number)
-    @given(CALLS)
+    @given(st.one_of(*(KINDS[kind] for kind in kinds)))
     def check(call: Call) -> None:
         nonlocal made
         attempt(*call)
@@ -333,7 +248,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="the calls to make")
     given_arguments = parser.parse_args()
     print(f"{given_arguments.calls} calls, --seed {given_arguments.seed}", flush=True)
-    run_calls(given_arguments.calls, given_arguments.seed)
+    run_calls(given_arguments.calls, given_arguments.seed, given_arguments.kinds)
     print("no crash, no hang, no foreign error")

@@ -40,12 +40,15 @@ Columns of numbers are used as they are; columns of text become categories, one 
 the most frequent, which is the baseline; columns named in --dates become year, month, day and weekday. The first line
 of the file names the columns. A file named - is standard input.
 
-Currency signs, codes such as USD, % and ‰ beside numbers are left out, with a note; they must be the same in all of a
-column. Numbers with other signs in them, such as 1,037 or 3,5, are refused until --thousands or --decimal says what
-they mean. Dates with a time and its distance from UTC are the day that is written.
+Currency signs, codes such as USD, words such as Rs and percent, % and ‰ beside numbers are left out, with a note; they
+must be the same in all of a column. Numbers with other signs in them, such as 1,037 or 3,5, are refused until
+--thousands or --decimal says what they mean; so are columns of numbers with a unit or a comparison, such as 5 kg or
+<5, unless --categorical names them. Dates with a time and its distance from UTC are the day that is written. Dates
+that say less, such as 2023-01, give no feature for what they do not say.
 
 A target of text or of two values is classified: the linear model is then logistic regression, the network's loss is
-cross-entropy, and predict gives a class and its probability. --task says otherwise.
+cross-entropy, and predict gives a class and its probability. Any other target is fitted as a number. A note says which
+it was, and why; --task says otherwise.
 
 --model linear is solved for exactly, in one step. --model mlp is a relu network on the standardised features and
 target, by Levenberg-Marquardt where it has up to about 2,000 parameters, else by matrix-free Gauss-Newton. It
@@ -68,8 +71,10 @@ examples:
 PREDICT_EPILOG = """\
 Writes a CSV with the column predicted_TARGET (and probability, of a class), and one line for each row of the file. A
 row with a category that the model does not know, with a value that is missing, or that is no number or date, gets an
-empty line; how many is shown on stderr. Where the file has the target as well, so are R² and RMSE, or accuracy and log
-loss. A file named - is standard input.
+empty field; how many is shown on stderr. An empty field that stands alone on its line is written "", since programs
+that read CSV skip empty lines. Columns are read as the model has them: numbers in the unit, and written in the way, of
+the file that it was fitted on. A column without one value of that kind is refused. Where the file has the target as
+well, R² and RMSE, or accuracy and log loss, are shown on stderr. A file named - is standard input.
 
 examples:
   python -m onestep predict model.safetensors new.csv
@@ -250,7 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="COLUMN",
-        help="columns to treat as categories although they hold numbers",
+        help="columns to treat as categories although they hold numbers, or texts that look like them",
     )
     fit.add_argument(
         "--impute",

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from . import numerals
+from . import dates
 from .errors import CliError, count, note
 from .table import Table
+from .texts import check_text, tell_dates_in_numbers, tell_leading_zeros, tell_numbers_in_texts, tell_unit
 
 # Texts that differ in most rows say which row it is: more levels than this are refused then, or than MANY_LEVELS
 # where --categorical asks for them.
@@ -38,9 +38,11 @@ class Number:
 
     def encode(self, table: Table) -> np.ndarray:
         """The features of each row, NaN where there is no number, or none is given and nothing may fill it."""
-        values = table.readable(self.name)
+        values = table.as_fitted(self.name, self.unit)
         values = np.where(np.isinf(values), np.nan, values)
-        return (values if self.fill is None else np.where(np.isnan(values), self.fill, values))[:, None]
+        if self.fill is not None:
+            values = np.where(table.frame[self.name].isna(), self.fill, values)
+        return values[:, None]
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,6 @@ class Category:
         return hot
 
 
-# The parts of a date, and what pandas calls them.
-DATE_PARTS = {"year": "year", "month": "month", "day": "day", "weekday": "day_of_week"}
-
-
-def _date_part(dates: Any, part: str) -> Any:
-    return getattr(dates.dt, DATE_PARTS[part])
-
-
 @dataclass(frozen=True)
 class Date:
     """A column of dates: one feature for each part that differs in the training rows (weekday: Monday is 0).
@@ -98,30 +92,24 @@ class Date:
 
     def encode(self, table: Table) -> np.ndarray:
         """The features of each row, NaN where there is no date, or none is given and nothing may fill it."""
-        dates = _dates(self.name, table, self.format)
-        if self.fill is not None:
-            dates = dates.mask(table.frame[self.name].isna(), pd.Timestamp(self.fill))
-        return np.column_stack([_date_part(dates, part).to_numpy(dtype=np.float64) for part in self.parts])
+        texts = table.frame[self.name]
+        days, said = dates.parse(texts, self.format), dates.said(texts, self.format)
+        missing = texts.isna().to_numpy() & (self.fill is not None)
+        days = days.mask(missing, pd.Timestamp(self.fill))
+        parts = [_date_part(days, part).to_numpy(dtype=np.float64) for part in self.parts]
+        return np.column_stack(
+            [np.where(said[name] | missing, part, np.nan) for name, part in zip(self.parts, parts, strict=True)]
+        )
 
 
-def _dates(name: str, table: Table, written: str | None) -> Any:
-    """A column as dates, NaT for texts that are none. A time's distance from UTC does not change the day written."""
-    texts = table.frame[name].astype("string")
-    if written and "%z" in written:
-        return pd.to_datetime(texts.map(lambda text: _local_time(text, written), na_action="ignore"), errors="coerce")
-    return pd.to_datetime(numerals.local(texts), format=written or "ISO8601", errors="coerce")
-
-
-def _local_time(text: str, written: str) -> Any:
-    try:
-        return datetime.strptime(text, written).replace(tzinfo=None)
-    except ValueError:
-        return None
+def _date_part(days: Any, part: str) -> Any:
+    return getattr(days.dt, dates.PARTS[part])
 
 
 def _date(name: str, table: Table, train: np.ndarray, written: str | None, impute: bool) -> Date | None:
-    dates, values = _dates(name, table, written), table.frame[name]
-    wrong = (dates.isna() & values.notna()).to_numpy()
+    values = table.frame[name]
+    days = dates.parse(values, written)
+    wrong = (days.isna() & values.notna()).to_numpy()
     if wrong.any():
         first = int(wrong.argmax())
         raise CliError(
@@ -129,10 +117,34 @@ def _date(name: str, table: Table, train: np.ndarray, written: str | None, imput
             f"{values.iloc[first]!r}, which is not {written or 'YYYY-MM-DD'}; correct it, or say how dates are written "
             "with --date-format, such as %d/%m/%Y"
         )
-    dates = dates.iloc[train]
-    parts = tuple(part for part in DATE_PARTS if _date_part(dates, part).nunique() > 1)
-    fill = str(dates.quantile(0.5, interpolation="lower").isoformat()) if impute else None
+    said = _parts_said(name, table, written)
+    days = days.iloc[train]
+    parts = tuple(part for part in said if _date_part(days, part).nunique() > 1)
+    fill = str(days.quantile(0.5, interpolation="lower").isoformat()) if impute else None
     return Date(name, parts, written, fill) if parts else None
+
+
+def _parts_said(name: str, table: Table, written: str | None) -> list[str]:
+    """The parts that all dates of a column say; raises where some say more than others, and tells if it is not all."""
+    values = table.frame[name].dropna()
+    said = dates.said(values, written)
+    for part, says in said.items():
+        if says.any() and not says.all():
+            first, second = (values.index[int(rows.argmax())] for rows in (says, ~says))
+            raise CliError(
+                f"{table.source}: column {name!r} has dates with and without a {part}, such as {values[first]!r} "
+                f"on line {table.line(first)} and {values[second]!r} on line {table.line(second)}; write all in one way"
+            )
+    parts = [part for part, says in said.items() if says.all()]
+    missing = [part for part in said if part not in parts]
+    if not parts:
+        raise CliError(f"--date-format {written!r} says no year, month or day: it must have one, such as %Y, %m or %d")
+    if missing:
+        note(
+            f"column {name!r}: dates such as {values.iloc[0]} say no {' and no '.join(missing)}; "
+            f"{' and '.join(parts)} {'is' if len(parts) == 1 else 'are'} used"
+        )
+    return parts
 
 
 Column = Number | Category | Date
@@ -175,19 +187,13 @@ def _category(name: str, table: Table, values: Any, impute: bool) -> Category | 
 
 def _number(table: Table, name: str, train: np.ndarray, impute: bool) -> Number | None:
     values = table.numbers(name)[train]
+    tell_unit(table, name)
+    tell_dates_in_numbers(table, name, values)
+    if table.frame[name].dtype.kind == "f":
+        tell_leading_zeros(table, name)
     if np.nanmin(values) == np.nanmax(values):
         return None
     return Number(name, float(np.nanmedian(values)) if impute else None, table.unit(name) or "")
-
-
-def tell_unit(table: Table, name: str) -> None:
-    """Notes that the unit beside a column's numbers is left out."""
-    unit = table.unit(name)
-    if unit:
-        found = numerals.units(table.frame[name], table.conventions)
-        example = table.frame[name][found.index[0]]
-        read = numerals.to_numbers(pd.Series([example]), table.conventions)[0]
-        note(f"column {name!r}: {unit} is left out ({example} is read as {read:g})")
 
 
 def learn_columns(
@@ -196,7 +202,7 @@ def learn_columns(
     train: np.ndarray,
     *,
     impute: bool,
-    dates: Sequence[str] = (),
+    date_columns: Sequence[str] = (),
     date_format: str | None = None,
 ) -> list[Column]:
     """Decides from the training rows what each named column is. One that is constant there is left out, with a note."""
@@ -209,14 +215,15 @@ def learn_columns(
                 f"{table.source}: column {name!r} has no value in the training rows; "
                 f"leave it out with --ignore {name!r}"
             )
-        if name in dates:
+        if name in date_columns:
             column = _date(name, table, train, date_format, impute)
         elif table.is_text(name):
-            table.check_text(name)
+            check_text(table, name)
             column = _category(name, table, values, impute)
+            if column is not None:
+                tell_numbers_in_texts(table, name)
         else:
             column = _number(table, name, train, impute)
-            tell_unit(table, name)
         if column is None:
             note(f"column {name!r} is constant in the training rows and is left out")
         else:

@@ -9,19 +9,18 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from .columns import encode, learn_columns, level_order, tell_unit
+from .columns import encode, learn_columns, level_order
 from .errors import CliError, Interrupted, count, listed, note
 from .model import LinearModel, Model, NetworkModel, check_writable, save_model
 from .report import ClassScore, Score, console, duration, weight_table
 from .solve import Solve, Task, fit_linear, fit_network
 from .source import Conventions, Source
 from .table import Table, read_table
+from .texts import check_text, read_as_missing, tell_dates_in_numbers, tell_unit
 
 # What alpha is where the command line does not say. The network's suits a standardised target: least squares of a few
 # hundred to a few thousand rows would follow their noise. The logistic one is scikit-learn's.
 NETWORK_ALPHA, LOGISTIC_ALPHA = 10.0, 1.0
-# A numeric target of so few different whole numbers may be meant as classes: that is pointed out.
-FEW_CLASSES = 10
 # A text target of more classes than this, most of them seen once, is no class.
 MANY_CLASSES = 50
 
@@ -47,39 +46,45 @@ def _read(args: argparse.Namespace) -> tuple[Table, list[str]]:
     return table, names
 
 
-def _settle_task(args: argparse.Namespace, table: Table) -> bool:
-    """Whether the target holds classes. What was not asked for is decided from its values, with a note."""
+def _settle_task(args: argparse.Namespace, table: Table) -> tuple[bool, str]:
+    """Whether the target holds classes, and a note that says why where that was not asked for.
+
+    Texts and numbers of two values are classes. Other numbers are numbers, however few: stars from 1 to 5 have an
+    order that classes would lose, and only the user knows whether the codes 0, 1 and 2 have one.
+    """
     name, values = args.target, table.frame[args.target].dropna()
     if args.task != "auto":
-        return bool(args.task == "classification")
+        return bool(args.task == "classification"), ""
     different = int(values.nunique())
-    remedy = "pass --task regression to fit it as a number"
     if table.is_text(name):
-        table.check_text(name)
+        check_text(table, name)
         if different > MANY_CLASSES and 2 * different > len(values):
-            return False  # its texts are refused as numbers
-        remedy = "one model predicts the probability of each"
-    elif different != 2:
-        whole = values.dtype.kind == "f" and bool((values % 1 == 0).all())
-        if whole and 1 < different <= FEW_CLASSES:
-            note(
-                f"the target {name!r} has {different} different values: pass --task classification if they are classes"
-            )
-        return False
-    if different >= 2:
-        note(f"the target {name!r} has {different} classes: it is classified; {remedy}")
-    return different >= 2
+            return False, ""  # its texts are refused as numbers
+        why = "because it is text; one model predicts the probability of each"
+        # One class is refused, with what can be done; a target without any is missing.
+        return different > 0, f"the target {name!r} has {different} classes: it is classified, {why}"
+    if different == 2:
+        why = "because it has two different values; pass --task regression to fit it as a number"
+        return True, f"the target {name!r} has 2 classes: it is classified, {why}"
+    many = count(different, "different value")
+    why = f"because it holds numbers, with {many}; pass --task classification if they are classes"
+    return False, f"the target {name!r} is fitted as a number, {why}"
 
 
 def _settle_missing(table: Table, names: list[str], target: str, impute: bool) -> None:
     """Raises for missing values, or, with `impute`, drops the rows without a target."""
     missing = table.frame[[*names, target]].isna().sum()
     missing = missing[missing > 0]
+    # Where texts are expected, such as codes of countries, NA may be one of them.
+    texts = read_as_missing(table, [name for name in missing.index if table.is_text(name)])
     if not impute and len(missing):
         columns = listed([f"{name} ({n:,})" for name, n in missing.items()])
         raise CliError(
             f"{table.source} has missing values in {columns}; pass --impute median, or leave columns out with --ignore"
+            f"{'; ' if texts else ''}{texts}"
         )
+    if texts:
+        note(texts)
     if target in missing:
         note(f"{count(int(missing[target]), 'row')} without {target} dropped")
         table.frame = table.frame[table.frame[target].notna()]
@@ -93,7 +98,9 @@ def _target(table: Table, name: str, classify: bool) -> tuple[np.ndarray, tuple[
     labels = values.map(lambda value: f"{value:.15g}", na_action="ignore") if values.dtype.kind == "f" else values
     classes = sorted(map(str, labels.dropna().unique()), key=level_order)
     if len(classes) < 2:
-        raise CliError(f"{table.source}: the target {name!r} has the one value {listed(classes)}: nothing to classify")
+        has = f"has the one value {listed(classes)}" if classes else "has no value"
+        texts = read_as_missing(table, [name])
+        raise CliError(f"{table.source}: the target {name!r} {has}: nothing to classify{'; ' if texts else ''}{texts}")
     return np.asarray(pd.Index(classes).get_indexer(labels)), tuple(classes)
 
 
@@ -169,17 +176,20 @@ class _Data:
 
 def _load(args: argparse.Namespace) -> _Data:
     table, names = _read(args)
-    classify = _settle_task(args, table)
+    classify, why = _settle_task(args, table)
     # The target's own errors come before those of the columns.
     _target(table, args.target, classify)
     if not classify:
         tell_unit(table, args.target)
+        tell_dates_in_numbers(table, args.target, table.numbers(args.target))
     _settle_missing(table, names, args.target, args.impute is not None)
     y, classes = _target(table, args.target, classify)
     train, test = _split(table, y, classes, args.test_size, args.seed)
     columns = learn_columns(
-        table, names, train, impute=args.impute is not None, dates=args.dates, date_format=args.date_format
+        table, names, train, impute=args.impute is not None, date_columns=args.dates, date_format=args.date_format
     )
+    if why:
+        note(why)
     features = encode(columns, table)
     unknown = np.isnan(features[test]).any(1)
     if unknown.any():

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from .columns import Category, Column, Number, encode
+from . import dates, numerals
+from .columns import Category, Column, Date, Number
 from .errors import CliError, count, listed, note, say
 from .model import Model, check_writable, load_model, replacing
 from .report import ClassScore, Score
@@ -19,54 +20,88 @@ from .table import Table, read_table
 
 
 def _check(table: Table, model: Model) -> None:
-    """Raises unless the table has every column the model needs, with numbers in the units that it was fitted on."""
+    """Raises unless the table has every column the model needs."""
     names = [column.name for column in model.columns]
     for name in names:
         table.require(name, "the model was fitted on it")
     extra = [name for name in table.names if name not in names and name != model.target]
     if extra:
         note(f"not used by the model: {listed(extra)}")
-    for column in model.columns:
-        if not isinstance(column, Number):
-            continue
-        if table.is_text(column.name):
-            table.numbers(column.name)
-        unit = table.unit(column.name)
-        if unit is not None and unit != column.unit:
-            found, fitted = unit or "nothing", column.unit or "nothing"
+
+
+def _check_kind(table: Table, column: Column, unknown: np.ndarray, whole: np.ndarray) -> None:
+    """Raises for a column of numbers or dates without any: it is of another kind than the model's."""
+    values = table.frame[column.name]
+    present = values.notna().to_numpy() & whole
+    if isinstance(column, Category) or not present.any() or not unknown[present].all():
+        return
+    row = int(present.argmax())
+    if isinstance(column, Number):
+        if np.isinf(table.as_fitted(column.name, column.unit)[present]).any():
+            return
+        if table.flaws(column.name, column.unit)[row] == "unit":
             raise CliError(
-                f"{table.source}: column {column.name!r} has {found} beside its numbers, but {fitted} in the file that "
-                "the model was fitted on; write it as there"
+                f"{table.source}: column {column.name!r}{_has_another_unit(table, column, row)}; write it as there"
             )
+        table.numbers(column.name)
+    raise CliError(
+        f"{table.source}: column {column.name!r} should be as in the file that the model was fitted on, but line "
+        f"{table.line(row)} has {table.written(column.name, row)!r}{_why_unknown(table, column, row)}; correct it"
+    )
 
 
-def _tell_unknown(table: Table, model: Model, whole: np.ndarray) -> None:
-    """Notes the rows that get no prediction: those that are not whole, or have a value that is missing or unknown."""
+def _tell_broken(table: Table) -> None:
+    """Notes the rows whose records have too many fields or too few."""
     if table.broken:
         example = next(iter(table.broken.values()))
         note(f"{table.source}: {count(len(table.broken), 'row')} without a prediction: {example}")
-    for column in model.columns:
-        unknown = np.isnan(column.encode(table)).any(1) & whole
-        missing = unknown & table.frame[column.name].isna().to_numpy()
-        for rows, why in ((missing, ""), (unknown & ~missing, _why_unknown(column))):
-            if not rows.any():
-                continue
-            first = int(rows.argmax())
-            value = repr(str(table.frame[column.name].iloc[first])) if why else "no value"
-            hint = why or "; a model fitted with --impute median fills it"
-            note(
-                f"{table.source}: {count(int(rows.sum()), 'row')} without a prediction: column {column.name!r} has "
-                f"{value} on line {table.line(first)}{hint}"
-            )
 
 
-def _why_unknown(column: Column) -> str:
+def _tell_unknown(table: Table, column: Column, unknown: np.ndarray) -> None:
+    """Notes the rows that get no prediction, because a value of a column is missing or is none that the model takes."""
+    missing = unknown & table.frame[column.name].isna().to_numpy()
+    for rows in (missing, unknown & ~missing):
+        if not rows.any():
+            continue
+        first = int(rows.argmax())
+        if rows is missing:
+            value, hint = "no value", "; a model fitted with --impute median fills it"
+        else:
+            value = repr(table.written(column.name, first))
+            hint = _why_unknown(table, column, first)
+        note(
+            f"{table.source}: {count(int(rows.sum()), 'row')} without a prediction: column {column.name!r} has "
+            f"{value} on line {table.line(first)}{hint}"
+        )
+
+
+def _has_another_unit(table: Table, column: Number, row: int) -> str:
+    found = numerals.unit(str(table.frame[column.name].iloc[row]))
+    fitted = column.unit or "nothing"
+    return f" has {found or 'nothing'} beside its numbers, but {fitted} in the file that the model was fitted on"
+
+
+def _why_unknown(table: Table, column: Column, row: int) -> str:
     if isinstance(column, Category):
         levels = listed([column.baseline, *column.levels])
         return f", which was not there when the model was fitted; it knows {levels}"
-    if isinstance(column, Number):
-        return ", which is no finite number"
-    return f", which is not {column.format or 'YYYY-MM-DD'}"
+    if isinstance(column, Date):
+        values = table.frame[column.name].iloc[[row]]
+        if dates.parse(values, column.format).notna().all():
+            said = dates.said(values, column.format)
+            return f", which says no {next(part for part in column.parts if not said[part].all())}"
+        return f", which is not {column.format or 'YYYY-MM-DD'}"
+    flaw = table.flaws(column.name, column.unit)[row]
+    if flaw == "unit":
+        return f": the column{_has_another_unit(table, column, row)}"
+    if flaw == "misfit":
+        conventions = table.conventions
+        thousands = f"thousands apart by {conventions.thousands!r} and " if conventions.thousands else ""
+        way = f"{thousands}decimals behind {conventions.decimal!r}"
+        return f", which is not written as the model reads numbers, with {way}"
+    if flaw == "inexact":
+        return ", a whole number beyond 2^53, of which float64 loses digits"
+    return ", which is no finite number"
 
 
 def _tell_score(table: Table, model: Model, features: np.ndarray, known: np.ndarray) -> None:
@@ -74,7 +109,11 @@ def _tell_score(table: Table, model: Model, features: np.ndarray, known: np.ndar
     rows, score = np.flatnonzero(known), ""
     if model.classes:
         values = table.frame[model.target]
-        codes = pd.Index(model.classes).get_indexer(values)
+        classes = pd.Index(model.classes)
+        codes = classes.get_indexer(values)
+        # 1.0 is the class 1, as it was for fit.
+        numbers = pd.to_numeric(values, errors="coerce").map(lambda value: f"{value:.15g}", na_action="ignore")
+        codes = np.where(codes < 0, classes.get_indexer(numbers), codes)
         rows = rows[codes[rows] >= 0]
         if len(rows):
             score = ClassScore.of(codes[rows], model.probabilities(features[rows])).describe()
@@ -121,10 +160,16 @@ def run(args: argparse.Namespace) -> None:
     text += [model.target] if model.classes else []
     table = read_table(Source(args.file), args.sep, conventions, text, fits=False, target=model.target)
     _check(table, model)
-    features = encode(model.columns, table)
-    whole = ~np.isin(np.arange(len(features)), list(table.broken))
+    whole = ~np.isin(np.arange(len(table.frame)), list(table.broken))
+    encoded = [column.encode(table) for column in model.columns]
+    unknown = [np.isnan(features).any(1) for features in encoded]
+    for column, rows in zip(model.columns, unknown, strict=True):
+        _check_kind(table, column, rows, whole)
+    _tell_broken(table)
+    for column, rows in zip(model.columns, unknown, strict=True):
+        _tell_unknown(table, column, rows & whole)
+    features = np.hstack(encoded)
     known = ~np.isnan(features).any(1) & whole
-    _tell_unknown(table, model, whole)
 
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(_predictions(model, features, known))

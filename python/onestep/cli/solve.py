@@ -18,7 +18,7 @@ import onestep
 
 from .columns import Column
 from .errors import CliError, note
-from .model import LinearModel, NetworkModel
+from .model import LinearModel, Model, NetworkModel
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,23 @@ def _cast(layers: list[tuple[np.ndarray, np.ndarray]], dtype: str) -> tuple[tupl
     return cast
 
 
+# By how much of the target's standard deviation, or of a class's score, the precision that weights are kept in may move
+# a prediction: an intercept of 1e8 is rounded to a multiple of 8 in float32.
+_MOST_OFF = 1e-4
+
+
+def _check_digits(exact: Model, kept: Model, features: np.ndarray, spread: float, dtype: str) -> None:
+    """Raises where the weights as they are kept predict something else than the weights that were solved for."""
+    with np.errstate(all="ignore"):
+        off = float(np.abs(exact.scores(features) - kept.scores(features)).max())
+    if not off <= _MOST_OFF * spread:
+        raise CliError(
+            f"{dtype} cannot hold these weights and intercepts: predictions would be off by up to {off:.3g}, because "
+            "the numbers of some column are large beside their differences; pass --dtype float64, or subtract a "
+            "constant from that column"
+        )
+
+
 @dataclass(frozen=True)
 class Task:
     """What is fitted: the target's name, the columns, and the classes (none: the target is a number)."""
@@ -135,8 +152,12 @@ def fit_linear(task: Task, features: np.ndarray, y: np.ndarray, alpha: float, dt
     weight, bias, path, steps = (_logistic if task.classes else _ridge)(data, alpha)
     seconds = time.perf_counter() - begin
     with np.errstate(all="ignore"):
-        ((weight, bias),) = _cast([data.first(*data.last(weight, bias))], dtype)
-    model = LinearModel(task.target, tuple(task.columns), tuple(task.classes), weight, bias)
+        layer = data.first(*data.last(weight, bias))
+    exact, model = (
+        LinearModel(task.target, tuple(task.columns), tuple(task.classes), *part)
+        for part in (layer, *_cast([layer], dtype))
+    )
+    _check_digits(exact, model, features, data.spread, dtype)
     return model, Solve(path, seconds, steps)
 
 
@@ -192,5 +213,9 @@ def fit_network(
     layers = [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in network if isinstance(m, nn.Linear)]
     with np.errstate(all="ignore"):
         layers[0], layers[-1] = data.first(*layers[0]), data.last(*layers[-1])
-    model = NetworkModel(task.target, tuple(task.columns), tuple(task.classes), _cast(layers, dtype))
+    exact, model = (
+        NetworkModel(task.target, tuple(task.columns), tuple(task.classes), part)
+        for part in (tuple(layers), _cast(layers, dtype))
+    )
+    _check_digits(exact, model, features, data.spread, dtype)
     return model, Solve(result.method, result.history[-1].seconds, len(result.history), result.reason)

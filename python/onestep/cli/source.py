@@ -71,6 +71,12 @@ class Conventions:
     decimal: str = "."
     missing: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.thousands == self.decimal:
+            what = "the character before decimals, unless --decimal names another"
+            remedy = "pass --decimal ',' as well" if self.decimal == "." else "pass --thousands '.', or leave it out"
+            raise CliError(f"--thousands {self.thousands!r} is also {what}; {remedy}")
+
     def options(self) -> dict[str, Any]:
         """The options of pandas.read_csv that say so."""
         options: dict[str, Any] = {"thousands": self.thousands, "decimal": self.decimal}

@@ -1,0 +1,135 @@
+"""Columns of text that seem to say something else than categories: they are refused, or it is told."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from . import dates, numerals, units
+from .errors import CliError, listed, note
+from .table import Table
+
+
+def check_text(table: Table, name: str) -> None:
+    """Raises for a column of text most of which look like numbers or dates that are written in another way."""
+    if name in table.text:
+        return
+    values = table.frame[name].dropna()
+    if values.empty:
+        return
+    number = numerals.to_numbers(values, table.conventions).notna()
+    separated = values.map(numerals.is_separated) & ~number
+    notation = values.map(numerals.is_notation) & ~number & ~separated
+    # Several ways may stand side by side, as in ($1,037) below $2,000.
+    number |= separated | notation
+    if 2 * number.sum() > len(values):
+        if separated.any():
+            # The text with most kinds of separators calls for all the options.
+            row = values[separated].map(numerals.count_separators).idxmax()
+            _refuse(table, name, "numbers", row, numerals.separator_hint(values[row]))
+        if notation.any():
+            row = notation.idxmax()
+            _refuse(table, name, "numbers", row, numerals.notation_hint(values[row]))
+    day = values.map(dates.is_date)
+    if 2 * day.sum() > len(values):
+        row = day.idxmax()
+        if name == table.target:
+            hint = "a target is a number or a class: write it as a number, such as the days since the first date"
+        else:
+            hint = dates.remedy(values[row], name)
+        _refuse(table, name, "dates", row, hint)
+    time = values.map(dates.is_time)
+    if 2 * time.sum() > len(values):
+        _refuse(table, name, "times of day", time.idxmax(), "write them as numbers, such as 18.5 hours for 18:30")
+    _check_measures(table, name, values, number)
+
+
+def _check_measures(table: Table, name: str, values: Any, number: Any) -> None:
+    """Raises where most values are numbers with a unit, as in 5 kg, or compared with one, as in < 5."""
+    measures = values.map(units.measure).where(~number, "")
+    counts = measures[measures != ""].value_counts()
+    if counts.empty or 2 * (number.sum() + counts.sum()) <= len(values):
+        return
+    known = [unit for unit in counts.index if units.is_measure(unit)]
+    # Letters that differ from value to value are part of a code, as in 5A.
+    if 2 * counts.iloc[0] > counts.sum() or 2 * counts[known].sum() > counts.sum():
+        row = measures[measures == counts.index[0]].index[0]
+        _refuse(table, name, "numbers", row, "write the number alone, in one unit for the whole column")
+
+
+def _refuse(table: Table, name: str, what: str, row: int, hint: str) -> None:
+    raise CliError(
+        f"{table.source}: column {name!r} seems to hold {what}, such as {str(table.frame[name][row])!r} on line "
+        f"{table.line(row)}; {hint}, or keep its texts as {_as_texts(table, name)}"
+    )
+
+
+def _as_texts(table: Table, name: str) -> str:
+    """The option under which a column's texts are what they are."""
+    if name == table.target:
+        return "classes with --task classification"
+    return f"categories with --categorical {name!r}"
+
+
+def tell_numbers_in_texts(table: Table, name: str) -> None:
+    """Notes that a column becomes categories although most of its values begin or end with a number, as in zone 3."""
+    values = table.frame[name].dropna()
+    holds = values.map(units.holds_number)
+    if name not in table.text and 2 * holds.sum() > len(values):
+        note(
+            f"column {name!r} is taken for categories, although most of its values begin or end with a number, such as "
+            f"{values[holds.idxmax()]!r}: write numbers alone if they are meant; --categorical {name!r} ends this note"
+        )
+
+
+def tell_unit(table: Table, name: str) -> None:
+    """Notes that the unit beside a column's numbers is left out."""
+    unit = table.unit(name)
+    if unit:
+        found = numerals.unit_of_each(table.frame[name], table.conventions)
+        example = table.frame[name][found.index[0]]
+        read = numerals.to_numbers(table.frame[name].loc[[found.index[0]]], table.conventions).iloc[0]
+        verb = "are" if " and " in unit else "is"
+        note(f"column {name!r}: {unit} {verb} left out ({example} is read as {read:g})")
+
+
+def tell_dates_in_numbers(table: Table, name: str, values: Any) -> None:
+    """Notes that the numbers of a column may all be dates, as 20230325 may."""
+    options = dates.digits_hint(values, name)
+    if options is None:
+        return
+    reading = "" if name == table.target else f"; pass {options} if they are dates"
+    example = f"{values[values == values][0]:.0f}"
+    note(f"column {name!r} is taken for numbers, although all may be dates, such as {example}{reading}")
+
+
+def tell_leading_zeros(table: Table, name: str) -> None:
+    """Notes that numbers of a column begin with zeros, as postcodes and other codes do."""
+    with table.readable.open() as file:
+        # Only then is the column read once more.
+        some = re.search(rb"(?:^|[\s;,|\"])0\d", file.read(1 << 16))
+    if not some or name in table.text or (table.frame[name] % 1 != 0).all():
+        return
+    texts = table.texts(name).dropna().str.strip()
+    padded = texts[texts.str.fullmatch(r"0\d+")]
+    if len(padded):
+        note(
+            f"column {name!r} is taken for numbers, although some begin with a zero, such as {padded.iloc[0]!r}: "
+            f"pass --categorical {name!r} if they are codes"
+        )
+
+
+def read_as_missing(table: Table, names: list[str]) -> str:
+    """Which texts of some columns were read as missing values, and the option that keeps them; empty for none."""
+    if table.conventions.missing is not None:
+        return ""
+    for name in names:
+        found = table.texts(name)[table.frame[name].isna()]
+        found = found[found.notna() & (found.str.strip() != "")]
+        if len(found):
+            texts = listed([repr(text) for text in dict.fromkeys(found)], 3)
+            return (
+                f"column {name!r} has {texts} (line {table.line(found.index[0])}), read as missing; pass --missing "
+                "without a text to read such texts as they stand, such as the country code NA"
+            )
+    return ""
