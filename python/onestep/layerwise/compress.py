@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_teacher
 from onestep.layerwise.export import QuantizedWeight
+from onestep.layerwise.grids import rounded
 from onestep.layerwise.layers import Layer, Patterns, find_layers
-from onestep.layerwise.order import Sums, solve_in_order
+from onestep.layerwise.order import Sums, Teaching, solve_in_order
+from onestep.layerwise.pairs import check_names
 from onestep.layerwise.report import Report
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.compensated import compensated_sweep
@@ -22,10 +25,11 @@ def quantize(
     bits: int = 4,
     group_size: int | None = 64,
     *,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | bool | None = True,
+    names: Mapping[str, str | None] | None = None,
     layers: Patterns = "*",
     symmetric: bool = False,
-    act_order: bool = False,
+    act_order: bool = True,
     damping: float = 0.01,
     sequential: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -80,19 +84,25 @@ def quantize(
     check_flags(symmetric=symmetric, act_order=act_order, sequential=sequential, progress=progress)
     check_dtype_of_sums(dtype)
     check_teacher(model, teacher)
+    check_names(names)
     report = Report()
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
         sums = Sums(statistics, layer.name, layer.bias)
         size = group_size or weight.shape[1]
-        plain = _rounded(weight, bits, size, symmetric)
-        if act_order:
-            order = sums.gram.diagonal().argsort(descending=True, stable=True)
-            # Grids that are known beforehand: the weights ahead need not be, and R takes half the time of U.
-            result = sums.factor(damping, order, unit=True)
-            goal = sums.aim(sums.without_dead(weight), result.damping)
-            grid = plain if goal is weight else _rounded(goal, bits, size, symmetric)
+        plain = rounded(weight, bits, size, symmetric)
+        order = sums.gram.diagonal().argsort(descending=True, stable=True) if act_order else None
+        # Grids that are known beforehand: the weights ahead need not be, and R takes half the time of U.
+        unit = act_order or size >= weight.shape[1]
+        result = sums.factor(damping, order, unit=unit)
+        goal = sums.aim(sums.without_dead(weight), result.damping)
+        if order is None:
+            _, codes, scale, zero, _ = compensated_sweep(
+                goal, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
+            )
+        else:
+            grid = plain if goal is weight else rounded(goal, bits, size, symmetric)
             _, codes, scale, zero, _ = compensated_sweep(
                 goal[:, order],
                 result.matrix,
@@ -107,15 +117,7 @@ def quantize(
                 0,
                 True,
             )
-            back = order.argsort()
-            codes = codes[:, back]
-        else:
-            unit = size >= weight.shape[1]
-            result = sums.factor(damping, unit=unit)
-            goal = sums.aim(sums.without_dead(weight), result.damping)
-            _, codes, scale, zero, _ = compensated_sweep(
-                goal, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
-            )
+            codes = codes[:, order.argsort()]
         quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
         solved = quantized.dequantize()
         layer.write(solved)
@@ -127,7 +129,7 @@ def quantize(
         data,
         layers,
         solve,
-        teacher=teacher,
+        teaching=Teaching(teacher, names),
         sequential=sequential,
         dtype=dtype,
         progress=progress,
@@ -141,7 +143,8 @@ def prune(
     data: Any,
     sparsity: float | tuple[int, int] = 0.5,
     *,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | bool | None = True,
+    names: Mapping[str, str | None] | None = None,
     layers: Patterns = "*",
     damping: float = 0.01,
     sequential: bool = True,
@@ -176,6 +179,7 @@ def prune(
     check_flags(sequential=sequential, progress=progress)
     check_dtype_of_sums(dtype)
     check_teacher(model, teacher)
+    check_names(names)
     for layer in find_layers(model, layers).values():
         if of and layer.weight.shape[1] % of:
             raise ValueError(f"layer {layer.name!r} has {layer.weight.shape[1]} features; expected a multiple of {of}")
@@ -196,7 +200,7 @@ def prune(
         data,
         layers,
         solve,
-        teacher=teacher,
+        teaching=Teaching(teacher, names),
         sequential=sequential,
         dtype=dtype,
         progress=progress,
@@ -208,25 +212,6 @@ def prune(
 def _weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
     # A copy: the layer's own is written to before it is compared with.
     return layer.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> QuantizedWeight:
-    """Rounding to nearest, each group of columns on the grid of its own range."""
-    group = torch.arange(weight.shape[1]) // group_size
-    scales, zeros = [], []
-    most = 2**bits - 1
-    for part in weight.split(group_size, dim=1):
-        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
-        if symmetric:
-            high = torch.maximum(high, -low)
-            low = -high
-        empty = (low == 0) & (high == 0)
-        low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
-        scales.append((high - low) / most)
-        zeros.append(torch.full_like(low, (most + 1) / 2) if symmetric else (-low / scales[-1]).round())
-    scale, zero = torch.stack(scales, 1), torch.stack(zeros, 1)
-    codes = ((weight / scale[:, group]).round() + zero[:, group]).clamp(0, most).to(torch.uint8)
-    return QuantizedWeight(codes, scale, zero, group, bits)
 
 
 def _sparsity(sparsity: float | tuple[int, int]) -> tuple[float, int, int]:

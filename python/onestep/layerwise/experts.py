@@ -40,7 +40,7 @@ class ExpertCalls(TorchFunctionMode):
         names: of the experts that are looked for, by the address of their weights.
         modules: that have them.
         before: called with the name and the rows.
-        after: called with the name and the result.
+        after: called with the name, the rows and the result.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ExpertCalls(TorchFunctionMode):
         modules: Iterable[nn.Module],
         *,
         before: Callable[[str, Tensor], None] | None = None,
-        after: Callable[[str, Tensor], None] | None = None,
+        after: Callable[[str, Tensor, Any], None] | None = None,
     ) -> None:
         super().__init__()
         self._names, self._modules, self._before, self._after = names, list(modules), before, after
@@ -63,12 +63,12 @@ class ExpertCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         address = (args[1] if len(args) > 1 else kwargs["weight"]).data_ptr()
         self._products += address in self._addresses
-        name = self._names.get(address)
+        name, rows = self._names.get(address), args[0] if args else kwargs["input"]
         if name is not None and self._before is not None:
-            self._before(name, args[0] if args else kwargs["input"])
+            self._before(name, rows)
         out = func(*args, **kwargs)
         if name is not None and self._after is not None:
-            self._after(name, out)
+            self._after(name, rows, out)
         return out
 
     def forwards(self) -> list[Entry]:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
-from onestep._restored import hooked
+from onestep._restored import hooked, replaced
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
-from onestep.layerwise.layers import batches_of, call, count_of, evaluating, mask_of
+from onestep.layerwise.layers import batches_of, call, count_of, evaluating, padded
+from onestep.layerwise.padding import Masks, Padding
+from onestep.layerwise.pairs import keep_places, map_of, places_of
 from onestep.layerwise.report import LayerReport, Report
 
 
@@ -91,11 +93,13 @@ def replace_blocks(
         hooked([(container[first + count - 1], seen.leave)]),
         evaluating(model),
         torch.no_grad(),
+        replaced(padded([model])),
         Progress(count_of(batches), enabled=progress, what="replace_blocks", unit="batch") as bar,
     ):
         for batch in batches:
-            seen.mask = mask_of(batch)
-            call(model, batch)
+            seen.padding = Padding(Masks.of(batch))
+            with replaced(seen.padding.hooks(model, [container[first]])):
+                call(model, batch)
             bar.update()
     if seen.equations is None or seen.equations.count == 0:
         raise ValueError(f"no row of data reached the block {blocks[0]!r}")
@@ -112,9 +116,11 @@ def replace_blocks(
     block: nn.Module = linear if seen.plain else LinearBlock(linear, seen.in_tuple)
     kept = [module for index, module in enumerate(container) if not first < index < first + count]
     kept[first] = block.train(model.training)
+    places = places_of(container)
     for _ in range(len(container)):
         del container[-1]
     container.extend(kept)
+    keep_places(container, [*places[:first], map_of(places[first : first + count]), *places[first + count :]])
     # Of centred sums: the intercept takes the means.
     fitted = ((added.mT @ sums.gram) * added.mT).sum() - 2 * (added * sums.cross).sum()
     lost = max(float(fitted) + seen.centred_square(), 0.0)
@@ -160,26 +166,28 @@ class _Run:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.mask: Tensor | None = None
+        self.padding = Padding(Masks())
         self.equations: linalg.NormalEquations | None = None
         self.plain, self.in_tuple = True, False
         self.square = self.added_square = 0.0
-        self._given: list[Tensor] = []
+        self._given: list[tuple[Tensor, Tensor | None]] = []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.plain = self.plain and len(args) == 1 and not kwargs
-        self._given.append(args[0] if args else next(iter(kwargs.values())))
+        given = args[0] if args else next(iter(kwargs.values()))
+        self._given.append((given, self.padding.kept(given) if isinstance(given, Tensor) else None))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.in_tuple = isinstance(output, tuple)
         self.plain = self.plain and not self.in_tuple
-        out, given = output[0] if self.in_tuple else output, self._given.pop()
+        out = output[0] if self.in_tuple else output
+        given, kept = self._given.pop()
         if out.shape != given.shape:
             raise ValueError(f"the blocks turn {tuple(given.shape)} into {tuple(out.shape)}; expected one shape")
-        if self.mask is not None and self.mask.shape == given.shape[:-1]:
-            out, given = out[self.mask], given[self.mask]
-        X = given.reshape(-1, given.shape[-1]).to(self.dtype)
-        T = out.reshape(X.shape).to(self.dtype)
+        X, T = given.reshape(-1, given.shape[-1]), out.reshape(-1, out.shape[-1])
+        if kept is not None:
+            X, T = X[kept], T[kept]
+        X, T = X.to(self.dtype), T.to(self.dtype)
         if self.equations is None:
             self.equations = linalg.NormalEquations(X.shape[1], X.shape[1], intercept=True, dtype=self.dtype)
         self.equations.update(X, T - X)
