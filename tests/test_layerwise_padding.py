@@ -91,6 +91,9 @@ def test_stacked_experts_get_no_padding(experts, each):
     for sequence, length in zip(ids, mask.sum(1).tolist(), strict=True):
         expected.update({"input_ids": sequence[None, :length]})
     assert statistics["model.layers.1.self_attn.q_proj"].count == 19
+    # In order only one of an expert's weights is looked at.
+    report = quantize(copy.deepcopy(model), {"input_ids": ids, "attention_mask": mask}, teacher=None, progress=False)
+    assert sum(layer.rows for layer in report.layers if "layers.0.mlp.experts.down" in layer.name) == 19 * each
     for name in statistics.names:
         assert statistics[name].count == expected[name].count
         torch.testing.assert_close(statistics[name].gram, expected[name].gram, rtol=1e-4, atol=1e-4)
@@ -146,5 +149,10 @@ def test_encoders_of_torch_take_their_mask(batch_first, kind):
     assert {layer.rows for layer in report.layers} == {17}
     nested = getattr(model, "use_nested_tensor", None)
     assert nested is batch_first
-    found = replace_blocks(copy.deepcopy(model), [batch], ["layers.0"], progress=False)
+    found = replace_blocks(copy.deepcopy(model), [batch], ["layers.1"], progress=False)
     assert found.layers[0].rows == 17
+    # The encoder reads attributes of its first layer.
+    before = list(model.layers)
+    with pytest.raises(ValueError, match=r"does not run with a linear map in the place of \['layers\.0'\] .*self_attn"):
+        replace_blocks(model, [batch], ["layers.0"], progress=False)
+    assert [id(layer) for layer in model.layers] == [id(layer) for layer in before]

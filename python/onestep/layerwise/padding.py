@@ -93,7 +93,7 @@ class Padding:
     def __init__(self, masks: Masks) -> None:
         self._masks = masks
         self._frames: list[_Frame] = [] if masks.within is None else [replace(masks.within)]
-        self._experts: dict[Any, Tensor] = {}
+        self._experts: dict[tuple[int, int], Tensor] = {}
 
     def hooks(self, model: nn.Module, modules: Iterable[nn.Module]) -> list[Entry]:
         """What ``onestep._restored.replaced`` takes, for the modules that have these among their children.
@@ -125,12 +125,12 @@ class Padding:
         frame = self._frames[-1] if self._frames else None
         return replace(self._masks, within=frame and _Frame(None, None, frame.other, frame.in_decoder))
 
-    def kept(self, x: Tensor, expert: Any = None) -> Tensor | None:
+    def kept(self, x: Tensor, expert: tuple[int, int] | None = None) -> Tensor | None:
         """Which of an input's rows, all dimensions but the last in one, are not padding; None: all count.
 
         Args:
             x: what a layer is given.
-            expert: of a stack, the same for all its layers.
+            expert: of a stack (``expert_of``), the same for all its layers.
 
         Returns:
             (rows,), bool.
@@ -153,10 +153,16 @@ class Padding:
                 if expert is not None:
                     self._experts[expert] = found
                 return found
-        for found in [self._experts.get(expert)] + [frame.kept for frame in reversed(self._frames)]:
+        for found in [None if expert is None else self._experts.get(expert)] + [
+            frame.kept for frame in reversed(self._frames)
+        ]:
             if found is not None and len(found) == len(rows):
                 return found
         return mask.reshape(-1) if x.dim() == 2 and len(rows) == mask.numel() else None
+
+    def expert(self, expert: tuple[int, int], x: Tensor) -> None:
+        """Remembers which rows of an expert are not padding, for its layers to come."""
+        self.kept(x, expert)
 
     def untold(self, x: Tensor) -> bool:
         """Whether an input has rows of a mixture that are found nowhere, so that all count, padding as well."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep._restored import Entry, hooks, replaced
-from onestep.layerwise.experts import ExpertCalls
+from onestep.layerwise.experts import ExpertCalls, expert_of
 from onestep.layerwise.layers import Layer
 from onestep.layerwise.padding import Masks, Padding
 from onestep.layerwise.sums import InputSums, Storage, TargetSums
@@ -61,20 +61,22 @@ class Seen:
     def of_model(self, model: nn.Module, masks: Masks) -> Watch:
         """Two contexts in which the model's layers are seen."""
         self._padding = Padding(masks)
-        return watching(self._layers, before=self._take_input, more=self._hooks(model, self._layers))
+        return watching(
+            self._layers, before=self._take_input, more=self._hooks(model, self._layers), others=self._padding.expert
+        )
 
     def of_teacher(self, teacher: nn.Module, layers: Mapping[str, Layer], masks: Masks) -> Watch:
         """Two contexts in which the outputs of a teacher's layers are seen, by their names in the model."""
         self._padding = Padding(masks)
         self._outputs = {name: [] for name in layers}
-        return watching(layers, after=self._take_target, more=self._hooks(teacher, layers))
+        return watching(layers, after=self._take_target, more=self._hooks(teacher, layers), others=self._padding.expert)
 
     def _hooks(self, model: nn.Module, layers: Mapping[str, Layer]) -> list[Entry]:
         return self._padding.hooks(model, [layer.module for layer in layers.values()]) if self._adds else []
 
     def _kept_of(self, name: str, x: Tensor) -> Tensor | None:
         layer = self._layers[name]
-        return self._padding.kept(x, None if layer.stack is None else (id(layer.module), layer.expert))
+        return self._padding.kept(x, None if layer.stack is None else expert_of(layer.module, layer.expert))
 
     def _rows(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """(rows, d) of the sums' dtype, padding left out; 16 bits that gram reads in place stay as they are."""
@@ -149,6 +151,7 @@ def watching(
     before: Before | None = None,
     after: After | None = None,
     more: list[Entry] | None = None,
+    others: Callable[[tuple[int, int], Tensor], None] | None = None,
 ) -> Watch:
     """Two contexts, for one ``with`` statement, in which layers are watched.
 
@@ -157,6 +160,7 @@ def watching(
         before: called with the name and the input of each call.
         after: called with the name, the input and the output.
         more: what is replaced besides, first.
+        others: called with the rows of other weights of stacked experts (``ExpertCalls``).
     """
     plain = [(layer.module, name) for name, layer in layers.items() if layer.stack is None]
     entries = list(more or [])
@@ -169,7 +173,7 @@ def watching(
         return replaced(entries), nullcontext()
     names = {layer.weight.data_ptr(): name for name, layer in stacked.items()}
     modules = {id(layer.module): layer.module for layer in stacked.values()}.values()
-    calls = ExpertCalls(names, modules, before=before, after=after)
+    calls = ExpertCalls(names, modules, before=before, after=after, others=others)
     return replaced(entries + calls.forwards()), calls
 
 
