@@ -146,22 +146,27 @@ def _apart(
     parted = set(routed(model, chosen, batch, mine)) if sequential or not needed else set()
     if not needed:
         parted |= {name for name, layer in chosen.items() if layer.stack is not None}
-    for name in chosen:
+    for name, layer in chosen.items():
         rows = [math.prod(shape) for shape in mine.get(name, [])]
         others = [math.prod(shape) for shape in theirs.get(name, [])]
         if name in pairs and name not in parted and rows != others[: len(rows)]:
             raise ValueError(
                 f"layer {name!r} is given {_listed(rows)} rows by the first batch, and {_listed(others)} in the "
-                f"teacher: the two models send rows to it differently. Leave it out: layers=['*', '!{name}']"
+                f"teacher: the two models send rows to it differently. {_remedy(layer)}"
             )
     if needed and parted:
         name = sorted(parted)[0]
         raise ValueError(
             f"layer {name!r} is given rows that other layers choose, as experts of a mixture are, so that the model "
-            "and the teacher send it different ones once those layers change. Leave such layers out, such as by "
-            "layers=['*', '!*.experts.*'], or solve them by themselves, block by block"
+            f"and the teacher send it different ones once those layers change. {_remedy(chosen[name])}, or solve such "
+            "layers by themselves, block by block"
         )
     return sorted(parted)
+
+
+def _remedy(layer: Layer) -> str:
+    pattern = "*.experts.*" if layer.stack is not None or ".experts." in f".{layer.name}" else layer.name
+    return f"Leave such layers out: layers=['*', '!{pattern}']"
 
 
 def _listed(counts: list[int]) -> str:

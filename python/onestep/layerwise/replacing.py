@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from onestep.evaluation.progress import Progress
 from onestep.layerwise.chain import without_caches
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import batches_of, call, count_of, evaluating, padded
-from onestep.layerwise.outputs import solve_towards_outputs
+from onestep.layerwise.outputs import output_of, solve_towards_outputs
 from onestep.layerwise.padding import Masks, Padding
 from onestep.layerwise.pairs import keep_places, map_of, places_of
 from onestep.layerwise.report import LayerReport, Report
@@ -114,6 +115,8 @@ def replace_blocks(
             bar.update()
     if seen.equations is None or seen.equations.count == 0:
         raise ValueError(f"no row of data reached the block {blocks[0]!r}")
+    if seen.more:
+        _check_more(model, next(iter(batches)), container[first + count - 1])
     d = seen.equations.d
     sums = seen.equations.sums
     scale = float(sums.gram.diagonal().mean()) or 1.0
@@ -160,6 +163,26 @@ def _fill(container: Any, modules: list[nn.Module]) -> None:
     container.extend(modules)
 
 
+def _check_more(model: nn.Module, batch: Any, last: nn.Module) -> None:
+    """Refuses a run whose last block returns more than a map can, unless the model does not use it."""
+
+    def first_alone(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return (output[0], *[None] * (len(output) - 1))
+
+    same = False
+    with evaluating(model), torch.no_grad(), replaced(padded([model]) + without_caches([model])):
+        whole = output_of(call(model, batch))
+        # A model may fail in any way without what it uses.
+        with suppress(Exception), hooked([(last, first_alone)]):
+            found = output_of(call(model, batch))
+            same = whole is not None and found is not None and torch.equal(whole, found)
+    if not same:
+        raise ValueError(
+            "the blocks return more than the hidden state, and the model uses it, which a linear map cannot give: take "
+            "other blocks"
+        )
+
+
 def _run_once(model: nn.Module, batches: Any, blocks: Sequence[str]) -> None:
     """Refuses blocks that the model looks at in other ways than by calling them."""
     try:
@@ -202,7 +225,7 @@ class _Run:
         self.dtype = dtype
         self.padding = Padding(Masks())
         self.equations: linalg.NormalEquations | None = None
-        self.plain, self.count = True, 0
+        self.plain, self.count, self.more = True, 0, False
         self.square = self.added_square = 0.0
         self._given: list[tuple[Tensor, Tensor | None]] = []
 
@@ -214,11 +237,7 @@ class _Run:
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.count = len(output) if isinstance(output, tuple) else 0
         self.plain = self.plain and not self.count
-        if any(value is not None for value in output[1:] if self.count):
-            raise ValueError(
-                f"the blocks return {self.count} values, of which a linear map gives the first alone; expected a "
-                "tensor, or a tuple with None after the first"
-            )
+        self.more = self.more or (self.count > 1 and any(value is not None for value in output[1:]))
         out = output[0] if self.count else output
         given, kept = self._given.pop()
         if out.shape != given.shape:
