@@ -39,8 +39,8 @@ def quantize(
 
     Column by column, each weight is rounded and its error is made up for by the columns to come: with A = E[xxᵀ] and
     A⁻¹ = UᵀU, w ← w − (w_j − q)/U_jj · U_j: (Hassibi and Stork 1993; GPTQ, Frantar et al. 2022). With a scale
-    for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). With a teacher
-    the sweep begins at argmin Σ‖Wx + b − t‖², t the teacher's outputs. The weights are replaced in place by the rounded
+    for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). The sweep begins
+    at argmin Σ‖Wx + b − t‖², t the teacher's outputs. The weights are replaced in place by the rounded
     ones; the report has their codes.
 
     Args:
@@ -49,13 +49,18 @@ def quantize(
             keyword arguments (whose ``attention_mask`` leaves padding out).
         bits: 2 to 8.
         group_size: columns that share a scale; None: a scale for each row.
-        teacher: the model as it was, such as ``copy.deepcopy(model)``. Each layer is then rounded towards the teacher's
-            outputs on its own inputs, so that it mends what the layers before it lost (GPTAQ, Li et al. 2025). Stacked
-            experts are not: the two models send them different rows. Leave out experts that are modules of their own
-            (``"!*.experts.*"``): other numbers of rows are refused, other rows as many are taken for the same.
+        teacher: True: the model as it is when this is called, of which a copy of each weight that is written to is kept
+            meanwhile. A model: that one, such as the model as it was before it was pruned. Each layer is then rounded
+            towards the teacher's outputs on its own inputs, so that it mends what the layers before it lost (GPTAQ, Li
+            et al. 2025), in about twice the time. None: towards its own outputs. Experts of a mixture always are, since
+            the two models send them different rows.
+        names: what modules are called in the teacher where that is something else, such as {"blocks.1": "blocks.2"};
+            None for what has no counterpart. Blocks that ``replace_blocks`` replaced are matched without it.
         layers: a pattern of names such as ``"*.mlp.*"``, or several; "!head" leaves a layer out.
         symmetric: codes around 2^(bits−1); otherwise each group's range from its least to its largest weight.
-        act_order: columns with the largest inputs first; the groups stay those of neighbouring columns.
+        act_order: columns with the largest inputs first; the groups stay those of neighbouring columns, on grids that
+            are known before the sweep. False: in the order of the columns, each group on the grid of its weights as
+            they have become.
         damping: added to A's diagonal, in means of the diagonal; more where A is rank deficient, as the report says.
         sequential: each layer sees inputs from the layers that are rounded already. False: one pass over the data.
         dtype: of the sums, torch.float32 or torch.float64.
@@ -157,7 +162,7 @@ def prune(
     and Alistarh 2023). Which ones, is decided block by block, after what came before has been made up for.
 
     Args:
-        model, data, teacher, layers, damping, sequential, dtype, progress: as in ``quantize``.
+        model, data, teacher, names, layers, damping, sequential, dtype, progress: as in ``quantize``.
         sparsity: the fraction that is removed of each block of 128 columns; or (n, m): of every m neighbouring weights
             of a row, n are kept, such as (2, 4).
 
