@@ -62,6 +62,21 @@ def test_a_mixture_of_modules_gets_no_padding(experts):
         torch.testing.assert_close(statistics[name].gram, expected[name].gram, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_that_a_model_computes_in_one_dimension():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 2)
+
+        def forward(self, x, attention_mask):
+            return self.layer(torch.tanh(x).reshape(-1, 6))
+
+    x, mask = torch.randn(4, 7, 6), lengths(7, 3, 7, 1, 5)
+    sums = LayerStatistics(Flat(), dtype=torch.float64).update({"x": x, "attention_mask": mask})["layer"]
+    rows = torch.tanh(x)[mask.bool()].double()
+    torch.testing.assert_close(sums.gram, rows.mT @ rows)
+
+
 def test_rows_that_are_found_nowhere_are_told():
     model = Mixture(scaled=True)
     batch = {"x": torch.randn(4, 7, 6), "attention_mask": lengths(7, 3, 7, 1, 5)}

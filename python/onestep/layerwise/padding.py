@@ -223,9 +223,7 @@ def _by_shape(x: Tensor, mask: Tensor) -> Tensor | None:
     shape = x.shape[:-1]
     if shape == mask.shape:
         return mask.reshape(-1)
-    if shape == mask.mT.shape:
-        return mask.mT.reshape(-1)
-    return mask.reshape(-1) if x.dim() == 2 and len(x) == mask.numel() else None
+    return mask.mT.reshape(-1) if shape == mask.mT.shape else None
 
 
 def _sums_of_bits(rows: Tensor) -> Tensor:
