@@ -66,14 +66,14 @@ def test_rows_that_a_model_computes_in_one_dimension():
     class Flat(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(6, 2)
+            self.embedding, self.layer = nn.Embedding(9, 6), nn.Linear(6, 2)
 
-        def forward(self, x, attention_mask):
-            return self.layer(torch.tanh(x).reshape(-1, 6))
+        def forward(self, codes, attention_mask):
+            return self.layer(torch.tanh(self.embedding(codes)).reshape(-1, 6))
 
-    x, mask = torch.randn(4, 7, 6), lengths(7, 3, 7, 1, 5)
-    sums = LayerStatistics(Flat(), dtype=torch.float64).update({"x": x, "attention_mask": mask})["layer"]
-    rows = torch.tanh(x)[mask.bool()].double()
+    model, codes, mask = Flat(), torch.randint(9, (4, 7)), lengths(7, 3, 7, 1, 5)
+    sums = LayerStatistics(model, dtype=torch.float64).update({"codes": codes, "attention_mask": mask})["layer"]
+    rows = torch.tanh(model.embedding(codes))[mask.bool()].detach().double()
     torch.testing.assert_close(sums.gram, rows.mT @ rows)
 
 
