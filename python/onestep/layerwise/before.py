@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from onestep._restored import Entry, replaced
+from onestep._torch_private import own_parameters
 from onestep.layerwise.layers import Layer
 
 
@@ -24,9 +25,10 @@ class Before:
         # Where each parameter is, which is in several places where it is tied.
         self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}
         for module in model.modules():
-            for name, parameter in module._parameters.items():
+            held = own_parameters(module)
+            for name, parameter in held.items():
                 if parameter is not None:
-                    self._places.setdefault(id(parameter), []).append((module._parameters, name))
+                    self._places.setdefault(id(parameter), []).append((held, name))
         self._entries: dict[int, list[Entry]] = {}
 
     def keep(self, layer: Layer) -> None:

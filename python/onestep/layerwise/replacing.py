@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
 from onestep._restored import Entry, hooked, replaced
+from onestep._torch_private import own_children
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.chain import without_caches
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
@@ -133,7 +134,7 @@ def replace_blocks(
     places, whole = places_of(container), dict(container.named_children())
     _fill(container, kept)
     try:
-        before: list[Entry] = [(container._modules, name, module) for name, module in whole.items()]
+        before: list[Entry] = [(own_children(container), name, module) for name, module in whole.items()]
         around = padded([model]) + without_caches([model])
         with evaluating(model, *whole.values()), torch.no_grad(), replaced(around):
             _run_once(model, batches, blocks)
