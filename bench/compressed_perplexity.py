@@ -5,8 +5,9 @@
 A character GPT (3 blocks of width 48) learns lines such as "17 plus 17 is 34." until it does the sums, so that errors
 of its layers show in its perplexity. It is then compressed as it is, and once more with outlying channels: of what each
 layer norm puts out, 2 of 48 channels are made 8, 12 or 16 times larger, and the weights that read them as many times
-smaller. That is the same function. Large language models have such channels by themselves, and rounding each row on one
-grid loses the small weights. Both sides have the same bits and one grid a row, from its least to its largest weight.
+smaller. That is the same function. Large language models have such channels by themselves, and rounding on one grid
+loses the small weights. Both sides have the same bits and a grid for every 64 columns of a row, from the least to the
+largest weight; `quantize` has its defaults.
 
 Prints a Markdown table of what is lost, per cent of the full model's perplexity on 64 held-out sequences.
 """
@@ -91,13 +92,13 @@ def main() -> None:
             lost.append(subject.perplexity(model) / full - 1)
         print(f"| {name} | {lost[0]:+.2%} | {lost[1]:+.2%} | {seconds:.1f} |", flush=True)
 
-    options: dict[str, Any] = {"teacher": subject.model, "layers": subject.layers, "progress": False}
+    options: dict[str, Any] = {"layers": subject.layers, "progress": False}
     for bits, factor in ((4, 1), (3, 1), (4, 8), (4, 12), (4, 16)):
         row(
             f"{bits} bits" + (f", channels {factor} times larger" if factor > 1 else ""),
             with_outlying_channels(subject.model, factor),
-            lambda model, bits=bits: round_to_nearest(model, subject, bits),
-            lambda model, bits=bits: quantize(model, data, bits, None, act_order=True, **options),
+            lambda model, bits=bits: round_to_nearest(model, subject, bits, 64),
+            lambda model, bits=bits: quantize(model, data, bits=bits, group_size=64, **options),
         )
 
     def pruned(model: nn.Module, sparsity: Any) -> None:
@@ -111,13 +112,14 @@ def main() -> None:
             lambda model, kept=kept: remove_smallest(model, subject, kept),
             lambda model, kept=kept: pruned(model, kept or 0.5),
         )
-    blocks = ["blocks.1"]
-    row(
-        "one block of three less",
-        subject.model,
-        lambda model: remove_blocks(model, subject, blocks),
-        lambda model: replace_blocks(model, data, blocks, progress=False),
-    )
+    for name, blocks in (("one block of three less", [1]), ("the last block less", [2]), ("two blocks less", [1, 2])):
+        names = [f"blocks.{index}" for index in blocks]
+        row(
+            name,
+            subject.model,
+            lambda model, names=names: remove_blocks(model, subject, names),
+            lambda model, names=names: replace_blocks(model, data, names, progress=False),
+        )
 
 
 if __name__ == "__main__":

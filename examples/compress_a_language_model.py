@@ -142,13 +142,14 @@ def weights_of(model: nn.Module, subject: Subject) -> list[Tensor]:
     return found
 
 
-def round_to_nearest(model: nn.Module, subject: Subject, bits: int) -> None:
-    """Each row on the grid of its own range."""
-    for weight in weights_of(model, subject):
-        low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
-        scale = (high - low).clamp(min=1e-12) / (2**bits - 1)
-        zero = (-low / scale).round()
-        weight.copy_(scale * (((weight / scale).round() + zero).clamp(0, 2**bits - 1) - zero))
+def round_to_nearest(model: nn.Module, subject: Subject, bits: int, group_size: int | None = None) -> None:
+    """Each row, or each group of a row's columns, on the grid of its own range."""
+    for whole in weights_of(model, subject):
+        for weight in whole.split(group_size or whole.shape[1], dim=1):
+            low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+            scale = (high - low).clamp(min=1e-12) / (2**bits - 1)
+            zero = (-low / scale).round()
+            weight.copy_(scale * (((weight / scale).round() + zero).clamp(0, 2**bits - 1) - zero))
 
 
 def remove_smallest(model: nn.Module, subject: Subject, kept: tuple[int, int] | None) -> None:
@@ -184,13 +185,13 @@ def compress(subject: Subject, effort: Effort) -> tuple[float, list[Row]]:
     count = len(subject.model.get_submodule(subject.container))  # type: ignore[arg-type]
     blocks = [f"{subject.container}.{count // 2 - 1 + i}" for i in range(2)]
     data = [{"input_ids": codes[:, :-1]} for codes in subject.train[: effort.calibration].split(32)]
-    # Each layer mends what the layers before it have lost of the model's own outputs.
-    options: dict[str, Any] = {"teacher": subject.model, "layers": subject.layers, "progress": False}
+    # Each layer mends what the layers before it have lost of the model's own outputs, which is the default.
+    options: dict[str, Any] = {"layers": subject.layers, "progress": False}
     ways: list[tuple[str, Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = [
         (
             f"{bits} bits",
             lambda model, bits=bits: round_to_nearest(model, subject, bits),
-            lambda model, bits=bits: quantize(model, data, bits, None, act_order=True, **options),
+            lambda model, bits=bits: quantize(model, data, bits, None, **options),
         )
         for bits in (4, 3)
     ]

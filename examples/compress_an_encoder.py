@@ -112,13 +112,13 @@ def main() -> None:
         print(f"  {name:<34}{cosines.mean():>12.4f}{cosines.min():>8.3f}{same:>14.0%}{seconds:>9.1f}")
 
     # Each layer mends what the layers before it have lost of the encoder's own outputs.
-    options: dict[str, Any] = {"teacher": model, "layers": LAYERS, "progress": False}
+    options: dict[str, Any] = {"layers": LAYERS, "progress": False}
 
     def to_bits(bits: int) -> None:
         judge(f"{bits} bits, rounded to nearest", lambda changed: without_data(changed, bits))
         judge(
             f"{bits} bits, solved (quantize)",
-            lambda changed: quantize(changed, data, bits, None, act_order=True, **options),
+            lambda changed: quantize(changed, data, bits, None, **options),
         )
 
     for bits in (4, 3):

@@ -7,6 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from onestep.linalg import inverse_cholesky
+from onestep.linalg.damping import unit_cholesky
 
 
 def gram_of(n, *batch, rows=None, dtype=torch.float64):
@@ -69,6 +70,22 @@ def test_failures_are_told_apart_and_leave_their_neighbours_alone(dtype):
     assert torch.equal(U[2], inverse_cholesky(A[2], damping=damping[2]).U)
 
 
+@pytest.mark.parametrize("factor", [inverse_cholesky, unit_cholesky])
+def test_damping_goes_up_to_1_from_wherever_it_begins(factor):
+    # Indefinite by 0.9 of the mean diagonal element: 0.5 is too little, 1 is enough.
+    A = torch.full((4, 4), 1.9, dtype=torch.float64).fill_diagonal_(1.0)
+    assert torch.linalg.eigvalsh(A).min() == pytest.approx(-0.9)
+    for damping in (0.5, 0.2, 0.09):
+        result = factor(A, damping=damping)
+        # Of 0.09 the tenfold, 0.9, leaves it singular.
+        assert result.damping == 1.0
+        assert result.info > 0
+        assert result[0].isfinite().all()
+    for damping in (1.0, 7.0):
+        assert factor(A, damping=damping).info == 0
+        assert factor(10 * A - 9 * torch.eye(4) * 10, damping=damping).damping.isnan()
+
+
 def test_derivatives():
     A = gram_of(4, 2).requires_grad_()
 
@@ -128,6 +145,9 @@ def test_bad_input():
         inverse_cholesky(torch.eye(2), damping=torch.tensor(torch.nan))
     with pytest.raises(ValueError, match=r"do not broadcast: got \(2,\), \(3,\)"):
         inverse_cholesky(torch.eye(2).expand(2, 2, 2), damping=torch.zeros(3))
+    for upper in ("no", 0, None):
+        with pytest.raises(TypeError, match=f"upper is {upper!r}; expected True or False"):
+            inverse_cholesky(torch.eye(2), upper=upper)
     assert inverse_cholesky(torch.ones(0, 3, 3)).U.shape == (0, 3, 3)
     assert inverse_cholesky(torch.ones(2, 0, 0)).info.tolist() == [0, 0]
     with pytest.raises(NotImplementedError, match="rounding has none"):

@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -178,6 +179,53 @@ def test_a_tied_head_is_solved_only_by_its_full_name():
     assert not torch.equal(model.embedding.weight, before)
 
 
+def unpacked(path):
+    """Every weight of a packed file, under all its names, read without onestep."""
+    state = {}
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["onestep"])
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            state[name] = file.get_tensor(name)
+    for name, one in about.items():
+        start = name + "." if name else ""
+        codes, scale, zero, group = (state.pop(start + part) for part in ("codes", "scale", "zero", "group"))
+        if one["bits"] <= 4:
+            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, : len(group)]
+        weight = scale[:, group] * (codes - zero[:, group])
+        weight = weight.mT if one.get("transposed") else weight
+        state |= dict.fromkeys([start + "weight", *one.get("tied", [])], weight)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["tied", "twice", "bare", "gpt2"])
+def test_packed_files_of_tied_layers_bare_ones_and_conv1d(kind, tmp_path):
+    batch = torch.randn(30, 8)
+    options = {}
+    if kind == "tied":
+        model, batch, options = Tied(), torch.randint(0, 11, (4, 16)), {"layers": ["middle", "head"]}
+    elif kind == "twice":
+        shared = nn.Linear(8, 8)
+        model = nn.Sequential(shared, nn.ReLU(), shared)
+    elif kind == "bare":
+        model = nn.Linear(8, 3)
+    else:
+        config = transformers.GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+        model, batch = transformers.GPT2LMHeadModel(config).eval(), torch.randint(20, (4, 12))
+    before = copy.deepcopy(model)
+    report = quantize(model, [batch], progress=False, **options)
+    path = tmp_path / "packed.safetensors"
+    save(model, path, report.quantized)
+    with safe_open(path, "pt") as file:
+        assert not [name for name in report.quantized if f"{name}.weight".lstrip(".") in file.keys()]  # noqa: SIM118
+    # Biases that are tied are written once, as all that is dense; transformers ties its own names again.
+    before.load_state_dict(unpacked(path), strict=kind in ("tied", "bare"))
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in before.named_parameters())
+    save(model, path)
+    safetensors.torch.load_model(before, path)
+    assert all(torch.equal(value, expected[name]) for name, value in before.named_parameters())
+
+
 def perceptron(dtype=torch.float32):
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5)).to(dtype)
 
@@ -222,7 +270,9 @@ EDITED = LayerStatistics(perceptron(), "2").update(X)
 def edited(**arguments):
     subjects = arguments.pop("subjects", X[:2])
     return edit(
-        perceptron(), subjects, **{"layer": "2", "statistics": EDITED, "targets": torch.zeros(2, 5), **arguments}
+        arguments.pop("model", None) or perceptron(),
+        subjects,
+        **{"layer": "2", "statistics": EDITED, "targets": torch.zeros(2, 5), **arguments},
     )
 
 
@@ -244,7 +294,7 @@ REFUSED = {
     "a teacher without the layer": (
         lambda: refit(perceptron(), [X], nn.Sequential(nn.Linear(12, 16))),
         ValueError,
-        "no linear layer of the teacher matches '2'",
+        "has 3 blocks in the model and 1 in the teacher",
     ),
     "no such container": (lambda: replace_blocks(perceptron(), [X], ["no.1"]), ValueError, "has no module 'no'"),
     "blocks without rows": (
@@ -260,6 +310,13 @@ REFUSED = {
         "torch.float64 sums; expected torch.float32",
     ),
     "targets that are none": (lambda: edited(targets=[1, 2]), TypeError, "targets is list"),
+    "a weight of NaN": (
+        lambda: edited(
+            model=nn.Sequential(*perceptron()[:2], nn.Linear(16, 5).apply(lambda m: m.weight.data.fill_(torch.nan)))
+        ),
+        ValueError,
+        "the weight of the layer '2' holds NaN",
+    ),
     "targets of NaN": (lambda: edited(targets=torch.full((2, 5), torch.nan)), ValueError, "targets hold NaN"),
     "a strength without end": (lambda: edited(strength=float("inf")), ValueError, "strength is inf"),
     "no teacher": (lambda: refit(perceptron(), [X], None), TypeError, "teacher is NoneType"),

@@ -50,6 +50,7 @@ __all__ = [
     "nn_silu",
     "number_of_outputs",
     "original_module",
+    "own_children",
     "own_parameters",
     "pop_function_mode",
     "pop_transforms",
@@ -206,6 +207,11 @@ def is_hooked(module: nn.Module) -> bool:
 def own_parameters(module: nn.Module) -> dict[str, Any]:
     """The table in which a module looks its own parameters up, by name; some are None."""
     return module._parameters
+
+
+def own_children(module: nn.Module) -> dict[str, Any]:
+    """The modules that belong to a module itself, by name: what iterating over a container goes through."""
+    return module._modules
 
 
 def hook_tables(module: nn.Module, *, before: bool) -> tuple[dict[Any, Any], dict[Any, Any]]:
@@ -386,6 +392,12 @@ def _parameters() -> bool:
     return bool(layer(_number(2.0).reshape(1, 1)).item() == 6.0)
 
 
+def _children() -> bool:
+    container = nn.ModuleList([nn.Identity()])
+    own_children(container)["0"] = other = nn.Identity()
+    return next(iter(container)) is other
+
+
 def _modes() -> bool:
     class Nothing(TorchDispatchMode):
         pass
@@ -403,6 +415,7 @@ _CHECKS: dict[str, Callable[[], bool]] = {
     "the vmap of batched gradients is not seen": _legacy_vmap,
     "torch's dispatch modes are not counted": _modes,
     "the table of a module's own parameters (_parameters) is not used, or no method resets them": _parameters,
+    "the table of a module's own children (_modules) is not used": _children,
     "torch.utils._pytree does not flatten and map as before": _trees,
     "the ops of scaled_dot_product_attention have other arguments": _attention_ops,
     "weight_norm or the versions of tensors are not as expected": _values,

@@ -159,7 +159,7 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
                 kept = _computed_bytes(evaluate)
             elif type(error) is RuntimeError:
                 raise RuntimeError(
-                    f"model or loss fails on the first rows, {_described(few)}: {error or error!r}"
+                    f"model or loss fails on the first rows, {_described(few)}: {str(error) or repr(error)}"
                 ) from error
             else:
                 raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestep._restored import Entry, hooked
-from onestep.layerwise.layers import call, mask_of
+from onestep._restored import Entry, hooked, hooks, replaced
+from onestep.layerwise.layers import Layer, call
+from onestep.layerwise.padding import Masks, Padding
 
 # What is kept of the hidden states of all batches, bytes: beyond it every pass is a whole one.
 _MOST_KEPT = 1 << 32
 
-# A batch's mask (which places are not padding), and what sends it through each model.
-Runs = tuple[Tensor | None, list[Callable[[], object]]]
+# Of each model, which places of a batch are not padding, and what sends the batch through it.
+Runs = tuple[list[Masks], list[Callable[[], object]]]
+# A chain, and the number of a block in it.
+Place = tuple[str, int]
+Within = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class _Kept:
 
     hidden: Tensor
     calls: list[_Call]
+    masks: Masks
 
 
 class Passes:
@@ -66,15 +72,27 @@ class Passes:
     Args:
         models: in eval mode while this is used; layers and containers have the same names in all.
         batches: can be gone through again.
-        names: the layers that will be asked for.
+        layers: that will be asked for, by name.
+        within: for each model what makes the context that it runs in.
+        whole: there are whole passes only, as where the models have other names for their blocks.
     """
 
-    def __init__(self, models: Sequence[nn.Module], batches: Iterable[Any], names: Iterable[str]) -> None:
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        batches: Iterable[Any],
+        layers: Mapping[str, Layer],
+        *,
+        within: Sequence[Within] | None = None,
+        whole: bool = False,
+    ) -> None:
         self._models, self._batches = models, batches
-        self._chains = _chains(models, next(iter(batches)), list(names))
+        self._within: Sequence[Within] = within or [nullcontext] * len(models)
+        first = next(iter(batches))
+        self._chains = [] if whole else _chains(models, first, list(layers))
+        self._places = _places(models[0], first, layers, self._chains) if self._chains else {}
         # The chain and the block that the kept states are of.
-        self._at: tuple[str, int] | None = None
-        self._masks: list[Tensor | None] = []
+        self._at: Place | None = None
         self._kept: list[list[_Kept]] = []
 
     def of(self, layers: Iterable[str]) -> Iterator[Runs]:
@@ -89,38 +107,44 @@ class Passes:
             self._advance()
         if self._at is None:
             for batch in self._batches:
-                yield mask_of(batch), [partial(call, model, batch) for model in self._models]
+                runs = [partial(call, model, batch) for model in self._models]
+                yield [Masks.of(batch)] * len(runs), self._inside(runs)
             return
         blocks = self._blocks(*self._at)
-        for mask, kept in zip(self._masks, self._kept, strict=True):
+        for kept in self._kept:
             yield (
-                mask,
-                [partial(one.calls[0].run, block[0], one.hidden) for one, block in zip(kept, blocks, strict=True)],
+                [one.masks for one in kept],
+                self._inside(
+                    [partial(one.calls[0].run, block[0], one.hidden) for one, block in zip(kept, blocks, strict=True)]
+                ),
             )
 
-    def _place(self, layers: Iterable[str]) -> tuple[str, int] | None:
-        """The chain and the block that all layers are in."""
-        places = set()
-        for name in layers:
-            chain = next((chain for chain in self._chains if _is_within(name, chain)), None)
-            places.add(None if chain is None else (chain, int(name[len(chain) :].lstrip(".").split(".")[0])))
-        return places.pop() if len(places) == 1 else None
+    def _inside(self, runs: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+        return [partial(_run_within, within, run) for within, run in zip(self._within, runs, strict=True)]
+
+    def _place(self, layers: Iterable[str]) -> Place | None:
+        """The chain and the block that all layers are called in, and nowhere else."""
+        places = set().union(*(self._places.get(name, {None}) for name in layers))
+        place = places.pop() if len(places) == 1 else None
+        return place if place is not None and place[0] in self._chains else None
 
     def _blocks(self, chain: str, start: int) -> list[list[nn.Module]]:
         """Of each model, the blocks from one on."""
         return [_children(model, chain)[start:] for model in self._models]
 
     def _forget(self) -> None:
-        self._at, self._masks, self._kept = None, [], []
+        self._at, self._kept = None, []
 
-    def _capture(self, place: tuple[str, int]) -> None:
+    def _capture(self, place: Place) -> None:
         self._forget()
         self._at = place
         size = 0
         for batch in self._batches:
             kept = []
-            for model, blocks in zip(self._models, self._blocks(*place), strict=True):
-                calls = _calls_of(model, batch, blocks)
+            for model, blocks, within in zip(self._models, self._blocks(*place), self._within, strict=True):
+                padding = Padding(Masks.of(batch))
+                with within(), replaced(padding.hooks(model, blocks[:1])):
+                    calls, masks = _calls_of(model, batch, blocks, padding.here)
                 # Batches that take another way through the model than the first are no chain's.
                 hidden = calls[0].first if len(calls) == len(blocks) else None
                 size += hidden.nbytes if isinstance(hidden, Tensor) else 0
@@ -128,17 +152,56 @@ class Passes:
                     self._chains.remove(place[0])
                     self._forget()
                     return
-                kept.append(_Kept(hidden, [given.without_first() for given in calls]))
+                kept.append(_Kept(hidden, [given.without_first() for given in calls], masks))
             self._kept.append(kept)
-            self._masks.append(mask_of(batch))
 
     def _advance(self) -> None:
         assert self._at is not None
         blocks = self._blocks(*self._at)
         for kept in self._kept:
-            for one, block in zip(kept, blocks, strict=True):
-                one.hidden = _first_of(one.calls.pop(0).run(block[0], one.hidden))
+            for one, block, within in zip(kept, blocks, self._within, strict=True):
+                with within():
+                    one.hidden = _first_of(one.calls.pop(0).run(block[0], one.hidden))
         self._at = (self._at[0], self._at[1] + 1)
+
+
+def _run_within(within: Within, run: Callable[[], object]) -> object:
+    with within():
+        return run()
+
+
+def _places(
+    model: nn.Module, batch: Any, layers: Mapping[str, Layer], chains: list[str]
+) -> dict[str, set[Place | None]]:
+    """For each layer the blocks of chains that it is called in on one batch; None: elsewhere.
+
+    A layer that is not reached, such as an expert, is in the blocks that have it as a child.
+    """
+    found: dict[str, set[Place | None]] = {}
+    running: list[Place] = []
+
+    def enter(place: Place) -> Callable[..., None]:
+        return lambda module, args, kwargs: running.append(place)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        running.pop()
+
+    def seen(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: found.setdefault(name, set()).add(running[-1] if running else None)
+
+    blocks = [(block, (chain, i)) for chain in chains for i, block in enumerate(_children(model, chain))]
+    entries = hooks([(block, enter(place)) for block, place in blocks], before=True)
+    entries += hooks([(layer.module, seen(name)) for name, layer in layers.items()], before=True)
+    # The block itself may be the layer.
+    entries += hooks([(block, leave) for block, _ in blocks])
+    with replaced(entries):
+        call(model, batch)
+    within: dict[int, set[Place | None]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        chain = next((chain for chain in chains if _is_within(name, chain) and name != chain), None)
+        place = None if chain is None else (chain, int(name[len(chain) :].lstrip(".").split(".")[0]))
+        within.setdefault(id(module), set()).add(place)
+    return {name: found.get(name) or within[id(layer.module)] for name, layer in layers.items()}
 
 
 def _first_of(output: Any) -> Any:
@@ -150,17 +213,25 @@ def _children(model: nn.Module, name: str) -> list[nn.Module]:
     return list(model.get_submodule(name).children())
 
 
-def _calls_of(model: nn.Module, batch: Any, blocks: list[nn.Module]) -> list[_Call]:
-    """What each block is called with on one batch, in the order of the calls; the hidden state of the first alone."""
+def _calls_of(
+    model: nn.Module, batch: Any, blocks: list[nn.Module], here: Callable[[], Masks] = Masks
+) -> tuple[list[_Call], Masks]:
+    """What each block is called with on one batch, in the order of the calls; the hidden state of the first alone.
+
+    And what ``here`` says when the first is called.
+    """
     calls: list[_Call] = []
+    masks = Masks()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal masks
         given = _Call.of(args, kwargs)
+        masks = masks if calls else here()
         calls.append(given.without_first() if calls else given)
 
     with hooked([(block, before) for block in blocks], before=True):
         call(model, batch)
-    return calls
+    return calls, masks
 
 
 def _is_within(name: str, outer: str) -> bool:
@@ -180,7 +251,8 @@ def _chains(models: Sequence[nn.Module], batch: Any, names: list[str]) -> list[s
     chains: list[str] = []
     for _, name in sorted(found, key=lambda entry: -entry[0]):
         apart = not any(_is_within(name, other) or _is_within(other, name) for other in chains)
-        if apart and all(_is_chain(model, batch, _children(model, name)) for model in models):
+        different = {id(model): model for model in models}.values()
+        if apart and all(_is_chain(model, batch, _children(model, name)) for model in different):
             chains.append(name)
     return chains
 
@@ -213,7 +285,7 @@ def _is_chain(model: nn.Module, batch: Any, blocks: list[nn.Module]) -> bool:
         return (output[0] / 2, *output[1:]) if isinstance(output, (tuple, list)) else output / 2
 
     with hooked([(blocks[0], halved)]):
-        others = _calls_of(model, batch, blocks)
+        others, _ = _calls_of(model, batch, blocks)
     if len(others) != len(calls) or not all(
         _same(one.rest, other.rest) and _same(one.keywords, other.keywords)
         for one, other in zip(calls, others, strict=True)

@@ -43,9 +43,14 @@ def check_path(name: str, path: Any) -> None:
         raise TypeError(f"{name} is {path!r}; expected a path")
 
 
-def check_teacher(model: Any, teacher: Any) -> None:
-    """Refuses a teacher that is no module, or that changes while it teaches; None is none."""
-    if teacher is not None and not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher is {type(teacher).__name__}; expected torch.nn.Module")
+def check_teacher(model: Any, teacher: Any, *, needed: bool = False) -> None:
+    """Refuses a teacher that is no module, or that changes while it teaches.
+
+    Unless it is ``needed``, None is none, and True the model as it is now.
+    """
+    if not isinstance(teacher, nn.Module) and (needed or not (teacher is None or teacher is True)):
+        found = repr(teacher) if isinstance(teacher, bool) else type(teacher).__name__
+        others = "" if needed else ", True for the model as it is now, or None"
+        raise TypeError(f"teacher is {found}; expected torch.nn.Module{others}")
     if teacher is not None and teacher is model:
         raise ValueError("teacher is model itself; expected another one, such as copy.deepcopy(model) from before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_teacher
 from onestep.layerwise.export import QuantizedWeight
+from onestep.layerwise.grids import rounded
 from onestep.layerwise.layers import Layer, Patterns, find_layers
-from onestep.layerwise.order import Sums, solve_in_order
+from onestep.layerwise.order import Sums, Teaching, solve_in_order
+from onestep.layerwise.pairs import check_names
 from onestep.layerwise.report import Report
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.compensated import compensated_sweep
@@ -22,10 +25,11 @@ def quantize(
     bits: int = 4,
     group_size: int | None = 64,
     *,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | bool | None = True,
+    names: Mapping[str, str | None] | None = None,
     layers: Patterns = "*",
     symmetric: bool = False,
-    act_order: bool = False,
+    act_order: bool = True,
     damping: float = 0.01,
     sequential: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -35,8 +39,8 @@ def quantize(
 
     Column by column, each weight is rounded and its error is made up for by the columns to come: with A = E[xxᵀ] and
     A⁻¹ = UᵀU, w ← w − (w_j − q)/U_jj · U_j: (Hassibi and Stork 1993; GPTQ, Frantar et al. 2022). With a scale
-    for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). With a teacher
-    the sweep begins at argmin Σ‖Wx + b − t‖², t the teacher's outputs. The weights are replaced in place by the rounded
+    for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). The sweep begins
+    at argmin Σ‖Wx + b − t‖², t the teacher's outputs. The weights are replaced in place by the rounded
     ones; the report has their codes.
 
     Args:
@@ -45,13 +49,18 @@ def quantize(
             keyword arguments (whose ``attention_mask`` leaves padding out).
         bits: 2 to 8.
         group_size: columns that share a scale; None: a scale for each row.
-        teacher: the model as it was, such as ``copy.deepcopy(model)``. Each layer is then rounded towards the teacher's
-            outputs on its own inputs, so that it mends what the layers before it lost (GPTAQ, Li et al. 2025). Stacked
-            experts are not: the two models send them different rows. Leave out experts that are modules of their own
-            (``"!*.experts.*"``): other numbers of rows are refused, other rows as many are taken for the same.
+        teacher: True: the model as it is when this is called, of which a copy of each weight that is written to is kept
+            meanwhile. A model: that one, such as the model as it was before it was pruned. Each layer is then rounded
+            towards the teacher's outputs on its own inputs, so that it mends what the layers before it lost (GPTAQ, Li
+            et al. 2025), in about twice the time. None: towards its own outputs. Experts of a mixture always are, since
+            the two models send them different rows.
+        names: what modules are called in the teacher where that is something else, such as {"blocks.1": "blocks.2"};
+            None for what has no counterpart. Blocks that ``replace_blocks`` replaced are matched without it.
         layers: a pattern of names such as ``"*.mlp.*"``, or several; "!head" leaves a layer out.
         symmetric: codes around 2^(bits−1); otherwise each group's range from its least to its largest weight.
-        act_order: columns with the largest inputs first; the groups stay those of neighbouring columns.
+        act_order: columns with the largest inputs first; the groups stay those of neighbouring columns, on grids that
+            are known before the sweep. False: in the order of the columns, each group on the grid of its weights as
+            they have become.
         damping: added to A's diagonal, in means of the diagonal; more where A is rank deficient, as the report says.
         sequential: each layer sees inputs from the layers that are rounded already. False: one pass over the data.
         dtype: of the sums, torch.float32 or torch.float64.
@@ -80,19 +89,25 @@ def quantize(
     check_flags(symmetric=symmetric, act_order=act_order, sequential=sequential, progress=progress)
     check_dtype_of_sums(dtype)
     check_teacher(model, teacher)
+    check_names(names)
     report = Report()
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
         sums = Sums(statistics, layer.name, layer.bias)
         size = group_size or weight.shape[1]
-        plain = _rounded(weight, bits, size, symmetric)
-        if act_order:
-            order = sums.gram.diagonal().argsort(descending=True, stable=True)
-            # Grids that are known beforehand: the weights ahead need not be, and R takes half the time of U.
-            result = sums.factor(damping, order, unit=True)
-            goal = sums.aim(sums.without_dead(weight), result.damping)
-            grid = plain if goal is weight else _rounded(goal, bits, size, symmetric)
+        plain = rounded(weight, bits, size, symmetric)
+        order = sums.gram.diagonal().argsort(descending=True, stable=True) if act_order else None
+        # Grids that are known beforehand: the weights ahead need not be, and R takes half the time of U.
+        unit = act_order or size >= weight.shape[1]
+        result = sums.factor(damping, order, unit=unit)
+        goal = sums.aim(sums.without_dead(weight), result.damping)
+        if order is None:
+            _, codes, scale, zero, _ = compensated_sweep(
+                goal, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
+            )
+        else:
+            grid = plain if goal is weight else rounded(goal, bits, size, symmetric)
             _, codes, scale, zero, _ = compensated_sweep(
                 goal[:, order],
                 result.matrix,
@@ -107,15 +122,7 @@ def quantize(
                 0,
                 True,
             )
-            back = order.argsort()
-            codes = codes[:, back]
-        else:
-            unit = size >= weight.shape[1]
-            result = sums.factor(damping, unit=unit)
-            goal = sums.aim(sums.without_dead(weight), result.damping)
-            _, codes, scale, zero, _ = compensated_sweep(
-                goal, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
-            )
+            codes = codes[:, order.argsort()]
         quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
         solved = quantized.dequantize()
         layer.write(solved)
@@ -127,7 +134,7 @@ def quantize(
         data,
         layers,
         solve,
-        teacher=teacher,
+        teaching=Teaching(teacher, names),
         sequential=sequential,
         dtype=dtype,
         progress=progress,
@@ -141,7 +148,8 @@ def prune(
     data: Any,
     sparsity: float | tuple[int, int] = 0.5,
     *,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | bool | None = True,
+    names: Mapping[str, str | None] | None = None,
     layers: Patterns = "*",
     damping: float = 0.01,
     sequential: bool = True,
@@ -154,7 +162,7 @@ def prune(
     and Alistarh 2023). Which ones, is decided block by block, after what came before has been made up for.
 
     Args:
-        model, data, teacher, layers, damping, sequential, dtype, progress: as in ``quantize``.
+        model, data, teacher, names, layers, damping, sequential, dtype, progress: as in ``quantize``.
         sparsity: the fraction that is removed of each block of 128 columns; or (n, m): of every m neighbouring weights
             of a row, n are kept, such as (2, 4).
 
@@ -176,6 +184,7 @@ def prune(
     check_flags(sequential=sequential, progress=progress)
     check_dtype_of_sums(dtype)
     check_teacher(model, teacher)
+    check_names(names)
     for layer in find_layers(model, layers).values():
         if of and layer.weight.shape[1] % of:
             raise ValueError(f"layer {layer.name!r} has {layer.weight.shape[1]} features; expected a multiple of {of}")
@@ -196,7 +205,7 @@ def prune(
         data,
         layers,
         solve,
-        teacher=teacher,
+        teaching=Teaching(teacher, names),
         sequential=sequential,
         dtype=dtype,
         progress=progress,
@@ -208,25 +217,6 @@ def prune(
 def _weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
     # A copy: the layer's own is written to before it is compared with.
     return layer.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> QuantizedWeight:
-    """Rounding to nearest, each group of columns on the grid of its own range."""
-    group = torch.arange(weight.shape[1]) // group_size
-    scales, zeros = [], []
-    most = 2**bits - 1
-    for part in weight.split(group_size, dim=1):
-        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
-        if symmetric:
-            high = torch.maximum(high, -low)
-            low = -high
-        empty = (low == 0) & (high == 0)
-        low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
-        scales.append((high - low) / most)
-        zeros.append(torch.full_like(low, (most + 1) / 2) if symmetric else (-low / scales[-1]).round())
-    scale, zero = torch.stack(scales, 1), torch.stack(zeros, 1)
-    codes = ((weight / scale[:, group]).round() + zero[:, group]).clamp(0, most).to(torch.uint8)
-    return QuantizedWeight(codes, scale, zero, group, bits)
 
 
 def _sparsity(sparsity: float | tuple[int, int]) -> tuple[float, int, int]:

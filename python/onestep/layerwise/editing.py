@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from onestep._fork import one_thread_after_fork
-from onestep._restored import hooked
+from onestep._restored import hooked, replaced
 from onestep.layerwise.checks import check_number
-from onestep.layerwise.layers import call, check_on_cpu, evaluating, find_layers, mask_of
+from onestep.layerwise.layers import call, check_finite, check_on_cpu, evaluating, find_layers, padded
 from onestep.layerwise.order import Sums
+from onestep.layerwise.padding import Masks, Padding
 from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics
 
@@ -49,8 +50,8 @@ def edit(
         A ``Report`` of one layer, with Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after.
 
     Raises:
-        ValueError: the layer is not there, was not reached, ``targets`` has another shape or is not finite, or a
-            subject is padding alone.
+        ValueError: the layer is not there, was not reached or is not finite, ``targets`` has another shape or is not
+            finite, or a subject is padding alone.
         TypeError: ``targets`` is no tensor, or ``statistics`` something else.
         NotImplementedError: the layer is one of stacked experts.
 
@@ -77,6 +78,7 @@ def edit(
     if found[layer].stack is not None:
         raise NotImplementedError(f"layer {layer!r} is one of stacked experts, which see some of the places only")
     check_on_cpu(found.values())
+    check_finite({layer: found[layer]})
     if layer not in statistics.names:
         raise ValueError(f"statistics has no layer {layer!r}; expected it among {statistics.names[:3]}, ...")
     chosen = found[layer]
@@ -119,16 +121,19 @@ def edit(
 
 def _keys(model: nn.Module, module: nn.Module, subjects: Any) -> Tensor:
     """The layer's inputs (m, d) at each subject's last place."""
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    padding = Padding(Masks.of(subjects))
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else next(iter(kwargs.values())))
+        x = args[0] if args else next(iter(kwargs.values()))
+        seen.append((x, padding.kept(x)))
 
-    with hooked([(module, hook)], before=True), evaluating(model), torch.no_grad():
+    around = padding.hooks(model, [module]) + padded([model])
+    with replaced(around), hooked([(module, hook)], before=True), evaluating(model), torch.no_grad():
         call(model, subjects)
     if len(seen) != 1:
         raise ValueError(f"the layer was called {len(seen)} times for the subjects; expected once")
-    x = seen[0]
+    x, kept = seen[0]
     if x.dim() == 2:
         return x
     if x.dim() != 3:
@@ -136,9 +141,9 @@ def _keys(model: nn.Module, module: nn.Module, subjects: Any) -> Tensor:
             f"the layer's inputs for the subjects have shape {tuple(x.shape)}; expected (subjects, features) or "
             "(subjects, places, features)"
         )
-    mask = mask_of(subjects)
-    if mask is None or mask.shape != x.shape[:-1]:
+    if kept is None:
         return x[:, -1]
+    mask = kept.reshape(x.shape[:-1])
     if not bool(mask.any(1).all()):
         raise ValueError(f"subject {int(mask.any(1).int().argmin())} is padding alone; expected a place that is not")
     places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1).amax(1)

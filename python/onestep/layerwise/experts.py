@@ -40,7 +40,8 @@ class ExpertCalls(TorchFunctionMode):
         names: of the experts that are looked for, by the address of their weights.
         modules: that have them.
         before: called with the name and the rows.
-        after: called with the name and the result.
+        after: called with the name, the rows and the result.
+        others: called with the module and the expert (``expert_of``) and the rows, where no name is looked for.
     """
 
     def __init__(
@@ -49,11 +50,18 @@ class ExpertCalls(TorchFunctionMode):
         modules: Iterable[nn.Module],
         *,
         before: Callable[[str, Tensor], None] | None = None,
-        after: Callable[[str, Tensor], None] | None = None,
+        after: Callable[[str, Tensor, Any], None] | None = None,
+        others: Callable[[tuple[int, int], Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self._names, self._modules, self._before, self._after = names, list(modules), before, after
-        self._addresses = {part.data_ptr() for module in self._modules for part in _parts(module)}
+        self._others = others
+        self._addresses = {
+            part.data_ptr(): expert_of(module, index)
+            for module in self._modules
+            for stack in stacks_of(module).values()
+            for index, part in enumerate(stack.detach())
+        }
         self._products = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,12 +71,14 @@ class ExpertCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         address = (args[1] if len(args) > 1 else kwargs["weight"]).data_ptr()
         self._products += address in self._addresses
-        name = self._names.get(address)
+        name, rows = self._names.get(address), args[0] if args else kwargs["input"]
         if name is not None and self._before is not None:
-            self._before(name, args[0] if args else kwargs["input"])
+            self._before(name, rows)
+        if name is None and self._others is not None and address in self._addresses:
+            self._others(self._addresses[address], rows)
         out = func(*args, **kwargs)
         if name is not None and self._after is not None:
-            self._after(name, out)
+            self._after(name, rows, out)
         return out
 
     def forwards(self) -> list[Entry]:
@@ -93,5 +103,6 @@ class ExpertCalls(TorchFunctionMode):
         return forward
 
 
-def _parts(module: nn.Module) -> Iterable[Tensor]:
-    return (part for stack in stacks_of(module).values() for part in stack.detach())
+def expert_of(module: nn.Module, index: int) -> tuple[int, int]:
+    """The same for all weights of one expert."""
+    return id(module), index

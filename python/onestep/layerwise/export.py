@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from onestep.layerwise.checks import check_path
+from onestep.layerwise.layers import every_layer
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
     Without ``quantized`` every weight is written as it is, dequantised, and ``model.load_state_dict`` takes the file.
     With it (``report.quantized``) the weights named there are written as ``NAME.codes`` (uint8; up to 4 bits two to a
     byte, the even column low), ``NAME.scale``, ``NAME.zero`` and ``NAME.group``; the metadata's ``onestep`` is a JSON
-    object of NAME → bits and shape. Experts that are stacked in one parameter are written one by one.
+    object of NAME → bits, shape, and, where it is so, ``tied``, the other parameters that are this weight, and
+    ``transposed``: the parameter is Wᵀ (Conv1D). Experts that are stacked in one parameter are written one by one.
     W = scale[:, group] · (codes − zero[:, group]).
 
     Args:
-        model: tied parameters are written once, under the first of their names.
+        model: tied parameters are written once, under the first of their names (``safetensors.torch.load_model`` takes
+            such files), or as the codes of the layer that was quantised.
         path: the file.
         quantized: what ``quantize`` reported.
 
@@ -88,32 +92,57 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
             if not isinstance(weight, QuantizedWeight):
                 raise TypeError(f"quantized[{name!r}] is {type(weight).__name__}; expected QuantizedWeight")
     tensors: dict[str, Tensor] = {}
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    same: dict[Any, list[str]] = {}
     for name, value in model.state_dict().items():
-        place = (value.data_ptr(), tuple(value.shape), value.stride())
-        if value.numel() == 0 or place not in seen:
+        place = (value.data_ptr(), tuple(value.shape), value.stride()) if value.numel() else name
+        if place not in same:
             tensors[name] = value.detach().contiguous()
-            seen.add(place)
-    about = {}
-    _take_out(tensors, quantized or {})
+        same.setdefault(place, []).append(name)
+    about: dict[str, dict[str, Any]] = {}
+    names = {name: group for group in same.values() for name in group}
+    every = every_layer(model)
+    tied = _take_out(tensors, names, quantized or {})
     for name, weight in (quantized or {}).items():
         codes = weight.codes
         if weight.bits <= 4:
             even, odd = codes[:, 0::2], codes[:, 1::2]
             codes = even | torch.nn.functional.pad(odd, (0, even.shape[1] - odd.shape[1])) << 4
         parts = {"codes": codes, "scale": weight.scale, "zero": weight.zero, "group": weight.group}
-        tensors |= {f"{name}.{part}": value.contiguous() for part, value in parts.items()}
+        tensors |= {_within(name, part): value.contiguous() for part, value in parts.items()}
         about[name] = {"bits": weight.bits, "shape": list(weight.codes.shape)}
+        if not isinstance(every[name].module, nn.Linear) and every[name].stack is None:
+            about[name]["transposed"] = True
+        if tied.get(name):
+            about[name]["tied"] = tied[name]
     save_file(tensors, str(path), metadata={"format": "pt", "onestep": json.dumps(about)})
 
 
-def _take_out(tensors: dict[str, Tensor], quantized: Mapping[str, QuantizedWeight]) -> None:
-    """Removes the weights that are written as codes: a layer's own, or a stack whose experts are all among them."""
+def _within(name: str, part: str) -> str:
+    """The name of a module's part; the model itself has none."""
+    return f"{name}.{part}" if name else part
+
+
+def _take_out(
+    tensors: dict[str, Tensor], names: Mapping[str, list[str]], quantized: Mapping[str, QuantizedWeight]
+) -> dict[str, list[str]]:
+    """Removes the weights that are written as codes: a layer's own, or a stack whose experts are all among them.
+
+    Args:
+        tensors: by the first of their names.
+        names: for each name all names of the same tensor.
+        quantized: by the layers' names.
+
+    Returns:
+        For each layer the other names of its weight.
+    """
     stacks: dict[str, set[str]] = {}
+    tied: dict[str, list[str]] = {}
     for name in quantized:
         stack, _, expert = name.rpartition(".")
-        if f"{name}.weight" in tensors:
-            del tensors[f"{name}.weight"]
+        weight = _within(name, "weight")
+        if weight in names and names[weight][0] in tensors:
+            del tensors[names[weight][0]]
+            tied[name] = [other for other in names[weight] if other != weight]
         elif stack in tensors and expert.isdigit():
             stacks.setdefault(stack, set()).add(expert)
         else:
@@ -122,3 +151,4 @@ def _take_out(tensors: dict[str, Tensor], quantized: Mapping[str, QuantizedWeigh
         if len(experts) != len(tensors[stack]):
             raise ValueError(f"quantized names {len(experts)} experts of {stack!r}; expected all {len(tensors[stack])}")
         del tensors[stack]
+    return tied

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestep._restored import eval_mode
+from onestep._restored import Entry, eval_mode
 from onestep.layerwise.experts import refusal, stacks_of
 
 # What a layer pattern is: "*.mlp.*", or several, of which those that begin with "!" leave layers out.
@@ -86,7 +86,7 @@ def find_layers(model: nn.Module, patterns: Patterns, *, what: str = "model") ->
     wanted = [pattern for pattern in texts if not pattern.startswith("!")] or ["*"]
     unwanted = [pattern[1:] for pattern in texts if pattern.startswith("!")]
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    every = {layer.name: layer for layer in _linear_layers(model)}
+    every = every_layer(model)
     tied = {
         name
         for name, layer in every.items()
@@ -108,6 +108,11 @@ def find_layers(model: nn.Module, patterns: Patterns, *, what: str = "model") ->
     for layer in found.values():
         _check(layer)
     return found
+
+
+def every_layer(model: nn.Module) -> dict[str, Layer]:
+    """All linear layers of a model by name, in its order."""
+    return {layer.name: layer for layer in _linear_layers(model)}
 
 
 def _linear_layers(model: nn.Module) -> Iterator[Layer]:
@@ -155,6 +160,42 @@ def check_on_cpu(layers: Iterable[Layer]) -> None:
             )
 
 
+def check_finite(layers: Mapping[str, Layer], whose: str = "") -> None:
+    """Refuses weights and biases of NaN or infinity.
+
+    Args:
+        layers: by name; those that are no linear layers, but blocks, are let pass.
+        whose: for messages.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    for name, layer in layers.items():
+        if layer.stack is None and not is_linear(layer.module):
+            continue
+        for what, values in (("weight", layer.weight), ("bias", layer.bias)):
+            if values is not None and not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"the {what} of the {whose}layer {name!r} holds NaN or infinity; expected finite values"
+                )
+
+
+def check_untied(layers: Mapping[str, Layer]) -> None:
+    """Refuses two layers with one weight: each would overwrite what the other was solved for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = None if layer.stack is not None else first.setdefault(id(layer.module.weight), name)
+        if other is not None and other != name:
+            raise ValueError(
+                f"layers {other!r} and {name!r} share one weight; expected one of them: the weight is solved with "
+                "the inputs of the layer that is named"
+            )
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -197,10 +238,10 @@ def call(model: nn.Module, batch: Any) -> Any:
         ) from error
 
 
-def mask_of(batch: Any) -> Tensor | None:
-    """Which places of the batch are not padding, (sequences, places), where it says so (``attention_mask``)."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def padded(models: Iterable[nn.Module]) -> list[Entry]:
+    """What ``replaced`` takes so that torch's encoders call their layers with padded tensors, not with nested ones."""
+    encoders = [module for model in models for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
+    return [(vars(encoder), "use_nested_tensor", False) for encoder in encoders]
 
 
 def evaluating(*models: nn.Module) -> AbstractContextManager[None]:

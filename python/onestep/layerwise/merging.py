@@ -12,7 +12,7 @@ from torch import nn
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
-from onestep.layerwise.layers import Patterns, batches_of, check_on_cpu, find_layers
+from onestep.layerwise.layers import Patterns, batches_of, check_finite, check_on_cpu, check_untied, find_layers
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.operands import LinAlgError
 
@@ -47,8 +47,8 @@ def merge(
         A new model.
 
     Raises:
-        ValueError: other than one ``data`` a model, one without batches, fewer than two models, or models whose
-            parameters differ.
+        ValueError: other than one ``data`` a model, one without batches, fewer than two models, models whose
+            parameters differ, or parameters that are not finite.
 
     Examples:
         >>> import torch
@@ -66,8 +66,16 @@ def merge(
     check_number("shrinkage", shrinkage, most=1.0)
     check_flags(progress=progress)
     check_dtype_of_sums(dtype)
-    for model in models:
-        check_on_cpu(find_layers(model, layers).values())
+    for index, model in enumerate(models):
+        chosen = find_layers(model, layers, what=f"models[{index}]")
+        check_on_cpu(chosen.values())
+        check_untied(chosen)
+        check_finite(chosen, f"models[{index}]'s ")
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+                raise ValueError(
+                    f"the parameter {name!r} of models[{index}] holds NaN or infinity; expected finite values"
+                )
     states = [model.state_dict() for model in models]
     for index, state in enumerate(states):
         shapes = {name: value.shape for name, value in state.items()}

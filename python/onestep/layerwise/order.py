@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,14 +16,42 @@ from onestep import linalg
 from onestep._fork import one_thread_after_fork
 from onestep._restored import replaced
 from onestep.evaluation.progress import Progress
+from onestep.layerwise.before import Before
 from onestep.layerwise.chain import Passes, without_caches
-from onestep.layerwise.layers import Layer, Patterns, batches_of, check_on_cpu, evaluating, find_layers
+from onestep.layerwise.layers import (
+    Layer,
+    Patterns,
+    batches_of,
+    check_finite,
+    check_on_cpu,
+    check_untied,
+    evaluating,
+    find_layers,
+    padded,
+)
+from onestep.layerwise.pairs import is_at, paired
 from onestep.layerwise.report import LayerReport
+from onestep.layerwise.routing import routed, shapes_of
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.linalg.damping import unit_cholesky
 from onestep.ops.operands import LinAlgError
 
 _NO_BATCH = object()
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Whose outputs layers are solved towards.
+
+    Attributes:
+        teacher: a model; True: the model as it was before; None: each layer's own outputs.
+        names: what the model's modules are called in the teacher (``pairs.paired``).
+        needed: layers without a teacher's outputs are refused.
+    """
+
+    teacher: nn.Module | bool | None
+    names: Mapping[str, str | None] | None = None
+    needed: bool = False
 
 
 @one_thread_after_fork()
@@ -31,8 +61,7 @@ def solve_in_order(
     layers: Patterns,
     solve: Callable[[Layer, LayerStatistics], None],
     *,
-    teacher: nn.Module | None = None,
-    needs_teacher: bool = False,
+    teaching: Teaching,
     sequential: bool,
     dtype: torch.dtype,
     progress: bool,
@@ -43,40 +72,105 @@ def solve_in_order(
     Sequential: layers that share their inputs are a group, and a group's statistics are taken when all groups before
     it are solved, so that later layers see, and mend, what earlier ones have become; where the model is a chain of
     blocks, by passes through the group's block (``Passes``). Otherwise all statistics are taken in one pass over the
-    data, of the model as it was.
+    data, of the model as it was. All that can be refused is refused before anything is changed.
     """
     chosen = find_layers(model, layers)
     check_on_cpu(chosen.values())
-    # Before any of them is changed.
-    for layer in chosen.values():
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(f"the weight of layer {layer.name!r} holds NaN or infinity; expected finite values")
+    check_finite(chosen)
+    check_untied(chosen)
     batches = batches_of(data)
     first = next(iter(batches), _NO_BATCH)
     if first is _NO_BATCH:
         raise ValueError("data has no batches; expected at least one")
-    both = [model] if teacher is None else [model, teacher]
+    # In one pass over the data the model as it was puts out what the model puts out.
+    own = teaching.teacher is True
+    teacher = None if own and not sequential else model if own else teaching.teacher
+    both = [model] if not isinstance(teacher, nn.Module) else [model, teacher]
+    names = dict(teaching.names or {})
+    before = Before(model)
+    different = both if teacher is not model else [model]
     bar = partial(Progress, len(chosen), enabled=progress, what=what, unit="layer")
-    with evaluating(*both), torch.no_grad(), replaced(without_caches(both)):
+    with evaluating(*different), torch.no_grad(), replaced(without_caches(different) + padded(different)):
+        whole = False
+        if isinstance(teacher, nn.Module):
+            pairs = paired(model, chosen, teacher, names)
+            check_finite(pairs, "teacher's ")
+            if teaching.needed and len(pairs) < len(chosen):
+                name = next(name for name in chosen if name not in pairs)
+                raise ValueError(
+                    f"names says that layer {name!r} has no counterpart in the teacher: leave it out, "
+                    f"layers=['*', '!{name}']"
+                )
+            whole = any(layer.name != name for name, layer in pairs.items())
+            names |= dict.fromkeys(_apart(model, chosen, teacher, pairs, first, teaching.needed, sequential))
+        options: dict[str, Any] = {"teacher": teacher, "names": names, "dtype": dtype}
         if not sequential:
-            statistics = LayerStatistics(model, list(chosen), teacher=teacher, dtype=dtype)
+            statistics = LayerStatistics(model, list(chosen), **options)
             statistics.collect(batches, progress=progress)
             with bar() as shown:
                 for layer in chosen.values():
                     solve(layer, statistics)
                     shown.update()
             return
-        passes = Passes(both, batches, chosen)
+        passes = Passes(both, batches, chosen, within=[nullcontext, before.there][: len(both)], whole=whole)
         with bar() as shown:
             for group, once in _called(model, chosen, first):
-                # The two models send stacked experts other rows, which cannot be compared one by one.
-                alone = not needs_teacher and any(chosen[name].stack is not None for name in group)
-                statistics = LayerStatistics(model, group, teacher=None if alone else teacher, dtype=dtype)
-                for mask, runs in passes.of(group):
-                    statistics.update_by(runs, mask, stop_early=once)
+                # Of the names those that these layers are matched by.
+                options["names"] = {name: names[name] for name in names if any(is_at(each, name) for each in group)}
+                statistics = LayerStatistics(model, group, **options)
+                for masks, runs in passes.of(group):
+                    statistics.update_by(runs, masks, stop_early=once)
                 for name in group:
+                    if own:
+                        before.keep(chosen[name])
                     solve(chosen[name], statistics)
                     shown.update()
+
+
+def _apart(
+    model: nn.Module,
+    chosen: Mapping[str, Layer],
+    teacher: nn.Module,
+    pairs: Mapping[str, Layer],
+    batch: Any,
+    needed: bool,
+    sequential: bool,
+) -> list[str]:
+    """Layers that are solved without the teacher, because the two models send them other rows.
+
+    Raises:
+        ValueError: ``needed``, and there are some; or others get other rows in the teacher.
+    """
+    mine = shapes_of(model, chosen, batch)
+    theirs = mine if teacher is model else shapes_of(teacher, pairs, batch)
+    parted = set(routed(model, chosen, batch, mine)) if sequential or not needed else set()
+    if not needed:
+        parted |= {name for name, layer in chosen.items() if layer.stack is not None}
+    for name, layer in chosen.items():
+        rows = [math.prod(shape) for shape in mine.get(name, [])]
+        others = [math.prod(shape) for shape in theirs.get(name, [])]
+        if name in pairs and name not in parted and rows != others[: len(rows)]:
+            raise ValueError(
+                f"layer {name!r} is given {_listed(rows)} rows by the first batch, and {_listed(others)} in the "
+                f"teacher: the two models send rows to it differently. {_remedy(layer)}"
+            )
+    if needed and parted:
+        name = sorted(parted)[0]
+        raise ValueError(
+            f"layer {name!r} is given rows that other layers choose, as experts of a mixture are, so that the model "
+            f"and the teacher send it different ones once those layers change. {_remedy(chosen[name])}, or solve such "
+            "layers by themselves, block by block"
+        )
+    return sorted(parted)
+
+
+def _remedy(layer: Layer) -> str:
+    pattern = "*.experts.*" if layer.stack is not None or ".experts." in f".{layer.name}" else layer.name
+    return f"Leave such layers out: layers=['*', '!{pattern}']"
+
+
+def _listed(counts: list[int]) -> str:
+    return " and ".join(str(count) for count in counts[:3]) + (" ..." if len(counts) > 3 else "") or "no"
 
 
 def _called(model: nn.Module, chosen: dict[str, Layer], batch: Any) -> list[tuple[list[str], bool]]:

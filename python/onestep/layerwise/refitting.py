@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from onestep import linalg
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number, check_teacher
 from onestep.layerwise.layers import Layer, Patterns
-from onestep.layerwise.order import Sums, solve_in_order
+from onestep.layerwise.order import Sums, Teaching, solve_in_order
+from onestep.layerwise.pairs import check_names
 from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.operands import LinAlgError
@@ -25,6 +27,7 @@ def refit(
     teacher: nn.Module,
     *,
     layers: Patterns = "*",
+    names: Mapping[str, str | None] | None = None,
     ridge: float = 1e-3,
     keep_zeros: bool = True,
     sequential: bool = True,
@@ -41,9 +44,12 @@ def refit(
     Args:
         model: as in ``quantize``; its weights and biases are replaced in place.
         data: batches, as in ``quantize``.
-        teacher: a model with layers of the same names, which sees the same batches: what the model was before.
-            Leave out experts that are modules of their own, as in ``quantize``.
+        teacher: a model with layers of the same names, which sees the same batches: what the model was before. Blocks
+            that ``replace_blocks`` replaced since are matched by what they were called, and the map that took their
+            place is solved towards what the last of them returned. Experts of a mixture are refused where the layers
+            before them are solved, too, so that the two models send them different rows.
         layers: a pattern of names, or several.
+        names: what modules are called in the teacher where that is something else, such as {"blocks.1": "blocks.2"}.
         ridge: 0 or more. It pulls towards the weights as they are.
         keep_zeros: weights that are 0 stay 0.
         sequential: False: all layers from one pass over the data, of the model as it is.
@@ -69,9 +75,8 @@ def refit(
     check_number("ridge", ridge)
     check_flags(keep_zeros=keep_zeros, sequential=sequential, progress=progress)
     check_dtype_of_sums(dtype)
-    if teacher is None:
-        raise TypeError("teacher is NoneType; expected torch.nn.Module")
-    check_teacher(model, teacher)
+    check_teacher(model, teacher, needed=True)
+    check_names(names)
     report = Report()
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
@@ -83,8 +88,7 @@ def refit(
         data,
         layers,
         solve,
-        teacher=teacher,
-        needs_teacher=True,
+        teaching=Teaching(teacher, names, needed=True),
         sequential=sequential,
         dtype=dtype,
         progress=progress,
@@ -133,9 +137,9 @@ class _Refit:
             if not failed:
                 break
             info = info or failed
-            penalty = max(10.0 * penalty, 1e-12 if self.weight.dtype == torch.float64 else 1e-6)
-            if penalty > 1.0:
-                raise LinAlgError(f"layer {self.layer.name!r} has no solution with any ridge up to 1")
+            if penalty >= 1.0:
+                raise LinAlgError(f"layer {self.layer.name!r} has no solution with any ridge up to {penalty:g}")
+            penalty = min(max(10.0 * penalty, 1e-12 if self.weight.dtype == torch.float64 else 1e-6), 1.0)
         # Rounding in the solve may lose more than there was to gain.
         if self.error(solved) > before:
             solved = self.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,10 +11,15 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
-from onestep._restored import hooked
+from onestep._restored import Entry, hooked, replaced
+from onestep._torch_private import own_children
 from onestep.evaluation.progress import Progress
+from onestep.layerwise.chain import without_caches
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
-from onestep.layerwise.layers import batches_of, call, count_of, evaluating, mask_of
+from onestep.layerwise.layers import batches_of, call, count_of, evaluating, padded
+from onestep.layerwise.outputs import output_of, solve_towards_outputs
+from onestep.layerwise.padding import Masks, Padding
+from onestep.layerwise.pairs import keep_places, map_of, places_of
 from onestep.layerwise.report import LayerReport, Report
 
 
@@ -22,17 +28,17 @@ class LinearBlock(nn.Module):
 
     Attributes:
         map: nn.Linear.
-        in_tuple: whether the block returns a tuple of one.
+        count: how long the tuple is that the block returns, all but the first of which are None; 0: it returns none.
     """
 
-    def __init__(self, map: nn.Linear, in_tuple: bool) -> None:
+    def __init__(self, map: nn.Linear, count: int) -> None:
         super().__init__()
-        self.map, self.in_tuple = map, in_tuple
+        self.map, self.count = map, count
 
     def forward(self, hidden: Tensor, *unused: Any, **also_unused: Any) -> Any:
         """hidden (…, d) → (…, d)."""
         out = self.map(hidden)
-        return (out,) if self.in_tuple else out
+        return (out, *[None] * (self.count - 1)) if self.count else out
 
 
 @one_thread_after_fork()
@@ -42,31 +48,38 @@ def replace_blocks(
     blocks: Sequence[str],
     *,
     ridge: float = 1e-4,
+    steps: int = 8,
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
 ) -> Report:
     """Replaces a run of blocks of a model by one linear map, fitted to what the run does to ``data``.
 
     W, b ← argmin Σ‖Wx + b − t‖² + λ‖W − 1‖², with x what the first block is given, t what the last returns, and λ =
-    ridge · mean diag Σxxᵀ (ReplaceMe: Shopkhoev et al., NeurIPS 2025). The map takes the first block's place and the
-    others leave their container (an nn.Sequential or nn.ModuleList). A first block that is given and returns one tensor
-    becomes an nn.Linear, which loads without onestep; any other a ``LinearBlock``, which ignores the other arguments
-    and has its nn.Linear as ``map``.
+    ridge · mean diag Σxxᵀ (ReplaceMe: Shopkhoev et al., NeurIPS 2025). From there ``steps`` Gauss-Newton steps bring
+    what the whole model puts out closer to what it put out before, Σ‖f(x) − f₀(x)‖².
+
+    The map takes the first block's place and the others leave their container (an nn.Sequential or nn.ModuleList). A
+    first block that is given and returns one tensor becomes an nn.Linear, which loads without onestep; any other a
+    ``LinearBlock``, which ignores the other arguments and has its nn.Linear as ``map``.
 
     Args:
         model: changed in place.
-        data: batches, as in ``quantize``; gone through once.
+        data: batches, as in ``quantize``; gone through once, and twice more for each step and the first look.
         blocks: the names of neighbouring blocks in order, such as ["blocks.1", "blocks.2"], whose first argument and
             result (or the first of them) are of the same shape (…, d).
         ridge: 0 or more. It pulls towards leaving the blocks out.
+        steps: that are tried; 0: the map that is closest to the run. None are taken from fewer rows than features, nor
+            where what the model puts out (its ``logits``, or the first tensor of floats) has no derivative.
         dtype: of the sums and of the solve.
         progress: show a bar.
 
     Returns:
-        A ``Report`` of one map, with Σ‖t − Wx − b‖² / Σ‖t‖², and the same for plain removal.
+        A ``Report`` of one map, with Σ‖t − Wx − b‖² / Σ‖t‖² at the end of the run, and the same for plain removal. The
+        first grows by steps that look at the end of the model instead.
 
     Raises:
-        ValueError, TypeError: the blocks are not neighbours in one container, or an argument is out of its range.
+        ValueError, TypeError: the blocks are not neighbours in one container, return more than a linear map can, or are
+            looked at by the model in other ways; an argument is out of its range. The model is as it was then.
         LinAlgError: the equations are singular; pass a larger ridge.
 
     Examples:
@@ -81,6 +94,8 @@ def replace_blocks(
         ), True)
     """
     check_number("ridge", ridge)
+    if type(steps) is not int or steps < 0:
+        raise ValueError(f"steps is {steps!r}; expected an integer of 0 or more")
     check_flags(progress=progress)
     check_dtype_of_sums(dtype)
     container, first, count = _run_of(model, blocks)
@@ -91,14 +106,18 @@ def replace_blocks(
         hooked([(container[first + count - 1], seen.leave)]),
         evaluating(model),
         torch.no_grad(),
+        replaced(padded([model])),
         Progress(count_of(batches), enabled=progress, what="replace_blocks", unit="batch") as bar,
     ):
         for batch in batches:
-            seen.mask = mask_of(batch)
-            call(model, batch)
+            seen.padding = Padding(Masks.of(batch))
+            with replaced(seen.padding.hooks(model, [container[first]])):
+                call(model, batch)
             bar.update()
     if seen.equations is None or seen.equations.count == 0:
         raise ValueError(f"no row of data reached the block {blocks[0]!r}")
+    if seen.more:
+        _check_more(model, next(iter(batches)), container[first + count - 1])
     d = seen.equations.d
     sums = seen.equations.sums
     scale = float(sums.gram.diagonal().mean()) or 1.0
@@ -109,15 +128,23 @@ def replace_blocks(
     with torch.no_grad():
         linear.weight.copy_(added.mT + torch.eye(d, dtype=dtype))
         linear.bias.copy_(intercept)
-    block: nn.Module = linear if seen.plain else LinearBlock(linear, seen.in_tuple)
+    block: nn.Module = linear if seen.plain else LinearBlock(linear, seen.count)
     kept = [module for index, module in enumerate(container) if not first < index < first + count]
     kept[first] = block.train(model.training)
-    for _ in range(len(container)):
-        del container[-1]
-    container.extend(kept)
-    # Of centred sums: the intercept takes the means.
-    fitted = ((added.mT @ sums.gram) * added.mT).sum() - 2 * (added * sums.cross).sum()
-    lost = max(float(fitted) + seen.centred_square(), 0.0)
+    places, whole = places_of(container), dict(container.named_children())
+    _fill(container, kept)
+    try:
+        before: list[Entry] = [(own_children(container), name, module) for name, module in whole.items()]
+        around = padded([model]) + without_caches([model])
+        with evaluating(model, *whole.values()), torch.no_grad(), replaced(around):
+            _run_once(model, batches, blocks)
+            if steps:
+                solve_towards_outputs(model, batches, linear, lambda: replaced(before), steps, dtype)
+    except BaseException:
+        _fill(container, list(whole.values()))
+        raise
+    keep_places(container, [*places[:first], map_of(places[first : first + count]), *places[first + count :]])
+    lost = seen.lost(linear)
     report = LayerReport(
         blocks[0],
         seen.equations.count,
@@ -129,6 +156,43 @@ def replace_blocks(
         lost / (seen.square or 1.0),
     )
     return Report([report])
+
+
+def _fill(container: Any, modules: list[nn.Module]) -> None:
+    for _ in range(len(container)):
+        del container[-1]
+    container.extend(modules)
+
+
+def _check_more(model: nn.Module, batch: Any, last: nn.Module) -> None:
+    """Refuses a run whose last block returns more than a map can, unless the model does not use it."""
+
+    def first_alone(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return (output[0], *[None] * (len(output) - 1))
+
+    same = False
+    with evaluating(model), torch.no_grad(), replaced(padded([model]) + without_caches([model])):
+        whole = output_of(call(model, batch))
+        # A model may fail in any way without what it uses.
+        with suppress(Exception), hooked([(last, first_alone)]):
+            found = output_of(call(model, batch))
+            same = whole is not None and found is not None and torch.equal(whole, found)
+    if not same:
+        raise ValueError(
+            "the blocks return more than the hidden state, and the model uses it, which a linear map cannot give: take "
+            "other blocks"
+        )
+
+
+def _run_once(model: nn.Module, batches: Any, blocks: Sequence[str]) -> None:
+    """Refuses blocks that the model looks at in other ways than by calling them."""
+    try:
+        call(model, next(iter(batches)))
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run with a linear map in the place of {list(blocks)} ({error}): take other blocks; it "
+            "is as it was"
+        ) from error
 
 
 def _run_of(model: nn.Module, blocks: Sequence[str]) -> tuple[Any, int, int]:
@@ -160,33 +224,42 @@ class _Run:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.mask: Tensor | None = None
+        self.padding = Padding(Masks())
         self.equations: linalg.NormalEquations | None = None
-        self.plain, self.in_tuple = True, False
+        self.plain, self.count, self.more = True, 0, False
         self.square = self.added_square = 0.0
-        self._given: list[Tensor] = []
+        self._given: list[tuple[Tensor, Tensor | None]] = []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.plain = self.plain and len(args) == 1 and not kwargs
-        self._given.append(args[0] if args else next(iter(kwargs.values())))
+        given = args[0] if args else next(iter(kwargs.values()))
+        self._given.append((given, self.padding.kept(given) if isinstance(given, Tensor) else None))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.in_tuple = isinstance(output, tuple)
-        self.plain = self.plain and not self.in_tuple
-        out, given = output[0] if self.in_tuple else output, self._given.pop()
+        self.count = len(output) if isinstance(output, tuple) else 0
+        self.plain = self.plain and not self.count
+        self.more = self.more or (self.count > 1 and any(value is not None for value in output[1:]))
+        out = output[0] if self.count else output
+        given, kept = self._given.pop()
         if out.shape != given.shape:
             raise ValueError(f"the blocks turn {tuple(given.shape)} into {tuple(out.shape)}; expected one shape")
-        if self.mask is not None and self.mask.shape == given.shape[:-1]:
-            out, given = out[self.mask], given[self.mask]
-        X = given.reshape(-1, given.shape[-1]).to(self.dtype)
-        T = out.reshape(X.shape).to(self.dtype)
+        X, T = given.reshape(-1, given.shape[-1]), out.reshape(-1, out.shape[-1])
+        if kept is not None:
+            X, T = X[kept], T[kept]
+        X, T = X.to(self.dtype), T.to(self.dtype)
         if self.equations is None:
             self.equations = linalg.NormalEquations(X.shape[1], X.shape[1], intercept=True, dtype=self.dtype)
         self.equations.update(X, T - X)
         self.square += float(T.square().sum())
         self.added_square += float((T - X).square().sum())
 
-    def centred_square(self) -> float:
-        """Σ‖(t − x) − mean‖²."""
+    def lost(self, linear: nn.Linear) -> float:
+        """Σ‖t − Wx − b‖²."""
         assert self.equations is not None
-        return self.added_square - self.equations.count * float(self.equations.sums.y_mean.square().sum())
+        sums, count = self.equations.sums, self.equations.count
+        change = linear.weight.detach().to(sums.gram).mT - torch.eye(linear.in_features).to(sums.gram)
+        # Of centred sums, and what the means leave.
+        square = self.added_square - count * float(sums.y_mean.square().sum())
+        fitted = float(((change.mT @ sums.gram) * change.mT).sum() - 2 * (change * sums.cross).sum())
+        mean = sums.y_mean - sums.x_mean @ change - linear.bias.detach().to(sums.gram)
+        return max(square + fitted, 0.0) + count * float(mean.square().sum())

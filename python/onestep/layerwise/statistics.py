@@ -5,43 +5,44 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
-from onestep._restored import hooks, replaced
-from onestep._torch_private import version
+from onestep._restored import replaced
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_path
-from onestep.layerwise.experts import ExpertCalls
-from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, mask_of
+from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, padded
+from onestep.layerwise.padding import Masks
+from onestep.layerwise.pairs import check_names, paired
+from onestep.layerwise.seen import Enough, Seen
 from onestep.layerwise.sums import InputSums, Storage, TargetSums
 from onestep.ops.operands import LinAlgError
-
-
-class _Enough(Exception):
-    """Ends a forward pass when all that was waited for has been seen."""
 
 
 class LayerStatistics:
     """Streams Σxxᵀ (and Σxtᵀ) of the inputs of a model's linear layers while data passes through it.
 
     Layers that are given the same tensor (q, k and v of attention) share their sums. Experts of a mixture have the rows
-    that are sent to them, each its own number. Where a batch has an ``attention_mask``, padding is left out of layers
-    that are given all places. A layer that is called several times in a pass sees the rows of all calls. The model is
-    run in eval mode without gradients; hooks are there during ``update`` only.
+    that are sent to them, each its own number. Where a batch has an ``attention_mask`` (or a
+    ``decoder_attention_mask``, or torch's ``src_key_padding_mask``), padding is left out, of experts' rows as well. A
+    layer that is called several times in a pass sees the rows of all calls. The model is run in eval mode without
+    gradients; hooks are there during ``update`` only.
 
     Args:
         model: any nn.Module.
         layers: a pattern of names such as ``"*.mlp.*"``, or several; a leading "!" leaves layers out. nn.Linear
             and transformers' Conv1D; of experts that are stacked in one parameter each one, "…experts.down_proj.3".
-        teacher: a model with layers of the same names, whose outputs for the same batch are the targets.
+        teacher: a model with layers of the same names, whose outputs for the same batch are the targets. Where blocks
+            were replaced by ``replace_blocks``, layers are matched by what they were called before.
+        names: where the teacher's names are others, what modules of the model are called there, such as
+            {"blocks.1": "blocks.2"}; None for what has no counterpart, and no targets.
         dtype: of the sums, torch.float32 or torch.float64. Rows of other dtypes are converted.
         folder: keep the matrices in files there, as where those of all layers do not fit into memory.
 
@@ -69,6 +70,7 @@ class LayerStatistics:
         layers: Patterns = "*",
         *,
         teacher: nn.Module | None = None,
+        names: Mapping[str, str | None] | None = None,
         dtype: torch.dtype = torch.float32,
         folder: str | Path | None = None,
     ) -> None:
@@ -78,15 +80,12 @@ class LayerStatistics:
         self._layers = find_layers(model, layers)
         self._model, self._teacher, self._dtype = model, teacher, dtype
         self._storage = Storage(folder)
+        check_names(names)
         self._teachers: dict[str, Layer] = {}
         if teacher is not None:
-            self._teachers = find_layers(teacher, list(self._layers), what="teacher")
-            for name, layer in self._layers.items():
-                theirs, mine = self._teachers[name].weight.shape[0], layer.weight.shape[0]
-                if theirs != mine:
-                    raise ValueError(
-                        f"layer {name!r} of the teacher has {theirs} outputs; expected {mine}, the model's"
-                    )
+            if not isinstance(teacher, nn.Module):
+                raise TypeError(f"teacher is {type(teacher).__name__}; expected torch.nn.Module")
+            self._teachers = paired(model, self._layers, teacher, names)
         self.names = list(self._layers)
         self.batches = 0
         # Of the data of the last call of collect: where a call that finds its file goes on.
@@ -155,28 +154,28 @@ class LayerStatistics:
         """
         models = [self._model] if self._teacher is None else [self._model, self._teacher]
         runs = [lambda model=model: call(model, batch) for model in models]
-        return self.update_by(runs, mask_of(batch), stop_early=stop_early)
+        return self.update_by(runs, [Masks.of(batch)] * len(runs), stop_early=stop_early)
 
     @one_thread_after_fork()
     def update_by(
-        self, runs: Sequence[Callable[[], object]], mask: Tensor | None, *, stop_early: bool = False
+        self, runs: Sequence[Callable[[], object]], masks: Sequence[Masks], *, stop_early: bool = False
     ) -> LayerStatistics:
         """As ``update``, of a batch that each of ``runs`` sends through the model, and the teacher if there is one.
 
         Args:
             runs: through all that has the layers.
-            mask: (sequences, places), which places are not padding.
+            masks: of each, which places are not padding.
             stop_early: as in ``update``.
         """
-        seen = _Pass(self._dtype, mask, set(self.names) if stop_early else None, self._storage)
-        models = [self._model] if self._teacher is None else [self._model, self._teacher]
-        with evaluating(*models), torch.no_grad():
+        seen = Seen(self._layers, self._dtype, set(self.names) if stop_early else None, self._storage)
+        models = [self._model] if self._teacher in (None, self._model) else [self._model, self._teacher]
+        with evaluating(*models), torch.no_grad(), replaced(padded(models)):
             if self._teacher is not None:
-                hooked, calls = _hooks(self._teachers, seen.take_target, after=True)
+                hooked, calls = seen.of_teacher(self._teacher, self._teachers, masks[1])
                 with hooked, calls:
                     runs[1]()
-            hooked, calls = _hooks(self._layers, seen.take_input, after=False)
-            with suppress(_Enough), hooked, calls:
+            hooked, calls = seen.of_model(self._model, masks[0])
+            with suppress(Enough), hooked, calls:
                 runs[0]()
         self._commit(seen)
         return self
@@ -340,9 +339,9 @@ class LayerStatistics:
         Returns:
             For each layer the numbers of the inputs of its calls.
         """
-        seen = _Pass(self._dtype, None, None, self._storage, sums=False)
-        hooked, calls = _hooks(self._layers, seen.take_input, after=False)
-        with evaluating(self._model), torch.no_grad(), hooked, calls:
+        seen = Seen(self._layers, self._dtype, None, self._storage, sums=False)
+        hooked, calls = seen.of_model(self._model, Masks())
+        with evaluating(self._model), torch.no_grad(), replaced(padded([self._model])), hooked, calls:
             call(self._model, batch)
         return seen.given
 
@@ -370,12 +369,17 @@ class LayerStatistics:
             kept = self._factors[name] = (sums, damping, result, scale / sums.count)
         return kept[2], kept[3]
 
-    def _commit(self, seen: _Pass) -> None:
+    def _commit(self, seen: Seen) -> None:
         """Adds what one pass has seen: layers that had the same sums and were given the same inputs still do."""
         for name, keys in seen.given.items():
             for key in keys:
                 if not seen.sums[key].gram.diagonal().sum().isfinite():
                     raise ValueError(f"the inputs of layer {name!r} hold NaN or infinity, or overflow {self._dtype}")
+        for name, targets_of in seen.crossed.items():
+            if not bool(targets_of.square.isfinite()):
+                raise ValueError(
+                    f"the teacher's outputs for layer {name!r} hold NaN or infinity, or overflow {self._dtype}"
+                )
         moved: dict[tuple[Any, ...], InputSums] = {}
         inputs = dict(self._inputs)
         for name, keys in seen.given.items():
@@ -392,99 +396,3 @@ class LayerStatistics:
         for name, sums in seen.crossed.items():
             targets[name] = targets[name].plus(sums, self._storage) if name in targets else sums
         self._inputs, self._targets, self.batches = inputs, targets, self.batches + 1
-
-
-class _Pass:
-    """What the hooks see during one forward pass."""
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        mask: Tensor | None,
-        awaited: set[str] | None,
-        storage: Storage,
-        *,
-        sums: bool = True,
-    ) -> None:
-        self.dtype, self.mask, self.awaited, self._storage, self._adds = dtype, mask, awaited, storage, sums
-        self.sums: dict[int, InputSums] = {}  # by the number of the inputs
-        # Of inputs, in the order that they came in: a tensor that is changed in place is another one afterwards.
-        self.numbers: dict[tuple[int, int], int] = {}
-        self.given: dict[str, list[int]] = {}
-        self.crossed: dict[str, TargetSums] = {}
-        self.outputs: dict[str, list[Tensor]] = {}
-        self.kept: list[Tensor] = []  # so that ids stay theirs
-
-    def rows(self, x: Tensor) -> Tensor:
-        """(rows, d) of the sums' dtype, padding left out; 16 bits that gram reads in place stay as they are."""
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            x = x[self.mask]
-        rows = x.reshape(-1, x.shape[-1])
-        in_place = self.dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float16)
-        return rows if in_place else rows.to(self.dtype)
-
-    def take_target(self, name: str, output: Tensor) -> None:
-        # A copy: what follows in the model, such as nn.ReLU(inplace=True), may write into it.
-        self.outputs.setdefault(name, []).append(output.clone())
-
-    def take_input(self, name: str, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"layer {name!r} is called with {type(x).__name__}; expected a tensor")
-        key = self.numbers.setdefault((id(x), 0 if x.is_inference() else version(x)), len(self.numbers))
-        rows = None
-        if not self._adds:
-            self.kept.append(x)
-        elif key not in self.sums:
-            rows = self.rows(x)
-            gram = self._storage.keep(linalg.gram(rows)[0])
-            self.sums[key] = InputSums(gram, rows.sum(0, dtype=self.dtype), len(rows))
-            self.kept.append(x)
-        calls = self.given.setdefault(name, [])
-        if self.outputs:
-            self._cross(name, self.rows(x) if rows is None else rows, len(calls))
-        calls.append(key)
-        if self.awaited is not None:
-            self.awaited.discard(name)
-            if not self.awaited:
-                raise _Enough
-
-    def _cross(self, name: str, rows: Tensor, index: int) -> None:
-        outputs = self.outputs.get(name, [])
-        if index >= len(outputs) or self.rows(outputs[index]).shape[0] != rows.shape[0]:
-            raise ValueError(
-                f"layer {name!r} has {rows.shape[0]} rows in call {index + 1}; expected those of the teacher's layer: "
-                "the two models send rows to it differently"
-            )
-        rows, target = rows.to(self.dtype), self.rows(outputs[index]).to(self.dtype)
-        added = TargetSums(self._storage.keep(rows.mT @ target), target.sum(0), target.square().sum())
-        self.crossed[name] = self.crossed[name].plus(added, self._storage) if name in self.crossed else added
-
-
-def _before(take: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(name, args[0] if args else next(iter(kwargs.values())))
-
-    return hook
-
-
-def _after(take: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        take(name, output)
-
-    return hook
-
-
-def _hooks(
-    layers: dict[str, Layer], take: Callable[[str, Tensor], None], *, after: bool
-) -> tuple[AbstractContextManager[None], AbstractContextManager[Any]]:
-    """Hooks on layers, two contexts: ``take(name, input)``, or ``take(name, output)`` after the call."""
-    make = _after if after else _before
-    plain = [(layer.module, make(take, name)) for name, layer in layers.items() if layer.stack is None]
-    entries = hooks(plain, before=not after)
-    stacked = [layer for layer in layers.values() if layer.stack is not None]
-    if not stacked:
-        return replaced(entries), nullcontext()
-    names = {layer.weight.data_ptr(): layer.name for layer in stacked}
-    modules = {id(layer.module): layer.module for layer in stacked}.values()
-    calls = ExpertCalls(names, modules, **{"after" if after else "before": take})
-    return replaced(entries + calls.forwards()), calls

@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# Names of files that have one for a moment.
+_PREFIX, _SUFFIX = "tmp", ".sums"
+
 
 class Storage:
     """Where matrices are kept: in memory, or in files of a folder that the system reads and writes as it has memory.
 
-    A file has no name once it is mapped, so that nothing is left of it when its matrix is gone,
-    however the process ends.
+    A file has no name once it is mapped, so that nothing is left of it when its matrix is gone, however the process
+    ends. Only a process that is killed between the two leaves a name, which the next one with this folder removes.
 
     Args:
         folder: made if it is not there; None: memory.
@@ -25,6 +28,9 @@ class Storage:
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Files that are in use, by this process or another, need no names.
+            for left in self.folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+                left.unlink(missing_ok=True)
 
     def keep(self, matrix: Tensor) -> Tensor:
         """The matrix, or a copy of it in a file."""
@@ -41,12 +47,13 @@ class Storage:
     def _file(self, like: Tensor) -> Tensor:
         if like.numel() == 0:
             return torch.empty_like(like)
-        handle, path = tempfile.mkstemp(dir=self.folder, suffix=".sums")
+        handle, path = tempfile.mkstemp(dir=self.folder, prefix=_PREFIX, suffix=_SUFFIX)
         os.close(handle)
         try:
             return torch.from_file(path, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
         finally:
-            os.unlink(path)
+            # Another process that begins may have removed it.
+            Path(path).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def inverse_cholesky(A: Tensor, *, damping: float | Tensor = 0.0, upper: bool = 
         alone.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype or damping.
+        ValueError, TypeError: a wrong shape, dtype or damping, or ``upper`` is neither True nor False.
         NotImplementedError: A is not on the CPU.
 
     Examples:
@@ -71,5 +71,7 @@ def inverse_cholesky(A: Tensor, *, damping: float | Tensor = 0.0, upper: bool = 
         >>> inverse_cholesky(torch.ones(2, 2)).info.item()  # of rank 1
         2
     """
+    if not isinstance(upper, bool):
+        raise TypeError(f"upper is {upper!r}; expected True or False")
     U, info, used = damped_factor(ops.inverse_cholesky, floating("A", A), damping)
     return InverseCholeskyResult(U if upper else U.mT, info, used)

@@ -80,9 +80,10 @@ def _escalated(factor: Factor, A: Tensor, info: Tensor, asked: Tensor) -> Tensor
     flat, tried = A.reshape(-1, *A.shape[-2:]), asked.reshape(-1)
     failed = (info.reshape(-1) > 0).nonzero().squeeze(-1)
     while len(failed):
-        tried[failed] = (10.0 * tried[failed]).clamp(min=least)
-        over = tried[failed] > _MOST_DAMPING * 1.001
+        # The most is tried, too, where ten times the last one lies beyond it.
+        over = tried[failed] >= _MOST_DAMPING
         tried[failed[over]] = torch.nan
         failed = failed[~over]
+        tried[failed] = (10.0 * tried[failed]).clamp(min=least, max=_MOST_DAMPING)
         failed = failed[factor(flat[failed], tried[failed])[1] != 0]
     return tried.reshape(asked.shape)
