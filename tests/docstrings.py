@@ -17,7 +17,9 @@ OPTIMISER_HOOKS = {"accepted", "form_again", "never_used", "quadratic_model", "r
 # What other libraries call: their documentation has the arguments.
 CALLBACK_HOOKS = {"on_train_begin", "on_train_end", "on_train_start"}
 
-SHAPE = re.compile(r"\((?:…|\.\.\.|\d|[A-Za-z](?: \+ 1)?)(?:, ?[^()]*)?\)|\((?:outputs|features|folds),|\bshapes?\b")
+SHAPE = re.compile(
+    r"\((?:…|\.\.\.|[A-Za-z](?: \+ 1)?)(?:, ?[^()]*)?\)|\((?:outputs|features|folds|\d),|(?<!\w)\(\)|\bshapes?\b"
+)
 DTYPE = re.compile(r"\b(?:float|int|uint|bfloat)(?:8|16|32|64)|\bdtypes?\b|\bfp32\b")
 SOURCE = re.compile(r"\b(?:18|19|20)\d\d\b|\bLAPACK\b|\bBLAS\b")
 # An entry that says where the rest is told, or that it is no array.
@@ -98,7 +100,7 @@ def tensors_of(thing: type) -> list[str]:
         annotations = {field.name: str(field.type) for field in dataclasses.fields(thing)}
     else:
         annotations = {name: str(thing.__annotations__[name]) for name in getattr(thing, "_fields", ())}
-    return [name for name, annotation in annotations.items() if "Tensor" in annotation and name[0] != "_"]
+    return [name for name, annotation in annotations.items() if "Tensor" in annotation and "Callable" not in annotation]
 
 
 def attributes_not_told(thing: type) -> list[str]:

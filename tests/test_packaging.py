@@ -55,7 +55,7 @@ def test_wheels_are_built_for_every_python_that_is_promised() -> None:
 
 
 BY_NAME = re.compile(
-    r"(?:pip|pipx|uv|poetry|conda) (?:install|add)(?: [^`\n#;:]*?)? ['\"]?onestep(?=[\[=<>~!'\"`\s]|$)", re.MULTILINE
+    r"(?:pip|pipx|uv|poetry|conda) (?:install|add)(?: [^`\n#;:)]*?)? ['\"]?onestep(?=[\[=<>~!'\"`\s]|$)", re.MULTILINE
 )
 
 
