@@ -19,7 +19,7 @@ class QuantizedWeight:
 
     Attributes:
         codes: (outputs, features) uint8, under 2^bits.
-        scale: (outputs, groups) float32, positive; float64 where the weights were.
+        scale: (outputs, groups), positive; in the dtype that ``quantize`` was told, float32 unless it was.
         zero: (outputs, groups), in scale's dtype: the code of 0, a whole number.
         group: (features,) int64, the group of each feature.
         bits: 2 to 8.

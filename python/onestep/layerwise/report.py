@@ -48,7 +48,7 @@ class Report:
 
     Attributes:
         layers: one report each.
-        quantized: the codes (uint8) and grids (float32) of those that were quantised, by name; empty where none was.
+        quantized: the codes (uint8) and grids of those that were quantised, by name; empty where none was.
 
     Examples:
         >>> import torch
