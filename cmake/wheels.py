@@ -23,7 +23,16 @@ DIST, RAW, UNPACKED = ROOT / "dist", ROOT / "build" / "wheels", ROOT / "build" /
 TEST_ALL = "--test-all" in sys.argv
 ASKED = [word for word in sys.argv[1:] if not word.startswith("-")]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
-QUICK_TESTS = ("tests/test_runtime.py", "tests/test_gram.py", "tests/test_cholesky.py", "tests/test_fit_closed_form.py")
+QUICK_TESTS = (
+    "tests/test_runtime.py",
+    "tests/test_gram.py",
+    "tests/test_cholesky.py",
+    "tests/test_fit_closed_form.py",
+    # What reads files of the sources: an sdist must have them.
+    "tests/test_contributing.py",
+    "tests/test_packaging.py",
+    "tests/test_documentation.py::test_lists_of_pages_are_in_step_with_the_package",
+)
 LOAD = """
 import importlib.util, pathlib, sysconfig
 folder = pathlib.Path(sysconfig.get_path("platlib")) / "onestep"

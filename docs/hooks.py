@@ -35,6 +35,8 @@ def on_page_content(text: str, page: Page, **_: object) -> str:
         raise PluginError(
             f"{page.file.src_path}: of {drawn} pictures {shown} are on the page; print(show(...)) shows one"
         )
+    if page.file.src_path == "changelog.md" and FORMULA.search(text):
+        raise PluginError("changelog.md: what stands between two $ became a formula")
     # What stands before a colon in "Returns:" is shown as it is, with its quotes.
     text = re.sub(r"``([^`<]*)``", r"\1", text)
     return FORMULA.sub(_mathml, text)
@@ -76,6 +78,11 @@ def _decisions() -> str:
     )
 
 
+def no_formulas(text: str) -> str:
+    """A text in which $ is a currency: outside code it is escaped, so that what stands between two is no formula."""
+    return re.sub(r"(`+)(?:(?!\1).)*?\1|\$", lambda found: found[0] if found[1] else r"\$", text, flags=re.DOTALL)
+
+
 def on_page_markdown(text: str, **_: object) -> str:
     """Puts in place of each list for readers of a clone what the site has there; the list of ops stays."""
 
@@ -83,7 +90,7 @@ def on_page_markdown(text: str, **_: object) -> str:
         if found[2]:
             return _members(found[2], 3 if "\n## " in text[: found.start()] else 2)
         if found[1] == "changelog":
-            return (DOCS.parent / "CHANGELOG.md").read_text()
+            return no_formulas((DOCS.parent / "CHANGELOG.md").read_text())
         return {"ops": lambda: found[3], "results": _results, "decisions": _decisions}[found[1]]()
 
     return LIST.sub(block, text)

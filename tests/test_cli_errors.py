@@ -3,6 +3,7 @@
 import argparse
 import io
 import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -216,6 +217,37 @@ def test_an_interrupt_while_the_program_starts_shows_no_traceback(name):
         assert b"KeyboardInterrupt" in done.stderr and done.returncode not in (0, 130)
         done = subprocess.run([*words, name, "info"], capture_output=True, timeout=120)
         assert done.stdout.endswith(b"True\n"), "main is told of an interrupt once it runs"
+
+
+def test_a_target_that_is_not_there_ends_in_one_line(tmp_path):
+    """As `python -m onestep` and as the script of pip, before a line of the program runs; `import onestep` raises."""
+    script = tmp_path / "onestep"
+    script.write_text("import sys\nfrom onestep.cli import main\nsys.exit(main())\n")
+    supported = onestep.info()["cpu_targets_supported"]
+    lacking = [target for target in ("amx", "avx512", "avx2") if target not in supported]
+    expected = f"expected one of: {' '.join(supported)}, which this machine supports"
+    tried = [(["-m", "onestep", "info"], "sse2", "is not known"), ([script, "--help"], "sse2", "is not known")]
+    tried += [(["-m", "onestep", "fit"], target, "is not supported by this machine") for target in lacking[:1]]
+    for words, target, reason in tried:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            env=os.environ | {"ONESTEP_TARGET": target},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert done.stderr.startswith(f"error: ONESTEP_TARGET='{target}': ")
+        assert reason in done.stderr and expected in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", "import onestep"],
+        env=os.environ | {"ONESTEP_TARGET": "sse2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("ImportError: ONESTEP_TARGET='sse2': ") and expected in last
 
 
 def test_an_ascii_terminal_can_show_the_report(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import doctest
@@ -13,12 +12,12 @@ import pkgutil
 import re
 import runpy
 import sys
-import textwrap
+import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from docstrings import PUBLIC, attributes_not_told, gaps_of_integration, not_documented, not_told, public_names
 
 import onestep
 
@@ -68,107 +67,7 @@ def test_code_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert line.startswith(first[:5])
 
 
-PUBLIC = ("", "curvature", "estimators", "functional", "layerwise", "linalg", "nn", "ops", "optim", "training")
 REFERENCE = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
-# What an optimiser of its own would fill in; not for those who call one.
-OPTIMISER_HOOKS = {"accepted", "form_again", "never_used", "quadratic_model", "read_state", "setting", "write_state"}
-
-
-def raises(function: Any) -> bool:
-    """Whether the function's own body raises an error that it makes."""
-    try:
-        source = inspect.getsource(inspect.unwrap(function))
-    except OSError:  # made by dataclasses
-        return False
-    tree = ast.parse(textwrap.dedent(source))
-    made = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
-    return any(isinstance(call.func, ast.Name) and call.func.id[0].isupper() for call in made)
-
-
-def not_documented_method(method: Any, of_class: str) -> list[str]:
-    """What a reader would miss in a method's docstring; shapes and dtypes may be told by the class's."""
-    doc, signature = inspect.getdoc(method) or "", inspect.signature(method)
-    missing = ["a docstring"] if not doc else []
-    missing += ["Args"] if set(signature.parameters) - {"self"} and "Args:" not in doc else []
-    missing += ["Raises"] if raises(method) and "Raises:" not in doc else []
-    if "Tensor" in str(signature):
-        missing += ["shapes"] if not SHAPE.search(doc + of_class) else []
-        missing += ["dtypes"] if not DTYPE.search(doc + of_class) else []
-    return [f"method {method.__name__}: {what}" for what in missing]
-
-
-def own_methods(thing: type) -> list[Any]:
-    """Public methods and properties, those of onestep's base classes, too."""
-    found = {name: inspect.getattr_static(thing, name) for name in dir(thing) if not name.startswith("_")}
-    functions = [member.fget if isinstance(member, property) else member for member in found.values()]
-    return [function for function in functions
-            if inspect.isfunction(function)
-            and function.__module__.partition(".")[0] == thing.__module__.partition(".")[0]
-            and function.__name__ not in OPTIMISER_HOOKS]  # fmt: skip
-
-
-def not_documented(thing: object) -> list[str]:
-    """What a reader would miss in a docstring: parameters, results, errors, methods."""
-    doc = inspect.getdoc(thing) or ""
-    missing = [] if doc else ["a docstring"]
-    if inspect.isclass(thing) and issubclass(thing, BaseException):
-        return missing
-    signature = inspect.signature(thing)  # type: ignore[arg-type]
-    for name in signature.parameters:
-        if not re.search(rf"^\s+(?:[*\w]+, )*\*{{0,2}}{name}(?:, [*\w]+)*( \([^)]*\))?:", doc, re.MULTILINE):
-            missing.append(f"parameter {name}")
-    if inspect.isfunction(thing):
-        returns_nothing = signature.return_annotation in (None, "None")
-        missing += ["Returns"] if "Returns:" not in doc and not returns_nothing else []
-        missing += ["Raises"] if "Raises:" not in doc and signature.parameters else []
-    elif inspect.isclass(thing):
-        missing += ["Raises"] if "__init__" in vars(thing) and raises(thing.__init__) and "Raises:" not in doc else []  # type: ignore[misc]
-        missing += [gap for method in own_methods(thing) for gap in not_documented_method(method, doc)]
-    return missing
-
-
-SHAPE = re.compile(r"\((?:…|\.\.\.|[A-Za-z](?: \+ 1)?)(?:, ?[^()]*)?\)|\((?:outputs|features),|\bshapes?\b")
-DTYPE = re.compile(r"\b(?:float|int|uint|bfloat)(?:8|16|32|64)|\bdtypes?\b|\bfp32\b")
-SOURCE = re.compile(r"\b(?:18|19|20)\d\d\b|\bLAPACK\b|\bBLAS\b")
-# What has no mathematics of its own, or is made by other names, which show how.
-NO_SOURCE = {
-    "info",
-    "build",
-    "records_derivatives",
-    "save",
-    "LayerStatistics",
-    "Objective",
-    "replace_attention",
-    "MultiheadAttention",
-}
-
-
-# Functions of the ops' own page.
-ELSEWHERE = {"build", "records_derivatives"}
-
-
-def public_names() -> dict[str, object]:
-    modules = [importlib.import_module(f"onestep.{name}".rstrip(".")) for name in PUBLIC]
-    found = [(name, getattr(module, name)) for module in modules for name in module.__all__]
-    return {name: thing for name, thing in found if not inspect.ismodule(thing)}
-
-
-def not_told(thing: object, others: dict[str, object]) -> list[str]:
-    """Shapes, dtypes, sources and examples that are not in a docstring, nor in those of the names that it refers to."""
-    doc = inspect.getdoc(thing) or ""
-    name = getattr(thing, "__name__", "")
-    if inspect.isclass(thing):
-        doc += "\n".join(inspect.getdoc(member) or "" for key, member in vars(thing).items() if not key.startswith("_"))
-    told = doc + "".join(inspect.getdoc(other) or "" for key, other in others.items() if f"`{key}" in doc)
-    missing = []
-    if "Tensor" in str(inspect.signature(thing)):  # type: ignore[arg-type]
-        missing += ["shapes"] if not SHAPE.search(told) else []
-        missing += ["dtypes"] if not DTYPE.search(told) else []
-    only_holds_results = inspect.isclass(thing) and (dataclasses.is_dataclass(thing) or hasattr(thing, "_fields"))
-    if not only_holds_results:
-        missing += ["a source"] if not SOURCE.search(told) and name not in NO_SOURCE else []
-    missing += ["an example"] if "Examples:" not in doc and name not in ELSEWHERE else []
-    return missing
 
 
 def test_every_public_name_tells_shapes_dtypes_sources_and_has_an_example() -> None:
@@ -279,3 +178,76 @@ def test_a_docstring_with_gaps_is_found() -> None:
     assert not_told(bare, {}) == ["shapes", "dtypes", "a source", "an example"]
     assert not_told(bare, {"known": known}) == ["an example"]
     assert not_documented(bad) == ["parameter c", "Returns", "Raises"]
+
+
+def test_an_attribute_with_gaps_is_found() -> None:
+    @dataclasses.dataclass
+    class Result:
+        """A result.
+
+        Attributes:
+            good: (n, d) float32.
+            same: as ``other.thing`` has it.
+            shapeless: float32.
+            typeless: (n,),
+                one for each row.
+            length: of it.
+        """
+
+        good: torch.Tensor
+        same: torch.Tensor
+        shapeless: torch.Tensor
+        typeless: torch.Tensor
+        forgotten: torch.Tensor | None
+        length: float
+
+    gaps = ["attribute forgotten", "attribute shapeless: shapes", "attribute typeless: dtypes"]
+    assert attributes_not_told(Result) == gaps
+
+    class Estimator:
+        """An estimator.
+
+        Attributes:
+            scores_: (folds, A).
+            C_: the best.
+            n_iter_, path_: an int.
+        """
+
+    assert attributes_not_told(Estimator) == [
+        f"attribute {gap}" for gap in ("scores_: dtypes", "C_: shapes", "C_: dtypes")
+    ]
+
+
+def test_a_name_of_an_integration_with_gaps_is_found() -> None:
+    module = types.ModuleType("onestep.integrations.some")
+
+    def load(path: str) -> int:
+        """Loads."""
+        return len(path)
+
+    def convert(X: object) -> object:
+        """Converts.
+
+        Args:
+            X: rows.
+
+        Returns:
+            Rows.
+
+        Raises:
+            ValueError: they are none.
+
+        Examples:
+            >>> convert(1)
+            1
+        """
+        return X
+
+    for function in (load, convert):
+        function.__module__ = module.__name__
+        setattr(module, function.__name__, function)
+    gaps = gaps_of_integration(module)
+    assert gaps == {
+        "load": ["parameter path", "Returns", "Raises", "an example"],
+        "convert": ["shapes", "dtypes", "a source"],
+    }

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from docstrings import gaps_of_integration
 from processes import Child
 
 import onestep
@@ -147,3 +148,9 @@ def test_models_of_other_backends_are_told_what_to_do() -> None:
         onestep.fit(kind(), friedman())
     with pytest.raises(TypeError, match=r"model is object; expected a torch.nn.Module$"):
         onestep.fit(object(), friedman())  # type: ignore[arg-type]
+
+
+def test_public_names_are_documented() -> None:
+    from onestep.integrations import keras as module
+
+    assert gaps_of_integration(module) == {}

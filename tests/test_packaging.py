@@ -52,3 +52,26 @@ def test_wheels_are_built_for_every_python_that_is_promised() -> None:
     versions = runpy.run_path(str(ROOT / "cmake" / "wheels.py"))["VERSIONS"]
     assert set(pythons()) <= set(versions)
     assert f'requires-python = ">={pythons()[0]}"' in PYPROJECT
+
+
+BY_NAME = re.compile(
+    r"(?:pip|pipx|uv|poetry|conda) (?:install|add)(?: [^`\n#;:)]*?)? ['\"]?onestep(?=[\[=<>~!'\"`\s]|$)", re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("command", ["pip install onestep", "pip install -U 'onestep[fit]>=0.1'", "uv add onestep"])
+def test_an_install_by_name_is_found(command: str) -> None:
+    assert BY_NAME.search(f"In a shell: `{command}`.") and BY_NAME.search(f"```\n{command}\n```")
+    assert not BY_NAME.search("`pip install '.[fit]'` in the clone of onestep; `pip install onestep-0.1.0.whl`")
+
+
+def test_nothing_installs_onestep_by_its_name() -> None:
+    """On PyPI that is another project (decision 0265)."""
+    kinds = ("*.md", "*.py", "*.toml", "*.yml", "*.txt", "*.cmake", "Makefile")
+    folders = ("docs", "python", "examples", "bench", "cmake", ".github")
+    files = [file for kind in kinds for folder in folders for file in (ROOT / folder).rglob(kind)]
+    files += [file for kind in kinds for file in ROOT.glob(kind)]
+    assert len(files) > 200
+    assert [str(file) for file in files if BY_NAME.search(file.read_text())] == []
+    for page in ("README.md", "docs/quick-start.md"):
+        assert re.search(r"\*\*[^*]*on PyPI is\s+another project\*\*", (ROOT / page).read_text()), page

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from docstrings import gaps_of_integration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -188,3 +190,9 @@ def test_lightning_solves_the_head() -> None:
         best = (y - features @ torch.linalg.lstsq(features, y.double()).solution).square().mean().item()
     assert callback.results[0].method == "closed_form"
     assert loss == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["trainer", "lightning"])
+def test_public_names_are_documented(name: str) -> None:
+    pytest.importorskip("transformers" if name == "trainer" else name)
+    assert gaps_of_integration(importlib.import_module(f"onestep.integrations.{name}")) == {}

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from docstrings import gaps_of_integration
 from torch.func import functional_call
 
 transformers = pytest.importorskip("transformers")
 
 from onestep.curvature import hvp  # noqa: E402
+from onestep.integrations import transformers as integration  # noqa: E402
 from onestep.integrations.transformers import register_attention  # noqa: E402
 
 TOKENS = 50
@@ -126,3 +128,7 @@ def test_options_without_support_raise():
     q = torch.ones(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="softcap"):
         _attention_forward(torch.nn.Identity(), q, q, q, None, softcap=30.0)
+
+
+def test_public_names_are_documented():
+    assert gaps_of_integration(integration) == {}

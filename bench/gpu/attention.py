@@ -2,25 +2,26 @@
 
     python bench/gpu/attention.py [--out FOLDER] [--quick]
 
-First, results of every kind of problem against float64 (a failure ends the run with an error): bf16 and fp16 within
-twice the error of the same composition by torch's math backend in that dtype. Then times. Goals at T 8192, H 16, D 128,
-causal, bf16: tangent (JVP) at most 4 times torch's flash forward; Hessian product at most 4 times its forward and
-backward; at least 5 times faster than the math backend where that fits; memory that grows with T, not T². Hessian
-product of GPT-2 (124 M) at T 1024: at most 4 gradients' time and 2 gradients' memory.
+First, results of every kind of problem against float64: bf16 and fp16 within twice the error of the same composition by
+torch's math backend in that dtype. Then times, and what was timed is held to float64 in the same way, a few heads at a
+time; that of GPT-2 to eager attention in float32. A wrong result ends the run with an error.
+
+Goals at T 8192, H 16, D 128, causal, bf16: tangent (JVP) at most 4 times torch's flash forward; Hessian product at most
+4 times its forward and backward; at least 5 times faster than the math backend where that fits; memory that grows with
+T, not T². Hessian product of GPT-2 (124 M) at T 1024: at most 4 gradients' time and 2 gradients' memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Report, added_bytes, interleaved, relative_error
+from measure import Report, WrongResult, added_bytes, interleaved, largest_error, relative_error, require
 from torch import Tensor, func
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -70,8 +71,8 @@ PROBLEMS = (
 )
 
 
-def check(report: Report, dtype: torch.dtype, device: str) -> bool:
-    """Gradients and Hessian products of every kind of problem; whether all are right."""
+def check(report: Report, dtype: torch.dtype, device: str) -> None:
+    """Gradients and Hessian products of every kind of problem; raises if some are wrong, which their rows say."""
     good = True
     for name, heads, kv_heads, queries, keys, d, dv, option in PROBLEMS:
         generator = torch.Generator(device).manual_seed(queries)
@@ -122,7 +123,60 @@ def check(report: Report, dtype: torch.dtype, device: str) -> bool:
                 same_bits=same,
             )
         cuda.WARP_GROUPS = True
-    return good
+    if not good:
+        raise WrongResult("gradients or Hessian products of the rows above that say right False")
+
+
+# ----------------------------------------------------------------------------------------------- results after timing
+
+# A call on (gradient, its tangent, q, k, v, their tangents), which gives one or more tensors.
+Call = Callable[..., Operands]
+
+
+def references(attention: Callable[..., Tensor], **options: Any) -> dict[str, Call]:
+    """What the timed calls compute, by another attention: derivatives as torch.func takes them."""
+
+    def attend(*inputs: Tensor) -> Tensor:
+        return attention(*inputs, **options)
+
+    def jvp(grad: Tensor, dgrad: Tensor, *rest: Tensor) -> Operands:
+        return (func.jvp(attend, rest[:3], rest[3:])[1],)
+
+    def backward_jvp(grad: Tensor, dgrad: Tensor, *rest: Tensor) -> Operands:
+        def backward(grad: Tensor, *inputs: Tensor) -> Any:
+            return func.vjp(attend, *inputs)[1](grad)
+
+        tangents: Operands = func.jvp(backward, (grad, *rest[:3]), (dgrad, *rest[3:]))[1]
+        return tangents
+
+    def hvp(grad: Tensor, dgrad: Tensor, *rest: Tensor) -> Operands:
+        return sum(hessian_product(attention, grad, rest[:3], rest[3:], **options), ())
+
+    return {"jvp": jvp, "backward_jvp": backward_jvp, "hvp": hvp}
+
+
+def by_heads(call: Call, tensors: Operands, dtype: torch.dtype, elements: int = 1 << 26) -> Operands:
+    """A call that keeps T × T matrices, for as many heads at a time as have so many elements in one of them."""
+    heads = [x.flatten(0, 1).unsqueeze(1) for x in tensors]
+    at_once = max(1, elements // heads[0].shape[-2] ** 2)
+    parts = [call(*(x.to(dtype) for x in few)) for few in zip(*(x.split(at_once) for x in heads), strict=True)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def check_timed(results: dict[str, Any], tensors: Operands, dtype: torch.dtype, **options: Any) -> dict[str, float]:
+    """Errors of what was timed against float64; raises where one is over twice the math backend's in ``dtype``.
+
+    Results are named as in ``references``, those of other kernels with more after it, such as "jvp_mma".
+    """
+    errors = {}
+    for name, reference in references(math_attention, **options).items():
+        exact = by_heads(reference, tensors, torch.float64)
+        theirs = largest_error(by_heads(reference, tensors, dtype), exact)
+        for key, result in results.items():
+            if key.removesuffix("_mma") == name:
+                errors[f"{key}_error"] = largest_error(result, exact)
+                require(f"{key} of attention", errors[f"{key}_error"], theirs, dtype)
+    return errors
 
 
 # --------------------------------------------------------------------------------------------------------------- times
@@ -178,7 +232,17 @@ def measure(report: Report, batch: int, heads: int, length: int, d: int, dtype: 
     }
     if half:
         calls |= {"jvp_mma": plain(jvp), "backward_jvp_mma": plain(tangent_of_backward)}
-    times = interleaved(calls)
+    errors: dict[str, float] = {}
+
+    def check_results(results: dict[str, Any]) -> None:
+        found = {
+            key: result[:1] if key.startswith("jvp") else result[:3]
+            for key, result in results.items()
+            if key.startswith(("jvp", "backward_jvp"))
+        } | {"hvp": sum(results["hvp"], ())}
+        errors.update(check_timed(found, (grad, dgrad, *operands, *tangents), dtype, **options))
+
+    times = interleaved(calls, check=check_results)
     # Multiplications and additions of one product of T × T × D, of which a causal mask leaves half.
     print(*kernels_of(calls["hvp"]).items(), sep="\n", flush=True)
     product = 2 * batch * heads * length * length * d * (0.5 if causal else 1)
@@ -192,6 +256,7 @@ def measure(report: Report, batch: int, heads: int, length: int, d: int, dtype: 
         backward_jvp_tflops=12 * product / times["backward_jvp"] / 1e9,
         hvp_added_mib=added_bytes(calls["hvp"]) / 2**20,
         gradient_added_mib=added_bytes(forward_and_backward) / 2**20,
+        **errors,
     )
 
 
@@ -217,7 +282,15 @@ def measure_math(report: Report, heads: int, length: int, d: int) -> None:
         return lambda: hessian_product(attention, grad, operands, tangents, is_causal=True)
 
     calls = {"math": run(math_attention), "onestep": run(scaled_dot_product_attention)}
-    times = interleaved(calls, rounds=5)
+    errors: dict[str, float] = {}
+
+    def check_results(results: dict[str, Any]) -> None:
+        hvp = references(math_attention, is_causal=True)["hvp"]
+        exact = by_heads(hvp, (grad, grad, *operands, *tangents), torch.float64)
+        errors.update({f"{name}_error": largest_error(sum(pair, ()), exact) for name, pair in results.items()})
+        require("hvp of attention", errors["onestep_error"], errors["math_error"], torch.bfloat16)
+
+    times = interleaved(calls, 5, check_results)
     report.row(
         f"HVP beside math, H {heads} T {length} D {d}",
         math_ms=times["math"],
@@ -225,7 +298,61 @@ def measure_math(report: Report, heads: int, length: int, d: int) -> None:
         faster=times["math"] / times["onestep"],
         math_added_mib=added_bytes(calls["math"]) / 2**20,
         onestep_added_mib=added_bytes(calls["onestep"]) / 2**20,
+        **errors,
     )
+
+
+Named = dict[str, Tensor]
+
+
+def derivatives_by_rows(model: torch.nn.Module, tokens: Tensor, v: Named) -> tuple[Tensor, Tensor]:
+    """Gradient and Hessian product of a causal model's mean loss, in its dtype, a row at a time: T × T matrices fit so.
+
+    Rows have as many tokens each, so the mean over rows is that of the loss; it is taken in float32. Parameters are
+    joined in the order of their names.
+    """
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    along = {name: v[name].to(value.dtype) for name, value in params.items()}
+    grad = product = torch.zeros(())
+    for row in tokens.split(1):
+
+        def loss(p: Named, row: Tensor = row) -> Tensor:
+            inputs = {"input_ids": row, "labels": row, "use_cache": False}
+            result: Tensor = func.functional_call(model, p, (), inputs).loss
+            return result
+
+        parts = func.jvp(func.grad(loss), (params,), (along,))
+        grad, product = (
+            total.to(tokens.device) + joined(part) / len(tokens)
+            for total, part in zip((grad, product), parts, strict=True)
+        )
+    return grad, product
+
+
+def joined(values: Named) -> Tensor:
+    """All elements in float32, in the order of the names."""
+    return torch.cat([values[name].float().flatten() for name in sorted(values)])
+
+
+def check_gpt2(
+    model_of: Callable[[str], torch.nn.Module], tokens: Tensor, v: Named, grad: Named, product: Named
+) -> Any:
+    """Errors of a timed gradient and Hessian product against eager attention in float32; raises where one is too large.
+
+    Four times the error of eager attention in the timed dtype, not two: rows one by one round elsewhere than together.
+    """
+    model = model_of("eager")
+    # The parameters that were timed are rounded to their dtype: so are those of the reference.
+    theirs = derivatives_by_rows(model, tokens, v)
+    exact = derivatives_by_rows(model.float(), tokens, v)
+    errors = {}
+    for name, got, peer, expected in zip(
+        ("gradient", "hvp"), (joined(grad), joined(product)), theirs, exact, strict=True
+    ):
+        errors[f"{name}_error"] = relative_error(got, expected)
+        errors[f"eager_{name}_error"] = relative_error(peer, expected)
+        require(f"the {name} of GPT-2", errors[f"{name}_error"], 2 * errors[f"eager_{name}_error"])
+    return errors
 
 
 def measure_gpt2(report: Report, batch: int, length: int) -> None:
@@ -238,28 +365,32 @@ def measure_gpt2(report: Report, batch: int, length: int) -> None:
     register_attention()
     tokens = torch.randint(0, 50257, (batch, length), device="cuda")
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
-    calls: dict[str, Callable[[], Any]] = {}
-    for implementation in ("sdpa", "onestep"):
+
+    def model_of(implementation: str) -> torch.nn.Module:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(GPT2Config(), attn_implementation=implementation)
-        model = model.to("cuda", torch.bfloat16).eval()
-        params = {name: value.detach() for name, value in model.named_parameters()}
-        v = {name: torch.randn_like(value) for name, value in params.items()}
+        return model.to("cuda", torch.bfloat16).eval()
 
-        def loss(p: dict[str, Tensor], model: torch.nn.Module = model) -> Tensor:
-            result: Tensor = func.functional_call(model, p, (), inputs).loss
-            return result
+    models = {name: model_of(name) for name in ("sdpa", "onestep")}
+    params = {name: value.detach() for name, value in models["onestep"].named_parameters()}
+    v = {name: torch.randn_like(value) for name, value in params.items()}
 
-        def gradient(model: torch.nn.Module = model) -> Any:
-            return torch.autograd.grad(model(**inputs).loss, tuple(model.parameters()))
+    def loss(p: Named) -> Tensor:
+        result: Tensor = func.functional_call(models["onestep"], p, (), inputs).loss
+        return result
 
-        def product(loss: Any = loss, params: Any = params, v: Any = v) -> Any:
-            return hvp(loss, params, v)
+    def gradient(name: str) -> Callable[[], Any]:
+        model = models[name]
+        return lambda: torch.autograd.grad(model(**inputs).loss, tuple(model.parameters()))
 
-        calls[f"gradient_{implementation}"] = gradient
-        if implementation == "onestep":
-            calls["hvp"] = product
-    times = interleaved(calls, rounds=7)
+    calls = {f"gradient_{name}": gradient(name) for name in models} | {"hvp": lambda: hvp(loss, params, v)}
+    errors: dict[str, float] = {}
+
+    def check_results(results: dict[str, Any]) -> None:
+        grad = dict(zip(params, results["gradient_onestep"], strict=True))
+        errors.update(check_gpt2(model_of, tokens, v, grad, results["hvp"]))
+
+    times = interleaved(calls, 7, check_results)
     memory = {name: added_bytes(call) / 2**20 for name, call in calls.items()}
     report.row(
         f"GPT-2 124 M, B {batch} T {length}, bf16",
@@ -267,6 +398,7 @@ def measure_gpt2(report: Report, batch: int, length: int) -> None:
         **{f"{name}_added_mib": value for name, value in memory.items()},
         hvp_to_gradient=times["hvp"] / times["gradient_sdpa"],
         memory_to_gradient=memory["hvp"] / memory["gradient_sdpa"],
+        **errors,
     )
 
 
@@ -276,17 +408,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="results, and times of the goals alone")
     options = parser.parse_args()
     report = Report("attention", options.out)
-    good = [check(report, dtype, "cuda") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    measure(report, 1, 16, 8192, 128, torch.bfloat16, True)
-    measure_math(report, 16, 4096, 128)
-    measure_gpt2(report, 8, 1024)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        report.run(check, dtype, "cuda")
+    report.run(measure, 1, 16, 8192, 128, torch.bfloat16, True)
+    report.run(measure_math, 16, 4096, 128)
+    report.run(measure_gpt2, 8, 1024)
     if not options.quick:
-        measure(report, 1, 16, 8192, 64, torch.bfloat16, True)
-        measure(report, 8, 12, 1024, 64, torch.bfloat16, True)
-        measure(report, 1, 16, 4096, 128, torch.bfloat16, False)
-        measure(report, 1, 16, 2048, 64, torch.float32, True)
-    if not all(good):
-        sys.exit("attention: results are wrong, see above")
+        report.run(measure, 1, 16, 8192, 64, torch.bfloat16, True)
+        report.run(measure, 8, 12, 1024, 64, torch.bfloat16, True)
+        report.run(measure, 1, 16, 4096, 128, torch.bfloat16, False)
+        report.run(measure, 1, 16, 2048, 64, torch.float32, True)
+    report.end()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Ctrl-C while `python -m onestep` or `onestep` is being imported: the program ends quietly, as it does later.
+"""The start of `python -m onestep` and `onestep`, which import the package before they run a line of it.
 
-Nothing is imported here but what is there already, and nothing happens where onestep is a library.
+Ctrl-C meanwhile ends the program quietly, as it does later. An import that onestep refuses ends it with one line on
+stderr, without a traceback. Nothing is imported here but what is there already, and nothing happens where onestep is a
+library.
 """
 
 from __future__ import annotations
@@ -30,3 +32,14 @@ def leave_interrupts_to_main() -> None:
     """From here on an interrupt is a KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def refused(message: str) -> ImportError:
+    """The error to raise where onestep cannot be imported, for a reason that the user can mend.
+
+    The command line ends here: its users get the message as a line on stderr and exit code 2, as for other errors.
+    """
+    if _is_program():
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    return ImportError(message)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from onestep import _native
+from onestep._program import refused
 
 __all__ = ["info"]
 
@@ -24,7 +25,10 @@ def _select_target() -> None:
     try:
         _native.select_target(name)
     except ValueError as error:
-        raise ImportError(f"{TARGET_VARIABLE}={name!r}: {error}") from None
+        raise refused(
+            f"{TARGET_VARIABLE}={name!r}: {error}, which this machine supports. Unset {TARGET_VARIABLE}, and the last "
+            "of these is chosen"
+        ) from None
 
 
 def _follow_torchs_threads() -> None:

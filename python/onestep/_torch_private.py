@@ -14,6 +14,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from onestep._program import refused
+
 __all__ = [
     "BatchNorm",
     "DropoutNd",
@@ -77,9 +79,9 @@ TESTED = "2.11 to 2.13"
 
 
 def _error(what: str) -> ImportError:
-    return ImportError(
+    return refused(
         f"onestep was tested with torch {TESTED}; this is torch {torch.__version__}, where {what}. "
-        "Install one of these (pip install 'torch>=2.11,<2.14'), or a release of onestep for this one."
+        "Install one of these (pip install 'torch>=2.11,<2.14'), or a version of onestep that was tested with this one."
     )
 
 

@@ -18,8 +18,9 @@ class Estimate:
     """The mean of independent unbiased samples.
 
     Attributes:
-        value: a scalar for a trace, (p,) for a diagonal; in float64.
-        standard_error: of each element of ``value``: the samples' standard deviation over the root of their number.
+        value: a scalar () for a trace, (p,) for a diagonal; in float64.
+        standard_error: of each element of ``value``, in its shape and dtype: the samples' standard deviation over the
+            root of their number.
         samples: how many there were; 0 where the value is exact.
 
     Examples:

@@ -38,14 +38,15 @@ _TURNS, _SETTLED = 200, 1e-9
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model gives for some rows, and how sure its parameters leave it.
+    """What a model gives for some rows, and how sure its parameters leave it. All in the dtype of the model's outputs.
 
     Attributes:
-        mean: the model's outputs, (n,…), in their dtype, as are the others.
+        mean: the model's outputs, (n,…).
         variance: of each output, in the shape of ``mean``; that of the parameters alone, without noise in the target.
         covariance: (n,k,k) of a row's k outputs, where it was asked for.
-        probabilities: of the classes under "cross_entropy", of a 1 under "bce", with the outputs' variance integrated
-            out by the probit approximation (MacKay, Neural Computation 4, 1992); None under other losses.
+        probabilities: (n,…) in the shape of ``mean``, of the classes under "cross_entropy", of a 1 under "bce", with
+            the outputs' variance integrated out by the probit approximation (MacKay, Neural Computation 4, 1992); None
+            under other losses.
 
     Examples:
         >>> import torch

@@ -121,12 +121,12 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
         warm_start: start from the coefficients of the last fit.
 
     Attributes:
-        classes_: (C,) sorted labels.
+        classes_: (C,) sorted labels, in y's dtype; a tensor if y was one.
         coef_: (1, d) for two classes, else (C, d); X's dtype (fp32 for 16 bits); a tensor if X was one.
-        intercept_: (1,) or (C,).
-        n_iter_: (1,) Newton steps over all rows.
-        n_features_in_: d.
-        feature_names_in_: (d,) column names, where X is a data frame with them.
+        intercept_: (1,) or (C,), as for `coef_`; zeros without an intercept.
+        n_iter_: (1,) int32, Newton steps over all rows.
+        n_features_in_: d, an int.
+        feature_names_in_: (d,) column names (dtype object), where X is a data frame with them.
 
     Examples:
         >>> import numpy as np
@@ -346,10 +346,10 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
 
     Attributes:
         coef_: (d,); X's dtype (fp32 for 16 bits); a tensor if X was one.
-        intercept_: scalar; 0.0 without an intercept.
-        n_iter_: Newton steps over all rows.
-        n_features_in_: d.
-        feature_names_in_: (d,) column names, where X is a data frame with them.
+        intercept_: scalar in X's dtype; 0.0 without an intercept.
+        n_iter_: an int, Newton steps over all rows.
+        n_features_in_: d, an int.
+        feature_names_in_: (d,) column names (dtype object), where X is a data frame with them.
 
     Examples:
         >>> from onestep import PoissonRegressor

@@ -26,7 +26,8 @@ class LogisticRegressionCV(LogisticRegression):
     """`LogisticRegression` that takes the best of a grid of penalties by cross-validation.
 
     Each fold's rows are prepared once (scales, Gram matrix); its fits go from the strongest penalty to the weakest,
-    each from the coefficients of the one before. The fit of all rows starts at the mean of the folds.
+    each from the coefficients of the one before (a path of warm starts: Friedman, Hastie and Tibshirani 2010). The fit
+    of all rows starts at the mean of the folds.
 
     Args:
         Cs: inverse penalties, > 0: an array, or a number of values from 1e-4 to 1e4, even on a logarithmic scale.
@@ -36,10 +37,11 @@ class LogisticRegressionCV(LogisticRegression):
         tol, max_iter, fit_intercept, class_weight: as for `LogisticRegression`.
 
     Attributes:
-        C_: the inverse penalty chosen, the smallest of equals.
-        Cs_: (A,) those tried, ascending.
-        scores_: (folds, A).
-        n_iter_: (folds, A) iterations.
+        C_: a float, the inverse penalty chosen, the smallest of equals. All classes share it: scikit-learn has an array
+            of it here, with the same value for each class.
+        Cs_: (A,) float64, those tried, ascending.
+        scores_: (folds, A) float64, of the rows that a fold holds out; higher is better.
+        n_iter_: (folds, A) int32, iterations over all rows of the fold.
         classes_, coef_, intercept_, n_features_in_, feature_names_in_: as for `LogisticRegression`.
 
     Examples:

@@ -81,9 +81,9 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     Attributes:
         coef_: (d,) for one target, else (k, d); X's dtype (fp32 for 16 bits); a tensor if X was one.
-        intercept_: scalar for y (n,), (k,) for y (n, k); 0.0 without an intercept.
-        n_features_in_: d.
-        feature_names_in_: (d,) column names, where X is a data frame with them.
+        intercept_: scalar for y (n,), (k,) for y (n, k), as for `coef_`; 0.0 without an intercept.
+        n_features_in_: d, an int.
+        feature_names_in_: (d,) column names (dtype object), where X is a data frame with them.
         n_iter_: None, as nothing is iterated; for scikit-learn's sake.
         solver_path_: "cholesky" (d x d), "dual_cholesky" (n x n, where n < d), "least_squares" (QR and SVD, where
             Cholesky would be inaccurate), "minimum_norm" (the same, rank-deficient: of all minimisers the one of least
@@ -247,9 +247,9 @@ class RidgeClassifier(_RidgeBase, ClassifierMixin, BaseEstimator):
         class_weight: {label: weight}, "balanced" (n / (C · count of the class)), or None; multiplies `sample_weight`.
 
     Attributes:
-        classes_: (C,) the labels, sorted; a tensor if y was a tensor.
+        classes_: (C,) the labels, sorted, in y's dtype; a tensor if y was a tensor.
         coef_: (d,) for two classes, else (C, d); X's dtype (fp32 for 16 bits); a tensor if X was one.
-        intercept_: (1,) for two classes, else (C,); 0.0 without an intercept.
+        intercept_: (1,) for two classes, else (C,), as for `coef_`; 0.0 without an intercept.
         n_features_in_, feature_names_in_, n_iter_, solver_path_: as for `Ridge`.
 
     Examples:

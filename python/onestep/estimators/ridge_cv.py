@@ -37,12 +37,12 @@ class RidgeCV(LinearEstimator, MultiOutputMixin, RegressorMixin, BaseEstimator):
         store_cv_results: whether to keep `cv_results_`; "loo" only.
 
     Attributes:
-        alpha_: the penalty chosen; (k,) with `alpha_per_target` and several targets.
-        best_score_: its score, or with `alpha_per_target` that of each target (k,), higher is better: minus the mean
-            over rows and targets of weight · error², minus the GCV criterion (RSS/n) / (1 - tr H/n)² over the n rows
-            that have weight, or the mean over folds of what `scoring` gave.
-        cv_results_: (n, A) for y (n,), else (n, k, A): weight · squared leave-one-out error, or with `scoring` the
-            leave-one-out predictions, where those of rows without weight are NaN.
+        alpha_: a float, the penalty chosen; (k,) float64 with `alpha_per_target` and several targets.
+        best_score_: a float, its score, or with `alpha_per_target` (k,) float64, that of each target; higher is better:
+            minus the mean over rows and targets of weight · error², minus the GCV criterion (RSS/n) / (1 - tr H/n)²
+            over the n rows that have weight, or the mean over folds of what `scoring` gave.
+        cv_results_: (n, A) for y (n,), else (n, k, A), in X's dtype (fp32 for 16 bits): weight · squared leave-one-out
+            error, or with `scoring` the leave-one-out predictions, where those of rows without weight are NaN.
         coef_, intercept_, n_features_in_, feature_names_in_: as for `Ridge`.
         solver_path_: "eigh" (d x d), "dual_eigh" (n x n), or "svd", "dual_svd" where the smallest penalty is too small
             next to the Gram's largest eigenvalue for an eigendecomposition of it to be accurate.

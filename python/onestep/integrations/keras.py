@@ -38,13 +38,20 @@ class Solve(keras.callbacks.Callback):
     torch module. Here it is one of the callbacks, beside those that log, stop early or save.
 
     Args:
-        data: as for ``onestep.fit``: a pair of arrays or tensors, or a loader of pairs.
+        data: as for ``onestep.fit``: a pair (X, y) of arrays or tensors, or a loader of such pairs. X is (n, …) in the
+            shape that the model takes, in the dtype of its weights (float32, unless Keras was told otherwise); y is
+            (n,) int64 for classes, else (n,) or (n, k) in the dtype of the outputs. Several inputs are a tuple or a
+            dict.
         when: "before" or "after" the epochs, or "both".
-        loss: as for ``onestep.fit``; None for the one that the model was compiled with.
-        options: of ``onestep.fit``.
+        loss: as for ``onestep.fit``; None for the one that the model was compiled with, by ``as_loss``.
+        options: of ``onestep.fit``; progress is False unless it is given.
 
     Attributes:
         results: a ``FitResult`` for each fit.
+
+    Raises:
+        ValueError: ``when`` is none of these; when training begins or ends: the model has no loss, or an argument is
+            not what it should be.
 
     Examples:
         A model that is solved for, without an epoch of Adam::
@@ -83,8 +90,24 @@ class Solve(keras.callbacks.Callback):
 def as_loss(loss: Any) -> str | Callable[[Tensor, Any], Tensor]:
     """A loss of Keras as one of ``onestep.fit``: by name where fit knows it, which is faster, else as a function.
 
+    Args:
+        loss: what ``model.compile(loss=...)`` takes: a name, an object of ``keras.losses``, or a function of targets
+            and outputs. Its value is averaged over the rows.
+
+    Returns:
+        "mse", "cross_entropy" or "bce", the latter two of scores alone (``from_logits=True``); else a function
+        (outputs, target) → the mean, a scalar in the outputs' dtype: outputs (n, …), target (n, …), or (n,) where
+        outputs are (n, 1).
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or Keras does not know the name.
+
+    Examples:
+        What ``onestep.fit`` makes of a compiled model::
+
+            as_loss("mse")  # 'mse'
+            as_loss(keras.losses.BinaryCrossentropy(from_logits=True))  # 'bce'
+            onestep.fit(model, (X, y), as_loss(model.loss))
     """
     if loss is None:
         raise ValueError("the model has no loss: compile it with one, or give loss=")
@@ -109,6 +132,24 @@ def as_loss(loss: Any) -> str | Callable[[Tensor, Any], Tensor]:
 
 
 def load(path: Any) -> nn.Module:
-    """The model of a ``.keras`` file, saved under any backend."""
+    """The model of a ``.keras`` file, saved under any backend.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The model, which on the torch backend is an ``nn.Module`` that ``onestep.fit`` takes. Its weights are float32
+        unless the file says otherwise.
+
+    Raises:
+        ValueError, TypeError: there is no such file, it is no Keras model, or it has layers that Keras does not know.
+
+    Examples:
+        A file that TensorFlow saved, fitted and saved again::
+
+            model = load("model.keras")
+            onestep.fit(model, (X, y), "mse")
+            model.save("model.keras")
+    """
     model: nn.Module = keras.saving.load_model(path)
     return model

@@ -24,7 +24,11 @@ from onestep.training import FitResult
 class SolveHead(Callback):
     """Fits the linear layer that ends a LightningModule, on the features of the frozen rest, before or after training.
 
-    The module's ``forward`` must give the outputs, and batches of the training data must be pairs (inputs, target).
+    The module's ``forward`` must give the outputs (n, …, k), and batches of the training data must be pairs (inputs,
+    target): target (n, …) int64 under "cross_entropy", -100 where a row does not count, else (n, …, k) in the dtype of
+    the outputs. The features of all rows, (n, d) in that dtype, are kept while the head is fitted. A head that is
+    solved for before fine-tuning does not distort the features (Kumar et al., Fine-Tuning can Distort Pretrained
+    Features, ICLR 2022).
 
     ``onestep.optim.PolarGrad`` needs no callback: return it from ``configure_optimizers``, automatic optimisation calls
     it as any other. LevenbergMarquardt, GaussNewton and NewtonCG compute the loss anew for trial steps, which automatic
@@ -35,8 +39,8 @@ class SolveHead(Callback):
     Args:
         loss: as for ``onestep.fit``.
         when: "before", "after" or "both".
-        options: of ``onestep.fit``, such as ``weight_decay``, without which classes that planes separate have no best
-            head.
+        options: of ``onestep.fit`` (progress is False unless it is given), such as ``weight_decay``, without which
+            classes that planes separate have no best head.
 
     Attributes:
         results: a ``FitResult`` for each solve.

@@ -30,14 +30,16 @@ class SolveHead(TrainerCallback):
 
     For models that give ``logits`` and batches that hold ``labels``: sequence and token classification, and regression.
     With one label, or problem_type="regression", the loss is "mse", otherwise "cross_entropy"; labels of -100 do not
-    count.
+    count. Logits are (n, C) or (n, tokens, C) for C labels, ``labels`` are (n,) or (n, tokens) int64, and for
+    regression (n,) or (n, C) in the dtype of the logits. The features, (n, d) in that dtype, are kept while the head is
+    fitted.
 
     Args:
         when: "before", "after" or "both".
         data: a Dataset for the Trainer's collator, or a DataLoader; None for the Trainer's training data.
         weight_decay: adds ½ weight_decay ‖head‖² to the mean loss, without which classes that planes separate have no
             best head.
-        options: others of ``onestep.fit``.
+        options: others of ``onestep.fit``; progress is False unless it is given.
 
     Attributes:
         results: a ``FitResult`` for each solve.

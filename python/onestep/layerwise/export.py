@@ -21,8 +21,8 @@ class QuantizedWeight:
 
     Attributes:
         codes: (outputs, features) uint8, under 2^bits.
-        scale: (outputs, groups).
-        zero: (outputs, groups), the code of 0, a whole number.
+        scale: (outputs, groups), positive; in the dtype that ``quantize`` was told, float32 unless it was.
+        zero: (outputs, groups), in scale's dtype: the code of 0, a whole number.
         group: (features,) int64, the group of each feature.
         bits: 2 to 8.
 
@@ -42,7 +42,7 @@ class QuantizedWeight:
     bits: int
 
     def dequantize(self) -> Tensor:
-        """W."""
+        """W, (outputs, features), in scale's dtype."""
         return self.scale[:, self.group] * (self.codes - self.zero[:, self.group])
 
 

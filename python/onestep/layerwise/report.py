@@ -20,6 +20,7 @@ class LayerReport:
             positive where features depend on each other, as they must where there are fewer rows than features.
         damping: what was added to the diagonal in the end, in means of the diagonal.
         error_before: Σ‖t − Ŵx‖² / Σ‖t‖² over the rows without the solve: rounded to nearest, pruned by size, as it was.
+            A fraction without a unit: 0.01 is one percent of the outputs' energy.
         error: the same with it.
 
     Examples:
@@ -47,7 +48,7 @@ class Report:
 
     Attributes:
         layers: one report each.
-        quantized: the codes and grids of those that were quantised, by name.
+        quantized: the codes (uint8) and grids of those that were quantised, by name; empty where none was.
 
     Examples:
         >>> import torch

@@ -29,7 +29,7 @@ class LinearSolution(NamedTuple):
 
     Attributes:
         W: (d,k), or (p,d,k) for p penalties; float32 or float64, as ``NormalEquations`` was told.
-        intercept: (k,), or (p,k); zeros without an intercept.
+        intercept: (k,), or (p,k), in W's dtype; zeros without an intercept.
 
     Examples:
         >>> import torch

@@ -16,11 +16,12 @@ class InverseCholeskyResult(NamedTuple):
     """What ``inverse_cholesky`` returns.
 
     Attributes:
-        U: (…,n,n), upper triangular (lower, where ``upper`` is False); NaN where ``damping`` is NaN.
+        U: (…,n,n) in A's dtype (float32 for 16 bits), upper triangular (lower, where ``upper`` is False); NaN where
+            ``damping`` is NaN.
         info: (…) int32, of A with the damping that was asked for: 0; k > 0 where the trailing minor of order k is not
             positive definite: the last k features are dependent; −1 where A holds NaN or infinity.
-        damping: (…), what U was computed with: as asked for where info is 0, more where info is positive; NaN where
-            there is no U.
+        damping: (…), in U's dtype, what U was computed with: as asked for where info is 0, more where info is positive;
+            NaN where there is no U.
 
     Examples:
         >>> import torch

@@ -30,13 +30,15 @@ class SolveNormalResult(NamedTuple):
     """What ``solve_normal_ex`` returns; batch shape … throughout.
 
     Attributes:
-        solution: (…,d,k) or (…,d). NaN for a problem that failed; its gradients are zero.
+        solution: (…,d,k) or (…,d) in X's dtype (float32 for 16 bits). NaN for a problem that failed; its gradients are
+            zero.
         info: (…) int32, as LAPACK's xPOTRF: 0, or the 1-based order of the leading minor of A that is not positive
             definite (or holds NaN or Inf); or d + 1 where A is fine and Y or the solution is not finite. For n < d with
             a ridge A is the n × n matrix of the dual form, whose orders count rows of X.
-        rcond: (…) an estimate of 1 / (‖A‖₁‖A⁻¹‖₁) (LAPACK xPOCON); 0 for a problem that failed. cond(A) = cond(X)²
-            where there is no ridge. For n < d with a ridge it is that of the n × n dual system.
-        jitter: (…) what was added to the diagonal of A; 0 where nothing was.
+        rcond: (…) in the solution's dtype, an estimate of 1 / (‖A‖₁‖A⁻¹‖₁) (LAPACK xPOCON); 0 for a problem that
+            failed. cond(A) = cond(X)² where there is no ridge. For n < d with a ridge it is that of the n × n dual
+            system.
+        jitter: (…) in the solution's dtype, what was added to the diagonal of A; 0 where nothing was.
 
     Examples:
         >>> import torch

@@ -17,7 +17,7 @@ class PolarResult(NamedTuple):
     """What ``polar_ex`` returns.
 
     Attributes:
-        factor: U (…,n,m), NaN where info is not 0.
+        factor: U (…,n,m) in M's dtype (float32 for 16 bits), NaN where info is not 0.
         info: (…), int32: 0, or positive where M is not finite.
 
     Examples:

@@ -16,7 +16,7 @@ class SolveSegmentsResult(NamedTuple):
     """What ``solve_normal_segments_ex`` returns.
 
     Attributes:
-        solution: (B,d,k) or (B,d). NaN for a problem that failed; its gradients are zero.
+        solution: (B,d,k) or (B,d) in X's dtype. NaN for a problem that failed; its gradients are zero.
         info: (B,) int32, as ``SolveNormalResult.info``.
 
     Examples:

@@ -21,7 +21,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Raises:
         ValueError: ``embed_dim`` or ``num_heads`` is not above 0.
-        AssertionError: ``embed_dim`` is no multiple of ``num_heads`` (all three are torch's own).
+        AssertionError: ``embed_dim`` is no multiple of ``num_heads``. These errors are torch's own.
 
     Examples:
         >>> import torch

@@ -18,6 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from onestep._program import refused
+
 EMULATE_VARIABLE = "ONESTEP_CUDA_EMULATE"
 
 #: Whether CUDA kernels run on the CPU, on CPU tensors.
@@ -30,7 +32,7 @@ def _load() -> tuple[ModuleType | None, str]:
         try:
             module = importlib.import_module("onestep._native_cuda_emulated")
         except ModuleNotFoundError as error:
-            raise ImportError(
+            raise refused(
                 f"{EMULATE_VARIABLE} is set, but onestep._native_cuda_emulated is not built; "
                 "build it with -DONESTEP_CUDA_EMULATE=ON"
             ) from error

@@ -154,7 +154,7 @@ def _raise_without_kernel(op: Op, device: str, *args: Any) -> None:
         reason = f"onestep has kernels for {' and '.join(_KEYS)}"
     elif _cuda.native is None:
         reason = f"this build's CUDA kernels: {_cuda.status}"
-        remedy += ", or build onestep with --config-settings=cmake.define.ONESTEP_CUDA=ON"
+        remedy += ", or, in onestep's sources, pip install . --config-settings=cmake.define.ONESTEP_CUDA=ON"
     else:
         reason = "it has a CPU kernel alone"
     raise NotImplementedError(f"onestep::{op.name} has no kernel for {device} tensors ({reason}): {remedy}")
