@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 
 def initialised() -> bool:
@@ -24,3 +25,10 @@ def collective(operation: Callable[..., Any], *arguments: Any, **options: Any) -
         operation(*arguments, **options)
     except RuntimeError as error:
         raise RuntimeError("onestep: lost the connection to another process, which has probably died") from error
+
+
+def add_up(*tensors: Tensor, group: Any = None) -> None:
+    """Each tensor becomes its sum over the processes of a group."""
+    for tensor in tensors:
+        if tensor.numel():
+            collective(dist.all_reduce, tensor, group=group)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onestep._processes import collective, initialised, place
+from onestep._processes import add_up, collective, initialised, place
 from onestep.evaluation.data import Share
 from onestep.evaluation.errors import NonFiniteError
 
@@ -78,9 +78,7 @@ def summed(compute: Callable[[], tuple[Tensor, list[float]]]) -> tuple[Tensor, l
 def _add_up(tensor: Tensor, numbers: list[float]) -> tuple[Tensor, list[float]]:
     """The sums over all processes, the tensor's in its place."""
     values = torch.tensor(numbers, dtype=torch.float64)
-    for summand in (tensor, values):
-        if summand.numel():
-            collective(dist.all_reduce, summand)
+    add_up(tensor, values)
     return tensor, values.tolist()
 
 

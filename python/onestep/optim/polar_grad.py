@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from onestep._fork import one_thread_after_fork
-from onestep._processes import collective
+from onestep._processes import add_up
 from onestep.evaluation.errors import NonFiniteError
 from onestep.linalg import polar_ex
 from onestep.optim._hidden import Layout, blocks_by_identity, is_transposed, known_of, layout
@@ -310,7 +310,7 @@ class PolarGrad(torch.optim.Optimizer):
             for device, dtype in {(batch.factors.device, batch.factors.dtype) for batch in work}:
                 own = [b for b in work if (b.factors.device, b.factors.dtype) == (device, dtype)]
                 flat = torch.cat([batch.factors.reshape(-1) for batch in own])
-                collective(dist.all_reduce, flat, group=self._process_group)
+                add_up(flat, group=self._process_group)
                 for batch, values in zip(own, flat.split([batch.factors.numel() for batch in own]), strict=True):
                     batch.factors = values.view(batch.factors.shape)
         result: dict[int, Tensor] = {}
@@ -383,8 +383,7 @@ class PolarGrad(torch.optim.Optimizer):
                     d = parameter.shape[0 if is_transposed(layer) else 1]
                     gram = parameter.new_zeros(d, d) if gram is None else gram
                     rows = torch.tensor(float(count), device=gram.device)
-                    collective(dist.all_reduce, gram, group=self._process_group)
-                    collective(dist.all_reduce, rows, group=self._process_group)
+                    add_up(gram, rows, group=self._process_group)
                     count = int(rows)
                 if gram is None or not count:
                     continue
