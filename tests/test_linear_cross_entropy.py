@@ -223,7 +223,7 @@ def bad(message, error=ValueError, **changes):
         bad(r"label_smoothing is nan", label_smoothing=float("nan")),
         bad(r"reduction is 'median'", reduction="median"),
         bad(r"target has dtype torch.int32", TypeError, target=torch.zeros(5, dtype=torch.int32)),
-        bad(r"target has dtype torch.float32", TypeError, target=torch.rand(5)),
+        bad(r"target has shape \(5,\) and dtype torch.float32; expected probabilities \(5, 7\)", target=torch.rand(5)),
         bad(r"input has dtype torch.int32", TypeError, input=torch.ones(5, 3, dtype=torch.int32)),
         bad(r"weight has dtype torch.float64", TypeError, weight=torch.randn(7, 3, dtype=F64)),
         bad(r"bias has dtype torch.float64", TypeError, bias=torch.randn(7, dtype=F64)),

@@ -54,10 +54,15 @@ class Solve(keras.callbacks.Callback):
             not what it should be.
 
     Examples:
-        A model that is solved for, without an epoch of Adam::
-
-            model.compile(loss="mse")
-            model.fit(X, y, epochs=0, callbacks=[Solve((X, y))])
+        >>> import keras, numpy as np  # a model that is solved for, without an epoch of Adam
+        >>> from onestep.integrations.keras import Solve
+        >>> X = np.arange(12, dtype=np.float32).reshape(6, 2) % 5
+        >>> y = X @ np.array([[1], [2]], dtype=np.float32)
+        >>> model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
+        >>> model.compile(loss="mse")
+        >>> history = model.fit(X, y, epochs=0, verbose=0, callbacks=[Solve((X, y), progress=False)])
+        >>> bool(abs(model.predict(X, verbose=0) - y).max() < 1e-4)
+        True
     """
 
     def __init__(
@@ -103,11 +108,10 @@ def as_loss(loss: Any) -> str | Callable[[Tensor, Any], Tensor]:
         ValueError: there is none, or Keras does not know the name.
 
     Examples:
-        What ``onestep.fit`` makes of a compiled model::
-
-            as_loss("mse")  # 'mse'
-            as_loss(keras.losses.BinaryCrossentropy(from_logits=True))  # 'bce'
-            onestep.fit(model, (X, y), as_loss(model.loss))
+        >>> import keras
+        >>> from onestep.integrations.keras import as_loss
+        >>> as_loss("mse"), as_loss(keras.losses.BinaryCrossentropy(from_logits=True))
+        ('mse', 'bce')
     """
     if loss is None:
         raise ValueError("the model has no loss: compile it with one, or give loss=")
@@ -145,11 +149,16 @@ def load(path: Any) -> nn.Module:
         ValueError, TypeError: there is no such file, it is no Keras model, or it has layers that Keras does not know.
 
     Examples:
-        A file that TensorFlow saved, fitted and saved again::
-
-            model = load("model.keras")
-            onestep.fit(model, (X, y), "mse")
-            model.save("model.keras")
+        >>> import pathlib, tempfile, keras, torch, onestep
+        >>> from onestep.integrations.keras import load
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder) / "model.keras"  # as any backend may have saved it
+        ...     keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)]).save(file)
+        ...     model = load(file)
+        ...     result = onestep.fit(model, (torch.eye(2), torch.ones(2, 1)), "mse", progress=False)
+        ...     model.save(file)
+        >>> result.converged
+        True
     """
     model: nn.Module = keras.saving.load_model(path)
     return model

@@ -49,10 +49,28 @@ class SolveHead(Callback):
         ValueError: no nn.Linear ends the model, or an argument is not what it should be.
 
     Examples:
-        A module whose head is solved for after training::
-
-            trainer = lightning.Trainer(max_epochs=3, callbacks=[SolveHead("cross_entropy", when="after")])
-            trainer.fit(module, loader)
+        >>> import lightning, torch
+        >>> from onestep.integrations.lightning import SolveHead
+        >>> class Module(lightning.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        ...
+        ...     def forward(self, x):
+        ...         return self.model(x)
+        ...
+        ...     def training_step(self, batch):
+        ...         return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        ...
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.Adam(self.parameters())
+        >>> loader = torch.utils.data.DataLoader([(torch.ones(2) * i, i % 2) for i in range(6)], batch_size=3)
+        >>> head = SolveHead("cross_entropy", when="after", weight_decay=0.1, progress=False)
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> trainer = lightning.Trainer(max_epochs=1, callbacks=[head], enable_model_summary=False, **quiet)
+        >>> trainer.fit(Module(), loader)
+        >>> len(head.results)
+        1
     """
 
     def __init__(

@@ -49,10 +49,19 @@ class SolveHead(TrainerCallback):
         ValueError: no nn.Linear ends the model, or an argument is not what it should be.
 
     Examples:
-        A classifier whose head is solved for before it is fine-tuned::
-
-            trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[SolveHead("before")])
-            trainer.train()
+        >>> import tempfile, torch
+        >>> from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+        >>> from onestep.integrations.trainer import SolveHead
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=2, **sizes))
+        >>> data = [{"input_ids": torch.tensor([i, i + 1]), "labels": i % 2} for i in range(8)]
+        >>> head = SolveHead("before", progress=False)  # before the model is fine-tuned
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     args = TrainingArguments(folder, max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+        ...     output = Trainer(model=model, args=args, train_dataset=data, callbacks=[head]).train()
+        {'train_runtime': ...}
+        >>> len(head.results)
+        1
     """
 
     def __init__(

@@ -44,10 +44,14 @@ def register_attention() -> None:
     before.
 
     Examples:
-        A model with second derivatives at O(T) memory::
-
-            register_attention()
-            model = AutoModelForCausalLM.from_pretrained("gpt2", attn_implementation="onestep")
+        >>> import torch  # a model with second derivatives at O(T) memory
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> from onestep.integrations.transformers import register_attention
+        >>> register_attention()
+        >>> config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+        >>> model = AutoModelForCausalLM.from_config(config, attn_implementation="onestep").eval()
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 20])
     """
     AttentionInterface.register(NAME, _attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
