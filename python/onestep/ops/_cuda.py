@@ -59,6 +59,11 @@ def build() -> str:
     Returns:
         "built for sm_80, sm_90", "none (CPU kernels only)", that the module was built and cannot be loaded and why, or
         that it is emulated.
+
+    Examples:
+        >>> from onestep.ops import cuda_build
+        >>> isinstance(cuda_build(), str)
+        True
     """
     return status
 

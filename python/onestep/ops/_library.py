@@ -222,6 +222,12 @@ def records_derivatives(args: tuple[Any, ...]) -> bool:
 
     Raises:
         TypeError: ``args`` cannot be iterated over.
+
+    Examples:
+        >>> import torch
+        >>> from onestep.ops import records_derivatives
+        >>> records_derivatives((torch.ones(2),)), records_derivatives((torch.ones(2, requires_grad=True), 1.0))
+        (False, True)
     """
     if transforms_active() or forward_level() >= 0:
         return True
