@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from more_garbow_hillstrom import PROBLEMS, Problem
+from sklearn.datasets import load_iris
 from test_fit import network, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
@@ -417,3 +419,59 @@ def test_a_batch_without_rows(batch: tuple[Tensor, Tensor]) -> None:
     for call in (onestep.fit, HessianOperator):
         with pytest.raises(ValueError, match=r"a tensor of shape \(\), which has no rows; expected inputs and targets"):
             call(model, [batch], "mse")
+
+
+def test_a_checkpoint_knows_frozen_parameters_and_goes_on_for_a_smaller_tol(tmp_path: Path) -> None:
+    def body(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(X.shape[1], 4), nn.Tanh(), nn.Linear(4, 1)).to(X.dtype)
+        model[0].requires_grad_(False)
+        return model
+
+    options: dict[str, Any] = {"method": "gauss_newton", "checkpoint": tmp_path / "state.pt", "progress": False}
+    loose = onestep.fit(body(0), (X, Y), tol=0.5, **options)
+    tight = onestep.fit(body(0), (X, Y), tol=1e-8, **options)
+    assert loose.converged
+    assert len(tight.history) > len(loose.history)
+    assert tight.converged
+    model = body(1)
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match="is of another problem: other frozen parameters"):
+        onestep.fit(model, (X, Y), tol=1e-8, **options)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("method", ["auto", "gauss_newton", "newton_cg", "gradient_descent"])
+@pytest.mark.parametrize("start", [0.2, 0.9])
+def test_a_model_that_refuses_the_parameters_of_a_trial(method: str, start: float) -> None:
+    class Checked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.s = nn.Parameter(torch.tensor([start], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not 0 < self.s < 1:
+                raise ValueError("s out of range")
+            return self.s.log() * x
+
+    x = torch.linspace(-1, 1, 30, dtype=torch.float64)[:, None]
+    model = Checked()
+    result = onestep.fit(model, (x, -1.2 * x), method=method, max_steps=200, progress=False)
+    assert result.loss < 1e-10
+    assert model.s.item() == pytest.approx(0.3011942, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_head_over_saturated_features_in_float32(seed: int) -> None:
+    """Columns of tanh that hardly vary: weights of 1e10, whose scores are rounding, came out, and losses of 1e13."""
+    data, classes = (torch.as_tensor(part) for part in load_iris(return_X_y=True))
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 200), nn.Tanh(), nn.Linear(200, 3))
+    nn.init.normal_(model[0].weight)
+    model[0].requires_grad_(False)
+    before = cross_entropy(model(data.float()), classes).item()
+    result = onestep.fit(model, (data.float(), classes), "cross_entropy", progress=False)
+    losses = [before, *(record.loss for record in result.history)]
+    assert all(after <= earlier * (1 + 1e-6) for earlier, after in itertools.pairwise(losses))
+    assert result.loss < 1e-3
+    assert cross_entropy(model(data.float()), classes).item() == pytest.approx(result.loss, rel=1e-2, abs=1e-7)

@@ -12,7 +12,16 @@ import scipy.sparse
 import torch
 
 import onestep
-from onestep import LogisticRegression, LogisticRegressionCV, PoissonRegressor, Ridge, RidgeClassifier, RidgeCV, _fork
+from onestep import (
+    LogisticRegression,
+    LogisticRegressionCV,
+    PoissonRegressor,
+    Ridge,
+    RidgeClassifier,
+    RidgeCV,
+    _fork,
+    linalg,
+)
 from onestep._cached import cached_property
 from onestep._fork import one_thread_after_fork
 from onestep.curvature import GaussNewtonOperator, Laplace, hvp
@@ -66,6 +75,42 @@ def posterior():
     return Laplace(model, (torch.from_numpy(X), torch.from_numpy(Y)), "mse").standard_deviations().numpy()
 
 
+def differentiable():
+    """Functions, where they are differentiated, and cotangents; made in the parent, since torch's own products hang."""
+    torch.manual_seed(0)
+    A = torch.randn(400, 400, dtype=torch.float64)
+    A = A @ A.mT + 400 * torch.eye(400)
+    rows, ones = torch.randn(3000, 64, dtype=torch.float64), torch.ones(400, 400, dtype=torch.float64)
+    functions = {
+        "cholesky": (linalg.cholesky, A),
+        "inverse_cholesky": (lambda a: linalg.inverse_cholesky(a)[0], A),
+        "cholesky_solve": (lambda a: linalg.cholesky_solve(ones, a), linalg.cholesky(A)),
+        "solve_spd": (lambda a: linalg.solve_spd(a, ones), A),
+        "gram": (lambda x: linalg.gram(x)[0], torch.randn(40_000, 32, dtype=torch.float64)),
+        "solve_normal": (lambda x: linalg.solve_normal(x, rows[:, :32]), rows),
+        "dual": (lambda x: linalg.solve_normal(x, ones[:, :8], ridge=0.5), torch.randn(400, 900, dtype=torch.float64)),
+    }
+    return [(function, at, torch.ones_like(function(at))) for function, at in functions.values()]
+
+
+DIFFERENTIABLE = differentiable()
+
+
+def derivatives():
+    """Backward passes, whose formulas are made of torch's operations."""
+    found = []
+    for function, at, cotangent in DIFFERENTIABLE:
+        at = at.detach().requires_grad_()
+        found.append(torch.autograd.grad(function(at), at, cotangent)[0].numpy().ravel()[:1000])
+    return np.concatenate(found)
+
+
+def tangents():
+    return np.concatenate(
+        [torch.func.jvp(function, (at,), (at,))[1].numpy().ravel()[:1000] for function, at, _ in DIFFERENTIABLE]
+    )
+
+
 JOBS = {
     "RidgeCV": lambda: RidgeCV().fit(X, Y).coef_,
     "RidgeCV by folds": lambda: RidgeCV(cv=3).fit(X, Y[:, 0]).coef_,
@@ -83,6 +128,8 @@ JOBS = {
     "refit": refitted_layer,
     "Laplace": posterior,
     "solve_normal": lambda: onestep.linalg.solve_normal(torch.from_numpy(X), torch.from_numpy(Y)).numpy(),
+    "derivatives": derivatives,
+    "tangents": tangents,
     "polar": lambda: onestep.linalg.polar(torch.from_numpy(X[:400])).numpy(),
 }
 

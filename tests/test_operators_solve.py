@@ -265,3 +265,13 @@ def test_a_singular_matrix_in_single_precision_gives_the_shortest_solution(solva
         x, report = op.solve(b, 0.0)
     expected = torch.linalg.pinv(A, rtol=1e-5) @ b.double()
     assert report.converged == solvable and (x - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_right_hand_sides_near_the_greatest_number() -> None:
+    """The power of two above 3e38 is infinite in float32."""
+    torch.manual_seed(0)
+    operator = GaussNewtonOperator(nn.Linear(4, 1), (torch.randn(40, 4), torch.randn(40, 1)), "mse", progress=False)
+    b = torch.full((5,), 3e38)
+    x, report = operator.solve(b, 10.0)
+    assert report.converged
+    torch.testing.assert_close(x, operator.solve(b / 2**20, 10.0)[0] * 2**20)

@@ -10,6 +10,7 @@ from transform_cases import FUNCTIONS, composite, every, like, make_inputs, ops,
 
 from onestep.linalg import (
     moments,
+    polar,
     solve_normal,
     solve_normal_ex,
 )
@@ -444,10 +445,19 @@ def test_moments_raise_where_a_derivative_is_wanted(function):
         function(forward_ad.make_dual(X, X), Y)
 
 
-def test_moments_do_not_take_batches_from_vmap():
-    X, Y = make_inputs("XY")
-    with pytest.raises((NotImplementedError, ValueError), match="moments"):
-        func.vmap(lambda X: moments(X, Y).gram)(stacked([X])[0])
+def test_vmap_of_moments_is_one_call_for_each_element():
+    X, Y, weight = torch.randn(6, 4), torch.randn(6, 2), torch.rand(3, 6)
+    many = torch.vmap(lambda w: ops.moments(X, Y, w))(weight)
+    for element in range(3):
+        for got, expected in zip(many, ops.moments(X, Y, weight[element]), strict=True):
+            assert torch.equal(got[element], expected)
+
+
+def test_vmap_of_polar_gives_nan_where_it_would_raise():
+    M = torch.stack([torch.eye(3), torch.full((3, 3), torch.nan)])
+    factors = torch.vmap(polar)(M)
+    torch.testing.assert_close(factors[0], torch.eye(3), rtol=0, atol=0.01)
+    assert factors[1].isnan().all()
 
 
 def test_moments_run_where_no_derivative_is_wanted():

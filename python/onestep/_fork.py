@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 
 from onestep._serial_torch import set_openmp_threads
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _forked = False
 _lock = threading.Lock()
@@ -45,6 +49,19 @@ def one_thread_after_fork() -> Iterator[None]:
                 torch.set_num_threads(_threads)
             if set_openmp_threads is not None:
                 set_openmp_threads(own)
+
+
+def safe_after_fork(function: Function) -> Function:
+    """The same as the decorator ``one_thread_after_fork()``, for what is called often: elsewhere it costs 0.1 µs."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _forked:
+            return function(*args, **kwargs)
+        with one_thread_after_fork():
+            return function(*args, **kwargs)
+
+    return cast(Function, call)
 
 
 def _mark() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -62,7 +63,9 @@ def power_of_two(b: Tensor) -> Tensor:
     Dividing by it changes no digit, and keeps squares from underflow and overflow.
     """
     exponent = torch.frexp(b.abs().amax(0)).exponent if len(b) else b.new_zeros(b.shape[1:], dtype=torch.int32)
-    return torch.ldexp(torch.ones_like(exponent, dtype=b.dtype), exponent)
+    # The power above the greatest number of the dtype is infinite: the one below stands in for it.
+    most = math.frexp(torch.finfo(b.dtype).max)[1] - 1
+    return torch.ldexp(torch.ones_like(exponent, dtype=b.dtype), exponent.clamp_max(most))
 
 
 def conjugate_gradient(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from onestep._fork import safe_after_fork
 from onestep.ops import lmhead
 from onestep.ops.lmhead import accumulation_dtype
 
@@ -73,6 +74,7 @@ class _SoftLabels(NamedTuple):
         return found if bias is None else found + self.rest @ bias.to(dtype)
 
 
+@safe_after_fork
 def _of_soft_labels(
     input: Tensor,
     weight: Tensor,
@@ -239,6 +241,7 @@ def linear_cross_entropy_ggnvp(
     return _product(input, weight, target, vector, bias, ignore_index, label_smoothing, reduction, gauss_newton=True)
 
 
+@safe_after_fork
 def _product(
     input: Tensor,
     weight: Tensor,

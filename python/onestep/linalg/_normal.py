@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onestep._fork import safe_after_fork
 from onestep.linalg._arguments import (
     as_columns,
     features,
@@ -216,6 +217,7 @@ def solve_normal_ex(
     return SolveNormalResult(solution.squeeze(-1) if p.is_vector else solution, info, rcond, added)
 
 
+@safe_after_fork
 def _dual_with_jitter(p: _Problem, refine: int, jitter: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The kernel's jitter for the dual form, where adding to the diagonal of A is adding to the ridge."""
     assert p.ridge is not None
@@ -261,7 +263,7 @@ def gram(X: Tensor, Y: Tensor | None = None, *, weight: Tensor | None = None) ->
     if X.dim() < 2:
         raise ValueError(f"X has shape {tuple(X.shape)}; expected (..., n, d)")
     if Y is None:
-        columns, is_vector = X[..., :0].to(result_dtype(X)), False
+        columns, is_vector = X.detach()[..., :0].to(result_dtype(X)), False
     else:
         columns, is_vector = as_columns("Y", floating("Y", Y, X), X, X.shape[-2])
     if weight is not None:

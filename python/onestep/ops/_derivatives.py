@@ -14,6 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from onestep._fork import safe_after_fork
 from onestep._torch_private import (
     SingleLevelFunction,
     any_requires_grad,
@@ -53,6 +54,8 @@ class OpFunction(SingleLevelFunction):
     """
 
     op: ClassVar[Any]
+    # ``apply``, safe in a forked child.
+    applied: ClassVar[Callable[..., Any]]
 
     # What runs instead, in differentiable ops, where an argument carries a tangent; None: ``jvp`` has the derivative.
     forward_composite: ClassVar[Callable[..., Any] | None] = None
@@ -72,7 +75,7 @@ class OpFunction(SingleLevelFunction):
                     with below_autograd():
                         return cls.op(*args)
             elif cls.forward_composite is not None:
-                return cls.forward_composite(*args)
+                return safe_after_fork(cls.forward_composite)(*args)
             elif cls.forward_and_jvp is not None and not in_legacy_vmap():
                 return cls.call_dual(*args)
         outer = getattr(_modes, "value", None)
@@ -80,7 +83,7 @@ class OpFunction(SingleLevelFunction):
         allowed = get_single_level_allowed()
         set_single_level_allowed(True)
         try:
-            return cls.apply(*args)  # type: ignore[attr-defined]
+            return cls.applied(*args)
         finally:
             set_single_level_allowed(allowed)
             _modes.value = outer
@@ -155,8 +158,11 @@ def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[
 
 def register_derivatives(op: Op, function: type[OpFunction]) -> None:
     """Attaches ``function`` to the op."""
-    function.op = op.dispatched
+    function.op, function.applied = op.dispatched, safe_after_fork(function.apply)  # type: ignore[attr-defined]
     outputs = number_of_outputs(op.dispatched)
+    # Derivatives are made of torch's ops, which wait for ever for threads that a fork has not kept.
+    function.backward = staticmethod(safe_after_fork(function.backward))  # type: ignore[method-assign]
+    function.jvp = staticmethod(safe_after_fork(function.jvp))  # type: ignore[method-assign]
     function.jvp = staticmethod(_forward_over_forward(function, outputs))  # type: ignore[method-assign]
     function.forward = staticmethod(function.run_below)  # type: ignore[method-assign]
     LIBRARY.impl(op.name, function.call, "Autograd")
@@ -164,6 +170,8 @@ def register_derivatives(op: Op, function: type[OpFunction]) -> None:
 
 def register_composite_derivative(op: Op, composite: Callable[..., Any]) -> None:
     """Where a derivative of the op is wanted, ``composite``, made of differentiable ops, runs instead of its kernel."""
+
+    composite = safe_after_fork(composite)
 
     def autograd_kernel(*args: Any) -> Any:
         if records_derivatives(args) or carries_tangents(args):
@@ -176,6 +184,8 @@ def register_composite_derivative(op: Op, composite: Callable[..., Any]) -> None
 
 def register_values_and_tangents(op: Op, composite: Callable[..., Any]) -> None:
     """Attaches to an op of values and tangents ``composite``, made of two ops: it runs where a derivative is wanted."""
+
+    composite = safe_after_fork(composite)
 
     def autograd_kernel(*args: Any) -> Any:
         recorded = torch.is_grad_enabled() and any_requires_grad(*args)

@@ -14,6 +14,8 @@ from onestep.curvature.conjugate_gradient import conjugate_gradient
 MOST_DENSE = 128
 # Rounds of products with random signs that scale the matrix, and the vectors of each.
 _ROUNDS, _SIGNS = 5, 6
+# The square of a gradient that rounding may have made, in ε of what is enough.
+_NOISE = 4.0
 # Conjugate gradients start at this tolerance, tighten it by this factor, and give up after so many iterations.
 _FIRST_TOLERANCE, _TIGHTER, _MOST_ITERATIONS = 1e-2, 1e-2, 400
 
@@ -42,7 +44,7 @@ def newton_decrement(
         return 0.0
     try:
         if len(gradient) <= MOST_DENSE:
-            found = _dense(product, gradient)
+            found = _dense(product, gradient, enough)
         else:
             found = _by_conjugate_gradients(product, gradient, precondition, enough)
     except NotImplementedError:
@@ -67,7 +69,7 @@ def without_influence(product: Callable[[Tensor], Tensor], gradient: Tensor, gre
     return (gradient.abs() <= least) & (product(probe * point.abs().clamp_min(1.0)).abs() <= least)
 
 
-def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor) -> float:
+def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor, enough: float) -> float:
     p = len(gradient)
     A = torch.stack([product(column) for column in torch.eye(p, dtype=gradient.dtype, device=gradient.device)]).double()
     if not bool(A.isfinite().all()):
@@ -83,8 +85,12 @@ def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor) -> float:
     if values[0] < -rounding * values[-1]:
         return math.inf
     along = vectors.mT @ (gradient.double() * inverse_root)
-    # Eigenvalues under this are made of rounding.
-    return float(0.5 * (along.square() / values.clamp_min(rounding * values[-1])).sum())
+    # Eigenvalues under this are made of rounding. Where the gradient along them is more than that, the loss may fall
+    # by any amount. (Rounding leaves some ε of the root of the loss, of which ``enough`` is some ε.)
+    bent = values > rounding * values[-1]
+    if bool(along[~bent].square().sum() > _NOISE * torch.finfo(gradient.dtype).eps * enough):
+        return math.inf
+    return float(0.5 * (along[bent].square() / values[bent]).sum())
 
 
 def _by_conjugate_gradients(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from onestep._interrupts import undisturbed
+from onestep._processes import place
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.optim._saddle import FEW_ITERATIONS, MOST_ITERATIONS, concave_direction
@@ -448,12 +449,15 @@ class DampedOptimizer(torch.optim.Optimizer):
     ) -> tuple[float, Tensor | None]:
         """The loss at a trial point, NaN counting as a failure; with its gradient where the next step can use it."""
         penalty = 0.0 if decay is None else _penalty(decay, parameters.read())
-        if not objective.fixed:
-            value = objective.value(parameters) + penalty
-            return (value if math.isfinite(value) else math.inf), None
+        # A model that checks its parameters may refuse those of a trial: it took those of the start. Of several
+        # processes one alone may refuse, for which the others would wait.
+        refusals = (NonFiniteError, ValueError, ArithmeticError) if place()[1] == 1 else (NonFiniteError,)
         try:
+            if not objective.fixed:
+                value = objective.value(parameters) + penalty
+                return (value if math.isfinite(value) else math.inf), None
             value, gradient = objective.gradient(parameters)
-        except NonFiniteError:
+        except refusals:
             return math.inf, None
         if decay is not None:
             gradient = gradient.addcmul(decay, parameters.read())

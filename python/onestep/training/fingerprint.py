@@ -28,6 +28,8 @@ def fingerprint(facts: Facts, settings: Settings) -> dict[str, Any]:
     marks |= {"loss": facts.described, "rows": facts.source.known_rows, "inputs": None, "target": None}
     # Without addresses, which another process has otherwise.
     marks["model"] = digest(re.sub("0x[0-9a-f]+", "", repr(facts.model)))
+    # The checkpoint has all parameters, and would put its own in the place of those that are not trained.
+    marks["frozen parameters"] = digest([p for p in facts.model.parameters() if not p.requires_grad])
     first = facts.first
     again = FirstPass(facts.source, facts.share, shuffled=False)
     again.close()
@@ -78,7 +80,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
     found = []
     for name, value in now.items():
         before = saved.get(name)
-        hashed = name in ("inputs", "target", "model")
+        hashed = name in ("inputs", "target", "model", "frozen parameters")
         if before == value or (hashed and None in (before, value)):
             continue
         found.append(f"other {name}" if hashed else f"{name}={value!r}, the checkpoint's is {before!r}")

@@ -190,6 +190,7 @@ def _save(
             "read_hash": plan.source.read_hash,
             "run": running.state(),
             "validation": None if validation is None else validation.state(),
+            "tol": plan.settings.tol,
             "progress": {"step": len(result.history)},
             "result": result.state(),
         },
@@ -218,6 +219,8 @@ def _resume(
     if validation is not None and saved["validation"] is not None:
         validation.restore(saved["validation"])
     result.restore(saved["result"])
+    if result.converged and plan.settings.tol < saved.get("tol", plan.settings.tol):
+        result.reason, result.converged = "", False
     loss = result.history[-1].loss if result.history else math.nan
     found = running.loss()
     if found is not None and not math.isclose(found, loss, rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS):

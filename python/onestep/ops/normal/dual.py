@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onestep._fork import safe_after_fork
 from onestep.ops.cholesky.schema import cholesky, cholesky_solve
 from onestep.ops.normal.formulas import column, failed
 from onestep.ops.normal.schema import check_numbers, gram
@@ -21,6 +22,7 @@ def _scales(weight: Tensor | None, ridge: Tensor) -> tuple[Tensor | None, Tensor
     return None if weight is None else weight.sqrt(), largest, largest / ridge
 
 
+@safe_after_fork
 def solve_dual(
     X: Tensor,
     Y: Tensor,
@@ -70,6 +72,7 @@ def _from_dual(X: Tensor, root: Tensor | None, inverse_ridge: Tensor, L: Tensor,
     return inverse_ridge.unsqueeze(-1) * (X.mT @ column(root, inner))
 
 
+@safe_after_fork
 def apply_dual(B: Tensor, X: Tensor, weight: Tensor | None, ridge: Tensor, L: Tensor) -> Tensor:
     """(XᵀDX + Λ)⁻¹B = Λ⁻¹(B − XᵀS K⁻¹ S X (λ̄Λ⁻¹) B) by Woodbury's identity."""
     root, _, inverse_ridge = _scales(weight, ridge)

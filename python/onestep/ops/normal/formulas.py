@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onestep._fork import safe_after_fork
 from onestep.ops.normal.schema import Gradients, apply_normal_inverse
 
 
@@ -34,6 +35,7 @@ def without_failed(
     )
 
 
+@safe_after_fork
 def solve_normal_vjp(
     grad: Tensor,
     X: Tensor,

@@ -110,7 +110,6 @@ def moments_results(X: Tensor, Y: Tensor, weight: Tensor | None = None, center: 
 moments = define(
     "moments(Tensor X, Tensor Y, Tensor? weight=None, bool center=False) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=moments_results,
-    own_dims=(2, 2, 1),
 )
 
 # -------------------------------------------------------------------------------------------------------- solve_normal

@@ -33,6 +33,10 @@ _ROUNDINGS = 10
 _SMALL_LOSS = 1e-3
 # Newton's step is taken for up to so many weights, and so many products of rows and weights.
 _MOST_WEIGHTS, _MOST_PRODUCTS = 256, 1e8
+# A loss that rises by more than this part of itself tells that rounding has taken over.
+_RISE = 1e-3
+# The part of the loss that a step to a minimum at infinity lowers it by, at most.
+_LITTLE = 1e-4
 # Rows whose scores are formed at a time.
 _ROWS = 8192
 
@@ -185,9 +189,10 @@ class HeadFit:
         return True
 
     def runs_away(self) -> bool:
-        """Whether another step would still move the scores of some row by much, as where there is no minimum.
+        """Whether another step would move the scores of some row by much and lower the loss by little.
 
-        L-BFGS knows little of directions in which hardly anything bends; for few weights, Newton's step is taken.
+        So it is where there is no minimum. L-BFGS knows little of directions in which hardly anything bends; for few
+        weights, Newton's step is taken.
         """
         rows = self.kept.rows
         V = self.descent.point.V
@@ -200,8 +205,10 @@ class HeadFit:
         values, vectors = torch.linalg.eigh(point.gram())
         # Scores have a shift in common that changes nothing.
         bent = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
-        along = (vectors.mT @ point.grad.reshape(-1))[bent] / values[bent]
-        step = (vectors[:, bent] @ along).view(W.shape)
+        slopes = (vectors.mT @ point.grad.reshape(-1))[bent]
+        if 0.5 * (slopes.square() / values[bent]).sum() > _LITTLE * point.loss:
+            return False
+        step = (vectors[:, bent] @ (slopes / values[bent])).view(W.shape)
         moved = rows.X.double() @ (step[:-1] if intercept else step) + (step[-1] if intercept else 0.0)
         moved = moved - moved.mean(1, keepdim=True)
         counted = moved if weight is None else moved[weight > 0]
@@ -239,9 +246,9 @@ class _Run(Run):
             descent.step()
         if not math.isfinite(fit.loss):
             raise NonFiniteError(f"step {number + 1}: the loss is {fit.loss}")
-        self.failed = descent.ended and not descent.converged
-        if number == 0 and fit.loss > before:
-            # What rounding has made of a minimum: the parameters stay.
+        if fit.loss > before:
+            # What rounding has made of a minimum, or of scores that have lost all digits: the parameters stay.
+            self.failed = fit.loss > before + _RISE * abs(before)
             return Taken(before, before, grad_norm, 0.0, accepted=False)
         return Taken(before, fit.loss, grad_norm, fit.write(), cg_iterations=descent.iterations - first)
 
@@ -249,6 +256,8 @@ class _Run(Run):
         """At the minimum, or where there is none."""
         fit = self._prepared()
         descent = fit.descent
+        if self.failed:
+            return Verdict("no step lowers the loss, although it may not be at a minimum", stuck=True)
         free = self.plan.settings.weight_decay == 0
         if free and (descent.ended or fit.loss < _SMALL_LOSS) and (fit.separates() or fit.runs_away()):
             return Verdict(SEPARATED)
