@@ -220,27 +220,33 @@ SAMPLED = """
 import sys
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 import onestep
+from onestep.curvature import HessianOperator
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=rank, world_size=2)
 x = torch.arange(7, dtype=torch.float64)[:, None]
 data = TensorDataset(x, x.square())
 found = []
-for shuffle in (False, True):
-    loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, shuffle=shuffle))
+for shuffle, batched in ((False, False), (True, False), (False, True)):
+    sampler = DistributedSampler(data, shuffle=shuffle)
+    loader = DataLoader(data, batch_size=2, sampler=sampler)
+    if batched:
+        loader = DataLoader(data, batch_sampler=BatchSampler(sampler, 2, False))
     for method in ("closed_form", "newton_cg"):
         head = torch.nn.Linear(1, 1).double()
         onestep.fit(head, loader, method=method, progress=False)
         found.append(torch.cat([head.weight[0], head.bias]).detach())
 torch.save(found, {out!r} + str(rank))
-try:
-    onestep.fit(head, [(x, x)] * (2 + rank), progress=False)
-except ValueError as error:
-    assert "data has " + str(2 + rank) + " items in this process, and 2.5 on average" in str(error), error
-else:
-    raise AssertionError
+unequal = [(x, x)] * (2 + rank)
+for call in (lambda: onestep.fit(head, unequal, progress=False), lambda: HessianOperator(head, unequal, "mse")):
+    try:
+        call()
+    except ValueError as error:
+        assert "data has " + str(2 + rank) + " items in this process, and 2.5 on average" in str(error), error
+    else:
+        raise AssertionError
 """
 
 

@@ -17,7 +17,7 @@ from onestep.curvature._vectors import all_finite
 from onestep.curvature.products import Route
 from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, as_source
-from onestep.evaluation.distributed import share, summed, together
+from onestep.evaluation.distributed import check_equal_batches, share, summed, together
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss
@@ -71,6 +71,7 @@ class Passes:
             self.names = parameter_names(model, self.parameters)
         self.source = as_source(from_numpy(data, self.parameters.tensors[0]), seed)
         self.source.share = share()
+        check_equal_batches(data)
         self.route, self.vectorizes = Route(), True
         self.affordable_rows = together(self.look_at_rows)
         self.source.chunk_size = chunk_size or max(1, self.affordable_rows // _CHUNK_PARTS)

@@ -209,6 +209,12 @@ class IndexedSource(Source):
         return list(self._chunks(size, lambda rows: order[rows]))
 
 
+def _sampler_of(loader: Iterable[Any]) -> Any:
+    """What draws a DataLoader's rows: its sampler, or the one inside its batch_sampler, or None."""
+    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    return inner if isinstance(inner, DistributedSampler) else getattr(loader, "sampler", None)
+
+
 class LoaderSource(Source):
     """A DataLoader's or any other iterable's batches, as they come; one pass over it is all the data.
 
@@ -224,7 +230,7 @@ class LoaderSource(Source):
                 "expected the same rows, in any order"
             )
         # Such a loader already gives each process its own rows.
-        self.sharded = isinstance(getattr(loader, "sampler", None), DistributedSampler)
+        self.sharded = isinstance(_sampler_of(loader), DistributedSampler)
         self._iterator: Iterator[Chunk] | None = None
         self._epoch, self._taken = -1, 0
 
@@ -253,7 +259,7 @@ class LoaderSource(Source):
 
         It repeats rows so that all processes have as many. Counted twice, they would change the solution.
         """
-        sampler = getattr(self.loader, "sampler", None)
+        sampler = _sampler_of(self.loader)
         if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
             return math.inf
         return -(-(len(cast(Sized, sampler.dataset)) - sampler.rank) // sampler.num_replicas)
@@ -266,7 +272,7 @@ class LoaderSource(Source):
                 yield chunk.rows(slice(begin, min(begin + size, rows.stop))).of_piece(piece).on(self.device)
 
     def _whole(self, number: int) -> Iterator[Chunk]:
-        sampler = getattr(self.loader, "sampler", None)
+        sampler = _sampler_of(self.loader)
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(number)
         # A sampler draws its order, or the seed of it, when it is asked for the first batch. Other threads must not

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from onestep._processes import add_up, collective, initialised, place
 from onestep.evaluation.data import Share
@@ -138,3 +139,17 @@ def equal_everywhere(tensor: Tensor) -> bool:
     collective(dist.all_reduce, extremes, dist.ReduceOp.MAX)
     greatest, least = extremes.chunk(2)
     return torch.equal(greatest, -least)
+
+
+def check_equal_batches(data: Any) -> None:
+    """Raises unless all processes have equally many batches or rows: some rows would not be computed otherwise."""
+    processes = share().size
+    if processes == 1 or not isinstance(data, Sized):
+        return
+    counts = summed(lambda: (torch.empty(0), [len(data), len(data) ** 2]))[1]
+    if processes * counts[1] != counts[0] ** 2:
+        what = "batches" if isinstance(data, DataLoader) else "items"
+        raise ValueError(
+            f"data has {len(data)} {what} in this process, and {counts[0] / processes:g} on average over all "
+            f"{processes}; expected the same data everywhere, or a DataLoader with a DistributedSampler"
+        )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, Source, as_source
-from onestep.evaluation.distributed import from_first, share, summed, together
+from onestep.evaluation.distributed import check_equal_batches, from_first, share, together
 from onestep.evaluation.losses import IGNORED, Loss, check_range
 from onestep.evaluation.module import check_first_rows, chunk_rows
 from onestep.evaluation.parameters import ParameterVector
@@ -25,7 +23,7 @@ def look(
     source, own = rows_of(data, parameters, loss, settings), share()
     # Data may be on the CPU and the model on a GPU: chunks are moved to the model one by one.
     source.device = parameters.device
-    _check_equal_batches(data, own.size)
+    check_equal_batches(data)
     # The estimate of a softmax head wants rows in random order.
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
     first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))
@@ -51,17 +49,4 @@ def _check_not_shifted(loss: Loss, first: Chunk) -> None:
         raise ValueError(
             "the labels are the input_ids themselves, which a language model of transformers shifts in its own loss: "
             "pass loss='model'"
-        )
-
-
-def _check_equal_batches(data: Any, processes: int) -> None:
-    """Raises unless all processes have equally many batches or rows: some rows would not be computed otherwise."""
-    if processes == 1 or not isinstance(data, Sized):
-        return
-    counts = summed(lambda: (torch.empty(0), [len(data), len(data) ** 2]))[1]
-    if processes * counts[1] != counts[0] ** 2:
-        what = "batches" if isinstance(data, DataLoader) else "items"
-        raise ValueError(
-            f"data has {len(data)} {what} in this process, and {counts[0] / processes:g} on average over all "
-            f"{processes}; expected the same data everywhere, or a DataLoader with a DistributedSampler"
         )
