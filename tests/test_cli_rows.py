@@ -55,3 +55,100 @@ def test_predictions_are_read_again(run, csv, table, tmp_path):
 def test_a_header_without_a_name(run, csv):
     code, out, err = run("fit", csv('""\na\n1\n'), "--target", "a")
     assert (code, out) == (2, "") and "the header, its first line that is not blank, names no column" in err
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fitted", "given", "units"),
+    [
+        ("{}%", "0.{:04}", ("nothing", "%")),
+        ("{}", "{}%", ("%", "nothing")),
+        ("${}", "€{}", ("€", "$")),
+        ("{}", "{} USD", ("USD", "nothing")),
+        ("{} kr", "{}", ("nothing", "kr")),
+    ],
+)
+@pytest.mark.parametrize("model", ["linear", "mlp"])
+def test_a_target_in_another_unit_is_not_scored(run, table, tmp_path, fitted, given, units, model):
+    saved = tmp_path / "model.safetensors"
+    path = table({"a": AMOUNTS, "y": [fitted.format(v) for v in TARGET]})
+    network = ["--hidden", 2, "--max-steps", 3] if model == "mlp" else []
+    code, _, err = run("fit", path, "--target", "y", "--save", saved, "--model", model, *network)
+    assert code == 0, err
+    code, out, err = run("predict", saved, path)
+    assert code == 0 and "score: R²" in err and "not scored" not in err
+    code, again, err = run("predict", saved, table({"a": AMOUNTS, "y": [given.format(v) for v in TARGET]}, "new.csv"))
+    assert (code, again) == (0, out) and "score:" not in err
+    assert (
+        "not scored" in err and f"the target 'y' has {units[0]} beside its numbers, but {units[1]} in the file" in err
+    )
+
+
+def test_a_target_of_zeros_and_unknown_numbers_has_every_unit(run, table, tmp_path):
+    """0 is the same in all; rows without a target are not scored, and the others are."""
+    saved = tmp_path / "model.safetensors"
+    run("fit", table({"a": AMOUNTS, "y": [f"{v}%" for v in TARGET]}), "--target", "y", "--save", saved)
+    _, _, err = run("predict", saved, table({"a": [900, 901, 902], "y": ["0", "", "0"]}, "new.csv"))
+    assert "not scored" not in err and "(2 rows)" in err
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "kept"),
+    [
+        (["1,000", "2,000"], ["--thousands", ","], ["1000", "2000"]),
+        (["0,5", "1,5"], ["--decimal", ","], ["0.5", "1.5"]),
+        (["1.234", "1,234"], ["--thousands", ".", "--decimal", ","], ["1.234", "1234"]),
+        (["1,000", "2,000"], ["--thousands", ",", "--task", "classification"], ["1,000", "2,000"]),
+        (["0,5", "1,5", "2,5"], ["--decimal", ",", "--task", "classification"], ["0,5", "1,5", "2,5"]),
+        (["5%", "6%"], [], ["5%", "6%"]),
+        (["$1,000", "$2,000"], ["--thousands", ","], ["$1,000", "$2,000"]),
+        (["1,000", "zwei"], ["--thousands", ","], ["1,000", "zwei"]),
+    ],
+)
+def test_classes_are_scored_on_the_rows_of_the_fit(run, table, tmp_path, classes, options, kept):
+    saved, places = tmp_path / "model.safetensors", [k * len(classes) // 40 for k in range(40)]
+    path = table({"a": AMOUNTS, "y": [classes[place] for place in places]})
+    code, report, err = run("fit", path, "--target", "y", "--test-size", 0, "--save", saved, *options)
+    assert code == 0, err
+    code, out, err = run("predict", saved, path)
+    score = report.partition("training:  ")[2].splitlines()[0]
+    assert code == 0 and f"score: {score} (40 rows)" in err and "not scored" not in err
+    assert sorted(set(pd.read_csv(io.StringIO(out), dtype=str)["predicted_y"])) == kept
+
+
+def test_classes_that_the_model_does_not_know_are_told(run, table, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    run(
+        "fit",
+        table({"a": AMOUNTS, "y": ["1,5"] * 20 + ["2,5"] * 20}),
+        "--target",
+        "y",
+        "--decimal",
+        ",",
+        "--save",
+        saved,
+    )
+    rows = {"a": [900, 900, 901, "", 2000], "y": ["1,5", "3,5", "2.5", "7", ""]}
+    code, _, err = run("predict", saved, table(rows, "new.csv"))
+    assert code == 0 and "2 rows not scored: the target 'y' has '3,5' on line 3, which is none of the model's" in err
+    assert "(1 row)" in err
+    for cells in (["2%", "3%"], ["$1,5", "$2,5"]):
+        _, _, err = run("predict", saved, table({"a": [900, 901], "y": cells}, "new.csv"))
+        assert f"2 rows not scored: the target 'y' has '{cells[0]}' on line 2" in err and "score:" not in err
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "message"),
+    [
+        (["1,5", "2,5"], ["--thousands", ","], "has '1,5' on line 2, which does not fit the --thousands and --decimal"),
+        (["9007199254740993", "9007199254740996"], [], "holds whole numbers beyond 2^53"),
+    ],
+)
+def test_classes_are_not_made_of_numbers_that_do_not_fit(run, table, classes, options, message):
+    path = table({"a": AMOUNTS, "y": classes * 20})
+    code, out, err = run("fit", path, "--target", "y", *options)
+    assert (code, out) == (2, "") and message in err
+    code, out, err = run("fit", path, "--target", "y", "--task", "classification", *options)
+    assert code == 0 and "accuracy" in out

@@ -74,7 +74,8 @@ row with a category that the model does not know, with a value that is missing, 
 empty field; how many is shown on stderr. An empty field that stands alone on its line is written "", since programs
 that read CSV skip empty lines. Columns are read as the model has them: numbers in the unit, and written in the way, of
 the file that it was fitted on. A column without one value of that kind is refused. Where the file has the target as
-well, R² and RMSE, or accuracy and log loss, are shown on stderr. A file named - is standard input.
+well, R² and RMSE, or accuracy and log loss, are shown on stderr; a target in another unit than the model's, and a class
+that it does not know, are not scored, which is said. A file named - is standard input.
 
 examples:
   python -m onestep predict model.safetensors new.csv
