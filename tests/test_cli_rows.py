@@ -2,6 +2,9 @@
 
 import io
 import math
+import os
+import socket
+import stat
 
 import numpy as np
 import pytest
@@ -152,3 +155,103 @@ def test_classes_are_not_made_of_numbers_that_do_not_fit(run, table, classes, op
     assert (code, out) == (2, "") and message in err
     code, out, err = run("fit", path, "--target", "y", "--task", "classification", *options)
     assert code == 0 and "accuracy" in out
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(run, table, tmp_path):
+    """Words that write to a file, by the command, and a file with what they write."""
+    saved, path, plain = tmp_path / "model.safetensors", table({"a": AMOUNTS, "y": TARGET}), tmp_path / "plain.csv"
+    run("fit", path, "--target", "y", "--save", saved)
+    run("predict", saved, path, "--output", plain)
+    return {
+        "fit": (["fit", path, "--target", "y", "--save"], saved.read_bytes()),
+        "predict": (["predict", saved, path, "--output"], plain.read_bytes()),
+    }
+
+
+def same(found, content):
+    """Whether two files hold the same, whose metadata are in the order of a hash."""
+    return sorted(found) == sorted(content)
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_a_regular_file_keeps_its_mode_and_is_replaced_whole(run, tmp_path, written, command):
+    words, content = written[command]
+    for mode in (0o600, 0o640, 0o755):
+        path = tmp_path / f"{mode:o}"
+        path.write_bytes(b"before")
+        path.chmod(mode)
+        with path.open("rb") as old:
+            assert run(*words, path)[0] == 0
+            # Who has the old file open sees it whole.
+            assert old.read() == b"before"
+        assert same(path.read_bytes(), content) and stat.S_IMODE(path.stat().st_mode) == mode
+    umask = os.umask(0o027)
+    try:
+        assert run(*words, tmp_path / "new")[0] == 0
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_a_symbolic_link_stays(run, tmp_path, written, command):
+    words, content = written[command]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "there").write_bytes(b"before")
+    (folder / "there").chmod(0o600)
+    for name in ("there", "not yet"):
+        link, again = tmp_path / f"link to {name}", tmp_path / f"link to the link to {name}"
+        link.symlink_to(folder / name)
+        again.symlink_to(link.name)
+        assert run(*words, again)[0] == 0
+        assert link.is_symlink() and again.is_symlink() and same((folder / name).read_bytes(), content)
+    assert stat.S_IMODE((folder / "there").stat().st_mode) == 0o600
+    assert sorted(path.name for path in folder.iterdir()) == ["not yet", "there"]
+    lost, circle = tmp_path / "lost", tmp_path / "circle"
+    lost.symlink_to(tmp_path / "none" / "file")
+    circle.symlink_to(circle.name)
+    for path, message in ((lost, f"there is no directory {tmp_path / 'none'}"), (circle, "symbolic links")):
+        code, out, err = run(*words, path)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1 and path.is_symlink()
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_is_written_to(run, tmp_path, written, command, linked):
+    words, content = written[command]
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    link.symlink_to(pipe)
+    os.mkfifo(pipe)
+    # Opened to read and to write, the pipe keeps what is written, and nobody waits.
+    keep = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        code, _, err = run(*words, link if linked else pipe)
+        assert code == 0, err
+        assert pipe.is_fifo() and link.is_symlink()
+        assert same(os.read(keep, 1 << 16), content)
+    finally:
+        os.close(keep)
+
+
+def test_an_open_file_without_a_name_is_written_to(run, tmp_path, written):
+    """As /dev/stdout may be one."""
+    words, content = written["predict"]
+    with open(tmp_path / "gone", "w+b") as file:
+        (tmp_path / "gone").unlink()
+        assert run(*words, f"/proc/self/fd/{file.fileno()}")[0] == 0
+        assert file.read() == content
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_a_socket_is_refused(run, tmp_path, monkeypatch, written, command):
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        code, out, err = run(*written[command][0], "socket")
+    assert (code, out) == (2, "") and "cannot write socket: it is a socket" in err

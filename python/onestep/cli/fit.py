@@ -11,7 +11,8 @@ from sklearn.model_selection import train_test_split
 
 from .columns import encode, learn_columns, level_order
 from .errors import CliError, Interrupted, count, listed, note
-from .model import LinearModel, Model, NetworkModel, check_writable, save_model
+from .model import LinearModel, Model, NetworkModel, save_model
+from .output import check_writable
 from .report import ClassScore, Score, console, duration, weight_table
 from .solve import Solve, Task, fit_linear, fit_network
 from .source import Conventions, Source

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors.numpy
@@ -20,6 +17,7 @@ import onestep
 
 from .columns import Category, Column, Date, Number
 from .errors import CliError
+from .output import replacing
 from .source import Conventions
 
 FORMAT = 4
@@ -165,30 +163,6 @@ class NetworkModel(Model):
 
 
 KINDS: dict[str, type[Model]] = {model.kind: model for model in (LinearModel, NetworkModel)}
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` only once it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    except OSError as error:
-        raise CliError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Raises for a path that `replacing` could not write, before any work is done for it."""
-    if path.is_dir():
-        raise CliError(f"cannot write {path}: it is a directory")
-    if not path.parent.is_dir():
-        raise CliError(f"cannot write {path}: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise CliError(f"cannot write {path}: no permission to write in {path.parent}")
 
 
 def save_model(model: Model, conventions: Conventions, path: Path) -> None:

@@ -13,7 +13,8 @@ import pandas as pd
 from . import dates, numerals
 from .columns import Category, Column, Date, Number
 from .errors import CliError, count, listed, note, say
-from .model import Model, check_writable, load_model, replacing
+from .model import Model, load_model
+from .output import check_writable, replacing
 from .report import ClassScore, Score
 from .source import Source
 from .table import Table, read_table
