@@ -3,12 +3,14 @@
 import io
 import math
 import os
+import re
+import shlex
 import socket
 import stat
 
 import numpy as np
 import pytest
-from cli_cases import pd
+from cli_cases import besides_task, pd, weights
 
 AMOUNTS = 900 + 37 * np.arange(40)
 TARGET = 3 * AMOUNTS + 5
@@ -255,3 +257,133 @@ def test_a_socket_is_refused(run, tmp_path, monkeypatch, written, command):
         server.bind("socket")
         code, out, err = run(*written[command][0], "socket")
     assert (code, out) == (2, "") and "cannot write socket: it is a socket" in err
+
+
+# --- dates -----------------------------------------------------------------------------------------------------------
+
+DAYS = pd.date_range("2020-01-07", periods=120, freq="11D")
+
+
+WHOLE = "year, month, day and weekday"
+
+
+@pytest.mark.parametrize(
+    ("written", "advised"),
+    [
+        ("%A, %-d %B %Y", {"%A, %d %B %Y": WHOLE}),
+        ("%a %d %b %Y", {"%a %d %b %Y": WHOLE}),
+        ("%A, %B %d, %Y", {"%A, %B %d, %Y": WHOLE}),
+        ("%a, %d %b %Y %H:%M:%S +0000", {"%a, %d %b %Y %H:%M:%S %z": WHOLE}),
+        ("%a %b %d %H:%M:%S %Y", {"%a %b %d %H:%M:%S %Y": WHOLE}),
+        ("%Y-%b-%d", {"%Y-%b-%d": WHOLE}),
+        ("%d/%b/%Y", {"%d/%b/%Y": WHOLE}),
+        ("%d.%m.%Y.", {"%d.%m.%Y.": WHOLE}),
+        ("%d. %m. %Y", {"%d. %m. %Y": WHOLE}),
+        ("%Y. %m. %d.", {"%Y. %m. %d.": WHOLE}),
+        ("%d.%m.", {"%d.%m.": "month and day"}),
+        ("%-d. %B", {"%d. %B": "month and day"}),
+        ("%B %-d", {"%B %d": "month and day"}),
+        ("%d-%b", {"%d-%b": "month and day", "%y-%b": "year and month"}),
+        ("%b-%y", {"%b-%y": "year and month", "%b-%d": "month and day"}),
+        ("%b '%y", {"%b '%y": "year and month"}),
+        ("%Y%m%dT%H%M", {None: WHOLE}),
+    ],
+)
+def test_dates_are_recognised_and_the_advice_is_taken(run, table, tmp_path, written, advised):
+    saved = tmp_path / "model.safetensors"
+    values = {"year": DAYS.year, "month": DAYS.month, "day": DAYS.day, "weekday": DAYS.day_of_week}
+    parts = re.findall("[a-z]{3,}", next(iter(advised.values())).replace(" and", ""))
+    y = sum((k + 2) * values[part] for k, part in enumerate(parts))
+    path = table({"when": DAYS.strftime(written), "y": y})
+    code, out, err = run("fit", path, "--target", "y")
+    readings = ", or ".join(f"{reading!r} for {said}" for reading, said in advised.items() if reading)
+    advice = f"--dates 'when' --date-format {readings}" if readings else f"--dates 'when' for {WHOLE}"
+    example = repr(DAYS[0].strftime(written))
+    assert (code, out) == (2, "")
+    assert f"hold dates, such as {example} on line 2; pass {advice}, or keep its texts as categories with" in err
+    option = next(iter(advised))
+    more = [] if option is None else ["--date-format", option]
+    code, _, err = run("fit", path, "--target", "y", "--dates", "when", "--save", saved, *more)
+    assert code == 0, err
+    expected = {f"when {part}": k + 2 for k, part in enumerate(parts)} | {"": 0}
+    assert weights(saved) == pytest.approx(expected, abs=1e-5)
+
+
+def test_words_with_numbers_are_no_dates(run, table):
+    """Genes and places that begin like months, months and weekdays alone, sections of a text."""
+    for texts in (
+        ["SEPT2", "MARCH1", "DEC1", "SEPT9"],
+        ["Marble 10", "Mayfair 12", "Decker 3", "Junior 7"],
+        ["March", "April", "May", "June"],
+        ["Monday", "Tuesday", "Sunday", "Friday"],
+        ["1.13.", "2.14.", "3.20.", "40.1."],
+    ):
+        path = table({"a": texts * 10, "y": [texts.index(text) for text in texts] * 10})
+        code, _, err = run("fit", path, "--target", "y", "--task", "regression")
+        assert code == 0 and "dates" not in err, err
+
+
+def test_ordinals_are_told_to_be_written_in_another_way(run, table):
+    path = table({"a": DAYS.strftime("%B %dth, %Y"), "y": DAYS.day})
+    code, _, err = run("fit", path, "--target", "y")
+    assert code == 2 and "days such as 1st are not read: write dates such as 2023-01-30, or keep" in err
+
+
+def test_digits_with_the_day_or_the_month_first_may_be_dates(run, table, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    for written in ("%d%m%Y", "%m%d%Y"):
+        texts = DAYS.strftime(written)
+        path = table({"when": texts, "y": DAYS.day})
+        code, _, err = run("fit", path, "--target", "y")
+        assert code == 0 and f"such as {texts[0]}; pass --dates 'when' --date-format {written} if they are dates" in err
+        run("fit", path, "--target", "y", "--dates", "when", "--date-format", written, "--save", saved)
+        assert weights(saved)["when day"] == pytest.approx(1)
+        # Days up to the 12th may be months.
+        early = DAYS[DAYS.day <= 12]
+        _, _, err = run("fit", table({"when": early.strftime(written), "y": early.day}), "--target", "y")
+        assert "--date-format %d%m%Y or %m%d%Y if they are dates" in err
+        # 1032023 has seven digits in the file; numbers in a row; a month 13 in both orders.
+        for others in (
+            [text.lstrip("0") for text in texts],
+            [f"{1012001 + k}" for k in range(90)],
+            [*texts[:60], *["13132023"] * 60],
+        ):
+            _, _, err = run("fit", table({"when": others, "y": range(len(others))}), "--target", "y")
+            assert "may be dates" not in err
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["--", "---", "-x", "-n/a-", "- -", "-", "?", "--missing"])
+def test_the_option_that_is_advised_for_a_missing_value_is_taken(run, table, tmp_path, text):
+    saved, cells = tmp_path / "model.safetensors", [str(v) for v in AMOUNTS]
+    path = table({"a": [*cells[:-1], text], "y": TARGET})
+    code, _, err = run("fit", path, "--target", "y")
+    advice = err.partition("; pass --missing")[2].partition(" if it means")[0]
+    assert code == 2 and advice, err
+    options = shlex.split("--missing" + advice)
+    code, _, err = run("fit", path, "--target", "y", "--impute", "median", *options)
+    assert code == 0 and "1 missing value of a filled" in err
+    run("fit", table({"a": cells, "y": TARGET}), "--target", "y", "--save", saved)
+    code, out, err = run("predict", saved, table({"a": ["900", text]}, "new.csv"), *options)
+    assert code == 0 and "column 'a' has no value on line 3" in err
+    np.testing.assert_allclose(predictions(out), [2705, math.nan])
+
+
+def test_several_texts_that_mean_a_missing_value(run, table):
+    path = table({"a": [*map(str, AMOUNTS[3:]), "--", "-n", "?"], "y": TARGET})
+    words = ["fit", path, "--target", "y", "--impute", "median"]
+    code, _, err = run(*words, "--missing=--", "--missing=-n", "--missing", "?")
+    assert code == 0 and "3 missing values of a filled" in err
+
+
+def test_a_number_beyond_the_range_is_shown_as_it_is_written(run, table, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    run("fit", table({"a": AMOUNTS, "y": TARGET}), "--target", "y", "--save", saved)
+    for text in ("1e400", "-1e999", "inf"):
+        code, out, err = run("predict", saved, table({"a": [900, text]}, "new.csv"))
+        assert code == 0 and f"column 'a' has '{text}' on line 3, which is no finite number" in err
+        np.testing.assert_allclose(predictions(out), [2705, math.nan])
+    _, _, err = run("predict", saved, table({"a": [900], "y": [2705]}, "new.csv"))
+    assert besides_task(err).startswith("score:")

@@ -185,6 +185,9 @@ def _mark(text: str) -> str:
     return text
 
 
+# argparse drops -- wherever it stands, also from --missing=--. No argument of a program has this character.
+_KEPT = "\0"
+
 # argparse names the type in its own message for a value that does not parse.
 _penalty.__name__ = _fraction.__name__ = _seconds.__name__ = "number"
 _seed.__name__ = _size.__name__ = "whole number"
@@ -336,9 +339,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--missing",
             nargs="*",
+            action="extend",
+            type=lambda text: text.removeprefix(_KEPT),
             metavar="TEXT",
             help="the texts that mean a missing value, beside the empty field: --missing alone takes NA for a text "
-            f"like any other (default: NA, N/A, NaN, null, None and their like{as_fitted})",
+            f"like any other; --missing=-- for one that begins with a dash "
+            f"(default: NA, N/A, NaN, null, None and their like{as_fitted})",
         )
     return parser
 
@@ -375,7 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # R² must not end in a UnicodeEncodeError where the terminal is ASCII.
             stream.reconfigure(errors="replace")
     leave_interrupts_to_main()
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args([f"--missing={_KEPT}--" if word == "--missing=--" else word for word in words])
     try:
         _dispatch(args)
         sys.stdout.flush()
