@@ -435,7 +435,7 @@ def test_files_that_are_not_saved_models(run, csv, tmp_path):
         (table, "is not a model saved by onestep"),
         (csv(b"", "empty"), "is not a model saved by onestep"),
         (csv(whole[: len(whole) // 2], "half"), "is not a model saved by onestep"),
-        (csv(whole.replace(b"onestep 3", b"onestep 9"), "later"), "another version of onestep"),
+        (csv(whole.replace(b"onestep 4", b"onestep 9"), "later"), "another version of onestep"),
         (csv(whole.replace(b"number", b"nomber"), "damaged"), "is damaged"),
         (csv(whole[:-8] + np.array([np.nan]).tobytes(), "nan"), "is damaged"),
         (other, "not a model saved by"),

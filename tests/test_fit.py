@@ -350,6 +350,35 @@ def test_data_that_does_not_fit_is_named() -> None:
         onestep.fit(network(), X, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("widths", [(0, 1), (0, 4, 1), (3, 0), (3, 4, 0)])
+@pytest.mark.parametrize("method", ["auto", "gauss_newton"])
+def test_rows_without_a_number_are_told_of_data(widths: tuple[int, ...], method: str) -> None:
+    """Not of the widths and d of a kernel."""
+    layers = [m for pair in itertools.pairwise(widths) for m in (nn.Linear(*pair), nn.ReLU())][:-1]
+    X, y = torch.ones(20, widths[0]), torch.ones(20, widths[-1])
+    name = "inputs" if widths[0] == 0 else "targets"
+    with pytest.raises(ValueError, match=rf"data: the {name} of n rows have shape \(n, 0\); expected a number or more"):
+        onestep.fit(nn.Sequential(*layers), (X, y), method=method, progress=False)
+    if widths[-1] == 0:
+        with pytest.raises(ValueError, match=r"outputs have shape \(\d+, 0\): no score for a class; expected one"):
+            onestep.fit(nn.Sequential(*layers), (X, torch.zeros(20).long()), "cross_entropy", progress=False)
+
+
+def test_rows_without_a_number_are_fitted_where_they_are_only_counted() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.value = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.value.expand(len(x), 1)
+
+    model, y = Constant(), torch.arange(20, dtype=torch.float64)[:, None]
+    onestep.fit(model, (y[:, :0], y), progress=False)
+    assert model.value.item() == pytest.approx(9.5)
+
+
 def test_plot_writes_a_picture(tmp_path: Path) -> None:
     result = onestep.fit(network(), table(), max_steps=3, progress=False)
     result.plot(tmp_path / "loss.png")

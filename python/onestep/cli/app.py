@@ -74,7 +74,8 @@ row with a category that the model does not know, with a value that is missing, 
 empty field; how many is shown on stderr. An empty field that stands alone on its line is written "", since programs
 that read CSV skip empty lines. Columns are read as the model has them: numbers in the unit, and written in the way, of
 the file that it was fitted on. A column without one value of that kind is refused. Where the file has the target as
-well, R² and RMSE, or accuracy and log loss, are shown on stderr. A file named - is standard input.
+well, R² and RMSE, or accuracy and log loss, are shown on stderr; a target in another unit than the model's, and a class
+that it does not know, are not scored, which is said. A file named - is standard input.
 
 examples:
   python -m onestep predict model.safetensors new.csv
@@ -183,6 +184,9 @@ def _mark(text: str) -> str:
         raise argparse.ArgumentTypeError(f"must be one character such as ',', not {text!r}")
     return text
 
+
+# argparse drops -- wherever it stands, also from --missing=--. No argument of a program has this character.
+_KEPT = "\0"
 
 # argparse names the type in its own message for a value that does not parse.
 _penalty.__name__ = _fraction.__name__ = _seconds.__name__ = "number"
@@ -335,9 +339,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--missing",
             nargs="*",
+            action="extend",
+            type=lambda text: text.removeprefix(_KEPT),
             metavar="TEXT",
             help="the texts that mean a missing value, beside the empty field: --missing alone takes NA for a text "
-            f"like any other (default: NA, N/A, NaN, null, None and their like{as_fitted})",
+            f"like any other; --missing=-- for one that begins with a dash "
+            f"(default: NA, N/A, NaN, null, None and their like{as_fitted})",
         )
     return parser
 
@@ -374,7 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # R² must not end in a UnicodeEncodeError where the terminal is ASCII.
             stream.reconfigure(errors="replace")
     leave_interrupts_to_main()
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args([f"--missing={_KEPT}--" if word == "--missing=--" else word for word in words])
     try:
         _dispatch(args)
         sys.stdout.flush()

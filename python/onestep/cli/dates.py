@@ -18,7 +18,27 @@ _MONTH = r"(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DATE = re.compile(
     r"\d{4}([-/.])\d{1,2}\1\d{1,2}(?:[T ].*)?|\d{1,2}([-/.])\d{1,2}\2(?:\d{4}|\d{2})(?: .*)?|\d{4}[-/](?:0[1-9]|1[0-2])"
     rf"|\d{{1,2}}[-. ]*{_MONTH}[-, ]*(?:\d{{4}}|\d{{2}})|{_MONTH}[ -]*(?:\d{{1,2}},? +)?\d{{4}}"
+    # A point behind the last number, blanks behind the points, and days without a year: 01.03.
+    r"|\d{1,2}\. ?\d{1,2}\. ?\d{4}\.?|\d{4}\. ?\d{1,2}\. ?\d{1,2}\.?|(?:19|20)\d{6}T\d{4,6}.*"
+    r"|(?:0?[1-9]|[12]\d|3[01])\. ?(?:0?[1-9]|1[0-2])\."
 )
+# Dates with the name of a month, of which one of year and day may not be said, behind a weekday and before a time.
+_NAME = (
+    r"(?i:jan(?:uary?)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"
+    r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_WEEKDAY = (
+    r"(?i:mon(?:day)?|tue(?:s(?:day)?)?|wed(?:nesday)?|thu(?:r(?:s(?:day)?)?)?|fri(?:day)?|sat(?:urday)?|sun(?:day)?)"
+)
+_DAY = r"(?:0?[1-9]|[12]\d|3[01])(?i:st|nd|rd|th)?"
+_CLOCK = r"\d{1,2}:\d{2}(?::\d{2})?"
+_GAP = r"[-/., ]{1,2}"
+_NAMED = re.compile(
+    rf"(?:{_WEEKDAY}[.,]? *)?(?:{_DAY}{_GAP}(?:of )?{_NAME}(?:{_GAP}'?(?:\d{{4}}|\d{{2}}))?"
+    rf"|{_NAME}{_GAP}{_DAY}(?:,? *\d{{4}})?|{_NAME}{_GAP}'?\d{{2}}|\d{{4}}{_GAP}{_NAME}(?:{_GAP}{_DAY})?"
+    rf"|{_NAME} +{_DAY},? +{_CLOCK} +\d{{4}})(?:,? {_CLOCK}.*)?"
+)
+_ORDINAL = re.compile(r"\d(?:st|nd|rd|th)\b", re.IGNORECASE)
 # Weeks of ISO 8601 and quarters, which name no day.
 _SPAN = re.compile(r"\d{4}[- ]?(?:W\d{2}(?:-?[1-7])?|Q[1-4])|Q[1-4][-/ ]?\d{4}", re.IGNORECASE)
 _TIME = re.compile(r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?: ?[AaPp]\.?[Mm]\.?)?")
@@ -34,7 +54,7 @@ _ENOUGH_DATES = 5
 
 def is_date(text: str) -> bool:
     """Whether a text looks like a date, a week or a quarter."""
-    return bool(_DATE.fullmatch(text) or _SPAN.fullmatch(text))
+    return bool(_DATE.fullmatch(text) or _NAMED.fullmatch(text) or _SPAN.fullmatch(text))
 
 
 def is_time(text: str) -> bool:
@@ -46,39 +66,82 @@ def remedy(text: str, name: str) -> str:
     """What to do that a column with such a date is read as dates."""
     if _SPAN.fullmatch(text):
         return "weeks and quarters are not read: write a day of each, such as 2023-01-30"
-    return f"pass --dates {name!r}{_format_hint(text)} for {_listed_parts(text)}"
+    if _ORDINAL.search(text):
+        return "days such as 1st are not read: write dates such as 2023-01-30"
+    first, *others = _formats(text) or [""]
+    if not first:
+        iso = re.match(r"\d{4}-\d|\d{8}T", text)
+        option = "" if iso else " --date-format FORMAT, such as %d/%m/%Y,"
+        parts = "year and month" if iso and re.fullmatch(_ISO_MONTH, text) else "year, month, day and weekday"
+        return f"pass --dates {name!r}{option} for {parts}"
+    also = "".join(f", or {other!r} for {_listed_parts(other)}" for other in others)
+    return f"pass --dates {name!r} --date-format {first!r} for {_listed_parts(first)}{also}"
 
 
-def _listed_parts(text: str) -> str:
-    month = re.fullmatch(rf"\d{{4}}[-/]\d{{2}}|{_MONTH}[ -]*\d{{4}}", text)
-    return "year and month" if month else "year, month, day and weekday"
+def _listed_parts(written: str) -> str:
+    *parts, last = (part for part, says in _format_says(written).items() if says)
+    return f"{', '.join(parts)} and {last}" if parts else last
 
 
-def _format_hint(text: str) -> str:
-    """The option that --dates needs beside it to read such a date; empty for year, month, day."""
-    if re.match(r"\d{4}-", text):
-        return ""
+def _formats(text: str) -> list[str]:
+    """The formats that --dates may need beside it to read such a date; none for year-month-day, or if unknown."""
     for pattern, written in (
         (r"\d{4}/\d{1,2}/\d{1,2}", "%Y/%m/%d"),
         (r"\d{4}\.\d{1,2}\.\d{1,2}", "%Y.%m.%d"),
+        (r"\d{4}\.\d{1,2}\.\d{1,2}\.", "%Y.%m.%d."),
+        (r"\d{4}\. \d{1,2}\. \d{1,2}\.", "%Y. %m. %d."),
         (r"\d{4}/\d{2}", "%Y/%m"),
         # With dots the day comes first everywhere.
         (r"\d{1,2}\.\d{1,2}\.\d{4}", "%d.%m.%Y"),
+        (r"\d{1,2}\.\d{1,2}\.\d{4}\.", "%d.%m.%Y."),
+        (r"\d{1,2}\. \d{1,2}\. \d{4}", "%d. %m. %Y"),
         (r"\d{1,2}\.\d{1,2}\.\d{2}", "%d.%m.%y"),
-        (rf"\d+ {_MONTH} \d{{4}}", "%d %b %Y"),
-        (rf"\d+-{_MONTH}-\d{{4}}", "%d-%b-%Y"),
-        (rf"\d+-{_MONTH}-\d{{2}}", "%d-%b-%y"),
-        (rf"{_MONTH} \d+, \d{{4}}", "%b %d, %Y"),
-        (rf"{_MONTH} \d{{4}}", "%b %Y"),
+        (r"\d{1,2}\.\d{1,2}\.", "%d.%m."),
+        (r"\d{1,2}\. \d{1,2}\.", "%d. %m."),
     ):
         if re.fullmatch(pattern, text):
-            word = re.sub(r"[^A-Za-z]", "", text)
-            return f" --date-format {written.replace('%b', '%B' if len(word) > 3 else '%b')!r}"
-    return " --date-format FORMAT, such as %d/%m/%Y,"
+            return [written]
+    return _named_formats(text) if re.search(_NAME, text) else []
+
+
+def _named_formats(text: str) -> list[str]:
+    """The formats of a date with the name of a month. Of Jan-23 there are two: 23 may be the year, and the day."""
+    named, clock = [], r"\d{1,2}:\d{2}:\d{2}|\d{1,2}:\d{2}"
+    for part in re.findall(rf"{clock}| [-+]\d{{4}}$|\d+|[A-Za-z]+|.", text):
+        if re.fullmatch(clock, part):
+            named.append("%H:%M:%S" if part.count(":") == 2 else "%H:%M")
+        elif re.fullmatch(r" [-+]\d{4}", part):
+            named.append(" %z")
+        elif re.fullmatch(_WEEKDAY, part):
+            named.append("%a" if len(part) == 3 else "%A")
+        elif re.fullmatch(_NAME, part):
+            named.append("%b" if len(part) == 3 else "%B")
+        elif part.isalpha():
+            return []
+        else:
+            named.append("%Y" if re.fullmatch(r"\d{4}", part) else part)
+    short = [place for place, part in enumerate(named) if part.isdigit()]
+    if "%Y" in named or len(short) == 2:
+        readings: tuple[str, ...] = ("%d%y",)
+    else:
+        month = next(place for place, part in enumerate(named) if part in ("%b", "%B"))
+        readings = ("%y", "%d") if short and short[0] > month else ("%d", "%y")
+        if short and ("'" in named or int(named[short[0]]) not in range(1, 32)):
+            readings = ("%y",)
+        elif short and (len(named[short[0]]) < 2 or {"%a", "%A"} & set(named)):
+            readings = ("%d",)
+    found = []
+    for reading in readings:
+        codes = dict(zip(short, re.findall("%.", reading), strict=False))
+        found.append("".join(codes.get(place, part) for place, part in enumerate(named)))
+    return found
 
 
 def digits_hint(values: np.ndarray, name: str) -> str | None:
-    """The options under which numbers such as 20230325 or 202303 are dates, where all of a column may be; else None."""
+    """The options under which numbers such as 20230325 or 202303 are dates, where all of a column may be; else None.
+
+    Of 1032023 it is for the caller to see that the text is 01032023.
+    """
     values = values[~np.isnan(values)]
     if len(np.unique(values)) < _ENOUGH_DATES or (values % 1).any():
         return None
@@ -88,7 +151,17 @@ def digits_hint(values: np.ndarray, name: str) -> str | None:
             years = pd.to_datetime(texts, format=written, errors="coerce").dt.year
             if years.between(_FIRST_YEAR, _LAST_YEAR).all():
                 return f"--dates {name!r}{option}"
-    return None
+    # Day or month first: one of the two zeros that it may begin with is lost.
+    if not (texts.str.len().isin([7, 8]).all() and values.min() > 0 and texts.str[:-4].nunique() > 1):
+        return None
+    orders = [
+        written
+        for written in ("%d%m%Y", "%m%d%Y")
+        if pd.to_datetime(texts.str.zfill(8), format=written, errors="coerce")
+        .dt.year.between(_FIRST_YEAR, _LAST_YEAR)
+        .all()
+    ]
+    return f"--dates {name!r} --date-format {' or '.join(orders)}" if orders else None
 
 
 def parse(texts: Any, written: str | None) -> Any:

@@ -11,7 +11,8 @@ from sklearn.model_selection import train_test_split
 
 from .columns import encode, learn_columns, level_order
 from .errors import CliError, Interrupted, count, listed, note
-from .model import LinearModel, Model, NetworkModel, check_writable, save_model
+from .model import LinearModel, Model, NetworkModel, save_model
+from .output import check_writable
 from .report import ClassScore, Score, console, duration, weight_table
 from .solve import Solve, Task, fit_linear, fit_network
 from .source import Conventions, Source
@@ -95,6 +96,9 @@ def _target(table: Table, name: str, classify: bool) -> tuple[np.ndarray, tuple[
     if not classify:
         return table.numbers(name), ()
     values = table.frame[name]
+    if values.dtype.kind == "f" and (name in table.misfits or name in table.inexact):
+        # Numbers that are not those that were written are not the classes either.
+        table.numbers(name)
     labels = values.map(lambda value: f"{value:.15g}", na_action="ignore") if values.dtype.kind == "f" else values
     classes = sorted(map(str, labels.dropna().unique()), key=level_order)
     if len(classes) < 2:
@@ -195,7 +199,8 @@ def _load(args: argparse.Namespace) -> _Data:
     if unknown.any():
         note(f"{count(int(unknown.sum()), 'held-out row')} with a category that no training row has: not scored")
         test = test[~unknown]
-    return _Data(table, Task(args.target, columns, classes), features, y, train, test)
+    unit = None if classes and table.frame[args.target].dtype.kind != "f" else table.unit(args.target) or ""
+    return _Data(table, Task(args.target, columns, classes, unit), features, y, train, test)
 
 
 def _fit(args: argparse.Namespace, data: _Data) -> tuple[Model, LinearModel, Solve]:

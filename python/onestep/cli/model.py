@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors.numpy
@@ -20,9 +17,10 @@ import onestep
 
 from .columns import Category, Column, Date, Number
 from .errors import CliError
+from .output import replacing
 from .source import Conventions
 
-FORMAT = 3
+FORMAT = 4
 # A network's layers between are large: so many rows are predicted together.
 ROWS_AT_A_TIME = 1 << 16
 
@@ -32,12 +30,14 @@ class Model(ABC):
     """What predicts a target from columns of a file: how it is applied, and how it is kept as tensors.
 
     A target of `classes` has one output for each, whose softmax is the probability of the class; a number has one.
+    `unit` is what stands beside the target's numbers, such as % or $, empty for nothing; None: its classes are texts.
     """
 
     kind: ClassVar[str]
     target: str
     columns: tuple[Column, ...]
     classes: tuple[str, ...]
+    unit: str | None
 
     @property
     def features(self) -> list[str]:
@@ -70,7 +70,12 @@ class Model(ABC):
     @classmethod
     @abstractmethod
     def restore(
-        cls, target: str, columns: tuple[Column, ...], classes: tuple[str, ...], tensors: dict[str, np.ndarray]
+        cls,
+        target: str,
+        columns: tuple[Column, ...],
+        classes: tuple[str, ...],
+        unit: str | None,
+        tensors: dict[str, np.ndarray],
     ) -> Model:
         """The model that `tensors` was taken from; KeyError or ValueError for tensors of anything else."""
 
@@ -92,9 +97,14 @@ class LinearModel(Model):
 
     @classmethod
     def restore(
-        cls, target: str, columns: tuple[Column, ...], classes: tuple[str, ...], tensors: dict[str, np.ndarray]
+        cls,
+        target: str,
+        columns: tuple[Column, ...],
+        classes: tuple[str, ...],
+        unit: str | None,
+        tensors: dict[str, np.ndarray],
     ) -> LinearModel:
-        model = cls(target, columns, classes, tensors["weight"], tensors["bias"])
+        model = cls(target, columns, classes, unit, tensors["weight"], tensors["bias"])
         if model.weight.shape != (model.outputs, len(model.features)) or model.bias.shape != (model.outputs,):
             raise ValueError(f"weights of shape {model.weight.shape} for {len(model.features)} features")
         return model
@@ -134,12 +144,17 @@ class NetworkModel(Model):
 
     @classmethod
     def restore(
-        cls, target: str, columns: tuple[Column, ...], classes: tuple[str, ...], tensors: dict[str, np.ndarray]
+        cls,
+        target: str,
+        columns: tuple[Column, ...],
+        classes: tuple[str, ...],
+        unit: str | None,
+        tensors: dict[str, np.ndarray],
     ) -> NetworkModel:
         # Two tensors a layer, and a relu that has none between one layer and the next.
         places = range(0, len(tensors), 2)
         layers = tuple((tensors[f"{at}.weight"], tensors[f"{at}.bias"]) for at in places)
-        model = cls(target, columns, classes, layers)
+        model = cls(target, columns, classes, unit, layers)
         widths = [len(model.features), *(len(bias) for _, bias in model.layers)]
         shapes = [weight.shape for weight, _ in model.layers]
         if widths[-1] != model.outputs or shapes != [(after, before) for before, after in pairwise(widths)]:
@@ -148,30 +163,6 @@ class NetworkModel(Model):
 
 
 KINDS: dict[str, type[Model]] = {model.kind: model for model in (LinearModel, NetworkModel)}
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` only once it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    except OSError as error:
-        raise CliError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Raises for a path that `replacing` could not write, before any work is done for it."""
-    if path.is_dir():
-        raise CliError(f"cannot write {path}: it is a directory")
-    if not path.parent.is_dir():
-        raise CliError(f"cannot write {path}: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise CliError(f"cannot write {path}: no permission to write in {path.parent}")
 
 
 def save_model(model: Model, conventions: Conventions, path: Path) -> None:
@@ -183,6 +174,7 @@ def save_model(model: Model, conventions: Conventions, path: Path) -> None:
         "columns": json.dumps([{"kind": type(column).__name__.lower(), **asdict(column)} for column in model.columns]),
         "features": json.dumps(model.features),
         "classes": json.dumps(model.classes),
+        "unit": json.dumps(model.unit),
         "conventions": json.dumps(asdict(conventions)),
         "versions": json.dumps({"onestep": onestep.__version__, "numpy": np.__version__}),
     }
@@ -221,7 +213,9 @@ def load_model(path: Path) -> tuple[Model, Conventions]:
     try:
         columns = tuple(map(_column, json.loads(metadata["columns"])))
         classes = tuple(map(str, json.loads(metadata["classes"])))
-        model = KINDS[metadata["model"]].restore(metadata["target"], columns, classes, tensors)
+        unit = json.loads(metadata["unit"])
+        unit = None if unit is None else str(unit)
+        model = KINDS[metadata["model"]].restore(metadata["target"], columns, classes, unit, tensors)
         written = json.loads(metadata["conventions"])
         missing = None if written["missing"] is None else tuple(written["missing"])
         conventions = Conventions(written["thousands"], written["decimal"], missing)

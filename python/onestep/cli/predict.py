@@ -13,7 +13,8 @@ import pandas as pd
 from . import dates, numerals
 from .columns import Category, Column, Date, Number
 from .errors import CliError, count, listed, note, say
-from .model import Model, check_writable, load_model, replacing
+from .model import Model, load_model
+from .output import check_writable, replacing
 from .report import ClassScore, Score
 from .source import Source
 from .table import Table, read_table
@@ -40,9 +41,8 @@ def _check_kind(table: Table, column: Column, unknown: np.ndarray, whole: np.nda
         if np.isinf(table.as_fitted(column.name, column.unit)[present]).any():
             return
         if table.flaws(column.name, column.unit)[row] == "unit":
-            raise CliError(
-                f"{table.source}: column {column.name!r}{_has_another_unit(table, column, row)}; write it as there"
-            )
+            has = _has_another_unit(table, column.name, column.unit, row)
+            raise CliError(f"{table.source}: column {column.name!r}{has}; write it as there")
         table.numbers(column.name)
     raise CliError(
         f"{table.source}: column {column.name!r} should be as in the file that the model was fitted on, but line "
@@ -75,9 +75,9 @@ def _tell_unknown(table: Table, column: Column, unknown: np.ndarray) -> None:
         )
 
 
-def _has_another_unit(table: Table, column: Number, row: int) -> str:
-    found = numerals.unit(str(table.frame[column.name].iloc[row]))
-    fitted = column.unit or "nothing"
+def _has_another_unit(table: Table, name: str, unit: str, row: int) -> str:
+    found = numerals.unit(str(table.frame[name].iloc[row]))
+    fitted = unit or "nothing"
     return f" has {found or 'nothing'} beside its numbers, but {fitted} in the file that the model was fitted on"
 
 
@@ -93,7 +93,7 @@ def _why_unknown(table: Table, column: Column, row: int) -> str:
         return f", which is not {column.format or 'YYYY-MM-DD'}"
     flaw = table.flaws(column.name, column.unit)[row]
     if flaw == "unit":
-        return f": the column{_has_another_unit(table, column, row)}"
+        return f": the column{_has_another_unit(table, column.name, column.unit, row)}"
     if flaw == "misfit":
         conventions = table.conventions
         thousands = f"thousands apart by {conventions.thousands!r} and " if conventions.thousands else ""
@@ -104,16 +104,35 @@ def _why_unknown(table: Table, column: Column, row: int) -> str:
     return ", which is no finite number"
 
 
+def _codes(table: Table, model: Model) -> np.ndarray:
+    """The class of each row's target: its place among the model's, -1 where it is none of them, or missing.
+
+    Classes that were numbers are found as numbers in the table's way of writing: 1,000 and 1.0 are 1000 and 1.
+    """
+    values, classes = table.frame[model.target], pd.Index(model.classes)
+    written = values.notna() & ~numerals.misfits(values, table.conventions)
+    written &= values.map(numerals.unit, na_action="ignore") == ""
+    numbers = numerals.to_numbers(values.where(written), table.conventions)
+    codes = classes.get_indexer(numbers.map(lambda value: f"{value:.15g}", na_action="ignore"))
+    if model.unit is None:
+        named = classes.get_indexer(values)
+        codes = np.where(named < 0, codes, named)
+    return np.asarray(codes)
+
+
 def _tell_score(table: Table, model: Model, features: np.ndarray, known: np.ndarray) -> None:
     """The score of the rows that have a prediction and a target."""
     rows, score = np.flatnonzero(known), ""
     if model.classes:
-        values = table.frame[model.target]
-        classes = pd.Index(model.classes)
-        codes = classes.get_indexer(values)
-        # 1.0 is the class 1, as it was for fit.
-        numbers = pd.to_numeric(values, errors="coerce").map(lambda value: f"{value:.15g}", na_action="ignore")
-        codes = np.where(codes < 0, classes.get_indexer(numbers), codes)
+        codes = _codes(table, model)
+        other = known & table.frame[model.target].notna().to_numpy() & (codes < 0)
+        if other.any():
+            row = int(other.argmax())
+            note(
+                f"{count(int(other.sum()), 'row')} not scored: the target {model.target!r} has "
+                f"{table.written(model.target, row)!r} on line {table.line(row)}, which is none of the model's classes "
+                f"{listed(list(model.classes))}"
+            )
         rows = rows[codes[rows] >= 0]
         if len(rows):
             score = ClassScore.of(codes[rows], model.probabilities(features[rows])).describe()
@@ -122,6 +141,13 @@ def _tell_score(table: Table, model: Model, features: np.ndarray, known: np.ndar
             truth = table.numbers(model.target)
         except CliError as error:
             note(f"not scored: {error}")
+            return
+        unit = model.unit or ""
+        differ = table.flaws(model.target, unit) == "unit"
+        if differ.any():
+            row = int(differ.argmax())
+            has = _has_another_unit(table, model.target, unit, row)
+            note(f"not scored: {table.source}: the target {model.target!r}{has}; write it as there")
             return
         rows = rows[~np.isnan(truth[rows])]
         if len(rows):

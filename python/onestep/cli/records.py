@@ -24,8 +24,20 @@ def decoded_lines(source: Source) -> Iterator[str]:
 
 
 def records(source: Source, sep: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV file with the line each begins on, without the blank ones that pandas skips too."""
-    reader = csv.reader(decoded_lines(source), delimiter=sep, skipinitialspace=True)
+    """The records of a CSV file with the line each begins on, without the blank ones that pandas skips too.
+
+    A line is blank where nothing but spaces and tabs stand on it; one that holds "" or " " is a record.
+    """
+    last = ""
+
+    def lines() -> Iterator[str]:
+        nonlocal last
+        for text in decoded_lines(source):
+            last = text
+            yield text
+
+    reader = csv.reader(lines(), delimiter=sep, skipinitialspace=True)
+    blank = " \t\r\n".replace(sep, "")
     line = 1
     while True:
         try:
@@ -36,7 +48,7 @@ def records(source: Source, sep: str) -> Iterator[tuple[int, list[str]]]:
             raise CliError(f"{source}: line {reader.line_num}: {cause}") from None
         if fields is None:
             return
-        if len(fields) > 1 or (fields and fields[0].strip()):
+        if reader.line_num > line or last.strip(blank):
             yield line, fields
         line = reader.line_num + 1
 
@@ -59,6 +71,8 @@ def read_header(source: Source, sep: str) -> list[str]:
     if next(found, None) is None:
         raise CliError(f"{source} has a header but no rows")
     names = [name.strip() for name in fields]
+    if not any(names):
+        raise CliError(f"{source}: the header, its first line that is not blank, names no column")
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise CliError(f"{source}: the header names a column twice: {listed(twice)}; rename one of them")

@@ -107,11 +107,12 @@ def _check_digits(exact: Model, kept: Model, features: np.ndarray, spread: float
 
 @dataclass(frozen=True)
 class Task:
-    """What is fitted: the target's name, the columns, and the classes (none: the target is a number)."""
+    """What is fitted: the target's name, the columns, the classes (none: the target is a number), the target's unit."""
 
     target: str
     columns: Sequence[Column]
     classes: Sequence[str] = ()
+    unit: str | None = ""
 
     def standardise(self, features: np.ndarray, y: np.ndarray, dtype: str) -> _Standard:
         """The features, and the target where it is a number, with mean 0 and standard deviation 1."""
@@ -154,7 +155,7 @@ def fit_linear(task: Task, features: np.ndarray, y: np.ndarray, alpha: float, dt
     with np.errstate(all="ignore"):
         layer = data.first(*data.last(weight, bias))
     exact, model = (
-        LinearModel(task.target, tuple(task.columns), tuple(task.classes), *part)
+        LinearModel(task.target, tuple(task.columns), tuple(task.classes), task.unit, *part)
         for part in (layer, *_cast([layer], dtype))
     )
     _check_digits(exact, model, features, data.spread, dtype)
@@ -214,7 +215,7 @@ def fit_network(
     with np.errstate(all="ignore"):
         layers[0], layers[-1] = data.first(*layers[0]), data.last(*layers[-1])
     exact, model = (
-        NetworkModel(task.target, tuple(task.columns), tuple(task.classes), part)
+        NetworkModel(task.target, tuple(task.columns), tuple(task.classes), task.unit, part)
         for part in (tuple(layers), _cast(layers, dtype))
     )
     _check_digits(exact, model, features, data.spread, dtype)

@@ -1,6 +1,8 @@
 """Reads a CSV file into columns of numbers and columns of text, with errors that name the line."""
 
 import difflib
+import re
+import shlex
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -115,7 +117,9 @@ class Table:
             return numerals.notation_hint(text)
         # A dash, a question mark, a word, or what a spreadsheet writes for an error, such as #DIV/0!.
         digits = any(c.isdigit() for c in text) and not text.startswith("#")
-        missing = "" if digits else f"; pass --missing {text!r} if it means that there is no value"
+        # A text that begins like an option is taken for one, unless it is joined to its own.
+        option = f"--missing={shlex.quote(text)}" if re.match(r"-.", text) else f"--missing {text!r}"
+        missing = "" if digits else f"; pass {option} if it means that there is no value"
         return self._remedy(name) + missing
 
     def unit(self, name: str) -> str | None:
@@ -189,7 +193,9 @@ class Table:
         for texts in (self.misfits, self.inexact):
             if name in texts and row in texts[name].index:
                 return str(texts[name][row])
-        return str(self.frame[name][row])
+        value = self.frame[name][row]
+        # 1e400 is read as infinite.
+        return str(self.texts(name)[row] if isinstance(value, float) and np.isinf(value) else value)
 
     def flaws(self, name: str, unit: str) -> np.ndarray:
         """Why the number of each row is none for a model of that unit: unit, misfit or inexact; empty where it is."""

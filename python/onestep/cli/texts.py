@@ -100,6 +100,12 @@ def tell_dates_in_numbers(table: Table, name: str, values: Any) -> None:
         return
     reading = "" if name == table.target else f"; pass {options} if they are dates"
     example = f"{values[values == values][0]:.0f}"
+    if options.endswith("%Y"):
+        # Numbers have lost the zeros that they began with.
+        texts = table.texts(name).dropna().str.strip()
+        if not texts.str.fullmatch(r"\d{8}").all():
+            return
+        example = texts.iloc[0]
     note(f"column {name!r} is taken for numbers, although all may be dates, such as {example}{reading}")
 
 

@@ -150,6 +150,8 @@ def scores_and_classes(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]
         )
     if not classes_last:
         outputs = outputs.movedim(1, -1)
+    if outputs.shape[-1] == 0:
+        raise ValueError(f"outputs have shape {tuple(outputs.shape)}: no score for a class; expected one or more")
     # torch takes classes of two integer types alone.
     return outputs.reshape(-1, outputs.shape[-1]), target.reshape(-1).long()
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onestep._torch_private import tree_leaves
 from onestep.evaluation.arrays import from_numpy
 from onestep.evaluation.data import Chunk, Source, as_source
 from onestep.evaluation.distributed import check_equal_batches, from_first, share, together
@@ -28,6 +29,7 @@ def look(
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
     first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))
     _check_not_shifted(loss, first_pass.first)
+    together(lambda: _check_not_empty(parameters, loss, first_pass.first))
     together(lambda: check_range(loss, first_pass.first.target))
     measured = settings.chunk_size or from_first(lambda: chunk_rows(model, loss, first_pass.first))
     together(lambda: check_first_rows(model, loss, first_pass.first.rows(slice(0, measured))))
@@ -37,6 +39,23 @@ def look(
 def rows_of(data: Any, parameters: ParameterVector, loss: Loss, settings: Settings) -> Source:
     """The rows of data of any kind; with their labels among the inputs where the model computes the loss."""
     return as_source(from_numpy(data, parameters.tensors[0]), settings.seed, with_labels=loss.name == "model")
+
+
+def _check_not_empty(parameters: ParameterVector, loss: Loss, first: Chunk) -> None:
+    """Raises where a layer takes no feature, or a target holds no number: kernels would name their own arguments.
+
+    A model that has no such layer may take its number of rows alone from inputs, and a function as loss from targets.
+    """
+    asked = []
+    if any(tensor.numel() == 0 for tensor in parameters.tensors):
+        asked.append(("inputs", first.inputs))
+    if loss.name not in ("function", "model"):
+        asked.append(("targets", first.target))
+    for name, tree in asked:
+        shapes = [leaf.shape[1:] for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        if shapes and all(0 in shape for shape in shapes):
+            shape = ", ".join(("n", *map(str, shapes[0])))
+            raise ValueError(f"data: the {name} of n rows have shape ({shape}); expected a number or more in each row")
 
 
 def _check_not_shifted(loss: Loss, first: Chunk) -> None:
