@@ -47,7 +47,8 @@ def edit(
         damping: of C, in means of its diagonal; more where it is rank deficient.
 
     Returns:
-        A ``Report`` of one layer, with Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after.
+        A ``Report`` of one layer, with Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after. ``rows``
+        are the subjects; ``dead``, ``rank``, ``info`` and ``damping`` are of C, the ordinary text.
 
     Raises:
         ValueError: the layer is not there, was not reached or is not finite, ``targets`` has another shape or is not
@@ -110,6 +111,7 @@ def edit(
                 rows=len(keys),
                 features=weight.shape[1],
                 dead=int(sums.dead.sum()),
+                rank=sums.rank,
                 info=int(result.info),
                 damping=float(result.damping),
                 error_before=float(missing.square().sum()) / whole,

@@ -124,7 +124,7 @@ class _Refit:
     def solve(self, ridge: float, keep_zeros: bool) -> LayerReport:
         d, dead = self.layer.weight.shape[1], int(self.sums.dead.sum())
         if self.rows == 0:
-            return LayerReport(self.layer.name, 0, d, dead, 0, 0.0, 0.0, 0.0)
+            return LayerReport(self.layer.name, 0, d, dead, 0, 0, 0.0, 0.0, 0.0)
         before = self.error(self.weight)
         scale = float(self.sums.raw.diagonal().mean()) or 1.0
         zeros = self.weight == 0
@@ -144,7 +144,8 @@ class _Refit:
         if self.error(solved) > before:
             solved = self.weight
         self.layer.write(solved[:, :d], solved[:, -1] if self.layer.bias is not None else None)
-        return LayerReport(self.layer.name, self.rows, d, dead, info, penalty, before, self.error(solved))
+        rank = self.sums.rank
+        return LayerReport(self.layer.name, self.rows, d, dead, rank, info, penalty, before, self.error(solved))
 
     def _solved(self, penalty: float, zeros: Tensor | None) -> tuple[Tensor, int]:
         """W, and the status of its equations."""

@@ -20,6 +20,7 @@ from onestep.layerwise.layers import batches_of, call, count_of, evaluating, pad
 from onestep.layerwise.outputs import output_of, solve_towards_outputs
 from onestep.layerwise.padding import Masks, Padding
 from onestep.layerwise.pairs import keep_places, map_of, places_of
+from onestep.layerwise.rank import numerical_rank
 from onestep.layerwise.report import LayerReport, Report
 
 
@@ -144,16 +145,19 @@ def replace_blocks(
         _fill(container, list(whole.values()))
         raise
     keep_places(container, [*places[:first], map_of(places[first : first + count]), *places[first + count :]])
-    lost = seen.lost(linear)
+    whole_square = seen.square or 1.0
+    # The equations' matrix is of inputs less their means.
+    raw = sums.gram + seen.equations.count * torch.outer(sums.x_mean, sums.x_mean)
     report = LayerReport(
-        blocks[0],
-        seen.equations.count,
-        d,
-        0,
-        0,
-        ridge,
-        seen.added_square / (seen.square or 1.0),
-        lost / (seen.square or 1.0),
+        name=blocks[0],
+        rows=seen.equations.count,
+        features=d,
+        dead=int((raw.diagonal() == 0).sum()),
+        rank=numerical_rank(raw, seen.equations.count),
+        info=0,
+        damping=ridge,
+        error_before=seen.added_square / whole_square,
+        error=seen.lost(linear) / whole_square,
     )
     return Report([report])
 

@@ -21,6 +21,7 @@ from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_pat
 from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, padded
 from onestep.layerwise.padding import Masks
 from onestep.layerwise.pairs import check_names, paired
+from onestep.layerwise.rank import numerical_rank
 from onestep.layerwise.seen import Enough, Seen
 from onestep.layerwise.sums import InputSums, Storage, TargetSums
 from onestep.ops.operands import LinAlgError
@@ -94,6 +95,8 @@ class LayerStatistics:
         self._inputs: dict[str, InputSums] = {}
         self._targets: dict[str, TargetSums] = {}
         self._factors: dict[str, tuple[InputSums, float, linalg.InverseCholeskyResult, float]] = {}
+        # The last one, which layers with the same sums share.
+        self._rank: tuple[InputSums, int] | None = None
 
     def __getitem__(self, name: str) -> InputSums:
         """The sums of a layer's inputs; zeros if no row has reached it."""
@@ -368,6 +371,22 @@ class LayerStatistics:
                 raise LinAlgError(f"the inputs of layer {name!r} have no factor with any damping")
             kept = self._factors[name] = (sums, damping, result, scale / sums.count)
         return kept[2], kept[3]
+
+    @one_thread_after_fork()
+    def rank(self, name: str) -> int:
+        """How many of a layer's inputs are independent, as far as the sums' dtype can tell; those that are 0 are not.
+
+        Args:
+            name: of a layer.
+
+        Returns:
+            The eigenvalues of the Gram matrix, scaled to a diagonal of 1, that are above ε times their number; no more
+            than rows.
+        """
+        sums = self[name]
+        if self._rank is None or self._rank[0] is not sums:
+            self._rank = (sums, numerical_rank(sums.gram, sums.count))
+        return self._rank[1]
 
     def _commit(self, seen: Seen) -> None:
         """Adds what one pass has seen: layers that had the same sums and were given the same inputs still do."""

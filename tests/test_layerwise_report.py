@@ -1,0 +1,73 @@
+"""What ``onestep.layerwise`` reports of each layer, against the same computed by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from onestep.layerwise import LayerStatistics, edit, prune, quantize, refit, replace_blocks
+from onestep.layerwise.rank import numerical_rank
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def low_rank(rows, features, rank, dtype=torch.float32):
+    return (torch.randn(rows, rank, dtype=torch.float64) @ torch.randn(rank, features, dtype=torch.float64)).to(dtype)
+
+
+DATA = {
+    "all": (torch.randn(200, 24), 0, 24),
+    "few rows": (torch.randn(3, 64), 0, 3),
+    "factors": (low_rank(300, 40, 7), 0, 7),
+    "with a mean": (low_rank(300, 40, 7) + 5.0, 0, 8),
+    "two alike": (torch.randn(100, 12)[:, [*range(12), 3]], 0, 12),
+    "scales": (torch.randn(200, 20) * torch.logspace(-8, 8, 20), 0, 20),
+    "dead": (torch.randn(100, 16) * (torch.arange(16) > 3), 4, 12),
+    "dead and few rows": (torch.randn(5, 16) * (torch.arange(16) > 3), 4, 5),
+    "all dead": (torch.zeros(5, 6), 6, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", DATA)
+def test_ranks_are_those_of_the_rows(case, dtype):
+    X, dead, rank = DATA[case]
+    report = quantize(nn.Sequential(nn.Linear(X.shape[1], 4)), X, dtype=dtype, progress=False)
+    assert (report["0"].dead, report["0"].rank, report["0"].info) == (dead, rank, 0)
+    assert ("rank deficient" in str(report)) == report["0"].rank_deficient == (rank < X.shape[1] - dead)
+    # The rows' own rank; those of a low rank are rounded to float32.
+    live = X[:, X.any(0)].double()
+    assert rank == torch.linalg.matrix_rank(live / live.norm(dim=0), atol=1e-6)
+
+
+def test_eigenvalues_are_counted_by_pivots():
+    for size in (1, 2, 9, 130):
+        for _ in range(5):
+            X = low_rank(2 * size, size, max(1, size // 2), torch.float64)
+            gram = X.mT @ X
+            root = gram.diagonal().sqrt()
+            values = torch.linalg.eigvalsh(gram / root / root[:, None])
+            expected = int((values > size * torch.finfo(torch.float64).eps).sum())
+            assert numerical_rank(gram, 2 * size) == expected == max(1, size // 2)
+
+
+def test_every_function_reports_the_rank():
+    X = torch.randn(200, 6)[:, [0, 1, 2, 3, 4, 5, 5, 0]]
+    teacher = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)).double()
+    X = X.double()
+    model = copy.deepcopy(teacher)
+    found = [
+        prune(copy.deepcopy(teacher), X, layers="0", progress=False),
+        refit(model, X, teacher, layers="0", progress=False),
+        replace_blocks(copy.deepcopy(teacher), X + 0.0, ["0"], steps=0, progress=False),
+        edit(model, X[:2], torch.randn(2, 8), layer="0", statistics=LayerStatistics(model, "0").update(X)),
+    ]
+    for report in found:
+        assert (report["0"].features, report["0"].rank, report["0"].dead) == (8, 6, 0)
+        assert str(report).endswith("rank deficient")
+    whole = replace_blocks(copy.deepcopy(teacher), X * (torch.arange(8) > 0), ["0"], steps=0, progress=False)["0"]
+    assert (whole.dead, whole.rank) == (1, 6)
