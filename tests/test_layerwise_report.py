@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from onestep.layerwise import LayerStatistics, edit, prune, quantize, refit, replace_blocks
+from onestep.layerwise import LayerStatistics, Report, edit, merge, prune, quantize, refit, replace_blocks
 from onestep.layerwise.rank import numerical_rank
 
 
@@ -71,3 +71,34 @@ def test_every_function_reports_the_rank():
         assert str(report).endswith("rank deficient")
     whole = replace_blocks(copy.deepcopy(teacher), X * (torch.arange(8) > 0), ["0"], steps=0, progress=False)["0"]
     assert (whole.dead, whole.rank) == (1, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_merging_reports_into_what_it_is_given(dtype):
+    models = [nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).to(dtype) for _ in range(2)]
+    data = [torch.randn(40, 6).to(dtype), torch.randn(30, 6).to(dtype) * torch.arange(6)]
+    data[0][:, 0] = 0
+    # One feature is twice another, in both models' data.
+    for X in data:
+        X[:, 2] = 2 * X[:, 1]
+    report = Report()
+    merged = merge(models, data, shrinkage=0.0, damping=0.0, progress=False, report=report)
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    first = report["0"]
+    assert (first.rows, first.features, first.dead, first.rank) == (70, 6, 1, 4)
+    assert first.info > 0
+    assert 0 < first.damping < 1e-6
+    # By rows: with the weights as they are, of whatever dtype, and their mean.
+    mean = ((models[0][0].weight.double() + models[1][0].weight.double()) / 2).to(dtype)
+    for weight, found in ((mean, first.error_before), (merged[0].weight, first.error)):
+        pairs = [(model[0].weight.double(), X.double()) for model, X in zip(models, data, strict=True)]
+        lost = sum(float((X @ (W - weight.double()).mT).detach().square().sum()) for W, X in pairs)
+        whole = sum(float((X @ W.mT).detach().square().sum()) for W, X in pairs)
+        assert abs(found / (lost / whole) - 1) < 1e-6
+    assert first.error < first.error_before
+    plain = merge(models, data, shrinkage=0.0, damping=0.0, progress=False)
+    assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), merged.parameters(), strict=True))
+    with pytest.raises(ValueError, match="report has 2 layers already; expected an empty one"):
+        merge(models, data, progress=False, report=report)
+    with pytest.raises(TypeError, match="report is dict; expected onestep.layerwise.Report"):
+        merge(models, data, progress=False, report={})
