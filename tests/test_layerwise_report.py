@@ -100,5 +100,5 @@ def test_merging_reports_into_what_it_is_given(dtype):
     assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), merged.parameters(), strict=True))
     with pytest.raises(ValueError, match="report has 2 layers already; expected an empty one"):
         merge(models, data, progress=False, report=report)
-    with pytest.raises(TypeError, match="report is dict; expected onestep.layerwise.Report"):
+    with pytest.raises(TypeError, match=r"report is dict; expected onestep\.layerwise\.Report"):
         merge(models, data, progress=False, report={})

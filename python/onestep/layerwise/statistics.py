@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -283,6 +284,7 @@ class LayerStatistics:
         state = {
             "batches": self.batches,
             "collected": self._collected,
+            "names": self.names,
             "layers": {name: places[id(sums)] for name, sums in self._inputs.items()},
             "inputs": [[sums.gram, sums.total, sums.count] for sums in slots.values()],
             "targets": {name: [sums.cross, sums.total, sums.square] for name, sums in self._targets.items()},
@@ -306,20 +308,30 @@ class LayerStatistics:
             OSError: it cannot be read.
             ValueError: the file is damaged, or of other layers, other numbers of features, or another dtype.
         """
+        # torch.load reads what is no archive, such as text, as the opcodes of a pickle, and fails in any way.
+        with Path(path).open("rb") as file:
+            if not is_zipfile(file):
+                raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged")
         try:
             state = torch.load(path, weights_only=True, mmap=self._storage.folder is not None)
         except (EOFError, RuntimeError, pickle.UnpicklingError, struct.error) as error:
             raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged: {error}") from error
         if not isinstance(state, dict) or not {"batches", "layers", "inputs", "targets", "dtype"} <= state.keys():
             raise ValueError(f"{path} is no file of LayerStatistics.save")
-        unknown = [name for name in state["layers"] if name not in self._layers]
-        if unknown or state["dtype"] != str(self._dtype):
+        # Files of before have no names but those of layers that rows have reached.
+        of = list(state.get("names", state["layers"]))
+        unknown = [name for name in of if name not in self._layers]
+        lacking = [name for name in self.names if name not in of] if "names" in state else []
+        if unknown or lacking or state["dtype"] != str(self._dtype):
             raise ValueError(
                 f"{path} is of {state['dtype']} sums"
                 + (f" and of the layer {unknown[0]!r}, which this one has not" if unknown else "")
+                + (f" and not of the layer {lacking[0]!r}" if lacking else "")
                 + f"; expected {self._dtype} sums of {len(self.names)} layers such as {self.names[0]!r}"
             )
         slots = [InputSums(*parts) for parts in state["inputs"]]
+        if not all(index in range(len(slots)) for index in state["layers"].values()):
+            raise ValueError(f"{path} is damaged: it has layers without sums")
         for name, index in state["layers"].items():
             found, expected = len(slots[index].gram), self._layers[name].weight.shape[1]
             if found != expected:
