@@ -1,10 +1,14 @@
 """Files that ``onestep.layerwise`` reads and writes: which ones are refused, and with what words."""
 
+import copy
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from onestep.layerwise import LayerStatistics
+from onestep.layerwise import LayerStatistics, edit, quantize, refit, replace_blocks, save
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +61,53 @@ def test_what_is_no_file_of_statistics_is_refused(content, tmp_path):
         LayerStatistics(perceptron()).load(file)
     with pytest.raises(FileNotFoundError):
         LayerStatistics(perceptron()).load(tmp_path / "nothing.pt")
+
+
+def changed_by_refit(model, before):
+    with torch.no_grad():
+        before[2].weight += 1.0
+    refit(model, X, before, layers="2", progress=False)
+
+
+def changed_by_edit(model, before):
+    statistics = LayerStatistics(model, "2").update(X)
+    edit(model, X[:1], torch.ones(1, 6), layer="2", statistics=statistics)
+
+
+def changed_by_hand(model, before):
+    with torch.no_grad():
+        model[2].weight[3, 4] += 1e-3
+
+
+CHANGES = {
+    "refit": changed_by_refit,
+    "edit": changed_by_edit,
+    "by hand": changed_by_hand,
+    "a map": lambda model, before: replace_blocks(model, X, ["2"], progress=False),
+    "another shape": lambda model, before: replace_blocks(model, X, ["0", "1"], progress=False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_codes_of_other_weights_are_refused(change, tmp_path):
+    model = perceptron()
+    before = copy.deepcopy(model)
+    report = quantize(model, X, layers="2", progress=False)
+    save(model, tmp_path / "right.safetensors", report.quantized)
+    CHANGES[change](model, before)
+    with pytest.raises(
+        ValueError, match=r"quantized\['2'\] has other weights than the layer '2'.*save without quantized"
+    ):
+        save(model, tmp_path / "wrong.safetensors", report.quantized)
+    assert not (tmp_path / "wrong.safetensors").exists()
+    save(model, tmp_path / "dense.safetensors")
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float64")])
+def test_codes_are_those_of_a_model_that_has_another_dtype_since(dtypes, tmp_path):
+    first, second = (getattr(torch, dtype) for dtype in dtypes)
+    model = perceptron().to(first)
+    report = quantize(model, X.to(first), progress=False)
+    save(model.to(second), tmp_path / "small.safetensors", report.quantized)
+    with safe_open(tmp_path / "small.safetensors", "pt") as file:
+        assert sorted(json.loads(file.metadata()["onestep"])) == ["0", "2", "3"]

@@ -319,9 +319,9 @@ class LayerStatistics:
         if not isinstance(state, dict) or not {"batches", "layers", "inputs", "targets", "dtype"} <= state.keys():
             raise ValueError(f"{path} is no file of LayerStatistics.save")
         # Files of before have no names but those of layers that rows have reached.
-        of = list(state.get("names", state["layers"]))
+        of = list(state["names"] if "names" in state else state["layers"])
         unknown = [name for name in of if name not in self._layers]
-        lacking = [name for name in self.names if name not in of] if "names" in state else []
+        lacking = [name for name in self.names if "names" in state and name not in of]
         if unknown or lacking or state["dtype"] != str(self._dtype):
             raise ValueError(
                 f"{path} is of {state['dtype']} sums"
