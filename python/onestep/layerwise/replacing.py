@@ -20,6 +20,7 @@ from onestep.layerwise.layers import batches_of, call, count_of, evaluating, pad
 from onestep.layerwise.outputs import output_of, solve_towards_outputs
 from onestep.layerwise.padding import Masks, Padding
 from onestep.layerwise.pairs import keep_places, map_of, places_of
+from onestep.layerwise.places import Places, fill
 from onestep.layerwise.rank import numerical_rank
 from onestep.layerwise.report import LayerReport, Report
 
@@ -80,7 +81,9 @@ def replace_blocks(
 
     Raises:
         ValueError, TypeError: the blocks are not neighbours in one container, return more than a linear map can, or are
-            looked at by the model in other ways; an argument is out of its range. The model is as it was then.
+            looked at by the model in other ways; the model gives blocks something by their place, such as the masks of
+            sliding windows, so that later blocks would be given others'; an argument is out of its range. The model is
+            as it was then.
         LinAlgError: the equations are singular; pass a larger ridge.
 
     Examples:
@@ -133,16 +136,20 @@ def replace_blocks(
     kept = [module for index, module in enumerate(container) if not first < index < first + count]
     kept[first] = block.train(model.training)
     places, whole = places_of(container), dict(container.named_children())
-    _fill(container, kept)
+    fill(container, kept)
     try:
         before: list[Entry] = [(own_children(container), name, module) for name, module in whole.items()]
         around = padded([model]) + without_caches([model])
         with evaluating(model, *whole.values()), torch.no_grad(), replaced(around):
-            _run_once(model, batches, blocks)
+            by_place = Places(model, next(iter(batches)), blocks[0].rpartition(".")[0], container, first, count)
+            _run_once(by_place, blocks)
+            by_place.check_kinds()
+            if not seen.plain:
+                by_place.check_arguments(seen.count)
             if steps:
                 solve_towards_outputs(model, batches, linear, lambda: replaced(before), steps, dtype)
     except BaseException:
-        _fill(container, list(whole.values()))
+        fill(container, list(whole.values()))
         raise
     keep_places(container, [*places[:first], map_of(places[first : first + count]), *places[first + count :]])
     whole_square = seen.square or 1.0
@@ -160,12 +167,6 @@ def replace_blocks(
         error=seen.lost(linear) / whole_square,
     )
     return Report([report])
-
-
-def _fill(container: Any, modules: list[nn.Module]) -> None:
-    for _ in range(len(container)):
-        del container[-1]
-    container.extend(modules)
 
 
 def _check_more(model: nn.Module, batch: Any, last: nn.Module) -> None:
@@ -188,10 +189,10 @@ def _check_more(model: nn.Module, batch: Any, last: nn.Module) -> None:
         )
 
 
-def _run_once(model: nn.Module, batches: Any, blocks: Sequence[str]) -> None:
+def _run_once(by_place: Places, blocks: Sequence[str]) -> None:
     """Refuses blocks that the model looks at in other ways than by calling them."""
     try:
-        call(model, next(iter(batches)))
+        by_place.run()
     except Exception as error:
         raise ValueError(
             f"the model does not run with a linear map in the place of {list(blocks)} ({error}): take other blocks; it "
