@@ -77,11 +77,23 @@ def test_blocks_keep_the_masks_of_their_kinds(family, count, window):
         replace_blocks(model, {"input_ids": ids}, blocks, steps=0, progress=False)
         count = number
     else:
-        # Those that read by place with other kinds later are refused, whatever the data show.
-        assert not shifted or family in ("Gemma3", "Qwen3")
+        assert not shifted
     assert len(model.model.layers) == 7 - count
     for one, other in zip(masks_of(model, ids), before[:1] + before[1 + count :], strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_a_second_run_is_looked_at_by_its_own_places():
+    import transformers
+
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, sliding_window=4)).eval()
+    ids = torch.randint(3, 40, (4, 12))
+    before = masks_of(model, ids)
+    replace_blocks(model, {"input_ids": ids}, [f"model.layers.{i}" for i in range(3)], steps=0, progress=False)
+    with pytest.raises(ValueError, match=r"layers\.2 would become 'full_attention' where.*: replace 1, 3 or 4 blocks"):
+        replace_blocks(model, {"input_ids": ids}, ["model.layers.0", "model.layers.1"], steps=0, progress=False)
+    replace_blocks(model, {"input_ids": ids}, ["model.layers.0"], steps=0, progress=False)
+    assert all(torch.equal(one, other) for one, other in zip(masks_of(model, ids), before[3:], strict=True))
 
 
 class Scaled(nn.Module):

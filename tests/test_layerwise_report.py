@@ -102,3 +102,39 @@ def test_merging_reports_into_what_it_is_given(dtype):
         merge(models, data, progress=False, report=report)
     with pytest.raises(TypeError, match=r"report is dict; expected onestep\.layerwise\.Report"):
         merge(models, data, progress=False, report={})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("teacher", [None, True])
+@pytest.mark.parametrize("solve", [prune, lambda *args, **options: quantize(*args, 8, **options)])
+def test_errors_are_of_the_weights_that_are_written(solve, teacher, dtype):
+    model = nn.Sequential(nn.Linear(24, 16)).to(dtype)
+    X = (torch.randn(300, 24) @ torch.randn(24, 24)).to(dtype)
+    rows, bias = X.double(), model[0].bias.detach().double()
+    # Towards a teacher its outputs count, as they are in its dtype; without one the products with the weights.
+    t = model(X).detach().double() if teacher else rows @ model[0].weight.detach().double().mT
+    report = solve(model, X, teacher=teacher, dtype=torch.float64, progress=False)["0"]
+    out = rows @ model[0].weight.detach().double().mT + (bias if teacher else 0.0)
+    lost = (out - t).square().sum() / t.square().sum()
+    assert abs(report.error / lost.item() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_refit_reports_and_judges_the_weights_that_are_written(dtype):
+    teacher = nn.Sequential(nn.Linear(24, 16)).to(dtype)
+    # Features that nearly depend on each other: the solution is large, and its rounding loses more than it gains.
+    X = (torch.randn(300, 24) @ torch.randn(24, 24)).to(dtype)
+    changed = copy.deepcopy(teacher)
+    with torch.no_grad():
+        changed[0].weight += (0.1 * torch.randn(16, 24)).to(dtype)
+        t = teacher(X).double()
+        for model in (changed, copy.deepcopy(teacher)):
+            was = float((X.double() @ model[0].weight.double().mT + model[0].bias.double() - t).square().sum())
+            report = refit(model, X, teacher, progress=False)["0"]
+            found = float((X.double() @ model[0].weight.double().mT + model[0].bias.double() - t).square().sum())
+            whole = float(t.square().sum())
+            assert abs(report.error_before - was / whole) < 1e-9
+            assert abs(report.error - found / whole) < 1e-9
+            assert found <= was
+    # The teacher's own weights are the best of their dtype, or nearly: the last one was refitted to itself.
+    assert report.error <= report.error_before

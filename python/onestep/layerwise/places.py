@@ -44,11 +44,11 @@ class Places:
         self._model, self._batch, self._where, self._container = model, batch, where, container
         self._first, self._count = first, count
         self._later = list(container)[first + 1 :] if count > 1 else []
+        self._whole = len(container) + count - 1
         self._kinds: list[_Read] = []
 
     def run(self) -> None:
         """Runs the model, and looks which of the kinds of blocks that its configuration lists it reads."""
-        whole = len(self._container) + self._count - 1
         # A model may have several configurations, such as of its towers: those of modules around the container.
         inside = self._container
         around = [module for module in self._model.modules() if any(part is inside for part in module.modules())]
@@ -56,7 +56,8 @@ class Places:
         entries: list[Entry] = []
         for config in held.values():
             values = getattr(config, "__dict__", {}).get(_KINDS)
-            if isinstance(values, (list, tuple)) and len(values) == whole:
+            # More, where blocks were replaced before.
+            if isinstance(values, (list, tuple)) and len(values) >= self._whole:
                 self._kinds.append(_Read(values))
                 entries.append((vars(config), _KINDS, self._kinds[-1]))
         with replaced(entries):
@@ -135,8 +136,8 @@ class Places:
         """How many blocks from the first on can be replaced."""
         counts = [
             count
-            for count in range(1, len(kinds) - self._first + 1)
-            if all(self._keeps(kinds, place, count) for place in range(len(kinds) - self._first - count))
+            for count in range(1, self._whole - self._first + 1)
+            if all(self._keeps(kinds, place, count) for place in range(self._whole - self._first - count))
         ]
         return ", ".join(map(str, counts[:-1])) + " or " * (len(counts) > 1) + str(counts[-1])
 

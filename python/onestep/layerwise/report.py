@@ -26,7 +26,7 @@ class LayerReport:
         damping: what was added to the diagonal in the end, in means of the diagonal.
         error_before: Σ‖t − Ŵx‖² / Σ‖t‖² over the rows without the solve: rounded to nearest, pruned by size, as it was.
             A fraction without a unit: 0.01 is one percent of the outputs' energy.
-        error: the same with it.
+        error: the same with it. Both are of weights as the layer has them, rounded to its dtype.
 
     Examples:
         >>> import torch
