@@ -138,3 +138,18 @@ def test_refit_reports_and_judges_the_weights_that_are_written(dtype):
             assert found <= was
     # The teacher's own weights are the best of their dtype, or nearly: the last one was refitted to itself.
     assert report.error <= report.error_before
+
+
+def test_pruning_by_size_removes_as_many_where_sizes_are_the_same():
+    model, X = nn.Sequential(nn.Linear(16, 8)), torch.randn(200, 16)
+    with torch.no_grad():
+        # Of two sizes, half each, as after rounding to few bits.
+        model[0].weight.copy_(torch.where(torch.arange(128).view(8, 16) % 2 > 0, 1.0, -0.5))
+    before = model[0].weight.detach().double()
+    report = prune(model, X, 0.25, teacher=None, dtype=torch.float64, progress=False)["0"]
+    # The first half of the small ones.
+    plain = before.clone()
+    plain[:4, ::2] = 0
+    rows = X.double()
+    expected = (rows @ (plain - before).mT).square().sum() / (rows @ before.mT).square().sum()
+    assert abs(report.error_before / expected.item() - 1) < 1e-9

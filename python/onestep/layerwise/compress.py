@@ -239,5 +239,6 @@ def _smallest_removed(weight: Tensor, fraction: float, keep: int, of: int) -> Te
     removed = round(fraction * weight.numel())
     if removed == 0:
         return weight
-    threshold = weight.abs().flatten().kthvalue(removed).values
-    return weight.masked_fill(weight.abs() <= threshold, 0.0)
+    # As many, where weights are of the same size, too: the first of them.
+    gone = weight.abs().flatten().argsort(stable=True)[:removed]
+    return weight.flatten().index_fill(0, gone, 0.0).view(weight.shape)

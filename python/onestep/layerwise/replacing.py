@@ -57,8 +57,8 @@ def replace_blocks(
     """Replaces a run of blocks of a model by one linear map, fitted to what the run does to ``data``.
 
     W, b ← argmin Σ‖Wx + b − t‖² + λ‖W − 1‖², with x what the first block is given, t what the last returns, and λ =
-    ridge · mean diag Σxxᵀ (ReplaceMe: Shopkhoev et al., NeurIPS 2025). From there ``steps`` Gauss-Newton steps bring
-    what the whole model puts out closer to what it put out before, Σ‖f(x) − f₀(x)‖².
+    ridge · mean diag Σ(x − x̄)(x − x̄)ᵀ, x̄ the mean (ReplaceMe: Shopkhoev et al., NeurIPS 2025). From there ``steps``
+    Gauss-Newton steps bring what the whole model puts out closer to what it put out before, Σ‖f(x) − f₀(x)‖².
 
     The map takes the first block's place and the others leave their container (an nn.Sequential or nn.ModuleList). A
     first block that is given and returns one tensor becomes an nn.Linear, which loads without onestep; any other a
@@ -77,7 +77,8 @@ def replace_blocks(
 
     Returns:
         A ``Report`` of one map, with Σ‖t − Wx − b‖² / Σ‖t‖² at the end of the run, and the same for plain removal. The
-        first grows by steps that look at the end of the model instead.
+        first grows by steps that look at the end of the model instead. ``damping`` is ``ridge``; ``dead`` and ``rank``
+        are of Σxxᵀ.
 
     Raises:
         ValueError, TypeError: the blocks are not neighbours in one container, return more than a linear map can, or are
