@@ -124,10 +124,9 @@ def quantize(
             )
             codes = codes[:, order.argsort()]
         quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
-        solved = quantized.dequantize()
-        layer.write(solved)
+        solved = layer.written(quantized.dequantize())
         report.quantized[layer.name] = quantized
-        report.layers.append(sums.report(layer.name, weight, plain.dequantize(), solved, result))
+        report.layers.append(sums.report(layer.name, weight, layer.stored(plain.dequantize()), solved, result))
 
     solve_in_order(
         model,
@@ -195,8 +194,9 @@ def prune(
         sums = Sums(statistics, layer.name, layer.bias)
         result = sums.factor(damping, unit=False)
         goal = sums.aim(sums.without_dead(weight), result.damping)
-        solved = compensated_sweep(goal, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
-        layer.write(solved)
+        solved = layer.written(
+            compensated_sweep(goal, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
+        )
         plain = _smallest_removed(weight, fraction, keep, of)
         report.layers.append(sums.report(layer.name, weight, plain, solved, result))
 
@@ -239,5 +239,6 @@ def _smallest_removed(weight: Tensor, fraction: float, keep: int, of: int) -> Te
     removed = round(fraction * weight.numel())
     if removed == 0:
         return weight
-    threshold = weight.abs().flatten().kthvalue(removed).values
-    return weight.masked_fill(weight.abs() <= threshold, 0.0)
+    # As many, where weights are of the same size, too: the first of them.
+    gone = weight.abs().flatten().argsort(stable=True)[:removed]
+    return weight.flatten().index_fill(0, gone, 0.0).view(weight.shape)

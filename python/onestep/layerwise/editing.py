@@ -16,6 +16,9 @@ from onestep.layerwise.padding import Masks, Padding
 from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics
 
+# Of the factor that are converted to float64 at a time.
+_ROWS = 1024
+
 
 @one_thread_after_fork()
 def edit(
@@ -33,7 +36,7 @@ def edit(
     Δ = R Kᵀ(C + KKᵀ)⁻¹, with the keys K the layer's inputs at each subject's last place, R = targets − WK what is
     missing, and C = E[xxᵀ] / strength of ordinary text (Meng et al. 2023). By Woodbury's identity that is
     R (1 + KᵀC⁻¹K)⁻¹ KᵀC⁻¹: C⁻¹ = UᵀU is factored once for each ``statistics`` and kept there, and a batch of m edits
-    solves m × m equations. A batch knows nothing of edits before it, and undoes them in part where keys are
+    solves m × m equations, in float64. A batch knows nothing of edits before it, and undoes them in part where keys are
     alike: what has to hold together belongs in one batch.
 
     Args:
@@ -43,11 +46,15 @@ def edit(
         targets: (m, outputs), of any floating dtype, what the layer is to put out for them, its bias included.
         layer: its name.
         statistics: of ordinary text, with this layer among its names.
-        strength: above 0; larger values write the targets more exactly, at the cost of all else.
+        strength: above 0; larger values write the targets more exactly, at the cost of all else. How exactly, the dtype
+            of the layer limits: subjects that are nearly alike with unlike targets take large weights, whose rounding
+            changes all outputs; the report's ``error`` is of the weights after it, and no strength brings it under
+            that. Of the same subject with two targets the mean is written.
         damping: of C, in means of its diagonal; more where it is rank deficient.
 
     Returns:
-        A ``Report`` of one layer, with Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after.
+        A ``Report`` of one layer, with Σ‖target − output‖² / Σ‖target‖² over the subjects, before and after. ``rows``
+        are the subjects; ``dead``, ``rank``, ``info`` and ``damping`` are of C, the ordinary text.
 
     Raises:
         ValueError: the layer is not there, was not reached or is not finite, ``targets`` has another shape or is not
@@ -82,7 +89,8 @@ def edit(
     if layer not in statistics.names:
         raise ValueError(f"statistics has no layer {layer!r}; expected it among {statistics.names[:3]}, ...")
     chosen = found[layer]
-    dtype = statistics[layer].gram.dtype
+    # All but the factor: where keys are alike, large terms cancel.
+    dtype = torch.float64
     keys = _keys(model, chosen.module, subjects).to(dtype)
     weight = chosen.weight.to(dtype)
     if targets.shape != (len(keys), len(weight)):
@@ -98,10 +106,13 @@ def edit(
     sums = Sums(statistics, layer)
     result, scale = statistics.kept_factor(layer, damping)
     # Of C = scale · (UᵀU)⁻¹ / strength.
-    reduced = result.U @ keys.mT
-    inner = torch.eye(len(keys), dtype=dtype) + (strength / scale) * (reduced.mT @ reduced)
-    change = torch.linalg.solve(inner, (strength / scale) * (reduced.mT @ result.U))
-    chosen.write(weight + missing.mT @ change)
+    reduced = _product(result.U, keys.mT)
+    # KᵀC⁻¹K by its eigenvalues: those of 0, of subjects that are the same, take no part at any strength.
+    values, vectors = torch.linalg.eigh(reduced.mT @ reduced)
+    parts = 1.0 / (values.clamp(min=0.0) + scale / strength)
+    parts[values <= len(keys) * torch.finfo(dtype).eps * values[-1:]] = 0.0
+    change = (reduced @ vectors * parts) @ (vectors.mT @ missing)
+    chosen.write(weight + _product(result.U.mT, change).mT)
     after = float((wanted - keys @ chosen.weight.to(dtype).mT).square().sum())
     return Report(
         [
@@ -110,6 +121,7 @@ def edit(
                 rows=len(keys),
                 features=weight.shape[1],
                 dead=int(sums.dead.sum()),
+                rank=sums.rank,
                 info=int(result.info),
                 damping=float(result.damping),
                 error_before=float(missing.square().sum()) / whole,
@@ -117,6 +129,11 @@ def edit(
             )
         ]
     )
+
+
+def _product(factor: Tensor, matrix: Tensor) -> Tensor:
+    """factor @ matrix in float64, without a copy of the whole factor."""
+    return torch.cat([rows.to(torch.float64) @ matrix for rows in factor.split(_ROWS)])
 
 
 def _keys(model: nn.Module, module: nn.Module, subjects: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep.layerwise.checks import check_path
-from onestep.layerwise.layers import every_layer
+from onestep.layerwise.layers import Layer, every_layer
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,12 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
         model: tied parameters are written once, under the first of their names (``safetensors.torch.load_model`` takes
             such files), or as the codes of the layer that was quantised.
         path: the file.
-        quantized: what ``quantize`` reported.
+        quantized: what ``quantize`` reported, of the weights as they still are, or as they are in another dtype:
+            ``refit``, ``edit`` or ``replace_blocks`` have made others of them.
 
     Raises:
         ModuleNotFoundError: safetensors is not installed.
-        ValueError: a name is no layer of the model.
+        ValueError: a name is no layer of the model, or its codes are not the weights that the layer has now.
         TypeError: an argument is something else.
 
     Examples:
@@ -103,6 +104,7 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
     every = every_layer(model)
     tied = _take_out(tensors, names, quantized or {})
     for name, weight in (quantized or {}).items():
+        _check_codes(name, every, weight)
         codes = weight.codes
         if weight.bits <= 4:
             even, odd = codes[:, 0::2], codes[:, 1::2]
@@ -115,6 +117,20 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
         if tied.get(name):
             about[name]["tied"] = tied[name]
     save_file(tensors, str(path), metadata={"format": "pt", "onestep": json.dumps(about)})
+
+
+def _check_codes(name: str, every: Mapping[str, Layer], quantized: QuantizedWeight) -> None:
+    """Refuses codes of other weights than the layer has."""
+    if name not in every:
+        raise ValueError(f"quantized names {name!r}, which is no linear layer of the model")
+    weight, codes = every[name].weight.cpu(), quantized.dequantize().cpu()
+    # The model may have been moved to another dtype since, and from there to the one that it has.
+    between = (weight.dtype, torch.float32, torch.bfloat16, torch.float16)
+    if weight.shape != codes.shape or not any(torch.equal(weight, codes.to(d).to(weight.dtype)) for d in between):
+        raise ValueError(
+            f"quantized[{name!r}] has other weights than the layer {name!r}, which was changed since it was quantised, "
+            "as by refit, edit or replace_blocks, or is another layer now: quantise it again, or save without quantized"
+        )
 
 
 def _within(name: str, part: str) -> str:

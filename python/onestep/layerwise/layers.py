@@ -55,6 +55,15 @@ class Layer:
             if bias is not None and self.bias is not None:
                 self.bias.copy_(bias)
 
+    def stored(self, weight: Tensor) -> Tensor:
+        """What becomes of a weight of another dtype when it is written to the layer, in that other dtype again."""
+        return weight.to(self.weight.dtype).to(weight.dtype)
+
+    def written(self, weight: Tensor) -> Tensor:
+        """Writes a weight, and returns it as ``stored``."""
+        self.write(weight)
+        return self.stored(weight)
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is an nn.Linear or a Conv1D of transformers."""

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import Patterns, batches_of, check_finite, check_on_cpu, check_untied, find_layers
+from onestep.layerwise.rank import numerical_rank
+from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.operands import LinAlgError
 
@@ -27,6 +29,7 @@ def merge(
     damping: float = 1e-6,
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
+    report: Report | None = None,
 ) -> nn.Module:
     """Merges models that were trained apart on different data from the same start, in closed form (RegMean).
 
@@ -42,21 +45,30 @@ def merge(
         damping: added to the diagonal of Σ Aᵢ, in means of it; more where that is singular.
         dtype: of the sums and of the solves.
         progress: show bars.
+        report: an empty ``Report`` to write into, since the result is the model: for each layer the rows of all models,
+            the rank of their Σxxᵀ, the damping, and Σᵢ Σ‖Wᵢx − Wx‖² / Σᵢ Σ‖Wᵢx‖² with the mean of the weights as W
+            (``error_before``) and with what the layer has become (``error``).
 
     Returns:
         A new model.
 
     Raises:
         ValueError: other than one ``data`` a model, one without batches, fewer than two models, models whose
-            parameters differ, or parameters that are not finite.
+            parameters differ, parameters that are not finite, or a ``report`` that has layers already.
+        TypeError: an argument is something else.
+        LinAlgError: the inputs of a layer have no Gram matrix that can be factored.
 
     Examples:
         >>> import torch
-        >>> from onestep.layerwise import merge
+        >>> from onestep.layerwise import Report, merge
         >>> a, b = torch.nn.Sequential(torch.nn.Linear(3, 1)), torch.nn.Sequential(torch.nn.Linear(3, 1))
         >>> merged = merge([a, b], [torch.eye(3), 2 * torch.eye(3)], shrinkage=0.0, damping=0.0, progress=False)
         >>> torch.allclose(merged[0].weight, (a[0].weight + 4 * b[0].weight) / 5)  # b's inputs are larger
         True
+        >>> report = Report()
+        >>> _ = merge([a, b], [torch.eye(3), 2 * torch.eye(3)], progress=False, report=report)
+        >>> report["0"].rows, report["0"].rank, report["0"].error < report["0"].error_before
+        (6, 3, True)
     """
     for what, given in (("models", models), ("data", data)):
         if not isinstance(given, Sequence):
@@ -66,6 +78,10 @@ def merge(
     check_number("shrinkage", shrinkage, most=1.0)
     check_flags(progress=progress)
     check_dtype_of_sums(dtype)
+    if report is not None and not isinstance(report, Report):
+        raise TypeError(f"report is {type(report).__name__}; expected onestep.layerwise.Report() or None")
+    if report is not None and report.layers:
+        raise ValueError(f"report has {len(report.layers)} layers already; expected an empty one, Report()")
     for index, model in enumerate(models):
         chosen = find_layers(model, layers, what=f"models[{index}]")
         check_on_cpu(chosen.values())
@@ -94,6 +110,7 @@ def merge(
         for model, part in zip(models, data, strict=True)
     ]
     found = [find_layers(model, layers) for model in models]
+    described = []
     for name, layer in find_layers(merged, layers).items():
         weights = [each[name].weight.to(dtype) for each in found]
         grams = [statistics[name].gram for statistics in own]
@@ -105,10 +122,40 @@ def merge(
         dead = total.diagonal() == 0
         system = total + torch.diag(dead.to(dtype))
         right = torch.where(dead[:, None], mean.mT, right)
-        U, _, used = linalg.inverse_cholesky(system, damping=damping)
+        U, info, used = linalg.inverse_cholesky(system, damping=damping)
         if bool(used.isnan()):
             raise LinAlgError(f"the inputs of layer {name!r} have no Gram matrix that can be factored")
         # The damping pulls towards the mean.
         pull = float(used) * float(system.diagonal().mean())
         layer.write((U.mT @ (U @ (right + pull * mean.mT))).mT)
+        if report is None:
+            continue
+        rows, gram = sum(statistics[name].count for statistics in own), sum(grams, torch.zeros_like(grams[0]))
+        described.append(
+            LayerReport(
+                name=name,
+                rows=rows,
+                features=len(gram),
+                dead=int(dead.sum()),
+                rank=numerical_rank(gram, rows),
+                info=int(info),
+                damping=float(used),
+                error_before=_lost(mean.to(layer.weight.dtype).to(dtype), weights, grams),
+                error=_lost(layer.weight.to(dtype), weights, grams),
+            )
+        )
+    if report is not None:
+        report.layers.extend(described)
     return merged
+
+
+def _lost(weight: Tensor, weights: Sequence[Tensor], grams: Sequence[Tensor]) -> float:
+    """Σᵢ Σ‖Wᵢx − Wx‖² / Σᵢ Σ‖Wᵢx‖², 0 where no input was other than 0."""
+
+    def square(changes: Sequence[Tensor]) -> float:
+        return sum(
+            float(((change @ gram) * change).sum(dtype=torch.float64).clamp(min=0.0))
+            for change, gram in zip(changes, grams, strict=True)
+        )
+
+    return square([W - weight for W in weights]) / (square(weights) or 1.0)

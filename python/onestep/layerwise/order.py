@@ -205,11 +205,12 @@ class Sums:
         gram: (d,d), of mean diagonal 1 where there are rows.
         dead: (d,), inputs that were 0 in all rows; their diagonal elements are 1.
         rows: how many there were.
+        rank: of the Gram matrix, as ``LayerReport`` has it.
     """
 
     def __init__(self, statistics: LayerStatistics, name: str, bias: Tensor | None = None) -> None:
         sums = statistics[name]
-        self.rows = sums.count
+        self.rows, self.rank = sums.count, statistics.rank(name)
         # With a teacher: Σx(t − b)ᵀ, (d,k), Σ‖t − b‖² and Σ‖t‖², for the layer's bias b.
         self._cross: Tensor | None = None
         if statistics.has_targets(name):
@@ -278,6 +279,7 @@ class Sums:
             rows=self.rows,
             features=weight.shape[1],
             dead=int(self.dead.sum()),
+            rank=self.rank,
             info=result.info,
             damping=result.damping,
             error_before=self.error(weight, plain),

@@ -116,6 +116,13 @@ class _Refit:
             self.gram = torch.cat([torch.cat([inputs.gram, total], 1), torch.cat([total.mT, count], 1)])
             self.cross = torch.cat([self.cross, targets.total[None]])
 
+    def _stored(self, weight: Tensor) -> Tensor:
+        """The weight, and the bias in the last column, as they are once the layer has them."""
+        if self.layer.bias is None:
+            return self.layer.stored(weight)
+        bias = weight[:, -1:].to(self.layer.bias.dtype).to(weight.dtype)
+        return torch.cat([self.layer.stored(weight[:, :-1]), bias], 1)
+
     def error(self, weight: Tensor) -> float:
         """Σ‖t − Wx − b‖² / Σ‖t‖²."""
         fitted = ((weight @ self.gram) * weight).sum() - 2 * (weight * self.cross.mT).sum()
@@ -124,7 +131,7 @@ class _Refit:
     def solve(self, ridge: float, keep_zeros: bool) -> LayerReport:
         d, dead = self.layer.weight.shape[1], int(self.sums.dead.sum())
         if self.rows == 0:
-            return LayerReport(self.layer.name, 0, d, dead, 0, 0.0, 0.0, 0.0)
+            return LayerReport(self.layer.name, 0, d, dead, 0, 0, 0.0, 0.0, 0.0)
         before = self.error(self.weight)
         scale = float(self.sums.raw.diagonal().mean()) or 1.0
         zeros = self.weight == 0
@@ -140,11 +147,13 @@ class _Refit:
             if penalty >= 1.0:
                 raise LinAlgError(f"layer {self.layer.name!r} has no solution with any ridge up to {penalty:g}")
             penalty = min(max(10.0 * penalty, 1e-12 if self.weight.dtype == torch.float64 else 1e-6), 1.0)
-        # Rounding in the solve may lose more than there was to gain.
+        # Rounding, in the solve or to the dtype of the layer, may lose more than there was to gain.
+        solved = self._stored(solved)
         if self.error(solved) > before:
             solved = self.weight
         self.layer.write(solved[:, :d], solved[:, -1] if self.layer.bias is not None else None)
-        return LayerReport(self.layer.name, self.rows, d, dead, info, penalty, before, self.error(solved))
+        rank = self.sums.rank
+        return LayerReport(self.layer.name, self.rows, d, dead, rank, info, penalty, before, self.error(solved))
 
     def _solved(self, penalty: float, zeros: Tensor | None) -> tuple[Tensor, int]:
         """W, and the status of its equations."""

@@ -20,6 +20,8 @@ from onestep.layerwise.layers import batches_of, call, count_of, evaluating, pad
 from onestep.layerwise.outputs import output_of, solve_towards_outputs
 from onestep.layerwise.padding import Masks, Padding
 from onestep.layerwise.pairs import keep_places, map_of, places_of
+from onestep.layerwise.places import Places, fill
+from onestep.layerwise.rank import numerical_rank
 from onestep.layerwise.report import LayerReport, Report
 
 
@@ -55,8 +57,8 @@ def replace_blocks(
     """Replaces a run of blocks of a model by one linear map, fitted to what the run does to ``data``.
 
     W, b ← argmin Σ‖Wx + b − t‖² + λ‖W − 1‖², with x what the first block is given, t what the last returns, and λ =
-    ridge · mean diag Σxxᵀ (ReplaceMe: Shopkhoev et al., NeurIPS 2025). From there ``steps`` Gauss-Newton steps bring
-    what the whole model puts out closer to what it put out before, Σ‖f(x) − f₀(x)‖².
+    ridge · mean diag Σ(x − x̄)(x − x̄)ᵀ, x̄ the mean (ReplaceMe: Shopkhoev et al., NeurIPS 2025). From there ``steps``
+    Gauss-Newton steps bring what the whole model puts out closer to what it put out before, Σ‖f(x) − f₀(x)‖².
 
     The map takes the first block's place and the others leave their container (an nn.Sequential or nn.ModuleList). A
     first block that is given and returns one tensor becomes an nn.Linear, which loads without onestep; any other a
@@ -75,11 +77,14 @@ def replace_blocks(
 
     Returns:
         A ``Report`` of one map, with Σ‖t − Wx − b‖² / Σ‖t‖² at the end of the run, and the same for plain removal. The
-        first grows by steps that look at the end of the model instead.
+        first grows by steps that look at the end of the model instead. ``damping`` is ``ridge``; ``dead`` and ``rank``
+        are of Σxxᵀ.
 
     Raises:
         ValueError, TypeError: the blocks are not neighbours in one container, return more than a linear map can, or are
-            looked at by the model in other ways; an argument is out of its range. The model is as it was then.
+            looked at by the model in other ways; the model gives blocks something by their place, such as the masks of
+            sliding windows, so that later blocks would be given others'; an argument is out of its range. The model is
+            as it was then.
         LinAlgError: the equations are singular; pass a larger ridge.
 
     Examples:
@@ -132,36 +137,37 @@ def replace_blocks(
     kept = [module for index, module in enumerate(container) if not first < index < first + count]
     kept[first] = block.train(model.training)
     places, whole = places_of(container), dict(container.named_children())
-    _fill(container, kept)
+    fill(container, kept)
     try:
         before: list[Entry] = [(own_children(container), name, module) for name, module in whole.items()]
         around = padded([model]) + without_caches([model])
         with evaluating(model, *whole.values()), torch.no_grad(), replaced(around):
-            _run_once(model, batches, blocks)
+            by_place = Places(model, next(iter(batches)), blocks[0].rpartition(".")[0], container, first, count)
+            _run_once(by_place, blocks)
+            by_place.check_kinds()
+            if not seen.plain:
+                by_place.check_arguments(seen.count)
             if steps:
                 solve_towards_outputs(model, batches, linear, lambda: replaced(before), steps, dtype)
     except BaseException:
-        _fill(container, list(whole.values()))
+        fill(container, list(whole.values()))
         raise
     keep_places(container, [*places[:first], map_of(places[first : first + count]), *places[first + count :]])
-    lost = seen.lost(linear)
+    whole_square = seen.square or 1.0
+    # The equations' matrix is of inputs less their means.
+    raw = sums.gram + seen.equations.count * torch.outer(sums.x_mean, sums.x_mean)
     report = LayerReport(
-        blocks[0],
-        seen.equations.count,
-        d,
-        0,
-        0,
-        ridge,
-        seen.added_square / (seen.square or 1.0),
-        lost / (seen.square or 1.0),
+        name=blocks[0],
+        rows=seen.equations.count,
+        features=d,
+        dead=int((raw.diagonal() == 0).sum()),
+        rank=numerical_rank(raw, seen.equations.count),
+        info=0,
+        damping=ridge,
+        error_before=seen.added_square / whole_square,
+        error=seen.lost(linear) / whole_square,
     )
     return Report([report])
-
-
-def _fill(container: Any, modules: list[nn.Module]) -> None:
-    for _ in range(len(container)):
-        del container[-1]
-    container.extend(modules)
 
 
 def _check_more(model: nn.Module, batch: Any, last: nn.Module) -> None:
@@ -184,10 +190,10 @@ def _check_more(model: nn.Module, batch: Any, last: nn.Module) -> None:
         )
 
 
-def _run_once(model: nn.Module, batches: Any, blocks: Sequence[str]) -> None:
+def _run_once(by_place: Places, blocks: Sequence[str]) -> None:
     """Refuses blocks that the model looks at in other ways than by calling them."""
     try:
-        call(model, next(iter(batches)))
+        by_place.run()
     except Exception as error:
         raise ValueError(
             f"the model does not run with a linear map in the place of {list(blocks)} ({error}): take other blocks; it "

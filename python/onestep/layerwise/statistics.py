@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_pat
 from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, padded
 from onestep.layerwise.padding import Masks
 from onestep.layerwise.pairs import check_names, paired
+from onestep.layerwise.rank import numerical_rank
 from onestep.layerwise.seen import Enough, Seen
 from onestep.layerwise.sums import InputSums, Storage, TargetSums
 from onestep.ops.operands import LinAlgError
@@ -94,6 +96,8 @@ class LayerStatistics:
         self._inputs: dict[str, InputSums] = {}
         self._targets: dict[str, TargetSums] = {}
         self._factors: dict[str, tuple[InputSums, float, linalg.InverseCholeskyResult, float]] = {}
+        # The last one, which layers with the same sums share.
+        self._rank: tuple[InputSums, int] | None = None
 
     def __getitem__(self, name: str) -> InputSums:
         """The sums of a layer's inputs; zeros if no row has reached it."""
@@ -280,6 +284,7 @@ class LayerStatistics:
         state = {
             "batches": self.batches,
             "collected": self._collected,
+            "names": self.names,
             "layers": {name: places[id(sums)] for name, sums in self._inputs.items()},
             "inputs": [[sums.gram, sums.total, sums.count] for sums in slots.values()],
             "targets": {name: [sums.cross, sums.total, sums.square] for name, sums in self._targets.items()},
@@ -303,20 +308,30 @@ class LayerStatistics:
             OSError: it cannot be read.
             ValueError: the file is damaged, or of other layers, other numbers of features, or another dtype.
         """
+        # torch.load reads what is no archive, such as text, as the opcodes of a pickle, and fails in any way.
+        with Path(path).open("rb") as file:
+            if not is_zipfile(file):
+                raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged")
         try:
             state = torch.load(path, weights_only=True, mmap=self._storage.folder is not None)
         except (EOFError, RuntimeError, pickle.UnpicklingError, struct.error) as error:
             raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged: {error}") from error
         if not isinstance(state, dict) or not {"batches", "layers", "inputs", "targets", "dtype"} <= state.keys():
             raise ValueError(f"{path} is no file of LayerStatistics.save")
-        unknown = [name for name in state["layers"] if name not in self._layers]
-        if unknown or state["dtype"] != str(self._dtype):
+        # Files of before have no names but those of layers that rows have reached.
+        of = list(state["names"] if "names" in state else state["layers"])
+        unknown = [name for name in of if name not in self._layers]
+        lacking = [name for name in self.names if "names" in state and name not in of]
+        if unknown or lacking or state["dtype"] != str(self._dtype):
             raise ValueError(
                 f"{path} is of {state['dtype']} sums"
                 + (f" and of the layer {unknown[0]!r}, which this one has not" if unknown else "")
+                + (f" and not of the layer {lacking[0]!r}" if lacking else "")
                 + f"; expected {self._dtype} sums of {len(self.names)} layers such as {self.names[0]!r}"
             )
         slots = [InputSums(*parts) for parts in state["inputs"]]
+        if not all(index in range(len(slots)) for index in state["layers"].values()):
+            raise ValueError(f"{path} is damaged: it has layers without sums")
         for name, index in state["layers"].items():
             found, expected = len(slots[index].gram), self._layers[name].weight.shape[1]
             if found != expected:
@@ -368,6 +383,22 @@ class LayerStatistics:
                 raise LinAlgError(f"the inputs of layer {name!r} have no factor with any damping")
             kept = self._factors[name] = (sums, damping, result, scale / sums.count)
         return kept[2], kept[3]
+
+    @one_thread_after_fork()
+    def rank(self, name: str) -> int:
+        """How many of a layer's inputs are independent, as far as the sums' dtype can tell; those that are 0 are not.
+
+        Args:
+            name: of a layer.
+
+        Returns:
+            The eigenvalues of the Gram matrix, scaled to a diagonal of 1, that are above ε times their number; no more
+            than rows.
+        """
+        sums = self[name]
+        if self._rank is None or self._rank[0] is not sums:
+            self._rank = (sums, numerical_rank(sums.gram, sums.count))
+        return self._rank[1]
 
     def _commit(self, seen: Seen) -> None:
         """Adds what one pass has seen: layers that had the same sums and were given the same inputs still do."""

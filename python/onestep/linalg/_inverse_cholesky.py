@@ -49,6 +49,11 @@ def inverse_cholesky(A: Tensor, *, damping: float | Tensor = 0.0, upper: bool = 
     diagonal element), damping goes up tenfold, from at least 1e-6 (float64: 1e-12) to 1, until it is; the result says
     how far. Inside a transform (vmap, jvp, torch.compile) and on tensors whose values are not known, it does not.
 
+    The rule cannot tell rank n from less where rounding leaves a larger pivot than 8 ε: of Gram matrices in which one
+    feature is the sum of the others, about half pass with ``info`` 0, and their U is large and mostly rounding. The
+    eigenvalues of the matrix scaled to a diagonal of 1 tell (``torch.linalg.eigvalsh``). A float64 matrix whose
+    diagonal sums to more than 1.8e308 has no mean diagonal: ``info`` is positive and ``damping`` NaN; scale it.
+
     Args:
         A: (…,n,n) symmetric, of which the lower triangle is read; float32 or float64 (16-bit: computed in float32).
         damping: 0 or more: a number, or one for each matrix (…). A constant to derivatives.
