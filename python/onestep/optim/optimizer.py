@@ -450,8 +450,9 @@ class DampedOptimizer(torch.optim.Optimizer):
         """The loss at a trial point, NaN counting as a failure; with its gradient where the next step can use it."""
         penalty = 0.0 if decay is None else _penalty(decay, parameters.read())
         # A model that checks its parameters may refuse those of a trial: it took those of the start. Of several
-        # processes one alone may refuse, for which the others would wait.
-        refusals = (NonFiniteError, ValueError, ArithmeticError) if place()[1] == 1 else (NonFiniteError,)
+        # processes one alone may refuse, for which the others would wait. Errors of a closure are its caller's.
+        alone = place()[1] == 1 and not isinstance(objective, ClosureObjective)
+        refusals = (NonFiniteError, ValueError, ArithmeticError) if alone else (NonFiniteError,)
         try:
             if not objective.fixed:
                 value = objective.value(parameters) + penalty

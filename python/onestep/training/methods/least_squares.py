@@ -24,6 +24,8 @@ _MOST_LOST = {torch.float32: 1e-2, torch.float64: 1e-6}
 _FEW, _LOSS_DIGITS = 10, 1e-2
 # Singular values under this many ε of the largest count as zero, or under d ε if that is more.
 _ROUNDINGS = 10
+# So many ε of the outputs may be lost where rows are multiplied by large weights that cancel.
+_MOST_ROUNDED = 100.0
 
 
 class LostDigitsError(ArithmeticError):
@@ -232,7 +234,13 @@ class QRFactor(LeastSquares):
         return V - free @ (free.mT @ V)
 
     def _loss_of(self, A: Tensor, B: Tensor, V: Tensor) -> float:
-        """The squared error of V as it will be stored, and about what rounding adds to it where rows are multiplied."""
+        """The squared error of V as it will be stored, and about what rounding adds to it where rows are multiplied.
+
+        Infinity where little is left of the outputs: they would not even seem to be affine in the weights.
+        """
         W = V.to(self.dtype).double()
+        outputs = A @ W
         rounding = 0.5 * self._eps * (A.square().sum(0)[:, None] * W.square()).sum().sqrt()
-        return ((A @ W - B).square().sum() + rounding.square()).item()
+        if rounding > _MOST_ROUNDED * self._eps * outputs.norm():
+            return math.inf
+        return ((outputs - B).square().sum() + rounding.square()).item()
