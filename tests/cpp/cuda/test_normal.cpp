@@ -2,6 +2,7 @@
 #include <array>
 #include <tuple>
 
+#include "base/singular.hpp"
 #include "normal/cpu/kernels.hpp"
 #include "normal/cuda/normal.hpp"
 #include "normal/normal.hpp"
