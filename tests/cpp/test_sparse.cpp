@@ -80,6 +80,26 @@ void test_type() {
     test_case<T, int32_t>(random, 3000, 800, 60, 20);
 }
 
+// Some rows of a matrix: their offsets do not begin at 0, and the elements are those of all rows.
+template <class T>
+void test_part_of_the_rows() {
+    std::mt19937 random(4);
+    const Inputs<T, int32_t> in(random, 500, 40, 30);
+    const std::vector<T> v(40 * 6, T(0.5));
+    std::vector<T> whole(500 * 6), part(200 * 6);
+    check(sparse_multiply(in.args(6, v, whole)) == Status::ok, "all rows");
+    SparseMultiplyArgs<T> args = in.args(6, v, part);
+    args.n = 200;
+    args.offsets = in.offsets.data() + 150;
+    for (const bool threads : {false, true}) {
+        std::fill(part.begin(), part.end(), T(7));
+        set_thread_count(threads ? three_threads : nullptr);
+        check(sparse_multiply(args) == Status::ok, "a part of the rows");
+        set_thread_count(nullptr);
+        check(std::equal(part.begin(), part.end(), whole.begin() + 150 * 6), "rows of the part");
+    }
+}
+
 template <class T>
 void test_bad_indices() {
     std::mt19937 random(2);
@@ -117,6 +137,8 @@ int main(int argc, char** argv) {
                        {{"faults", test_faults, Where::first_target},
                         {"fp32", test_type<float>},
                         {"fp64", test_type<double>},
+                        {"part_fp32", test_part_of_the_rows<float>},
+                        {"part_fp64", test_part_of_the_rows<double>},
                         {"bad_indices_fp32", test_bad_indices<float>},
                         {"bad_indices_fp64", test_bad_indices<double>}},
                        Target::avx512);

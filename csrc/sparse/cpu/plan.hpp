@@ -10,7 +10,8 @@ namespace onestep {
 template <class T>
 struct SparsePlan {
     const SparseKernels<T>* kernels = nullptr;
-    int64_t pieces = 1;
+    int64_t first_element = 0;
+    EvenCut elements;  // in pieces of rows that have about as many
     int64_t piece_nanoseconds = 0;
     int64_t row_length = 0;  // of V as the kernel reads it
 

@@ -25,6 +25,18 @@ const SparseKernels<T>& active_kernels() {
     }
 }
 
+template <class T>
+int64_t offset(const SparseMultiplyArgs<T>& args, int64_t row) {
+    return args.wide ? static_cast<const int64_t*>(args.offsets)[row] : static_cast<const int32_t*>(args.offsets)[row];
+}
+
+// Elements of the rows, which may be a part of a matrix's; offsets that are out of range give any number in range.
+template <class T>
+Range elements_of(const SparseMultiplyArgs<T>& args) {
+    const int64_t begin = std::clamp<int64_t>(offset(args, 0), 0, args.elements);
+    return {begin, std::clamp(offset(args, args.n), begin, args.elements)};
+}
+
 // The first row that begins at element `target` or later.
 template <class Index>
 int64_t row_of(const void* offsets, int64_t n, int64_t target) {
@@ -32,13 +44,13 @@ int64_t row_of(const void* offsets, int64_t n, int64_t target) {
     return std::lower_bound(begin, begin + n, target, [](Index offset, int64_t at) { return offset < at; }) - begin;
 }
 
-// Where a piece begins: pieces have about as many elements and rows.
+// Where a piece begins: pieces have about as many elements.
 template <class T>
-int64_t first_row(const SparseMultiplyArgs<T>& args, int64_t piece, int64_t pieces) {
-    if (piece == 0 || piece == pieces) {
+int64_t first_row(const SparseMultiplyArgs<T>& args, const EvenCut& elements, int64_t begin, int64_t piece) {
+    if (piece == 0 || piece == elements.pieces) {
         return piece == 0 ? 0 : args.n;
     }
-    const int64_t target = args.elements / pieces * piece;
+    const int64_t target = begin + elements.spread(piece).begin;
     return args.wide ? row_of<int64_t>(args.offsets, args.n, target) : row_of<int32_t>(args.offsets, args.n, target);
 }
 
@@ -48,9 +60,11 @@ template <class T>
 SparsePlan<T> plan(const SparseMultiplyArgs<T>& args) {
     SparsePlan<T> plan;
     plan.kernels = &active_kernels<T>();
-    plan.pieces = std::clamp<int64_t>(args.n, 1, kMostPieces);
-    const int64_t products = args.elements * (args.k + kElementProducts) + args.n * args.k;
-    plan.piece_nanoseconds = nanoseconds_of_products(products / plan.pieces);
+    const Range elements = elements_of(args);
+    plan.first_element = elements.begin;
+    plan.elements = {elements.size(), std::clamp<int64_t>(args.n, 1, kMostPieces)};
+    const int64_t products = elements.size() * (args.k + kElementProducts) + args.n * args.k;
+    plan.piece_nanoseconds = nanoseconds_of_products(products / plan.elements.pieces);
     plan.row_length = plan.kernels->row_length(args.k);
     plan.padded = plan.layout.template add<T>("padded", plan.row_length > args.k ? args.d * plan.row_length : 0);
     return plan;
@@ -69,11 +83,11 @@ Status run(const SparsePlan<T>& plan, const SparseMultiplyArgs<T>& args, const W
         v = padded;
     }
     auto piece_rows = [&](int64_t piece) {
-        const int64_t begin = first_row(args, piece, plan.pieces);
-        const int64_t end = first_row(args, piece + 1, plan.pieces);
+        const int64_t begin = first_row(args, plan.elements, plan.first_element, piece);
+        const int64_t end = first_row(args, plan.elements, plan.first_element, piece + 1);
         return plan.kernels->multiply(args, v, begin, end) ? Status::ok : Status::bad_index;
     };
-    return parallel_for(plan.pieces, plan.piece_nanoseconds, piece_rows);
+    return parallel_for(plan.elements.pieces, plan.piece_nanoseconds, piece_rows);
 }
 
 template <class T>

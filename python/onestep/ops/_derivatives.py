@@ -75,7 +75,7 @@ class OpFunction(SingleLevelFunction):
                     with below_autograd():
                         return cls.op(*args)
             elif cls.forward_composite is not None:
-                return safe_after_fork(cls.forward_composite)(*args)
+                return cls.forward_composite(*args)
             elif cls.forward_and_jvp is not None and not in_legacy_vmap():
                 return cls.call_dual(*args)
         outer = getattr(_modes, "value", None)
@@ -160,6 +160,8 @@ def register_derivatives(op: Op, function: type[OpFunction]) -> None:
     """Attaches ``function`` to the op."""
     function.op, function.applied = op.dispatched, safe_after_fork(function.apply)  # type: ignore[attr-defined]
     outputs = number_of_outputs(op.dispatched)
+    if function.forward_composite is not None:
+        function.forward_composite = staticmethod(safe_after_fork(function.forward_composite))
     # Derivatives are made of torch's ops, which wait for ever for threads that a fork has not kept.
     function.backward = staticmethod(safe_after_fork(function.backward))  # type: ignore[method-assign]
     function.jvp = staticmethod(safe_after_fork(function.jvp))  # type: ignore[method-assign]

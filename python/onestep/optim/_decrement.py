@@ -87,10 +87,10 @@ def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor, enough: float)
     along = vectors.mT @ (gradient.double() * inverse_root)
     # Eigenvalues under this are made of rounding. Where the gradient along them is more than that, the loss may fall
     # by any amount. (Rounding leaves some ε of the root of the loss, of which ``enough`` is some ε.)
-    bent = values > rounding * values[-1]
-    if bool(along[~bent].square().sum() > _NOISE * torch.finfo(gradient.dtype).eps * enough):
+    least = rounding * values[-1]
+    if bool(along[values <= least].square().sum() > _NOISE * torch.finfo(gradient.dtype).eps * enough):
         return math.inf
-    return float(0.5 * (along[bent].square() / values[bent]).sum())
+    return float(0.5 * (along.square() / values.clamp_min(least)).sum())
 
 
 def _by_conjugate_gradients(

@@ -100,22 +100,14 @@ class LevenbergMarquardt(DampedOptimizer):
         scale = self._scale(parameters, A.diagonal(), floor)
         return _FactoredModel(A, gradient.double(), scale, parameters.dtype, carried, self.kept)
 
-    def _step(
-        self,
-        objective: Objective,
-        parameters: ParameterVector,
-        start: Tensor,
-        decay: Tensor | None,
-        loss: float,
-        gradient: Tensor,
-    ) -> StepReport:
+    def _step(self, *given: Any) -> StepReport:
         """Once more with a precise matrix and without damping, where no step succeeds and this one is but rounding."""
         precise = "precise" in self.kept
-        report = super()._step(objective, parameters, start, decay, loss, gradient)
+        report = super()._step(*given)
         if report.accepted or precise or "precise" not in self.kept:
             return report
         self.damping = _UNDAMPED
-        return super()._step(objective, parameters, start, decay, loss, gradient)
+        return super()._step(*given)
 
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Remembers the step for the momentum."""

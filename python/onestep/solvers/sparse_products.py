@@ -28,7 +28,9 @@ class Rows:
         wide = X.indptr.dtype != np.int32 or X.indices.dtype != np.int32
         kind = np.int64 if wide else np.int32
         offsets, indices = (array.astype(kind, copy=False) for array in (X.indptr, X.indices))
-        return Rows(*map(torch.from_numpy, (offsets, indices, X.data)))
+        # torch warns of arrays that may not be written to, such as maps of files.
+        arrays = (a if a.flags.writeable else a.copy() for a in (offsets, indices, X.data))
+        return Rows(*map(torch.from_numpy, arrays))
 
     def part(self, rows: slice) -> Rows:
         """Some of the rows, without a copy."""

@@ -222,6 +222,8 @@ class _Run(Run):
         self.least = max(plan.settings.tol**2, eps)
         self.fit: HeadFit | None = None
         self.failed = False
+        # The loss of the parameters as they are; None before the first step.
+        self.reached: float | None = None
 
     def _prepared(self) -> HeadFit:
         if self.fit is None:
@@ -240,7 +242,7 @@ class _Run(Run):
         descent = fit.descent
         if number == 0:
             fit.begin()
-        before = fit.initial_loss if number == 0 else fit.loss
+        before = fit.initial_loss if self.reached is None else self.reached
         grad_norm, first = fit.grad_norm, descent.iterations
         while not descent.ended and descent.iterations < first + _ITERATIONS:
             descent.step()
@@ -248,8 +250,9 @@ class _Run(Run):
             raise NonFiniteError(f"step {number + 1}: the loss is {fit.loss}")
         if fit.loss > before:
             # What rounding has made of a minimum, or of scores that have lost all digits: the parameters stay.
-            self.failed = fit.loss > before + _RISE * abs(before)
+            self.reached, self.failed = before, fit.loss > before + _RISE * abs(before)
             return Taken(before, before, grad_norm, 0.0, accepted=False)
+        self.reached = fit.loss
         return Taken(before, fit.loss, grad_norm, fit.write(), cg_iterations=descent.iterations - first)
 
     def verdict(self) -> Verdict:
@@ -276,9 +279,11 @@ class _Run(Run):
         return fit.initial_loss
 
     def state(self) -> dict[str, Any]:
-        """The descent's."""
-        return {} if self.fit is None else {"descent": self.fit.descent.state()}
+        """The descent's, and the loss that it has reached."""
+        return {} if self.fit is None else {"descent": self.fit.descent.state(), "reached": self.reached}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from ``state``."""
-        self._prepared().descent.restore(state["descent"])
+        fit = self._prepared()
+        fit.descent.restore(state["descent"])
+        self.reached = state.get("reached", fit.loss)

@@ -15,11 +15,8 @@ from onestep.training.plan import FitPlan
 
 SEPARATED = (
     "planes separate the classes, or some of them, so that the loss falls for ever as the parameters grow, and has no "
-    "minimum; "
-    "weight_decay > 0 gives it one"
+    "minimum; weight_decay > 0 gives it one"
 )
-
-
 # What is said where only some rows move on: their classes, or counts that are all zero.
 WITHOUT_MINIMUM = (
     "the loss falls for ever as some parameters grow, and has no minimum (planes separate some of the classes, or all "
@@ -41,16 +38,12 @@ def is_separated(plan: FitPlan) -> bool:
     Of the outputs counts what growing parameters multiply: what they are more than with parameters of zero.
     """
 
-    def by_parameters(chunk: Chunk) -> Tensor:
-        outputs, point = call_model(plan.model, chunk.inputs), plan.parameters.read()
-        plan.parameters.write(torch.zeros_like(point))
-        try:
-            return outputs - call_model(plan.model, chunk.inputs)
-        finally:
-            plan.parameters.write(point)
+    zeros = torch.zeros_like(plan.parameters.read())
 
     def terms() -> tuple[Tensor, list[float]]:
-        wrong = any(_some_are_wrong(plan.loss, by_parameters(chunk), chunk.target) for chunk in plan.source.all())
+        wrong = any(
+            _some_are_wrong(plan.loss, _change(plan, chunk, zeros), chunk.target) for chunk in plan.source.all()
+        )
         return torch.empty(0), [wrong]
 
     with torch.no_grad():
@@ -77,13 +70,18 @@ def moves_on(plan: FitPlan, before: Tensor) -> bool:
         return bool(summed(terms)[1][0])
 
 
-def _movement(plan: FitPlan, chunk: Chunk, before: Tensor) -> float:
+def _change(plan: FitPlan, chunk: Chunk, other: Tensor) -> Tensor:
+    """The outputs, less those with other parameters."""
     outputs, point = call_model(plan.model, chunk.inputs), plan.parameters.read()
-    plan.parameters.write(before)
+    plan.parameters.write(other)
     try:
-        change = outputs - call_model(plan.model, chunk.inputs)
+        return outputs - call_model(plan.model, chunk.inputs)
     finally:
         plan.parameters.write(point)
+
+
+def _movement(plan: FitPlan, chunk: Chunk, before: Tensor) -> float:
+    change = _change(plan, chunk, before)
     if plan.loss.cross_entropy is not None and not chunk.target.is_floating_point():
         scores, classes = _counted(plan.loss.cross_entropy, change, chunk.target)
         # What all classes have in common changes nothing.
