@@ -52,6 +52,15 @@ constexpr T ceil_div(T value, T divisor) {
     return (value + divisor - 1) / divisor;
 }
 
+// f(0), f(1), …, with the index as a constant: a loop that is unrolled whatever its body, so that arrays which it
+// indexes stay in registers.
+template <int kCount, class Body>
+__device__ __forceinline__ void unrolled(const Body& body) {
+    [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+        (body(std::integral_constant<int, kIndex>{}), ...);
+    }(std::make_integer_sequence<int, kCount>{});
+}
+
 // Launches kernel(args...) on the stream without waiting. An empty grid is no work. Dynamic shared memory over 48 KiB
 // is asked for.
 template <class... Parameters, class... Args>

@@ -67,7 +67,8 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const unsigned (&a)[4
 #endif
 }
 
-// c += a b, operands from to_tf32.
+// c += a b, or c = a b. Of an operand's 23 bits of fraction 10 are used: what is not from to_tf32 is truncated.
+template <bool kFromZero = false>
 __device__ __forceinline__ void mma_16x8x8_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if defined(ONESTEP_SIMT)
     unsigned own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
@@ -86,14 +87,22 @@ __device__ __forceinline__ void mma_16x8x8_tf32(float (&c)[4], const unsigned (&
         for (int k = 0; k < 8; ++k) {
             sum += at(row % 8 * 4 + k % 4, row / 8 + 2 * (k / 4)) * at(col * 4 + k % 4, 4 + k / 4);
         }
-        c[e] += sum;
+        c[e] = kFromZero ? sum : c[e] + sum;
     }
 #else
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    if constexpr (kFromZero) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%10, %10, %10, %10};"
+            : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
 #endif
 }
 

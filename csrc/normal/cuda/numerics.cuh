@@ -7,15 +7,6 @@ namespace onestep::normal::cuda {
 
 using namespace onestep::cuda;
 
-// f(0), f(1), …, with the index as a constant: a loop that is unrolled whatever its body, so that arrays which it
-// indexes stay in registers.
-template <int kCount, class Body>
-__device__ __forceinline__ void unrolled(const Body& body) {
-    [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
-        (body(std::integral_constant<int, kIndex>{}), ...);
-    }(std::make_integer_sequence<int, kCount>{});
-}
-
 // Numbers in a 16-byte access.
 template <class T>
 inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));

@@ -1,6 +1,6 @@
 // Problems to d = 32: a problem takes 8, 16 or 32 lanes of a warp. Lane i holds row i of A in registers; what all lanes
 // of a problem need at once (a row of X, a column of L) goes through shared memory, from where they read it as
-// broadcasts.
+// broadcasts. Gram sums of fp32 beyond d = 8 are the whole warp's, problem after problem (tensor_gram.cuh).
 //
 // A is padded to kOrder with the identity. Lanes beyond the last problem repeat it and write nothing.
 #pragma once
@@ -8,6 +8,7 @@
 #include "base/cuda/device.cuh"
 #include "normal/cuda/normal.hpp"
 #include "normal/cuda/numerics.cuh"
+#include "normal/cuda/tensor_gram.cuh"
 
 namespace onestep::normal::cuda {
 
@@ -115,6 +116,52 @@ __device__ __forceinline__ void small_gram(const SmallLane<T, kOrder>& lane, con
     }
 }
 
+// Whether warp_gram sums A and R.
+template <class T, int kOrder>
+inline constexpr bool kByTensorCores = std::is_same_v<T, float> && (kOrder > 8);
+
+// The same as small_gram, of all problems of a warp, the first of which is `first` and whose matrix is at `matrices`.
+// `symmetric`: to the bit, also above the diagonal.
+template <int kOrder, int kColumns>
+__device__ __forceinline__ void small_gram(const SmallLane<float, kOrder>& lane, const SystemArgs<float>& args,
+                                           int64_t first, int64_t count, float* matrices, bool symmetric,
+                                           float (&a)[kOrder], float (&z)[kColumns], float& diagonal) {
+    using Shape = SmallShape<float, kOrder>;
+    constexpr int kBehind = Shape::pitch - kOrder;
+    static_assert(kColumns <= kBehind);
+#pragma unroll 1
+    for (int i = 0; i < Shape::problems; ++i) {
+        const int64_t problem = first + i < count ? first + i : count - 1;
+        warp_gram<kOrder, kColumns>(args.x.at(args.batch, problem), args.y.at(args.batch, problem),
+                                    args.weight.at(args.batch, problem), args.n, lane.d, static_cast<int>(args.k),
+                                    matrices + i * Shape::region, Shape::pitch);
+    }
+    __syncwarp();
+    const int row = lane.row < kOrder ? lane.row : kOrder - 1;
+    const float* const from = lane.matrix + row * Shape::pitch;
+#pragma unroll
+    for (int c = 0; c < kOrder; c += kVector<float>) {
+        float part[kVector<float>];
+        load_vector(from + c, part);
+#pragma unroll
+        for (int e = 0; e < kVector<float>; ++e) {
+            a[c + e] = part[e];
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        z[c] = from[kOrder + c];
+    }
+    diagonal = from[row];
+    if (symmetric) {
+#pragma unroll
+        for (int c = 0; c < kOrder; ++c) {
+            a[c] = c > row ? lane.matrix[c * Shape::pitch + row] : a[c];
+        }
+    }
+    __syncwarp();
+}
+
 // L from A, column after column; z becomes L⁻¹z on the way.
 template <class T, int kOrder, int kColumns>
 __device__ __forceinline__ void small_factor(SmallLane<T, kOrder>& lane, T floor, T (&a)[kOrder], T (&z)[kColumns]) {
@@ -203,8 +250,20 @@ __device__ __forceinline__ bool small_write(const SmallLane<T, kOrder>& lane, co
     return good;
 }
 
+// Blocks that are to share a multiprocessor, 0: as many as the registers leave. Five of them win over what is spilled
+// for them, on an H200.
 template <class T, int kOrder, int kColumns>
-__global__ void __launch_bounds__(kSmallWarps* kWarpSize) small_system_kernel(const SystemArgs<T> args, int64_t count) {
+inline constexpr int kSmallBlocks = 0;
+template <>
+inline constexpr int kSmallBlocks<float, 24, 1> = 5;
+template <>
+inline constexpr int kSmallBlocks<float, 32, 1> = 5;
+template <>
+inline constexpr int kSmallBlocks<float, 32, 4> = 3;
+
+template <class T, int kOrder, int kColumns>
+__global__ void __launch_bounds__(kSmallWarps* kWarpSize, (kSmallBlocks<T, kOrder, kColumns>))
+    small_system_kernel(const SystemArgs<T> args, int64_t count) {
     using Shape = SmallShape<T, kOrder>;
     ONESTEP_SHARED(T, matrix, [kSmallWarps * Shape::problems * Shape::region]);
     ONESTEP_SHARED(T, side, [kSmallWarps * Shape::problems * kSmallRows * (kColumns + 1)]);
@@ -235,12 +294,16 @@ __global__ void __launch_bounds__(kSmallWarps* kWarpSize) small_system_kernel(co
         z[c] = T(0);
     }
 
-    const Matrix<const T> x = args.x.at(args.batch, problem);
-    const Matrix<const T> y = args.y.at(args.batch, problem);
-    const Matrix<const T> weight = args.weight.at(args.batch, problem);
     const Matrix<const T> b = args.b.at(args.batch, problem);
     if (args.a.data == nullptr) {
-        small_gram(lane, x, y, weight, args.n, k, a, z, diagonal);
+        if constexpr (kByTensorCores<T, kOrder>) {
+            const int64_t first = at - in_warp / Shape::lanes;
+            small_gram(lane, args, first, count, matrix + warp * Shape::problems * Shape::region, args.gram != nullptr,
+                       a, z, diagonal);
+        } else {
+            small_gram(lane, args.x.at(args.batch, problem), args.y.at(args.batch, problem),
+                       args.weight.at(args.batch, problem), args.n, k, a, z, diagonal);
+        }
     } else {
         const Matrix<const T> given = args.a.at(args.batch, problem);
         diagonal = row < d ? given.data[row * (given.row + given.col)] : T(0);

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from onestep._program import refused
+from onestep._torch_private import cuda_stream
 
 EMULATE_VARIABLE = "ONESTEP_CUDA_EMULATE"
 
@@ -81,7 +82,7 @@ def place(tensor: Tensor) -> dict[str, int]:
     if EMULATED:
         return {"device": 0, "stream": 0}
     device = tensor.device
-    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
+    return {"device": device.index, "stream": cuda_stream(device)}
 
 
 def workspace(tensor: Tensor, size: int) -> Tensor:
