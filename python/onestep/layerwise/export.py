@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep._files import is_regular, replacing
 from onestep.layerwise.checks import check_path
 from onestep.layerwise.layers import Layer, every_layer
 
@@ -59,7 +60,7 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
     Args:
         model: tied parameters are written once, under the first of their names (``safetensors.torch.load_model`` takes
             such files), or as the codes of the layer that was quantised.
-        path: the file.
+        path: the file; it is replaced in one step and keeps its mode, and a link to a file stays.
         quantized: what ``quantize`` reported, of the weights as they still are, or as they are in another dtype:
             ``refit``, ``edit`` or ``replace_blocks`` have made others of them.
 
@@ -80,6 +81,7 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
         ['0.bias', '0.codes', '0.group', '0.scale', '0.zero']
     """
     try:
+        from safetensors.torch import save as serialized
         from safetensors.torch import save_file
     except ModuleNotFoundError:
         raise ModuleNotFoundError("layerwise.save needs safetensors: pip install safetensors") from None
@@ -116,7 +118,13 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
             about[name]["transposed"] = True
         if tied.get(name):
             about[name]["tied"] = tied[name]
-    save_file(tensors, str(path), metadata={"format": "pt", "onestep": json.dumps(about)})
+    metadata = {"format": "pt", "onestep": json.dumps(about)}
+    with replacing(Path(path)) as file:
+        if is_regular(file):
+            # No copy of all tensors is made.
+            save_file(tensors, file.name, metadata=metadata)
+        else:
+            file.write(serialized(tensors, metadata=metadata))
 
 
 def _check_codes(name: str, every: Mapping[str, Layer], quantized: QuantizedWeight) -> None:

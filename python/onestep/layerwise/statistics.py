@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from onestep import linalg
+from onestep._files import replacing
 from onestep._fork import one_thread_after_fork
 from onestep._restored import replaced
 from onestep.evaluation.progress import Progress
@@ -273,7 +273,8 @@ class LayerStatistics:
         """Writes everything to a file, which is replaced in one step; torch.load reads it.
 
         Args:
-            path: the file; one beside it, with ``.partial`` at the end of its name, is there while it is written.
+            path: the file, which keeps its mode; a link to a file stays. A file beside it, with ``.partial`` at the end
+                of its name, is there while it is written.
 
         Raises:
             OSError: it cannot be written.
@@ -290,13 +291,8 @@ class LayerStatistics:
             "targets": {name: [sums.cross, sums.total, sums.square] for name, sums in self._targets.items()},
             "dtype": str(self._dtype),
         }
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
+        with replacing(Path(path)) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
     def load(self, path: str | Path) -> LayerStatistics:
         """Takes everything from a file that ``save`` wrote; returns self.
