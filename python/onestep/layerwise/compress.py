@@ -94,7 +94,7 @@ def quantize(
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
-        sums = Sums(statistics, layer.name, layer.bias)
+        sums = Sums(statistics, layer.name)
         size = group_size or weight.shape[1]
         plain = rounded(weight, bits, size, symmetric)
         order = sums.gram.diagonal().argsort(descending=True, stable=True) if act_order else None
@@ -191,7 +191,7 @@ def prune(
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
-        sums = Sums(statistics, layer.name, layer.bias)
+        sums = Sums(statistics, layer.name)
         result = sums.factor(damping, unit=False)
         goal = sums.aim(sums.without_dead(weight), result.damping)
         solved = layer.written(

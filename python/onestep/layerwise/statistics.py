@@ -66,6 +66,10 @@ class LayerStatistics:
                 [5., 5.]])
     """
 
+    # Whether the sums with a teacher are of t − Wx − b, with the weights as they are while data passes through. In
+    # Σ‖t − Ŵx − b‖² of sums of t, what is left of three numbers near Σ‖t‖² would be their rounding.
+    _lacks = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -171,7 +175,8 @@ class LayerStatistics:
             masks: of each, which places are not padding.
             stop_early: as in ``update``.
         """
-        seen = Seen(self._layers, self._dtype, set(self.names) if stop_early else None, self._storage)
+        awaited = set(self.names) if stop_early else None
+        seen = Seen(self._layers, self._dtype, awaited, self._storage, lacks=self._lacks)
         models = [self._model] if self._teacher in (None, self._model) else [self._model, self._teacher]
         with evaluating(*models), torch.no_grad(), replaced(padded(models)):
             if self._teacher is not None:
