@@ -12,7 +12,7 @@ from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_tea
 from onestep.layerwise.export import QuantizedWeight
 from onestep.layerwise.grids import rounded
 from onestep.layerwise.layers import Layer, Patterns, find_layers
-from onestep.layerwise.order import Sums, Teaching, solve_in_order
+from onestep.layerwise.order import Factor, Sums, Teaching, solve_in_order
 from onestep.layerwise.pairs import check_names
 from onestep.layerwise.report import Report
 from onestep.layerwise.statistics import LayerStatistics
@@ -126,7 +126,8 @@ def quantize(
         quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
         solved = layer.written(quantized.dequantize())
         report.quantized[layer.name] = quantized
-        report.layers.append(sums.report(layer.name, weight, layer.stored(plain.dequantize()), solved, result))
+        before = sums.error(weight, layer.stored(plain.dequantize()))
+        report.layers.append(sums.report(layer.name, result, before, sums.error(weight, solved)))
 
     solve_in_order(
         model,
@@ -158,7 +159,9 @@ def prune(
     """Removes weights of linear layers, so that the layers' outputs on ``data`` change least.
 
     As ``quantize``, with weights that become 0 where w²/U_jj², what removing it costs, is smallest (SparseGPT, Frantar
-    and Alistarh 2023). Which ones, is decided block by block, after what came before has been made up for.
+    and Alistarh 2023). Which ones, is decided block by block, after what came before has been made up for. A layer that
+    would lose more so than by removing the smallest weights, as where inputs nearly depend on each other, is solved
+    again with ten times the damping, up to 1; the best is taken, and the report has its damping.
 
     Args:
         model, data, teacher, names, layers, damping, sequential, dtype, progress: as in ``quantize``.
@@ -192,13 +195,25 @@ def prune(
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
         sums = Sums(statistics, layer.name)
-        result = sums.factor(damping, unit=False)
-        goal = sums.aim(sums.without_dead(weight), result.damping)
-        solved = layer.written(
-            compensated_sweep(goal, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
-        )
-        plain = _smallest_removed(weight, fraction, keep, of)
-        report.layers.append(sums.report(layer.name, weight, plain, solved, result))
+        before = sums.error(weight, layer.stored(_smallest_removed(weight, fraction, keep, of)))
+
+        def pruned(damping: float) -> tuple[float, Tensor, Factor]:
+            result = sums.factor(damping, unit=False)
+            goal = sums.aim(sums.without_dead(weight), result.damping)
+            swept = compensated_sweep(goal, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
+            swept = layer.stored(swept)
+            return sums.error(weight, swept), swept, result
+
+        error, solved, result = pruned(damping)
+        # Where features nearly depend on each other, a weight's cost is taken for what later columns leave of it, which
+        # are pruned themselves. Damping trusts them less.
+        while error > before and result.damping < 1.0:
+            again = pruned(min(10.0 * max(result.damping, 0.01), 1.0))
+            if again[0] >= error:
+                break
+            error, solved, result = again
+        layer.write(solved)
+        report.layers.append(sums.report(layer.name, result, before, error))
 
     solve_in_order(
         model,

@@ -279,16 +279,16 @@ class Sums:
             raise LinAlgError("the Gram matrix of a layer's inputs has no factor with any damping")
         return result
 
-    def report(self, name: str, weight: Tensor, plain: Tensor, solved: Tensor, result: Factor) -> LayerReport:
-        """What ``solved`` and, without the solve, ``plain`` lose of what ``weight``, or the teacher, puts out."""
+    def report(self, name: str, result: Factor, before: float, error: float) -> LayerReport:
+        """Of a layer that was solved with a factor, with the errors without the solve and with it."""
         return LayerReport(
             name=name,
             rows=self.rows,
-            features=weight.shape[1],
+            features=len(self.gram),
             dead=int(self.dead.sum()),
             rank=self.rank,
             info=result.info,
             damping=result.damping,
-            error_before=self.error(weight, plain),
-            error=self.error(weight, solved),
+            error_before=before,
+            error=error,
         )
