@@ -78,6 +78,16 @@ def test_an_error_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"before" and [found.name for found in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("write", (statistics, model))
+def test_a_folder_that_is_not_there_is_named(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"there is no such folder: '{tmp_path}/none'"):
+        write(tmp_path / "none" / "file")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "none" / "file")
+    with pytest.raises(FileNotFoundError, match=rf"there is no such folder: '{tmp_path}/none'"):
+        write(link)
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

@@ -116,6 +116,8 @@ def test_what_is_refused_leaves_the_model_as_it_was(tmp_path):
             load(fresh, tmp_path / name)
         after = fresh.state_dict()
         assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    with pytest.raises(IsADirectoryError, match=r"a folder; expected a file of layerwise\.save"):
+        load(nn.Linear(6, 6), tmp_path)
     with pytest.raises(FileNotFoundError):
         load(nn.Linear(6, 6), tmp_path / "none")
     with pytest.raises(TypeError, match=r"model is str; expected torch\.nn\.Module"):

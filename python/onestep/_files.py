@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
@@ -34,6 +35,9 @@ def _remove_leftovers(target: Path) -> None:
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[BinaryIO]:
     """A file beside the target that takes its place at the end, with its mode and owner if it exists."""
+    if not target.parent.is_dir():
+        # The name of the file beside it says nothing to who asked for another.
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
     _remove_leftovers(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     old = target.stat() if target.exists() else None

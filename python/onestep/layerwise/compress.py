@@ -41,7 +41,7 @@ def quantize(
     A⁻¹ = UᵀU, w ← w − (w_j − q)/U_jj · U_j: (Hassibi and Stork 1993; GPTQ, Frantar et al. 2022). With a scale
     for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). The sweep begins
     at argmin Σ‖Wx + b − t‖², t the teacher's outputs. The weights are replaced in place by the rounded
-    ones; the report has their codes.
+    ones; the report has their codes. Zeros of a pruned model do not stay zeros: they make up for errors, too.
 
     Args:
         model: any nn.Module with nn.Linear layers, or transformers' Conv1D.

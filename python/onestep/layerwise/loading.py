@@ -55,6 +55,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected torch.nn.Module")
     check_path("path", path)
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"path is {str(path)!r}, a folder; expected a file of layerwise.save")
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a function of the file)
