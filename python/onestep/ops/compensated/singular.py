@@ -34,9 +34,14 @@ def with_dependent(A: Tensor, damping: Tensor, factor: Tensor, info: Tensor, *, 
     if not bool(unknown.any()):
         return
     if not unit:
-        # The sum of S⁻¹'s eigenvalues, or more.
+        # The sum of S⁻¹'s eigenvalues: first no less than that, which is quicker, then itself.
         most = torch.linalg.vector_norm(factor, dim=(-2, -1)).square() * diagonal.amax(-1)
         unknown &= ~(most * (SINGULAR_EPSILONS * eps) < 1)
+        if bool(unknown.any()):
+            scaled = factor[unknown] * diagonal[unknown].sqrt()[..., None, :]
+            unknown[unknown.clone()] = ~(
+                torch.linalg.vector_norm(scaled, dim=(-2, -1)).square() * (SINGULAR_EPSILONS * eps) < 1
+            )
     for place in unknown.nonzero():
         at = tuple(place.tolist())
         least, vector = _least(factor[at], diagonal[at], unit)
