@@ -472,10 +472,7 @@ def test_an_indian_spreadsheet(run, table, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            "a,y\n1,2\n".encode("utf-16"),
-            "is UTF-16 text, as spreadsheets write 'Unicode text'; save the file as UTF-8 CSV",
-        ),
+        ("a\ty\n1\t2\n".encode("utf-16"), "separated by tab; pass --sep tab"),
         ("sep=;\na;y\n1;2\n", "line 1 is 'sep=;', a note for spreadsheets; delete this line"),
         ("a|y\n1|2\n", "separated by '|'; pass --sep '|'"),
         ("a,y,a\n1,2,3\n", "names a column twice: a; rename one of them"),

@@ -27,6 +27,7 @@ from onestep._fork import one_thread_after_fork
 from onestep.curvature import GaussNewtonOperator, Laplace, hvp
 from onestep.estimators._centred import Primal
 from onestep.layerwise import refit
+from onestep.linalg.damping import unit_cholesky
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(2000, 40))
@@ -111,6 +112,17 @@ def tangents():
     )
 
 
+def grams():
+    """Of a matrix whose columns are independent, and of one in which one is the sum of others, which no pivot tells."""
+    rows = np.random.default_rng(0).normal(size=(600, 300))
+    regular = rows.T @ rows
+    rows[:, 100] = rows[:, 101:].sum(1)
+    return torch.from_numpy(np.stack([regular, rows.T @ rows]))
+
+
+GRAMS = grams()
+
+
 JOBS = {
     "RidgeCV": lambda: RidgeCV().fit(X, Y).coef_,
     "RidgeCV by folds": lambda: RidgeCV(cv=3).fit(X, Y[:, 0]).coef_,
@@ -130,6 +142,8 @@ JOBS = {
     "solve_normal": lambda: onestep.linalg.solve_normal(torch.from_numpy(X), torch.from_numpy(Y)).numpy(),
     "derivatives": derivatives,
     "tangents": tangents,
+    "inverse_cholesky": lambda: onestep.linalg.inverse_cholesky(GRAMS).U[0].numpy(),
+    "unit_cholesky": lambda: unit_cholesky(GRAMS).R[0].numpy(),
     "polar": lambda: onestep.linalg.polar(torch.from_numpy(X[:400])).numpy(),
 }
 

@@ -157,3 +157,94 @@ def test_bad_input():
 def test_half_precision_is_computed_in_float32():
     A = torch.eye(3, dtype=torch.bfloat16) * 4
     assert torch.equal(inverse_cholesky(A).U, torch.eye(3) / 2)
+
+
+def dependent(kind, n, dtype, generator):
+    """Rows of n features of which some depend on each other, and the order of the trailing minor that has them."""
+    X = torch.randn(3 * n, n, dtype=torch.float64, generator=generator)
+    weights = torch.randn(n, dtype=torch.float64, generator=generator)
+    order = n
+    if kind == "one is a sum of the others":
+        X[:, n // 3] = 0
+        X[:, n // 3] = X.sum(1)
+    elif kind == "the last is a mean of the others, which have means":
+        X += 10
+        X[:, -1] = X[:, :-1].mean(1)
+    elif kind == "any combination of the second half":
+        order = n - n // 2
+        X[:, -1] = X[:, n // 2 : -1] @ weights[n // 2 : -1].sign()
+    elif kind == "of many scales":
+        X *= torch.logspace(-4, 4, n, dtype=torch.float64)
+        X[:, 0] = X[:, 1:] @ (torch.logspace(4, -4, n, dtype=torch.float64) * weights.sign())[1:]
+    return X.to(dtype), order
+
+
+KINDS = [
+    "one is a sum of the others",
+    "the last is a mean of the others, which have means",
+    "any combination of the second half",
+    "of many scales",
+]
+
+
+@pytest.mark.parametrize("factor", [inverse_cholesky, unit_cholesky])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_dependence_among_many_features_is_told(kind, dtype, factor):
+    """About half of these have a last pivot above 8 ε, of rounding alone, which was taken for a feature of its own."""
+    generator = torch.Generator().manual_seed(0)
+    for n in (6, 30, 150):
+        rows, orders = zip(*(dependent(kind, n, dtype, generator) for _ in range(12)), strict=True)
+        X = torch.stack(rows)
+        A = X.mT @ X
+        A[5] = gram_of(n, dtype=dtype)
+        found, info, damping = factor(A)
+        assert info[5] == damping[5] == 0 and torch.equal(found[5], factor(A[5])[0])
+        others = [*range(5), *range(6, 12)]
+        assert (info[others] > 0).all() and (info[others] <= orders[0]).all()
+        # The kernel names the last of a sum's features where it meets a pivot of noise.
+        assert (info[others] >= 2).all()
+        assert (damping[others] > 0).all() and (damping[others] <= 1e-3).all()
+        assert found.isfinite().all()
+        # Inside a transform nothing is damped.
+        found, info, damping = torch.vmap(factor)(A)
+        assert (info[others] > 0).all() and damping[others].isnan().all() and found[others].isnan().all()
+        assert info[5] == 0 and found[5].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_far_from_singular_is_not_told(dtype):
+    """Many small eigenvalues, and a condition number a little below 1 / (8 ε), are no dependence."""
+    n, eps = 200, torch.finfo(dtype).eps
+    Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    for small in (1, n // 2):
+        values = torch.ones(n, dtype=torch.float64)
+        values[:small] = 40 * eps
+        A = (Q * values) @ Q.mT
+        scale = A.diagonal().rsqrt()
+        A = (scale[:, None] * A * scale).to(dtype)
+        for factor in (inverse_cholesky, unit_cholesky):
+            assert factor((A + A.mT) / 2).info == 0
+
+
+@pytest.mark.parametrize("factor", [inverse_cholesky, unit_cholesky])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_the_range(dtype, factor):
+    """Powers of two change no bit; matrices beside them in a batch are left as they are."""
+    A, top = gram_of(20, dtype=dtype), torch.finfo(dtype).max
+    plain = factor(A)[0]
+    power = torch.ones(20, 20, dtype=dtype)
+    for exponent in (120 if dtype == torch.float32 else 1020, -100 if dtype == torch.float32 else -960):
+        far = A * 2.0**exponent
+        found, info, damping = factor(torch.stack([A, far]))
+        assert info.tolist() == [0, 0] and damping.tolist() == [0, 0]
+        half = power * 2.0 ** (-exponent // 2)
+        if factor is unit_cholesky:
+            half = torch.where(torch.eye(20).bool(), 1 / half, 1.0)
+        assert torch.equal(found[0], plain) and torch.equal(found[1], plain * half)
+    eye = torch.eye(3, dtype=dtype)
+    for scale in (top, top / 2, torch.finfo(dtype).tiny, torch.finfo(dtype).tiny / 2**10):
+        found, info, _ = factor(scale * eye, damping=0.5)
+        expected = 1.5**-0.5 * scale**-0.5
+        got = float(found[0, 0]) if factor is inverse_cholesky else 1 / float(found[0, 0])
+        assert info == 0 and got == pytest.approx(expected, rel=1e-6)

@@ -114,13 +114,21 @@ WAYS: tuple[Callable[[str], Any], ...] = (by_attributes, by_arguments)
 
 
 def build(model_type: str, name: str, way: Callable[[str], Any], implementation: str) -> Any:
-    """A model with an implementation of attention, always with the same weights."""
+    """A model with an implementation of attention, always with the same weights, none of which are zeros.
+
+    Some models begin with zeros where attention would change the output.
+    """
     kind = getattr(transformers, name)
     configuration = way(model_type)
     if not isinstance(configuration, kind.config_class):
         configuration = configuration.get_text_config()
     torch.manual_seed(0)
-    return kind._from_config(configuration, attn_implementation=implementation).eval()
+    model = kind._from_config(configuration, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_meta and not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
 
 
 def inputs(kind: str) -> tuple[dict[str, Any], torch.Tensor]:

@@ -38,13 +38,14 @@ for the tab key in bash to complete commands, options and files:
 FIT_EPILOG = """\
 Columns of numbers are used as they are; columns of text become categories, one feature (0 or 1) for each level but
 the most frequent, which is the baseline; columns named in --dates become year, month, day and weekday. The first line
-of the file names the columns. A file named - is standard input.
+of the file names the columns. A file named - is standard input. It is UTF-8, or what its byte order mark says;
+--encoding names another, such as cp1252.
 
 Currency signs, codes such as USD, words such as Rs and percent, % and ‰ beside numbers are left out, with a note; they
-must be the same in all of a column. Numbers with other signs in them, such as 1,037 or 3,5, are refused until
---thousands or --decimal says what they mean; so are columns of numbers with a unit or a comparison, such as 5 kg or
-<5, unless --categorical names them. Dates with a time and its distance from UTC are the day that is written. Dates
-that say less, such as 2023-01, give no feature for what they do not say.
+must mean the same in all of a column, as $ and USD do. Numbers with other signs in them, such as 1,037 or 3,5, are
+refused until --thousands or --decimal says what they mean; so are columns of numbers with a unit or a comparison, such
+as 5 kg or <5, unless --categorical names them. Dates with a time and its distance from UTC are the day that is written.
+Dates that say less, such as 2023-01, give no feature for what they do not say.
 
 A target of text or of two values is classified: the linear model is then logistic regression, the network's loss is
 cross-entropy, and predict gives a class and its probability. Any other target is fitted as a number. A note says which
@@ -176,6 +177,17 @@ def _separator(text: str) -> str:
     text = "\t" if text in ("\\t", "tab") else text
     if len(text) != 1 or text in '"\r\n ':
         raise argparse.ArgumentTypeError(f"must be one character such as ';', or 'tab', not {text!r}")
+    return text
+
+
+def _encoding(text: str) -> str:
+    try:
+        # Some codecs are of bytes, or of nothing.
+        b"a".decode(text, "ignore")
+    except (LookupError, UnicodeError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"must be an encoding of text that Python knows, such as cp1252, latin-1 or utf-16, not {text!r}"
+        ) from None
     return text
 
 
@@ -325,6 +337,13 @@ def build_parser() -> argparse.ArgumentParser:
             default=",",
             metavar="CHAR",
             help="the character between fields (default: a comma); 'tab' for tabs",
+        )
+        command.add_argument(
+            "--encoding",
+            type=_encoding,
+            metavar="NAME",
+            help="the encoding of the file, such as cp1252 for one of Excel on Windows (default: by its byte order "
+            "mark; UTF-8 without one)",
         )
         as_fitted = "" if command is fit else "; default: as for the file that the model was fitted on"
         command.add_argument(

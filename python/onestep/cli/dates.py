@@ -165,22 +165,28 @@ def digits_hint(values: np.ndarray, name: str) -> str | None:
 
 
 def parse(texts: Any, written: str | None) -> Any:
-    """Texts as dates, NaT for those that are none. A time's distance from UTC does not change the day written."""
+    """Texts as dates, NaT for those that are none. A time's distance from UTC does not change the day written.
+
+    Dates without a year are of one that has a 29 February.
+    """
     texts = texts.astype("string")
     if written is None:
         iso = texts.str.fullmatch(f"{_ISO_YEAR}|{_ISO_MONTH}|{_ISO_DAY}").fillna(False).astype(bool)
         local = texts.where(iso).str.replace(_OFFSET, r"\1", regex=True)
         return pd.to_datetime(local, format="ISO8601", errors="coerce")
+    whole = written
+    if not _format_says(written)["year"]:
+        whole, texts = f"%Y {written}", "2000 " + texts
     try:
         # A format of which Python knows nothing is told here; pandas says that no text fits it.
-        datetime.strptime("", written)
+        datetime.strptime("", whole)
     except (ValueError, IndexError, re.error) as error:
         if "does not match" not in str(error):
             raise CliError(f"--date-format {written!r} is no format of dates: {error}") from None
     if "%z" in written:
-        return pd.to_datetime(texts.map(lambda text: _local_time(text, written), na_action="ignore"), errors="coerce")
+        return pd.to_datetime(texts.map(lambda text: _local_time(text, whole), na_action="ignore"), errors="coerce")
     try:
-        return pd.to_datetime(texts, format=written, errors="coerce")
+        return pd.to_datetime(texts, format=whole, errors="coerce")
     except ValueError as error:
         raise CliError(f"--date-format {written!r} is no format of dates: {error}") from None
 

@@ -34,7 +34,7 @@ def _read(args: argparse.Namespace) -> tuple[Table, list[str]]:
     text = [name for name in args.categorical + args.dates if name != args.target]
     if args.task == "classification":
         text.append(args.target)
-    table = read_table(Source(args.file), args.sep, conventions, text, target=args.target)
+    table = read_table(Source(args.file, args.encoding), args.sep, conventions, text, target=args.target)
     table.require(args.target, "the target")
     for option in ("ignore", "categorical", "dates"):
         for name in getattr(args, option):

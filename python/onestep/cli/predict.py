@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     conventions = replace(conventions, **{name: value for name, value in given.items() if value is not None})
     text = [column.name for column in model.columns if not isinstance(column, Number)]
     text += [model.target] if model.classes else []
-    table = read_table(Source(args.file), args.sep, conventions, text, fits=False, target=model.target)
+    table = read_table(Source(args.file, args.encoding), args.sep, conventions, text, fits=False, target=model.target)
     _check(table, model)
     whole = ~np.isin(np.arange(len(table.frame)), list(table.broken))
     encoded = [column.encode(table) for column in model.columns]

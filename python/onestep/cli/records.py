@@ -19,7 +19,8 @@ def decoded_lines(source: Source) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
                 raise CliError(
-                    f"{source}: line {number} is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8 text"
+                    f"{source}: line {number} is not UTF-8 (byte 0x{byte:02x}); pass the encoding of the file, such as "
+                    "--encoding cp1252 for one of Excel on Windows, or save it as UTF-8"
                 ) from None
 
 
@@ -57,10 +58,11 @@ def read_header(source: Source, sep: str) -> list[str]:
     """The names of the columns, empty for those without one; raises unless the file is a table with rows."""
     with source.open() as file:
         start = file.read(1 << 16)
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise CliError(f"{source} is UTF-16 text, as spreadsheets write 'Unicode text'; save the file as UTF-8 CSV")
     if b"\0" in start:
-        raise CliError(f"{source} is not a text file (it holds NUL bytes)")
+        # In UTF-16 every other byte of a heading in Latin letters is NUL.
+        orders = [order for order, at in (("le", 1), ("be", 0)) if start[:64][at::2].strip(b"\0") == b""]
+        hint = f"; pass --encoding utf-16-{orders[0]} if it is UTF-16 without a byte order mark" if orders else ""
+        raise CliError(f"{source} is not a text file (it holds NUL bytes){hint}")
     found = records(source, sep)
     _, fields = next(found, (0, []))
     if not fields:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
-import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,19 +14,36 @@ from typing import Any, BinaryIO
 from .errors import CliError
 
 STANDARD_INPUT = Path("-")
+# Byte order marks, of which that of UTF-32 begins like that of UTF-16, and what a file that begins with one is in.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+)
+_AT_ONCE = 1 << 20
+
+
+def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+    """What a stream holds, some at a time."""
+    return iter(lambda: stream.read(_AT_ONCE), b"")
 
 
 class Source:
-    """A CSV file, or standard input or a pipe, copied to a temporary file since it is read more than once."""
+    """A CSV file in UTF-8; anything else is copied to a temporary file in UTF-8: standard input, a pipe, other text.
 
-    def __init__(self, path: Path) -> None:
+    ``encoding`` is that of the text; None: what its byte order mark says, and UTF-8 without one.
+    """
+
+    def __init__(self, path: Path, encoding: str | None = None) -> None:
         self.path = path
         self._name = str(path)
         if path == STANDARD_INPUT:
             self._name = "standard input"
             if sys.stdin is None:
                 raise CliError("standard input is closed; pass a file, or send the table to standard input")
-            self._keep(sys.stdin.buffer)
+            self._keep(_chunks(sys.stdin.buffer))
         elif path.is_dir():
             raise CliError(f"{path} is a directory, not a CSV file")
         elif not path.exists():
@@ -33,21 +51,60 @@ class Source:
         elif path.is_fifo():
             # As the shell's <(command) gives one.
             with path.open("rb") as pipe:
-                self._keep(pipe)
+                self._keep(_chunks(pipe))
         elif not path.is_file():
             raise CliError(f"{path} is not a file, nor a pipe")
+        encoding = self._settle_encoding(encoding)
+        if encoding != "utf-8":
+            with self.open() as stream:
+                self._keep(self._as_utf8(stream, encoding))
 
-    def _keep(self, stream: BinaryIO) -> None:
-        """Copies what a stream holds, which can be read once."""
-        self._copy = tempfile.NamedTemporaryFile(suffix=".csv")  # noqa: SIM115 (deleted with this object)
-        shutil.copyfileobj(stream, self._copy)
-        self._copy.flush()
-        self.path = Path(self._copy.name)
+    def _settle_encoding(self, encoding: str | None) -> str:
+        """The encoding of the file, by its byte order mark or as it was given; raises where the two differ."""
+        with self.open() as file:
+            start = file.read(4)
+        marked = next((name for mark, name in _MARKS if start.startswith(mark)), None)
+        given = None if encoding is None else codecs.lookup(encoding).name
+        if given == "utf-8-sig":
+            given = "utf-8"
+        # utf-16 is any of utf-16-le and utf-16-be.
+        if marked and given and given not in (marked, marked.removesuffix("-le").removesuffix("-be")):
+            raise CliError(
+                f"{self} begins with the byte order mark of {marked}, and --encoding is {encoding}; "
+                "leave the option out"
+            )
+        return marked or given or "utf-8"
+
+    def _as_utf8(self, stream: BinaryIO, encoding: str) -> Iterator[bytes]:
+        """Text of another encoding as UTF-8, without a byte order mark; raises at the line that is none."""
+        decoder, lines, first = codecs.getincrementaldecoder(encoding)(), 1, True
+        try:
+            for chunk in (*_chunks(stream), b""):
+                text = decoder.decode(chunk, final=not chunk)
+                lines += text.count("\n")
+                yield (text.removeprefix("\ufeff") if first else text).encode()
+                first = first and not text
+        except UnicodeError as error:
+            byte = ""
+            if isinstance(error, UnicodeDecodeError):
+                lines += error.object[: error.start].decode(encoding, "ignore").count("\n")
+                byte = f" (byte 0x{error.object[error.start]:02x})"
+            raise CliError(
+                f"{self}: line {lines} is not {encoding}{byte}; pass the encoding of the file with --encoding"
+            ) from None
+
+    def _keep(self, chunks: Iterable[bytes]) -> None:
+        """Copies bytes that can be read once."""
+        kept = tempfile.NamedTemporaryFile(suffix=".csv")  # noqa: SIM115 (deleted with this object)
+        for chunk in chunks:
+            kept.write(chunk)
+        kept.flush()
+        self._copy, self.path = kept, Path(kept.name)
 
     def rewritten(self, content: BinaryIO) -> Source:
         """A source of the same name that holds something else."""
         result = copy.copy(self)
-        result._keep(content)
+        result._keep(_chunks(content))
         return result
 
     def __str__(self) -> str:

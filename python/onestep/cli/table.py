@@ -125,11 +125,13 @@ class Table:
     def unit(self, name: str) -> str | None:
         """What stands beside the numbers of a column (a currency or percent sign), "" for nothing, None: no number.
 
-        Raises where it is not the same beside all.
+        Raises where it does not mean the same beside all, as € and EUR do.
         """
         found = numerals.unit_of_each(self.frame[name], self.conventions)
-        kinds = sorted(set(found))
         values = self.frame[name]
+        meant = found.map(units.meaning)
+        # The first of each meaning.
+        kinds = sorted(found[~meant.duplicated()])
         for kind in kinds:
             row = found[found == kind].index[0]
             if units.differ(units.marks(values[row])):
@@ -207,7 +209,7 @@ class Table:
                 flaws[column.fillna(0).to_numpy() != 0] = "unit"
         else:
             found = numerals.unit_of_each(column, self.conventions)
-            flaws[column.index.isin(found[found != unit].index)] = "unit"
+            flaws[column.index.isin(found[found.map(units.meaning) != units.meaning(unit)].index)] = "unit"
         for flaw, rows in (("misfit", self.misfits), ("inexact", self.inexact)):
             if name in rows:
                 flaws[column.index.isin(rows[name].index)] = flaw

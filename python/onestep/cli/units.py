@@ -29,7 +29,7 @@ _BEFORE = re.compile(rf"^([-+]?)\s*(?:{_UNIT}|{_WORDS_BEFORE})\s*(?=[-+.,\d])")
 # In India an amount may end in /-.
 _AFTER = re.compile(rf"(?<=[\d.,])\s*(?:(?:{_UNIT}|{_WORDS_AFTER})(?:\s*/-)?|/-)$")
 _SAME = {
-    **dict.fromkeys(("PERCENT", "PER CENT", "PCT", "PROZENT", "POURCENT", "POUR CENT", "\uff05"), "%"),
+    **dict.fromkeys(("PERCENT", "PER CENT", "PCT", "PROZENT", "POURCENT", "POUR CENT"), "%"),
     **dict.fromkeys(("PORCIENTO", "POR CIENTO", "PERCENTO", "PER CENTO"), "%"),
     **dict.fromkeys(("EURO", "EUROS"), "EUR"),
     **dict.fromkeys(("RS", "RUPEE", "RUPEES"), "Rs"),
@@ -59,6 +59,26 @@ _CODES_OF = {
     "\u0e3f": "THB",
     "\u09f3": "BDT",
 }
+
+# What a mark stands for where it stands alone. There is none for \u00a5, of Japan and China, and for kr.
+_MEANINGS = {
+    **{sign: code for sign, code in _CODES_OF.items() if " " not in code},
+    **dict.fromkeys(("$", "US$", "USD$", "dollars"), "USD"),
+    **dict.fromkeys(("C$", "CA$", "CAD$"), "CAD"),
+    **dict.fromkeys(("A$", "AU$", "AUD$"), "AUD"),
+    **dict.fromkeys(("S$", "SG$"), "SGD"),
+    **dict.fromkeys(("\u20b9", "Rs"), "INR"),
+    "HK$": "HKD",
+    "NZ$": "NZD",
+    "NT$": "TWD",
+    "MX$": "MXN",
+    "R$": "BRL",
+    "\u00a3": "GBP",
+    "JP\u00a5": "JPY",
+    "CN\u00a5": "CNY",
+}
+# Signs that take the place of a letter of East Asia, and the plain ones.
+_PLAIN = str.maketrans("\uff04\ufe69\uffe1\uffe5\uffe6\uff05", "$$\u00a3\u00a5\u20a9%")
 
 _NUMBER = "[-+]?(?:\\d+(?:[.,' \u2019\u00a0\u202f]\\d+)*|[.,]\\d+)(?:[eE][-+]?\\d+)?"
 _SUFFIX = r"[^\d\s.,;:+()<>=_/\-][^\d]{0,15}?[23\u00b2\u00b3]?"
@@ -96,20 +116,34 @@ def without_inner(text: str) -> str:
 
 def marks(text: str) -> list[str]:
     """What stands beside the number that a text holds, such as $, USD or %, words in one form; "$5 USD" has two."""
-    found = (match[0] for match in (_BEFORE.search(text), _AFTER.search(text)) if match)
-    names = (mark.strip().lstrip("+-").removesuffix("/-").strip().removesuffix(".").upper() for mark in found)
+    found = (match[0].translate(_PLAIN).strip() for match in (_BEFORE.search(text), _AFTER.search(text)) if match)
+    names = (mark.lstrip("+-").removesuffix("/-").strip().removesuffix(".").upper() for mark in found)
     return [_SAME.get(name, name) for name in names if name]
+
+
+def _code_beside(marks: list[str]) -> str:
+    """The one of two marks, before and behind a number, that says more: USD of $5 USD. Empty where they differ."""
+    before, behind = marks
+    for sign, name in ((before, behind), (behind, before)):
+        if name in _CODES_OF.get(sign, _CODES_OF.get(sign[-1], "")).split():
+            return name
+    return ""
 
 
 def differ(marks: list[str]) -> bool:
     """Whether the marks before and behind a number do not mean the same, as in €5 USD."""
-    if len(set(marks)) < 2:
-        return False
-    before, behind = marks
-    return not any(
-        name in _CODES_OF.get(sign, _CODES_OF.get(sign[-1], "")).split()
-        for sign, name in ((before, behind), (behind, before))
-    )
+    return len(set(marks)) == 2 and not _code_beside(marks)
+
+
+def meaning(unit: str) -> str:
+    """A unit in the one form of all that mean the same, such as USD for $, US$, dollars and "$ and USD".
+
+    A sign of several currencies is that of its own name, as $ is the dollar of the United States; one that has none,
+    such as ¥ and kr, is equal to nothing else, and so is a unit of two marks that differ.
+    """
+    marks = unit.split(" and ")
+    mark = marks[0] if len(marks) == 1 else _code_beside(marks)
+    return _MEANINGS.get(mark, mark) or unit
 
 
 def measure(text: str) -> str:

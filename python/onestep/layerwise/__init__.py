@@ -8,6 +8,7 @@ through the network each: to compress it (``quantize``, ``prune``), to mend it (
 from onestep.layerwise.compress import prune, quantize
 from onestep.layerwise.editing import edit
 from onestep.layerwise.export import QuantizedWeight, save
+from onestep.layerwise.loading import load
 from onestep.layerwise.merging import merge
 from onestep.layerwise.refitting import refit
 from onestep.layerwise.replacing import replace_blocks
@@ -22,6 +23,7 @@ __all__ = [
     "QuantizedWeight",
     "Report",
     "edit",
+    "load",
     "merge",
     "prune",
     "quantize",

@@ -12,7 +12,7 @@ from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_tea
 from onestep.layerwise.export import QuantizedWeight
 from onestep.layerwise.grids import rounded
 from onestep.layerwise.layers import Layer, Patterns, find_layers
-from onestep.layerwise.order import Sums, Teaching, solve_in_order
+from onestep.layerwise.order import Factor, Sums, Teaching, solve_in_order
 from onestep.layerwise.pairs import check_names
 from onestep.layerwise.report import Report
 from onestep.layerwise.statistics import LayerStatistics
@@ -41,7 +41,7 @@ def quantize(
     A⁻¹ = UᵀU, w ← w − (w_j − q)/U_jj · U_j: (Hassibi and Stork 1993; GPTQ, Frantar et al. 2022). With a scale
     for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). The sweep begins
     at argmin Σ‖Wx + b − t‖², t the teacher's outputs. The weights are replaced in place by the rounded
-    ones; the report has their codes.
+    ones; the report has their codes. Zeros of a pruned model do not stay zeros: they make up for errors, too.
 
     Args:
         model: any nn.Module with nn.Linear layers, or transformers' Conv1D.
@@ -94,7 +94,7 @@ def quantize(
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
-        sums = Sums(statistics, layer.name, layer.bias)
+        sums = Sums(statistics, layer.name)
         size = group_size or weight.shape[1]
         plain = rounded(weight, bits, size, symmetric)
         order = sums.gram.diagonal().argsort(descending=True, stable=True) if act_order else None
@@ -126,7 +126,8 @@ def quantize(
         quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
         solved = layer.written(quantized.dequantize())
         report.quantized[layer.name] = quantized
-        report.layers.append(sums.report(layer.name, weight, layer.stored(plain.dequantize()), solved, result))
+        before = sums.error(weight, layer.stored(plain.dequantize()))
+        report.layers.append(sums.report(layer.name, result, before, sums.error(weight, solved)))
 
     solve_in_order(
         model,
@@ -158,7 +159,9 @@ def prune(
     """Removes weights of linear layers, so that the layers' outputs on ``data`` change least.
 
     As ``quantize``, with weights that become 0 where w²/U_jj², what removing it costs, is smallest (SparseGPT, Frantar
-    and Alistarh 2023). Which ones, is decided block by block, after what came before has been made up for.
+    and Alistarh 2023). Which ones, is decided block by block, after what came before has been made up for. A layer that
+    would lose more so than by removing the smallest weights, as where inputs nearly depend on each other, is solved
+    again with ten times the damping, up to 1; the best is taken, and the report has its damping.
 
     Args:
         model, data, teacher, names, layers, damping, sequential, dtype, progress: as in ``quantize``.
@@ -191,14 +194,26 @@ def prune(
 
     def solve(layer: Layer, statistics: LayerStatistics) -> None:
         weight = _weight_of(layer, dtype)
-        sums = Sums(statistics, layer.name, layer.bias)
-        result = sums.factor(damping, unit=False)
-        goal = sums.aim(sums.without_dead(weight), result.damping)
-        solved = layer.written(
-            compensated_sweep(goal, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
-        )
-        plain = _smallest_removed(weight, fraction, keep, of)
-        report.layers.append(sums.report(layer.name, weight, plain, solved, result))
+        sums = Sums(statistics, layer.name)
+        before = sums.error(weight, layer.stored(_smallest_removed(weight, fraction, keep, of)))
+
+        def pruned(damping: float) -> tuple[float, Tensor, Factor]:
+            result = sums.factor(damping, unit=False)
+            goal = sums.aim(sums.without_dead(weight), result.damping)
+            swept = compensated_sweep(goal, result.matrix, None, None, None, 0, False, 1, fraction, keep, of)[0]
+            swept = layer.stored(swept)
+            return sums.error(weight, swept), swept, result
+
+        error, solved, result = pruned(damping)
+        # Where features nearly depend on each other, a weight's cost is taken for what later columns leave of it, which
+        # are pruned themselves. Damping trusts them less.
+        while error > before and result.damping < 1.0:
+            again = pruned(min(10.0 * max(result.damping, 0.01), 1.0))
+            if again[0] >= error:
+                break
+            error, solved, result = again
+        layer.write(solved)
+        report.layers.append(sums.report(layer.name, result, before, error))
 
     solve_in_order(
         model,

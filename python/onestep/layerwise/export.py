@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep._files import is_regular, replacing
 from onestep.layerwise.checks import check_path
 from onestep.layerwise.layers import Layer, every_layer
+from onestep.layerwise.pairs import MAP, places_of
+
+# Of the metadata, what ``replace_blocks`` replaced.
+BLOCKS = "onestep.blocks"
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,21 @@ class QuantizedWeight:
 def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWeight] | None = None) -> None:
     """Writes a model's parameters and buffers as safetensors, which ``safetensors.torch.load_file`` reads.
 
+    ``onestep.layerwise.load`` reads the file into a model that was built anew, with or without codes, and with the maps
+    that ``replace_blocks`` has put in the place of blocks (the metadata's ``onestep.blocks``).
+
     Without ``quantized`` every weight is written as it is, dequantised, and ``model.load_state_dict`` takes the file.
     With it (``report.quantized``) the weights named there are written as ``NAME.codes`` (uint8; up to 4 bits two to a
     byte, the even column low), ``NAME.scale``, ``NAME.zero`` and ``NAME.group``; the metadata's ``onestep`` is a JSON
     object of NAME → bits, shape, and, where it is so, ``tied``, the other parameters that are this weight, and
-    ``transposed``: the parameter is Wᵀ (Conv1D). Experts that are stacked in one parameter are written one by one.
+    ``transposed``: the parameter is Wᵀ (Conv1D), ``stacked``: NAME is an expert of a stack; they are written one by
+    one.
     W = scale[:, group] · (codes − zero[:, group]).
 
     Args:
         model: tied parameters are written once, under the first of their names (``safetensors.torch.load_model`` takes
             such files), or as the codes of the layer that was quantised.
-        path: the file.
+        path: the file; it is replaced in one step and keeps its mode, and a link to a file stays.
         quantized: what ``quantize`` reported, of the weights as they still are, or as they are in another dtype:
             ``refit``, ``edit`` or ``replace_blocks`` have made others of them.
 
@@ -80,6 +89,7 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
         ['0.bias', '0.codes', '0.group', '0.scale', '0.zero']
     """
     try:
+        from safetensors.torch import save as serialized
         from safetensors.torch import save_file
     except ModuleNotFoundError:
         raise ModuleNotFoundError("layerwise.save needs safetensors: pip install safetensors") from None
@@ -110,13 +120,36 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
             even, odd = codes[:, 0::2], codes[:, 1::2]
             codes = even | torch.nn.functional.pad(odd, (0, even.shape[1] - odd.shape[1])) << 4
         parts = {"codes": codes, "scale": weight.scale, "zero": weight.zero, "group": weight.group}
-        tensors |= {_within(name, part): value.contiguous() for part, value in parts.items()}
+        tensors |= {part_of(name, part): value.contiguous() for part, value in parts.items()}
         about[name] = {"bits": weight.bits, "shape": list(weight.codes.shape)}
         if not isinstance(every[name].module, nn.Linear) and every[name].stack is None:
             about[name]["transposed"] = True
+        if every[name].stack is not None:
+            about[name]["stacked"] = True
         if tied.get(name):
             about[name]["tied"] = tied[name]
-    save_file(tensors, str(path), metadata={"format": "pt", "onestep": json.dumps(about)})
+    metadata = {"format": "pt", "onestep": json.dumps(about)}
+    replaced = _replaced(model)
+    if replaced:
+        metadata[BLOCKS] = json.dumps(replaced)
+    with replacing(Path(path)) as file:
+        if is_regular(file):
+            # No copy of all tensors is made.
+            save_file(tensors, file.name, metadata=metadata)
+        else:
+            file.write(serialized(tensors, metadata=metadata))
+
+
+def _replaced(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Of containers that lost blocks: which blocks each module stands for, and how the maps among them return."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, container in model.named_modules():
+        if isinstance(container, (nn.ModuleList, nn.Sequential)):
+            places = places_of(container)
+            maps = {at: getattr(container[at], "count", None) for at, place in enumerate(places) if place[0] == MAP}
+            if maps:
+                found[name] = {"places": places, "maps": maps}
+    return found
 
 
 def _check_codes(name: str, every: Mapping[str, Layer], quantized: QuantizedWeight) -> None:
@@ -133,7 +166,7 @@ def _check_codes(name: str, every: Mapping[str, Layer], quantized: QuantizedWeig
         )
 
 
-def _within(name: str, part: str) -> str:
+def part_of(name: str, part: str) -> str:
     """The name of a module's part; the model itself has none."""
     return f"{name}.{part}" if name else part
 
@@ -155,7 +188,7 @@ def _take_out(
     tied: dict[str, list[str]] = {}
     for name in quantized:
         stack, _, expert = name.rpartition(".")
-        weight = _within(name, "weight")
+        weight = part_of(name, "weight")
         if weight in names and names[weight][0] in tensors:
             del tensors[names[weight][0]]
             tied[name] = [other for other in names[weight] if other != weight]

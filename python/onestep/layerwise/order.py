@@ -105,7 +105,7 @@ def solve_in_order(
             names |= dict.fromkeys(_apart(model, chosen, teacher, pairs, first, teaching.needed, sequential))
         options: dict[str, Any] = {"teacher": teacher, "names": names, "dtype": dtype}
         if not sequential:
-            statistics = LayerStatistics(model, list(chosen), **options)
+            statistics = Lacks(model, list(chosen), **options)
             statistics.collect(batches, progress=progress)
             with bar() as shown:
                 for layer in chosen.values():
@@ -117,7 +117,7 @@ def solve_in_order(
             for group, once in _called(model, chosen, first):
                 # Of the names those that these layers are matched by.
                 options["names"] = {name: names[name] for name in names if any(is_at(each, name) for each in group)}
-                statistics = LayerStatistics(model, group, **options)
+                statistics = Lacks(model, group, **options)
                 for masks, runs in passes.of(group):
                     statistics.update_by(runs, masks, stop_early=once)
                 for name in group:
@@ -198,6 +198,12 @@ class Factor(NamedTuple):
     damping: float
 
 
+class Lacks(LayerStatistics):
+    """Statistics whose sums with a teacher are of what each layer lacks of the teacher's outputs, t − Wx − b."""
+
+    _lacks = True
+
+
 class Sums:
     """The Gram matrix of a layer's inputs, ready to be solved with: means over the rows, dead inputs set apart.
 
@@ -208,18 +214,15 @@ class Sums:
         rank: of the Gram matrix, as ``LayerReport`` has it.
     """
 
-    def __init__(self, statistics: LayerStatistics, name: str, bias: Tensor | None = None) -> None:
+    def __init__(self, statistics: LayerStatistics, name: str) -> None:
         sums = statistics[name]
         self.rows, self.rank = sums.count, statistics.rank(name)
-        # With a teacher: Σx(t − b)ᵀ, (d,k), Σ‖t − b‖² and Σ‖t‖², for the layer's bias b.
+        # With a teacher: Σxeᵀ, (d,k), and Σ‖e‖² of what the layer lacks, e = t − Wx − b, and Σ‖t‖².
         self._cross: Tensor | None = None
         if statistics.has_targets(name):
             targets = statistics.targets(name)
-            self._cross, self._square, self._whole = targets.cross, float(targets.square), float(targets.square)
-            if bias is not None:
-                b = bias.to(sums.gram.dtype)
-                self._cross = self._cross - sums.total[:, None] * b
-                self._square += float(self.rows * b.double().square().sum() - 2 * (b.double() @ targets.total.double()))
+            assert targets.whole is not None
+            self._cross, self._square, self._whole = targets.cross, float(targets.square), float(targets.whole)
         self.raw = sums.gram
         diagonal = sums.gram.diagonal()
         self.dead = diagonal == 0
@@ -237,11 +240,15 @@ class Sums:
         return float(((change @ self.raw) * change).sum(dtype=torch.float64).clamp(min=0.0))
 
     def error(self, weight: Tensor, solved: Tensor) -> float:
-        """What ``solved`` (k,d) loses of what ``weight`` puts out, or the teacher where there is one; 0 to about 1."""
+        """What ``solved`` (k,d) loses of what ``weight`` puts out, or the teacher where there is one; 0 to about 1.
+
+        ``weight`` is the layer's, as it was when the sums were made: Σ‖e + (W − Ŵ)x‖².
+        """
+        change = weight - solved
         if self._cross is None:
-            return self._loss(weight - solved) / (self._loss(weight) or 1.0)
-        linear = float((solved * self._cross.mT).sum(dtype=torch.float64))
-        return max(self._loss(solved) - 2 * linear + self._square, 0.0) / (self._whole or 1.0)
+            return self._loss(change) / (self._loss(weight) or 1.0)
+        linear = float((change * self._cross.mT).sum(dtype=torch.float64))
+        return max(self._loss(change) + 2 * linear + self._square, 0.0) / (self._whole or 1.0)
 
     def aim(self, weight: Tensor, damping: float) -> Tensor:
         """The weights that come closest to the teacher's outputs, argmin Σ‖Wx + b − t‖² + a pull towards ``weight``.
@@ -250,13 +257,13 @@ class Sums:
         Without a teacher, or from fewer rows than there are features: ``weight`` itself.
 
         Args:
-            weight: (k,d), as it is.
+            weight: (k,d), as it is, but for dead inputs.
             damping: of the pull, in means of the Gram matrix's diagonal.
         """
         if self._cross is None or self.rows < len(self.gram):
             return weight
         system = self.gram + damping * torch.eye(len(self.gram), dtype=self.gram.dtype)
-        change, info = linalg.solve_spd_ex(system, (self._cross - self.raw @ weight.mT) / self._scale)
+        change, info = linalg.solve_spd_ex(system, self._cross / self._scale)
         return weight if int(info) else weight + change.mT
 
     def factor(self, damping: float, order: Tensor | None = None, *, unit: bool) -> Factor:
@@ -272,16 +279,16 @@ class Sums:
             raise LinAlgError("the Gram matrix of a layer's inputs has no factor with any damping")
         return result
 
-    def report(self, name: str, weight: Tensor, plain: Tensor, solved: Tensor, result: Factor) -> LayerReport:
-        """What ``solved`` and, without the solve, ``plain`` lose of what ``weight``, or the teacher, puts out."""
+    def report(self, name: str, result: Factor, before: float, error: float) -> LayerReport:
+        """Of a layer that was solved with a factor, with the errors without the solve and with it."""
         return LayerReport(
             name=name,
             rows=self.rows,
-            features=weight.shape[1],
+            features=len(self.gram),
             dead=int(self.dead.sum()),
             rank=self.rank,
             info=result.info,
             damping=result.damping,
-            error_before=self.error(weight, plain),
-            error=self.error(weight, solved),
+            error_before=before,
+            error=error,
         )

@@ -12,7 +12,7 @@ from onestep.layerwise.layers import Layer, every_layer
 # What ``replace_blocks`` leaves at a container: for each of its blocks the places that it stands for.
 _PLACES = "_onestep_places"
 # Comes first among the places of a map.
-_MAP = -1
+MAP = -1
 
 Places = list[tuple[int, ...]]
 
@@ -25,7 +25,7 @@ def places_of(container: Any) -> Places:
 
 def map_of(places: Places) -> tuple[int, ...]:
     """The places of a map that takes the place of these blocks."""
-    return (_MAP, *(place for block in places for place in block if place != _MAP))
+    return (MAP, *(place for block in places for place in block if place != MAP))
 
 
 def keep_places(container: Any, places: Places) -> None:
@@ -124,7 +124,7 @@ def _counterpart(model: nn.Module, teacher: nn.Module, name: str) -> tuple[str, 
             if here != there and recorded:
                 place = here[int(part)]
                 index = next((i for i, other in enumerate(there) if other[-1] == place[-1]), None)
-                is_map = place[0] == _MAP and (index is None or there[index] != place)
+                is_map = place[0] == MAP and (index is None or there[index] != place)
                 if index is None or (there[index] != place and not is_map):
                     raise ValueError(
                         f"layer {name!r} is in block {place[-1]} of {where!r} as it was, which the teacher has not as "

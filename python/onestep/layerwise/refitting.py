@@ -108,7 +108,10 @@ class _Refit:
         if self.rows == 0:
             return
         inputs, targets = statistics[layer.name], statistics.targets(layer.name)
-        self.gram, self.cross, self.square = inputs.gram, targets.cross, float(targets.square)
+        # Of what the layer lacks of the teacher's outputs, e = t − Wx − b.
+        assert targets.whole is not None
+        self.gram, self.cross = inputs.gram, targets.cross
+        self.square, self.whole = float(targets.square), float(targets.whole)
         if layer.bias is not None:
             self.weight = torch.cat([weight, layer.bias.to(dtype)[:, None]], 1)
             count = torch.full((1, 1), float(self.rows), dtype=dtype)
@@ -125,8 +128,10 @@ class _Refit:
 
     def error(self, weight: Tensor) -> float:
         """Σ‖t − Wx − b‖² / Σ‖t‖²."""
-        fitted = ((weight @ self.gram) * weight).sum() - 2 * (weight * self.cross.mT).sum()
-        return max(float(fitted) + self.square, 0.0) / (self.square or 1.0)
+        change = weight - self.weight
+        fitted = ((change @ self.gram) * change).sum(dtype=torch.float64)
+        linear = (change * self.cross.mT).sum(dtype=torch.float64)
+        return max(float(fitted - 2 * linear) + self.square, 0.0) / (self.whole or 1.0)
 
     def solve(self, ridge: float, keep_zeros: bool) -> LayerReport:
         d, dead = self.layer.weight.shape[1], int(self.sums.dead.sum())
@@ -160,18 +165,18 @@ class _Refit:
         # The bias has no penalty.
         pulled = torch.full((len(self.gram),), penalty, dtype=self.gram.dtype)
         pulled[self.layer.weight.shape[1] :] = 0
+        # For the change of W, which the penalty pulls to 0.
         system = self.gram + pulled.diag()
-        right = self.cross + pulled[:, None] * self.weight.mT
         if zeros is None:
-            solution, info = linalg.solve_spd_ex(system, right)
-            return solution.mT, int(info)
+            change, info = linalg.solve_spd_ex(system, self.cross)
+            return self.weight + change.mT, int(info)
         # Each output has features of its own: its equations are those of the others' rows and columns removed.
         parts = []
         for rows in torch.arange(len(zeros)).split(max(1, _MOST_ELEMENTS // system.numel())):
             kept = (~zeros[rows]).to(system.dtype)
             own = system * kept[:, :, None] * kept[:, None, :] + torch.diag_embed(1 - kept)
-            solution, info = linalg.solve_spd_ex(own, right.mT[rows] * kept)
+            change, info = linalg.solve_spd_ex(own, self.cross.mT[rows] * kept)
             if bool(info.any()):
                 return self.weight, int(info.max())
-            parts.append(solution * kept)
+            parts.append(self.weight[rows] + change * kept)
         return torch.cat(parts), 0

@@ -62,7 +62,8 @@ def replace_blocks(
 
     The map takes the first block's place and the others leave their container (an nn.Sequential or nn.ModuleList). A
     first block that is given and returns one tensor becomes an nn.Linear, which loads without onestep; any other a
-    ``LinearBlock``, which ignores the other arguments and has its nn.Linear as ``map``.
+    ``LinearBlock``, which ignores the other arguments and has its nn.Linear as ``map``. ``save`` and ``load`` keep the
+    maps; ``from_pretrained`` of transformers does not know them and builds the blocks anew, with random weights.
 
     Args:
         model: changed in place.

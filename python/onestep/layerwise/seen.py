@@ -37,6 +37,7 @@ class Seen:
         awaited: layers after whose calls the pass may end; None: none.
         storage: where the sums are kept.
         sums: False: inputs are numbered, and nothing is added up.
+        lacks: sums with a teacher are of what each layer lacks of its outputs.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class Seen:
         storage: Storage,
         *,
         sums: bool = True,
+        lacks: bool = False,
     ) -> None:
         self.dtype, self.awaited = dtype, awaited
-        self._layers, self._storage, self._adds = layers, storage, sums
+        self._layers, self._storage, self._adds, self._lacks = layers, storage, sums, lacks
         self._padding = Padding(Masks())
         self.sums: dict[int, InputSums] = {}  # by the number of the inputs
         # Of inputs, in the order that they came in: a tensor that is changed in place is another one afterwards.
@@ -138,7 +140,13 @@ class Seen:
                 "the two models send rows to it differently. Leave it out, such as by layers=['*', '!*.experts.*']"
             )
         rows, target = rows.to(self.dtype), outputs[index].to(self.dtype)
-        added = TargetSums(self._storage.keep(rows.mT @ target), target.sum(0), target.square().sum())
+        whole = None
+        if self._lacks:
+            layer, whole = self._layers[name], target.square().sum()
+            target = torch.addmm(target, rows, layer.weight.mT.to(self.dtype), alpha=-1)
+            if layer.bias is not None:
+                target -= layer.bias.to(self.dtype)
+        added = TargetSums(self._storage.keep(rows.mT @ target), target.sum(0), target.square().sum(), whole)
         self.crossed[name] = self.crossed[name].plus(added, self._storage) if name in self.crossed else added
 
 

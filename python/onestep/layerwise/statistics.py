@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from onestep import linalg
+from onestep._files import replacing
 from onestep._fork import one_thread_after_fork
 from onestep._restored import replaced
 from onestep.evaluation.progress import Progress
@@ -65,6 +65,10 @@ class LayerStatistics:
         tensor([[5., 5.],
                 [5., 5.]])
     """
+
+    # Whether the sums with a teacher are of t − Wx − b, with the weights as they are while data passes through. In
+    # Σ‖t − Ŵx − b‖² of sums of t, what is left of three numbers near Σ‖t‖² would be their rounding.
+    _lacks = False
 
     def __init__(
         self,
@@ -171,7 +175,8 @@ class LayerStatistics:
             masks: of each, which places are not padding.
             stop_early: as in ``update``.
         """
-        seen = Seen(self._layers, self._dtype, set(self.names) if stop_early else None, self._storage)
+        awaited = set(self.names) if stop_early else None
+        seen = Seen(self._layers, self._dtype, awaited, self._storage, lacks=self._lacks)
         models = [self._model] if self._teacher in (None, self._model) else [self._model, self._teacher]
         with evaluating(*models), torch.no_grad(), replaced(padded(models)):
             if self._teacher is not None:
@@ -273,7 +278,8 @@ class LayerStatistics:
         """Writes everything to a file, which is replaced in one step; torch.load reads it.
 
         Args:
-            path: the file; one beside it, with ``.partial`` at the end of its name, is there while it is written.
+            path: the file, which keeps its mode; a link to a file stays. A file beside it, with ``.partial`` at the end
+                of its name, is there while it is written.
 
         Raises:
             OSError: it cannot be written.
@@ -290,13 +296,8 @@ class LayerStatistics:
             "targets": {name: [sums.cross, sums.total, sums.square] for name, sums in self._targets.items()},
             "dtype": str(self._dtype),
         }
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
+        with replacing(Path(path)) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
     def load(self, path: str | Path) -> LayerStatistics:
         """Takes everything from a file that ``save`` wrote; returns self.

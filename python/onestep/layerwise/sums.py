@@ -98,12 +98,16 @@ class TargetSums:
         cross: (d,k), Σxtᵀ.
         total: (k,), Σt.
         square: (), Σ‖t‖².
+        whole: None; where the sums are not of t but of what the layer lacks of it, t − Wx − b: Σ‖t‖².
     """
 
     cross: Tensor
     total: Tensor
     square: Tensor
+    whole: Tensor | None = None
 
     def plus(self, other: TargetSums, storage: Storage) -> TargetSums:
         """The sums over both."""
-        return TargetSums(storage.add(self.cross, other.cross), self.total + other.total, self.square + other.square)
+        cross, total = storage.add(self.cross, other.cross), self.total + other.total
+        whole = None if self.whole is None or other.whole is None else self.whole + other.whole
+        return TargetSums(cross, total, self.square + other.square, whole)

@@ -19,7 +19,7 @@ class InverseCholeskyResult(NamedTuple):
         U: (…,n,n) in A's dtype (float32 for 16 bits), upper triangular (lower, where ``upper`` is False); NaN where
             ``damping`` is NaN.
         info: (…) int32, of A with the damping that was asked for: 0; k > 0 where the trailing minor of order k is not
-            positive definite: the last k features are dependent; −1 where A holds NaN or infinity.
+            positive definite, or singular: the last k features are dependent; −1 where A holds NaN or infinity.
         damping: (…), in U's dtype, what U was computed with: as asked for where info is 0, more where info is positive;
             NaN where there is no U.
 
@@ -45,14 +45,15 @@ def inverse_cholesky(A: Tensor, *, damping: float | Tensor = 0.0, upper: bool = 
     elimination of [Ã | 1], 2n³/3 operations where Cholesky, inverse and Cholesky again take 4n³/3. It is what the
     compensated sweeps of GPTQ and SparseGPT take from a layer's Gram matrix (Frantar et al. 2022, 2023).
 
-    ``damping``·mean(diag A) is added to the diagonal. Where A is not positive definite (a pivot is under 8 ε of its
-    diagonal element), damping goes up tenfold, from at least 1e-6 (float64: 1e-12) to 1, until it is; the result says
-    how far. Inside a transform (vmap, jvp, torch.compile) and on tensors whose values are not known, it does not.
+    ``damping``·mean(diag A) is added to the diagonal. Where A is singular, damping goes up tenfold, from at least 1e-6
+    (float64: 1e-12) to 1, until it is not; the result says how far. Inside a transform (vmap, jvp, torch.compile) and
+    on tensors whose values are not known, it does not. Matrices near the ends of the dtype's range are scaled by powers
+    of two meanwhile.
 
-    The rule cannot tell rank n from less where rounding leaves a larger pivot than 8 ε: of Gram matrices in which one
-    feature is the sum of the others, about half pass with ``info`` 0, and their U is large and mostly rounding. The
-    eigenvalues of the matrix scaled to a diagonal of 1 tell (``torch.linalg.eigvalsh``). A float64 matrix whose
-    diagonal sums to more than 1.8e308 has no mean diagonal: ``info`` is positive and ``damping`` NaN; scale it.
+    A is singular where a pivot is at most 8 ε of its diagonal element, or the least eigenvalue at most 8 ε with the
+    diagonal scaled to 1, which is asked of U. Rounding moves that of dependent features by about ε: all of them were
+    found in Gram matrices in which one feature is a combination of up to 1,000 others, of which the rule for pivots
+    finds half. An A whose least eigenvalue is that small for other reasons has a U that is mostly rounding, too.
 
     Args:
         A: (…,n,n) symmetric, of which the lower triangle is read; float32 or float64 (16-bit: computed in float32).

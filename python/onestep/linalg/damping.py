@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onestep._fork import safe_after_fork
 from onestep.linalg._arguments import floating, number, values_are_known
 from onestep.ops import compensated as ops
 from onestep.ops.operands import check_size
@@ -48,6 +49,7 @@ def unit_cholesky(A: Tensor, *, damping: float | Tensor = 0.0) -> UnitCholeskyRe
     return UnitCholeskyResult(*damped_factor(ops.unit_cholesky, floating("A", A), damping))
 
 
+@safe_after_fork
 def damped_factor(factor: Factor, A: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The factor, the status with the damping that was asked for, and the damping that it took."""
     if A.dim() < 2:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from onestep._files import replacing
+
 FORMAT = "onestep.fit/4"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes beside the file and moves it into place: a process killed at any moment leaves the old or the new one."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Replaces the file in one step: a process killed at any moment leaves the old or the new one."""
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def load(path: Path) -> dict[str, Any]:

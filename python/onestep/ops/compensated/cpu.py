@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from onestep import _native
+from onestep._fork import safe_after_fork
 from onestep.ops._library import register
 from onestep.ops.compensated import schema
+from onestep.ops.compensated.singular import scaled_into_range, with_dependent
 from onestep.ops.operands import kernel_batch, operand
 
 Entries = dict[torch.dtype, Callable[..., None]]
@@ -28,11 +30,13 @@ def _unit_cholesky(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     return _factor(A, damping, unit=True)
 
 
+@safe_after_fork
 def _factor(A: Tensor, damping: Tensor, *, unit: bool) -> tuple[Tensor, Tensor]:
     factor, info = schema.factor_results(A, damping)
     batch = tuple(info.shape)
     if factor.numel() == 0:
         return factor, info.zero_()
+    A, power = scaled_into_range(A)
     _INVERSE[A.dtype](
         a=operand(A, batch, 2),
         damping=operand(damping, batch, 0),
@@ -42,6 +46,11 @@ def _factor(A: Tensor, damping: Tensor, *, unit: bool) -> tuple[Tensor, Tensor]:
         factor=factor.data_ptr(),
         info=info.data_ptr(),
     )
+    with_dependent(A, damping, factor, info, unit=unit)
+    if power is not None and unit:
+        factor.diagonal(dim1=-2, dim2=-1).mul_(power.squeeze(-1))
+    elif power is not None:
+        factor.div_(power)
     return factor, info
 
 

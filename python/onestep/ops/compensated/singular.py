@@ -1,0 +1,93 @@
+"""Which matrices that were factored are singular all the same, and matrices near the ends of their dtype's range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onestep.ops.singular import SINGULAR_EPSILONS
+
+# Elements of the eigenvector to the least eigenvalue from here on, of the largest, are of the dependent features.
+_PART_OF_IT = 1e-3
+
+
+def with_dependent(A: Tensor, damping: Tensor, factor: Tensor, info: Tensor, *, unit: bool) -> None:
+    """Marks those singular whose least eigenvalue is at most 8 ε, with the diagonal scaled to 1: info, and NaN.
+
+    A pivot is that eigenvalue over the square of an element of its eigenvector. Where many features depend on each
+    other, rounding leaves pivots that are n times as large as itself, which the kernel's rule for pivots lets pass.
+    S⁻¹ is asked instead: S is at least as near to singular as two steps of inverse iteration say.
+
+    Args:
+        A: (…,n,n), what was factored, without the damping.
+        damping: (…).
+        factor: (…,n,n), U, or R with P on its diagonal (``unit``); replaced by NaN where it is singular.
+        info: (…), of the kernel; written to.
+        unit: which factor it is.
+    """
+    eps = torch.finfo(A.dtype).eps
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    added = damping * diagonal.mean(-1)
+    diagonal = diagonal + added[..., None]
+    # What damping adds is a floor of the eigenvalues. Rounding moved those of dependent features by up to 3.3 ε.
+    unknown = (info == 0) & (added <= SINGULAR_EPSILONS / 2 * eps * diagonal.amax(-1))
+    if not bool(unknown.any()):
+        return
+    if not unit:
+        # The sum of S⁻¹'s eigenvalues: first no less than that, which is quicker, then itself.
+        most = torch.linalg.vector_norm(factor, dim=(-2, -1)).square() * diagonal.amax(-1)
+        unknown &= ~(most * (SINGULAR_EPSILONS * eps) < 1)
+        if bool(unknown.any()):
+            scaled = factor[unknown] * diagonal[unknown].sqrt()[..., None, :]
+            unknown[unknown.clone()] = ~(
+                torch.linalg.vector_norm(scaled, dim=(-2, -1)).square() * (SINGULAR_EPSILONS * eps) < 1
+            )
+    for place in unknown.nonzero():
+        at = tuple(place.tolist())
+        least, vector = _least(factor[at], diagonal[at], unit)
+        if not least > SINGULAR_EPSILONS * eps:
+            dependent = vector.abs() >= _PART_OF_IT * vector.abs().max()
+            info[at] = len(vector) - int(dependent.to(torch.int8).argmax())
+            factor[at] = torch.nan
+
+
+def _least(factor: Tensor, diagonal: Tensor, unit: bool) -> tuple[float, Tensor]:
+    """A bound from above of the least eigenvalue of S, close where it is far below the others, and its eigenvector."""
+    root = diagonal.sqrt()
+    if unit:
+        pivots = factor.diagonal()[:, None]
+        x = torch.zeros_like(root)
+        x[(pivots[:, 0] / root).argmin()] = 1.0
+    else:
+        # S⁻¹ = BᵀB.
+        factor = factor * root
+        x = factor[torch.linalg.vector_norm(factor, dim=-1).argmax()]
+        x = x / torch.linalg.vector_norm(x)
+    size = torch.ones_like(root[0])
+    for _ in range(2):
+        if unit:
+            y = torch.linalg.solve_triangular(factor, (root * x)[:, None], upper=True, unitriangular=True)
+            y = torch.linalg.solve_triangular(factor.mT, y / pivots.square(), upper=False, unitriangular=True)
+            y = root * y[:, 0]
+        else:
+            # Sums by rows and by columns have the same bits for any number of threads.
+            y = (factor * (factor * x).sum(-1, keepdim=True)).sum(0)
+        size = torch.linalg.vector_norm(y)
+        x = y / size
+    return 1.0 / float(size), x
+
+
+def scaled_into_range(A: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A and None; or A with matrices near the ends of the dtype's range times 2^(−2k), and 2^k, (…,1,1).
+
+    The mean of a diagonal overflows where its elements do not, and small elements have few digits.
+    """
+    info = torch.finfo(A.dtype)
+    top = A.diagonal(dim1=-2, dim2=-1).amax(-1)
+    far = (top > info.max / (4 * A.shape[-1])) | ((top > 0) & (top < info.tiny / info.eps))
+    far &= top.isfinite()
+    if not bool(far.any()):
+        return A, None
+    exponent = torch.where(far, torch.frexp(top).exponent, 0)
+    power = torch.ldexp(torch.ones_like(top), exponent.div(2, rounding_mode="floor"))[..., None, None]
+    return A / power / power, power
