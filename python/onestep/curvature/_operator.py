@@ -68,7 +68,8 @@ class CurvatureOperator(ABC):
             time.
 
     Raises:
-        ValueError, TypeError: an argument is not what it should be, or two passes over the data differ.
+        ValueError, TypeError: an argument is not what it should be, two passes over the data differ, or the loss
+            carries no gradient of the parameters, as after ``detach`` in forward: products would be zero.
         NonFiniteError: NaN or infinity in data or loss, naming the batch; also from all methods that take products.
     """
 

@@ -67,7 +67,12 @@ def root_jacobian(
         with torch.enable_grad():
             leaf = point.detach().requires_grad_()
             outputs = call_model(module, part.inputs, values(leaf)).reshape(len(part), -1)
-            slopes = [torch.autograd.grad(z, leaf, retain_graph=True)[0] for z in outputs.flatten()]
+            slopes = [
+                torch.autograd.grad(z, leaf, retain_graph=True, materialize_grads=True)[0]
+                if z.requires_grad
+                else torch.zeros_like(point)
+                for z in outputs.flatten()
+            ]
         J = torch.stack(slopes).reshape(*outputs.shape, -1)
         return vmap(root)(outputs.detach(), part.target) @ J
 

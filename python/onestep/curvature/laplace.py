@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from onestep.evaluation.distributed import share
 from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.layers import columns
 from onestep.evaluation.losses import LOSSES, as_loss
-from onestep.evaluation.module import call_model, chunk_rows, parameter_names, warn_of_eval_mode
+from onestep.evaluation.module import call_model, chunk_rows, parameter_names, warn_of_eval_mode, without_gradient
 from onestep.evaluation.parameters import ParameterVector
 
 # Rows that are read before it is known how many fit into memory.
@@ -160,6 +161,11 @@ class Laplace:
         last = not isinstance(first.target, Tensor) or first.target.shape == outputs.shape[:-1]
         self._class_dim = -1 if last or outputs.dim() < 3 else 1
         self._chunk_rows = chunk_size or chunk_rows(self.model, self._loss, first)
+        # Later rows are read only where the first have no gradient.
+        rows = chain([first], source.all())
+        reason = "" if self._head else without_gradient(self.model, self._loss, rows, self._vector.tensors)
+        if reason:
+            raise ValueError(f"model: {reason}")
         source.chunk_size = self._chunk_rows
         self._sums = Sums(self.model, self._loss, self._vector, self.names, self._head)
         self._blocks = self._sums.blocks(self.structure, source.all)

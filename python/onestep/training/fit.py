@@ -126,7 +126,8 @@ def fit(
     Raises:
         NonFiniteError: NaN or infinity in data, loss or gradient, naming step and batch; the model keeps the last good
             parameters.
-        ValueError, TypeError: an argument is not what it should be.
+        ValueError, TypeError: an argument is not what it should be, or the outputs carry no gradient (``detach``,
+            ``torch.no_grad`` and the like in forward), which the closed form alone does without.
 
     Examples:
         >>> import torch, onestep
