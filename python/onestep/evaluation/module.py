@@ -160,6 +160,7 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
             elif type(error) is RuntimeError:
                 raise RuntimeError(
                     f"model or loss fails on the first rows, {_described(few)}: {str(error) or repr(error)}"
+                    f"{_hint(few, error)}"
                 ) from error
             else:
                 raise
@@ -187,6 +188,14 @@ def check_first_rows(model: nn.Module, loss: Loss, some: Chunk) -> None:
     if loss.name == "function":
         with torch.no_grad():
             RowMeans(loss).add(call_model(model, some.inputs), some.target)
+
+
+def _hint(chunk: Chunk, error: RuntimeError) -> str:
+    """What to do about whole numbers that a layer cannot multiply by its weights."""
+    whole = any(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in tree_leaves(chunk.inputs))
+    if not whole or "dtype" not in str(error):
+        return ""
+    return ". Integers stay integers, since they may be indices: pass X.astype('float32'), or X.float() of a tensor"
 
 
 def _described(chunk: Chunk) -> str:
