@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 import onestep
+from onestep.curvature import Laplace
 from onestep.optim.decrement import newton_decrement
 
 # At a minimum the loss can be lowered by 1.2e-6 of itself; half a rounding of each parameter changes it about as much.
@@ -147,3 +148,58 @@ def test_a_last_step_that_was_large_does_not_say_that_the_loss_falls_for_ever() 
         torch.manual_seed(seed)
         result = onestep.fit(Narrow(2), (X[:, :2], y), "bce", method="newton_cg", progress=False)
         assert result.converged, (seed, result)
+
+
+class Autocast(nn.Module):
+    """A network under autocast, whose outputs are bfloat16."""
+
+    def __init__(self, outputs: int, *, hidden: bool, enabled: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, outputs)] if hidden else [nn.Linear(3, outputs)]
+        self.layers, self.enabled = nn.Sequential(*layers), enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return self.layers(x)
+
+
+def _noisy(loss: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(200, 3, generator=generator)
+    score = X.sum(1, keepdim=True).sin() + 0.3 * torch.randn(200, 1, generator=generator)
+    return X, score if loss == "mse" else (score[:, 0] > 0).long() if loss == "cross_entropy" else (score > 0).float()
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce", "poisson"])
+def test_outputs_of_16_bits_are_widened(loss: str) -> None:
+    """By every method and operator alike: Levenberg-Marquardt and Laplace had no eigenvalues of bfloat16."""
+    X, y = _noisy(loss)
+    k = 2 if loss == "cross_entropy" else 1
+    reached = []
+    for method, enabled in (("levenberg_marquardt", True), ("auto", True), ("levenberg_marquardt", False)):
+        model = Autocast(k, hidden=True, enabled=enabled)
+        assert (model(X).dtype == torch.bfloat16) is enabled
+        result = onestep.fit(model, (X, y), loss, method=method, weight_decay=1e-2, max_steps=8, progress=False)
+        assert result.method == "levenberg_marquardt"
+        reached.append(result.loss)
+    # The outputs' rounding is 4e-3 of them.
+    assert max(reached[:2]) <= 1.03 * reached[2], reached
+    found = []
+    for enabled in (True, False):
+        model = Autocast(k, hidden=True, enabled=enabled)
+        posterior = Laplace(model, (X, y), loss, parameters="all", prior_precision=1.0)
+        assert posterior.covariance().dtype == torch.float64
+        found.append(torch.linalg.inv(posterior.covariance()))
+    assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+@pytest.mark.parametrize("method", ["levenberg_marquardt", "newton_cg", "gauss_newton", "gradient_descent"])
+def test_a_minimum_of_outputs_of_16_bits(method: str, loss: str) -> None:
+    X, y = _noisy(loss)
+    model = Autocast(1, hidden=False)
+    result = onestep.fit(model, (X, y), loss, method=method, progress=False)
+    # Of float64 autocast makes no less.
+    reached = in_double(model, X, y, loss) / minimum(X, y, loss) - 1
+    assert reached <= (_CLOSE if result.converged else 1e-2), (reached, result)

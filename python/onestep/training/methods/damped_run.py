@@ -15,6 +15,8 @@ from torch import Tensor
 from onestep._cached import cached_property
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import from_first, summed, together
+from onestep.evaluation.losses import widened
+from onestep.evaluation.module import call_model
 from onestep.optim import NonFiniteError, StepReport
 from onestep.optim.gradient_descent import GradientDescent
 from onestep.optim.optimizer import DampedOptimizer
@@ -161,7 +163,8 @@ class DampedRun(Run):
         elif not test:
             return Verdict()
         else:
-            looked = Verdict(test, converged=True) if self.optimizer.certain else self._looked(test)
+            certain = self.optimizer.certain and not self._is_narrow
+            looked = Verdict(test, converged=True) if certain else self._looked(test)
         if not looked.converged:
             return looked
         test = looked.reason
@@ -236,6 +239,17 @@ class DampedRun(Run):
 
         total, count = summed(terms)[1]
         return total / count
+
+    @cached_property
+    def _is_narrow(self) -> bool:
+        """Whether outputs have 16 bits, as under autocast: their gradients are no more exact."""
+
+        def narrow() -> bool:
+            with torch.no_grad():
+                outputs = call_model(self.plan.model, next(self.plan.source.all()).rows(slice(0, 1)).inputs)
+            return widened(outputs).dtype != outputs.dtype
+
+        return from_first(narrow)
 
     @cached_property
     def _is_affine(self) -> bool:
