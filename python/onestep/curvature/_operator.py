@@ -359,7 +359,8 @@ def in_order(data: Any, loss: Any, stacklevel: int) -> tuple[Any, Any]:
         raise TypeError(f"data is {data!r}; expected a pair of tensors, a data loader, or the like")
     if isinstance(data, str) or (callable(data) and not isinstance(data, (Iterable, Dataset))):
         warnings.warn(
-            "operators take (model, data, loss), as onestep.fit does; the order (model, loss, data) is deprecated",
+            "operators and Laplace take (model, data, loss), as onestep.fit does; the order (model, loss, data) is "
+            "deprecated",
             DeprecationWarning,
             stacklevel=stacklevel + 1,
         )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from onestep._fork import one_thread_after_fork
 from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode
 from onestep._torch_private import tree_leaves
+from onestep.curvature._operator import in_order
 from onestep.curvature.jacobian import root_jacobian
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.curvature.laplace_assembly import STRUCTURES, Structure, Sums, find_last_layer
@@ -80,6 +80,7 @@ class Laplace:
         data: as for ``onestep.fit``: a pair (inputs, target), a Dataset of such pairs, or a DataLoader of batches. Data
             and loss may also come in the other order.
         loss: "mse", "cross_entropy", "poisson" or "bce", or torch's losses of these kinds without class weights.
+            The old order of arguments, (model, loss, data), is deprecated.
         parameters: "last_layer", the nn.Linear that ends the model, whose matrix is made by the weighted Gram kernel
             without a Jacobian; or "all" with requires_grad=True.
         structure: of the matrix. "exact"; "block", one block for each module ("all") or output ("last_layer");
@@ -119,8 +120,7 @@ class Laplace:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-        if isinstance(data, str) or (callable(data) and not isinstance(data, (Iterable, Dataset))):
-            data, loss = loss, data
+        data, loss = in_order(data, loss, stacklevel=3)
         if parameters not in ("last_layer", "all"):
             raise ValueError(f"parameters={parameters!r}; expected 'last_layer' or 'all'")
         if structure not in STRUCTURES:
