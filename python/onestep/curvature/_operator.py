@@ -210,10 +210,11 @@ class CurvatureOperator(ABC):
     def diagonal(self, samples: int | None = None, *, generator: torch.Generator | None = None) -> Estimate:
         """diag A, (p,): exact for up to 128 parameters, else estimated by z∘Az with random signs z.
 
-        (Bekas, Kokiopoulou and Saad 2007.) Gauss-Newton and Fisher matrices of models with up to 32 outputs a row have
+        (Bekas, Kokiopoulou and Saad 2007.) Gauss-Newton and Fisher matrices of models with up to 64 outputs a row have
         theirs exactly for any number of parameters, by rows of the Jacobian, where torch.func.vmap can run the model.
         Otherwise, for the losses with a name, theirs is the mean of squares (Jᵀs)², which is never negative, with s
-        drawn by a root of the loss's Hessian. The error of z∘Az comes from the rest of the row, and may make an element
+        drawn by a root of the loss's Hessian. The relative standard error of each element is about √(2 / samples) then:
+        18 % with 64, 4 % with 1,024. ``standard_error`` has it, element by element. The error of z∘Az comes from the rest of the row, and may make an element
         negative where the matrix has no negative elements.
 
         Args:
