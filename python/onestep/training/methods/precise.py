@@ -36,6 +36,7 @@ class Finding(NamedTuple):
         step: a step (p,) that lowers the loss, in the parameters' dtype.
         newton: Newton's step (p,) at a minimum.
         why: why neither is known, a clause.
+        ran: whether the model runs in float64.
     """
 
     converged: bool = False
@@ -43,6 +44,7 @@ class Finding(NamedTuple):
     step: Tensor | None = None
     newton: Tensor | None = None
     why: str = ""
+    ran: bool = True
 
 
 def look(plan: FitPlan, least: float, products: int, *, hessian: bool, loss: Callable[[], float]) -> Finding:
@@ -65,7 +67,7 @@ def look(plan: FitPlan, least: float, products: int, *, hessian: bool, loss: Cal
             with uncompiled(problem.objective.module):
                 return _look(plan, problem, least, products, hessian=hessian, loss=loss)
     except Exception as error:
-        return Finding(why=f"the model or the loss does not run in float64 ({explained(error)})")
+        return Finding(why=f"the model or the loss does not run in float64 ({explained(error)})", ran=False)
     finally:
         plan.parameters.write(start)
 
