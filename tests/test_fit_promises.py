@@ -475,3 +475,10 @@ def test_a_head_over_saturated_features_in_float32(seed: int) -> None:
     assert all(after <= earlier * (1 + 1e-6) for earlier, after in itertools.pairwise(losses))
     assert result.loss < 1e-3
     assert cross_entropy(model(data.float()), classes).item() == pytest.approx(result.loss, rel=1e-2, abs=1e-7)
+
+
+def test_whole_numbers_as_inputs_say_what_to_pass() -> None:
+    X = torch.arange(12).reshape(6, 2)
+    for data in ((X.numpy(), X[:, :1].float().numpy()), (X, X[:, :1].float())):
+        with pytest.raises(RuntimeError, match=r"Integers stay integers.*X\.astype\('float32'\), or X\.float\(\)"):
+            onestep.fit(nn.Linear(2, 1), data, progress=False)

@@ -183,7 +183,7 @@ def test_frozen_body_float32_and_loss_first() -> None:
     single = model.float()
     for parameter in single.parameters():
         parameter.requires_grad_(False)
-    posterior = Laplace(single, "cross_entropy", (X.float(), y), parameters="last_layer")
+    posterior = Laplace(single, (X.float(), y), "cross_entropy", parameters="last_layer")
     torch.testing.assert_close(posterior.standard_deviations(), expected, rtol=1e-5, atol=0)
     assert posterior.predict(X.float()).variance.dtype == torch.float32
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 import onestep
-from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator
+from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator, Laplace
 from onestep.evaluation.losses import as_loss
 
 ROWS, CLASSES = 30, 3
@@ -248,6 +248,10 @@ def test_the_old_order_of_arguments_is_deprecated() -> None:
     with pytest.warns(DeprecationWarning) as caught:
         FisherOperator(model(), "cross_entropy", (X, y), progress=False)
     assert caught[0].filename == __file__ and len(caught) == 1
+    with pytest.warns(DeprecationWarning, match=r"\(model, data, loss\)") as caught:
+        old = Laplace(model(), "cross_entropy", (X, y))
+    assert caught[0].filename == __file__ and len(caught) == 1
+    torch.testing.assert_close(old.covariance(), Laplace(model(), (X, y), "cross_entropy").covariance())
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss(label_smoothing=0.1)])

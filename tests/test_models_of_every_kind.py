@@ -138,9 +138,13 @@ def test_fit_with_derivatives_inside_the_model(method: str, form: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")
 def test_reentrant_checkpoints_are_refused() -> None:
-    op = HessianOperator(network("reentrant"), (X, Y), progress=False)
+    model = network("reentrant")
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        HessianOperator(model, (X, Y), progress=False)
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    ones = {name: torch.ones_like(p) for name, p in named.items()}
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        op @ torch.ones(op.shape[0], dtype=torch.float64)
+        hvp(lambda p: torch.func.functional_call(model, p, (X,)).square().mean(), named, ones)
 
 
 def test_functions_that_raise_both_ways_say_why() -> None:

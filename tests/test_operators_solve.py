@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import math
 from typing import Any
 
 import pytest
@@ -174,6 +175,29 @@ def test_diagonals_of_larger_matrices_are_exact_by_rows(
     if loss is not bent:
         assert (estimate.value >= 0).all()
         assert ((estimate.value - expected).abs() <= 5 * estimate.standard_error + 1e-14).all()
+
+
+@pytest.mark.parametrize(("outputs", "samples"), [(50, None), (70, None), (70, 1024)])
+def test_a_diagonal_of_many_outputs_is_exact_or_says_its_error(outputs: int, samples: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(outputs, (40,), generator=generator)
+    torch.manual_seed(0)
+    model = nn.Linear(6, outputs).double()
+    op = GaussNewtonOperator(model, (X, y), "cross_entropy", progress=False)
+    # ∂²loss/∂W_cj² = mean x_j² p_c (1 - p_c), and 1 for x_j of the bias.
+    p = model(X).softmax(1).detach()
+    spread = p * (1 - p)
+    exact = torch.cat([(spread.mT @ X.square() / 40).flatten(), spread.mean(0)])
+    found = op.diagonal(samples)
+    relative = ((found.value - exact) / exact).square().mean().sqrt().item()
+    if outputs <= 64:
+        assert found.samples == 0 and relative < 1e-12
+        return
+    told = (found.standard_error / exact).square().mean().sqrt().item()
+    assert found.samples == (samples or 64)
+    expected = math.sqrt(2 / found.samples)
+    assert relative == pytest.approx(expected, rel=0.25) and told == pytest.approx(expected, rel=0.25)
 
 
 def test_a_newton_step_lowers_the_loss() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.optim import GaussNewton, LevenbergMarquardt, NewtonCG
-from onestep.optim._decrement import newton_decrement
+from onestep.optim.decrement import newton_decrement
 
 # ------------------------------------------------------------------------------------------------- conjugate gradients
 

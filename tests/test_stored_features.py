@@ -88,6 +88,40 @@ def test_memmaps(name, dtype, monkeypatch, rng, tmp_path):
     assert_agreement(name, monkeypatch, rng, X, values.astype(np.float32 if dtype == np.float32 else np.float64))
 
 
+WHOLE = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool", ">i4", ">u2"]
+
+
+@pytest.mark.parametrize("kept", ["memory", "file"])
+@pytest.mark.parametrize("dtype", WHOLE)
+@pytest.mark.parametrize(
+    "model",
+    [Ridge(), RidgeCV(), RidgeClassifier(), LogisticRegression(), LogisticRegressionCV(Cs=2), PoissonRegressor()],
+)
+def test_whole_numbers_are_float64(rng, tmp_path, model, dtype, kept):
+    """As for scikit-learn: features of any integer type, in memory or in a file, are what their float64 copy is."""
+    X = rng.integers(0, 2 if dtype == "bool" else 9, (80, 4)).astype(dtype)
+    right = X.astype(np.float64)
+    y = (right @ [1, -1, 0.5, 0] + rng.standard_normal(80) > 0.3).astype(int)
+    if kept == "file":
+        np.save(tmp_path / "X.npy", X)
+        X = np.load(tmp_path / "X.npy", mmap_mode="r")
+    ours, theirs = clone(model).fit(X, y), clone(model).fit(right, y)
+    assert ours.coef_.dtype == np.float64
+    # Sums over chunks of a file come in another order.
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(ours.predict(X), theirs.predict(right), rtol=1e-6)
+    assert ours.score(X, y) == pytest.approx(theirs.score(right, y))
+
+
+@pytest.mark.parametrize("dtype", [">i4", ">f8", ">u2"])
+@pytest.mark.parametrize("model", [RidgeClassifier(), LogisticRegression(), LogisticRegressionCV(Cs=2)])
+def test_labels_of_another_byte_order(rng, model, dtype):
+    X, y = rng.standard_normal((60, 3)), rng.integers(0, 3, 60)
+    ours, theirs = clone(model).fit(X, y.astype(dtype)), clone(model).fit(X, y)
+    assert ours.classes_.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(ours.predict(X), theirs.predict(X))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_ridge_of_few_rows_of_chunks_and_with_deviations(rng, dtype):
     X = torch.from_numpy(rng.standard_normal((40, 60))).to(dtype)

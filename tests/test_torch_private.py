@@ -16,6 +16,8 @@ def test_every_check_passes():
     ("name", "broken", "message"),
     [
         ("transforms_active", lambda: False, "interpreter stack"),
+        ("is_tracked", lambda tensor, now=False: False, "interpreter stack"),
+        ("is_tracked", lambda tensor, now=False: True, "interpreter stack"),
         ("any_requires_grad", lambda *args: True, "reverse mode"),
         ("forward_level", lambda: -1, "forward mode"),
         ("dispatch_modes", lambda: 0, "dispatch modes"),

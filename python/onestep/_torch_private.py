@@ -48,6 +48,7 @@ __all__ = [
     "in_legacy_vmap",
     "interpreter_stack",
     "is_hooked",
+    "is_tracked",
     "make_dual",
     "nn_mish",
     "nn_silu",
@@ -105,6 +106,13 @@ try:
     dispatch_modes = torch._C._len_torch_dispatch_stack
     # The interpreters of the active torch.func transforms, outermost first, or None.
     interpreter_stack = functorch.get_interpreter_stack
+
+    # Of a tensor inside a transform: whether a transform wraps it, whether that is one that differentiates, its level
+    # (0 or less where the transform has ended), and what it wraps.
+    _is_wrapped = functorch.is_functorch_wrapped_tensor
+    _is_tracking = functorch.is_gradtrackingtensor
+    _level_of = functorch.maybe_get_level
+    _unwrapped = functorch.get_unwrapped
 
     # A context in which a call of an op skips the Autograd key.
     below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -170,6 +178,15 @@ def forward_level() -> int:
 def in_legacy_vmap() -> bool:
     """Whether this is in the vmap of gradcheck and torch.autograd.functional, which has no rule for _make_dual."""
     return _is_key_included(_LEGACY_VMAP_MODE)
+
+
+def is_tracked(tensor: Tensor, *, now: bool = False) -> bool:
+    """Whether a transform that differentiates follows the tensor; ``now``: one that has not ended."""
+    while _is_wrapped(tensor):
+        if _is_tracking(tensor) and not (now and _level_of(tensor) <= 0):
+            return True
+        tensor = _unwrapped(tensor)
+    return False
 
 
 def graph_is_kept() -> bool:
@@ -307,13 +324,24 @@ def _transforms() -> bool:
         seen.append((stack or [])[0].key() == TransformType.Vmap)
         seen.append(functorch.maybe_get_level(x) == functorch.maybe_current_level())
         seen.append(functorch.get_unwrapped(x).shape == (2,) and not functorch.is_gradtrackingtensor(x))
+        seen.append(not is_tracked(x))
         return x * 2
 
+    def followed(x: Tensor) -> Tensor:
+        seen.append(is_tracked(x, now=True) and not is_tracked(outer))
+        kept.append(x)
+        return x * 2
+
+    kept: list[Tensor] = []
+    outer = _number(3.0)
+
     torch.func.vmap(function)(torch.zeros(2, device="cpu"))
+    torch.func.jvp(followed, (outer,), (_number(1.0),))
+    seen.append(is_tracked(kept[0]) and not is_tracked(kept[0], now=True))
     idle = not transforms_active() and functorch.maybe_current_level() is None and not interpreter_stack()
     # torch.func calls a single-level function once for its level.
     tangent: Tensor = torch.func.jvp(_single_level, (_number(3.0),), (_number(1.0),))[1]
-    return idle and seen == [(True, False, True, 1), True, True, True] and tangent.item() == 6.0
+    return idle and seen == [(True, False, True, 1), *[True] * 6] and tangent.item() == 6.0
 
 
 def _legacy_vmap() -> bool:

@@ -68,7 +68,8 @@ class CurvatureOperator(ABC):
             time.
 
     Raises:
-        ValueError, TypeError: an argument is not what it should be, or two passes over the data differ.
+        ValueError, TypeError: an argument is not what it should be, two passes over the data differ, or the loss
+            carries no gradient of the parameters, as after ``detach`` in forward: products would be zero.
         NonFiniteError: NaN or infinity in data or loss, naming the batch; also from all methods that take products.
     """
 
@@ -209,11 +210,12 @@ class CurvatureOperator(ABC):
     def diagonal(self, samples: int | None = None, *, generator: torch.Generator | None = None) -> Estimate:
         """diag A, (p,): exact for up to 128 parameters, else estimated by z∘Az with random signs z.
 
-        (Bekas, Kokiopoulou and Saad 2007.) Gauss-Newton and Fisher matrices of models with up to 32 outputs a row have
+        (Bekas, Kokiopoulou and Saad 2007.) Gauss-Newton and Fisher matrices of models with up to 64 outputs a row have
         theirs exactly for any number of parameters, by rows of the Jacobian, where torch.func.vmap can run the model.
         Otherwise, for the losses with a name, theirs is the mean of squares (Jᵀs)², which is never negative, with s
-        drawn by a root of the loss's Hessian. The error of z∘Az comes from the rest of the row, and may make an element
-        negative where the matrix has no negative elements.
+        drawn by a root of the loss's Hessian. The relative standard error of each element is about √(2 / samples) then:
+        18 % with 64, 4 % with 1,024. ``standard_error`` has it, element by element. The error of z∘Az comes from the
+        rest of the row, and may make an element negative where the matrix has no negative elements.
 
         Args:
             samples: how many random vectors are averaged, at least 2; None for the exact diagonal where it can be had
@@ -358,7 +360,8 @@ def in_order(data: Any, loss: Any, stacklevel: int) -> tuple[Any, Any]:
         raise TypeError(f"data is {data!r}; expected a pair of tensors, a data loader, or the like")
     if isinstance(data, str) or (callable(data) and not isinstance(data, (Iterable, Dataset))):
         warnings.warn(
-            "operators take (model, data, loss), as onestep.fit does; the order (model, loss, data) is deprecated",
+            "operators and Laplace take (model, data, loss), as onestep.fit does; the order (model, loss, data) is "
+            "deprecated",
             DeprecationWarning,
             stacklevel=stacklevel + 1,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ from onestep.evaluation.module import (
     explain,
     parameter_names,
     summed_gradient,
+    without_gradient,
 )
 from onestep.evaluation.parameters import ParameterVector
 from onestep.evaluation.progress import Progress
@@ -95,7 +97,11 @@ class Passes:
         with eval_mode(self.model), exclusive():
             rows = chunk_rows(self.model, self.loss, first)
             check_first_rows(self.model, self.loss, first.rows(slice(0, rows)))
-            return rows
+            # Later rows are read only where the first have no gradient.
+            reason = without_gradient(self.model, self.loss, chain([first], self.chunks()), self.parameters.tensors)
+        if reason:
+            raise ValueError(f"model: {reason}")
+        return rows
 
     def _checked_loss(self, chunk: Chunk, row_means: RowMeans) -> float:
         """The loss summed over a chunk, once it is known to be a mean over rows."""

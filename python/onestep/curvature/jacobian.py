@@ -14,7 +14,7 @@ from torch.func import grad, jacrev, vjp, vmap
 from onestep._torch_private import tree_map_only
 from onestep.curvature.products import Route
 from onestep.evaluation.data import Chunk
-from onestep.evaluation.losses import Loss
+from onestep.evaluation.losses import Loss, widened
 from onestep.evaluation.module import call_model
 
 # Rows are formed this many bytes at a time.
@@ -48,7 +48,7 @@ def root_jacobian(
 
     def one(vector: Tensor, inputs: Any) -> Tensor:
         row = tree_map_only(Tensor, lambda t: t.unsqueeze(0), inputs)
-        return call_model(module, row, values(vector)).squeeze(0)
+        return widened(call_model(module, row, values(vector)).squeeze(0))
 
     def root(outputs: Tensor, target: Any) -> Tensor:
         return root_of_loss(loss, outputs, shape, target)
@@ -66,12 +66,17 @@ def root_jacobian(
         """Row by row on torch's own graph, for models that torch.func cannot differentiate."""
         with torch.enable_grad():
             leaf = point.detach().requires_grad_()
-            outputs = call_model(module, part.inputs, values(leaf)).reshape(len(part), -1)
-            slopes = [torch.autograd.grad(z, leaf, retain_graph=True)[0] for z in outputs.flatten()]
+            outputs = widened(call_model(module, part.inputs, values(leaf))).reshape(len(part), -1)
+            slopes = [
+                torch.autograd.grad(z, leaf, retain_graph=True, materialize_grads=True)[0]
+                if z.requires_grad
+                else torch.zeros_like(point)
+                for z in outputs.flatten()
+            ]
         J = torch.stack(slopes).reshape(*outputs.shape, -1)
         return vmap(root)(outputs.detach(), part.target) @ J
 
-    outputs = call_model(module, chunk.rows(slice(0, 1)).inputs)
+    outputs = widened(call_model(module, chunk.rows(slice(0, 1)).inputs))
     shape = outputs.shape[1:]
     for part in jacobian_parts(chunk, outputs.numel() * len(point) * outputs.element_size()):
         yield route.take(partial(by_torch_func, part), partial(by_reverse_mode, part))

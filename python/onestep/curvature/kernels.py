@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from onestep._torch_private import TransformType, attention_math, interpreter_stack, nn_mish, nn_silu, weight_norm
+from onestep._torch_private import (
+    TransformType,
+    attention_math,
+    interpreter_stack,
+    is_tracked,
+    nn_mish,
+    nn_silu,
+    tree_leaves,
+    weight_norm,
+)
 from onestep.curvature._lstm import lstm
 from onestep.functional import replace_attention
+
+_NO_GRADIENT = (
+    "{} is called inside a transform of torch.func, for a tensor from outside of it, of which it gives no gradient: "
+    "expected torch.func.grad or jvp there"
+)
+# Between a function and what called it are no more frames than this, of modes.
+_FRAMES = 8
 
 
 def differentiable_kernels(*, composed_norms: bool = False) -> Kernels:
@@ -25,6 +42,8 @@ def differentiable_kernels(*, composed_norms: bool = False) -> Kernels:
     gone through only once. The forward mode of its layer, batch and instance norm takes mean and deviation for
     constants when it is differentiated again: derivatives of a product would be wrong without a word.
 
+    Gradients inside that torch.func would take for zeros raise: see ``_gradient`` and ``_view_as``.
+
     Forward mode needs ``exclusive`` around it, one context before this one.
     """
     return Kernels(_SUBSTITUTES | _NORMS if composed_norms else _SUBSTITUTES)
@@ -32,8 +51,12 @@ def differentiable_kernels(*, composed_norms: bool = False) -> Kernels:
 
 def may_be_differentiated() -> bool:
     """Whether what is computed now may be differentiated, by autograd or by torch.func's transforms but vmap."""
-    levels = interpreter_stack() or []
-    return torch.is_grad_enabled() or any(level.key() != TransformType.Vmap for level in levels)
+    return torch.is_grad_enabled() or _is_differentiating()
+
+
+def _is_differentiating() -> bool:
+    """Whether a transform of torch.func other than vmap is active."""
+    return any(level.key() != TransformType.Vmap for level in interpreter_stack() or [])
 
 
 class Kernels(TorchFunctionMode):
@@ -62,6 +85,41 @@ class Kernels(TorchFunctionMode):
         if func in _RECORDED:
             self.recorded_gradient = True
         return self.substitutes.get(func, func)(*args, **(kwargs or {}))
+
+
+def _gradient(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch.autograd.grad, where it can be right.
+
+    A transform of torch.func follows what depends on the parameters. A tensor from outside of it, such as a model's
+    inputs, is not connected to that, and its gradient is None, or zeros: then all derivatives are wrong.
+    """
+    followed = any(is_tracked(output, now=True) for output in _tensors(outputs))
+    if followed and not all(is_tracked(leaf) for leaf in _tensors(inputs)):
+        raise RuntimeError(_NO_GRADIENT.format("torch.autograd.grad"))
+    return torch.autograd.grad(outputs, inputs, *args, **kwargs)
+
+
+def _view_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """Tensor.view_as, by which torch.autograd.functional prepares its inputs; it gives zeros in the same case."""
+    if tensor is other and _is_differentiating() and not is_tracked(tensor) and _is_for_functional():
+        raise RuntimeError(_NO_GRADIENT.format("torch.autograd.functional"))
+    return tensor.view_as(other)
+
+
+def _is_for_functional() -> bool:
+    """Whether torch.autograd.functional is what called the function that a mode has intercepted."""
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame.f_globals.get("__name__") == "torch.autograd.functional":
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _attention(
@@ -185,6 +243,8 @@ _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.lstm: lstm,
     weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _attention,
+    torch.autograd.grad: _gradient,
+    Tensor.view_as: _view_as,
 }
 
 _NORMS: dict[Any, Callable[..., Any]] = {

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from onestep._fork import one_thread_after_fork
 from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode
 from onestep._torch_private import tree_leaves
+from onestep.curvature._operator import in_order
 from onestep.curvature.jacobian import root_jacobian
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.curvature.laplace_assembly import STRUCTURES, Structure, Sums, find_last_layer
@@ -25,7 +26,7 @@ from onestep.evaluation.distributed import share
 from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.layers import columns
 from onestep.evaluation.losses import LOSSES, as_loss
-from onestep.evaluation.module import call_model, chunk_rows, parameter_names, warn_of_eval_mode
+from onestep.evaluation.module import call_model, chunk_rows, parameter_names, warn_of_eval_mode, without_gradient
 from onestep.evaluation.parameters import ParameterVector
 
 # Rows that are read before it is known how many fit into memory.
@@ -79,6 +80,7 @@ class Laplace:
         data: as for ``onestep.fit``: a pair (inputs, target), a Dataset of such pairs, or a DataLoader of batches. Data
             and loss may also come in the other order.
         loss: "mse", "cross_entropy", "poisson" or "bce", or torch's losses of these kinds without class weights.
+            The old order of arguments, (model, loss, data), is deprecated.
         parameters: "last_layer", the nn.Linear that ends the model, whose matrix is made by the weighted Gram kernel
             without a Jacobian; or "all" with requires_grad=True.
         structure: of the matrix. "exact"; "block", one block for each module ("all") or output ("last_layer");
@@ -118,8 +120,7 @@ class Laplace:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-        if isinstance(data, str) or (callable(data) and not isinstance(data, (Iterable, Dataset))):
-            data, loss = loss, data
+        data, loss = in_order(data, loss, stacklevel=3)
         if parameters not in ("last_layer", "all"):
             raise ValueError(f"parameters={parameters!r}; expected 'last_layer' or 'all'")
         if structure not in STRUCTURES:
@@ -160,6 +161,11 @@ class Laplace:
         last = not isinstance(first.target, Tensor) or first.target.shape == outputs.shape[:-1]
         self._class_dim = -1 if last or outputs.dim() < 3 else 1
         self._chunk_rows = chunk_size or chunk_rows(self.model, self._loss, first)
+        # Later rows are read only where the first have no gradient.
+        rows = chain([first], source.all())
+        reason = "" if self._head else without_gradient(self.model, self._loss, rows, self._vector.tensors)
+        if reason:
+            raise ValueError(f"model: {reason}")
         source.chunk_size = self._chunk_rows
         self._sums = Sums(self.model, self._loss, self._vector, self.names, self._head)
         self._blocks = self._sums.blocks(self.structure, source.all)

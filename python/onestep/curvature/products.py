@@ -24,9 +24,10 @@ Result = TypeVar("Result")
 class Route:
     """Whether torch.func can differentiate a model, as far as is known; where it cannot, reverse mode twice can.
 
-    torch.func refuses models that differentiate inside by torch.autograd.grad, gradient checkpointing, autograd
-    functions without a forward mode, and autocast around some layers; forward mode is missing for some of torch's
-    kernels, and that of mse_loss' gradient trips over a zero tensor that torch 2.13 makes itself.
+    torch.func refuses models that differentiate inside by torch.autograd.grad (where it would give zeros instead,
+    ``differentiable_kernels`` refuses), gradient checkpointing, autograd functions without a forward mode, and autocast
+    around some layers; forward mode is missing for some of torch's kernels, and that of mse_loss' gradient trips over a
+    zero tensor that torch 2.13 makes itself.
     """
 
     def __init__(self) -> None:

@@ -51,7 +51,10 @@ class Centred(NamedTuple):
 
     def x(self, rows: slice = slice(None), columns: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """√w (X - x_mean) over some rows and columns, float64, in `out` if given."""
-        block = torch.sub(self.X[rows, columns], self.x_mean[columns], out=out)
+        stored = self.X[rows, columns]
+        # torch does not subtract from booleans.
+        stored = stored.to(torch.uint8) if stored.dtype == torch.bool else stored
+        block = torch.sub(stored, self.x_mean[columns], out=out)
         constant = self.constant[columns]
         return self._scaled(block.masked_fill_(constant, 0.0) if bool(constant.any()) else block, rows)
 

@@ -18,6 +18,8 @@ _COUNTED_RANGE = 1 << 16
 def encode_labels(y: Array) -> tuple[Array, Array]:
     """The sorted classes, and the class of each row as an index (n,) int64. ValueError if y is no vector of labels."""
     labels = column_or_1d(y, warn=True)
+    # torch and the kernels know this machine's byte order alone.
+    labels = labels.astype(labels.dtype.newbyteorder("="), copy=False)
     if labels.dtype.kind in "iub" and labels.size > 0:
         least = int(labels.min())
         if int(labels.max()) - least < _COUNTED_RANGE:

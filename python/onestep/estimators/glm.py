@@ -165,8 +165,9 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
 
         Args:
             X: (n, d), fp32 or fp64 of any strides, read in place; fp16 and bf16 (computed in fp32) and
-                integers of a numpy.memmap (fp64), converted in chunks; others, converted to fp64. Array, memmap, data
-                frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor (CSR in place, else converted to CSR).
+                integers of a numpy.memmap (fp64), converted in chunks; other integers, and whatever else holds numbers,
+                converted to fp64. Array, memmap, data frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor
+                (CSR in place, else converted to CSR).
             y: (n,) labels of any kind, of two classes or more.
             sample_weight: (n,) or a number, >= 0; None for ones.
 

@@ -115,8 +115,8 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         Args:
             X: (n, d), fp32 or fp64 of any strides, read in place; fp16 and bf16 (computed in fp32) and
-                integers of a numpy.memmap (fp64), converted in chunks; others, converted to fp64. Array, memmap, data
-                frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor.
+                integers of a numpy.memmap (fp64), converted in chunks; other integers, and whatever else holds numbers,
+                converted to fp64. Array, memmap, data frame, CPU tensor, or scipy.sparse or a torch CSR or CSC tensor.
             y: (n,) or (n, k), converted to X's dtype.
             sample_weight: (n,) or a number, >= 0; None for ones. Weight 2 is the same as the row twice.
 

@@ -42,6 +42,14 @@ class Loss(NamedTuple):
     cross_entropy: CrossEntropy | None = None
 
 
+def widened(outputs: Tensor) -> Tensor:
+    """Outputs of 16 bits as float32: what autocast gives is too coarse for losses and rows of a Jacobian.
+
+    A function as loss gets outputs as they are, since its targets or weights may be of their dtype.
+    """
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+
+
 def like_outputs(outputs: Tensor, target: Tensor) -> Tensor:
     """The target in the outputs' shape: (n,) for (n,1), which torch's own losses would broadcast to (n,n)."""
     if target.is_complex() or outputs.is_complex():
@@ -69,19 +77,23 @@ def check_range(loss: Loss, target: Any) -> None:
 
 
 def _mse(outputs: Tensor, target: Tensor) -> Tensor:
+    outputs = widened(outputs)
     return (outputs - like_outputs(outputs, target)).square().sum()
 
 
 def _poisson(outputs: Tensor, target: Tensor) -> Tensor:
+    outputs = widened(outputs)
     return F.poisson_nll_loss(outputs, like_outputs(outputs, target), log_input=True, reduction="sum")
 
 
 def _bce(outputs: Tensor, target: Tensor) -> Tensor:
+    outputs = widened(outputs)
     target = like_outputs(outputs, target).to(outputs.dtype)
     return F.binary_cross_entropy_with_logits(outputs, target, reduction="sum")
 
 
 def _cross_entropy(outputs: Tensor, target: Tensor) -> Tensor:
+    outputs = widened(outputs)
     if are_probabilities(outputs, target):
         return F.cross_entropy(outputs, target, reduction="sum")
     outputs, target = scores_and_classes(outputs, target)
@@ -120,6 +132,7 @@ def _weighted_cross_entropy(
     """Cross-entropy or negative log-likelihood as torch's, of (n,C,…) and (n,…): weighted by the targets' classes."""
 
     def total(outputs: Tensor, target: Tensor) -> Tensor:
+        outputs = widened(outputs)
         own = None if weight is None else weight.to(outputs)
         with _classes_named(outputs):
             return function(outputs, target, weight=own, ignore_index=ignore_index, reduction="sum", **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -160,10 +160,27 @@ def chunk_rows(model: nn.Module, loss: Loss, chunk: Chunk) -> int:
             elif type(error) is RuntimeError:
                 raise RuntimeError(
                     f"model or loss fails on the first rows, {_described(few)}: {str(error) or repr(error)}"
+                    f"{_hint(few, error)}"
                 ) from error
             else:
                 raise
     return max(1, _CHUNK_BYTES * len(few) // max(1, kept))
+
+
+def without_gradient(model: nn.Module, loss: Loss, chunks: Iterable[Chunk], parameters: Sequence[Tensor]) -> str:
+    """Why derivatives of the loss would all be zero; empty if of some chunk they are not."""
+    for chunk in chunks:
+        with torch.enable_grad():
+            total = loss.sum(call_model(model, chunk.inputs), chunk.target)
+            if total.requires_grad:
+                parts = torch.autograd.grad(total, parameters, allow_unused=True)
+                if any(part is not None for part in parts):
+                    return ""
+    return (
+        "the loss carries no gradient of any trained parameter (forward detaches its outputs, or computes them under "
+        "torch.no_grad, in NumPy, by torch.func.linearize, which takes parameters for constants, or in a checkpoint "
+        "without use_reentrant=False): expected outputs that torch can differentiate"
+    )
 
 
 def check_first_rows(model: nn.Module, loss: Loss, some: Chunk) -> None:
@@ -171,6 +188,14 @@ def check_first_rows(model: nn.Module, loss: Loss, some: Chunk) -> None:
     if loss.name == "function":
         with torch.no_grad():
             RowMeans(loss).add(call_model(model, some.inputs), some.target)
+
+
+def _hint(chunk: Chunk, error: RuntimeError) -> str:
+    """What to do about whole numbers that a layer cannot multiply by its weights."""
+    whole = any(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in tree_leaves(chunk.inputs))
+    if not whole or "dtype" not in str(error):
+        return ""
+    return ". Integers stay integers, since they may be indices: pass X.astype('float32'), or X.float() of a tensor"
 
 
 def _described(chunk: Chunk) -> str:

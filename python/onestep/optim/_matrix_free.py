@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onestep.curvature.conjugate_gradient import Solve, conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
-from onestep.optim._decrement import MOST_DENSE, newton_decrement, without_influence
+from onestep.optim.decrement import MOST_DENSE, newton_decrement, without_influence
 from onestep.optim.objective import Objective, Preconditioner
 from onestep.optim.optimizer import LEAST_DAMPING, DampedOptimizer
 from onestep.optim.quadratic_model import Proposal, QuadraticModel
@@ -120,7 +120,7 @@ class _ProductModel(QuadraticModel):
         if self.concave or self.promise > enough or not (final or self._is_worth_a_test()):
             return math.inf
         scale, before = self._of_objective(self.first_damping or LEAST_DAMPING), self.taken
-        found = newton_decrement(self._undamped, self.gradient, scale, enough)
+        found, self.certain, self.newton = newton_decrement(self._undamped, self.gradient, scale, enough)
         if math.isinf(found):
             record = [self.promise, self.taken - before, 0.0]
             self.settings.kept["failed_test"] = torch.tensor(record, dtype=torch.float64)

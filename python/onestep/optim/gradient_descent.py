@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onestep.evaluation.parameters import ParameterVector
-from onestep.optim._decrement import newton_decrement, without_influence
+from onestep.optim.decrement import newton_decrement, without_influence
 from onestep.optim.objective import Objective
 from onestep.optim.optimizer import DampedOptimizer
 from onestep.optim.quadratic_model import Proposal, QuadraticModel
@@ -52,7 +52,7 @@ class _Ball(QuadraticModel):
         def with_decay(v: Tensor) -> Tensor:
             return product(v) if self.decay is None else product(v).addcmul_(self.decay, v)
 
-        found = newton_decrement(with_decay, self.gradient, None, enough)
+        found, self.certain, self.newton = newton_decrement(with_decay, self.gradient, None, enough)
         if math.isfinite(found):
             self.flat = without_influence(with_decay, self.gradient, self.greatest_slope(), self.parameters.read())
         return found

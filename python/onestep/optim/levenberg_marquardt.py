@@ -161,9 +161,12 @@ class _MatrixModel(QuadraticModel):
         raise NotImplementedError
 
     def decrement(self, enough: float, *, final: bool) -> float:
-        """½gᵀA⁻¹g."""
+        """½gᵀA⁻¹g, which is certain where no pivot is so small that rounding may have made it."""
         system = self.undamped()
+        if self.dtype != torch.float64:
+            self.certain = system.least_pivot() > len(self.gradient) * torch.finfo(self.dtype).eps
         step = system.solve(_UNDAMPED)
+        self.newton = None if step is None else step * system.inverse_root
         return math.inf if step is None else -0.5 * torch.dot(system.gradient, step).item()
 
     def resolution(self, point: Tensor) -> float:
@@ -213,13 +216,12 @@ class _FactoredModel(_MatrixModel):
         likely = final or found <= _LIKELY * enough
         if self.dtype == torch.float64 or p > _MOST_DECOMPOSED or not likely:
             return found
-        system = self.undamped()
+        if self.certain:
+            return found
         if "precise" not in self.kept:
-            shifted = system.matrix + _UNDAMPED * torch.eye(p, dtype=system.matrix.dtype, device=system.matrix.device)
-            if spd.factor(shifted).least_pivot() > p * eps:
-                return found
             self.kept["precise"] = torch.ones(())
             return math.inf
+        system, self.certain = self.undamped(), True
         values, vectors = torch.linalg.eigh(system.matrix)
         # The rows of the Jacobian are rounded, too: what they say of a direction under this is nothing.
         bent = values > (_ROUNDED_ROWS * eps) ** 2 * values[-1]
@@ -334,6 +336,11 @@ class _Scaled:
         self.inverse_root = _inverse_root(scale)
         self.matrix = A * self.inverse_root[:, None] * self.inverse_root
         self.gradient = gradient * self.inverse_root
+
+    def least_pivot(self) -> float:
+        """Of the undamped matrix (float64)."""
+        A = self.matrix
+        return spd.factor(A + _UNDAMPED * torch.eye(len(A), dtype=A.dtype, device=A.device)).least_pivot()
 
     def solve(self, damping: float) -> Tensor | None:
         damped = self.matrix.clone()

@@ -204,10 +204,19 @@ class ClosureObjective(Objective):
     def gradient(self, parameters: ParameterVector) -> tuple[float, Tensor]:
         with torch.enable_grad():
             loss = self._loss()
-            if not loss.requires_grad:
-                raise RuntimeError("the closure's loss does not depend on the parameters: return it undetached")
-            parts = torch.autograd.grad(loss, parameters.tensors, allow_unused=True, materialize_grads=True)
-        return loss.item(), flatten(parts)
+            parts: list[Tensor | None] = [None] * len(parameters.tensors)
+            if loss.requires_grad:
+                parts = list(torch.autograd.grad(loss, parameters.tensors, allow_unused=True))
+            if all(part is None for part in parts):
+                raise RuntimeError(
+                    "the closure's loss does not depend on the parameters, as far as torch follows it: return it "
+                    "undetached, and without torch.func.linearize, which takes parameters for constants"
+                )
+        used = [
+            torch.zeros_like(tensor) if part is None else part
+            for tensor, part in zip(parameters.tensors, parts, strict=True)
+        ]
+        return loss.item(), flatten(used)
 
     def _functions(
         self, parameters: ParameterVector

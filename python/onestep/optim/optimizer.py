@@ -66,6 +66,10 @@ class DampedOptimizer(torch.optim.Optimizer):
         # ``form_again`` makes it of the vectors that are kept with it.
         self.kept: dict[str, Tensor] = {}
         self._repeatable: bool | None = None
+        # Whether rounding cannot have made the decrement of the last step look small.
+        self.certain = True
+        # Newton's step (p,) at the start of the last step, where its decrement took it.
+        self.newton: Tensor | None = None
         self._flat: Tensor | None = None
         self._ahead: tuple[Objective, tuple[int, ...], float, Tensor] | None = None
 
@@ -273,6 +277,7 @@ class DampedOptimizer(torch.optim.Optimizer):
     ) -> StepReport:
         model = self.quadratic_model(objective, parameters, loss, gradient, decay)
         self._remember_slopes(gradient)
+        self.newton = None
         rejected = products = 0
         damping, predicted, promised_first = self.damping, math.nan, math.nan
         lr = float(self.setting("lr"))
@@ -286,7 +291,7 @@ class DampedOptimizer(torch.optim.Optimizer):
                 reached = parameters.read()
                 parameters.write(start)
                 decrement = model.decrement(self.settled * abs(loss), final=not accepted)
-                self._flat = model.flat
+                self._flat, self.certain, self.newton = model.flat, model.certain, model.newton
                 parameters.write(reached)
             return StepReport(
                 loss=loss,

@@ -32,6 +32,11 @@ class QuadraticModel:
     # A lower bound of the decrement, where one is known.
     promise = -math.inf
 
+    # Whether rounding cannot have hidden a direction along which the loss falls from the decrement that was found.
+    certain = True
+    # The undamped minimiser (p,), where the decrement took it.
+    newton: Tensor | None = None
+
     def decrement(self, enough: float, *, final: bool) -> float:
         """The reduction by the undamped minimiser; infinity if it is not known, or not known to be at most enough.
 

@@ -15,6 +15,7 @@ from torch import nn
 from onestep._cached import cached_property
 from onestep.evaluation.data import Chunk, Share, Source
 from onestep.evaluation.losses import Loss
+from onestep.evaluation.module import without_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.objective import DataObjective
 from onestep.training.result import Record
@@ -22,6 +23,8 @@ from onestep.training.structures.affine import explained, why_not_affine
 
 # The most rows of the first chunk, which is read before it is known how many rows fit into memory.
 _FIRST_ROWS = 1024
+# Rows that are enough to tell whether there is a gradient, nearly always.
+_FEW = 8
 # The arguments of fit that are whole numbers of at least 1.
 _COUNTS = (
     *("max_steps", "batch_size", "curvature_batch_size", "chunk_size", "cg_iterations"),
@@ -152,6 +155,16 @@ class Facts:
     def not_affine(self) -> str:
         """Why the outputs are not affine in the parameters; empty if they are, as far as the first rows tell."""
         return self.known_not_affine or why_not_affine(self.model, self.parameters, self.first)
+
+    @cached_property
+    def no_gradient(self) -> str:
+        """Why the loss has no gradient in the parameters, as far as the first rows tell; empty if it has one."""
+        few, tensors = self.first.rows(slice(0, _FEW)), self.parameters.tensors
+        try:
+            return without_gradient(self.model, self.loss, iter((few, self.first)), tensors)
+        except Exception:
+            # A model or a loss that fails says so itself, where it is asked for more.
+            return ""
 
     @cached_property
     def no_jacobian(self) -> str:

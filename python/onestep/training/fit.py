@@ -81,7 +81,8 @@ def fit(
             "poisson" (the model gives the logarithm of the rate), "bce" (the model gives log-odds), torch's own losses
             of these kinds, or a function (outputs, target) → mean over the rows it was given. With "model" the model is
             given ``labels`` with the other inputs and returns its own ``loss``, their mean over those that are not -100
-            (methods "polar" and "gradient_descent").
+            (methods "polar" and "gradient_descent"). Outputs of 16 bits, as under autocast, become float32 before a
+            loss with a name; a function gets them as they are.
         method: "closed_form" (for "cross_entropy" an estimate of a linear head, which Newton steps close; rows of a
             DataLoader should come in random order), "levenberg_marquardt" (forms the p × p Gauss-Newton matrix),
             "quasi_newton" (a linear head under cross-entropy, by L-BFGS on what the head is given, for which the model
@@ -93,8 +94,9 @@ def fit(
             from 300 to 3,000 steps.
         tol: converged when the loss can be lowered by no more than tol² of itself (or than rounding changes it), as far
             as the method's own matrix tells, without its damping; or when the gradient or the loss is zero. A saddle
-            that the Hessian shows, and a parameter that has lost its influence, are no convergence. With
-            ``batch_size`` none of this is tested.
+            that the Hessian shows, and a parameter that has lost its influence, are no convergence. Where float32
+            cannot tell (nearly dependent directions, or more than 128 parameters), a copy of the model in float64 is
+            asked; if it does not run there, the fit has not converged. With ``batch_size`` none of this is tested.
         damping: initial damping, else the method's own.
         weight_decay: adds ½ weight_decay ‖θ‖² to the loss.
         batch_size: rows a step, for data that does not fit in memory or many steps; None for all rows. A step is then
@@ -126,7 +128,8 @@ def fit(
     Raises:
         NonFiniteError: NaN or infinity in data, loss or gradient, naming step and batch; the model keeps the last good
             parameters.
-        ValueError, TypeError: an argument is not what it should be.
+        ValueError, TypeError: an argument is not what it should be, or the outputs carry no gradient (``detach``,
+            ``torch.no_grad`` and the like in forward), which the closed form alone does without.
 
     Examples:
         >>> import torch, onestep

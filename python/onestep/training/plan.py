@@ -120,6 +120,8 @@ def _choose(
         refusal = METHODS[settings.method].refusal(facts, settings)
         if METHODS[settings.method].needs_outputs and facts.loss.name == "model":
             refusal = f"method={settings.method!r} needs the model's outputs, and loss='model' is all that it is given"
+        if not refusal and METHODS[settings.method].needs_gradient and facts.no_gradient:
+            refusal = f"method={settings.method!r} differentiates the model, and {facts.no_gradient}"
         if refusal:
             raise ValueError(refusal)
         return settings.method, "as asked", ()
@@ -131,6 +133,9 @@ def _choose(
             declined.append(f"not {name}: the loss is the model's own")
             continue
         suits = method.suits(facts, settings) if name not in without else Mismatch("it could not go on")
+        if not isinstance(suits, Mismatch) and method.needs_gradient and facts.no_gradient:
+            declined = [f"no method suits: {facts.no_gradient}", *(why for why in declined if "closed_form" in why)]
+            raise ValueError("; ".join(declined))
         if not isinstance(suits, Mismatch):
             return name, suits, tuple(declined)
         declined.append(f"not {name}: {suits.why}")

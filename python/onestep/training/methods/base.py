@@ -128,6 +128,8 @@ class Method(ABC):
 
     # Whether it asks for outputs, which a model that returns its own loss does not show.
     needs_outputs: ClassVar[bool] = True
+    # Whether it differentiates the model; another one can solve for parameters that outputs are affine in without that.
+    needs_gradient: ClassVar[bool] = True
     # Whether layers keep the mode that the user gave them, and may draw random numbers and learn statistics.
     keeps_modes: ClassVar[bool] = False
 

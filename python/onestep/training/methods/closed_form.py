@@ -33,6 +33,7 @@ class ClosedForm(Method):
     name: ClassVar[str] = "closed_form"
     most_steps: ClassVar[int | None] = 1
     one_pass: ClassVar[bool] = True
+    needs_gradient: ClassVar[bool] = False
 
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:
         """Only where the result is exact."""

@@ -1,0 +1,216 @@
+"""onestep.fit in float32: converged=True holds of the loss computed in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_iris
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+
+import onestep
+from onestep.curvature import Laplace
+from onestep.optim.decrement import newton_decrement
+
+# At a minimum the loss can be lowered by 1.2e-6 of itself; half a rounding of each parameter changes it about as much.
+_CLOSE = 5e-6
+
+
+def pairs(seed: int, k: int, n: int, loss: str) -> tuple[Tensor, Tensor]:
+    """Rows [B, B + 1e-5 N], whose targets depend on B, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    B, N = torch.randn(n, k, generator=generator), torch.randn(n, k, generator=generator)
+    score = B @ torch.randn(k, 1, generator=generator) * 0.5
+    noise = torch.randn(n, 1, generator=generator)
+    y = score + 0.5 * noise if loss == "mse" else (torch.rand(n, 1, generator=generator) < score.sigmoid()).float()
+    return torch.cat([B, B + 1e-5 * N], 1), y
+
+
+def minimum(X: Tensor, y: Tensor, loss: str) -> float:
+    """By QR in float64: least squares, or Newton's method on orthonormal columns."""
+    Q = torch.linalg.qr(torch.cat([X, X.new_ones(len(X), 1)], 1).double()).Q
+    y = y.double()
+    if loss == "mse":
+        return mse_loss(Q @ (Q.mT @ y), y).item()
+    w = Q.new_zeros(Q.shape[1], 1)
+    for _ in range(30):
+        p = (Q @ w).sigmoid()
+        w = w - torch.linalg.solve(Q.mT @ (Q * p * (1 - p)), Q.mT @ (p - y))
+    return binary_cross_entropy_with_logits(Q @ w, y).item()
+
+
+def in_double(model: nn.Module, X: Tensor, y: Tensor, loss: str) -> float:
+    """The loss of a model's parameters, computed in float64."""
+    with torch.no_grad():
+        outputs = copy.deepcopy(model).double()(X.double())
+    measure = mse_loss if loss == "mse" else binary_cross_entropy_with_logits
+    return measure(outputs, y.double()).item()
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+@pytest.mark.parametrize("method", ["newton_cg", "gauss_newton"])
+def test_pairs_of_nearly_equal_columns(method: str, loss: str) -> None:
+    """Of the gradient along their differences float32 has no digit, though up to 2 % of the loss hang on it."""
+    converged = 0
+    for seed in range(3):
+        for k in (1, 4):
+            X, y = pairs(seed, k, 200, loss)
+            torch.manual_seed(seed)
+            model = nn.Linear(2 * k, 1)
+            result = onestep.fit(model, (X, y), loss, method=method, max_steps=60, progress=False)
+            least, reached = minimum(X, y, loss), in_double(model, X, y, loss)
+            assert least * (1 - 1e-9) <= reached
+            assert reached <= (1 + _CLOSE) * least or not result.converged, (seed, k, reached / least - 1, result)
+            # What is not a minimum is not far from one, either.
+            assert reached <= (1 + 1e-3) * least, (seed, k, reached / least - 1, result)
+            converged += result.converged
+    # It is known of some.
+    assert converged >= 2
+
+
+@pytest.mark.parametrize(("method", "loss"), [("newton_cg", "mse"), ("gauss_newton", "mse"), ("gauss_newton", "bce")])
+def test_pairs_among_more_parameters_than_a_matrix_is_formed_of(method: str, loss: str) -> None:
+    X, y = pairs(0, 70, 1000, loss)
+    torch.manual_seed(0)
+    model = nn.Linear(140, 1)
+    result = onestep.fit(model, (X, y), loss, method=method, max_steps=60, progress=False)
+    reached = in_double(model, X, y, loss) / minimum(X, y, loss) - 1
+    assert reached <= _CLOSE or not result.converged, (reached, result)
+
+
+@pytest.mark.parametrize("d", [5, 200])
+def test_a_minimum_that_float32_can_tell_stays_one(d: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(1000, d, generator=generator)
+    y = (torch.rand(1000, 1, generator=generator) < (X[:, :1]).sigmoid()).float()
+    model = nn.Linear(d, 1)
+    result = onestep.fit(model, (X, y), "bce", method="newton_cg", progress=False)
+    assert result.converged, result
+    assert in_double(model, X, y, "bce") <= (1 + _CLOSE) * minimum(X, y, "bce")
+
+
+class Narrow(nn.Module):
+    """A linear layer that runs in float32 whatever it is given."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), self.layer.weight.float(), self.layer.bias.float())
+
+
+@pytest.mark.parametrize("method", ["newton_cg", "gauss_newton"])
+def test_what_cannot_be_known_is_said(method: str) -> None:
+    X, y = pairs(0, 2, 200, "bce")
+    torch.manual_seed(0)
+    result = onestep.fit(Narrow(4), (X, y), "bce", method=method, progress=False)
+    assert not result.converged
+    assert "does not run in float64 (its outputs are torch.float32 there)" in result.reason, result
+    # Where no direction is lost in rounding, float32 tells enough.
+    result = onestep.fit(Narrow(2), (X[:, :2], y), "bce", method=method, progress=False)
+    assert result.converged, result
+
+
+def test_the_users_model_is_left_as_it_is() -> None:
+    X, y = pairs(1, 2, 200, "mse")
+    model = nn.Linear(4, 1)
+    kept = dict(model.named_parameters())
+    onestep.fit(model, (X, y), "mse", method="gauss_newton", progress=False)
+    assert all(parameter is kept[name] and parameter.dtype == torch.float32 for name, parameter in kept.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("least", "certain"), [(1e-2, True), (1e-7, False)])
+def test_a_decrement_is_certain_if_no_eigenvalue_is_rounding(least: float, certain: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    A = (Q * torch.tensor([1.0, 1, 1, 1, 1, least], dtype=torch.float64)) @ Q.mT
+    g = Q[:, 0] * 1e-4
+
+    def found(dtype: torch.dtype) -> Any:
+        return newton_decrement(A.to(dtype).mv, g.to(dtype), None, 1.0)
+
+    assert found(torch.float32).certain is certain
+    assert found(torch.float64).certain
+    assert found(torch.float64).value == pytest.approx(0.5e-8)
+    assert found(torch.float64).step == pytest.approx(-torch.linalg.solve(A, g), rel=1e-6)
+
+
+def test_a_last_step_that_was_large_does_not_say_that_the_loss_falls_for_ever() -> None:
+    """After it no step lowers the loss, which is no second and third step that moves the outputs."""
+    for seed in range(19, 24):
+        X, y = pairs(seed, 2, 200, "bce")
+        torch.manual_seed(seed)
+        result = onestep.fit(Narrow(2), (X[:, :2], y), "bce", method="newton_cg", progress=False)
+        assert result.converged, (seed, result)
+
+
+class Autocast(nn.Module):
+    """A network under autocast, whose outputs are bfloat16."""
+
+    def __init__(self, outputs: int, *, hidden: bool, enabled: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, outputs)] if hidden else [nn.Linear(3, outputs)]
+        self.layers, self.enabled = nn.Sequential(*layers), enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return self.layers(x)
+
+
+def _noisy(loss: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(200, 3, generator=generator)
+    score = X.sum(1, keepdim=True).sin() + 0.3 * torch.randn(200, 1, generator=generator)
+    return X, score if loss == "mse" else (score[:, 0] > 0).long() if loss == "cross_entropy" else (score > 0).float()
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce", "poisson"])
+def test_outputs_of_16_bits_are_widened(loss: str) -> None:
+    """By every method and operator alike: Levenberg-Marquardt and Laplace had no eigenvalues of bfloat16."""
+    X, y = _noisy(loss)
+    k = 2 if loss == "cross_entropy" else 1
+    reached = []
+    for method, enabled in (("levenberg_marquardt", True), ("auto", True), ("levenberg_marquardt", False)):
+        model = Autocast(k, hidden=True, enabled=enabled)
+        assert (model(X).dtype == torch.bfloat16) is enabled
+        result = onestep.fit(model, (X, y), loss, method=method, weight_decay=1e-2, max_steps=8, progress=False)
+        assert result.method == "levenberg_marquardt"
+        reached.append(result.loss)
+    # The outputs' rounding is 4e-3 of them.
+    assert max(reached[:2]) <= 1.03 * reached[2], reached
+    found = []
+    for enabled in (True, False):
+        model = Autocast(k, hidden=True, enabled=enabled)
+        posterior = Laplace(model, (X, y), loss, parameters="all", prior_precision=1.0)
+        assert posterior.covariance().dtype == torch.float64
+        found.append(torch.linalg.inv(posterior.covariance()))
+    assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+@pytest.mark.parametrize("method", ["levenberg_marquardt", "newton_cg", "gauss_newton", "gradient_descent"])
+def test_a_minimum_of_outputs_of_16_bits(method: str, loss: str) -> None:
+    X, y = _noisy(loss)
+    model = Autocast(1, hidden=False)
+    result = onestep.fit(model, (X, y), loss, method=method, progress=False)
+    # Of float64 autocast makes no less.
+    reached = in_double(model, X, y, loss) / minimum(X, y, loss) - 1
+    assert reached <= (_CLOSE if result.converged else 1e-2), (reached, result)
+
+
+@pytest.mark.parametrize("method", ["newton_cg", "gauss_newton", "levenberg_marquardt", "auto"])
+def test_a_separable_class_is_named_in_float32(method: str) -> None:
+    """One class of iris can be told from the others by a plane: every method says so, as in float64."""
+    iris = load_iris()
+    X, y = torch.tensor(iris.data, dtype=torch.float32), torch.tensor(iris.target)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        result = onestep.fit(nn.Linear(4, 3), (X, y), "cross_entropy", method=method, progress=False)
+        assert not result.converged
+        assert "planes separate" in result.reason and "has no minimum" in result.reason, (seed, result)
