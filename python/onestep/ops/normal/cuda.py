@@ -18,7 +18,9 @@ from onestep.ops.cholesky import cuda as cholesky
 from onestep.ops.normal import schema
 from onestep.ops.normal.dual import apply_dual
 from onestep.ops.normal.formulas import column, solve_normal_vjp
-from onestep.ops.normal.solves import Results, register_solves
+from onestep.ops.normal.options import Options
+from onestep.ops.normal.schema import Results
+from onestep.ops.normal.solves import register_solves
 from onestep.ops.operands import check_not_negative, kernel_batch, operand, optional_operand
 
 # Rows that are summed in one accumulator: more are cut into pieces by torch's matrix product.
@@ -252,12 +254,11 @@ def _solve(
     weight: Tensor | None,
     ridge: Tensor | None,
     uniform_ridge: float,
-    refine: int,
-    jitter: float,
+    options: Options,
     out: Results,
 ) -> None:
+    refine, jitter = options.refine, options.jitter
     X = X.to(Y.dtype)
-    schema.check_numbers(uniform_ridge, refine, jitter)
     check_not_negative("weight", weight)
     check_not_negative("ridge", ridge)
     solution, L, info, rcond, jittered = out

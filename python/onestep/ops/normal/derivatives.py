@@ -14,6 +14,7 @@ from onestep.ops._derivatives import (
     register_not_differentiable,
 )
 from onestep.ops.normal.formulas import column, failed, solve_normal_vjp, without_failed
+from onestep.ops.normal.options import checked_of_solve_normal
 from onestep.ops.normal.schema import (
     apply_normal_inverse,
     gram,
@@ -126,12 +127,10 @@ def _solve_normal_composite(
     weight: Tensor | None = None,
     ridge: Tensor | None = None,
     uniform_ridge: float = 0.0,
-    refine: int = 0,
-    dual: bool = False,
-    check: bool = False,
+    *plain: Any,
 ) -> tuple[Tensor, Tensor]:
     """Where a derivative is wanted, the op that keeps the factor."""
-    solved = solve_normal_ex.dispatched(X, Y, weight, ridge, uniform_ridge, refine, 0.0, dual, False, check)
+    solved = solve_normal_ex.dispatched(X, Y, weight, ridge, uniform_ridge, *checked_of_solve_normal(*plain))
     return solved[0], solved[2]
 
 
