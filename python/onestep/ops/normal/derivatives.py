@@ -89,15 +89,13 @@ class _SolveNormalEx(OpFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         X, Y, weight, ridge, solution, L, info = _wide(*ctx.saved_tensors)
-        others = (None,) * (len(ctx.needs_input_grad) - 4)
         if grad is None:
-            return (None, None, None, None, *others)
+            return ()
         grads = solve_normal_backward.dispatched(grad, X, Y, weight, ridge, solution, L, info)
-        summed = [
+        return tuple(
             None if to is None or not needed else gradient.sum_to_size(to.shape)
             for gradient, to, needed in zip(grads, (X, Y, weight, ridge), ctx.needs_input_grad, strict=False)
-        ]
-        return (*summed, *others)
+        )
 
     @staticmethod
     def jvp(ctx: Any, dX: Any, dY: Any, dweight: Any = None, dridge: Any = None, *unused: Any) -> tuple[Any, ...]:
