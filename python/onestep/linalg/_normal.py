@@ -21,6 +21,7 @@ from onestep.linalg._arguments import (
 )
 from onestep.linalg.dlpack import takes_arrays
 from onestep.ops import normal
+from onestep.ops.normal.formulas import more_jitter
 from onestep.ops.normal.options import Options, to_solve_normal
 from onestep.ops.operands import broadcast_batch
 
@@ -234,11 +235,11 @@ def _dual_with_jitter(operands: _Operands, options: Options) -> tuple[Tensor, Te
     while True:
         ridge = penalty + added.unsqueeze(-1)
         solution, _, info, rcond, _ = normal.solve_normal_ex(X, Y, weight, ridge, 0.0, *in_dual)
-        retry = (info > 0) & (info <= X.shape[-1]) & mean_diagonal.isfinite() & (added < mean_diagonal)
+        retry, more = more_jitter(info, X.shape[-1], mean_diagonal, added, options.jitter, attempt)
         if not values_are_known(info) or not retry.any():
             failed = (info > 0) & (info <= X.shape[-1])
             return solution, info, rcond, torch.where(failed, 0, added).expand(info.shape).contiguous()
-        added = torch.where(retry, mean_diagonal * (options.jitter * 10.0**attempt), added)
+        added = more
         attempt += 1
 
 
