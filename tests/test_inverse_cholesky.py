@@ -44,9 +44,9 @@ def test_damping_goes_up_tenfold_from_noise_to_one():
     """The last one is tried even where tenfold goes past it."""
     tried = torch.tensor([0.0, 1e-9, 1e-6, 3e-2, 0.5, 1.0, 7.0], dtype=torch.float64)
     expected = torch.tensor([1e-6, 1e-6, 1e-5, 0.3, 1.0, torch.nan, torch.nan], dtype=torch.float64)
-    torch.testing.assert_close(more_damping(tried, torch.float32), expected, equal_nan=True)
-    expected[:3] = torch.tensor([1e-12, 1e-8, 1e-5])
-    torch.testing.assert_close(more_damping(tried, torch.float64), expected, equal_nan=True)
+    torch.testing.assert_close(more_damping(tried, torch.float32), expected, equal_nan=True, rtol=1e-12, atol=0)
+    expected[:3] = torch.tensor([1e-12, 1e-8, 1e-5], dtype=torch.float64)
+    torch.testing.assert_close(more_damping(tried, torch.float64), expected, equal_nan=True, rtol=1e-12, atol=0)
 
 
 def test_damping_adds_to_the_diagonal_and_the_units_of_features_do_not_matter():

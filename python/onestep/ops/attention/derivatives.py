@@ -3,7 +3,7 @@
 Four ops are enough up to order two. The tangent of ``attention`` is ``attention_jvp``, its gradient
 ``attention_backward``. Both are linear, in the tangents and in the cotangents, and each is the transpose of the other.
 ``attention_backward_jvp`` differentiates both with respect to the operands, since second derivatives are symmetric. A d
-in front of an argument's name marks a tangent.
+in front of an argument's name marks a tangent (in csrc/attention ``d`` and ``dv`` are sizes).
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class _AttentionJvp(OpFunction):
     def backward(ctx: Any, grad: Optional, grad_lse: Optional) -> tuple[Any, ...]:
         """Gradients of ⟨G, J(x)ẋ⟩, where x are the operands and ẋ their tangents.
 
-        By ẋ the gradient is J(x)ᵀG, which is attention_backward. By x it is the tangent of J(x)ᵀG along ẋ, since second
-        derivatives are symmetric: attention_backward_jvp.
+        With respect to ẋ that is J(x)ᵀG: attention_backward. With respect to x it is the tangent of J(x)ᵀG along ẋ,
+        since second derivatives are symmetric: attention_backward_jvp.
         """
         q, k, v, mask, out, lse, dq, dk, dv, dmask, dout, dlse = ctx.saved_tensors
         if grad is None and grad_lse is None:
@@ -156,8 +156,8 @@ class _AttentionBackward(OpFunction):
     def backward(ctx: Any, uq: Optional, uk: Optional, uv: Optional, umask: Optional) -> tuple[Any, ...]:
         """Gradients of ⟨u, J(x)ᵀG⟩ = ⟨J(x)u, G⟩, where u are the cotangents of the results.
 
-        By G (and g) the gradient is J(x)u, which is attention_jvp along u. By x it is the tangent of J(x)ᵀG along u,
-        since second derivatives are symmetric: attention_backward_jvp.
+        With respect to G (and g) that is J(x)u: attention_jvp along u. With respect to x it is the tangent of J(x)ᵀG
+        along u, since second derivatives are symmetric: attention_backward_jvp.
         """
         grad, grad_lse, q, k, v, mask, out, lse = ctx.saved_tensors
         umask = umask if ctx.mask_grad else None
