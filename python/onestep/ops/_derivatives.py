@@ -135,12 +135,10 @@ class _Primals:
 def _for_all_arguments(backward: Callable[..., Any]) -> Callable[..., Any]:
     """``backward`` with a None for each argument after those that it returns a gradient for."""
 
-    def for_all(ctx: Any, *cotangents: Any) -> Any:
-        gradients = backward(ctx, *cotangents)
-        missing = len(ctx.needs_input_grad) - (len(gradients) if isinstance(gradients, tuple) else 1)
-        if missing <= 0:
-            return gradients
-        return (*(gradients if isinstance(gradients, tuple) else (gradients,)), *(None,) * missing)
+    def for_all(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        found = backward(ctx, *cotangents)
+        gradients: tuple[Any, ...] = found if isinstance(found, tuple) else (found,)
+        return gradients + (None,) * (len(ctx.needs_input_grad) - len(gradients))
 
     return for_all
 

@@ -92,10 +92,11 @@ class _SolveNormalEx(OpFunction):
         if grad is None:
             return ()
         grads = solve_normal_backward.dispatched(grad, X, Y, weight, ridge, solution, L, info)
-        return tuple(
+        summed = [
             None if to is None or not needed else gradient.sum_to_size(to.shape)
             for gradient, to, needed in zip(grads, (X, Y, weight, ridge), ctx.needs_input_grad, strict=False)
-        )
+        ]
+        return tuple(summed)
 
     @staticmethod
     def jvp(ctx: Any, dX: Any, dY: Any, dweight: Any = None, dridge: Any = None, *unused: Any) -> tuple[Any, ...]:
