@@ -1,4 +1,4 @@
-# make demo | test | test-sanitized | bench | lint | docs | wheels. Each sets up .venv by itself, from the versions in constraints.txt.
+# make demo | test | native | test-sanitized | bench | lint | docs | wheels. Each sets up .venv by itself, from the versions in constraints.txt.
 PYTHON ?= python3
 # ON in CI: warnings are errors. Users' compilers may know warnings that ours do not.
 WERROR ?= OFF
@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two test processes share two cores: threads of OpenMP and of scikit-learn's OpenBLAS must not spin while they wait.
 QUIET_THREADS := OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo examples test test-python test-targets test-sanitized test-cpp test-tsan test-emulated bench lint lint-cuda docs wheels clean
+.PHONY: demo examples native test test-python test-targets test-sanitized test-cpp test-tsan test-emulated bench lint lint-cuda docs wheels clean
 
 # Three steps, so that a change of our sources rebuilds the package alone: what the build needs; everything else, by uv, which
 # takes a tenth of pip's time; and the package, which is compiled meanwhile.
@@ -60,6 +60,15 @@ SHARED := common race canvases melting_points passages make_houses
 examples: $(VENV)/.package
 	set -e; for script in $(filter-out $(SHARED:%=examples/%.py),$(wildcard examples/*.py)); do \
 	    echo "== $$script"; $(BIN)/python $$script; done
+
+# While you work: the native module beside the Python sources, of which only what has changed is compiled. Then
+# `PYTHONPATH=python .venv/bin/python -m pytest tests/test_gram.py` runs what is in the tree, with nothing installed.
+native: $(VENV)/.environment
+	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DONESTEP_CUDA=OFF -DONESTEP_WERROR=$(WERROR) -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
+	$(BIN)/cmake --build build/native
+	cp build/native/_native.*.so python/onestep/
 
 test: test-python test-targets
 

@@ -321,6 +321,21 @@ def test_jitter_escalates_tenfold(d):
     assert 1 <= round(steps) <= 7
 
 
+def test_jitter_of_the_dual_form_escalates_tenfold():
+    """Fewer rows than features, two of them alike, with a ridge that is nothing next to them."""
+    torch.manual_seed(0)
+    X = torch.randn(6, 40, dtype=torch.float64)
+    X[1] = X[0]
+    Y = X @ torch.randn(40, 2, dtype=torch.float64)
+    assert solve_normal_ex(X, Y, ridge=1e-20).info == 2
+    result = solve_normal_ex(X, Y, ridge=1e-20, jitter=1e-19)
+    exponent = torch.log10(result.jitter / X.square().sum(0).mean()).item()
+    assert result.info == 0
+    assert exponent == pytest.approx(round(exponent), abs=1e-6)
+    assert -18 <= round(exponent) <= -12
+    torch.testing.assert_close(X @ result.solution, Y)
+
+
 def test_jitter_cannot_repair_zeros():
     """The mean of a zero diagonal is zero, and so is every multiple of it."""
     result = solve_normal_ex(torch.zeros(2, 5, 3), torch.zeros(2, 5, 1), jitter=1e-3)

@@ -11,6 +11,8 @@ import onestep
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import as_loss
 from onestep.evaluation.parameters import ParameterVector
+from onestep.training import facts
+from onestep.training.methods import quasi_newton
 from onestep.training.objective import DataObjective
 from onestep.training.structures import glm_head
 from onestep.training.structures.affine_head import Head, find_head
@@ -132,3 +134,18 @@ def test_fit_reaches_the_minimum(name: str, method: str) -> None:
     penalty = 5e-4 * sum(p.square().sum() for p in trained)
     slopes = torch.autograd.grad(value + penalty, trained)
     assert max(slope.abs().max().item() for slope in slopes) < 1e-7
+
+
+def test_planning_looks_for_the_head_once(monkeypatch):
+    """quasi_newton asks for it, and declines; the objective of newton_cg asks again."""
+    looked = []
+    monkeypatch.setattr(facts, "find_head", lambda *args: looked.append(1) or find_head(*args))
+    torch.manual_seed(0)
+    body, head = nn.Linear(3, 100).requires_grad_(False), nn.Linear(100, 60)
+    model = nn.Sequential(body, nn.Tanh(), head)
+    monkeypatch.setattr(quasi_newton, "unsuitable", lambda *args: Mismatch("as the test wants it"))
+    data = torch.randn(40, 3), torch.randint(60, (40,))
+    result = onestep.fit(model, data, "cross_entropy", max_steps=2, progress=False)
+    assert result.method == "newton_cg"
+    assert "not quasi_newton: as the test wants it" in result.reasons
+    assert len(looked) == 1

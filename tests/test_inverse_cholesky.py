@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from onestep.linalg import inverse_cholesky
-from onestep.linalg.damping import unit_cholesky
+from onestep.linalg.damping import more_damping, unit_cholesky
 
 
 def gram_of(n, *batch, rows=None, dtype=torch.float64):
@@ -38,6 +38,15 @@ def test_only_the_lower_triangle_is_read_through_any_strides():
     assert torch.equal(inverse_cholesky(wide[::2, ::3]).U, expected)
     assert torch.equal(inverse_cholesky(A.mT.contiguous().mT).U, expected)
     assert torch.equal(inverse_cholesky(A.expand(2, 40, 40)).U[1], expected)
+
+
+def test_damping_goes_up_tenfold_from_noise_to_one():
+    """The last one is tried even where tenfold goes past it."""
+    tried = torch.tensor([0.0, 1e-9, 1e-6, 3e-2, 0.5, 1.0, 7.0], dtype=torch.float64)
+    expected = torch.tensor([1e-6, 1e-6, 1e-5, 0.3, 1.0, torch.nan, torch.nan], dtype=torch.float64)
+    torch.testing.assert_close(more_damping(tried, torch.float32), expected, equal_nan=True, rtol=1e-12, atol=0)
+    expected[:3] = torch.tensor([1e-12, 1e-8, 1e-5], dtype=torch.float64)
+    torch.testing.assert_close(more_damping(tried, torch.float64), expected, equal_nan=True, rtol=1e-12, atol=0)
 
 
 def test_damping_adds_to_the_diagonal_and_the_units_of_features_do_not_matter():

@@ -280,6 +280,16 @@ def test_refit_solves_towards_the_teacher():
     torch.testing.assert_close(model(x), teacher(x))
 
 
+def test_refit_raises_a_ridge_that_will_not_do():
+    """Two inputs that are alike leave nothing to solve for without a ridge; the report has the one that did."""
+    teacher = nn.Sequential(nn.Linear(6, 5)).double()
+    x = correlated(1, 80, 6)[0].double()
+    x[:, 1] = x[:, 0]
+    report = refit(copy.deepcopy(teacher), [x], teacher, ridge=0.0, progress=False)["0"]
+    assert report.info == 2
+    assert report.damping == 1e-12
+
+
 def test_refit_keeps_zeros():
     teacher = nn.Sequential(nn.Linear(9, 5)).double()
     model, x = copy.deepcopy(teacher), correlated(1, 80, 9)[0].double()

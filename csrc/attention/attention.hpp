@@ -2,8 +2,11 @@
 // gradients and the tangents of its gradients. Derivatives up to order two need no other products. S and P are computed
 // by tiles, anew in each function, and never stored, so that the extra memory grows with the length T, not with T².
 //
-// In the formulas a dot marks a tangent: Ṡ is that of S. A d marks a gradient: dS is the gradient of ⟨G, O⟩ + ⟨g, L⟩ by
-// S. ∘ is the product element by element, and rowsum is over the keys, or over the features of O.
+// In the formulas a dot marks a tangent: Ṡ is that of S. A d before a capital letter marks a gradient: dS is that of
+// ⟨G, O⟩ + ⟨g, L⟩ with respect to S. In code tangents and gradients are spelled out (`q_tangent`, `q_grad`); `d` and
+// `dv` are sizes there: how many features q and k have, and how many v has. (The arguments dq, dk, dv, dmask, dout and
+// dlse of torch.ops.onestep.attention_… are tangents.) ∘ is the product element by element, and rowsum is over the
+// keys, or over the features of O.
 //
 // All sizes and strides count elements; shapes are written (batch…, heads, rows, columns). Query head h reads key and
 // value head h / (heads / kv_heads). Outputs are contiguous and in the type T that the kernel computes in. L is always

@@ -3,10 +3,11 @@
 //   inverse_cholesky  A⁻¹ = UᵀU, U upper, without the inverse: the Cholesky factor of A reversed, Ã = LLᵀ with
 //                     Ã(i, j) = A(n−1−i, n−1−j), then L⁻¹, which reversed is U
 //   unit_cholesky     A = R P² Rᵀ, R unit upper: L reversed, its columns over their diagonal elements P = 1 / diag U
-//   compensated_sweep for each column j: q = what w_j becomes, e = (w_j − q) / U_jj, w ← w − e U_j: on the columns
-//                     after j; the output error Σ‖(W − Ŵ)x‖² grows by e² (Hassibi and Stork 1993; Frantar et al.
-//                     2022-23). With R, w ← w + d R_j: where d is what w_j was at first − q: since d = eU and U =
-//                     P⁻¹R⁻¹, each column is the same when it is reached (LDLQ, Chee et al. 2023), but not before
+//   compensated_sweep for each column j: q is what w_j becomes, e = (w_j − q) / U_jj, and w ← w − e U_j: in the columns
+//                     after j. The output error Σ‖(W − Ŵ)x‖² grows by e² (Hassibi and Stork 1993; Frantar et al.
+//                     2022-23). With R instead of U: w ← w + d R_j: in the columns after j, where d is w_j before the
+//                     sweep, less q (LDLQ, Chee et al. 2023). Since U = P⁻¹R⁻¹, both give a column the same value by
+//                     the time the sweep comes to it. Before that the values differ: those with R are of no use
 // Instantiated for float and double.
 #pragma once
 

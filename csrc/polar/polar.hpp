@@ -3,7 +3,7 @@
 //
 // X = M/‖MMᵀ‖^½ and G = XXᵀ. An iteration is X ← (αI + βB)X with α = b/c, β = a − b/c, A = I + cG, B = A⁻¹. Then
 //   cG ← α²A + (2αβ − α²)I + (β² − 2αβ)B − β²B²  and  P ← (αI + βB)P, where P = I at first; at last U = PX.
-// What rounding G costs grows with the square of a: callers keep matrices whose a is large away from here.
+// The error that rounding G causes grows with a²: where a is large, callers take another way (ops/polar/cpu.py).
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 
 #include <array>
 
-#include "attention/cuda/attention_cuda.hpp"
+#include "attention/cuda/attention.hpp"
 
 namespace onestep {
 namespace {

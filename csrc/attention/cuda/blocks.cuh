@@ -5,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "attention/cuda/attention_cuda.hpp"
+#include "attention/cuda/attention.hpp"
 #include "attention/cuda/tiles.cuh"
 
 namespace onestep::attention::cuda {

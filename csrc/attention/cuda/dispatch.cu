@@ -1,6 +1,6 @@
 #include <string>
 
-#include "attention/cuda/attention_cuda.hpp"
+#include "attention/cuda/attention.hpp"
 #include "attention/cuda/instances.hpp"
 
 namespace onestep::attention::cuda {

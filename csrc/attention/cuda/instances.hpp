@@ -1,7 +1,7 @@
 // The table of kernel instances of one element type, one entry for each class of feature counts.
 #pragma once
 
-#include "attention/cuda/attention_cuda.hpp"
+#include "attention/cuda/attention.hpp"
 
 namespace onestep::attention::cuda {
 

@@ -20,7 +20,9 @@ constexpr int64_t kRows = 96;
 // Rows of a triangle whose Gram matrix is summed at a time: those further up have fewer columns.
 constexpr int64_t kTriangleRows = 48;
 
-// One matrix of the batch, with the memory that its thread has for it.
+// One matrix of the batch, n × m with n its short side, and its thread's memory. Names are those of the formulas in
+// polar.hpp: a is A = I + cG, b is B = A⁻¹, `product` is P; the other parts are described in PolarPlan (`c` is
+// `matrix`, `packed` is `gram`).
 template <class T>
 struct Iterations {
     const PolarPlan<T>& plan;

@@ -216,8 +216,8 @@ def linear_cross_entropy_ggnvp(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Computes the Gauss-Newton matrix of ``linear_cross_entropy`` in (input, weight, bias) times a vector.
 
-    JᵀAJ v with J = ∂z/∂(input, weight, bias) and A the Hessian by z, which is positive semi-definite: the terms of
-    ``linear_cross_entropy_hvp`` without g (Schraudolph, Neural Computation 14, 2002). Five matrix products.
+    JᵀAJ v with J = ∂z/∂(input, weight, bias) and A the Hessian with respect to z, which is positive semi-definite: the
+    terms of ``linear_cross_entropy_hvp`` without g (Schraudolph, Neural Computation 14, 2002). Five matrix products.
 
     Args:
         vector: (Ḣ, Ẇ, ḃ), in the shapes and the dtype of input, weight and bias. None leaves an operand out, as a

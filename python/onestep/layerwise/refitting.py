@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from onestep.layerwise.order import Sums, Teaching, solve_in_order
 from onestep.layerwise.pairs import check_names
 from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics
+from onestep.linalg.damping import more_damping
 from onestep.ops.operands import LinAlgError
 
 # Elements of the matrices that are solved with at a time where each output has features of its own.
@@ -149,9 +151,10 @@ class _Refit:
             if not failed:
                 break
             info = info or failed
-            if penalty >= 1.0:
+            more = more_damping(torch.tensor(penalty, dtype=torch.float64), self.weight.dtype).item()
+            if math.isnan(more):
                 raise LinAlgError(f"layer {self.layer.name!r} has no solution with any ridge up to {penalty:g}")
-            penalty = min(max(10.0 * penalty, 1e-12 if self.weight.dtype == torch.float64 else 1e-6), 1.0)
+            penalty = more
         # Rounding, in the solve or to the dtype of the layer, may lose more than there was to gain.
         solved = self._stored(solved)
         if self.error(solved) > before:

@@ -49,11 +49,12 @@ def as_columns(name: str, value: Tensor, matrix: Tensor, rows: int) -> tuple[Ten
     As in torch.linalg.solve, ``value`` is a batch of vectors if it has one dimension, or the shape of ``matrix`` less
     its columns; otherwise it is a batch of matrices.
     """
-    if value.dim() >= matrix.dim():
+    dims = value.dim()
+    if dims >= matrix.dim():
         return value, False
-    if value.dim() == 0:
+    if dims == 0:
         raise ValueError(f"{name} has shape (); expected (..., {rows}, k) or (..., {rows})")
-    is_vector = value.dim() == 1 or (value.dim() == matrix.dim() - 1 and value.shape == matrix.shape[:-1])
+    is_vector = dims == 1 or (dims == matrix.dim() - 1 and value.shape == matrix.shape[:-1])
     return (value.unsqueeze(-1), True) if is_vector else (value, False)
 
 
@@ -91,7 +92,9 @@ def _broadcasts(*shapes: torch.Size) -> bool:
 
 def number(name: str, value: object, least: float, most: float, meaning: str) -> float:
     """A real number from [least, most]; raises TypeError or ValueError otherwise, NaN included."""
-    if type(value) is not float and not isinstance(value, Real):
+    if type(value) is float and least <= value <= most:
+        return value
+    if not isinstance(value, Real):
         raise TypeError(f"{name} is {type(value).__name__}; expected {meaning}")
     result = float(value)
     if not least <= result <= most:
@@ -101,8 +104,10 @@ def number(name: str, value: object, least: float, most: float, meaning: str) ->
 
 def steps(name: str, value: object) -> int:
     """A number of steps, from 0 to 1000."""
+    if type(value) is int and 0 <= value <= 1000:
+        return value
     meaning = "an integer from 0 to 1000"
-    if type(value) is not int and not isinstance(value, Integral):
+    if not isinstance(value, Integral):
         raise TypeError(f"{name} is {type(value).__name__}; expected {meaning}")
     if not 0 <= int(value) <= 1000:
         raise ValueError(f"{name}={value}; expected {meaning}")

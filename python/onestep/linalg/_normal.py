@@ -21,7 +21,15 @@ from onestep.linalg._arguments import (
 )
 from onestep.linalg.dlpack import takes_arrays
 from onestep.ops import normal
+from onestep.ops.normal.formulas import more_jitter
+from onestep.ops.normal.options import Options, to_solve_normal
 from onestep.ops.operands import broadcast_batch
+
+# X, Y, weight, ridge, uniform_ridge
+_Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
+
+# Kept, since torch takes as long to make one as a check takes.
+_FINFO = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 
 # Up to this many features the kernel solves a problem per vector lane, which no dual form beats.
 _PACKED_FEATURES = 32
@@ -80,39 +88,49 @@ class Moments(NamedTuple):
     weight_sum: Tensor
 
 
-class _Problem(NamedTuple):
-    X: Tensor
-    Y: Tensor
-    weight: Tensor | None
-    ridge: Tensor | None
-    uniform_ridge: float
-    dual: bool
-    is_vector: bool
+def _problem(
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None,
+    ridge: float | Tensor,
+    refine: int,
+    jitter: float | None = None,
+    check: bool = False,
+) -> tuple[_Operands, Options, bool]:
+    """The arguments of the public functions as the ops take them, and whether Y came as vectors.
 
-
-def _problem(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: float | Tensor) -> _Problem:
+    Plain arguments are brought to the types of ``Options``. Every public function calls this, so a check of one stands
+    here.
+    """
+    refine = steps("refine", refine)
+    added = 0.0
+    if jitter is not None:
+        added = number("jitter", jitter, sys.float_info.min, 1.0, "None or a fraction of the mean diagonal in (0, 1]")
     X = features(X)
     Y = floating("Y", Y, X)
-    if X.dim() < 2:
-        raise ValueError(f"X has shape {tuple(X.shape)}; expected (..., n, d)")
-    n, d = X.shape[-2:]
+    shape = X.shape
+    if len(shape) < 2:
+        raise ValueError(f"X has shape {tuple(shape)}; expected (..., n, d)")
+    n, d = shape[-2:]
     if d == 0:
-        raise ValueError(f"X has shape {tuple(X.shape)}; expected at least one feature (d >= 1)")
+        raise ValueError(f"X has shape {tuple(shape)}; expected at least one feature (d >= 1)")
     Y, is_vector = as_columns("Y", Y, X, n)
     if weight is not None:
         weight = floating("weight", weight, X)
     may_be_dual = n < d and d > _PACKED_FEATURES
+    limits = _FINFO[result_dtype(X)]
     if not isinstance(ridge, Tensor):
-        penalty = number(
-            "ridge", ridge, 0.0, torch.finfo(result_dtype(X)).max, "a tensor or a number from 0, finite in X's dtype"
-        )
-        if may_be_dual and penalty >= torch.finfo(result_dtype(X)).tiny:
-            return _Problem(X, Y, weight, Y.new_full((1,), penalty).expand(d), 0.0, True, is_vector)
-        return _Problem(X, Y, weight, None, penalty, False, is_vector)
-    shapes = [tuple(X.shape[:-2]), tuple(Y.shape[:-2])] + ([] if weight is None else [tuple(weight.shape[:-1])])
-    penalties = ridge_per_feature(ridge, X, torch.Size(broadcast_batch("X, Y, weight", *shapes)))
-    dual = may_be_dual and values_are_known(penalties) and bool((penalties >= torch.finfo(penalties.dtype).tiny).all())
-    return _Problem(X, Y, weight, penalties, 0.0, dual, is_vector)
+        uniform_ridge = number("ridge", ridge, 0.0, limits.max, "a tensor or a number from 0, finite in X's dtype")
+        dual = may_be_dual and uniform_ridge >= limits.tiny
+        penalties = None
+        if dual:
+            penalties, uniform_ridge = Y.new_full((1,), uniform_ridge).expand(d), 0.0
+    else:
+        shapes = [tuple(X.shape[:-2]), tuple(Y.shape[:-2])] + ([] if weight is None else [tuple(weight.shape[:-1])])
+        penalties = ridge_per_feature(ridge, X, torch.Size(broadcast_batch("X, Y, weight", *shapes)))
+        dual = may_be_dual and values_are_known(penalties) and bool((penalties >= limits.tiny).all())
+        uniform_ridge = 0.0
+    return (X, Y, weight, penalties, uniform_ridge), Options(refine, added, dual, True, check), is_vector
 
 
 @takes_arrays
@@ -155,11 +173,9 @@ def solve_normal(
         tensor([[1., 2.],
                 [2., 1.]])
     """
-    p = _problem(X, Y, weight, ridge)
-    solution: Tensor = normal.solve_normal(
-        p.X, p.Y, p.weight, p.ridge, p.uniform_ridge, steps("refine", refine), p.dual, True
-    )[0]
-    return solution.squeeze(-1) if p.is_vector else solution
+    operands, options, is_vector = _problem(X, Y, weight, ridge, refine, check=True)
+    solution: Tensor = normal.solve_normal(*operands, *to_solve_normal(options))[0]
+    return solution.squeeze(-1) if is_vector else solution
 
 
 @takes_arrays
@@ -198,41 +214,32 @@ def solve_normal_ex(
         >>> info.tolist(), solution.tolist()
         ([0, 2], [[1.0, 1.0], [nan, nan]])
     """
-    if jitter is not None:
-        jitter = number("jitter", jitter, sys.float_info.min, 1.0, "None or a fraction of the mean diagonal in (0, 1]")
-    p = _problem(X, Y, weight, ridge)
-    if p.dual and jitter is not None:
-        solution, info, rcond, added = _dual_with_jitter(p, steps("refine", refine), jitter)
+    operands, options, is_vector = _problem(X, Y, weight, ridge, refine, jitter)
+    if options.dual and options.jitter > 0:
+        solution, info, rcond, added = _dual_with_jitter(operands, options)
     else:
-        solution, _, info, rcond, added = normal.solve_normal_ex(
-            p.X,
-            p.Y,
-            p.weight,
-            p.ridge,
-            p.uniform_ridge,
-            steps("refine", refine),
-            jitter or 0.0,
-            p.dual,
-        )
-    return SolveNormalResult(solution.squeeze(-1) if p.is_vector else solution, info, rcond, added)
+        solution, _, info, rcond, added = normal.solve_normal_ex(*operands, *options)
+    return SolveNormalResult(solution.squeeze(-1) if is_vector else solution, info, rcond, added)
 
 
 @safe_after_fork
-def _dual_with_jitter(p: _Problem, refine: int, jitter: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _dual_with_jitter(operands: _Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The kernel's jitter for the dual form, where adding to the diagonal of A is adding to the ridge."""
-    assert p.ridge is not None
-    weighted = p.X.detach().square() if p.weight is None else p.weight.detach().unsqueeze(-1) * p.X.detach().square()
-    mean_diagonal = (weighted.sum(-2) + p.ridge.detach()).mean(-1)
-    added = torch.zeros((), dtype=p.X.dtype, device=p.X.device)
+    X, Y, weight, penalty, _ = operands
+    assert penalty is not None
+    in_dual = options._replace(jitter=0.0)
+    weighted = X.detach().square() if weight is None else weight.detach().unsqueeze(-1) * X.detach().square()
+    mean_diagonal = (weighted.sum(-2) + penalty.detach()).mean(-1)
+    added = torch.zeros((), dtype=X.dtype, device=X.device)
     attempt = 0
     while True:
-        ridge = p.ridge + added.unsqueeze(-1)
-        solution, _, info, rcond, _ = normal.solve_normal_ex(p.X, p.Y, p.weight, ridge, 0.0, refine, 0.0, True)
-        retry = (info > 0) & (info <= p.X.shape[-1]) & mean_diagonal.isfinite() & (added < mean_diagonal)
+        ridge = penalty + added.unsqueeze(-1)
+        solution, _, info, rcond, _ = normal.solve_normal_ex(X, Y, weight, ridge, 0.0, *in_dual)
+        retry, more = more_jitter(info, X.shape[-1], mean_diagonal, added, options.jitter, attempt)
         if not values_are_known(info) or not retry.any():
-            failed = (info > 0) & (info <= p.X.shape[-1])
+            failed = (info > 0) & (info <= X.shape[-1])
             return solution, info, rcond, torch.where(failed, 0, added).expand(info.shape).contiguous()
-        added = torch.where(retry, mean_diagonal * (jitter * 10.0**attempt), added)
+        added = more
         attempt += 1
 
 

@@ -76,16 +76,21 @@ def _damping(damping: float | Tensor, A: Tensor) -> Tensor:
     return torch.tensor(amount, dtype=A.dtype, device=A.device)
 
 
+def more_damping(damping: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is tried after a damping that will not do, in means of the diagonal; NaN after the most.
+
+    The most is tried, too, where ten times the last one lies beyond it.
+    """
+    more = (10.0 * damping).clamp(min=_LEAST_DAMPING[dtype], max=_MOST_DAMPING)
+    return torch.where(damping >= _MOST_DAMPING, torch.nan, more)
+
+
 def _escalated(factor: Factor, A: Tensor, info: Tensor, asked: Tensor) -> Tensor:
     """For each matrix that is not positive definite the damping with which it is; NaN where none is."""
-    least = _LEAST_DAMPING[A.dtype]
     flat, tried = A.reshape(-1, *A.shape[-2:]), asked.reshape(-1)
     failed = (info.reshape(-1) > 0).nonzero().squeeze(-1)
     while len(failed):
-        # The most is tried, too, where ten times the last one lies beyond it.
-        over = tried[failed] >= _MOST_DAMPING
-        tried[failed[over]] = torch.nan
-        failed = failed[~over]
-        tried[failed] = (10.0 * tried[failed]).clamp(min=least, max=_MOST_DAMPING)
+        tried[failed] = more_damping(tried[failed], A.dtype)
+        failed = failed[~tried[failed].isnan()]
         failed = failed[factor(flat[failed], tried[failed])[1] != 0]
     return tried.reshape(asked.shape)

@@ -1,9 +1,17 @@
 """Solving one symmetric positive definite system by Cholesky, and whether the solution can be trusted.
 
 What solves one such system and takes another way where Cholesky fails comes here, so that the same matrix is singular
-to all of it. Two kinds of solves have rules of their own: kernels over batches, which report each problem by `info`
-(and `jitter`), and steps and preconditioners, which take more damping until they have a factor
-(`optim/levenberg_marquardt.py`, `linalg/damping.py`, `training/kronecker.py`, `layerwise/order.py`).
+to all of it. Two kinds of solves have rules of their own. Kernels over batches report each problem by `info`. What may
+solve a neighbouring system instead adds to the diagonal until there is a factor, by one of three rules:
+
+- ``jitter`` of `solve_normal_ex`: the user's fraction of the mean diagonal, tenfold until the mean itself is added
+  (`ops/normal/formulas.py`, ``more_jitter``), and reported.
+- Damping in means of the diagonal, tenfold from the dtype's noise to 1 (`linalg/damping.py`, ``more_damping``), and
+  reported: `inverse_cholesky` and `layerwise`.
+- A shift for preconditioners and starts, a hundredfold (``factor_with_shift``), of which nobody hears.
+
+The damping of a method's steps is none of these: it is the length of a step, which the method adapts (`optim/`,
+`layerwise/outputs.py`), and a step whose matrix has no factor counts as one that failed.
 
 - A is **singular** where a pivot, after scaling to a unit diagonal, is at most ``SINGULAR_EPSILONS`` ε: only rounding
   noise is left of it. ``solve_normal`` judges by the same number, in its kernels and in the dual form.

@@ -50,7 +50,8 @@ class OpFunction(SingleLevelFunction):
 
     It is a single-level autograd.Function, applied inside the op's Autograd kernel: torch.func calls that kernel once
     per transform level, with the tensors of that level, exactly as it does for torch's own ops. ``backward`` and
-    ``jvp`` are written in differentiable ops, which gives derivatives of every order.
+    ``jvp`` are written in differentiable ops, which gives derivatives of every order. ``backward`` returns the
+    gradients of the tensors; None for the arguments after them is added.
     """
 
     op: ClassVar[Any]
@@ -131,6 +132,17 @@ class _Primals:
         return getattr(self._ctx, name)
 
 
+def _for_all_arguments(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` with a None for each argument after those that it returns a gradient for."""
+
+    def for_all(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        found = backward(ctx, *cotangents)
+        gradients: tuple[Any, ...] = found if isinstance(found, tuple) else (found,)
+        return gradients + (None,) * (len(ctx.needs_input_grad) - len(gradients))
+
+    return for_all
+
+
 def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[..., Any]:
     """``function.jvp`` as torch would run it if it supported forward mode over forward mode.
 
@@ -163,7 +175,7 @@ def register_derivatives(op: Op, function: type[OpFunction]) -> None:
     if function.forward_composite is not None:
         function.forward_composite = staticmethod(safe_after_fork(function.forward_composite))
     # Derivatives are made of torch's ops, which wait for ever for threads that a fork has not kept.
-    function.backward = staticmethod(safe_after_fork(function.backward))  # type: ignore[method-assign]
+    function.backward = staticmethod(_for_all_arguments(safe_after_fork(function.backward)))  # type: ignore[method-assign]
     function.jvp = staticmethod(safe_after_fork(function.jvp))  # type: ignore[method-assign]
     function.jvp = staticmethod(_forward_over_forward(function, outputs))  # type: ignore[method-assign]
     function.forward = staticmethod(function.run_below)  # type: ignore[method-assign]

@@ -27,11 +27,6 @@ ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16
 FLOATING = (torch.float32, torch.float64)
 
 
-def is_floating(tensor: Tensor) -> bool:
-    """Whether the kernels read the tensor's dtype."""
-    return tensor.dtype in FLOATING
-
-
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless the tensor is float32 or float64."""
     if tensor.dtype not in FLOATING:

@@ -20,6 +20,8 @@ from onestep.evaluation.parameters import ParameterVector
 from onestep.training.objective import DataObjective
 from onestep.training.result import Record
 from onestep.training.structures.affine import explained, why_not_affine
+from onestep.training.structures.affine_head import Head, find_head
+from onestep.training.structures.base import Mismatch
 
 # The most rows of the first chunk, which is read before it is known how many rows fit into memory.
 _FIRST_ROWS = 1024
@@ -165,6 +167,11 @@ class Facts:
         except Exception:
             # A model or a loss that fails says so itself, where it is asked for more.
             return ""
+
+    @cached_property
+    def head(self) -> Head | Mismatch:
+        """The linear layer that holds all that is trained and ends the model, as far as the first rows tell."""
+        return find_head(self.model, self.parameters, self.first)
 
     @cached_property
     def no_jacobian(self) -> str:

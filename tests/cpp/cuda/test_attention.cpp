@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "attention/attention.hpp"
-#include "attention/cuda/attention_cuda.hpp"
+#include "attention/cuda/attention.hpp"
 #include "base/cuda/numbers.cuh"
 #include "simt.hpp"
 #include "testing.hpp"

@@ -24,7 +24,7 @@ from onestep.ops.attention.formulas import formula_backward, formula_backward_jv
 from onestep.ops.attention.schema import Batch, EightGrads, Grads, Optional, Sizes
 from onestep.ops.operands import ELEMENTS
 
-# Whether Hopper's own matrix instructions are used where kernels have them (csrc/attention/cuda/attention_cuda.hpp).
+# Whether Hopper's own matrix instructions are used where kernels have them (csrc/attention/cuda/attention.hpp).
 WARP_GROUPS = True
 # Operands' rows start at multiples of it.
 _ALIGNMENT = 16

@@ -3,7 +3,7 @@
 Four ops are enough up to order two. The tangent of ``attention`` is ``attention_jvp``, its gradient
 ``attention_backward``. Both are linear, in the tangents and in the cotangents, and each is the transpose of the other.
 ``attention_backward_jvp`` differentiates both with respect to the operands, since second derivatives are symmetric. A d
-in front of an argument's name marks a tangent.
+in front of an argument's name marks a tangent (in csrc/attention ``d`` and ``dv`` are sizes).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class _Attention(OpFunction):
     def backward(ctx: Any, grad: Optional, grad_lse: Optional) -> tuple[Any, ...]:
         q, k, v, mask, _, _ = ctx.saved_tensors
         if grad is None and grad_lse is None:
-            return (None,) * 6
+            return ()
         wanted = ctx.needs_input_grad[3]
         grads = attention_backward.dispatched(grad, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.causal, wanted)
-        return *_operand_grads(grads, (q, k, v, mask), wanted), None, None
+        return _operand_grads(grads, (q, k, v, mask), wanted)
 
     @staticmethod
     def jvp(ctx: Any, dq: Optional, dk: Optional, dv: Optional, dmask: Optional, *unused: Any) -> tuple[Any, Any]:
@@ -89,12 +89,12 @@ class _AttentionJvp(OpFunction):
     def backward(ctx: Any, grad: Optional, grad_lse: Optional) -> tuple[Any, ...]:
         """Gradients of ⟨G, J(x)ẋ⟩, where x are the operands and ẋ their tangents.
 
-        By ẋ the gradient is J(x)ᵀG, which is attention_backward. By x it is the tangent of J(x)ᵀG along ẋ, since second
-        derivatives are symmetric: attention_backward_jvp.
+        With respect to ẋ that is J(x)ᵀG: attention_backward. With respect to x it is the tangent of J(x)ᵀG along ẋ,
+        since second derivatives are symmetric: attention_backward_jvp.
         """
         q, k, v, mask, out, lse, dq, dk, dv, dmask, dout, dlse = ctx.saved_tensors
         if grad is None and grad_lse is None:
-            return (None,) * 12
+            return ()
         by_operands: tuple[Any, ...] = (None,) * 4
         by_tangents: tuple[Any, ...] = (None,) * 4
         needs = ctx.needs_input_grad
@@ -110,7 +110,7 @@ class _AttentionJvp(OpFunction):
                 _cast(pulled, tangent) if need else None
                 for pulled, tangent, need in zip(grads, (dq, dk, dv, dmask), needs[6:10], strict=True)
             )
-        return *by_operands, None, None, *by_tangents, None, None
+        return *by_operands, None, None, *by_tangents
 
 
 def _and_jvp_apart(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -156,13 +156,13 @@ class _AttentionBackward(OpFunction):
     def backward(ctx: Any, uq: Optional, uk: Optional, uv: Optional, umask: Optional) -> tuple[Any, ...]:
         """Gradients of ⟨u, J(x)ᵀG⟩ = ⟨J(x)u, G⟩, where u are the cotangents of the results.
 
-        By G (and g) the gradient is J(x)u, which is attention_jvp along u. By x it is the tangent of J(x)ᵀG along u,
-        since second derivatives are symmetric: attention_backward_jvp.
+        With respect to G (and g) that is J(x)u: attention_jvp along u. With respect to x it is the tangent of J(x)ᵀG
+        along u, since second derivatives are symmetric: attention_backward_jvp.
         """
         grad, grad_lse, q, k, v, mask, out, lse = ctx.saved_tensors
         umask = umask if ctx.mask_grad else None
         if uq is None and uk is None and uv is None and umask is None:
-            return (None,) * 11
+            return ()
         needs = ctx.needs_input_grad
         options = ctx.scale, ctx.causal
         dout, dlse = attention_jvp.dispatched(q, k, v, mask, out, lse, uq, uk, uv, umask, *options)
@@ -176,11 +176,6 @@ class _AttentionBackward(OpFunction):
             _cast(dout, grad) if needs[0] else None,
             _cast(dlse, grad_lse) if needs[1] else None,
             *by_operands,
-            None,
-            None,
-            None,
-            None,
-            None,
         )
 
     @staticmethod
@@ -231,7 +226,7 @@ class _AttentionBackwardJvp(OpFunction):
         tensors = ctx.saved_tensors
         options = ctx.scale, ctx.causal, ctx.mask_grad
         pulled = pull_back(formula_backward_jvp, (*tensors[:6], *tensors[8:14]), options, grads)
-        return *pulled[:6], None, None, *pulled[6:], None, None, None, None, None
+        return *pulled[:6], None, None, *pulled[6:]
 
 
 def _backward_and_jvp_apart(*args: Any) -> EightGrads:

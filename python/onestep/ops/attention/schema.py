@@ -254,8 +254,8 @@ def backward_jvp_sizes(tensors: tuple[Any, ...]) -> Sizes:
 
 
 def backward_jvp_results(*args: Any) -> Grads:
-    mask_grad: bool = args[18]
-    return empty_grads(backward_jvp_sizes(args[:16]), args[2], args[5], mask_grad)
+    tensors, (_, _, mask_grad) = args[:16], args[16:]
+    return empty_grads(backward_jvp_sizes(tensors), tensors[2], tensors[5], mask_grad)
 
 
 attention_backward_jvp = define(

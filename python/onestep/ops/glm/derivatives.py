@@ -50,7 +50,7 @@ class _Point(OpFunction):
         if d_gradient is not None:
             product = _product(d_gradient, ctx)
             total = product if total is None else total + product
-        return None, None, None if total is None else total.sum_to_size(W.shape), None, None, None
+        return None, None, None if total is None else total.sum_to_size(W.shape)
 
     @staticmethod
     def jvp(ctx: Any, dX: Any, dy: Any, dW: Any, d_weight: Any, *unused: Any) -> tuple[Any, ...]:
@@ -102,12 +102,12 @@ class _Product(OpFunction):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
         if grad is None:
-            return (None,) * len(needed)
+            return ()
         _refuse((("X", needed[1]), ("weight", needed[3])))
         X, W, weight, curvature, V = ctx.saved_tensors
         dV = glm_product.dispatched(grad, X, W, weight, curvature, ctx.family, ctx.intercept)
         dW = _third_derivative(V, grad, ctx).sum(-3).sum_to_size(W.shape) if needed[2] else None
-        return dV.sum_to_size(V.shape), None, dW, None, None, None, None
+        return dV.sum_to_size(V.shape), None, dW
 
     @staticmethod
     def jvp(ctx: Any, dV: Any, dX: Any, dW: Any, d_weight: Any, *unused: Any) -> Tensor:

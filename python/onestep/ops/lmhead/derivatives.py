@@ -82,7 +82,7 @@ class _LinearCrossEntropy(OpFunction):
             )
             of_row_weight = _sum(of_row_weight, pushed)
             gradients = [_sum(of, more) if n else None for of, more, n in zip(gradients, second, needed, strict=True)]
-        return of_row_weight, *gradients, None, None, None, None
+        return of_row_weight, *gradients
 
     @staticmethod
     def jvp(ctx: Any, d_row_weight: Any, d_input: Any, d_weight: Any, d_bias: Any, *unused: Any) -> Any:
@@ -180,7 +180,7 @@ class _LinearCrossEntropyTangent(OpFunction):
         if any(of is not None for of in along):
             return _third_order_backward(ctx, tensors, (of_value, of_losses, *along))
         if of_value is None and of_losses is None:
-            return (None,) * 13
+            return ()
         row_weight, d_row_weight, *operands, target = tensors[:6]
         directions = tensors[6:]
         options = ctx.ignore_index, ctx.label_smoothing
@@ -194,7 +194,7 @@ class _LinearCrossEntropyTangent(OpFunction):
         of_d_row_weight = None if d_weights is None else of_value * losses
         by_operand = [of if n else None for of, n in zip(gradients, needed[2:5], strict=True)]
         by_direction = [of if n else None for of, n in zip(of_directions, needed[6:9], strict=True)]
-        return of_row_weight, of_d_row_weight, *by_operand, None, *by_direction, None, None, None, None
+        return of_row_weight, of_d_row_weight, *by_operand, None, *by_direction
 
 
 def _of_differentiable(ctx: Any, tensors: Sequence[Any]) -> tuple[Any, tuple[Tensor, ...], list[int]]:
@@ -218,7 +218,7 @@ def _third_order_backward(ctx: Any, tensors: Sequence[Any], cotangents: tuple[An
     materialized = tuple(
         torch.zeros_like(output) if of is None else of for output, of in zip(outputs, cotangents, strict=True)
     )
-    gradients: list[Any] = [None] * 13
+    gradients: list[Any] = [None] * (_DIFFERENTIABLE[-1] + 1)
     for place, gradient in zip(places, pullback(materialized), strict=True):
         gradients[place] = gradient
     return tuple(gradients)

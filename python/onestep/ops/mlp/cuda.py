@@ -66,7 +66,7 @@ def _forward(
 
 
 def _deltas(layers: list[_Layer], delta: Tensor) -> Iterator[tuple[_Layer, Tensor]]:
-    """From the last layer to the first: the layer, and the derivative by its z."""
+    """From the last layer to the first: the layer, and the derivative with respect to its z."""
     for layer in reversed(layers):
         delta = layer.before_activation(delta)
         yield layer, delta

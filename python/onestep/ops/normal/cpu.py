@@ -13,7 +13,9 @@ from onestep.ops.cholesky.schema import cholesky_solve
 from onestep.ops.normal import schema
 from onestep.ops.normal.dual import apply_dual
 from onestep.ops.normal.formulas import solve_normal_vjp
-from onestep.ops.normal.solves import Results, register_solves
+from onestep.ops.normal.options import Options
+from onestep.ops.normal.schema import Results
+from onestep.ops.normal.solves import register_solves
 from onestep.ops.operands import ELEMENTS, kernel_batch, operand, optional_operand
 
 Entries = dict[torch.dtype, Callable[..., None]]
@@ -72,11 +74,9 @@ def _solve(
     weight: Tensor | None,
     ridge: Tensor | None,
     uniform_ridge: float,
-    refine: int,
-    jitter: float,
+    options: Options,
     out: Results,
 ) -> None:
-    schema.check_numbers(uniform_ridge, refine, jitter)
     solution, L, info, rcond, jittered = out
     batch = tuple(info.shape)
     n, d = X.shape[-2:]
@@ -91,8 +91,8 @@ def _solve(
         n=n,
         d=d,
         k=solution.shape[-1],
-        refine=refine,
-        jitter=jitter,
+        refine=options.refine,
+        jitter=options.jitter,
         solution=solution.data_ptr(),
         factor=0 if L is None else L.data_ptr(),
         info=info.data_ptr(),

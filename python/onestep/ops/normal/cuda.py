@@ -17,8 +17,10 @@ from onestep.ops._library import register
 from onestep.ops.cholesky import cuda as cholesky
 from onestep.ops.normal import schema
 from onestep.ops.normal.dual import apply_dual
-from onestep.ops.normal.formulas import column, solve_normal_vjp
-from onestep.ops.normal.solves import Results, register_solves
+from onestep.ops.normal.formulas import column, more_jitter, solve_normal_vjp
+from onestep.ops.normal.options import Options
+from onestep.ops.normal.schema import Results
+from onestep.ops.normal.solves import register_solves
 from onestep.ops.operands import check_not_negative, kernel_batch, operand, optional_operand
 
 # Rows that are summed in one accumulator: more are cut into pieces by torch's matrix product.
@@ -186,8 +188,7 @@ def _escalate(
     factor = A.new_empty(*info.shape, d, d).mT
     attempt_solution, attempt_info = torch.empty_like(solution), torch.empty_like(info)
     for attempt in range(_MOST_JITTER_STEPS):
-        retry = (info > 0) & (info <= d) & mean.isfinite() & (added < mean)
-        added = torch.where(retry, mean * (jitter * 10.0**attempt), added)
+        retry, added = more_jitter(info, d, mean, added, jitter, attempt)
         trial = A + torch.diag_embed(added.unsqueeze(-1).expand(*info.shape, d))
         cholesky.solve_system(trial, R, attempt_solution, factor, attempt_info, normal_equations=True)
         chosen = retry[..., None, None]
@@ -252,12 +253,11 @@ def _solve(
     weight: Tensor | None,
     ridge: Tensor | None,
     uniform_ridge: float,
-    refine: int,
-    jitter: float,
+    options: Options,
     out: Results,
 ) -> None:
+    refine, jitter = options.refine, options.jitter
     X = X.to(Y.dtype)
-    schema.check_numbers(uniform_ridge, refine, jitter)
     check_not_negative("weight", weight)
     check_not_negative("ridge", ridge)
     solution, L, info, rcond, jittered = out

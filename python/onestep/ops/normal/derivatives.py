@@ -14,6 +14,7 @@ from onestep.ops._derivatives import (
     register_not_differentiable,
 )
 from onestep.ops.normal.formulas import column, failed, solve_normal_vjp, without_failed
+from onestep.ops.normal.options import checked_of_solve_normal
 from onestep.ops.normal.schema import (
     apply_normal_inverse,
     gram,
@@ -88,15 +89,14 @@ class _SolveNormalEx(OpFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         X, Y, weight, ridge, solution, L, info = _wide(*ctx.saved_tensors)
-        others = (None,) * (len(ctx.needs_input_grad) - 4)
         if grad is None:
-            return (None, None, None, None, *others)
+            return ()
         grads = solve_normal_backward.dispatched(grad, X, Y, weight, ridge, solution, L, info)
         summed = [
             None if to is None or not needed else gradient.sum_to_size(to.shape)
             for gradient, to, needed in zip(grads, (X, Y, weight, ridge), ctx.needs_input_grad, strict=False)
         ]
-        return (*summed, *others)
+        return tuple(summed)
 
     @staticmethod
     def jvp(ctx: Any, dX: Any, dY: Any, dweight: Any = None, dridge: Any = None, *unused: Any) -> tuple[Any, ...]:
@@ -126,12 +126,10 @@ def _solve_normal_composite(
     weight: Tensor | None = None,
     ridge: Tensor | None = None,
     uniform_ridge: float = 0.0,
-    refine: int = 0,
-    dual: bool = False,
-    check: bool = False,
+    *plain: Any,
 ) -> tuple[Tensor, Tensor]:
     """Where a derivative is wanted, the op that keeps the factor."""
-    solved = solve_normal_ex.dispatched(X, Y, weight, ridge, uniform_ridge, refine, 0.0, dual, False, check)
+    solved = solve_normal_ex.dispatched(X, Y, weight, ridge, uniform_ridge, *checked_of_solve_normal(*plain))
     return solved[0], solved[2]
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from onestep._fork import safe_after_fork
 from onestep.ops.cholesky.schema import cholesky, cholesky_solve
 from onestep.ops.normal.formulas import column, failed
-from onestep.ops.normal.schema import check_numbers, gram
+from onestep.ops.normal.options import Options
+from onestep.ops.normal.schema import Results, gram
 from onestep.ops.operands import check_not_negative, reads_values
 from onestep.ops.singular import with_singular
 
@@ -28,20 +29,19 @@ def solve_dual(
     Y: Tensor,
     weight: Tensor | None,
     ridge: Tensor | None,
-    refine: int,
-    out: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    options: Options,
+    out: Results,
 ) -> None:
     """Solves in the dual form. The Gram kernel reads X transposed, in place.
 
-    Writes solution, factor, info and rcond into ``out``.
+    Nothing is added to the diagonal: in the dual form ``jitter`` is the caller's, who adds it to the ridge.
     """
     assert ridge is not None
-    check_numbers(0.0, refine, 0.0)
     # On a GPU a penalty that is not positive makes the system indefinite or NaN, which info reports.
     if reads_values(ridge) and not (ridge > 0).all():
         raise ValueError("dual=True needs ridge > 0 in every feature")
     check_not_negative("weight", weight)
-    solution_out, factor_out, info_out, rcond_out = out
+    solution_out, factor_out, info_out, rcond_out, jittered_out = out
     root, largest, inverse_ridge = _scales(weight, ridge)
     inner = gram.dispatched(X.mT, X.mT[..., :0], inverse_ridge)[0]
     if root is not None:
@@ -51,13 +51,15 @@ def solve_dual(
     L, info = cholesky.dispatched(system)
     info = with_singular(info, L, system.diagonal(dim1=-2, dim2=-1))
     solution = _from_dual(X, root, inverse_ridge, L, column(root, Y))
-    for _ in range(refine):
+    for _ in range(options.refine):
         # δ = A⁻¹(XᵀD(Y − XW) − ΛW), with A⁻¹ by Woodbury's identity.
         right = X.mT @ column(weight, Y - X @ solution) - ridge.unsqueeze(-1) * solution
         solution = solution + apply_dual(right, X, weight, ridge, L)
     finite = solution.isfinite().all(-1).all(-1)
     info_out.copy_(torch.where((info == 0) & ~finite, X.shape[-1] + 1, info))
     solution_out.copy_(torch.where(failed(info_out), torch.nan, solution))
+    if jittered_out is not None:
+        jittered_out.zero_()
     if factor_out is not None:
         factor_out.copy_(L)
     if rcond_out is not None:

@@ -35,6 +35,23 @@ def without_failed(
     )
 
 
+def more_jitter(
+    info: Tensor, d: int, mean: Tensor, added: Tensor, jitter: float, attempt: int
+) -> tuple[Tensor, Tensor]:
+    """Which problems are tried again with more on their diagonals, and how much: ``jitter`` means, then tenfold.
+
+    The last attempt is the first that adds the mean or more. The CPU's kernel does the same (csrc/normal/cpu).
+
+    Args:
+        info: (…), of the last attempt.
+        mean: (…), of the diagonals.
+        added: (…), in the last attempt.
+        attempt: from 0.
+    """
+    retry = (info > 0) & (info <= d) & mean.isfinite() & (added < mean)
+    return retry, torch.where(retry, mean * (jitter * 10.0**attempt), added)
+
+
 @safe_after_fork
 def solve_normal_vjp(
     grad: Tensor,

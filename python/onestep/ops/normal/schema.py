@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onestep.ops._library import define
+from onestep.ops.normal.options import (
+    SCHEMA_OF_SOLVE_NORMAL,
+    SCHEMA_OF_SOLVE_NORMAL_EX,
+    Options,
+    of_solve_normal,
+)
 from onestep.ops.operands import (
+    FLOATING,
     LinAlgError,
     any_failed,
     broadcast_batch,
@@ -18,13 +26,14 @@ from onestep.ops.operands import (
     check_size,
     describe_failures,
     empty_factor,
-    is_floating,
 )
 
 Batch = tuple[int, ...]
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]
 # solution, L, info, rcond, jitter
 Solved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# The same for a device's solve to fill; None: not wanted.
+Results = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # What the rows of X may be beside the types of most kernels.
@@ -40,21 +49,21 @@ def check_rows(X: Tensor, Y: Tensor, weight: Tensor | None) -> list[Batch]:
 
     X may be bfloat16 or float16, which kernels widen as they read it: Y, weight and the results are float32 then.
     """
-    x_shape, y_shape = X.shape, Y.shape
+    x_shape, y_shape, dtype = X.shape, Y.shape, X.dtype
     # The good case is one expression, since this is a large part of what a small problem takes.
     if not (
-        is_floating(X)
-        and Y.dtype == X.dtype
+        dtype in FLOATING
+        and Y.dtype == dtype
         and Y.is_cpu
         and X.is_cpu
         and len(x_shape) >= 2
         and len(y_shape) >= 2
         and x_shape[-2] == y_shape[-2]
     ):
-        if X.dtype in HALF:
+        if dtype in HALF:
             check_floating("Y", Y)
             if Y.dtype != torch.float32:
-                raise TypeError(f"Y has dtype {Y.dtype}; expected torch.float32, beside X of {X.dtype}")
+                raise TypeError(f"Y has dtype {Y.dtype}; expected torch.float32, beside X of {dtype}")
             if Y.device != X.device:
                 raise ValueError(f"Y is on device {Y.device}; expected {X.device}, like the other operands")
         else:
@@ -129,69 +138,68 @@ def _solve_batch(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: Tensor | No
     return broadcast_batch("X, Y, weight, ridge", *batches)
 
 
-def check_numbers(uniform_ridge: float, refine: int, jitter: float) -> None:
-    """Raises ValueError unless the plain arguments of a solve are in range."""
-    if not (math.isfinite(uniform_ridge) and uniform_ridge >= 0):
+def check_uniform_ridge(uniform_ridge: float) -> None:
+    """Raises ValueError unless the plain ridge is in range."""
+    if not 0 <= uniform_ridge < math.inf:
         raise ValueError(f"ridge={uniform_ridge}; expected a finite number >= 0")
-    if refine < 0:
-        raise ValueError(f"refine={refine}; expected a number of steps >= 0")
-    if not 0 <= jitter <= 1:
-        raise ValueError(f"jitter={jitter}; expected a fraction of the mean diagonal, above 0 and at most 1")
 
 
 def solve_results(
-    X: Tensor,
-    Y: Tensor,
-    weight: Tensor | None = None,
-    ridge: Tensor | None = None,
-    uniform_ridge: float = 0.0,
-    refine: int = 0,
-    dual: bool = False,
-    check: bool = False,
+    X: Tensor, Y: Tensor, weight: Tensor | None, ridge: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Checks the operands; returns solution (…,d,k) and info (…), empty."""
-    batch = _solve_batch(X, Y, weight, ridge, dual)
+    batch = _solve_batch(X, Y, weight, ridge, options.dual)
     # Sizes as arguments of their own take a microsecond less than a tuple.
     return Y.new_empty(*batch, X.shape[-1], Y.shape[-1]), Y.new_empty(batch, dtype=torch.int32)
 
 
-solve_normal = define(
-    "solve_normal(Tensor X, Tensor Y, Tensor? weight=None, Tensor? ridge=None, float uniform_ridge=0.0, "
-    "int refine=0, bool dual=False, bool check=False) -> (Tensor, Tensor)",
-    fake=solve_results,
-    own_dims=(2, 2, 1, 1),
-)
-
-
-def solve_ex_results(
+def _fake_solve(
     X: Tensor,
     Y: Tensor,
     weight: Tensor | None = None,
     ridge: Tensor | None = None,
     uniform_ridge: float = 0.0,
-    refine: int = 0,
-    jitter: float = 0.0,
-    dual: bool = False,
-    rcond: bool = True,
-    check: bool = False,
-) -> Solved:
+    *plain: Any,
+) -> tuple[Tensor, Tensor]:
+    return solve_results(X, Y, weight, ridge, of_solve_normal(*plain))
+
+
+solve_normal = define(
+    "solve_normal(Tensor X, Tensor Y, Tensor? weight=None, Tensor? ridge=None, float uniform_ridge=0.0, "
+    f"{SCHEMA_OF_SOLVE_NORMAL}) -> (Tensor, Tensor)",
+    fake=_fake_solve,
+    own_dims=(2, 2, 1, 1),
+)
+
+
+def solve_ex_results(X: Tensor, Y: Tensor, weight: Tensor | None, ridge: Tensor | None, options: Options) -> Solved:
     """Checks the operands; returns solution (…,d,k), L, info (…), rcond (…), or (…,0) if unwanted, and jitter (…)."""
-    batch = _solve_batch(X, Y, weight, ridge, dual)
-    order = X.shape[-2] if dual else X.shape[-1]
+    batch = _solve_batch(X, Y, weight, ridge, options.dual)
+    order = X.shape[-2] if options.dual else X.shape[-1]
     return (
         Y.new_empty((*batch, X.shape[-1], Y.shape[-1])),
         empty_factor(Y, batch, order),
         Y.new_empty(batch, dtype=torch.int32),
-        Y.new_empty(batch if rcond else (*batch, 0)),
+        Y.new_empty(batch if options.rcond else (*batch, 0)),
         Y.new_empty(batch),
     )
 
 
+def _fake_solve_ex(
+    X: Tensor,
+    Y: Tensor,
+    weight: Tensor | None = None,
+    ridge: Tensor | None = None,
+    uniform_ridge: float = 0.0,
+    *plain: Any,
+) -> Solved:
+    return solve_ex_results(X, Y, weight, ridge, Options(*plain))
+
+
 solve_normal_ex = define(
     "solve_normal_ex(Tensor X, Tensor Y, Tensor? weight=None, Tensor? ridge=None, float uniform_ridge=0.0, "
-    "int refine=0, float jitter=0.0, bool dual=False, bool rcond=True, bool check=False) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=solve_ex_results,
+    f"{SCHEMA_OF_SOLVE_NORMAL_EX}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_solve_ex,
     own_dims=(2, 2, 1, 1),
 )
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from onestep.ops._library import register
 from onestep.ops.normal import schema
 from onestep.ops.normal.dual import solve_dual
+from onestep.ops.normal.options import Options, checked_of_solve_normal, checked_of_solve_normal_ex
+from onestep.ops.normal.schema import Results
 
-# solution, L, info, rcond and what was added to the diagonal, for a device's solve to fill; None: not wanted.
-Results = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
-# (X, Y, weight, ridge, uniform_ridge, refine, jitter, results)
-Solve = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float, int, float, Results], None]
+# (X, Y, weight, ridge, uniform_ridge, options, results)
+Solve = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float, Options, Results], None]
 
 
 def register_solves(device: str, solve: Solve) -> None:
@@ -26,17 +27,11 @@ def register_solves(device: str, solve: Solve) -> None:
         weight: Tensor | None = None,
         ridge: Tensor | None = None,
         uniform_ridge: float = 0.0,
-        refine: int = 0,
-        dual: bool = False,
-        check: bool = False,
+        *plain: Any,
     ) -> tuple[Tensor, Tensor]:
-        solution, info = schema.solve_results(X, Y, weight, ridge, dual=dual)
-        if dual:
-            solve_dual(X.to(Y.dtype), Y, weight, ridge, refine, (solution, None, info, None))
-        else:
-            solve(X, Y, weight, ridge, uniform_ridge, refine, 0.0, (solution, None, info, None, None))
-        if check:
-            schema.raise_if_failed(info, X.shape[-1])
+        options = checked_of_solve_normal(*plain)
+        solution, info = schema.solve_results(X, Y, weight, ridge, options)
+        _run(X, Y, weight, ridge, uniform_ridge, options, (solution, None, info, None, None))
         return solution, info
 
     @register(schema.solve_normal_ex, device=device)
@@ -46,20 +41,28 @@ def register_solves(device: str, solve: Solve) -> None:
         weight: Tensor | None = None,
         ridge: Tensor | None = None,
         uniform_ridge: float = 0.0,
-        refine: int = 0,
-        jitter: float = 0.0,
-        dual: bool = False,
-        rcond: bool = True,
-        check: bool = False,
+        *plain: Any,
     ) -> schema.Solved:
-        out = schema.solve_ex_results(X, Y, weight, ridge, dual=dual, rcond=rcond)
-        solution, L, info, condition, jittered = out
-        if dual:
-            solve_dual(X.to(Y.dtype), Y, weight, ridge, refine, (solution, L, info, condition if rcond else None))
-            jittered.zero_()
-        else:
-            results = (solution, L, info, condition if rcond else None, jittered)
-            solve(X, Y, weight, ridge, uniform_ridge, refine, jitter, results)
-        if check:
-            schema.raise_if_failed(info, X.shape[-1])
+        options = checked_of_solve_normal_ex(*plain)
+        out = schema.solve_ex_results(X, Y, weight, ridge, options)
+        solution, L, info, rcond, jittered = out
+        results = (solution, L, info, rcond if options.rcond else None, jittered)
+        _run(X, Y, weight, ridge, uniform_ridge, options, results)
         return out
+
+    def _run(
+        X: Tensor,
+        Y: Tensor,
+        weight: Tensor | None,
+        ridge: Tensor | None,
+        uniform_ridge: float,
+        options: Options,
+        results: Results,
+    ) -> None:
+        schema.check_uniform_ridge(uniform_ridge)
+        if options.dual:
+            solve_dual(X.to(Y.dtype), Y, weight, ridge, options, results)
+        else:
+            solve(X, Y, weight, ridge, uniform_ridge, options, results)
+        if options.check:
+            schema.raise_if_failed(results[2], X.shape[-1])

@@ -10,7 +10,7 @@ from torch import Tensor
 from onestep import _native
 from onestep.ops._library import register
 from onestep.ops.cholesky.schema import cholesky_solve
-from onestep.ops.normal.schema import raise_if_failed
+from onestep.ops.normal.schema import check_uniform_ridge, raise_if_failed
 from onestep.ops.operands import operand, optional_operand
 from onestep.ops.segments import schema
 
@@ -47,7 +47,7 @@ def _run(
     check: bool,
     out: tuple[Tensor, Tensor | None, Tensor],
 ) -> None:
-    schema.check_ridge(uniform_ridge)
+    check_uniform_ridge(uniform_ridge)
     _check_values(offsets, indices, X.shape[0], Y.shape[0])
     offsets = offsets.contiguous()
     indices = None if indices is None else indices.contiguous()

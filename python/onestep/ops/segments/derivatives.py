@@ -77,9 +77,8 @@ class _SolveSegments(OpFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         _, _, offsets, indices, _, base, ridge, _, _, info = ctx.saved_tensors
-        others = (None,) * (len(ctx.needs_input_grad) - 7)
         if grad is None:
-            return (*(None,) * 7, *others)
+            return ()
         entries, X, x, y, weight, W, L = _good(*ctx.saved_tensors)
         V = apply_segments_inverse.dispatched(
             torch.where(failed(info), 0, grad), X, offsets, indices, weight, base, ridge, L
@@ -95,7 +94,6 @@ class _SolveSegments(OpFunction):
             None if weight is None else (fitted * residual).sum(-1),
             None if base is None else -_symmetric(V, W),
             None if ridge is None else -(V * W).sum(-1),
-            *others,
         )
 
     @staticmethod

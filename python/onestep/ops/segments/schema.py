@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -58,12 +56,6 @@ def _check_operands(
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
     return problems
-
-
-def check_ridge(uniform_ridge: float) -> None:
-    """Raises ValueError unless the plain ridge is in range."""
-    if not (math.isfinite(uniform_ridge) and uniform_ridge >= 0):
-        raise ValueError(f"ridge={uniform_ridge}; expected a finite number >= 0")
 
 
 def segments_results(

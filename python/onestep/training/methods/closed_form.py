@@ -15,7 +15,6 @@ from onestep.training.methods.quasi_newton import HeadFit, head_of
 from onestep.training.methods.separation import SEPARATED
 from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
-from onestep.training.structures.affine_head import find_head
 from onestep.training.structures.base import Mismatch, ObjectiveType
 
 # An estimate takes at most this many passes over the features, the one that computes them included.
@@ -46,10 +45,8 @@ class ClosedForm(Method):
         # The model may end in the one linear layer that is trained. Otherwise rows of the Jacobian are the features:
         # they must be possible to compute, and few enough to solve for.
         few = len(facts.parameters) <= affine_equations.MOST_PARAMETERS
-        if not few or facts.no_jacobian:
-            head = find_head(facts.model, facts.parameters, facts.first)
-            if isinstance(head, Mismatch):
-                return head if not few else Mismatch(facts.no_jacobian)
+        if (not few or facts.no_jacobian) and isinstance(facts.head, Mismatch):
+            return facts.head if not few else Mismatch(facts.no_jacobian)
         return "outputs are affine in the parameters and the loss is quadratic"
 
     def refusal(self, facts: Facts, settings: Settings) -> str:

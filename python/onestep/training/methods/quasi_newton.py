@@ -51,7 +51,7 @@ def head_of(facts: Facts) -> Head | Mismatch:
         return Mismatch("the parameters are not on a CPU in float32 or float64")
     if facts.not_affine:
         return Mismatch(facts.not_affine)
-    head = find_head(facts.model, facts.parameters, facts.first)
+    head = facts.head
     if isinstance(head, Mismatch):
         return head
     found = features_and_outputs(head, facts.model, facts.first.rows(slice(0, 2)))

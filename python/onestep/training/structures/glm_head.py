@@ -19,7 +19,7 @@ from onestep.evaluation.parameters import ParameterVector
 from onestep.linalg.spd import factor_with_shift
 from onestep.optim.objective import Preconditioner
 from onestep.training.objective import DataObjective
-from onestep.training.structures.affine_head import Head, features_and_outputs, find_head
+from onestep.training.structures.affine_head import Head, features_and_outputs
 from onestep.training.structures.base import Mismatch, ObjectiveType, Structure
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class GLMHead(Structure):
             return Mismatch(f"the loss is {facts.loss.name!r}, not one of {', '.join(map(repr, _FAMILIES))}")
         if facts.loss.name == "cross_entropy" and facts.first.target.is_floating_point():
             return Mismatch("the targets are probabilities")
-        head = find_head(facts.model, facts.parameters, facts.first)
-        return head if isinstance(head, Mismatch) else partial(HeadObjective, head=head)
+        return facts.head if isinstance(facts.head, Mismatch) else partial(HeadObjective, head=facts.head)
 
 
 class HeadObjective(DataObjective):
