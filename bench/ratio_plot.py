@@ -32,7 +32,7 @@ PEERS = {
     "LM head": "LM head, against cross_entropy(linear(…)) in torch",
     "Ridge": "Ridge, against scikit-learn",
     "LogisticRegression": "LogisticRegression, against scikit-learn",
-    "Heads": "linear heads and penalties, against the peers named (cross-validation: scikit-learn)",
+    "Heads": "linear heads and penalties, against the peers named",
     "operators": "products of curvature operators, against curvlinops",
     "ALS iteration": "an iteration of ALS, against the package implicit",
     "Multinomial": "LogisticRegression of many classes, against scikit-learn",

@@ -23,6 +23,8 @@ DIST, RAW, UNPACKED = ROOT / "dist", ROOT / "build" / "wheels", ROOT / "build" /
 TEST_ALL = "--test-all" in sys.argv
 ASKED = [word for word in sys.argv[1:] if not word.startswith("-")]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
+# Built and tried where it is there, but not promised (decision 0161).
+NOT_PROMISED = "python3.14t"
 QUICK_TESTS = (
     "tests/test_runtime.py",
     "tests/test_gram.py",
@@ -147,7 +149,7 @@ def main() -> int:
         else:
             print(f"  {wheel.name} passes", flush=True)
     print("failed: " + ", ".join(failed) if failed else f"all in {DIST}")
-    return 1 if failed else 0
+    return 1 if set(failed) - ({NOT_PROMISED} - set(ASKED)) else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 PUBLIC = ("", "curvature", "estimators", "functional", "layerwise", "linalg", "nn", "ops", "optim", "training")
-# What an optimiser of its own would fill in; not for those who call one.
+# What an optimiser of its own would fill in; not for those who call one (mkdocs.yml leaves them out).
 OPTIMISER_HOOKS = {"accepted", "form_again", "never_used", "quadratic_model", "read_state", "setting", "write_state"}
 # What other libraries call: their documentation has the arguments.
 CALLBACK_HOOKS = {"on_train_begin", "on_train_end", "on_train_start"}

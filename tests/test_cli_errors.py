@@ -176,6 +176,14 @@ def test_a_reader_that_leaves_early_sees_no_traceback(run, csv, tmp_path):
     assert (done.returncode, done.errors) == (141, "")
 
 
+@pytest.mark.parametrize("option", ["--help", "--print-completion=bash"])
+def test_a_reader_that_leaves_before_an_option_prints_sees_no_traceback(option):
+    if option != "--help":
+        pytest.importorskip("shtab")
+    done = Child(WITHOUT_A_READER, option).finish()
+    assert (done.returncode, done.errors) == (141, "")
+
+
 def test_an_interrupt_and_lack_of_memory_end_in_one_line(run, csv, monkeypatch):
     for error, code, message in ((KeyboardInterrupt, 130, "interrupted"), (MemoryError, 2, "not enough memory")):
 

@@ -401,8 +401,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     leave_interrupts_to_main()
     words = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args([f"--missing={_KEPT}--" if word == "--missing=--" else word for word in words])
     try:
+        try:
+            args = build_parser().parse_args(
+                [f"--missing={_KEPT}--" if word == "--missing=--" else word for word in words]
+            )
+        finally:
+            # What --help and --print-completion have printed, before they exit.
+            sys.stdout.flush()
         _dispatch(args)
         sys.stdout.flush()
     except CliError as error:

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention at O(T) memory, with derivatives of every order."""
+"""Scaled dot-product attention with derivatives of every order, up to the second at O(T) memory."""
 
 from __future__ import annotations
 

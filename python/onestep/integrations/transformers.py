@@ -36,9 +36,9 @@ def register_attention() -> None:
     those with sparse attention do.
 
     The attention is that of ``scaled_dot_product_attention`` in ``onestep.functional``: heads (batch, heads, tokens,
-    features) in float32, float64, bfloat16 or float16, with derivatives of every order in O(tokens) memory. Attention
-    weights (``output_attentions=True``) are not made: their place holds None. "softcap", sinks and paged caches raise
-    NotImplementedError when the model runs.
+    features) in float32, float64, bfloat16 or float16, with derivatives of every order, up to the second in O(tokens)
+    memory. Attention weights (``output_attentions=True``) are not made: their place holds None. "softcap", sinks and
+    paged caches raise NotImplementedError when the model runs.
 
     May be called more than once. Nothing else in transformers changes, and models with other implementations run as
     before.

@@ -9,7 +9,7 @@ from onestep.functional import replace_attention
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention`` with derivatives of every order at O(T) memory; parameters are interchangeable.
+    """``torch.nn.MultiheadAttention`` with derivatives of every order; parameters are interchangeable.
 
     The kernel runs where ``need_weights=False`` and no dropout is active; with
     ``need_weights=True``, torch's default, the weights are asked for, which are O(T²), and torch's own operations

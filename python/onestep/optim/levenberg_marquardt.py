@@ -126,7 +126,7 @@ class LevenbergMarquardt(DampedOptimizer):
         return diagonal if floor is None else torch.maximum(diagonal, floor)
 
     def form_again(self, objective: Objective, parameters: ParameterVector) -> None:
-        """The kept inverse, bit by bit, from the vectors kept with it.
+        """Forms the kept inverse again, to the bit, from the vectors kept with it.
 
         The parameters are at ``kept["point"]``, and the objective is that of the step that formed the inverse.
         """

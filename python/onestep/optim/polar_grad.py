@@ -44,7 +44,8 @@ class PolarGrad(torch.optim.Optimizer):
     shared out over its processes, and all get the same bits.
 
     Args:
-        params: a module, or an iterable of parameters, of (name, parameter), or of groups of these.
+        params: a module, or an iterable of parameters, of (name, parameter), or of groups of these, in float32,
+            float64, bfloat16 or float16.
         lr: of hidden matrices.
         momentum: μ, from 0, less than 1.
         nesterov: whether M looks ahead.
