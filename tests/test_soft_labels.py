@@ -99,3 +99,19 @@ def test_no_rows_and_bad_input():
         linear_cross_entropy(input, weight, target[:, 0], bias)
     with pytest.raises(ValueError, match="ignore_index=3 is given with probabilities as target"):
         linear_cross_entropy(input, weight, target, bias, ignore_index=3)
+
+
+@pytest.mark.parametrize(
+    ("input", "weight", "message"),
+    [
+        ((), (3, 2), r"input has shape \(\)"),
+        ((4, 2), (), r"weight has shape \(\)"),
+        ((4, 2), (3, 5), "input has shape"),
+    ],
+)
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_cross_entropy_hvp])
+def test_operands_of_other_shapes_are_named(function, input, weight, message):
+    h, w = torch.ones(input), torch.ones(weight)
+    rest = ((None, w, None),) if function is linear_cross_entropy_hvp else ()
+    with pytest.raises(ValueError, match=message):
+        function(h, w, torch.ones(4, 3), *rest)

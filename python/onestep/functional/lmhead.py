@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onestep._fork import safe_after_fork
 from onestep.ops import lmhead
-from onestep.ops.lmhead import accumulation_dtype
+from onestep.ops.lmhead import accumulation_dtype, check_operands
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -49,6 +49,7 @@ class _SoftLabels(NamedTuple):
     def of(
         input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, smoothing: float, scale: float
     ) -> _SoftLabels:
+        check_operands(input, weight, None)
         shape = (*input.shape[:-1], weight.shape[0])
         if target.shape != shape:
             raise ValueError(

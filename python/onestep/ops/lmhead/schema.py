@@ -37,8 +37,8 @@ def _check_shape(name: str, tensor: Tensor, shape: Sequence[Any], meaning: str) 
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}: {meaning}")
 
 
-def check(row_weight: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
-    """Raises unless shapes, dtypes and devices of the operands fit together."""
+def check_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises unless shapes, dtypes and devices of what the scores are made of fit together."""
     if input.dtype not in COMPUTE_DTYPES and not (runs_on_cuda(input) and input.dtype in CUDA_DTYPES):
         raise TypeError(
             f"input has dtype {input.dtype}; expected torch.float32, torch.float64 or torch.bfloat16, "
@@ -54,6 +54,11 @@ def check(row_weight: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None
     if bias is not None:
         check_like("bias", bias, input)
         _check_shape("bias", bias, (classes,), "one per row of weight")
+
+
+def check(row_weight: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+    """Raises unless shapes, dtypes and devices of the operands fit together."""
+    check_operands(input, weight, bias)
     if target.dtype != torch.int64:
         raise TypeError(f"target has dtype {target.dtype}; expected class indices, torch.int64")
     if target.device != input.device:
