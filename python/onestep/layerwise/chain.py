@@ -110,7 +110,7 @@ class Passes:
         if self._at is None:
             for batch in self._batches:
                 runs = [partial(call, model, batch) for model in self._models]
-                yield [Masks.of(batch)] * len(runs), self._inside(runs)
+                yield [Masks.of(batch, model) for model in self._models], self._inside(runs)
             return
         blocks = self._blocks(*self._at)
         for kept in self._kept:
@@ -144,7 +144,7 @@ class Passes:
         for batch in self._batches:
             kept = []
             for model, blocks, within in zip(self._models, self._blocks(*place), self._within, strict=True):
-                padding = Padding(Masks.of(batch))
+                padding = Padding(Masks.of(batch, model))
                 elsewhere = self._elsewhere(*place) if model is self._models[0] else _Elsewhere([], [])
                 with within(), replaced(padding.hooks(model, blocks[:1])), replaced(elsewhere.hooks()):
                     found = _Followed(blocks, padding.here)

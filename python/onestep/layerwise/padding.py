@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep._restored import Entry, hooks
+from onestep.layerwise.layout import Layouts, layouts_of
 
 # What batches call the masks of the places: (name, whether True is a place that counts).
 _PLACES = (("attention_mask", True), ("src_key_padding_mask", False))
@@ -54,18 +55,27 @@ class Masks:
         places: (sequences, places), bool; None: all.
         decoder: the same of what the decoder of an encoder-decoder model is given.
         within: the module that what runs is a part of, where that is not the whole model.
+        layouts: of the model's modules, where a mask has as many sequences as places.
     """
 
     places: Tensor | None = None
     decoder: Tensor | None = None
     within: _Frame | None = None
+    layouts: Layouts = field(default_factory=dict)
 
     @staticmethod
-    def of(batch: Any) -> Masks:
-        """What a mapping of keyword arguments says of padding, by the names that transformers and torch.nn have."""
+    def of(batch: Any, model: nn.Module) -> Masks:
+        """What a mapping of keyword arguments says of padding, by the names that transformers and torch.nn have.
+
+        Args:
+            batch: of the model.
+            model: is run once more where a mask has as many sequences as places.
+        """
         if not isinstance(batch, Mapping):
             return Masks()
-        return Masks(_mask_of(batch, _PLACES), _mask_of(batch, _DECODER))
+        places, decoder = _mask_of(batch, _PLACES), _mask_of(batch, _DECODER)
+        square = [mask for mask in (places, decoder) if mask is not None and _is_ambiguous(mask)]
+        return Masks(places, decoder, layouts=layouts_of(model, batch, len(square[0])) if square else {})
 
 
 def _mask_of(batch: Mapping[Any, Any], names: Iterable[tuple[str, bool]]) -> Tensor | None:
@@ -125,24 +135,37 @@ class Padding:
         frame = self._frames[-1] if self._frames else None
         return replace(self._masks, within=frame and _Frame(None, None, frame.other, frame.in_decoder))
 
-    def kept(self, x: Tensor, expert: tuple[int, int] | None = None) -> Tensor | None:
+    def kept(
+        self, x: Tensor, module: nn.Module | None, expert: tuple[int, int] | None = None, *, sure: bool = True
+    ) -> Tensor | None:
         """Which of an input's rows, all dimensions but the last in one, are not padding; None: all count.
 
         Args:
             x: what a layer is given.
+            module: the layer; None: x is what the model returns.
             expert: of a stack (``expert_of``), the same for all its layers.
+            sure: refuse an input of which it cannot be told where the sequences are.
 
         Returns:
             (rows,), bool.
+
+        Raises:
+            ValueError: ``sure``, and it cannot be told.
         """
         mask = self._mask_for(x, self._frames[-1] if self._frames else None)
         if mask is None or x.dim() < 2:
             return None
         rows = x.reshape(-1, x.shape[-1])
         if x.dim() > 2:
-            shaped = _by_shape(x, mask)
+            shaped = _by_shape(x, mask, self._masks.layouts.get(None if module is None else id(module)))
             if shaped is not None:
                 return shaped
+            if sure and x.shape[:-1] == mask.shape:
+                raise ValueError(
+                    f"{type(module).__name__} is given {tuple(x.shape)} by a batch of {len(mask)} sequences of as many "
+                    "places, so that which of the two come first cannot be told: pass batches with another number of "
+                    "sequences"
+                )
         else:
             inner = next((frame for frame in reversed(self._frames) if frame.given is not None), None)
             if inner is not None and inner.kept is not None and _are_same(inner.given, x):
@@ -162,11 +185,11 @@ class Padding:
 
     def expert(self, expert: tuple[int, int], x: Tensor) -> None:
         """Remembers which rows of an expert are not padding, for its layers to come."""
-        self.kept(x, expert)
+        self.kept(x, None, expert)
 
     def untold(self, x: Tensor) -> bool:
         """Whether an input has rows of a mixture that are found nowhere, so that all count, padding as well."""
-        if x.dim() != 2 or self.kept(x) is not None:
+        if x.dim() != 2 or self.kept(x, None) is not None:
             return False
         mask = self._mask_for(x, self._frames[-1] if self._frames else None)
         # One row for each sequence is no place that could be padding.
@@ -194,7 +217,7 @@ class Padding:
             frame = _Frame(None, None, outer.other if other is None and outer is not None else other, within)
             self._frames.append(frame)
             if isinstance(first, Tensor) and first.is_floating_point() and first.dim() >= 2:
-                frame.given, frame.kept = first, self.kept(first)
+                frame.given, frame.kept = first, self.kept(first, module, sure=False)
 
         return hook
 
@@ -218,9 +241,16 @@ def _are_same(one: Tensor | None, other: Tensor) -> bool:
     return one is not None and one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
 
 
-def _by_shape(x: Tensor, mask: Tensor) -> Tensor | None:
+def _is_ambiguous(mask: Tensor) -> bool:
+    """Whether the mask of (sequences, places) is another one of (places, sequences) of the same shape."""
+    return mask.shape == mask.mT.shape and not torch.equal(mask, mask.mT)
+
+
+def _by_shape(x: Tensor, mask: Tensor, places_first: bool | None) -> Tensor | None:
     """The mask of all rows of an input that has all places."""
     shape = x.shape[:-1]
+    if shape == mask.shape and _is_ambiguous(mask):
+        return None if places_first is None else (mask.mT if places_first else mask).reshape(-1)
     if shape == mask.shape:
         return mask.reshape(-1)
     return mask.mT.reshape(-1) if shape == mask.mT.shape else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
-from onestep._restored import Entry, hooked, replaced
+from onestep._restored import Entry, hooked, hooks, replaced
 from onestep._torch_private import own_children
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.chain import without_caches
@@ -108,16 +108,16 @@ def replace_blocks(
     seen = _Run(dtype)
     batches = batches_of(data)
     with (
-        hooked([(container[first], seen.enter)], before=True),
-        hooked([(container[first + count - 1], seen.leave)]),
         evaluating(model),
         torch.no_grad(),
         replaced(padded([model])),
         Progress(count_of(batches), enabled=progress, what="replace_blocks", unit="batch") as bar,
     ):
         for batch in batches:
-            seen.padding = Padding(Masks.of(batch))
-            with replaced(seen.padding.hooks(model, [container[first]])):
+            seen.padding = Padding(Masks.of(batch, model))
+            entries = seen.padding.hooks(model, [container[first]])
+            entries += hooks([(container[first], seen.enter)], before=True)
+            with replaced(entries), hooked([(container[first + count - 1], seen.leave)]):
                 call(model, batch)
             bar.update()
     if seen.equations is None or seen.equations.count == 0:
@@ -240,7 +240,7 @@ class _Run:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.plain = self.plain and len(args) == 1 and not kwargs
         given = args[0] if args else next(iter(kwargs.values()))
-        self._given.append((given, self.padding.kept(given) if isinstance(given, Tensor) else None))
+        self._given.append((given, self.padding.kept(given, module) if isinstance(given, Tensor) else None))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.count = len(output) if isinstance(output, tuple) else 0

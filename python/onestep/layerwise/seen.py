@@ -52,7 +52,7 @@ class Seen:
     ) -> None:
         self.dtype, self.awaited = dtype, awaited
         self._layers, self._storage, self._adds, self._lacks = layers, storage, sums, lacks
-        self._padding = Padding(Masks())
+        self._padding, self._running = Padding(Masks()), layers
         self.sums: dict[int, InputSums] = {}  # by the number of the inputs
         # Of inputs, in the order that they came in: a tensor that is changed in place is another one afterwards.
         self.numbers: dict[tuple[int, int], int] = {}
@@ -63,14 +63,14 @@ class Seen:
 
     def of_model(self, model: nn.Module, masks: Masks) -> Watch:
         """Two contexts in which the model's layers are seen."""
-        self._padding = Padding(masks)
+        self._padding, self._running = Padding(masks), self._layers
         return watching(
             self._layers, before=self._take_input, more=self._hooks(model, self._layers), others=self._padding.expert
         )
 
     def of_teacher(self, teacher: nn.Module, layers: Mapping[str, Layer], masks: Masks) -> Watch:
         """Two contexts in which the outputs of a teacher's layers are seen, by their names in the model."""
-        self._padding = Padding(masks)
+        self._padding, self._running = Padding(masks), layers
         self._outputs = {name: [] for name in layers}
         return watching(layers, after=self._take_target, more=self._hooks(teacher, layers), others=self._padding.expert)
 
@@ -78,8 +78,10 @@ class Seen:
         return self._padding.hooks(model, [layer.module for layer in layers.values()]) if self._adds else []
 
     def _kept_of(self, name: str, x: Tensor) -> Tensor | None:
-        layer = self._layers[name]
-        return self._padding.kept(x, None if layer.stack is None else expert_of(layer.module, layer.expert))
+        layer = self._running[name]
+        return self._padding.kept(
+            x, layer.module, None if layer.stack is None else expert_of(layer.module, layer.expert)
+        )
 
     def _rows(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """(rows, d) of the sums' dtype, padding left out; 16 bits that gram reads in place stay as they are."""

@@ -162,7 +162,7 @@ class LayerStatistics:
         """
         models = [self._model] if self._teacher is None else [self._model, self._teacher]
         runs = [lambda model=model: call(model, batch) for model in models]
-        return self.update_by(runs, [Masks.of(batch)] * len(runs), stop_early=stop_early)
+        return self.update_by(runs, [Masks.of(batch, model) for model in models], stop_early=stop_early)
 
     @one_thread_after_fork()
     def update_by(
