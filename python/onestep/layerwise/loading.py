@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from onestep.layerwise.checks import check_path
 from onestep.layerwise.export import BLOCKS, QuantizedWeight, part_of
-from onestep.layerwise.pairs import Places, keep_places, places_of
+from onestep.layerwise.pairs import MAP, Places, keep_places, places_of
 from onestep.layerwise.places import fill
-from onestep.layerwise.replacing import LinearBlock
+from onestep.layerwise.replacing import LinearBlock, cached_by
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
@@ -74,7 +74,10 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                 whole[name] = list(container), places_of(container)
                 places = [tuple(place) for place in blocks["places"]]
                 like = next(model.parameters())
-                maps = {int(at): _map(state, f"{name}.{at}".lstrip("."), n, like) for at, n in blocks["maps"].items()}
+                maps = {}
+                for at, count in blocks["maps"].items():
+                    gone = [container[place] for place in places[int(at)] if place != MAP]
+                    maps[int(at)] = _map(state, f"{name}.{at}".lstrip("."), count, like, gone)
                 for map_ in maps.values():
                     map_.train(model.training)
                 fill(container, [maps[at] if at in maps else container[place[-1]] for at, place in enumerate(places)])
@@ -109,11 +112,11 @@ def _container(model: nn.Module, name: str, places: list[list[int]], path: str |
     )
 
 
-def _map(state: Mapping[str, Tensor], name: str, count: int | None, like: Tensor) -> nn.Module:
-    """A map in the place of blocks: nn.Linear where ``count`` is None."""
+def _map(state: Mapping[str, Tensor], name: str, count: int | None, like: Tensor, gone: list[nn.Module]) -> nn.Module:
+    """A map in the place of blocks that are gone: nn.Linear where ``count`` is None."""
     weight = state[f"{name}.weight" if count is None else f"{name}.map.weight"]
     linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=like.dtype, device=like.device)
-    return linear if count is None else LinearBlock(linear, count)
+    return linear if count is None else LinearBlock(linear, count, cached_by(gone))
 
 
 def _dequantized(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,19 +28,47 @@ from onestep.layerwise.report import LayerReport, Report
 class LinearBlock(nn.Module):
     """A block that is a linear map of its first argument; other arguments are ignored.
 
+    But for a cache of keys and values of transformers: models read from those of one block, often the first, how many
+    places there have been. The map has none, and leaves zeros, one for each place.
+
     Attributes:
         map: nn.Linear.
         count: how long the tuple is that the block returns, all but the first of which are None; 0: it returns none.
+        cached: the numbers that the blocks had in the cache.
     """
 
-    def __init__(self, map: nn.Linear, count: int) -> None:
-        super().__init__()
-        self.map, self.count = map, count
+    # Of blocks that were pickled before there were numbers.
+    cached: tuple[int, ...] = ()
 
-    def forward(self, hidden: Tensor, *unused: Any, **also_unused: Any) -> Any:
+    def __init__(self, map: nn.Linear, count: int, cached: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.map, self.count, self.cached = map, count, tuple(cached)
+
+    def forward(self, hidden: Tensor, *others: Any, **more: Any) -> Any:
         """hidden (…, d) → (…, d)."""
+        cache = next((one for one in (*others, *more.values()) if hasattr(one, "get_seq_length")), None)
+        if cache is not None and hidden.dim() == 3:
+            self._leave_places(getattr(cache, "self_attention_cache", cache), hidden)
         out = self.map(hidden)
         return (out, *[None] * (self.count - 1)) if self.count else out
+
+    def _leave_places(self, cache: Any, hidden: Tensor) -> None:
+        zeros = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        for number in self.cached:
+            layers = getattr(cache, "layers", [])
+            # Those of other kinds, such as states of a recurrence, know of no places.
+            if number >= len(layers) or hasattr(layers[number], "keys"):
+                cache.update(zeros, zeros, number)
+
+
+def cached_by(blocks: Iterable[nn.Module]) -> tuple[int, ...]:
+    """The numbers that blocks have in a cache of transformers."""
+    found: set[int] = set()
+    for module in (module for block in blocks for module in block.modules()):
+        number = getattr(module, "layer_idx", None)
+        found |= set(module.cached) if isinstance(module, LinearBlock) else set()
+        found |= {number} if isinstance(number, int) else set()
+    return tuple(sorted(found))
 
 
 @one_thread_after_fork()
@@ -62,8 +90,10 @@ def replace_blocks(
 
     The map takes the first block's place and the others leave their container (an nn.Sequential or nn.ModuleList). A
     first block that is given and returns one tensor becomes an nn.Linear, which loads without onestep; any other a
-    ``LinearBlock``, which ignores the other arguments and has its nn.Linear as ``map``. ``save`` and ``load`` keep the
-    maps; ``from_pretrained`` of transformers does not know them and builds the blocks anew, with random weights.
+    ``LinearBlock``, which ignores the other arguments and has its nn.Linear as ``map``; in a cache of keys and values
+    of transformers it leaves zeros, from which the model knows how many places there have been. ``save`` and ``load``
+    keep the maps; ``from_pretrained`` of transformers does not know them and builds the blocks anew, with random
+    weights.
 
     Args:
         model: changed in place.
@@ -134,7 +164,8 @@ def replace_blocks(
     with torch.no_grad():
         linear.weight.copy_(added.mT + torch.eye(d, dtype=dtype))
         linear.bias.copy_(intercept)
-    block: nn.Module = linear if seen.plain else LinearBlock(linear, seen.count)
+    run = list(container)[first : first + count]
+    block: nn.Module = linear if seen.plain else LinearBlock(linear, seen.count, cached_by(run))
     kept = [module for index, module in enumerate(container) if not first < index < first + count]
     kept[first] = block.train(model.training)
     places, whole = places_of(container), dict(container.named_children())
