@@ -142,14 +142,17 @@ def _dequantized(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dic
 def _check(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises where the model has other parameters than the file."""
     own = model.state_dict()
-    held = {value.data_ptr() for name, value in own.items() if name in state and value.numel()}
-    lacking = [name for name, value in own.items() if name not in state and value.data_ptr() not in held]
+    tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    held = {value.data_ptr() for name, value in tensors.items() if name in state and value.numel()}
+    lacking = [
+        name for name in own if name not in state and (name not in tensors or tensors[name].data_ptr() not in held)
+    ]
     unknown = [name for name in state if name not in own]
     if lacking or unknown:
         what = f"has no {lacking[0]!r}" if lacking else f"has {unknown[0]!r}, which the model has not"
         raise ValueError(f"{path} is of another model: it {what}")
     for name, value in state.items():
-        if value.shape != own[name].shape:
+        if name in tensors and value.shape != own[name].shape:
             raise ValueError(
                 f"{path} is of another model: {name!r} has shape {tuple(value.shape)}; expected "
                 f"{tuple(own[name].shape)}"
