@@ -69,7 +69,8 @@ def _cut(batch: Any, count: int, dim: int) -> Any:
     def shorter(name: Any, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0 or name in _BETWEEN_PLACES:
             return value
-        along = dim if value.dim() == 3 and value.is_floating_point() else 0
+        free = value.dim() == 3 and value.is_floating_point() and not str(name).endswith("mask")
+        along = dim if free else 0
         return value.narrow(along, 0, count - 1) if value.shape[along] == count else value
 
     if isinstance(batch, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -81,9 +82,15 @@ class Masks:
 def _mask_of(batch: Mapping[Any, Any], names: Iterable[tuple[str, bool]]) -> Tensor | None:
     for name, counts in names:
         mask = batch.get(name)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            # torch.nn takes masks of floats, too, that are added to the scores.
-            places = mask.bool() if counts else mask == 0
+        if isinstance(mask, Tensor) and mask.dim() in (1, 2, 3, 4):
+            # torch.nn takes masks of floats, too, that are added to the scores; so does transformers where they are of
+            # each two places, (sequences, heads, places, places). A place that none looks at is padding.
+            added = mask.dim() > 2 and mask.is_floating_point() and mask.numel() > 0 and float(mask.min()) < 0
+            places = (mask == 0 if added else mask.bool()) if counts else mask == 0
+            while places.dim() > 2:
+                places = places.any(1)
+            # One sequence without a dimension of sequences.
+            places = places[None] if places.dim() == 1 else places
             return None if bool(places.all()) else places
     return None
 
@@ -92,9 +99,10 @@ class Padding:
     """Tells rows of padding apart while a model runs on one batch, with ``hooks`` there.
 
     A layer's input is known by its shape where it has all places, (sequences, places, features), (places, sequences,
-    features) or all in one dimension. Rows that a mixture sends to an expert are looked for among those that the
-    modules around it were given, by their bits; what an expert's later layers are given has the rows of its first. In
-    a decoder, which is known by an argument with the encoder's states, the mask is the decoder's, but for these states.
+    features), with a dimension of heads, or all in one dimension. Rows that a mixture sends to an expert are looked for
+    among those that the modules around it were given, by their bits; what an expert's later layers are given has the
+    rows of its first. In a decoder, which is known by an argument with the encoder's states, the mask is the decoder's,
+    but for these states.
 
     Args:
         masks: of the batch.
@@ -187,13 +195,26 @@ class Padding:
         """Remembers which rows of an expert are not padding, for its layers to come."""
         self.kept(x, None, expert)
 
-    def untold(self, x: Tensor) -> bool:
-        """Whether an input has rows of a mixture that are found nowhere, so that all count, padding as well."""
-        if x.dim() != 2 or self.kept(x, None) is not None:
-            return False
+    def untold(self, x: Tensor, module: nn.Module) -> bool:
+        """Whether an input has rows of which it is not known which are padding, so that all count.
+
+        Those are rows of a mixture that are found nowhere, and other places than the mask has, as a model has that pads
+        its input to whole windows, or looks at several samples of a sound at a time.
+
+        Args:
+            x: what a layer is given.
+            module: the layer.
+        """
         mask = self._mask_for(x, self._frames[-1] if self._frames else None)
         # One row for each sequence is no place that could be padding.
-        return mask is not None and len(x) != len(mask) and any(frame.kept is not None for frame in self._frames)
+        if mask is None or x.dim() < 2 or x.numel() == len(mask) * x.shape[-1]:
+            return False
+        if self.kept(x, module, sure=False) is not None:
+            return False
+        if x.dim() == 2:
+            return any(frame.kept is not None for frame in self._frames)
+        # Others than of the sequences, such as embeddings of distances.
+        return len(x) % len(mask) == 0 or x.shape[1] == len(mask)
 
     def _mask_for(self, x: Tensor, frame: _Frame | None) -> Tensor | None:
         if frame is None or not frame.in_decoder:
@@ -228,6 +249,24 @@ class Padding:
             self._frames[-1].in_decoder, self._frames[-1].other = True, left.other
 
 
+def warn_of_padding(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """One warning of all layers (or blocks) with rows of which it is not known which are padding.
+
+    Args:
+        shapes: of what each is given, by name.
+    """
+    if not shapes:
+        return
+    listed = [f"{name!r} {shape}" for name, shape in list(shapes.items())[:3]]
+    more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
+    warnings.warn(
+        f"padding cannot be told apart in the rows that these layers are given, so that all count: {', '.join(listed)}"
+        f"{more}. Where they have none, as those of another input do, nothing is wrong; otherwise pass batches without "
+        "padding, or leave the layers out",
+        stacklevel=3,
+    )
+
+
 @cache
 def _names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The names of a module's positional arguments."""
@@ -247,8 +286,18 @@ def _is_ambiguous(mask: Tensor) -> bool:
 
 
 def _by_shape(x: Tensor, mask: Tensor, places_first: bool | None) -> Tensor | None:
-    """The mask of all rows of an input that has all places."""
+    """The mask of all rows of an input that has all places, each for all heads where there are such."""
     shape = x.shape[:-1]
+    if len(shape) == 3:
+        # The dimension of heads is the last one, or the one in the middle.
+        ways = [] if places_first else [(mask, 2), (mask, 1)]
+        ways += [(mask.mT, 2)] if places_first is not False else []
+        fits = [
+            way.unsqueeze(heads).expand(shape).reshape(-1)
+            for way, heads in ways
+            if way.shape == tuple(size for dim, size in enumerate(shape) if dim != heads)
+        ]
+        return fits[0] if fits and all(torch.equal(fit, fits[0]) for fit in fits) else None
     if shape == mask.shape and _is_ambiguous(mask):
         return None if places_first is None else (mask.mT if places_first else mask).reshape(-1)
     if shape == mask.shape:

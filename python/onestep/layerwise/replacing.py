@@ -18,7 +18,7 @@ from onestep.layerwise.chain import without_caches
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import batches_of, call, count_of, evaluating, padded
 from onestep.layerwise.outputs import output_of, solve_towards_outputs
-from onestep.layerwise.padding import Masks, Padding
+from onestep.layerwise.padding import Masks, Padding, warn_of_padding
 from onestep.layerwise.pairs import keep_places, map_of, places_of
 from onestep.layerwise.places import Places, fill
 from onestep.layerwise.rank import numerical_rank
@@ -135,7 +135,7 @@ def replace_blocks(
     check_flags(progress=progress)
     check_dtype_of_sums(dtype)
     container, first, count = _run_of(model, blocks)
-    seen = _Run(dtype)
+    seen = _Run(blocks[0], dtype)
     batches = batches_of(data)
     with (
         evaluating(model),
@@ -260,8 +260,8 @@ def _run_of(model: nn.Module, blocks: Sequence[str]) -> tuple[Any, int, int]:
 class _Run:
     """What goes into a run of blocks, and what comes out of it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype, self.warned = name, dtype, False
         self.padding = Padding(Masks())
         self.equations: linalg.NormalEquations | None = None
         self.plain, self.count, self.more = True, 0, False
@@ -271,7 +271,11 @@ class _Run:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.plain = self.plain and len(args) == 1 and not kwargs
         given = args[0] if args else next(iter(kwargs.values()))
-        self._given.append((given, self.padding.kept(given, module) if isinstance(given, Tensor) else None))
+        kept = self.padding.kept(given, module) if isinstance(given, Tensor) else None
+        if kept is None and not self.warned and isinstance(given, Tensor) and self.padding.untold(given, module):
+            self.warned = True
+            warn_of_padding({self.name: tuple(given.shape)})
+        self._given.append((given, kept))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.count = len(output) if isinstance(output, tuple) else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -57,6 +56,8 @@ class Seen:
         # Of inputs, in the order that they came in: a tensor that is changed in place is another one afterwards.
         self.numbers: dict[tuple[int, int], int] = {}
         self.given: dict[str, list[int]] = {}
+        # Layers whose inputs have rows that may be padding, with a shape of them.
+        self.untold: dict[str, tuple[int, ...]] = {}
         self.crossed: dict[str, TargetSums] = {}
         self._outputs: dict[str, list[Tensor]] = {}
         self._kept: list[Tensor] = []  # so that ids stay theirs
@@ -125,13 +126,10 @@ class Seen:
                 raise Enough
 
     def _told(self, name: str, x: Tensor) -> Tensor | None:
-        """The rows that are not padding; a warning where they cannot be told."""
+        """The rows that are not padding; the name of the layer is kept where they cannot be told."""
         kept = self._kept_of(name, x)
-        if kept is None and self._padding.untold(x):
-            warnings.warn(
-                f"layer {name!r} is given rows {tuple(x.shape)} in which padding cannot be told apart: all count",
-                stacklevel=2,
-            )
+        if kept is None and self._padding.untold(x, self._running[name].module):
+            self.untold.setdefault(name, tuple(x.shape))
         return kept
 
     def _cross(self, name: str, rows: Tensor, index: int) -> None:

@@ -22,7 +22,7 @@ from onestep.evaluation.digest import digest
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_path
 from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, padded
-from onestep.layerwise.padding import Masks
+from onestep.layerwise.padding import Masks, warn_of_padding
 from onestep.layerwise.pairs import check_names, paired
 from onestep.layerwise.rank import numerical_rank
 from onestep.layerwise.seen import Enough, Seen
@@ -98,6 +98,8 @@ class LayerStatistics:
         self.batches = 0
         # Of the data of the last call of collect: where a call that finds its file goes on.
         self._collected = 0
+        # Layers that have been warned of.
+        self._untold: set[str] = set()
         # Of these batches.
         self._read = ""
         # Layers with the same sums share one object. Replaced, never written into.
@@ -191,6 +193,9 @@ class LayerStatistics:
             with suppress(Enough), hooked, calls:
                 runs[0]()
         self._commit(seen)
+        untold = {name: shape for name, shape in seen.untold.items() if name not in self._untold}
+        self._untold |= untold.keys()
+        warn_of_padding(untold)
         return self
 
     def collect(
