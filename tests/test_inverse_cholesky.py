@@ -257,3 +257,18 @@ def test_the_ends_of_the_range(dtype, factor):
         expected = 1.5**-0.5 * scale**-0.5
         got = float(found[0, 0]) if factor is inverse_cholesky else 1 / float(found[0, 0])
         assert info == 0 and got == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [inverse_cholesky, unit_cholesky])
+@pytest.mark.parametrize("dtype,sizes", [(torch.float32, (1e38, 1e-10)), (torch.float64, (1e308, 1e-300))])
+def test_both_ends_of_the_range_in_one_matrix(dtype, sizes, factor):
+    A = torch.diag(torch.tensor(sizes, dtype=dtype))
+    for order in (A, A.flip(0, 1)):
+        found, info, damping = factor(order)
+        power = -0.5 if factor is inverse_cholesky else 0.5
+        expected = torch.tensor([float(a) ** power for a in order.diagonal().double()], dtype=dtype)
+        assert info == 0 and damping == 0
+        torch.testing.assert_close(found.diagonal(), expected)
+    # Much damping of a large matrix, whose factor has values in the range although the damped matrix has not.
+    found = factor(torch.full((1, 1), sizes[0], dtype=dtype), damping=1e4)[0]
+    torch.testing.assert_close(found[0, 0], torch.tensor(sizes[0], dtype=dtype) ** power * 10001.0**power)

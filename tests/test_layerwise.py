@@ -102,10 +102,15 @@ def test_a_killed_collection_resumes_with_the_same_bits(tmp_path):
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     resumed = LayerStatistics(model).load(checkpoint)
     assert 0 < resumed.batches < batches
-    # What is in the file is not asked for again: other values in its place change nothing.
-    rest = [torch.full_like(batch, 9.0) for batch in data[: resumed.batches]] + data[resumed.batches :]
-    resumed = LayerStatistics(model).collect(rest, checkpoint=checkpoint, progress=False)
-    assert resumed.batches == batches
+    # What is in the file is not run again, and other values in its place are refused.
+    other = [torch.full_like(batch, 9.0) for batch in data[: resumed.batches]] + data[resumed.batches :]
+    with pytest.raises(ValueError, match="is of other data"):
+        LayerStatistics(model).collect(other, checkpoint=checkpoint, progress=False)
+    calls, done = [], resumed.batches
+    handle = model[0].register_forward_hook(lambda *unused: calls.append(1))
+    resumed = LayerStatistics(model).collect(data, checkpoint=checkpoint, progress=False)
+    handle.remove()
+    assert resumed.batches == batches and len(calls) == batches - done
     assert resumed[str(layers - 1)].count == 5 * batches
     assert all(torch.equal(resumed[name].gram, whole[name].gram) for name in whole.names)
     in_files.load(checkpoint).merge(in_files)

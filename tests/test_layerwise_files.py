@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from onestep.layerwise import LayerStatistics, edit, quantize, refit, replace_blocks, save
+from onestep.layerwise import LayerStatistics, edit, load, quantize, refit, replace_blocks, save
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +111,67 @@ def test_codes_are_those_of_a_model_that_has_another_dtype_since(dtypes, tmp_pat
     save(model.to(second), tmp_path / "small.safetensors", report.quantized)
     with safe_open(tmp_path / "small.safetensors", "pt") as file:
         assert sorted(json.loads(file.metadata()["onestep"])) == ["0", "2", "3"]
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    file = tmp_path / "sums.pt"
+    model, A = perceptron(), [torch.randn(5, 6) for _ in range(3)]
+    statistics = LayerStatistics(model, "0").collect(A, checkpoint=file, progress=False)
+    gram = statistics["0"].gram
+    for other in ([torch.randn(5, 6) for _ in range(4)], A[:2], [A[1], A[0], A[2]], [{"input": x} for x in A]):
+        for one in (statistics, LayerStatistics(model, "0")):
+            count = one["0"].count
+            with pytest.raises(ValueError, match=r"sums\.pt' is of other data, of which it has 3 batches"):
+                one.collect(other, checkpoint=file, progress=False)
+            assert one["0"].count == count
+    assert torch.equal(statistics["0"].gram, gram)
+    # More of the same are added, and data by themselves.
+    fresh = LayerStatistics(model, "0")
+    assert fresh.collect([*A, X], checkpoint=file, progress=False)["0"].count == 65
+    assert fresh.collect(A, progress=False)["0"].count == 80
+    # Files of before say nothing of their data.
+    state = torch.load(file, weights_only=True)
+    del state["read"]
+    torch.save(state, file)
+    assert LayerStatistics(model, "0").collect([X] * 5, checkpoint=file, progress=False)["0"].count == 115
+
+
+def test_models_with_state_that_is_no_tensor_are_refused(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    file = tmp_path / "extra.safetensors"
+    with pytest.raises(TypeError, match=r"state has '_extra_state', dict; expected tensors"):
+        save(Extra(6, 6), file)
+    assert not file.exists()
+    save(nn.Linear(6, 6), file)
+    with pytest.raises(ValueError, match="of another model: it has no '_extra_state'"):
+        load(Extra(6, 6), file)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_buffers_that_are_views_are_written(codes, tmp_path):
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.register_buffer("part", self.layer.weight.detach()[2:4])
+            self.register_buffer("flat", self.layer.weight.detach().view(-1))
+            self.register_buffer("turned", self.layer.weight.detach().mT)
+            self.register_buffer("bits", self.layer.bias.detach().view(torch.int32))
+            self.register_buffer("whole", torch.arange(10.0))
+            self.register_buffer("first", self.whole[:4])
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model, fresh = Views(), Views()
+    report = quantize(model, X, group_size=6, progress=False)
+    save(model, tmp_path / "views.safetensors", report.quantized if codes else None)
+    load(fresh, tmp_path / "views.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value)

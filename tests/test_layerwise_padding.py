@@ -1,12 +1,13 @@
 """Padding is left out of ``onestep.layerwise`` wherever it goes: flattened, to experts, a decoder, torch's encoders."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from onestep.layerwise import LayerStatistics, quantize, replace_blocks
+from onestep.layerwise import LayerStatistics, edit, quantize, replace_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +81,15 @@ def test_rows_that_a_model_computes_in_one_dimension():
 def test_rows_that_are_found_nowhere_are_told():
     model = Mixture(scaled=True)
     batch = {"x": torch.randn(4, 7, 6), "attention_mask": lengths(7, 3, 7, 1, 5)}
-    with pytest.warns(UserWarning, match=r"is given rows .* padding cannot be told apart") as caught:
-        LayerStatistics(model).update(batch)
-    assert sorted(str(one.message).split("'")[1] for one in caught)[:2] == ["experts.0.down", "experts.0.up"]
+    statistics = LayerStatistics(model)
+    with pytest.warns(UserWarning, match=r"padding cannot be told apart .* all count: 'experts.0.up' ") as caught:
+        statistics.update(batch)
+    assert len(caught) == 1 and "'experts.0.down'" in str(caught[0].message)
+    assert " and 3 more. " in str(caught[0].message)
+    # Said once.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        statistics.update(batch)
 
 
 @pytest.mark.parametrize("experts,each", [(4, 1), (2, 2)])
@@ -171,3 +178,80 @@ def test_encoders_of_torch_take_their_mask(batch_first, kind):
     with pytest.raises(ValueError, match=r"does not run with a linear map in the place of \['layers\.0'\] .*self_attn"):
         replace_blocks(model, [batch], ["layers.0"], progress=False)
     assert [id(layer) for layer in model.layers] == [id(layer) for layer in before]
+
+
+class Windows(nn.Module):
+    """Pads its input to whole windows of 8 places."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, attention_mask=None):
+        wide = nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 8))
+        return self.head(torch.tanh(self.inner(wide))[:, : x.shape[1]])
+
+
+def test_places_that_the_mask_has_not_are_told():
+    model = Windows()
+    batch = {"x": torch.randn(3, 20, 6), "attention_mask": lengths(20, 20, 5, 9)}
+    with pytest.warns(UserWarning, match=r"padding cannot be told apart .* all count: 'inner' \(3, 24, 6\)\. Where"):
+        statistics = LayerStatistics(model).update(batch)
+    assert (statistics["inner"].count, statistics["head"].count) == (72, 34)
+    with pytest.raises(ValueError, match="'inner' is given 24 places of each subject; expected 20"):
+        edit(model, batch, torch.randn(3, 6), layer="inner", statistics=statistics)
+    batch["attention_mask"] = torch.ones(3, 20)
+    with pytest.raises(ValueError, match="'inner' is given 24 places of each subject; expected 20"):
+        edit(model, batch, torch.randn(3, 6), layer="inner", statistics=statistics)
+    edit(model, batch, torch.randn(3, 6), layer="head", statistics=statistics)
+
+
+@pytest.mark.parametrize("order", ["places first", "heads first", "whole"])
+def test_rows_of_heads_have_their_places_mask(order):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, attention_mask=None):
+            x = x.unflatten(-1, (2, 4))
+            return self.layer(
+                {"places first": x, "heads first": x.transpose(1, 2), "whole": x.flatten(-2)[..., :4]}[order]
+            )
+
+    x, mask = torch.randn(3, 7, 8), lengths(7, 4, 7, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sums = LayerStatistics(Heads(), dtype=torch.float64).update({"x": x, "attention_mask": mask})["layer"]
+    rows = x[mask.bool()].double()
+    rows = rows[:, :4] if order == "whole" else rows.reshape(-1, 4)
+    assert sums.count == len(rows)
+    torch.testing.assert_close(sums.gram, rows.mT @ rows)
+
+
+@pytest.mark.parametrize("kind", ["added", "bool", "each two places", "added to each two places"])
+def test_masks_of_each_two_places(kind):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.BertModel(config).eval()
+    ids, mask = torch.randint(20, (3, 9)), lengths(9, 4, 9, 6)
+    expected = LayerStatistics(model, "encoder.*", dtype=torch.float64).update(
+        {"input_ids": ids, "attention_mask": mask}
+    )
+    whole = mask.bool()[:, None, None]
+    whole = whole if kind in ("added", "bool") else whole.expand(3, 1, 9, 9)
+    if kind.startswith("added"):
+        whole = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(torch.float32).min)
+    batch = {"input_ids": ids, "attention_mask": whole}
+    sums = LayerStatistics(model, "encoder.*", dtype=torch.float64).update(batch)
+    for name in sums.names:
+        assert sums[name].count == 19
+        torch.testing.assert_close(sums[name].gram, expected[name].gram, rtol=1e-4, atol=1e-4)
+
+
+def test_one_sequence_without_its_dimension():
+    model = nn.TransformerEncoderLayer(8, 2, 12).eval()
+    batch = {"src": torch.randn(7, 8), "src_key_padding_mask": torch.arange(7) > 4}
+    assert LayerStatistics(model).update(batch)["linear1"].count == 5

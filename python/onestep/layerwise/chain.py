@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep._restored import Entry, hooked, hooks, replaced
+from onestep._torch_private import version
 from onestep.layerwise.layers import Layer, call
 from onestep.layerwise.padding import Masks, Padding
 
@@ -67,7 +68,8 @@ class Passes:
     the one before returned, and with other arguments that do not depend on it. The hidden states in front of the block
     that is worked on are kept, of all batches. Whether a container is a chain is seen on the first batch: by what its
     blocks are given, by what they are given when the first returns something else, and by running one after the other,
-    each a second time on something else.
+    each a second time on something else. All other batches are looked at when their states are kept: by what the blocks
+    are given, and, where arguments are not those of the first of them, once more with something else from it.
 
     Args:
         models: in eval mode while this is used; layers and containers have the same names in all.
@@ -86,7 +88,7 @@ class Passes:
         within: Sequence[Within] | None = None,
         whole: bool = False,
     ) -> None:
-        self._models, self._batches = models, batches
+        self._models, self._batches, self._layers = models, batches, layers
         self._within: Sequence[Within] = within or [nullcontext] * len(models)
         first = next(iter(batches))
         self._chains = [] if whole else _chains(models, first, list(layers))
@@ -108,7 +110,7 @@ class Passes:
         if self._at is None:
             for batch in self._batches:
                 runs = [partial(call, model, batch) for model in self._models]
-                yield [Masks.of(batch)] * len(runs), self._inside(runs)
+                yield [Masks.of(batch, model) for model in self._models], self._inside(runs)
             return
         blocks = self._blocks(*self._at)
         for kept in self._kept:
@@ -142,18 +144,36 @@ class Passes:
         for batch in self._batches:
             kept = []
             for model, blocks, within in zip(self._models, self._blocks(*place), self._within, strict=True):
-                padding = Padding(Masks.of(batch))
-                with within(), replaced(padding.hooks(model, blocks[:1])):
-                    calls, masks = _calls_of(model, batch, blocks, padding.here)
+                padding = Padding(Masks.of(batch, model))
+                elsewhere = self._elsewhere(*place) if model is self._models[0] else _Elsewhere([], [])
+                with within(), replaced(padding.hooks(model, blocks[:1])), replaced(elsewhere.hooks()):
+                    found = _Followed(blocks, padding.here)
+                    with replaced(found.hooks()):
+                        call(model, batch)
+                with within():
+                    # Arguments that are the first one's do not depend on what it returns.
+                    linked = found.linked and not elsewhere.found
+                    linked = linked and (found.alike or _is_apart(model, batch, blocks, found.calls))
                 # Batches that take another way through the model than the first are no chain's.
-                hidden = calls[0].first if len(calls) == len(blocks) else None
+                hidden = found.calls[0].first if linked else None
                 size += hidden.nbytes if isinstance(hidden, Tensor) else 0
                 if not isinstance(hidden, Tensor) or size > _MOST_KEPT:
                     self._chains.remove(place[0])
                     self._forget()
                     return
-                kept.append(_Kept(hidden, [given.without_first() for given in calls], masks))
+                kept.append(_Kept(hidden, [given.without_first() for given in found.calls], found.masks))
             self._kept.append(kept)
+
+    def _elsewhere(self, chain: str, start: int) -> _Elsewhere:
+        """Looks for calls of the chain's layers outside the block that each was called in by the first batch."""
+        blocks = self._blocks(chain, start)[0]
+        inside = {name: place for name, places in self._places.items() for place in places if len(places) == 1}
+        layers = [
+            (self._layers[name].module, place[1] - start)
+            for name, place in inside.items()
+            if place is not None and place[0] == chain and place[1] >= start
+        ]
+        return _Elsewhere(blocks, layers)
 
     def _advance(self) -> None:
         assert self._at is not None
@@ -163,6 +183,117 @@ class Passes:
                 with within():
                     one.hidden = _first_of(one.calls.pop(0).run(block[0], one.hidden))
         self._at = (self._at[0], self._at[1] + 1)
+
+
+class _Elsewhere:
+    """Whether layers are called outside their blocks, each given with the number of its block."""
+
+    def __init__(self, blocks: Sequence[nn.Module], layers: Sequence[tuple[nn.Module, int]]) -> None:
+        self._blocks, self._layers = blocks, layers
+        self._running: list[int] = []
+        self.found = False
+
+    def hooks(self) -> list[Entry]:
+        """What ``replaced`` takes while the model runs."""
+        entries = hooks([(block, partial(self._enter, place)) for place, block in enumerate(self._blocks)], before=True)
+        # The block itself may be the layer.
+        entries += hooks([(module, partial(self._call, place)) for module, place in self._layers], before=True)
+        return entries + hooks([(block, self._leave) for block in self._blocks])
+
+    def _enter(self, place: int, *unused: Any) -> None:
+        self._running.append(place)
+
+    def _leave(self, *unused: Any) -> None:
+        self._running.pop()
+
+    def _call(self, place: int, *unused: Any) -> None:
+        self.found = self.found or not self._running or self._running[-1] != place
+
+
+class _Followed:
+    """Whether blocks are called once each, in order, with what the one before returned, which nobody writes into.
+
+    Attributes:
+        linked: so it is, once the model has run.
+        alike: the other arguments of all are the same objects, which nobody writes into either.
+        calls: what each is called with, in the order of the calls; the hidden state of the first alone.
+        masks: what ``here`` says when the first is called.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], here: Callable[[], Masks] = Masks) -> None:
+        self.calls: list[_Call] = []
+        self.masks = Masks()
+        self.returned: Any = None
+        self.alike = True
+        self._first: Any = None
+        self._blocks, self._here, self._linked = blocks, here, True
+        self._version = 0
+
+    @property
+    def linked(self) -> bool:
+        return self._linked and len(self.calls) == len(self._blocks)
+
+    def hooks(self) -> list[Entry]:
+        """What ``replaced`` takes while the model runs."""
+        pairs = [(block, self._after) for block in self._blocks]
+        return hooks([(block, self._before) for block in self._blocks], before=True) + hooks(pairs)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = _Call.of(args, kwargs)
+        in_order = len(self.calls) < len(self._blocks) and module is self._blocks[len(self.calls)]
+        self._linked = self._linked and in_order and isinstance(given.first, Tensor)
+        if self._linked and self.calls:
+            self._linked = given.first is self.returned and _version(given.first) == self._version
+        if self._linked:
+            self._version = _version(given.first)
+            self.masks = self.masks if self.calls else self._here()
+            marks = _objects((given.rest, *given.keywords.items()))
+            self.alike = self.alike and (not self.calls or marks == self._first)
+            self._first = self._first if self.calls else marks
+            self.calls.append(given.without_first() if self.calls else given)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = _Call.of(args, kwargs).first
+        if self._linked:
+            self._linked = _version(given) == self._version
+        self.returned = _first_of(output)
+        self._version = _version(self.returned)
+
+
+def _version(x: Any) -> int:
+    """Changes when a tensor is written into."""
+    return version(x) if isinstance(x, Tensor) and not x.is_inference() else 0
+
+
+def _objects(value: Any) -> Any:
+    """What is equal for the same tensors, and tuples of them, as long as nobody has written into them."""
+    if isinstance(value, Tensor):
+        return id(value), _version(value)
+    if isinstance(value, tuple):
+        return tuple(map(_objects, value))
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+    return (type(value), value) if plain else object()
+
+
+def _is_apart(model: nn.Module, batch: Any, blocks: list[nn.Module], calls: list[_Call]) -> bool:
+    """Whether the other arguments of blocks do not depend on what the first returns.
+
+    Args:
+        model: that runs.
+        batch: that it is run with once more.
+        blocks: of the chain.
+        calls: of the blocks.
+    """
+
+    def halved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return (output[0] / 2, *output[1:]) if isinstance(output, (tuple, list)) else output / 2
+
+    with hooked([(blocks[0], halved)]):
+        others = _calls_of(model, batch, blocks)
+    return len(others) == len(calls) and all(
+        _same(one.rest, other.rest) and _same(one.keywords, other.keywords)
+        for one, other in zip(calls, others, strict=True)
+    )
 
 
 def _run_within(within: Within, run: Callable[[], object]) -> object:
@@ -213,25 +344,16 @@ def _children(model: nn.Module, name: str) -> list[nn.Module]:
     return list(model.get_submodule(name).children())
 
 
-def _calls_of(
-    model: nn.Module, batch: Any, blocks: list[nn.Module], here: Callable[[], Masks] = Masks
-) -> tuple[list[_Call], Masks]:
-    """What each block is called with on one batch, in the order of the calls; the hidden state of the first alone.
-
-    And what ``here`` says when the first is called.
-    """
+def _calls_of(model: nn.Module, batch: Any, blocks: list[nn.Module]) -> list[_Call]:
+    """What each block is called with on one batch but for the hidden state, in the order of the calls."""
     calls: list[_Call] = []
-    masks = Masks()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal masks
-        given = _Call.of(args, kwargs)
-        masks = masks if calls else here()
-        calls.append(given.without_first() if calls else given)
+        calls.append(_Call.of(args, kwargs).without_first())
 
     with hooked([(block, before) for block in blocks], before=True):
         call(model, batch)
-    return calls, masks
+    return calls
 
 
 def _is_within(name: str, outer: str) -> bool:
@@ -258,38 +380,17 @@ def _chains(models: Sequence[nn.Module], batch: Any, names: list[str]) -> list[s
 
 
 def _is_chain(model: nn.Module, batch: Any, blocks: list[nn.Module]) -> bool:
-    calls: list[_Call] = []
+    found = _Followed(blocks)
     marks: list[tuple[float, float]] = []
-    returned: Any = None
-    linked = True
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal linked
-        given = _Call.of(args, kwargs)
-        in_order = len(calls) < len(blocks) and module is blocks[len(calls)] and isinstance(given.first, Tensor)
-        linked = linked and in_order and (not calls or given.first is returned)
-        if linked:
-            marks.append(_mark(given.first))
-            calls.append(given.without_first() if calls else given)
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = _Call.of(args, kwargs).first
+        marks.append(_mark(first) if isinstance(first, Tensor) else (0.0, 0.0))
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal returned
-        returned = _first_of(output)
-
-    with hooked([(block, before) for block in blocks], before=True), hooked([(block, after) for block in blocks]):
+    with replaced(found.hooks()), hooked([(block, note) for block in blocks], before=True):
         call(model, batch)
-    if not linked or len(calls) != len(blocks):
-        return False
-
-    def halved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return (output[0] / 2, *output[1:]) if isinstance(output, (tuple, list)) else output / 2
-
-    with hooked([(blocks[0], halved)]):
-        others, _ = _calls_of(model, batch, blocks)
-    if len(others) != len(calls) or not all(
-        _same(one.rest, other.rest) and _same(one.keywords, other.keywords)
-        for one, other in zip(calls, others, strict=True)
-    ):
+    calls = found.calls
+    if not found.linked or not _is_apart(model, batch, blocks, calls):
         return False
     hidden = calls[0].first
     for block, given, mark in zip(blocks, calls, marks, strict=True):
@@ -301,7 +402,7 @@ def _is_chain(model: nn.Module, batch: Any, blocks: list[nn.Module]) -> bool:
         if _mark(hidden) != mark:
             return False
         hidden = result
-    return _mark(hidden) == _mark(returned)
+    return _mark(hidden) == _mark(found.returned)
 
 
 def _mark(x: Tensor) -> tuple[float, float]:

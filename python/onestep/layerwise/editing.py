@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from onestep._fork import one_thread_after_fork
 from onestep._restored import hooked, replaced
 from onestep.layerwise.checks import check_number
 from onestep.layerwise.layers import call, check_finite, check_on_cpu, evaluating, find_layers, padded
+from onestep.layerwise.layout import layouts_of
 from onestep.layerwise.order import Sums
 from onestep.layerwise.padding import Masks, Padding
 from onestep.layerwise.report import LayerReport, Report
@@ -91,7 +93,7 @@ def edit(
     chosen = found[layer]
     # All but the factor: where keys are alike, large terms cancel.
     dtype = torch.float64
-    keys = _keys(model, chosen.module, subjects).to(dtype)
+    keys = _keys(model, layer, chosen.module, subjects, len(targets)).to(dtype)
     weight = chosen.weight.to(dtype)
     if targets.shape != (len(keys), len(weight)):
         raise ValueError(f"targets has shape {tuple(targets.shape)}; expected ({len(keys)}, {len(weight)})")
@@ -136,14 +138,14 @@ def _product(factor: Tensor, matrix: Tensor) -> Tensor:
     return torch.cat([rows.to(torch.float64) @ matrix for rows in factor.split(_ROWS)])
 
 
-def _keys(model: nn.Module, module: nn.Module, subjects: Any) -> Tensor:
+def _keys(model: nn.Module, name: str, module: nn.Module, subjects: Any, count: int) -> Tensor:
     """The layer's inputs (m, d) at each subject's last place."""
     seen: list[tuple[Tensor, Tensor | None]] = []
-    padding = Padding(Masks.of(subjects))
+    padding = Padding(Masks.of(subjects, model))
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        seen.append((x, padding.kept(x)))
+        seen.append((x, padding.kept(x, module)))
 
     around = padding.hooks(model, [module]) + padded([model])
     with replaced(around), hooked([(module, hook)], before=True), evaluating(model), torch.no_grad():
@@ -158,10 +160,47 @@ def _keys(model: nn.Module, module: nn.Module, subjects: Any) -> Tensor:
             f"the layer's inputs for the subjects have shape {tuple(x.shape)}; expected (subjects, features) or "
             "(subjects, places, features)"
         )
-    if kept is None:
+    mask = None if kept is None else kept.reshape(x.shape[:-1])
+    if _places_first(model, name, module, subjects, x, count):
+        x, mask = x.transpose(0, 1), None if mask is None else mask.mT
+    _check_places(subjects, x, name)
+    if mask is None:
         return x[:, -1]
-    mask = kept.reshape(x.shape[:-1])
     if not bool(mask.any(1).all()):
         raise ValueError(f"subject {int(mask.any(1).int().argmin())} is padding alone; expected a place that is not")
     places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1).amax(1)
     return x[torch.arange(len(x), device=x.device), places]
+
+
+def _places_first(model: nn.Module, name: str, module: nn.Module, subjects: Any, x: Tensor, count: int) -> bool:
+    """Whether an input (…, …, d) has the places in its first dimension, and the ``count`` subjects in its second."""
+    if x.shape[0] != x.shape[1]:
+        return len(x) != count and x.shape[1] == count
+    if len(x) != count or count < 2:
+        return False
+    first = layouts_of(model, subjects, count).get(id(module))
+    if first is None:
+        raise ValueError(
+            f"layer {name!r} is given {tuple(x.shape)} by {count} subjects of as many places, so that which of the two "
+            "come first cannot be told: pass subjects with another number of places, or edit fewer at a time"
+        )
+    return first
+
+
+def _check_places(subjects: Any, x: Tensor, name: str) -> None:
+    """Refuses an input (subjects, places, d) with other places than the subjects have, of which the last is not known.
+
+    What a model puts between or behind them, as one that attends to windows pads them to whole ones, may be padding.
+    """
+    values = subjects.items() if isinstance(subjects, Mapping) else []
+    shapes = {
+        tuple(value.shape)
+        for key, value in values
+        if isinstance(value, Tensor) and value.dim() == 2 and (str(key).endswith(("_mask", "input_ids")))
+    }
+    if shapes and tuple(x.shape[:2]) not in shapes and any(shape[0] == len(x) for shape in shapes):
+        raise ValueError(
+            f"layer {name!r} is given {x.shape[1]} places of each subject; expected "
+            f"{' or '.join(str(shape[1]) for shape in sorted(shapes))}, those of the subjects, as which of them is a "
+            f"subject's last cannot be told: edit another layer, or pass subjects of {x.shape[1]} places"
+        )

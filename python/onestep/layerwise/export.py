@@ -75,7 +75,7 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
     Raises:
         ModuleNotFoundError: safetensors is not installed.
         ValueError: a name is no layer of the model, or its codes are not the weights that the layer has now.
-        TypeError: an argument is something else.
+        TypeError: an argument is something else, or a module's extra state is no tensor.
 
     Examples:
         >>> import tempfile, torch
@@ -104,10 +104,20 @@ def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWe
                 raise TypeError(f"quantized[{name!r}] is {type(weight).__name__}; expected QuantizedWeight")
     tensors: dict[str, Tensor] = {}
     same: dict[Any, list[str]] = {}
+    held: set[int] = set()
     for name, value in model.state_dict().items():
-        place = (value.data_ptr(), tuple(value.shape), value.stride()) if value.numel() else name
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the model's state has {name!r}, {type(value).__name__}; expected tensors, as safetensors holds "
+                "nothing else: return a tensor from get_extra_state, or torch.save(model.state_dict(), path)"
+            )
+        place = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype) if value.numel() else name
         if place not in same:
-            tensors[name] = value.detach().contiguous()
+            plain = value.detach().contiguous()
+            # Part of another one, such as a buffer that is a view of a weight: safetensors writes no memory twice.
+            storage = plain.untyped_storage().data_ptr()
+            tensors[name] = plain.clone() if storage in held else plain
+            held |= {storage} if value.numel() else set()
         same.setdefault(place, []).append(name)
     about: dict[str, dict[str, Any]] = {}
     names = {name: group for group in same.values() for name in group}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from onestep.layerwise.checks import check_path
 from onestep.layerwise.export import BLOCKS, QuantizedWeight, part_of
-from onestep.layerwise.pairs import Places, keep_places, places_of
+from onestep.layerwise.pairs import MAP, Places, keep_places, places_of
 from onestep.layerwise.places import fill
-from onestep.layerwise.replacing import LinearBlock
+from onestep.layerwise.replacing import LinearBlock, cached_by
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
@@ -74,7 +74,10 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                 whole[name] = list(container), places_of(container)
                 places = [tuple(place) for place in blocks["places"]]
                 like = next(model.parameters())
-                maps = {int(at): _map(state, f"{name}.{at}".lstrip("."), n, like) for at, n in blocks["maps"].items()}
+                maps = {}
+                for at, count in blocks["maps"].items():
+                    gone = [container[place] for place in places[int(at)] if place != MAP]
+                    maps[int(at)] = _map(state, f"{name}.{at}".lstrip("."), count, like, gone)
                 for map_ in maps.values():
                     map_.train(model.training)
                 fill(container, [maps[at] if at in maps else container[place[-1]] for at, place in enumerate(places)])
@@ -109,11 +112,11 @@ def _container(model: nn.Module, name: str, places: list[list[int]], path: str |
     )
 
 
-def _map(state: Mapping[str, Tensor], name: str, count: int | None, like: Tensor) -> nn.Module:
-    """A map in the place of blocks: nn.Linear where ``count`` is None."""
+def _map(state: Mapping[str, Tensor], name: str, count: int | None, like: Tensor, gone: list[nn.Module]) -> nn.Module:
+    """A map in the place of blocks that are gone: nn.Linear where ``count`` is None."""
     weight = state[f"{name}.weight" if count is None else f"{name}.map.weight"]
     linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=like.dtype, device=like.device)
-    return linear if count is None else LinearBlock(linear, count)
+    return linear if count is None else LinearBlock(linear, count, cached_by(gone))
 
 
 def _dequantized(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -139,14 +142,17 @@ def _dequantized(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dic
 def _check(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises where the model has other parameters than the file."""
     own = model.state_dict()
-    held = {value.data_ptr() for name, value in own.items() if name in state and value.numel()}
-    lacking = [name for name, value in own.items() if name not in state and value.data_ptr() not in held]
+    tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    held = {value.data_ptr() for name, value in tensors.items() if name in state and value.numel()}
+    lacking = [
+        name for name in own if name not in state and (name not in tensors or tensors[name].data_ptr() not in held)
+    ]
     unknown = [name for name in state if name not in own]
     if lacking or unknown:
         what = f"has no {lacking[0]!r}" if lacking else f"has {unknown[0]!r}, which the model has not"
         raise ValueError(f"{path} is of another model: it {what}")
     for name, value in state.items():
-        if value.shape != own[name].shape:
+        if name in tensors and value.shape != own[name].shape:
             raise ValueError(
                 f"{path} is of another model: {name!r} has shape {tuple(value.shape)}; expected "
                 f"{tuple(own[name].shape)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +114,7 @@ def solve_in_order(
             return
         passes = Passes(both, batches, chosen, within=[nullcontext, before.there][: len(both)], whole=whole)
         with bar() as shown:
-            for group, once in _called(model, chosen, first):
+            for group, once in _called(model, chosen, batches):
                 # Of the names those that these layers are matched by.
                 options["names"] = {name: names[name] for name in names if any(is_at(each, name) for each in group)}
                 statistics = Lacks(model, group, **options)
@@ -173,20 +173,35 @@ def _listed(counts: list[int]) -> str:
     return " and ".join(str(count) for count in counts[:3]) + (" ..." if len(counts) > 3 else "") or "no"
 
 
-def _called(model: nn.Module, chosen: dict[str, Layer], batch: Any) -> list[tuple[list[str], bool]]:
-    """Groups of layers with the same inputs in the order of their first calls, and whether each is called once."""
-    calls = LayerStatistics(model, list(chosen)).trace(batch)
+def _called(model: nn.Module, chosen: dict[str, Layer], batches: Iterable[Any]) -> list[tuple[list[str], bool]]:
+    """Groups of layers with the same inputs in the order of their first calls, and whether each is called once.
+
+    All batches are looked at: a model may call a layer once for one of them, and three times for another.
+    """
+    statistics = LayerStatistics(model, list(chosen))
+    order: list[str] = []
+    most = dict.fromkeys(chosen, 0)
+    # Layers of one number have been given the same inputs so far.
+    numbers: dict[str, int] = dict.fromkeys(chosen, 0)
+    for index, batch in enumerate(batches):
+        calls = statistics.trace(batch)
+        order = order if index else list(calls)
+        parts: dict[tuple[int, tuple[int, ...]], int] = {}
+        for name in chosen:
+            keys = tuple(calls.get(name, []))
+            most[name] = max(most[name], len(keys))
+            numbers[name] = parts.setdefault((numbers[name], keys), len(parts))
     groups: dict[tuple[Any, ...], list[str]] = {}
     # What one expert becomes does not change what the others beside it are given.
     beside = {name: (id(layer.module), layer.stack) for name, layer in chosen.items() if layer.stack is not None}
-    for name, keys in calls.items():
-        groups.setdefault(beside.get(name) or tuple(keys), []).append(name)
+    for name in order:
+        groups.setdefault(beside.get(name) or (numbers[name],), []).append(name)
     # Those that the first batch does not reach, such as experts that it has no rows for, come last, each by itself.
     last: list[str] = []
     for name in chosen:
-        if name not in calls:
+        if name not in order:
             (groups[beside[name]] if beside.get(name) in groups else last).append(name)
-    called = [(names, all(len(calls.get(name, [])) == 1 for name in names)) for names in groups.values()]
+    called = [(names, all(most[name] == 1 and name in order for name in names)) for names in groups.values()]
     return called + [([name], False) for name in last]
 
 

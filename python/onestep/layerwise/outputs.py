@@ -142,7 +142,7 @@ class _Outputs:
             torch.set_grad_enabled(True)
             if found is None or not found.requires_grad or found.shape != wanted.shape:
                 return False
-            kept = Padding(Masks.of(batch)).kept(found)
+            kept = Padding(Masks.of(batch, self._model)).kept(found, None)
             missing, wanted = (f.reshape(-1, f.shape[-1]) for f in (found - wanted, wanted))
             if kept is not None:
                 missing, wanted = missing[kept], wanted[kept]

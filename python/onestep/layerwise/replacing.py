@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
-from onestep._restored import Entry, hooked, replaced
+from onestep._restored import Entry, hooked, hooks, replaced
 from onestep._torch_private import own_children
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.chain import without_caches
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import batches_of, call, count_of, evaluating, padded
 from onestep.layerwise.outputs import output_of, solve_towards_outputs
-from onestep.layerwise.padding import Masks, Padding
+from onestep.layerwise.padding import Masks, Padding, warn_of_padding
 from onestep.layerwise.pairs import keep_places, map_of, places_of
 from onestep.layerwise.places import Places, fill
 from onestep.layerwise.rank import numerical_rank
@@ -28,19 +28,47 @@ from onestep.layerwise.report import LayerReport, Report
 class LinearBlock(nn.Module):
     """A block that is a linear map of its first argument; other arguments are ignored.
 
+    But for a cache of keys and values of transformers: models read from those of one block, often the first, how many
+    places there have been. The map has none, and leaves zeros, one for each place.
+
     Attributes:
         map: nn.Linear.
         count: how long the tuple is that the block returns, all but the first of which are None; 0: it returns none.
+        cached: the numbers that the blocks had in the cache.
     """
 
-    def __init__(self, map: nn.Linear, count: int) -> None:
-        super().__init__()
-        self.map, self.count = map, count
+    # Of blocks that were pickled before there were numbers.
+    cached: tuple[int, ...] = ()
 
-    def forward(self, hidden: Tensor, *unused: Any, **also_unused: Any) -> Any:
+    def __init__(self, map: nn.Linear, count: int, cached: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.map, self.count, self.cached = map, count, tuple(cached)
+
+    def forward(self, hidden: Tensor, *others: Any, **more: Any) -> Any:
         """hidden (…, d) → (…, d)."""
+        cache = next((one for one in (*others, *more.values()) if hasattr(one, "get_seq_length")), None)
+        if cache is not None and hidden.dim() == 3:
+            self._leave_places(getattr(cache, "self_attention_cache", cache), hidden)
         out = self.map(hidden)
         return (out, *[None] * (self.count - 1)) if self.count else out
+
+    def _leave_places(self, cache: Any, hidden: Tensor) -> None:
+        zeros = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        for number in self.cached:
+            layers = getattr(cache, "layers", [])
+            # Those of other kinds, such as states of a recurrence, know of no places.
+            if number >= len(layers) or hasattr(layers[number], "keys"):
+                cache.update(zeros, zeros, number)
+
+
+def cached_by(blocks: Iterable[nn.Module]) -> tuple[int, ...]:
+    """The numbers that blocks have in a cache of transformers."""
+    found: set[int] = set()
+    for module in (module for block in blocks for module in block.modules()):
+        number = getattr(module, "layer_idx", None)
+        found |= set(module.cached) if isinstance(module, LinearBlock) else set()
+        found |= {number} if isinstance(number, int) else set()
+    return tuple(sorted(found))
 
 
 @one_thread_after_fork()
@@ -62,8 +90,10 @@ def replace_blocks(
 
     The map takes the first block's place and the others leave their container (an nn.Sequential or nn.ModuleList). A
     first block that is given and returns one tensor becomes an nn.Linear, which loads without onestep; any other a
-    ``LinearBlock``, which ignores the other arguments and has its nn.Linear as ``map``. ``save`` and ``load`` keep the
-    maps; ``from_pretrained`` of transformers does not know them and builds the blocks anew, with random weights.
+    ``LinearBlock``, which ignores the other arguments and has its nn.Linear as ``map``; in a cache of keys and values
+    of transformers it leaves zeros, from which the model knows how many places there have been. ``save`` and ``load``
+    keep the maps; ``from_pretrained`` of transformers does not know them and builds the blocks anew, with random
+    weights.
 
     Args:
         model: changed in place.
@@ -105,19 +135,19 @@ def replace_blocks(
     check_flags(progress=progress)
     check_dtype_of_sums(dtype)
     container, first, count = _run_of(model, blocks)
-    seen = _Run(dtype)
+    seen = _Run(blocks[0], dtype)
     batches = batches_of(data)
     with (
-        hooked([(container[first], seen.enter)], before=True),
-        hooked([(container[first + count - 1], seen.leave)]),
         evaluating(model),
         torch.no_grad(),
         replaced(padded([model])),
         Progress(count_of(batches), enabled=progress, what="replace_blocks", unit="batch") as bar,
     ):
         for batch in batches:
-            seen.padding = Padding(Masks.of(batch))
-            with replaced(seen.padding.hooks(model, [container[first]])):
+            seen.padding = Padding(Masks.of(batch, model))
+            entries = seen.padding.hooks(model, [container[first]])
+            entries += hooks([(container[first], seen.enter)], before=True)
+            with replaced(entries), hooked([(container[first + count - 1], seen.leave)]):
                 call(model, batch)
             bar.update()
     if seen.equations is None or seen.equations.count == 0:
@@ -134,7 +164,8 @@ def replace_blocks(
     with torch.no_grad():
         linear.weight.copy_(added.mT + torch.eye(d, dtype=dtype))
         linear.bias.copy_(intercept)
-    block: nn.Module = linear if seen.plain else LinearBlock(linear, seen.count)
+    run = list(container)[first : first + count]
+    block: nn.Module = linear if seen.plain else LinearBlock(linear, seen.count, cached_by(run))
     kept = [module for index, module in enumerate(container) if not first < index < first + count]
     kept[first] = block.train(model.training)
     places, whole = places_of(container), dict(container.named_children())
@@ -229,8 +260,8 @@ def _run_of(model: nn.Module, blocks: Sequence[str]) -> tuple[Any, int, int]:
 class _Run:
     """What goes into a run of blocks, and what comes out of it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype, self.warned = name, dtype, False
         self.padding = Padding(Masks())
         self.equations: linalg.NormalEquations | None = None
         self.plain, self.count, self.more = True, 0, False
@@ -240,7 +271,11 @@ class _Run:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.plain = self.plain and len(args) == 1 and not kwargs
         given = args[0] if args else next(iter(kwargs.values()))
-        self._given.append((given, self.padding.kept(given) if isinstance(given, Tensor) else None))
+        kept = self.padding.kept(given, module) if isinstance(given, Tensor) else None
+        if kept is None and not self.warned and isinstance(given, Tensor) and self.padding.untold(given, module):
+            self.warned = True
+            warn_of_padding({self.name: tuple(given.shape)})
+        self._given.append((given, kept))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.count = len(output) if isinstance(output, tuple) else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -52,25 +51,27 @@ class Seen:
     ) -> None:
         self.dtype, self.awaited = dtype, awaited
         self._layers, self._storage, self._adds, self._lacks = layers, storage, sums, lacks
-        self._padding = Padding(Masks())
+        self._padding, self._running = Padding(Masks()), layers
         self.sums: dict[int, InputSums] = {}  # by the number of the inputs
         # Of inputs, in the order that they came in: a tensor that is changed in place is another one afterwards.
         self.numbers: dict[tuple[int, int], int] = {}
         self.given: dict[str, list[int]] = {}
+        # Layers whose inputs have rows that may be padding, with a shape of them.
+        self.untold: dict[str, tuple[int, ...]] = {}
         self.crossed: dict[str, TargetSums] = {}
         self._outputs: dict[str, list[Tensor]] = {}
         self._kept: list[Tensor] = []  # so that ids stay theirs
 
     def of_model(self, model: nn.Module, masks: Masks) -> Watch:
         """Two contexts in which the model's layers are seen."""
-        self._padding = Padding(masks)
+        self._padding, self._running = Padding(masks), self._layers
         return watching(
             self._layers, before=self._take_input, more=self._hooks(model, self._layers), others=self._padding.expert
         )
 
     def of_teacher(self, teacher: nn.Module, layers: Mapping[str, Layer], masks: Masks) -> Watch:
         """Two contexts in which the outputs of a teacher's layers are seen, by their names in the model."""
-        self._padding = Padding(masks)
+        self._padding, self._running = Padding(masks), layers
         self._outputs = {name: [] for name in layers}
         return watching(layers, after=self._take_target, more=self._hooks(teacher, layers), others=self._padding.expert)
 
@@ -78,8 +79,10 @@ class Seen:
         return self._padding.hooks(model, [layer.module for layer in layers.values()]) if self._adds else []
 
     def _kept_of(self, name: str, x: Tensor) -> Tensor | None:
-        layer = self._layers[name]
-        return self._padding.kept(x, None if layer.stack is None else expert_of(layer.module, layer.expert))
+        layer = self._running[name]
+        return self._padding.kept(
+            x, layer.module, None if layer.stack is None else expert_of(layer.module, layer.expert)
+        )
 
     def _rows(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """(rows, d) of the sums' dtype, padding left out; 16 bits that gram reads in place stay as they are."""
@@ -123,13 +126,10 @@ class Seen:
                 raise Enough
 
     def _told(self, name: str, x: Tensor) -> Tensor | None:
-        """The rows that are not padding; a warning where they cannot be told."""
+        """The rows that are not padding; the name of the layer is kept where they cannot be told."""
         kept = self._kept_of(name, x)
-        if kept is None and self._padding.untold(x):
-            warnings.warn(
-                f"layer {name!r} is given rows {tuple(x.shape)} in which padding cannot be told apart: all count",
-                stacklevel=2,
-            )
+        if kept is None and self._padding.untold(x, self._running[name].module):
+            self.untold.setdefault(name, tuple(x.shape))
         return kept
 
     def _cross(self, name: str, rows: Tensor, index: int) -> None:

@@ -6,21 +6,23 @@ import pickle
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onestep import linalg
 from onestep._files import replacing
 from onestep._fork import one_thread_after_fork
 from onestep._restored import replaced
+from onestep.evaluation.digest import digest
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_path
 from onestep.layerwise.layers import Layer, Patterns, batches_of, call, count_of, evaluating, find_layers, padded
-from onestep.layerwise.padding import Masks
+from onestep.layerwise.padding import Masks, warn_of_padding
 from onestep.layerwise.pairs import check_names, paired
 from onestep.layerwise.rank import numerical_rank
 from onestep.layerwise.seen import Enough, Seen
@@ -96,6 +98,10 @@ class LayerStatistics:
         self.batches = 0
         # Of the data of the last call of collect: where a call that finds its file goes on.
         self._collected = 0
+        # Layers that have been warned of.
+        self._untold: set[str] = set()
+        # Of these batches.
+        self._read = ""
         # Layers with the same sums share one object. Replaced, never written into.
         self._inputs: dict[str, InputSums] = {}
         self._targets: dict[str, TargetSums] = {}
@@ -162,7 +168,7 @@ class LayerStatistics:
         """
         models = [self._model] if self._teacher is None else [self._model, self._teacher]
         runs = [lambda model=model: call(model, batch) for model in models]
-        return self.update_by(runs, [Masks.of(batch)] * len(runs), stop_early=stop_early)
+        return self.update_by(runs, [Masks.of(batch, model) for model in models], stop_early=stop_early)
 
     @one_thread_after_fork()
     def update_by(
@@ -187,6 +193,9 @@ class LayerStatistics:
             with suppress(Enough), hooked, calls:
                 runs[0]()
         self._commit(seen)
+        untold = {name: shape for name, shape in seen.untold.items() if name not in self._untold}
+        self._untold |= untold.keys()
+        warn_of_padding(untold)
         return self
 
     def collect(
@@ -195,7 +204,8 @@ class LayerStatistics:
         """Adds all batches of ``data``, and with ``checkpoint`` goes on from where an interrupted call was.
 
         The file is replaced in one step after every ``every`` batches and at the end. A call that finds it skips the
-        batches that are in it: killed at any time and called again, it ends with the same bits.
+        batches that are in it: killed at any time and called again, it ends with the same bits. Data that do not begin
+        with the batches that are in the file, which knows them by a hash, are refused; more of the same are added.
 
         Args:
             data: batches as in ``update``, in the same order at every call.
@@ -207,7 +217,8 @@ class LayerStatistics:
             self.
 
         Raises:
-            ValueError: ``every`` is not positive, the file is damaged or of other layers, or inputs as in ``update``.
+            ValueError: ``every`` is not positive, the file is damaged, or of other layers or other data, of which
+                nothing is added then; or inputs as in ``update``.
             TypeError: an argument is something else.
             FileNotFoundError: the checkpoint's folder is not there.
         """
@@ -219,16 +230,26 @@ class LayerStatistics:
             raise ValueError(f"every is {every!r}; expected a positive number of batches")
         if checkpoint is not None and not Path(checkpoint).parent.is_dir():
             raise FileNotFoundError(f"checkpoint is {str(checkpoint)!r}; expected a file in a folder that is there")
-        self._collected = 0
+        before = dict(vars(self))
+        self._collected, self._read = 0, ""
         if checkpoint is not None and Path(checkpoint).exists():
             self.load(checkpoint)
-        done = self._collected
+        done, rest, read = self._collected, iter(batches), ""
+        for batch in islice(rest, done):
+            read = _mark(read, batch)
+        # Files of before know no data.
+        if self._read and read != self._read:
+            vars(self).update(before)
+            raise ValueError(
+                f"checkpoint {str(checkpoint)!r} is of other data, of which it has {done} batches; expected data that "
+                "begin with the same ones, in the same order: pass a file for each data, or none"
+            )
         with Progress(count_of(batches), enabled=progress, done=done, what="statistics", unit="batch") as bar:
-            for index, batch in enumerate(batches):
-                if index < done:
-                    continue
+            for batch in rest:
+                # Before a model may write into it.
+                read = _mark(read, batch)
                 self.update(batch)
-                self._collected += 1
+                self._collected, self._read = self._collected + 1, read
                 bar.update()
                 if checkpoint is not None and self.batches % every == 0:
                     self.save(checkpoint)
@@ -290,6 +311,7 @@ class LayerStatistics:
         state = {
             "batches": self.batches,
             "collected": self._collected,
+            "read": self._read,
             "names": self.names,
             "layers": {name: places[id(sums)] for name, sums in self._inputs.items()},
             "inputs": [[sums.gram, sums.total, sums.count] for sums in slots.values()],
@@ -341,7 +363,7 @@ class LayerStatistics:
         self._inputs = {name: slots[index] for name, index in state["layers"].items()}
         self._targets = {name: TargetSums(*parts) for name, parts in state["targets"].items()}
         self.batches = state["batches"]
-        self._collected = state.get("collected", self.batches)
+        self._collected, self._read = state.get("collected", self.batches), state.get("read", "")
         return self
 
     def trace(self, batch: Any) -> dict[str, list[int]]:
@@ -428,3 +450,20 @@ class LayerStatistics:
         for name, sums in seen.crossed.items():
             targets[name] = targets[name].plus(sums, self._storage) if name in targets else sums
         self._inputs, self._targets, self.batches = inputs, targets, self.batches + 1
+
+
+def _mark(before: str, batch: Any) -> str:
+    """A hash of a batch and those before it; of what else than tensors and plain values is in it, by its type."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(value[name]) for name in sorted(value, key=str)}
+        if isinstance(value, (tuple, list)):
+            return [plain(one) for one in value]
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            return value
+        known = value is None or isinstance(value, (bool, int, float, str))
+        return value if known else str(type(value))
+
+    names = sorted(map(str, batch)) if isinstance(batch, Mapping) else []
+    return digest((before, str(type(batch)), names, plain(batch)))

@@ -36,7 +36,7 @@ def _factor(A: Tensor, damping: Tensor, *, unit: bool) -> tuple[Tensor, Tensor]:
     batch = tuple(info.shape)
     if factor.numel() == 0:
         return factor, info.zero_()
-    A, power = scaled_into_range(A)
+    A, power = scaled_into_range(A, damping)
     _INVERSE[A.dtype](
         a=operand(A, batch, 2),
         damping=operand(damping, batch, 0),

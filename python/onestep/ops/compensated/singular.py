@@ -77,17 +77,25 @@ def _least(factor: Tensor, diagonal: Tensor, unit: bool) -> tuple[float, Tensor]
     return 1.0 / float(size), x
 
 
-def scaled_into_range(A: Tensor) -> tuple[Tensor, Tensor | None]:
+def scaled_into_range(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None]:
     """A and None; or A with matrices near the ends of the dtype's range times 2^(−2k), and 2^k, (…,1,1).
 
-    The mean of a diagonal overflows where its elements do not, and small elements have few digits.
+    The mean of a diagonal overflows where its elements do not, and small elements have few digits. Large matrices are
+    brought no further down than that the damped mean is finite: beside 1e38, an element of 1e-10 is to stay one.
+
+    Args:
+        A: (…,n,n).
+        damping: (…), what is to be added, in means of the diagonal.
     """
     info = torch.finfo(A.dtype)
     top = A.diagonal(dim1=-2, dim2=-1).amax(-1)
-    far = (top > info.max / (4 * A.shape[-1])) | ((top > 0) & (top < info.tiny / info.eps))
-    far &= top.isfinite()
+    most = (info.max / 4 / A.shape[-1] / (1 + damping)).clamp(min=1.0)
+    large, small = top > most, (top > 0) & (top < info.tiny / info.eps)
+    far = (large | small) & top.isfinite()
     if not bool(far.any()):
         return A, None
-    exponent = torch.where(far, torch.frexp(top).exponent, 0)
+    exponent = torch.frexp(top).exponent
+    exponent = torch.where(large, exponent - torch.frexp(most).exponent + 2, exponent)
+    exponent = torch.where(far, exponent, 0)
     power = torch.ldexp(torch.ones_like(top), exponent.div(2, rounding_mode="floor"))[..., None, None]
     return A / power / power, power
