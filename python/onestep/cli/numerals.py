@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -97,6 +98,12 @@ def notation_hint(text: str) -> str:
     if re.search(r"\d,\d+[eE]", text):
         return "pass --decimal ','"
     return "write them with the digits 0 to 9, as in -1234.5"
+
+
+def missing_option(text: str) -> str:
+    """The option under which a text is a missing value."""
+    # A text that begins like an option is taken for one, unless it is joined to its own.
+    return f"--missing={shlex.quote(text)}" if text.startswith("-") else f"--missing {text!r}"
 
 
 def is_inexact(text: str) -> bool:

@@ -1,8 +1,6 @@
 """Reads a CSV file into columns of numbers and columns of text, with errors that name the line."""
 
 import difflib
-import re
-import shlex
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -117,9 +115,7 @@ class Table:
             return numerals.notation_hint(text)
         # A dash, a question mark, a word, or what a spreadsheet writes for an error, such as #DIV/0!.
         digits = any(c.isdigit() for c in text) and not text.startswith("#")
-        # A text that begins like an option is taken for one, unless it is joined to its own.
-        option = f"--missing={shlex.quote(text)}" if re.match(r"-.", text) else f"--missing {text!r}"
-        missing = "" if digits else f"; pass {option} if it means that there is no value"
+        missing = "" if digits else f"; pass {numerals.missing_option(text)} if it means that there is no value"
         return self._remedy(name) + missing
 
     def unit(self, name: str) -> str | None:
