@@ -94,3 +94,46 @@ def test_another_word_beside_numbers_is_told(run, csv, word):
 def test_categories_stay_categories_without_a_word(run, csv, codes, value):
     code, _, err = fit(run, csv, column(codes, value))
     assert (code, err) == (0, "")
+
+
+# Blanks around a code, also in quotation marks.
+PADDED = ["{} ", "{}\t", " {}  ", '" {}"', '"{} "', '"\t{} "']
+
+
+@pytest.mark.parametrize("field", PADDED)
+@pytest.mark.parametrize(
+    ("code", "options"), [("NA", []), ("?", ["--missing", "?"]), ("", []), ("x", ["--missing", "x "])]
+)
+def test_blanks_around_a_missing_code_change_nothing(run, csv, tmp_path, field, code, options):
+    """In columns of numbers, of categories and of dates, of a fit and of what the model is applied to."""
+    kinds = ["low", "high", "mid"]
+
+    def content(missing):
+        rows = [
+            [row * 3 % 11, kinds[row % 3], f"2023-{row % 12 + 1:02}-01", row * row % 17, "aab"[row % 3]]
+            for row in range(ROWS)
+        ]
+        for place in range(3):
+            for row in (4 + place, 9, 20 + place):
+                rows[row][place] = missing
+        return "n,kind,day,y,group\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
+
+    found = []
+    for name, missing in (("plain", code), ("padded", field.format(code))):
+        path, saved = csv(content(missing), f"{name}.csv"), tmp_path / f"{name}.st"
+        words = ["fit", path, "--target", "y", "--dates", "day", "--impute", "median", "--save", saved, *options]
+        status, out, err = run(*words)
+        assert status == 0, err
+        assert "2 missing values" not in err and err.count("3 missing values of ") == 3
+        predicted = run("predict", saved, path)
+        found.append([weights(saved), predicted[:2]])
+    assert found[0] == found[1]
+
+
+def test_a_code_with_blanks_beside_numbers_is_not_refused_with_itself(run, csv):
+    """They say what without blanks is said, and the column is numbers all the same, with what is told of numbers."""
+    rows = "".join(f"{'NA ' if row == 7 else f'0{row}'},{row}\n" for row in range(ROWS))
+    code, _, err = run("fit", csv("a,y\n" + rows), "--target", "y", "--task", "regression")
+    assert code == 2 and "missing values in a (1); pass --impute median" in err
+    code, _, err = run("fit", csv("a,y\n" + rows), "--target", "y", "--task", "regression", "--impute", "median")
+    assert code == 0 and "some begin with a zero, such as '00'" in err and "1 missing value of a filled with" in err
