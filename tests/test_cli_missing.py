@@ -122,7 +122,7 @@ def test_blanks_around_a_missing_code_change_nothing(run, csv, tmp_path, field, 
     for name, missing in (("plain", code), ("padded", field.format(code))):
         path, saved = csv(content(missing), f"{name}.csv"), tmp_path / f"{name}.st"
         words = ["fit", path, "--target", "y", "--dates", "day", "--impute", "median", "--save", saved, *options]
-        status, out, err = run(*words)
+        status, _, err = run(*words)
         assert status == 0, err
         assert "2 missing values" not in err and err.count("3 missing values of ") == 3
         predicted = run("predict", saved, path)

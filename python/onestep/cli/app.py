@@ -393,18 +393,44 @@ def _dispatch(args: argparse.Namespace) -> None:
     run(args)
 
 
+def _open_what_is_closed() -> None:
+    """Makes standard streams that are closed lead nowhere: a file that is opened later must not be one of them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        # Others write to it, too, such as progress bars and warnings.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
+
+
+def _require_stdout(args: argparse.Namespace) -> None:
+    """Raises where what the command has to say would be lost, before any work is done for it."""
+    if sys.stdout is not None:
+        return
+    if args.command == "predict":
+        if args.output is None:
+            raise CliError("standard output is closed; pass --output FILE for the predictions, or send them to a file")
+        return
+    raise CliError(f"standard output is closed, where {args.command} reports; send it to a file, such as > report.txt")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, or 2 for bad usage or input. `argv` defaults to sys.argv[1:]."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # R² must not end in a UnicodeEncodeError where the terminal is ASCII.
             stream.reconfigure(errors="replace")
+    _open_what_is_closed()
     leave_interrupts_to_main()
     words = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args([f"--missing={_KEPT}--" if word == "--missing=--" else word for word in words])
     try:
+        _require_stdout(args)
         _dispatch(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except CliError as error:
         say("error", str(error))
         return 2
