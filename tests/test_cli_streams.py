@@ -1,6 +1,9 @@
 """The command line with closed standard streams, and with models that come through a pipe."""
 
+import os
+import socket
 import sys
+import threading
 
 import pytest
 from cli_cases import HOUSES, small
@@ -73,3 +76,17 @@ def test_an_import_that_is_refused_says_nothing_on_stdout(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         _program.refused("not here")
     assert stop.value.code == 2 and capsys.readouterr().out == ""
+
+
+def test_a_model_may_come_through_a_pipe(run, csv, saved, tmp_path):
+    """As the shell's <(command) gives one; what cannot be read is said of the model, not of the output."""
+    new, pipe = csv("a,b,kind\n1,2,u\n", "new.csv"), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(saved.read_bytes()))
+    writer.start()
+    assert run("predict", pipe, new) == run("predict", saved, new)
+    writer.join()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        code, _, err = run("predict", tmp_path / "s", new)
+    assert code == 2 and err == f"error: {tmp_path / 's'} is not a file, nor a pipe\n"

@@ -56,7 +56,9 @@ def check_text(table: Table, name: str) -> None:
         _refuse(table, name, "numbers", plain.idxmax(), missing)
     day = values.map(dates.is_date)
     if 2 * day.sum() > len(values):
-        row = day.idxmax()
+        # 2023-10-15 needs no format, but 2023-1-5 beside it does.
+        unpadded = day & values.map(dates.is_unpadded).astype(bool)
+        row = (unpadded if unpadded.any() else day).idxmax()
         if name == table.target:
             hint = "a target is a number or a class: write it as a number, such as the days since the first date"
         else:
