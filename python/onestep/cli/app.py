@@ -44,8 +44,9 @@ of the file names the columns. A file named - is standard input. It is UTF-8, or
 Currency signs, codes such as USD, words such as Rs and percent, % and ‰ beside numbers are left out, with a note; they
 must mean the same in all of a column, as $ and USD do. Numbers with other signs in them, such as 1,037 or 3,5, are
 refused until --thousands or --decimal says what they mean; so are columns of numbers with a unit or a comparison, such
-as 5 kg or <5, unless --categorical names them. Dates with a time and its distance from UTC are the day that is written.
-Dates that say less, such as 2023-01, give no feature for what they do not say.
+as 5 kg or <5, unless --categorical names them. The same holds where - or n.a. stands for most of the values: --missing
+names such texts, blanks around which change nothing. Dates with a time and its distance from UTC are the day that is
+written. Dates that say less, such as 2023-01, give no feature for what they do not say.
 
 A target of text or of two values is classified: the linear model is then logistic regression, the network's loss is
 cross-entropy, and predict gives a class and its probability. Any other target is fitted as a number. A note says which
