@@ -42,6 +42,22 @@ def test_with_stderr_closed_notes_and_score_are_not_among_the_predictions(run, c
     assert (done.returncode, done.output) == (2, "")
 
 
+WITH_A_SCRIPT = """
+import os, sys
+os.dup2(os.open(sys.argv[1], os.O_RDONLY), 2)
+from onestep.cli import main
+from onestep.cli.app import build_parser
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_script_of_bash_may_be_in_the_place_of_stderr(run, csv, saved):
+    """Started with 2>&-, bash opens its script under this number, and its commands inherit it."""
+    new = csv("a,b,kind,other,y\n1,2,u,3,4\n5,6,new,7,8\n", "new.csv")
+    done = Child(WITH_A_SCRIPT, new, "predict", saved, new).finish()
+    assert (done.returncode, done.output) == (0, run("predict", saved, new)[1])
+
+
 def test_a_network_is_fitted_with_stderr_closed(csv, tmp_path):
     words = ["fit", csv(small()), "--target", "y", "--model", "mlp", "--hidden", 2, "--max-steps", 2]
     done = Child(WITH_CLOSED, "2", *words, "--save", tmp_path / "m.st").finish()

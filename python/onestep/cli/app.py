@@ -1,6 +1,7 @@
 """Arguments, dispatch, and the one place where errors become a line on stderr and an exit code."""
 
 import argparse
+import fcntl
 import io
 import math
 import os
@@ -401,6 +402,9 @@ def _open_what_is_closed() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if fcntl.fcntl(2, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        # bash keeps a script that it runs in the place of a stderr that is closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if sys.stderr is None:
         # Others write to it, too, such as progress bars and warnings.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
