@@ -67,7 +67,7 @@ def test_a_value_that_does_not_read_costs_its_own_row(run, table, tmp_path, writ
         (["$6", "$7"], "column 'a' has $ beside its numbers, but nothing in the file that the model was fitted on"),
         (["2023-01-05"], "column 'a' should hold numbers, but line 2 has '2023-01-05'"),
         (["1,5", "2,5"], "'1,5', and 1 more like it; pass --decimal ','"),
-        (["-", "-"], "'-', and 1 more like it; correct it; pass --missing '-' if it means that there is no value"),
+        (["-", "-"], "'-', and 1 more like it; correct it; pass --missing=- if it means that there is no value"),
     ],
 )
 def test_a_column_without_one_value_of_its_kind_is_refused(run, table, tmp_path, cells, message):
@@ -477,7 +477,7 @@ def test_an_indian_spreadsheet(run, table, tmp_path):
         ("a|y\n1|2\n", "separated by '|'; pass --sep '|'"),
         ("a,y,a\n1,2,3\n", "names a column twice: a; rename one of them"),
         (with_line(small(), 9, "#DIV/0!,2,u,3"), "pass --missing '#DIV/0!' if it means that there is no value"),
-        (with_line(small(), 9, "-,2,u,3"), "pass --missing '-' if it means that there is no value"),
+        (with_line(small(), 9, "-,2,u,3"), "pass --missing=- if it means that there is no value"),
     ],
 )
 def test_what_spreadsheets_write_beside_tables(run, csv, content, message):

@@ -6,11 +6,15 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+# File systems take names of 255 bytes, of which the file beside another one takes some for its process.
+_LONGEST_NAME = 200
 
 
 def replaced_by(path: Path) -> Path | None:
@@ -24,9 +28,17 @@ def replaced_by(path: Path) -> Path | None:
     return target if stat.S_ISREG(found.st_mode) and target.exists() and target.samefile(path) else None
 
 
+def _partial(target: Path, process: str) -> str:
+    """The name of the file that a process writes in the target's place; a long name is told by its hash."""
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f".{glob.escape(name) if process == '*' else name}.{process}.partial"
+
+
 def _remove_leftovers(target: Path) -> None:
     """Removes what killed processes have left beside the target: nobody holds the lock of such a file any more."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+    for path in target.parent.glob(_partial(target, "*")):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -39,7 +51,7 @@ def _beside(target: Path) -> Iterator[BinaryIO]:
         # The name of the file beside it says nothing to who asked for another.
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
     _remove_leftovers(target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(_partial(target, str(os.getpid())))
     old = target.stat() if target.exists() else None
     mode = 0o666 if old is None else stat.S_IMODE(old.st_mode)
     try:

@@ -40,6 +40,7 @@ def refused(message: str) -> ImportError:
     The command line ends here: its users get the message as a line on stderr and exit code 2, as for other errors.
     """
     if _is_program():
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        if sys.stderr is not None:  # print takes None for stdout
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     return ImportError(message)

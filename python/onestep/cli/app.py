@@ -1,6 +1,7 @@
 """Arguments, dispatch, and the one place where errors become a line on stderr and an exit code."""
 
 import argparse
+import fcntl
 import io
 import math
 import os
@@ -44,8 +45,9 @@ of the file names the columns. A file named - is standard input. It is UTF-8, or
 Currency signs, codes such as USD, words such as Rs and percent, % and ‰ beside numbers are left out, with a note; they
 must mean the same in all of a column, as $ and USD do. Numbers with other signs in them, such as 1,037 or 3,5, are
 refused until --thousands or --decimal says what they mean; so are columns of numbers with a unit or a comparison, such
-as 5 kg or <5, unless --categorical names them. Dates with a time and its distance from UTC are the day that is written.
-Dates that say less, such as 2023-01, give no feature for what they do not say.
+as 5 kg or <5, unless --categorical names them. The same holds where - or n.a. stands for most of the values: --missing
+names such texts, blanks around which change nothing. Dates with a time and its distance from UTC are the day that is
+written. Dates that say less, such as 2023-01, give no feature for what they do not say.
 
 A target of text or of two values is classified: the linear model is then logistic regression, the network's loss is
 cross-entropy, and predict gives a class and its probability. Any other target is fitted as a number. A note says which
@@ -393,12 +395,44 @@ def _dispatch(args: argparse.Namespace) -> None:
     run(args)
 
 
+def _open_what_is_closed() -> None:
+    """Makes standard streams that are closed lead nowhere: a file that is opened later must not be one of them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if fcntl.fcntl(2, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        # bash keeps a script that it runs in the place of a stderr that is closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if sys.stderr is None:
+        # Others write to it, too, such as progress bars and warnings.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
+
+
+def _require_stdout(args: argparse.Namespace) -> None:
+    """Raises where what the command has to say would be lost, before any work is done for it."""
+    if sys.stdout is not None:
+        return
+    if args.command == "predict":
+        if args.output is None:
+            raise CliError("standard output is closed; pass --output FILE for the predictions, or send them to a file")
+        return
+    raise CliError(f"standard output is closed, where {args.command} reports; send it to a file, such as > report.txt")
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, or 2 for bad usage or input. `argv` defaults to sys.argv[1:]."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # R² must not end in a UnicodeEncodeError where the terminal is ASCII.
             stream.reconfigure(errors="replace")
+    _open_what_is_closed()
     leave_interrupts_to_main()
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -408,9 +442,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         finally:
             # What --help and --print-completion have printed, before they exit.
-            sys.stdout.flush()
+            _flush()
+        _require_stdout(args)
         _dispatch(args)
-        sys.stdout.flush()
+        _flush()
     except CliError as error:
         say("error", str(error))
         return 2

@@ -115,7 +115,7 @@ def _date(name: str, table: Table, train: np.ndarray, written: str | None, imput
         raise CliError(
             f"{table.source}: column {name!r} should hold dates, but line {table.line(values.index[first])} has "
             f"{values.iloc[first]!r}, which is not {written or 'YYYY-MM-DD'}; correct it, or say how dates are written "
-            "with --date-format, such as %d/%m/%Y"
+            f"with --date-format, such as {dates.likely_format(values.iloc[first])!r}"
         )
     said = _parts_said(name, table, written)
     days = days.iloc[train]

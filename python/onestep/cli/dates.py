@@ -44,6 +44,7 @@ _SPAN = re.compile(r"\d{4}[- ]?(?:W\d{2}(?:-?[1-7])?|Q[1-4])|Q[1-4][-/ ]?\d{4}",
 _TIME = re.compile(r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?: ?[AaPp]\.?[Mm]\.?)?")
 # What ISO 8601 says of a date: a year, a year and a month, or a day, which a time may follow.
 _ISO_YEAR, _ISO_MONTH, _ISO_DAY = r"\d{4}", r"\d{4}-\d{2}", r"\d{4}([-/]?)\d{2}\1\d{2}(?:[Tt ].*)?"
+_UNPADDED = re.compile(r"\d{4}-\d{1,2}-\d{1,2}(?!\d)")
 # A time of day with its distance from UTC.
 _OFFSET = re.compile(r"^(.*\d[Tt ]\d{2}.*?)\s*(?:[Zz]|[-+]\d{2}(?::?\d{2})?)$")
 # Eight or six digits are a date only between these years; other numbers have such digits by chance, but seldom all of
@@ -55,6 +56,11 @@ _ENOUGH_DATES = 5
 def is_date(text: str) -> bool:
     """Whether a text looks like a date, a week or a quarter."""
     return bool(_DATE.fullmatch(text) or _NAMED.fullmatch(text) or _SPAN.fullmatch(text))
+
+
+def is_unpadded(text: str) -> bool:
+    """Whether a text is a date such as 2023-1-5, whose month and day want a second digit to be of ISO 8601."""
+    return bool(_UNPADDED.match(text)) and not re.match(_ISO_DAY, text)
 
 
 def is_time(text: str) -> bool:
@@ -70,12 +76,17 @@ def remedy(text: str, name: str) -> str:
         return "days such as 1st are not read: write dates such as 2023-01-30"
     first, *others = _formats(text) or [""]
     if not first:
-        iso = re.match(r"\d{4}-\d|\d{8}T", text)
+        iso = re.match(r"\d{4}-\d|\d{8}T", text) and not is_unpadded(text)
         option = "" if iso else " --date-format FORMAT, such as %d/%m/%Y,"
         parts = "year and month" if iso and re.fullmatch(_ISO_MONTH, text) else "year, month, day and weekday"
         return f"pass --dates {name!r}{option} for {parts}"
     also = "".join(f", or {other!r} for {_listed_parts(other)}" for other in others)
     return f"pass --dates {name!r} --date-format {first!r} for {_listed_parts(first)}{also}"
+
+
+def likely_format(text: str) -> str:
+    """The format that such a date is probably written in."""
+    return (_formats(text) or ["%d/%m/%Y"])[0]
 
 
 def _listed_parts(written: str) -> str:
@@ -85,6 +96,11 @@ def _listed_parts(written: str) -> str:
 
 def _formats(text: str) -> list[str]:
     """The formats that --dates may need beside it to read such a date; none for year-month-day, or if unknown."""
+    if is_unpadded(text):
+        clock = _UNPADDED.sub("", text, count=1)
+        for pattern, written in (("", ""), (r"[ T]\d{1,2}:\d{2}", "%H:%M"), (r"[ T]\d{1,2}:\d{2}:\d{2}", "%H:%M:%S")):
+            if re.fullmatch(pattern, clock):
+                return [f"%Y-%m-%d{clock[:1]}{written}"]
     for pattern, written in (
         (r"\d{4}/\d{1,2}/\d{1,2}", "%Y/%m/%d"),
         (r"\d{4}\.\d{1,2}\.\d{1,2}", "%Y.%m.%d"),

@@ -12,8 +12,12 @@ class Interrupted(Exception):
 
 
 def say(kind: str, message: str) -> None:
-    """Writes one line to stderr. A cell or a path may hold line breaks: they must not split it."""
-    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+    """Writes one line to stderr. A cell or a path may hold line breaks: they must not split it.
+
+    Where stderr is closed it is None, which print would take for stdout, where results are.
+    """
+    if sys.stderr is not None:
+        print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
 
 
 def note(message: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
+from . import numerals
 from .columns import encode, learn_columns, level_order
 from .errors import CliError, Interrupted, count, listed, note
 from .model import LinearModel, Model, NetworkModel, save_model
@@ -99,9 +100,14 @@ def _target(table: Table, name: str, classify: bool) -> tuple[np.ndarray, tuple[
     if values.dtype.kind == "f" and (name in table.misfits or name in table.inexact):
         # Numbers that are not those that were written are not the classes either.
         table.numbers(name)
-    labels = values.map(lambda value: f"{value:.15g}", na_action="ignore") if values.dtype.kind == "f" else values
+    labels = values.map(numerals.as_class, na_action="ignore") if values.dtype.kind == "f" else values
     classes = sorted(map(str, labels.dropna().unique()), key=level_order)
     if len(classes) < 2:
+        if values.nunique() > 1:
+            raise CliError(
+                f"{table.source}: the values of the target {name!r} differ only behind their 15th digit, as numbers "
+                f"all are {classes[0]}; pass --task classification to take them as texts, or --task regression"
+            )
         has = f"has the one value {listed(classes)}" if classes else "has no value"
         texts = read_as_missing(table, [name])
         raise CliError(f"{table.source}: the target {name!r} {has}: nothing to classify{'; ' if texts else ''}{texts}")

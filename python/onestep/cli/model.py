@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -192,6 +196,21 @@ def _column(entry: dict[str, Any]) -> Column:
     return Category(name, str(entry["baseline"]), levels, None if fill is None else str(fill))
 
 
+@contextlib.contextmanager
+def _in_a_file(path: Path) -> Iterator[Path]:
+    """The path of a regular file with the same content: of a pipe, as <(command) gives one, a copy."""
+    if path.is_file():
+        yield path
+    elif path.is_fifo():
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
+            with path.open("rb") as pipe:
+                shutil.copyfileobj(pipe, copy)
+            copy.flush()
+            yield Path(copy.name)
+    else:
+        raise CliError(f"{path} is not a file, nor a pipe")
+
+
 def load_model(path: Path) -> tuple[Model, Conventions]:
     """Reads what `save_model` wrote, and how numbers were written in the file it was fitted on."""
     if path.is_dir():
@@ -199,9 +218,11 @@ def load_model(path: Path) -> tuple[Model, Conventions]:
     if not path.exists():
         raise CliError(f"no such file: {path}")
     try:
-        with safe_open(path, framework="numpy") as file:
+        with _in_a_file(path) as regular, safe_open(regular, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except OSError as error:
+        raise CliError(f"cannot read {path}: {error.strerror or error}") from None
     except (SafetensorError, TypeError, AttributeError) as error:
         # TypeError and AttributeError: element types that numpy does not have, such as bfloat16.
         raise CliError(f"{path} is not a model saved by onestep ({error})") from None

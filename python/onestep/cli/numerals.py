@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -24,7 +25,8 @@ _NOTATION = re.compile(
     r"\([-+\d.,' ]*\d[\d.,' ]*\)|\d[\d.,]*-|[-+]?\d+(?:[.,]\d+)*[\s]?(?:[kKMBT]|[mb]n|Mio\.?|Mrd\.?|Tsd\.?"
     r"|(?i:lakhs?|lacs?|crores?|cr\.?|thousand|million|billion))|0[xX][0-9a-fA-F]+|\d+(?:_\d+)+|[-+]?\d+(?:[.,]\d+)?(?:[eE][-+]?\d+)?"
 )
-_MINUS = "\u2212"  # of typesetters
+# A price without cents.
+_PRICE = re.compile(rf"[-+]?\d[\d{_SEPARATORS}]*[.,](?:--?|[\u2013\u2014])")
 _WHOLE = re.compile(r"([-+]?\d{16,})(?:\.0*)?")
 # From here on float64 skips whole numbers.
 LARGEST_WHOLE = 2**53
@@ -32,7 +34,7 @@ LARGEST_WHOLE = 2**53
 
 def _without_units(values: Any) -> Any:
     """The texts with a plain minus, and without a unit."""
-    return units.strip(values.astype("string").str.replace(_MINUS, "-", regex=False))
+    return units.strip(values.astype("string"))
 
 
 def _mark(character: str) -> str:
@@ -62,6 +64,11 @@ def to_numbers(values: Any, conventions: Conventions) -> Any:
     return pd.to_numeric(plain(values, conventions), errors="coerce").astype("float64")
 
 
+def as_class(value: float) -> str:
+    """The name of a class that is a number: the shortest, with all digits of a whole number."""
+    return f"{value:.0f}" if 1e15 <= abs(value) <= LARGEST_WHOLE and value % 1 == 0 else f"{value:.15g}"
+
+
 def unit(text: str) -> str:
     """What stands beside the number that a text holds, such as $, USD or %; empty if nothing does."""
     return " and ".join(dict.fromkeys(units.marks(text)))
@@ -87,16 +94,26 @@ def count_separators(text: str) -> int:
 
 def is_notation(text: str) -> bool:
     """Whether a text is a number in a notation that is not read as one; ask after ``to_numbers`` has not."""
-    return bool(_NOTATION.fullmatch(units.stripped(units.without_inner(text))))
+    number = units.stripped(units.without_inner(text))
+    return bool(_NOTATION.fullmatch(number) or _PRICE.fullmatch(number))
 
 
 def notation_hint(text: str) -> str:
     """What to write instead."""
+    text = units.stripped(text)
+    if _PRICE.fullmatch(text):
+        return f"write prices without the dash behind them, {text.rstrip('-–—')[:-1]} for {text}"
     if "(" in text or text.endswith("-"):
         return "write negative numbers with a minus before them, as in -1234.5"
     if re.search(r"\d,\d+[eE]", text):
         return "pass --decimal ','"
     return "write them with the digits 0 to 9, as in -1234.5"
+
+
+def missing_option(text: str) -> str:
+    """The option under which a text is a missing value."""
+    # A text that begins like an option is taken for one, unless it is joined to its own.
+    return f"--missing={shlex.quote(text)}" if text.startswith("-") else f"--missing {text!r}"
 
 
 def is_inexact(text: str) -> bool:

@@ -113,7 +113,7 @@ def _codes(table: Table, model: Model) -> np.ndarray:
     written = values.notna() & ~numerals.misfits(values, table.conventions)
     written &= values.map(numerals.unit, na_action="ignore") == ""
     numbers = numerals.to_numbers(values.where(written), table.conventions)
-    codes = classes.get_indexer(numbers.map(lambda value: f"{value:.15g}", na_action="ignore"))
+    codes = classes.get_indexer(numbers.map(numerals.as_class, na_action="ignore"))
     if model.unit is None:
         named = classes.get_indexer(values)
         codes = np.where(named < 0, codes, named)

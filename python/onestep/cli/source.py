@@ -23,6 +23,11 @@ _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
 )
 _AT_ONCE = 1 << 20
+# What pandas takes for a missing value.
+_USUAL_CODES = (
+    *("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
+    *("NULL", "NaN", "None", "n/a", "nan", "null"),
+)
 
 
 def _chunks(stream: BinaryIO) -> Iterator[bytes]:
@@ -121,7 +126,8 @@ class Conventions:
 
     thousands: the character between groups of three digits, or None.
     decimal: the character before the decimals.
-    missing: the texts that mean a missing value beside the empty field; None: those that pandas knows (NA, null ...).
+    missing: the texts that mean a missing value beside the empty field, with or without blanks around them; None:
+        those that pandas knows (NA, null ...).
     """
 
     thousands: str | None = None
@@ -136,7 +142,14 @@ class Conventions:
 
     def options(self) -> dict[str, Any]:
         """The options of pandas.read_csv that say so."""
-        options: dict[str, Any] = {"thousands": self.thousands, "decimal": self.decimal}
-        if self.missing is not None:
-            options |= {"keep_default_na": False, "na_values": ["", *self.missing]}
-        return options
+        return {
+            "thousands": self.thousands,
+            "decimal": self.decimal,
+            "keep_default_na": False,
+            "na_values": sorted(self.codes),
+        }
+
+    @property
+    def codes(self) -> frozenset[str]:
+        """The fields that mean a missing value, without the blanks around them."""
+        return frozenset(["", *(_USUAL_CODES if self.missing is None else map(str.strip, self.missing))])

@@ -1,8 +1,6 @@
 """Reads a CSV file into columns of numbers and columns of text, with errors that name the line."""
 
 import difflib
-import re
-import shlex
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -117,9 +115,7 @@ class Table:
             return numerals.notation_hint(text)
         # A dash, a question mark, a word, or what a spreadsheet writes for an error, such as #DIV/0!.
         digits = any(c.isdigit() for c in text) and not text.startswith("#")
-        # A text that begins like an option is taken for one, unless it is joined to its own.
-        option = f"--missing={shlex.quote(text)}" if re.match(r"-.", text) else f"--missing {text!r}"
-        missing = "" if digits else f"; pass {option} if it means that there is no value"
+        missing = "" if digits else f"; pass {numerals.missing_option(text)} if it means that there is no value"
         return self._remedy(name) + missing
 
     def unit(self, name: str) -> str | None:
@@ -231,6 +227,28 @@ def _parse_whole(source: Source, sep: str, **options: Any) -> Any:
     return frame
 
 
+def _as_written(
+    source: Source, sep: str, frame: Any, options: dict[str, Any], separated: bool
+) -> tuple[list[int], list[int], Any]:
+    """Which columns are no numbers, which are numbers that may differ from those written, and the texts of both."""
+    # Only int and float are numbers to us: what pandas made of the rest (booleans, say) is read again as it stands.
+    keys = list(frame.columns)
+    again = [key for key in keys if frame[key].dtype.kind not in "iuf"]
+    numbers = [key for key in keys if key not in again]
+    written = [key for key in numbers if separated or frame[key].abs().max() >= numerals.LARGEST_WHOLE]
+    if not again + written:
+        return again, written, frame[[]]
+    # Thousands separators would be taken out of texts, too.
+    as_texts = {**options, "thousands": None}
+    return again, written, _parse(source, sep, names=keys, usecols=again + written, dtype=str, **as_texts)
+
+
+def _padded_codes(strings: Any, conventions: Conventions) -> list[str]:
+    """The fields that are empty or a missing code but for the blanks around them, as they stand."""
+    found = {text for key in strings.columns for text in strings[key].dropna().unique()}
+    return sorted(text for text in found if text != text.strip() and text.strip() in conventions.codes)
+
+
 def read_table(
     source: Source,
     sep: str,
@@ -258,29 +276,25 @@ def read_table(
             raise
         readable, broken = with_empty_records(source, sep, len(names))
         frame = _parse(readable, sep, names=keys, dtype=dtype, **options)
-    # Only int and float are numbers to us: what pandas made of the rest (booleans, say) is read again as it stands.
-    again = [key for key in keys if frame[key].dtype.kind not in "iuf"]
-    large = [key for key in keys if key not in again and frame[key].abs().max() >= numerals.LARGEST_WHOLE]
-    inexact: dict[str, Any] = {}
-    misfits: dict[str, Any] = {}
     # Of separators pandas takes out whatever there is.
     separated = conventions.thousands is not None or conventions.decimal != "."
-    written = [key for key in keys if key not in again and (separated or key in large)]
-    if again or written:
-        # Thousands separators would be taken out of texts, too.
-        strings = _parse(
-            readable, sep, names=keys, usecols=again + written, dtype=str, **{**options, "thousands": None}
-        )
-        for key in again:
-            stripped = strings[key].str.strip()
-            frame[key] = stripped.where(stripped != "")
-        for key in again + written:
-            texts = strings[key].dropna().str.strip()
-            texts = texts[texts != ""]
-            _keep(inexact, names[key], texts, numerals.plain(texts, conventions).map(numerals.is_inexact))
-            if separated and names[key] not in text:
-                passes = key in written or numerals.to_numbers(texts, conventions).notna()
-                _keep(misfits, names[key], texts, passes & numerals.misfits(texts, conventions))
+    again, written, strings = _as_written(readable, sep, frame, options, separated)
+    padded = _padded_codes(strings[again], conventions)
+    if padded:
+        # pandas compares fields with the missing codes as they stand, with the blanks around them.
+        options["na_values"] += padded
+        frame = _parse(readable, sep, names=keys, dtype=dtype, **options)
+        again, written, strings = _as_written(readable, sep, frame, options, separated)
+    inexact: dict[str, Any] = {}
+    misfits: dict[str, Any] = {}
+    for key in again:
+        frame[key] = strings[key].str.strip()
+    for key in again + written:
+        texts = strings[key].dropna().str.strip()
+        _keep(inexact, names[key], texts, numerals.plain(texts, conventions).map(numerals.is_inexact))
+        if separated and names[key] not in text:
+            passes = key in written or numerals.to_numbers(texts, conventions).notna()
+            _keep(misfits, names[key], texts, passes & numerals.misfits(texts, conventions))
     nameless = [str(key + 1) for key in keys if not names[key]]
     if nameless:
         note(f"{source}: column {listed(nameless)} has no name in the header and is left out")

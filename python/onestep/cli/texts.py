@@ -9,15 +9,37 @@ from . import dates, numerals, units
 from .errors import CliError, listed, note
 from .table import Table
 
+# Words that say that there is no value, without their points and in small letters. A text without letters and digits
+# says it too, such as - and ?, and so does what a spreadsheet writes for an error.
+_NO_VALUE = {
+    *("na", "n/a", "nan", "null", "none", "nil", "unknown", "missing", "not available", "not applicable", "no data"),
+    *("no value", "not known", "not given", "not recorded", "tba", "tbd", "ka", "keine angabe", "unbekannt"),
+}
+_NO_VALUE_SIGNS = re.compile(r"[^\w+]+|_+|#(?:DIV/0|VALUE|REF|NAME|NUM|NULL|N/A|NV|WERT|BEZUG)[!?]?")
+# Of a column with one frequent text and so many different others that hold a number it is told.
+_SOME_NUMBERS = 3
+
+
+def _says_no_value(text: str) -> bool:
+    """Whether a text seems to mean that there is no value, as -, ? and n.a. do."""
+    return bool(_NO_VALUE_SIGNS.fullmatch(text)) or text.casefold().replace(".", "") in _NO_VALUE
+
 
 def check_text(table: Table, name: str) -> None:
-    """Raises for a column of text most of which look like numbers or dates that are written in another way."""
+    """Raises for a column of text most of which look like numbers or dates that are written in another way.
+
+    Most of its values, that is, without those that seem to be missing: these may be more than all others together.
+    """
     if name in table.text:
         return
-    values = table.frame[name].dropna()
+    present = table.frame[name].dropna()
+    none = present.map(_says_no_value).astype(bool)
+    values = present[~none]
     if values.empty:
         return
+    missing = _missing_hint(list(dict.fromkeys(present[none])))
     number = numerals.to_numbers(values, table.conventions).notna()
+    plain = number
     separated = values.map(numerals.is_separated) & ~number
     notation = values.map(numerals.is_notation) & ~number & ~separated
     # Several ways may stand side by side, as in ($1,037) below $2,000.
@@ -26,25 +48,39 @@ def check_text(table: Table, name: str) -> None:
         if separated.any():
             # The text with most kinds of separators calls for all the options.
             row = values[separated].map(numerals.count_separators).idxmax()
-            _refuse(table, name, "numbers", row, numerals.separator_hint(values[row]))
+            _refuse(table, name, "numbers", row, numerals.separator_hint(values[row]), missing)
         if notation.any():
             row = notation.idxmax()
-            _refuse(table, name, "numbers", row, numerals.notation_hint(values[row]))
+            _refuse(table, name, "numbers", row, numerals.notation_hint(values[row]), missing)
+        # Of plain numbers there are too few for a column of numbers, unless some values are missing.
+        _refuse(table, name, "numbers", plain.idxmax(), missing)
     day = values.map(dates.is_date)
     if 2 * day.sum() > len(values):
-        row = day.idxmax()
+        # 2023-10-15 needs no format, but 2023-1-5 beside it does.
+        unpadded = day & values.map(dates.is_unpadded).astype(bool)
+        row = (unpadded if unpadded.any() else day).idxmax()
         if name == table.target:
             hint = "a target is a number or a class: write it as a number, such as the days since the first date"
         else:
             hint = dates.remedy(values[row], name)
-        _refuse(table, name, "dates", row, hint)
+        _refuse(table, name, "dates", row, hint, missing)
     time = values.map(dates.is_time)
     if 2 * time.sum() > len(values):
-        _refuse(table, name, "times of day", time.idxmax(), "write them as numbers, such as 18.5 hours for 18:30")
-    _check_measures(table, name, values, number)
+        hint = "write them as numbers, such as 18.5 hours for 18:30"
+        _refuse(table, name, "times of day", time.idxmax(), hint, missing)
+    _check_measures(table, name, values, number, missing)
 
 
-def _check_measures(table: Table, name: str, values: Any, number: Any) -> None:
+def _missing_hint(texts: list[str]) -> str:
+    """The options under which texts that seem to mean so are missing values; empty for no text."""
+    if not texts:
+        return ""
+    options = " ".join(numerals.missing_option(text) for text in texts)
+    verb = "means" if len(texts) == 1 else "mean"
+    return f"pass {options} if {listed([repr(text) for text in texts])} {verb} that there is no value"
+
+
+def _check_measures(table: Table, name: str, values: Any, number: Any, missing: str) -> None:
     """Raises where most values are numbers with a unit, as in 5 kg, or compared with one, as in < 5."""
     measures = values.map(units.measure).where(~number, "")
     counts = measures[measures != ""].value_counts()
@@ -54,13 +90,13 @@ def _check_measures(table: Table, name: str, values: Any, number: Any) -> None:
     # Letters that differ from value to value are part of a code, as in 5A.
     if 2 * counts.iloc[0] > counts.sum() or 2 * counts[known].sum() > counts.sum():
         row = measures[measures == counts.index[0]].index[0]
-        _refuse(table, name, "numbers", row, "write the number alone, in one unit for the whole column")
+        _refuse(table, name, "numbers", row, "write the number alone, in one unit for the whole column", missing)
 
 
-def _refuse(table: Table, name: str, what: str, row: int, hint: str) -> None:
+def _refuse(table: Table, name: str, what: str, row: int, *hints: str) -> None:
     raise CliError(
         f"{table.source}: column {name!r} seems to hold {what}, such as {str(table.frame[name][row])!r} on line "
-        f"{table.line(row)}; {hint}, or keep its texts as {_as_texts(table, name)}"
+        f"{table.line(row)}; {', and '.join(filter(None, hints))}, or keep its texts as {_as_texts(table, name)}"
     )
 
 
@@ -74,11 +110,21 @@ def _as_texts(table: Table, name: str) -> str:
 def tell_numbers_in_texts(table: Table, name: str) -> None:
     """Notes that a column becomes categories although most of its values begin or end with a number, as in zone 3."""
     values = table.frame[name].dropna()
-    holds = values.map(units.holds_number)
-    if name not in table.text and 2 * holds.sum() > len(values):
+    if name in table.text or values.empty:
+        return
+    holds = values.map(units.holds_number).astype(bool)
+    # A word that stands for no number, or for no value, may be more frequent than all numbers.
+    words = values[~holds]
+    most = "" if words.empty else str(words.value_counts().index[0])
+    others, besides = values, ""
+    if 2 * holds.sum() <= len(values) and values[holds].nunique() >= _SOME_NUMBERS:
+        others, besides = values[values != most], f" but {most!r}"
+    if 2 * holds.sum() > len(others):
+        missing = f"; {numerals.missing_option(most)} if that means that there is no value" if besides else ""
         note(
-            f"column {name!r} is taken for categories, although most of its values begin or end with a number, such as "
-            f"{values[holds.idxmax()]!r}: write numbers alone if they are meant; --categorical {name!r} ends this note"
+            f"column {name!r} is taken for categories, although most of its values{besides} begin or end with a "
+            f"number, such as {values[holds.idxmax()]!r}: write numbers alone if they are meant{missing}; "
+            f"--categorical {name!r} ends this note"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 # Signs of currencies, as in $5, US$5 and 5 €: the characters of Unicode 15 whose category is Sc, in ranges.
 _CURRENCIES = (
@@ -16,6 +17,7 @@ _CODES = (
     "MYR NGN NOK NZD PKR PLN QAR RUB SAR SEK SGD THB TWD UAH USD VND ZAR"
 )
 _CODE = f"(?i:{_CODES.replace(' ', '|')})"
+_MINUS = "\u2212"  # of typesetters
 # Parts of a hundred or a thousand.
 _PARTS = "%\u2030\uff05"
 _UNIT = rf"[A-Z]{{0,3}}[{_CURRENCIES}]|{_CODE}|[{_PARTS}]"
@@ -26,8 +28,10 @@ _WORDS_AFTER = (
     r"|euros?|dollars?|rupees?|rs\.?|kr\.?|z\u0142|k\u010d)"
 )
 _BEFORE = re.compile(rf"^([-+]?)\s*(?:{_UNIT}|{_WORDS_BEFORE})\s*(?=[-+.,\d])")
-# In India an amount may end in /-.
-_AFTER = re.compile(rf"(?<=[\d.,])\s*(?:(?:{_UNIT}|{_WORDS_AFTER})(?:\s*/-)?|/-)$")
+# In India an amount may end in /-, in Europe a price in ,- where there are no cents.
+_AFTER = re.compile(
+    rf"(?:(?<=[\d.,])|(?<=[.,][-\u2013\u2014])|(?<=[.,]--))\s*(?:(?:{_UNIT}|{_WORDS_AFTER})(?:\s*/-)?|/-)$"
+)
 _SAME = {
     **dict.fromkeys(("PERCENT", "PER CENT", "PCT", "PROZENT", "POURCENT", "POUR CENT"), "%"),
     **dict.fromkeys(("PORCIENTO", "POR CIENTO", "PERCENTO", "PER CENTO"), "%"),
@@ -98,24 +102,31 @@ _MEASURES = re.compile(
 )
 
 
-def strip(texts: object) -> object:
-    """A Series of texts without the units that are left out."""
-    return texts.str.replace(_BEFORE, r"\1", regex=True).str.replace(_AFTER, "", regex=True)  # type: ignore[attr-defined]
+def strip(texts: Any) -> Any:
+    """A Series of texts without the units that are left out, with plain minuses."""
+    texts = texts.str.replace(_MINUS, "-", regex=False)
+    return texts.str.replace(_BEFORE, r"\1", regex=True).str.replace(_AFTER, "", regex=True)
+
+
+def with_plain_minus(text: str) -> str:
+    """A text with the minus of keyboards in the place of the typesetters'."""
+    return text.replace(_MINUS, "-")
 
 
 def stripped(text: str) -> str:
-    """A text without the units that are left out."""
-    return _AFTER.sub("", _BEFORE.sub(r"\1", text))
+    """A text without the units that are left out, with plain minuses."""
+    return _AFTER.sub("", _BEFORE.sub(r"\1", with_plain_minus(text)))
 
 
 def without_inner(text: str) -> str:
     """A number in parentheses without the unit that stands inside them, as in ($5)."""
-    text = re.sub(rf"^([-+]?)\(([-+]?)\s*(?:{_UNIT}|{_WORDS_BEFORE})\s*", r"\1(\2", text)
+    text = re.sub(rf"^([-+]?)\(([-+]?)\s*(?:{_UNIT}|{_WORDS_BEFORE})\s*", r"\1(\2", with_plain_minus(text))
     return re.sub(rf"\s*(?:{_UNIT}|{_WORDS_AFTER})\)$", ")", text)
 
 
 def marks(text: str) -> list[str]:
     """What stands beside the number that a text holds, such as $, USD or %, words in one form; "$5 USD" has two."""
+    text = with_plain_minus(text)
     found = (match[0].translate(_PLAIN).strip() for match in (_BEFORE.search(text), _AFTER.search(text)) if match)
     names = (mark.lstrip("+-").removesuffix("/-").strip().removesuffix(".").upper() for mark in found)
     return [_SAME.get(name, name) for name in names if name]
@@ -148,6 +159,7 @@ def meaning(unit: str) -> str:
 
 def measure(text: str) -> str:
     """The unit of a text that is a number with a unit, < for one that is compared with a number; else empty."""
+    text = with_plain_minus(text)
     if _COMPARED.fullmatch(text):
         return "<"
     found = _MEASURED.fullmatch(text)

@@ -109,8 +109,8 @@ def fit(
         initialize: whether to draw the trained layers' parameters anew first (``reset_parameters``, with ``seed``).
         seed: of everything random: the order of rows and the initialisation.
         progress: whether to show a bar with loss, damping, CG iterations and the time left. Needs tqdm.
-        checkpoint: a file, written whole after each step; a link to a file stays. If it exists, the fit goes on from it
-            and ends with the same bits as one that was never stopped.
+        checkpoint: a file, written whole after each step; a link to a file stays, a pipe is refused. If it
+            exists, the fit goes on from it and ends with the same bits as one that was never stopped.
         max_seconds: no further step begins this many seconds after the first one of this call.
         epochs: passes over the data instead of ``max_steps``; the end of the last pass is the end of the fit.
         validation: held-out data, of the kinds that ``data`` may be. Its mean loss goes into history, plot and bar.

@@ -158,10 +158,11 @@ def load_checkpoint(path: Path | None) -> Checkpoint | None:
     """The checkpoint, if there is one already.
 
     Raises:
-        FileNotFoundError: the folder does not exist. ValueError: the file is not a checkpoint.
+        FileNotFoundError: the folder does not exist. ValueError: the file is no regular one, or not a checkpoint.
     """
     if path is None:
         return None
+    checkpoints.require_file(path)
     if path.exists():
         return checkpoints.load(path)
     if not path.parent.is_dir():
@@ -206,8 +207,9 @@ def _resume(
             f"checkpoint {path} is of method {saved['method']!r}, this fit is {plan.method.name!r}: pass another file"
         )
     try:
-        plan.model.load_state_dict(saved["model"])
-        running.restore(saved["run"])
+        with checkpoints.whole(path):
+            plan.model.load_state_dict(saved["model"])
+            running.restore(saved["run"])
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is of another model: {error}") from error
     plan.source.restore(saved["source"])
@@ -216,9 +218,10 @@ def _resume(
             f"checkpoint {path} is of another problem: the batches that it had read of this pass are others now; pass "
             "another file"
         )
-    if validation is not None and saved["validation"] is not None:
-        validation.restore(saved["validation"])
-    result.restore(saved["result"])
+    with checkpoints.whole(path):
+        if validation is not None and saved.get("validation") is not None:
+            validation.restore(saved["validation"])
+        result.restore(saved["result"])
     if result.converged and plan.settings.tol < saved.get("tol", plan.settings.tol):
         result.reason, result.converged = "", False
     loss = result.history[-1].loss if result.history else math.nan
