@@ -100,3 +100,64 @@ def test_columns_that_are_the_same_share_their_weight() -> None:
     head = nn.Linear(4, 1)
     onestep.fit(head, (torch.cat([x, x[:, :1]], 1), y), progress=False)
     torch.testing.assert_close(head.weight.detach(), torch.tensor([[0.5, 2.0, 3.0, 0.5]]))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5, 7])
+def test_a_constant_column_beside_a_bias_far_from_zero(seed: int) -> None:
+    """What centring leaves of the column is rounding noise, and has no weight: the bias has it all."""
+    generator = torch.Generator().manual_seed(seed)
+    i = torch.arange(10_000.0)
+    y = (2020 + 2020 * i)[:, None] + torch.randn(10_000, 1, generator=generator)
+    X, head = torch.stack([torch.ones_like(i), i], 1), nn.Linear(2, 1)
+    result = onestep.fit(head, (X, y), progress=False)
+    exact = torch.linalg.lstsq(X.double(), y.double()).solution
+    assert torch.equal(head.weight.detach(), torch.tensor([[0.0, 2020.0]]))
+    assert head.bias.item() == pytest.approx(exact[0].item(), abs=0.05)
+    least = mse_loss(X.double() @ exact, y.double()).item()
+    assert least < result.loss < 1.1 * least
+    assert result.loss == pytest.approx(mse_loss(head(X), y).item(), rel=1e-2)
+    assert "1 of 2 features depend on others" in result.reason
+
+
+@pytest.mark.parametrize("rows", [200, 300, 500, 900, 3_000])
+@pytest.mark.parametrize("value", [0.1, 1.0, 2020.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_column_beside_a_bias_has_no_weight(rows: int, value: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 3, generator=generator, dtype=dtype)
+    y = 2 * x[:, :1] + 1 + 0.1 * torch.randn(rows, 1, generator=generator, dtype=dtype)
+    head = nn.Linear(4, 1, dtype=dtype)
+    X = torch.cat([x, x.new_full((rows, 1), value)], 1)
+    result = onestep.fit(head, (X, y), method="closed_form", progress=False)
+    ones = torch.cat([x, x.new_ones(rows, 1)], 1).double()
+    expected = torch.linalg.lstsq(ones, y.double()).solution[:, 0].to(dtype)
+    assert head.weight[0, 3].item() == 0
+    torch.testing.assert_close(torch.cat([head.weight[0, :3], head.bias]).detach(), expected)
+    assert "1 of 4 features depend on others" in result.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_indicator_for_every_class_beside_a_bias(dtype: torch.dtype) -> None:
+    """Their sum is constant: with the bias they depend on each other, and the least norm has weights that add to 0."""
+    generator = torch.Generator().manual_seed(0)
+    place = torch.randint(0, 3, (3_000,), generator=generator)
+    X = torch.eye(3, dtype=dtype)[place]
+    y = torch.tensor([1.0, 2.0, 6.0], dtype=dtype)[place][:, None]
+    head = nn.Linear(3, 1, dtype=dtype)
+    onestep.fit(head, (X, y), progress=False)
+    torch.testing.assert_close(head.weight.detach(), torch.tensor([[-2.0, -1.0, 3.0]], dtype=dtype))
+    torch.testing.assert_close(head.bias.detach(), torch.tensor([3.0], dtype=dtype))
+
+
+def test_the_loss_is_that_which_the_model_computes() -> None:
+    """Of weights that cancel, the model's own arithmetic loses more than the least loss."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 1, generator=generator, dtype=torch.float64)
+    noise = torch.randn(200, 1, generator=generator, dtype=torch.float64)
+    X = torch.cat([x, x + 1e-3 * noise], 1).float()
+    y = (1e4 * (X[:, 1:].double() - X[:, :1].double())).float()
+    head = nn.Linear(2, 1)
+    result = onestep.fit(head, (X, y), progress=False)
+    own = mse_loss(head(X), y).item()
+    assert own > 1e-9
+    assert result.loss == pytest.approx(own, rel=0.1)
