@@ -34,12 +34,15 @@ class Decrement(NamedTuple):
         step: -A⁻¹g (p,), without directions that are flat to rounding; None where it was not found.
         flat: projects points on directions that are flat to rounding (p,p); None where there are none, or many
             parameters.
+        hidden: the square of the scaled gradient along directions whose curvature is made of rounding. If it is not
+            rounding itself, the loss may fall by any amount.
     """
 
     value: float
     certain: bool = False
     step: Tensor | None = None
     flat: Tensor | None = None
+    hidden: float = 0.0
 
 
 def newton_decrement(
@@ -118,7 +121,8 @@ def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor, enough: float,
     # Eigenvalues under this are made of rounding. Where the gradient along them is more than that, the loss may fall
     # by any amount. (Rounding leaves some ε of the root of the loss, of which ``enough`` is some ε.)
     least = rounding * values[-1]
-    if bool(along[values <= least].square().sum() > _NOISE * torch.finfo(stored).eps * enough):
+    hidden = along[values <= least].square().sum().item()
+    if hidden > _NOISE * torch.finfo(stored).eps * enough:
         return Decrement(math.inf)
     value = float(0.5 * (along.square() / values.clamp_min(least)).sum())
     # Parameters without curvature have eigenvalues of zero, which nothing hides behind.
@@ -127,7 +131,7 @@ def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor, enough: float,
     step = -inverse_root * (vectors @ torch.where(values > least, along / values, 0.0))
     null = vectors[:, values <= _FLAT * least]
     flat = (inverse_root[:, None] * null) @ (null / inverse_root[:, None]).mT if null.numel() else None
-    return Decrement(value, certain, step, flat)
+    return Decrement(value, certain, step, flat, hidden)
 
 
 def _by_conjugate_gradients(

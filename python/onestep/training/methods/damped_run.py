@@ -35,6 +35,7 @@ from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
 from onestep.training.structures.affine import explained, why_not_affine
 
+_BY_ROUNDING = "the loss can be lowered by no more than rounding the parameters changes it"
 # Losses that are convex in the outputs. The squared error is left to Gauss-Newton methods, which take the same steps.
 CONVEX = ("cross_entropy", "weighted_cross_entropy", "bce", "poisson")
 # A loss is zero to rounding if its root is under this many ε of the first loss's root. A change of a loss by this many
@@ -167,7 +168,7 @@ class DampedRun(Run):
             return Verdict()
         else:
             certain = self.optimizer.certain and not self._is_narrow
-            if certain and not self._may_hide_runaways:
+            if certain and not self._may_hide_runaways and test != _BY_ROUNDING:
                 looked = Verdict(test, converged=True)
             else:
                 looked = self._looked(test, certain=certain)
@@ -213,7 +214,7 @@ class DampedRun(Run):
         if certain and not found.ran:
             return Verdict(test, converged=True)
         if found.converged and found.rounding:
-            return Verdict("the loss can be lowered by no more than rounding the parameters changes it", converged=True)
+            return Verdict(_BY_ROUNDING, converged=True)
         if found.converged:
             test = f"the loss can be lowered by no more than {least:.0e} of itself" if failed else test
             return Verdict(test, converged=True)
@@ -327,7 +328,7 @@ class DampedRun(Run):
         if report.decrement <= least * abs(report.new_loss):
             return f"the loss can be lowered by no more than {least:.0e} of itself"
         if report.decrement <= report.resolution <= max(MOST_ROUNDED * abs(report.new_loss), self._noise):
-            return "the loss can be lowered by no more than rounding the parameters changes it"
+            return _BY_ROUNDING
         return ""
 
     def without_minimum(self) -> str:

@@ -26,6 +26,8 @@ _FEW_PRODUCTS, _SHARE = 20, 0.1
 # These parts of the step are tried. One is good if the loss falls by so much of what the model promises.
 _FRACTIONS, _GOOD = (1.0, 0.5, 0.25, 0.125), 0.1
 
+# The gradient where the curvature is rounding may be so many ε (float64) of the root of the loss.
+_HIDDEN = 100.0
 # Rounding the parameters ends a fit if it changes the loss by no more than this part. Else too few digits are left.
 MOST_ROUNDED = 1e-2
 
@@ -101,12 +103,14 @@ def _look(
         stored=start.dtype,
         most_products=most,
     )
-    if found.value <= enough:
+    eps, stored = torch.finfo(torch.float64).eps, torch.finfo(start.dtype).eps
+    known = found.hidden <= (_HIDDEN * eps) ** 2 * (abs(value) + noise / stored**2)
+    if known and found.value <= enough:
         return Finding(converged=True, newton=found.step)
     # A parameter is stored to half an ε of itself.
-    off = 0.5 * torch.finfo(start.dtype).eps * start.double().abs()
+    off = 0.5 * stored * start.double().abs()
     before = loss()
-    if few and math.isfinite(found.value):
+    if few and known and math.isfinite(found.value):
         resolution = 0.5 * torch.dot(off, problem.diagonal(product) * off).item()
         small = resolution <= max(MOST_ROUNDED * abs(value), noise)
         if small and found.value <= resolution and abs(before - value) <= resolution + enough:
@@ -126,6 +130,8 @@ def _look(
         fell = value - problem.value(plan.parameters.read())
         if fell > _GOOD * fraction * promised and loss() < before:
             return Finding(step=step)
+    if not known:
+        return Finding(why="in float64 the matrix is singular to rounding, and the gradient is not")
     if math.isinf(found.value):
         return Finding(why=f"a look in float64 was given {most} products, which did not settle it")
     part = found.value / abs(value)
