@@ -1,5 +1,7 @@
 """Logistic and Poisson regression on columns of unlike scale, far from zero, and on data that a plane separates."""
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -171,3 +173,19 @@ def test_scores_that_are_undefined(rng):
     with pytest.warns(UserWarning, match="scores of the alphas are not all finite"):
         model = RidgeCV((0.1, 1.0, 1e6), cv=3, scoring=scorer).fit(X, y)
     assert model.alpha_ == 1.0 and model.best_score_ < 0
+
+
+@pytest.mark.parametrize("shape", [(400, 4), (40_000, 8)])
+@pytest.mark.parametrize("C", [np.inf, 1.0])
+def test_three_classes_far_from_zero_in_float32(shape: tuple[int, int], C: float) -> None:
+    """Newton's method on a small copy in float64; the first-order method centres its chunks."""
+    draw = np.random.default_rng(0)
+    X = (draw.standard_normal(shape) + 1000).astype(np.float32)
+    scores = (X.astype(float) - 1000) @ draw.standard_normal((shape[1], 3))
+    y = (scores + draw.gumbel(size=scores.shape)).argmax(1)
+    exact = LogisticRegression(C=C, tol=1e-9, max_iter=1000).fit(X.astype(float) - 1000, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = LogisticRegression(C=C).fit(X, y)
+    assert found.n_iter_[0] <= 12
+    np.testing.assert_allclose(found.coef_, exact.coef_, atol=2e-5 * abs(exact.coef_).max())

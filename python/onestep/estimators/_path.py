@@ -8,7 +8,7 @@ from torch import Tensor
 from onestep._cached import cached_property
 from onestep.estimators._newton import Minimum, minimise, newton_pays
 from onestep.estimators._problem import Problem, total_weight
-from onestep.estimators._small import SmallProblem
+from onestep.estimators._small import MOST_ELEMENTS, SmallProblem
 from onestep.linalg.narrow import working_dtype
 from onestep.solvers.coordinates import Coordinates
 from onestep.solvers.multinomial import DenseRows, Gram, Solution, solve_multinomial
@@ -39,12 +39,30 @@ class Path:
     def _gram(self) -> Gram:
         return Gram.of(self._rows)
 
+    @cached_property
+    def _loses_digits(self) -> bool:
+        """Whether X is so far from zero, for its spread, that float32 costs the scores of several classes digits."""
+        return self._family == "softmax" and self._rows.far and working_dtype(self.X) == torch.float32
+
+    @property
+    def _newton_has_digits(self) -> bool:
+        """Newton's method reads the rows as they are, or a small copy; the first-order method can centre them."""
+        return not self._loses_digits or self.X.numel() <= MOST_ELEMENTS
+
+    @cached_property
+    def _exact(self) -> tuple[Tensor, Tensor | None]:
+        """X and weight for Newton's method, in float64 where float32 loses digits."""
+        if not self._loses_digits:
+            return self.X, self._weight
+        return self.X.double(), None if self._weight is None else self._weight.double()
+
     def solve(self, penalty: float, start: Tensor | None, *, tol: float, max_iter: int) -> Minimum | Solution:
         """The minimum of the mean loss + ½ penalty ‖W‖², from coefficients W of this shape or the best constant."""
         V = None if start is None else self.coordinates.invert(start)
-        if self._family == "softmax" and not newton_pays(len(self.X), self.shape):
+        if self._family == "softmax" and not (newton_pays(len(self.X), self.shape) and self._newton_has_digits):
             return solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
-        problem = Problem(self.X, self._y, self._family, self._weight, penalty, self.coordinates)
+        X, weight = self._exact
+        problem = Problem(X, self._y, self._family, weight, penalty, self.coordinates)
         return minimise(SmallProblem.of(problem), self.shape, V, tol=tol, max_iter=max_iter)
 
     def weights(self, found: Minimum | Solution) -> Tensor:
