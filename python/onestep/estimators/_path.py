@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -60,10 +62,20 @@ class Path:
         """The minimum of the mean loss + ½ penalty ‖W‖², from coefficients W of this shape or the best constant."""
         V = None if start is None else self.coordinates.invert(start)
         if self._family == "softmax" and not (newton_pays(len(self.X), self.shape) and self._newton_has_digits):
-            return solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
+            solution = solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
+            return replace(solution, converged=solution.converged and self._is_known(solution, self._rows.dtype))
         X, weight = self._exact
-        problem = Problem(X, self._y, self._family, weight, penalty, self.coordinates)
-        return minimise(SmallProblem.of(problem), self.shape, V, tol=tol, max_iter=max_iter)
+        problem = SmallProblem.of(Problem(X, self._y, self._family, weight, penalty, self.coordinates))
+        found = minimise(problem, self.shape, V, tol=tol, max_iter=max_iter)
+        dtype = torch.float64 if isinstance(problem, SmallProblem) else problem.dtype
+        return replace(found, converged=found.converged and self._is_known(found, dtype))
+
+    def _is_known(self, found: Minimum | Solution, dtype: torch.dtype) -> bool:
+        """Whether what is left to gain shows: float32 rounds each row's loss to about ε, and a mean under that is noise.
+
+        A Poisson loss may be negative.
+        """
+        return dtype != torch.float32 or self._family == "poisson" or not found.loss <= torch.finfo(dtype).eps
 
     def weights(self, found: Minimum | Solution) -> Tensor:
         """W of a solution, with the intercepts' row last; float64."""
