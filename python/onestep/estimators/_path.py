@@ -71,7 +71,7 @@ class Path:
         return replace(found, converged=found.converged and self._is_known(found, dtype))
 
     def _is_known(self, found: Minimum | Solution, dtype: torch.dtype) -> bool:
-        """Whether what is left to gain shows: float32 rounds each row's loss to about ε, and a mean under that is noise.
+        """Whether what is left to gain shows: float32 rounds each row's loss to ε, and a mean under that is noise.
 
         A Poisson loss may be negative.
         """
