@@ -4,37 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nist import FILIP, FILIP_SQUARES, FILIP_X, FILIP_Y
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import onestep
-
-# NIST StRD, Filip: y is a polynomial of degree 10 in x, and the condition of its powers 1e15.
-# https://www.itl.nist.gov/div898/strd/lls/data/Filip.shtml
-FILIP_Y = (
-    *(0.8116, 0.9072, 0.9052, 0.9039, 0.8053, 0.8377, 0.8667, 0.8809, 0.7975, 0.8162, 0.8515, 0.8766, 0.8885, 0.8859),
-    *(0.8959, 0.8913, 0.8959, 0.8971, 0.9021, 0.909, 0.9139, 0.9199, 0.8692, 0.8872, 0.89, 0.891, 0.8977, 0.9035),
-    *(0.9078, 0.7675, 0.7705, 0.7713, 0.7736, 0.7775, 0.7841, 0.7971, 0.8329, 0.8641, 0.8804, 0.7668, 0.7633, 0.7678),
-    *(0.7697, 0.77, 0.7749, 0.7796, 0.7897, 0.8131, 0.8498, 0.8741, 0.8061, 0.846, 0.8751, 0.8856, 0.8919, 0.8934),
-    *(0.894, 0.8957, 0.9047, 0.9129, 0.9209, 0.9219, 0.7739, 0.7681, 0.7665, 0.7703, 0.7702, 0.7761, 0.7809, 0.7961),
-    *(0.8253, 0.8602, 0.8809, 0.8301, 0.8664, 0.8834, 0.8898, 0.8964, 0.8963, 0.9074, 0.9119, 0.9228),
-)
-FILIP_X = (
-    *(-6.860120914, -4.324130045, -4.358625055, -4.358426747, -6.955852379, -6.661145254, -6.355462942, -6.118102026),
-    *(-7.115148017, -6.815308569, -6.519993057, -6.204119983, -5.853871964, -6.109523091, -5.79832982, -5.482672118),
-    *(-5.171791386, -4.851705903, -4.517126416, -4.143573228, -3.709075441, -3.499489089, -6.300769497, -5.953504836),
-    *(-5.642065153, -5.031376979, -4.680685696, -4.329846955, -3.928486195, -8.56735134, -8.363211311, -8.107682739),
-    *(-7.823908741, -7.522878745, -7.218819279, -6.920818754, -6.628932138, -6.323946875, -5.991399828, -8.781464495),
-    *(-8.663140179, -8.473531488, -8.247337057, -7.971428747, -7.676129393, -7.352812702, -7.072065318, -6.774174009),
-    *(-6.478861916, -6.159517513, -6.835647144, -6.53165267, -6.224098421, -5.910094889, -5.598599459, -5.290645224),
-    *(-4.974284616, -4.64454848, -4.290560426, -3.885055584, -3.408378962, -3.13200249, -8.726767166, -8.66695597),
-    *(-8.511026475, -8.165388579, -7.886056648, -7.588043762, -7.283412422, -6.995678626, -6.691862621, -6.392544977),
-    *(-6.067374056, -6.684029655, -6.378719832, -6.065855188, -5.752272167, -5.132414673, -4.811352704, -4.098269308),
-    *(-3.66174277, -3.2644011),
-)
-# Certified: the coefficients of 1, x, ..., and the residual sum of squares.
-FILIP = (-1467.48961422980, -2772.17959193342, -2316.37108160893, -1127.97394098372, -354.478233703349)
-FILIP_SQUARES = 0.795851382172941e-3
 
 
 def powers(x: Tensor, degree: int) -> Tensor:
@@ -100,3 +74,64 @@ def test_columns_that_are_the_same_share_their_weight() -> None:
     head = nn.Linear(4, 1)
     onestep.fit(head, (torch.cat([x, x[:, :1]], 1), y), progress=False)
     torch.testing.assert_close(head.weight.detach(), torch.tensor([[0.5, 2.0, 3.0, 0.5]]))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5, 7])
+def test_a_constant_column_beside_a_bias_far_from_zero(seed: int) -> None:
+    """What centring leaves of the column is rounding noise, and has no weight: the bias has it all."""
+    generator = torch.Generator().manual_seed(seed)
+    i = torch.arange(10_000.0)
+    y = (2020 + 2020 * i)[:, None] + torch.randn(10_000, 1, generator=generator)
+    X, head = torch.stack([torch.ones_like(i), i], 1), nn.Linear(2, 1)
+    result = onestep.fit(head, (X, y), progress=False)
+    exact = torch.linalg.lstsq(X.double(), y.double()).solution
+    assert torch.equal(head.weight.detach(), torch.tensor([[0.0, 2020.0]]))
+    assert head.bias.item() == pytest.approx(exact[0].item(), abs=0.05)
+    least = mse_loss(X.double() @ exact, y.double()).item()
+    assert least < result.loss < 1.1 * least
+    assert result.loss == pytest.approx(mse_loss(head(X), y).item(), rel=1e-2)
+    assert "1 of 2 features depend on others" in result.reason
+
+
+@pytest.mark.parametrize("rows", [200, 300, 500, 900, 3_000])
+@pytest.mark.parametrize("value", [0.1, 1.0, 2020.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_column_beside_a_bias_has_no_weight(rows: int, value: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 3, generator=generator, dtype=dtype)
+    y = 2 * x[:, :1] + 1 + 0.1 * torch.randn(rows, 1, generator=generator, dtype=dtype)
+    head = nn.Linear(4, 1, dtype=dtype)
+    X = torch.cat([x, x.new_full((rows, 1), value)], 1)
+    result = onestep.fit(head, (X, y), method="closed_form", progress=False)
+    ones = torch.cat([x, x.new_ones(rows, 1)], 1).double()
+    expected = torch.linalg.lstsq(ones, y.double()).solution[:, 0].to(dtype)
+    assert head.weight[0, 3].item() == 0
+    torch.testing.assert_close(torch.cat([head.weight[0, :3], head.bias]).detach(), expected)
+    assert "1 of 4 features depend on others" in result.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_indicator_for_every_class_beside_a_bias(dtype: torch.dtype) -> None:
+    """Their sum is constant: with the bias they depend on each other, and the least norm has weights that add to 0."""
+    generator = torch.Generator().manual_seed(0)
+    place = torch.randint(0, 3, (3_000,), generator=generator)
+    X = torch.eye(3, dtype=dtype)[place]
+    y = torch.tensor([1.0, 2.0, 6.0], dtype=dtype)[place][:, None]
+    head = nn.Linear(3, 1, dtype=dtype)
+    onestep.fit(head, (X, y), progress=False)
+    torch.testing.assert_close(head.weight.detach(), torch.tensor([[-2.0, -1.0, 3.0]], dtype=dtype))
+    torch.testing.assert_close(head.bias.detach(), torch.tensor([3.0], dtype=dtype))
+
+
+def test_the_loss_is_that_which_the_model_computes() -> None:
+    """Of weights that cancel, the model's own arithmetic loses more than the least loss."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 1, generator=generator, dtype=torch.float64)
+    noise = torch.randn(200, 1, generator=generator, dtype=torch.float64)
+    X = torch.cat([x, x + 1e-3 * noise], 1).float()
+    y = (1e4 * (X[:, 1:].double() - X[:, :1].double())).float()
+    head = nn.Linear(2, 1)
+    result = onestep.fit(head, (X, y), progress=False)
+    own = mse_loss(head(X), y).item()
+    assert own > 1e-9
+    assert result.loss == pytest.approx(own, rel=0.1)

@@ -257,3 +257,40 @@ def test_rows_that_a_distributed_sampler_repeats_count_once(tmp_path: Path) -> N
     # The line through (0, 0), (1, 1), ..., (6, 36).
     for found in (*torch.load(tmp_path / "out0"), *torch.load(tmp_path / "out1")):
         torch.testing.assert_close(found, torch.tensor([6.0, -5.0], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+UNEVEN = """
+import sys
+import torch
+import torch.distributed as dist
+import onestep
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=rank, world_size=2)
+X = torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
+y = 2.5 * X + 0.8
+part = slice(0, 20) if rank == 0 else slice(20, 60)
+
+
+class Batches:
+    def __iter__(self):
+        return iter([(X[i : i + 10], y[i : i + 10]) for i in range(part.start, part.stop, 10)])
+
+
+for data, what in ((Batches(), "batches"), ((X[part], y[part]), "rows")):
+    for method in ("auto", "levenberg_marquardt", "gauss_newton", "newton_cg", "gradient_descent"):
+        try:
+            onestep.fit(torch.nn.Linear(1, 1), data, method=method, progress=False)
+        except ValueError as error:
+            count = {{"batches": (2, 4), "rows": (20, 40)}}[what]
+            assert f"has {{count[rank]}} {{what}} in this process, and {{sum(count) / 2:g}} on" in str(error), error
+        else:
+            raise AssertionError(f"{{method}} took {{what}} that differ")
+"""
+
+
+def test_processes_with_unlike_data_are_told(tmp_path: Path) -> None:
+    """Rows of tensors before a step, batches of an iterable without a length after the first."""
+    script = UNEVEN.format(store=str(tmp_path / "store"))
+    for finished in finish_all([Child(script, rank) for rank in range(2)]):
+        assert finished.returncode == 0, finished.errors

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from nist import FILIP_X, FILIP_Y
 from sklearn.datasets import load_iris
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 import onestep
 from onestep.curvature import Laplace
@@ -214,3 +215,45 @@ def test_a_separable_class_is_named_in_float32(method: str) -> None:
         result = onestep.fit(nn.Linear(4, 3), (X, y), "cross_entropy", method=method, progress=False)
         assert not result.converged
         assert "planes separate" in result.reason and "has no minimum" in result.reason, (seed, result)
+
+
+def year_and_income(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    year = torch.randint(1950, 2020, (200,), generator=generator).double()
+    income = (3e5 + 1e5 * torch.randn(200, generator=generator)).double()
+    chance = torch.sigmoid(0.05 * (year - 1985) + 1e-5 * (income - 3e5))
+    y = (torch.rand(200, generator=generator, dtype=torch.float64) < chance).long()
+    return torch.stack([year, income], 1), y
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("method", ["gauss_newton", "newton_cg"])
+def test_large_parameters_that_cancel_do_not_say_that_the_loss_falls_for_ever(method: str, seed: int) -> None:
+    """A slope that both classes share grows by rounding alone; it then costs the digits that tell of the minimum."""
+    X, y = year_and_income(seed)
+    scaled = (X - X.mean(0)) / X.std(0)
+    exact = nn.Linear(2, 2, dtype=torch.float64)
+    least = onestep.fit(exact, (scaled, y), "cross_entropy", method="newton_cg", progress=False).loss
+    model = nn.Linear(2, 2)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    result = onestep.fit(model, (X.float(), y), "cross_entropy", method=method, progress=False)
+    assert "for ever" not in result.reason
+    own = cross_entropy(copy.deepcopy(model).double()(X.float().double()), y).item()
+    assert own < (1 + (1e-4 if result.converged else 1e-2)) * least
+    if method == "gauss_newton":
+        assert result.converged
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_that_moves_the_loss_by_its_own_size_is_no_minimum(seed: int) -> None:
+    """NIST Filip in float32, from 0.84 and 1e-3 too, where rounding the parameters changes the loss by as much."""
+    x = torch.tensor(FILIP_X, dtype=torch.float64)
+    X, y = (x[:, None] ** torch.arange(11)).float(), torch.tensor(FILIP_Y)[:, None]
+    Q = torch.linalg.qr(X.double() / X.double().norm(dim=0)).Q
+    least = mse_loss(Q @ (Q.mT @ y.double()), y.double()).item()
+    torch.manual_seed(seed)
+    model = nn.Linear(11, 1, bias=False)
+    result = onestep.fit(model, (X, y), method="levenberg_marquardt", progress=False, max_steps=200)
+    own = (X.double() @ model.weight.double().mT - y.double()).square().mean().item()
+    assert not result.converged or own < 1.01 * least

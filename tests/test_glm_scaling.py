@@ -1,10 +1,13 @@
 """Logistic and Poisson regression on columns of unlike scale, far from zero, and on data that a plane separates."""
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy import sparse
 from scipy.special import logsumexp
 from sklearn import linear_model
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import LeaveOneOut
 
 from onestep import LogisticRegression, LogisticRegressionCV, PoissonRegressor, RidgeClassifier, RidgeCV
@@ -171,3 +174,32 @@ def test_scores_that_are_undefined(rng):
     with pytest.warns(UserWarning, match="scores of the alphas are not all finite"):
         model = RidgeCV((0.1, 1.0, 1e6), cv=3, scoring=scorer).fit(X, y)
     assert model.alpha_ == 1.0 and model.best_score_ < 0
+
+
+@pytest.mark.parametrize("shape", [(400, 4), (40_000, 8)])
+@pytest.mark.parametrize("C", [np.inf, 1.0])
+def test_three_classes_far_from_zero_in_float32(shape: tuple[int, int], C: float) -> None:
+    """Newton's method on a small copy in float64; the first-order method centres its chunks."""
+    draw = np.random.default_rng(0)
+    X = (draw.standard_normal(shape) + 1000).astype(np.float32)
+    scores = (X.astype(float) - 1000) @ draw.standard_normal((shape[1], 3))
+    y = (scores + draw.gumbel(size=scores.shape)).argmax(1)
+    exact = LogisticRegression(C=C, tol=1e-9, max_iter=1000).fit(X.astype(float) - 1000, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = LogisticRegression(C=C).fit(X, y)
+    assert found.n_iter_[0] <= 12
+    np.testing.assert_allclose(found.coef_, exact.coef_, atol=2e-5 * abs(exact.coef_).max())
+
+
+def test_a_loss_below_the_rounding_of_float32_is_no_convergence():
+    """Separable classes and columns over three decades: the minimum is 3e-9 a row, of losses rounded to 1e-7."""
+    draw = np.random.default_rng(12)
+    means, y = 3 * draw.standard_normal((3, 100)), draw.integers(0, 3, 3000)
+    y[:3] = range(3)
+    X = (means[y] + draw.standard_normal((3000, 100))) * 10 ** (3 * (np.linspace(0, 1, 100) - 0.5))
+    with pytest.warns(ConvergenceWarning, match="pass float64"):
+        LogisticRegression(C=1e4).fit(X.astype(np.float32), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LogisticRegression(C=1e4).fit(X, y)

@@ -73,7 +73,7 @@ class Passes:
             self.names = parameter_names(model, self.parameters)
         self.source = as_source(from_numpy(data, self.parameters.tensors[0]), seed)
         self.source.share = share()
-        check_equal_batches(data)
+        check_equal_batches(data, self.source)
         self.route, self.vectorizes = Route(), True
         self.affordable_rows = together(self.look_at_rows)
         self.source.chunk_size = chunk_size or max(1, self.affordable_rows // _CHUNK_PARTS)

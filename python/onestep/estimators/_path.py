@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from onestep._cached import cached_property
 from onestep.estimators._newton import Minimum, minimise, newton_pays
 from onestep.estimators._problem import Problem, total_weight
-from onestep.estimators._small import SmallProblem
+from onestep.estimators._small import MOST_ELEMENTS, SmallProblem
 from onestep.linalg.narrow import working_dtype
 from onestep.solvers.coordinates import Coordinates
 from onestep.solvers.multinomial import DenseRows, Gram, Solution, solve_multinomial
@@ -39,13 +41,41 @@ class Path:
     def _gram(self) -> Gram:
         return Gram.of(self._rows)
 
+    @cached_property
+    def _loses_digits(self) -> bool:
+        """Whether X is so far from zero, for its spread, that float32 costs the scores of several classes digits."""
+        return self._family == "softmax" and self._rows.far and working_dtype(self.X) == torch.float32
+
+    @property
+    def _newton_has_digits(self) -> bool:
+        """Newton's method reads the rows as they are, or a small copy; the first-order method can centre them."""
+        return not self._loses_digits or self.X.numel() <= MOST_ELEMENTS
+
+    @cached_property
+    def _exact(self) -> tuple[Tensor, Tensor | None]:
+        """X and weight for Newton's method, in float64 where float32 loses digits."""
+        if not self._loses_digits:
+            return self.X, self._weight
+        return self.X.double(), None if self._weight is None else self._weight.double()
+
     def solve(self, penalty: float, start: Tensor | None, *, tol: float, max_iter: int) -> Minimum | Solution:
         """The minimum of the mean loss + ½ penalty ‖W‖², from coefficients W of this shape or the best constant."""
         V = None if start is None else self.coordinates.invert(start)
-        if self._family == "softmax" and not newton_pays(len(self.X), self.shape):
-            return solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
-        problem = Problem(self.X, self._y, self._family, self._weight, penalty, self.coordinates)
-        return minimise(SmallProblem.of(problem), self.shape, V, tol=tol, max_iter=max_iter)
+        if self._family == "softmax" and not (newton_pays(len(self.X), self.shape) and self._newton_has_digits):
+            solution = solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
+            return replace(solution, converged=solution.converged and self._is_known(solution, self._rows.dtype))
+        X, weight = self._exact
+        problem = SmallProblem.of(Problem(X, self._y, self._family, weight, penalty, self.coordinates))
+        found = minimise(problem, self.shape, V, tol=tol, max_iter=max_iter)
+        dtype = torch.float64 if isinstance(problem, SmallProblem) else problem.dtype
+        return replace(found, converged=found.converged and self._is_known(found, dtype))
+
+    def _is_known(self, found: Minimum | Solution, dtype: torch.dtype) -> bool:
+        """Whether what is left to gain shows: float32 rounds each row's loss to ε, and a mean under that is noise.
+
+        A Poisson loss may be negative.
+        """
+        return dtype != torch.float32 or self._family == "poisson" or not found.loss <= torch.finfo(dtype).eps
 
     def weights(self, found: Minimum | Solution) -> Tensor:
         """W of a solution, with the intercepts' row last; float64."""

@@ -18,7 +18,7 @@ from onestep.linalg import gram
 from onestep.linalg.narrow import widened
 
 # The rows are copied, centred and scaled, up to so many elements: a megabyte.
-_MOST_ELEMENTS = 1 << 17
+MOST_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SmallProblem(Problem):
     def of(problem: Problem) -> Problem:
         """The same problem, or ``problem`` itself where it is large, or has rows that have to be left out."""
         n, d = problem.X.shape
-        known = problem.family in ("logistic", "poisson") and n * (d + 1) <= _MOST_ELEMENTS
+        known = problem.family in ("logistic", "poisson") and n * (d + 1) <= MOST_ELEMENTS
         if not known or (problem.weight is not None and not problem.weight.numpy().all()):
             return problem
         small = SmallProblem(problem.X, problem.y, problem.family, problem.weight, problem.penalty, problem.coordinates)

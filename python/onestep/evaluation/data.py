@@ -233,6 +233,8 @@ class LoaderSource(Source):
         self.sharded = isinstance(_sampler_of(loader), DistributedSampler)
         self._iterator: Iterator[Chunk] | None = None
         self._epoch, self._taken = -1, 0
+        # How many batches the last pass over all rows had, for this source and its copies.
+        self.counted = [0]
 
     @property
     def known_rows(self) -> int | None:
@@ -301,6 +303,7 @@ class LoaderSource(Source):
             own = chunk if len(chunk) <= left else chunk.rows(slice(0, int(left)))
             left -= len(own)
             yield from self._share(own, number)
+        self.counted[0] = number + 1
 
     def _next(self) -> Chunk:
         while True:

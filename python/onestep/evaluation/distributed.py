@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from onestep._processes import add_up, collective, initialised, place
-from onestep.evaluation.data import Share
+from onestep.evaluation.data import IndexedSource, LoaderSource, Share, Source
 from onestep.evaluation.errors import NonFiniteError
 
 Result = TypeVar("Result")
@@ -141,15 +141,27 @@ def equal_everywhere(tensor: Tensor) -> bool:
     return torch.equal(greatest, -least)
 
 
-def check_equal_batches(data: Any) -> None:
+def check_equal_batches(data: Any, source: Source) -> None:
     """Raises unless all processes have equally many batches or rows: some rows would not be computed otherwise."""
+    if isinstance(source, IndexedSource):
+        _check_equal(source.known_rows, "rows")
+    elif isinstance(data, Sized):
+        _check_equal(len(data), "batches" if isinstance(data, DataLoader) else "items")
+
+
+def check_equal_passes(source: Source) -> None:
+    """The same of the batches that the last pass had, for data without a length."""
+    if isinstance(source, LoaderSource) and not isinstance(source.loader, Sized):
+        _check_equal(source.counted[0], "batches")
+
+
+def _check_equal(count: int, what: str) -> None:
     processes = share().size
-    if processes == 1 or not isinstance(data, Sized):
+    if processes == 1:
         return
-    counts = summed(lambda: (torch.empty(0), [len(data), len(data) ** 2]))[1]
+    counts = summed(lambda: (torch.empty(0), [count, count**2]))[1]
     if processes * counts[1] != counts[0] ** 2:
-        what = "batches" if isinstance(data, DataLoader) else "items"
         raise ValueError(
-            f"data has {len(data)} {what} in this process, and {counts[0] / processes:g} on average over all "
+            f"data has {count} {what} in this process, and {counts[0] / processes:g} on average over all "
             f"{processes}; expected the same data everywhere, or a DataLoader with a DistributedSampler"
         )

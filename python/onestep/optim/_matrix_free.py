@@ -120,7 +120,7 @@ class _ProductModel(QuadraticModel):
         if self.concave or self.promise > enough or not (final or self._is_worth_a_test()):
             return math.inf
         scale, before = self._of_objective(self.first_damping or LEAST_DAMPING), self.taken
-        found, self.certain, self.newton = newton_decrement(self._undamped, self.gradient, scale, enough)
+        found, self.certain, self.newton = newton_decrement(self._undamped, self.gradient, scale, enough)[:3]
         if math.isinf(found):
             record = [self.promise, self.taken - before, 0.0]
             self.settings.kept["failed_test"] = torch.tensor(record, dtype=torch.float64)

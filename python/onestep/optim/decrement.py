@@ -19,6 +19,8 @@ _ROUNDS, _SIGNS = 5, 6
 _NOISE = 4.0
 # The least eigenvalue (of a matrix scaled to a unit diagonal) of which rounding leaves a digit, in p ε.
 _RESOLVED = 10.0
+# Eigenvalues of directions that are flat to rounding are at most so many times p ε of the largest.
+_FLAT = 1e3
 # Conjugate gradients start at this tolerance, tighten it by this factor, and give up after so many iterations.
 _FIRST_TOLERANCE, _TIGHTER, _MOST_ITERATIONS = 1e-2, 1e-2, 400
 
@@ -30,11 +32,17 @@ class Decrement(NamedTuple):
         value: ½gᵀA⁻¹g; infinity where it is not known to be small.
         certain: whether rounding cannot hide a direction along which the loss falls.
         step: -A⁻¹g (p,), without directions that are flat to rounding; None where it was not found.
+        flat: projects points on directions that are flat to rounding (p,p); None where there are none, or many
+            parameters.
+        hidden: the square of the scaled gradient along directions whose curvature is made of rounding. If it is not
+            rounding itself, the loss may fall by any amount.
     """
 
     value: float
     certain: bool = False
     step: Tensor | None = None
+    flat: Tensor | None = None
+    hidden: float = 0.0
 
 
 def newton_decrement(
@@ -113,14 +121,17 @@ def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor, enough: float,
     # Eigenvalues under this are made of rounding. Where the gradient along them is more than that, the loss may fall
     # by any amount. (Rounding leaves some ε of the root of the loss, of which ``enough`` is some ε.)
     least = rounding * values[-1]
-    if bool(along[values <= least].square().sum() > _NOISE * torch.finfo(stored).eps * enough):
+    hidden = along[values <= least].square().sum().item()
+    if hidden > _NOISE * torch.finfo(stored).eps * enough:
         return Decrement(math.inf)
     value = float(0.5 * (along.square() / values.clamp_min(least)).sum())
     # Parameters without curvature have eigenvalues of zero, which nothing hides behind.
     bent = int((diagonal > 0).sum())
     certain = bool(values[p - bent] > _RESOLVED * least)
     step = -inverse_root * (vectors @ torch.where(values > least, along / values, 0.0))
-    return Decrement(value, certain, step)
+    null = vectors[:, values <= _FLAT * least]
+    flat = (inverse_root[:, None] * null) @ (null / inverse_root[:, None]).mT if null.numel() else None
+    return Decrement(value, certain, step, flat, hidden)
 
 
 def _by_conjugate_gradients(

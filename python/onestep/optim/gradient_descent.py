@@ -52,7 +52,7 @@ class _Ball(QuadraticModel):
         def with_decay(v: Tensor) -> Tensor:
             return product(v) if self.decay is None else product(v).addcmul_(self.decay, v)
 
-        found, self.certain, self.newton = newton_decrement(with_decay, self.gradient, None, enough)
+        found, self.certain, self.newton = newton_decrement(with_decay, self.gradient, None, enough)[:3]
         if math.isfinite(found):
             self.flat = without_influence(with_decay, self.gradient, self.greatest_slope(), self.parameters.read())
         return found

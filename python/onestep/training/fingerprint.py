@@ -30,6 +30,7 @@ def fingerprint(facts: Facts, settings: Settings) -> dict[str, Any]:
     marks["model"] = digest(re.sub("0x[0-9a-f]+", "", repr(facts.model)))
     # The checkpoint has all parameters, and would put its own in the place of those that are not trained.
     marks["frozen parameters"] = digest([p for p in facts.model.parameters() if not p.requires_grad])
+    marks["buffers"] = digest(_constants(facts.model))
     first = facts.first
     again = FirstPass(facts.source, facts.share, shuffled=False)
     again.close()
@@ -38,6 +39,17 @@ def fingerprint(facts: Facts, settings: Settings) -> dict[str, Any]:
         marks["inputs"] = digest([chunk.inputs for chunk in chunks])
         marks["target"] = digest([chunk.target for chunk in chunks])
     return marks
+
+
+def _constants(model: nn.Module) -> list[Tensor]:
+    """The buffers, which checkpoints have too, but for statistics of layers like BatchNorm, which training changes."""
+    changing = {
+        id(buffer)
+        for module in model.modules()
+        if getattr(module, "track_running_stats", False)
+        for buffer in module.buffers(recurse=False)
+    }
+    return [buffer for buffer in model.buffers() if id(buffer) not in changing]
 
 
 def described(loss: str | Callable[..., Any], function: Loss) -> str:
@@ -80,7 +92,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
     found = []
     for name, value in now.items():
         before = saved.get(name)
-        hashed = name in ("inputs", "target", "model", "frozen parameters")
+        hashed = name in ("inputs", "target", "model", "frozen parameters", "buffers")
         if before == value or (hashed and None in (before, value)):
             continue
         found.append(f"other {name}" if hashed else f"{name}={value!r}, the checkpoint's is {before!r}")

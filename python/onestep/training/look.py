@@ -24,7 +24,7 @@ def look(
     source, own = rows_of(data, parameters, loss, settings), share()
     # Data may be on the CPU and the model on a GPU: chunks are moved to the model one by one.
     source.device = parameters.device
-    check_equal_batches(data)
+    check_equal_batches(data, source)
     # The estimate of a softmax head wants rows in random order.
     shuffled = settings.method == "closed_form" and loss.name == "cross_entropy"
     first_pass = together(lambda: FirstPass(source, own, shuffled=shuffled))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from onestep._interrupts import TorchState
-from onestep.evaluation.distributed import from_first, together
+from onestep.evaluation.distributed import check_equal_passes, from_first, together
 from onestep.evaluation.progress import Progress
 from onestep.training import checkpoint as checkpoints
 from onestep.training.covariance import covariance
@@ -76,6 +76,7 @@ def run(
             while not result.reason and len(result.history) < most:
                 recorded, start = len(result.history), plan.parameters.read()
                 taken = running.step(recorded)
+                check_equal_passes(plan.source)
                 record_step(result, taken, time.perf_counter() - begin)
                 result.reason, result.converged, stuck = running.verdict()
                 if validation is not None:

@@ -134,7 +134,7 @@ class DenseRows:
         return self.X.dtype not in COMPUTE_DTYPES
 
     @cached_property
-    def _far(self) -> bool:
+    def far(self) -> bool:
         """Whether a column is so far from zero that float32 would hurt, or its size out of float32's range."""
         shift, scale = self.coordinates.shift, self.coordinates.scale
         odd = (shift.abs() > _FAR * scale) | (scale > 1e6) | (scale < 1e-6)
@@ -154,15 +154,15 @@ class DenseRows:
     def evaluate(self, V: Tensor, *, precise: bool) -> Evaluation:
         intercept = self.coordinates.intercept
         narrow = self.mixed and not precise
-        centred = narrow and self._far
+        # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
+        centred = self.far and (narrow or self.dtype == torch.float32)
         dtype = torch.float32 if narrow else self.dtype
         W = V.float() if centred else self.coordinates.weights(V, dtype)
         loss, looked_at, spreads = 0.0, 0, np.zeros(self.classes)
         gradient = torch.zeros_like(V)
         for rows in self._chunks(dtype):
             X, y, weight = self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows]
-            if narrow:
-                # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
+            if narrow or centred:
                 X = X.sub(self.coordinates.shift).div_(self.coordinates.scale).float() if centred else X.float()
                 y, weight = y.float() if y.dim() == 2 else y, None if weight is None else weight.float()
             elif self._converted:

@@ -22,7 +22,7 @@ from onestep.optim.decrement import MOST_DENSE
 from onestep.optim.gradient_descent import GradientDescent
 from onestep.optim.optimizer import DampedOptimizer
 from onestep.training.methods.base import Run, Taken, Verdict
-from onestep.training.methods.precise import look
+from onestep.training.methods.precise import MOST_ROUNDED, look
 from onestep.training.methods.separation import (
     SEPARATED,
     WITHOUT_MINIMUM,
@@ -35,11 +35,14 @@ from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
 from onestep.training.structures.affine import explained, why_not_affine
 
+_BY_ROUNDING = "the loss can be lowered by no more than rounding the parameters changes it"
 # Losses that are convex in the outputs. The squared error is left to Gauss-Newton methods, which take the same steps.
 CONVEX = ("cross_entropy", "weighted_cross_entropy", "bce", "poisson")
 # A loss is zero to rounding if its root is under this many ε of the first loss's root. A change of a loss by this many
 # ε of it is noise.
 _ROUNDINGS = 10
+# A squared error whose root is so many ε of the targets may be rounding of their size within the model.
+_NOISE = 100
 # After this many mini-batches in a row that gave no step, fit gives up.
 _MOST_FAILURES = 10
 # Where no step succeeds although the undamped model promises this part of the loss, the method is stuck.
@@ -165,7 +168,7 @@ class DampedRun(Run):
             return Verdict()
         else:
             certain = self.optimizer.certain and not self._is_narrow
-            if certain and not self._may_hide_runaways:
+            if certain and not self._may_hide_runaways and test != _BY_ROUNDING:
                 looked = Verdict(test, converged=True)
             else:
                 looked = self._looked(test, certain=certain)
@@ -204,12 +207,14 @@ class DampedRun(Run):
             return Verdict()
         assert self.report is not None
         least = self._least(self.report)
-        found = look(self.plan, least, self.products, hessian=self.optimizer.hessian, loss=self._known_loss)
+        found = look(
+            self.plan, least, self.products, hessian=self.optimizer.hessian, loss=self._known_loss, noise=self._noise
+        )
         self.newton = found.newton
         if certain and not found.ran:
             return Verdict(test, converged=True)
         if found.converged and found.rounding:
-            return Verdict("the loss can be lowered by no more than rounding the parameters changes it", converged=True)
+            return Verdict(_BY_ROUNDING, converged=True)
         if found.converged:
             test = f"the loss can be lowered by no more than {least:.0e} of itself" if failed else test
             return Verdict(test, converged=True)
@@ -234,6 +239,13 @@ class DampedRun(Run):
         if self.plan.loss.name not in ("mse", "cross_entropy") or loss > rounding * min(1.0, self.first_loss):
             return False
         return self.plan.loss.name == "cross_entropy" or loss <= rounding * (self._mean_square_of_targets or 1.0)
+
+    @cached_property
+    def _noise(self) -> float:
+        """A squared error that may be rounding of outputs as large as the targets, of a few hundred ε."""
+        if self.plan.loss.name != "mse":
+            return 0.0
+        return float((_NOISE * torch.finfo(self.plan.parameters.dtype).eps) ** 2 * self._mean_square_of_targets)
 
     @cached_property
     def _mean_square_of_targets(self) -> float:
@@ -287,7 +299,8 @@ class DampedRun(Run):
     def _go_down(self, way: Tensor) -> Taken:
         report, parameters = self.report, self.plan.parameters
         assert report is not None
-        parameters.write(parameters.read() + way)
+        point = parameters.read()
+        parameters.write((point + way).to(point.dtype))
         loss = self.loss()
         assert loss is not None
         self.way_down, self.failures, self.before = None, 0, None
@@ -314,8 +327,8 @@ class DampedRun(Run):
             return "the gradient is zero"
         if report.decrement <= least * abs(report.new_loss):
             return f"the loss can be lowered by no more than {least:.0e} of itself"
-        if report.decrement <= report.resolution:
-            return "the loss can be lowered by no more than rounding the parameters changes it"
+        if report.decrement <= report.resolution <= max(MOST_ROUNDED * abs(report.new_loss), self._noise):
+            return _BY_ROUNDING
         return ""
 
     def without_minimum(self) -> str:

@@ -21,9 +21,11 @@ _RESCUE = 1e-10
 # length. More than this is too much: a hundredth in float32, and in float64 more than the last ten of sixteen digits.
 _MOST_LOST = {torch.float32: 1e-2, torch.float64: 1e-6}
 # The loss is a difference of sums of squares, each right to a few ε. It must not be wrong by more than this part.
-_FEW, _LOSS_DIGITS = 10, 1e-2
+_FEW, LOSS_DIGITS = 10, 1e-2
 # Singular values under this many ε of the largest count as zero, or under d ε if that is more.
 _ROUNDINGS = 10
+# Centring leaves noise of about so many ε (float64) of a column's mean, or √n of them if that is more.
+_CENTRING = 64
 # So many ε of the outputs may be lost where rows are multiplied by large weights that cancel.
 _MOST_ROUNDED = 100.0
 
@@ -128,7 +130,7 @@ class NormalSums(LeastSquares):
         return W, intercept, error_sum, note
 
     def _check_digits(self, ridge: float, noise: float, error: float) -> None:
-        if _FEW * noise > _LOSS_DIGITS * error:
+        if _FEW * noise > LOSS_DIGITS * error:
             raise LostDigitsError("the squared error is rounding noise beside the squares that it is a difference of")
         eps = torch.finfo(self.dtype).eps
         gram = self.equations.sums.gram
@@ -181,7 +183,9 @@ class QRFactor(LeastSquares):
         if ridge:
             A = torch.cat([A, math.sqrt(ridge) * torch.eye(d, dtype=R.dtype)])
             B = torch.cat([B, B.new_zeros(d, B.shape[1])])
-        V, note = self._smallest(A, B)
+        # What centring took from each column: of one that is constant, rounding noise is left.
+        noise = max(_CENTRING, math.sqrt(rows)) * torch.finfo(R.dtype).eps * R[:i, i : i + d].norm(dim=0)
+        V, note = self._smallest(A, B, noise)
         W = V.to(self.dtype)
         intercept = torch.zeros(self.targets, dtype=self.dtype)
         if self.intercept:
@@ -194,28 +198,33 @@ class QRFactor(LeastSquares):
         solution = torch.cat([*bias, W.double(), -torch.eye(self.targets, dtype=R.dtype)])
         return W, intercept, (R @ solution).square().sum().item(), note
 
-    def _smallest(self, A: Tensor, B: Tensor) -> tuple[Tensor, str]:
+    def _smallest(self, A: Tensor, B: Tensor, noise: Tensor) -> tuple[Tensor, str]:
         """argmin ‖AV - B‖, the smallest of them if there are several; and a note on its accuracy.
 
         Columns that depend on each other do so no more when they are rounded to float32. So singular values that such
-        rounding may have made count as zero, unless that costs more than the rounding of a product with W does.
+        rounding may have made count as zero, unless that costs more than the rounding of a product with W does. Those
+        that ``noise`` (d,), the error of each column of A, may have made count as zero always.
         """
         length = A.norm(dim=0)
-        length = torch.where(length > 0, length, 1.0)
+        constant = length <= noise
+        A = A.masked_fill(constant, 0.0)
+        length = torch.where(constant, 1.0, length)
         U, S, Vh = torch.linalg.svd(A / length, full_matrices=False)
         d, least = self.features, self.features * torch.finfo(A.dtype).eps
-        ranks = [int((cutoff * S[0] < S).sum()) for cutoff in (max(least, _ROUNDINGS * self._eps), least)]
-        solutions = [self._of_rank(rank, (U, S, Vh), B, length) for rank in dict.fromkeys(ranks)]
-        V, rank = solutions[0], ranks[0]
-        if len(solutions) > 1 and self._loss_of(A, B, solutions[1]) < (1 - _LOSS_DIGITS) * self._loss_of(A, B, V):
-            V, rank = solutions[1], ranks[1]
+        sound = (Vh * (noise / length).masked_fill(constant, 0.0)).norm(dim=1) < S
+        kept = [sound & (cutoff * S[0] < S) for cutoff in (max(least, _ROUNDINGS * self._eps), least)]
+        V, rank = self._within(kept[0], (U, S, Vh), B, length), int(kept[0].sum())
+        if not torch.equal(*kept):
+            other = self._within(kept[1], (U, S, Vh), B, length)
+            if self._loss_of(A, B, other) < (1 - LOSS_DIGITS) * self._loss_of(A, B, V):
+                V, rank = other, int(kept[1].sum())
         note = " in a second pass, by QR in float64"
         if rank < d:
             norm = "the least norm of weights, the bias left out," if self.intercept else "the least norm"
             note += f"; {d - rank} of {d} features depend on others: of all solutions the one with {norm} is taken"
             return V, note
         lost = torch.finfo(A.dtype).eps * (S[0] / S[-1]).item()
-        if lost > _LOSS_DIGITS**2:
+        if lost > LOSS_DIGITS**2:
             note += f"; features are so nearly dependent that about {max(0, int(-math.log10(lost)))} digits are right"
         return V, note
 
@@ -223,14 +232,14 @@ class QRFactor(LeastSquares):
     def _eps(self) -> float:
         return float(torch.finfo(self.dtype).eps)
 
-    def _of_rank(self, rank: int, svd: tuple[Tensor, Tensor, Tensor], B: Tensor, length: Tensor) -> Tensor:
-        """The solution in the leading singular vectors of A / length."""
+    def _within(self, kept: Tensor, svd: tuple[Tensor, Tensor, Tensor], B: Tensor, length: Tensor) -> Tensor:
+        """The solution in those singular vectors of A / length that are kept."""
         U, S, Vh = svd
-        V: Tensor = (Vh[:rank].mT @ ((U[:, :rank].mT @ B) / S[:rank, None])) / length[:, None]
-        if rank == self.features:
+        V: Tensor = (Vh[kept].mT @ ((U[:, kept].mT @ B) / S[kept, None])) / length[:, None]
+        if kept.all() and len(Vh) == self.features:
             return V
         # What V has of directions that change no output.
-        free: Tensor = torch.linalg.qr(Vh[rank:].mT / length[:, None]).Q
+        free: Tensor = torch.linalg.qr(Vh[~kept].mT / length[:, None]).Q
         return V - free @ (free.mT @ V)
 
     def _loss_of(self, A: Tensor, B: Tensor, V: Tensor) -> float:

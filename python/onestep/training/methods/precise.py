@@ -26,6 +26,11 @@ _FEW_PRODUCTS, _SHARE = 20, 0.1
 # These parts of the step are tried. One is good if the loss falls by so much of what the model promises.
 _FRACTIONS, _GOOD = (1.0, 0.5, 0.25, 0.125), 0.1
 
+# The gradient where the curvature is rounding may be so many ε (float64) of the root of the loss.
+_HIDDEN = 100.0
+# Rounding the parameters ends a fit if it changes the loss by no more than this part. Else too few digits are left.
+MOST_ROUNDED = 1e-2
+
 
 class Finding(NamedTuple):
     """What a look in float64 tells.
@@ -33,7 +38,7 @@ class Finding(NamedTuple):
     Attributes:
         converged: whether the loss can be lowered by no more than is asked, or than rounding the parameters changes it.
         rounding: whether it is the latter, of a loss that float32 computes as exactly.
-        step: a step (p,) that lowers the loss, in the parameters' dtype.
+        step: a step (p,) that lowers the loss. In float64 it can end where large parameters cancel.
         newton: Newton's step (p,) at a minimum.
         why: why neither is known, a clause.
         ran: whether the model runs in float64.
@@ -47,7 +52,9 @@ class Finding(NamedTuple):
     ran: bool = True
 
 
-def look(plan: FitPlan, least: float, products: int, *, hessian: bool, loss: Callable[[], float]) -> Finding:
+def look(
+    plan: FitPlan, least: float, products: int, *, hessian: bool, loss: Callable[[], float], noise: float = 0.0
+) -> Finding:
     """Whether the parameters are at a minimum, of the same loss computed in float64.
 
     Up to 128 parameters it costs a gradient and p products, beyond a gradient, the rows of a preconditioner and a part
@@ -59,13 +66,14 @@ def look(plan: FitPlan, least: float, products: int, *, hessian: bool, loss: Cal
         products: those of the fit so far.
         hessian: whether curvature is the Hessian or the Gauss-Newton matrix.
         loss: computes the fit's own loss at the present parameters, with weight decay. It must not rise.
+        noise: a loss that counts as rounding of the outputs.
     """
     start = plan.parameters.read()
     try:
         with torch.autocast(start.device.type, enabled=False):
             problem = _Double(plan)
             with uncompiled(problem.objective.module):
-                return _look(plan, problem, least, products, hessian=hessian, loss=loss)
+                return _look(plan, problem, least, products, hessian=hessian, loss=loss, noise=noise)
     except Exception as error:
         return Finding(why=f"the model or the loss does not run in float64 ({explained(error)})", ran=False)
     finally:
@@ -73,7 +81,14 @@ def look(plan: FitPlan, least: float, products: int, *, hessian: bool, loss: Cal
 
 
 def _look(
-    plan: FitPlan, problem: _Double, least: float, products: int, *, hessian: bool, loss: Callable[[], float]
+    plan: FitPlan,
+    problem: _Double,
+    least: float,
+    products: int,
+    *,
+    hessian: bool,
+    loss: Callable[[], float],
+    noise: float,
 ) -> Finding:
     start = plan.parameters.read()
     value, gradient = problem.gradient()
@@ -88,24 +103,35 @@ def _look(
         stored=start.dtype,
         most_products=most,
     )
-    if found.value <= enough:
+    eps, stored = torch.finfo(torch.float64).eps, torch.finfo(start.dtype).eps
+    known = found.hidden <= (_HIDDEN * eps) ** 2 * (abs(value) + noise / stored**2)
+    if known and found.value <= enough:
         return Finding(converged=True, newton=found.step)
     # A parameter is stored to half an ε of itself.
-    off = 0.5 * torch.finfo(start.dtype).eps * start.double().abs()
+    off = 0.5 * stored * start.double().abs()
     before = loss()
-    if few and math.isfinite(found.value):
+    if few and known and math.isfinite(found.value):
         resolution = 0.5 * torch.dot(off, problem.diagonal(product) * off).item()
-        if found.value <= resolution and abs(before - value) <= resolution + enough:
+        small = resolution <= max(MOST_ROUNDED * abs(value), noise)
+        if small and found.value <= resolution and abs(before - value) <= resolution + enough:
             return Finding(converged=True, rounding=True, newton=found.step)
     if found.step is None:
         return Finding(why="in float64 the matrix has negative curvature there, or directions without curvature")
     promised = -0.5 * torch.dot(gradient, found.step).item()
+    if found.flat is not None:
+        # Large parameters that cancel in the outputs, as of all classes alike, cost digits: they are left out.
+        step = found.step - found.flat @ start.double()
+        plan.parameters.write((start + step).to(start.dtype))
+        if value - problem.value(plan.parameters.read()) > _GOOD * promised and loss() < before:
+            return Finding(step=step)
     for fraction in _FRACTIONS:
         step = (fraction * found.step).to(start.dtype)
         plan.parameters.write(start + step)
         fell = value - problem.value(plan.parameters.read())
         if fell > _GOOD * fraction * promised and loss() < before:
             return Finding(step=step)
+    if not known:
+        return Finding(why="in float64 the matrix is singular to rounding, and the gradient is not")
     if math.isinf(found.value):
         return Finding(why=f"a look in float64 was given {most} products, which did not settle it")
     part = found.value / abs(value)
