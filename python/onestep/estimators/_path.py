@@ -43,13 +43,13 @@ class Path:
 
     @cached_property
     def _loses_digits(self) -> bool:
-        """Whether X is so far from zero, for its spread, that float32 costs the scores of several classes digits."""
-        return self._family == "softmax" and self._rows.far and working_dtype(self.X) == torch.float32
+        """Whether X is so far from zero, for its spread, that float32 costs the scores of several classes digits.
 
-    @property
-    def _newton_has_digits(self) -> bool:
-        """Newton's method reads the rows as they are, or a small copy; the first-order method can centre them."""
-        return not self._loses_digits or self.X.numel() <= MOST_ELEMENTS
+        Of few elements: the others are read as they are.
+        """
+        if self._family != "softmax" or self.X.numel() > MOST_ELEMENTS or working_dtype(self.X) != torch.float32:
+            return False
+        return self._rows.far
 
     @cached_property
     def _exact(self) -> tuple[Tensor, Tensor | None]:
@@ -61,7 +61,7 @@ class Path:
     def solve(self, penalty: float, start: Tensor | None, *, tol: float, max_iter: int) -> Minimum | Solution:
         """The minimum of the mean loss + ½ penalty ‖W‖², from coefficients W of this shape or the best constant."""
         V = None if start is None else self.coordinates.invert(start)
-        if self._family == "softmax" and not (newton_pays(len(self.X), self.shape) and self._newton_has_digits):
+        if self._family == "softmax" and not newton_pays(len(self.X), self.shape):
             solution = solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
             return replace(solution, converged=solution.converged and self._is_known(solution, self._rows.dtype))
         X, weight = self._exact

@@ -154,15 +154,15 @@ class DenseRows:
     def evaluate(self, V: Tensor, *, precise: bool) -> Evaluation:
         intercept = self.coordinates.intercept
         narrow = self.mixed and not precise
-        # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
-        centred = self.far and (narrow or self.dtype == torch.float32)
+        centred = narrow and self.far
         dtype = torch.float32 if narrow else self.dtype
         W = V.float() if centred else self.coordinates.weights(V, dtype)
         loss, looked_at, spreads = 0.0, 0, np.zeros(self.classes)
         gradient = torch.zeros_like(V)
         for rows in self._chunks(dtype):
             X, y, weight = self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows]
-            if narrow or centred:
+            if narrow:
+                # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
                 X = X.sub(self.coordinates.shift).div_(self.coordinates.scale).float() if centred else X.float()
                 y, weight = y.float() if y.dim() == 2 else y, None if weight is None else weight.float()
             elif self._converted:
