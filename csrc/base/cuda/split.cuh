@@ -1,7 +1,8 @@
 // Products of fp32 numbers by tensor cores: a number is the sum of two of tf32, high and low, of whose four products
 // the three larger ones are taken (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
 // surpassing the FP32 theoretical peak performance", 2022). `high` is the number itself, whose last 13 bits tensor
-// cores do not read; `low`, what those bits are worth. What is left out is at most 2^-21 of a product.
+// cores do not read (so it was on an H200; PTX leaves it open); `low`, what those bits are worth. What is left out is
+// at most 2^-21 of a product.
 //
 // The additions of tensor cores truncate. So they sum eight rows alone, from zero, and the sum so far is fp32's.
 #pragma once

@@ -250,8 +250,8 @@ __device__ __forceinline__ bool small_write(const SmallLane<T, kOrder>& lane, co
     return good;
 }
 
-// Blocks that are to share a multiprocessor, 0: as many as the registers leave. Five of them win over what is spilled
-// for them, on an H200.
+// Blocks that are to share a multiprocessor, 0: as many as the registers leave. With one right-hand side five of them
+// win over what is spilled for them, on an H200; with more, three are as many as there were before (not measured).
 template <class T, int kOrder, int kColumns>
 inline constexpr int kSmallBlocks = 0;
 template <>

@@ -163,9 +163,9 @@ class _MatrixModel(QuadraticModel):
     def decrement(self, enough: float, *, final: bool) -> float:
         """½gᵀA⁻¹g, which is certain where no pivot is so small that rounding may have made it."""
         system = self.undamped()
+        step, pivot = system.solve_undamped()
         if self.dtype != torch.float64:
-            self.certain = system.least_pivot() > len(self.gradient) * torch.finfo(self.dtype).eps
-        step = system.solve(_UNDAMPED)
+            self.certain = pivot > len(self.gradient) * torch.finfo(self.dtype).eps
         self.newton = None if step is None else step * system.inverse_root
         return math.inf if step is None else -0.5 * torch.dot(system.gradient, step).item()
 
@@ -337,16 +337,22 @@ class _Scaled:
         self.matrix = A * self.inverse_root[:, None] * self.inverse_root
         self.gradient = gradient * self.inverse_root
 
-    def least_pivot(self) -> float:
-        """Of the undamped matrix (float64)."""
-        A = self.matrix
-        return spd.factor(A + _UNDAMPED * torch.eye(len(A), dtype=A.dtype, device=A.device)).least_pivot()
-
-    def solve(self, damping: float) -> Tensor | None:
+    def _damped(self, damping: float) -> Tensor:
         damped = self.matrix.clone()
         damped.diagonal().add_(damping)
-        solution, info, *_ = linalg.solve_spd_ex(damped, self.gradient[:, None])
+        return damped
+
+    def solve(self, damping: float) -> Tensor | None:
+        solution, info, *_ = linalg.solve_spd_ex(self._damped(damping), self.gradient[:, None])
         return None if info.item() != 0 else -solution[:, 0]
+
+    def solve_undamped(self) -> tuple[Tensor | None, float]:
+        """The step without damping, and the least pivot of the factor that gives it, 0 where there is none."""
+        factor = spd.factor(self._damped(_UNDAMPED))
+        if not factor.succeeded:
+            return None, 0.0
+        step = -factor.solve(self.gradient[:, None])[:, 0]
+        return step if bool(step.isfinite().all()) else None, factor.least_pivot()
 
 
 def _decayed(A: Tensor, decay: Tensor | None) -> Tensor:
