@@ -25,7 +25,7 @@ struct SplitTile {
 // sums[i] += a b over eight rows, for kCount tiles; operands_of(i), with the index as a constant, is its SplitTile.
 // Products of one tile wait for each other, so kAtOnce tiles take turns.
 template <int kAtOnce, int kCount, class OperandsOf>
-__device__ __forceinline__ void multiply_add(float (&sums)[kCount][4], const OperandsOf& operands_of) {
+__device__ __forceinline__ void multiply_add(float (*sums)[4], const OperandsOf& operands_of) {
     unrolled<ceil_div(kCount, kAtOnce)>([&](auto group) {
         constexpr int kFirst = group * kAtOnce;
         constexpr int kTiles = kCount - kFirst < kAtOnce ? kCount - kFirst : kAtOnce;

@@ -74,7 +74,7 @@ struct ConditionArgs {
 template <class T>
 Status condition(const ConditionArgs<T>& args, cudaStream_t stream);
 
-// The size classes: d ≤ kSmallFeatures, and more.
+// The size classes: d ≤ kSmallFeatures, and more; and in fp32, of more than kPanelFeatures, by panels.
 template <class T>
 Status small_system(const SystemArgs<T>& args, cudaStream_t stream);
 template <class T>
@@ -87,6 +87,8 @@ template <class T>
 Status middle_system(const SystemArgs<T>& args, cudaStream_t stream);
 template <class T>
 Status middle_factor_solve(const FactorSolveArgs<T>& args, cudaStream_t stream);
+inline constexpr int64_t kPanelFeatures = 16;
+Status panel_system(const SystemArgs<float>& args, cudaStream_t stream);
 template <>
 int64_t middle_columns<float>(int64_t d);
 template <>

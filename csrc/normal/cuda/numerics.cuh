@@ -46,12 +46,10 @@ inline constexpr T kEpsilon = sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52);
 __device__ __forceinline__ bool finite(float value) { return fabsf(value) <= 3.402823466e38f; }
 __device__ __forceinline__ bool finite(double value) { return fabs(value) <= 1.7976931348623157e308; }
 
-// 1 / sqrt(pivot), or 0 if the pivot is not good: not above `floor`, or not finite.
+// 1 / sqrt(pivot), or 0 if the pivot is not good: not above `floor`, or not finite. Without a branch: all threads of a
+// block wait for these one after another.
 template <class T>
 __device__ __forceinline__ T inverse_root(T pivot, T floor) {
-    if (!(pivot > floor && finite(pivot))) {
-        return T(0);
-    }
     T root;
     if constexpr (sizeof(T) == 4) {
         root = rsqrtf(pivot);
@@ -60,7 +58,8 @@ __device__ __forceinline__ T inverse_root(T pivot, T floor) {
     }
     // A Newton step: the instruction is off by up to two units in the last place.
     const T half = T(0.5) * (pivot * root);
-    return root + root * (T(0.5) - half * root);
+    root = root + root * (T(0.5) - half * root);
+    return pivot > floor && finite(pivot) ? root : T(0);
 }
 
 // As std::max(T(0), value * epsilons): 0 for NaN.

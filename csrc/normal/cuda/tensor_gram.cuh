@@ -208,7 +208,7 @@ struct WarpSums {
                     }
                 }
                 rows.x.split();
-                multiply_add<3>(tiles, [&](auto i) {
+                multiply_add<3, Tiles::count>(tiles, [&](auto i) {
                     SplitTile tile;
                     left_of<kWidth>(rows.x, Tiles::left(i), tile);
                     right_of<kWidth>(rows.x, Tiles::right(i), tile);
