@@ -52,6 +52,18 @@ void bind_factor_solve(const Operand& factor, const Operand& b, const bindings::
     bindings::run_on_device(device, [&] { return normal::cuda::factor_solve(args, bindings::stream_of(stream)); });
 }
 
+void bind_blocked_cholesky(const Operand& a, bool normal_equations, const bindings::Sizes& batch, int64_t d,
+                           Address factor, Address info, int device, Address stream) {
+    normal::cuda::CholeskyArgs args;
+    args.batch = bindings::batch_shape(batch);
+    args.d = d;
+    args.a = bindings::batched<const float>(a, 2);
+    args.singular_epsilons = normal_equations ? kSingularEpsilons : 0;
+    args.factor = bindings::pointer<float>(factor);
+    args.info = bindings::pointer<int32_t>(info);
+    bindings::run_on_device(device, [&] { return normal::cuda::blocked_cholesky(args, bindings::stream_of(stream)); });
+}
+
 template <class T>
 void bind_condition(Address factor, Address norm, Address info, Address rcond, int64_t count, int64_t d, int device,
                     Address stream) {
@@ -84,6 +96,8 @@ void register_functions(py::module_& module, const std::string& suffix) {
 void register_normal_cuda(py::module_& module) {
     register_functions<float>(module, "f32");
     register_functions<double>(module, "f64");
+    module.def("normal_blocked_cholesky_f32", bind_blocked_cholesky, py::kw_only(), "a"_a, "normal_equations"_a,
+               "batch"_a, "d"_a, "factor"_a, "info"_a, "device"_a, "stream"_a);
     module.attr("normal_most_features") = normal::cuda::kMostFeatures;
     module.attr("normal_small_features") = normal::cuda::kSmallFeatures;
 }

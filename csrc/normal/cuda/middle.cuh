@@ -1,4 +1,4 @@
-// Problems of 33 to 168 features: a block per problem. The lower triangle of A is cut into square tiles of kTile, each
+// Problems of 33 to 168 features in fp64: a block per problem. The lower triangle of A is cut into square tiles of kTile, each
 // of which a thread holds in registers from the Gram sum to the last step of the factorisation. Right-hand sides are
 // one more row of tiles below A: what the factorisation leaves there is L⁻¹R.
 //

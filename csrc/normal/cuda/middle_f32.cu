@@ -1,4 +1,4 @@
-#include "normal/cuda/middle.cuh"
+#include "normal/cuda/panel_system.cuh"
 #include "normal/cuda/solve.cuh"
 
 namespace onestep::normal::cuda {
@@ -10,12 +10,25 @@ int64_t middle_columns<float>(int64_t d) {
 
 template <>
 Status middle_system(const SystemArgs<float>& args, cudaStream_t stream) {
-    // Tiles of d features and of the right-hand sides: at most 152, 152 and 252.
+    const bool one = args.k <= 1;
     if (args.d <= 64) {
-        return launch_middle<float, 4, 64, 4>(args, stream);
+        // Problems of one warp fill the device only if there are many.
+        constexpr int kMany = 16;
+        if (args.a && args.batch.count() < kMany * device_limits().multiprocessors) {
+            return one ? launch_matrices<64, 2, 1, 8>(args, stream) : launch_matrices<64, 2, 4, 8>(args, stream);
+        }
+        return one ? launch_panels<64, 1, 1, 12, 16>(args, stream) : launch_panels<64, 1, 4, 12, 16>(args, stream);
     }
-    return args.d <= 128 ? launch_middle<float, 8, 128, 2>(args, stream)
-                         : launch_middle<float, 8, 168, 1>(args, stream);
+    if (args.d <= 96) {
+        return one ? launch_panels<96, 3, 1, 4, 5>(args, stream) : launch_panels<96, 3, 8, 4, 4>(args, stream);
+    }
+    if (args.d <= 128) {
+        return one ? launch_panels<128, 4, 1, 3, 4>(args, stream) : launch_panels<128, 4, 8, 3, 3>(args, stream);
+    }
+    if (args.d <= 160) {
+        return one ? launch_panels<160, 5, 1, 2, 3>(args, stream) : launch_panels<160, 5, 8, 2, 2>(args, stream);
+    }
+    return one ? launch_panels<192, 6, 1, 1, 1>(args, stream) : launch_panels<192, 6, 8, 1, 1>(args, stream);
 }
 
 template Status middle_factor_solve(const FactorSolveArgs<float>&, cudaStream_t);

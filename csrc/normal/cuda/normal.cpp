@@ -18,11 +18,6 @@ Status system(const SystemArgs<T>& args, cudaStream_t stream) {
                                            " in one call; expected d up to " + std::to_string(kMostFeatures) +
                                            ", k up to " + std::to_string(most_columns<T>(args.d)));
     }
-    if constexpr (std::is_same_v<T, float>) {
-        if (args.d > kPanelFeatures) {
-            return panel_system(args, stream);
-        }
-    }
     return args.d <= kSmallFeatures ? small_system(args, stream) : middle_system(args, stream);
 }
 

@@ -48,6 +48,17 @@ int64_t most_columns(int64_t d);
 template <class T>
 Status system(const SystemArgs<T>& args, cudaStream_t stream);
 
+// Factors of fp32 matrices of any d, of which the lower triangle is read.
+struct CholeskyArgs {
+    BatchShape batch;
+    int64_t d = 0;
+    Batched<const float> a;  // d × d
+    int singular_epsilons = 0;
+    float* factor = nullptr;  // d × d, U
+    int32_t* info = nullptr;
+};
+Status blocked_cholesky(const CholeskyArgs& args, cudaStream_t stream);
+
 // A⁻¹B from the factor U, d ≤ kMostFeatures.
 template <class T>
 struct FactorSolveArgs {
@@ -74,7 +85,7 @@ struct ConditionArgs {
 template <class T>
 Status condition(const ConditionArgs<T>& args, cudaStream_t stream);
 
-// The size classes: d ≤ kSmallFeatures, and more; and in fp32, of more than kPanelFeatures, by panels.
+// The size classes: d ≤ kSmallFeatures, and more: panels.cuh in fp32, middle.cuh in fp64.
 template <class T>
 Status small_system(const SystemArgs<T>& args, cudaStream_t stream);
 template <class T>
@@ -87,8 +98,6 @@ template <class T>
 Status middle_system(const SystemArgs<T>& args, cudaStream_t stream);
 template <class T>
 Status middle_factor_solve(const FactorSolveArgs<T>& args, cudaStream_t stream);
-inline constexpr int64_t kPanelFeatures = 16;
-Status panel_system(const SystemArgs<float>& args, cudaStream_t stream);
 template <>
 int64_t middle_columns<float>(int64_t d);
 template <>

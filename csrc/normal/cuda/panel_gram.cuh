@@ -1,9 +1,9 @@
 // Gram sums of fp32 for a block of warps, by tensor cores (base/cuda/split.cuh), from rows that wait in shared memory.
 //
 // A is cut into tiles of 16 × 16 features, the lower triangle of them. One warp has them all; of several, warp w has
-// rows w and 2 kWarps − 1 − w of tiles, as many tiles as any other. Eight rows of X are a k-step; lane (g, t) =
-// (lane / 4, lane % 4) reads features g and g + 8 of a tile in rows t and t + 4: operand A of that row of tiles, and
-// operand B of that column.
+// rows w and 2 kWarps − 1 − w of tiles, as many tiles as any other if A is square. Eight rows of X are a k-step; lane
+// (g, t) = (lane / 4, lane % 4) reads features g and g + 8 of a tile in rows t and t + 4: operand A of that row of
+// tiles, and operand B of that column.
 #pragma once
 
 #include "base/cuda/async.cuh"
@@ -21,22 +21,24 @@ inline constexpr int kGramTile = 16;
 template <class Shape>
 struct GramTiles {
     static constexpr bool alone = Shape::warps == 1;
-    static constexpr int rows = Shape::order / kGramTile;  // of tiles
-    static constexpr int own = rows / Shape::warps;        // of this warp
-    static constexpr int count = alone ? rows * (rows + 1) / 2 : rows + 1;
-    static_assert(alone || own == 2);
+    static constexpr int rows = Shape::order / kGramTile;   // of tiles
+    static constexpr int width = Shape::width / kGramTile;  // of a row of tiles, at most
+    static constexpr int own = rows / Shape::warps;         // rows of this warp
+    static constexpr int count = alone ? rows * (rows + 1) / 2 : Shape::square ? rows + 1 : 2 * width;
+    static_assert(alone ? Shape::square : own == 2 && (Shape::square || 2 * width == rows));
 
     // Own row of tiles i of warp w.
     __device__ __forceinline__ static constexpr int row(int i, int warp) {
         return alone ? i : i == 0 ? warp : rows - 1 - warp;
     }
-    // Of several warps the long row comes first. To this number every warp is still in it.
-    static constexpr int always_long = Shape::warps + 1;
+    // Of several warps the long row comes first: to this number in every warp, to the other in one of them.
+    static constexpr int always_long = Shape::square ? Shape::warps + 1 : width;
+    static constexpr int ever_long = Shape::square ? rows : width;
 
     // Which own row tile s is in, and its column.
     __device__ __forceinline__ static constexpr int own_row(int s, int warp) {
         if (!alone) {
-            return s < rows - warp ? 1 : 0;
+            return s < (Shape::square ? rows - warp : width) ? 1 : 0;
         }
         int row_ = 0;
         while (s >= (row_ + 1) * (row_ + 2) / 2) {
@@ -46,7 +48,7 @@ struct GramTiles {
     }
     __device__ __forceinline__ static constexpr int column(int s, int warp) {
         const int row_ = own_row(s, warp);
-        return alone ? s - row_ * (row_ + 1) / 2 : row_ == 1 ? s : s - (rows - warp);
+        return alone ? s - row_ * (row_ + 1) / 2 : row_ == 1 ? s : s - (Shape::square ? rows - warp : width);
     }
 };
 
@@ -189,7 +191,7 @@ __device__ __forceinline__ void add_step(const float* stage, int step, int warp,
         }
 #pragma unroll
         for (int c = 0; c < Shape::columns; ++c) {
-            y[h][c] = stage[Stage::targets_at + (t + 4 * h) * Shape::columns + c] * scale[h];
+            y[h][c] = Shape::square ? stage[Stage::targets_at + (t + 4 * h) * Shape::columns + c] * scale[h] : 0.0f;
         }
     }
     const float* const from = stage + t * Stage::pitch + g;
@@ -206,10 +208,10 @@ __device__ __forceinline__ void add_step(const float* stage, int step, int warp,
             }
         }
     }
-    // Some tiles at a time.
-    unrolled<ceil_div(Tiles::count, Shape::at_once)>([&](auto group) {
-        constexpr int kFirst = Shape::at_once * group;
-        constexpr int kCount = Tiles::count - kFirst < Shape::at_once ? Tiles::count - kFirst : Shape::at_once;
+    // Two tiles at a time.
+    unrolled<ceil_div(Tiles::count, 2)>([&](auto pair) {
+        constexpr int kFirst = 2 * pair;
+        constexpr int kCount = Tiles::count - kFirst < 2 ? 1 : 2;
         GramFragment left[2];
         GramFragment right[2];
         if constexpr (Tiles::alone) {
@@ -221,8 +223,9 @@ __device__ __forceinline__ void add_step(const float* stage, int step, int warp,
                 right[i] = own[Tiles::column(kFirst + i, 0)];
             });
         } else {
-            // The short row is the first to lie within d.
-            if (kGramTile * Tiles::row(Tiles::own_row(kFirst + kCount - 1, warp), warp) >= d) {
+            // The short row is the first to lie within d. Of a matrix that is not square it has tiles above the diagonal.
+            const int lowest = Tiles::row(Tiles::own_row(kFirst + kCount - 1, warp), warp);
+            if (kGramTile * lowest >= d || (!Shape::square && Tiles::column(kFirst, warp) > lowest)) {
                 return;
             }
             unrolled<kCount>([&](auto i) {
@@ -232,7 +235,7 @@ __device__ __forceinline__ void add_step(const float* stage, int step, int warp,
                                          right[i]);
                 if constexpr (kTile < Tiles::always_long) {
                     left[i] = own[1];
-                } else if constexpr (kTile == Tiles::count - 1) {
+                } else if constexpr (kTile >= Tiles::ever_long) {
                     left[i] = own[0];
                 } else {
                     left[i] = choose(Tiles::own_row(kTile, warp) == 1, own[1], own[0]);
@@ -243,19 +246,14 @@ __device__ __forceinline__ void add_step(const float* stage, int step, int warp,
     });
 }
 
-// The sums over all rows, through the stages at `shared`.
-template <bool kWeighted, class Shape>
-__device__ __forceinline__ void sum_rows(const SystemArgs<float>& args, const Matrix<const float>& x,
-                                         const Matrix<const float>& y, const Matrix<const float>& weight, int warp,
-                                         float* shared, GramSums<Shape>& sums) {
+// The sums over `stages` stages at `shared`, of `d` features; load(stage, to) begins to bring one.
+template <bool kWeighted, class Shape, class Load>
+__device__ __forceinline__ void sum_stages(int64_t stages, int warp, int d, float* shared, const Load& load,
+                                           GramSums<Shape>& sums) {
     using Stage = GramStage<Shape>;
-    const int d = static_cast<int>(args.d);
-    const bool vectors = x.col == 1 && d % kVector<float> == 0 && x.row % kVector<float> == 0 &&
-                         reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-    const int64_t stages = ceil_div<int64_t>(args.n, kGramRows);
     for (int64_t stage = 0; stage < kGramStages - 1; ++stage) {
         if (stage < stages) {
-            load_stage<Shape>(args, x, y, weight, stage * kGramRows, vectors, shared + stage * Stage::floats);
+            load(stage, shared + stage * Stage::floats);
         }
         cp_async_commit();
     }
@@ -267,8 +265,7 @@ __device__ __forceinline__ void sum_rows(const SystemArgs<float>& args, const Ma
         // To where the stage before this one was.
         const int64_t ahead = stage + kGramStages - 1;
         if (ahead < stages) {
-            load_stage<Shape>(args, x, y, weight, ahead * kGramRows, vectors,
-                              shared + (slot == 0 ? kGramStages - 1 : slot - 1) * Stage::floats);
+            load(ahead, shared + (slot == 0 ? kGramStages - 1 : slot - 1) * Stage::floats);
         }
         cp_async_commit();
 #pragma unroll 1
@@ -281,6 +278,31 @@ __device__ __forceinline__ void sum_rows(const SystemArgs<float>& args, const Ma
     panel_barrier<Shape::warps>();
 }
 
+// to_element(address, two neighbours of a tile) for each pair of elements on and below A's diagonal blocks.
+template <class Shape, class ToElements>
+__device__ __forceinline__ void each_pair(const GramSums<Shape>& sums, int warp, float* shared,
+                                          const ToElements& to_elements) {
+    using Tiles = GramTiles<Shape>;
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    unrolled<Tiles::count>([&](auto tile) {
+        constexpr int s = tile;
+        const int row = kGramTile * Tiles::row(Tiles::own_row(s, warp), warp);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int panel = 2 * Tiles::column(s, warp) + half;
+            float* const to = shared + Shape::panel(panel) + (row + lane / 4) * kPanelPitch + lane % 4 * 2;
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                // The upper half of a tile on the diagonal has no rows of its second panel.
+                if (row + 8 * e >= kPanel * panel) {
+                    to_elements(to + e * 8 * kPanelPitch,
+                                make_float2(sums.tiles[2 * s + half][2 * e], sums.tiles[2 * s + half][2 * e + 1]));
+                }
+            }
+        }
+    });
+}
+
 // A = XᵀDX to shared memory, and R = XᵀDY to the shared targets. The caller waits before it reads them.
 template <class Shape>
 __device__ __forceinline__ void panel_gram(const SystemArgs<float>& args, int64_t problem, float* shared) {
@@ -289,33 +311,21 @@ __device__ __forceinline__ void panel_gram(const SystemArgs<float>& args, int64_
     const Matrix<const float> y = args.y.at(args.batch, problem);
     const Matrix<const float> weight = args.weight.at(args.batch, problem);
     const int warp = Shape::warps == 1 ? 0 : static_cast<int>(threadIdx.x) / kWarpSize;
+    const int d = static_cast<int>(args.d);
+    const bool vectors = x.col == 1 && d % kVector<float> == 0 && x.row % kVector<float> == 0 &&
+                         reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+    const int64_t stages = ceil_div<int64_t>(args.n, kGramRows);
+    const auto load = [&](int64_t stage, float* to) {
+        load_stage<Shape>(args, x, y, weight, stage * kGramRows, vectors, to);
+    };
     GramSums<Shape> sums = {};
     if (weight.data == nullptr) {
-        sum_rows<false>(args, x, y, weight, warp, shared, sums);
+        sum_stages<false>(stages, warp, d, shared, load, sums);
     } else {
-        sum_rows<true>(args, x, y, weight, warp, shared, sums);
+        sum_stages<true>(stages, warp, d, shared, load, sums);
     }
-
+    each_pair(sums, warp, shared, [](float* to, float2 pair) { *reinterpret_cast<float2*>(to) = pair; });
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    const int g = lane / 4;
-    const int t = lane % 4;
-    unrolled<Tiles::count>([&](auto tile) {
-        constexpr int s = tile;
-        const int row = kGramTile * Tiles::row(Tiles::own_row(s, warp), warp);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int panel = 2 * Tiles::column(s, warp) + half;
-            float* const to = shared + Shape::panel(panel) + (row + g) * kPanelPitch + 2 * t;
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                // The upper half of a tile on the diagonal has no rows of its second panel.
-                if (row + 8 * e >= kPanel * panel) {
-                    *reinterpret_cast<float2*>(to + e * 8 * kPanelPitch) =
-                        make_float2(sums.tiles[2 * s + half][2 * e], sums.tiles[2 * s + half][2 * e + 1]);
-                }
-            }
-        }
-    });
 #pragma unroll
     for (int i = 0; i < Tiles::own; ++i) {
 #pragma unroll
@@ -325,8 +335,9 @@ __device__ __forceinline__ void panel_gram(const SystemArgs<float>& args, int64_
                 float sum = sums.targets[i][e][c];
                 sum += __shfl_xor_sync(kFullWarp, sum, 1);
                 sum += __shfl_xor_sync(kFullWarp, sum, 2);
-                if (t == 0) {
-                    shared[Shape::targets_at + c * Shape::order + kGramTile * Tiles::row(i, warp) + 8 * e + g] = sum;
+                if (lane % 4 == 0) {
+                    shared[Shape::targets_at + c * Shape::order + kGramTile * Tiles::row(i, warp) + 8 * e + lane / 4] =
+                        sum;
                 }
             }
         }

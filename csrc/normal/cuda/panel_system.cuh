@@ -15,7 +15,7 @@ constexpr int64_t panel_bytes(bool from_rows) {
     return static_cast<int64_t>(floats) * static_cast<int64_t>(sizeof(float));
 }
 
-// Writes A and R from shared memory.
+// Writes A, each element of its lower triangle to both places, and R from shared memory.
 template <class Shape>
 __device__ __forceinline__ void write_gram(const SystemArgs<float>& args, int64_t problem, const float* shared) {
     const int d = static_cast<int>(args.d);
@@ -24,9 +24,20 @@ __device__ __forceinline__ void write_gram(const SystemArgs<float>& args, int64_
     float* const to = args.gram + problem * d * d;
 #pragma unroll
     for (int i = 0; i < Shape::rows; ++i) {
-        const int col = thread + i * Shape::threads;
-        for (int row = 0; col < d && row < d; ++row) {
-            to[row * d + col] = panel_element<Shape>(shared, row, col);
+        const int row = thread + i * Shape::threads;
+        float* mirrored = to + row;
+#pragma unroll 1
+        for (int p = 0; row < d && kPanel * p <= row; ++p) {
+            float a[kPanel];
+            load_panel_row(shared + Shape::panel(p) + row * kPanelPitch, a);
+#pragma unroll
+            for (int c = 0; c < kPanel; ++c) {
+                if (kPanel * p + c <= row) {
+                    *mirrored = a[c];
+                    to[row * d + kPanel * p + c] = a[c];
+                }
+                mirrored += d;
+            }
         }
     }
     float* const cross = args.cross + problem * d * k;
@@ -67,8 +78,6 @@ __device__ __forceinline__ void load_matrix(const Matrix<const float>& a, int d,
     const int thread = static_cast<int>(threadIdx.x);
     const int lane = thread % kWarpSize;
     const int warp = thread / kWarpSize;
-    const bool vectors = a.col == 1 && d % kVector<float> == 0 && a.row % kVector<float> == 0 &&
-                         reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
     const int rows = ceil_div(d, kPanel) * kPanel;
     if (a.row == 1 && a.col != 1) {
         // A column at a time.
@@ -80,22 +89,29 @@ __device__ __forceinline__ void load_matrix(const Matrix<const float>& a, int d,
         }
         return;
     }
-    for (int row = warp; row < rows; row += Shape::warps) {
-        // The elements to the end of the diagonal block; those above the diagonal are not read again.
-        const int end = (row / kPanel + 1) * kPanel;
-        if (vectors) {
-            for (int col = lane * kVector<float>; col < end; col += kWarpSize * kVector<float>) {
+    // A row at a time, to the end of its diagonal block; what is above the diagonal is not used. A lane keeps its
+    // columns, so that addresses are sums.
+    const auto copy = [&](auto vector) {
+        constexpr int kCount = vector;
+        for (int col = lane * kCount; col < rows; col += kWarpSize * kCount) {
+            const int first = warp + ceil_div(col / kPanel * kPanel - warp, Shape::warps) * Shape::warps;
+            const int begin = col < kPanel ? warp : first;
+            float* to = shared + Shape::panel(col / kPanel) + begin * kPanelPitch + col % kPanel;
+            const float* from = a.data + begin * a.row + col * a.col;
+#pragma unroll 4
+            for (int row = begin; row < rows; row += Shape::warps) {
                 const bool inside = row < d && col <= row;
-                cp_async<16>(shared + Shape::panel(col / kPanel) + row * kPanelPitch + col % kPanel,
-                             inside ? a.data + row * a.row + col : a.data, inside ? 16 : 0);
-            }
-        } else {
-            for (int col = lane; col < end; col += kWarpSize) {
-                const bool inside = row < d && col <= row;
-                cp_async<4>(shared + Shape::panel(col / kPanel) + row * kPanelPitch + col % kPanel,
-                            inside ? a.data + row * a.row + col * a.col : a.data, inside ? 4 : 0);
+                cp_async<kCount * 4>(to, inside ? from : a.data, inside ? kCount * 4 : 0);
+                to += Shape::warps * kPanelPitch;
+                from += Shape::warps * a.row;
             }
         }
+    };
+    if (a.col == 1 && d % kVector<float> == 0 && a.row % kVector<float> == 0 &&
+        reinterpret_cast<uintptr_t>(a.data) % 16 == 0) {
+        copy(std::integral_constant<int, kVector<float>>{});
+    } else {
+        copy(std::integral_constant<int, 1>{});
     }
 }
 
@@ -125,16 +141,24 @@ __global__ void __launch_bounds__(Shape::threads, kBlocks)
     }
 }
 
-// kRowBlocks, kMatrixBlocks: that are to share a multiprocessor, for which registers are kept free.
-template <int kOrder, int kWarps, int kColumns, int kRowBlocks, int kMatrixBlocks, int kAtOnce = 2>
-Status launch_panels(const SystemArgs<float>& args, cudaStream_t stream) {
-    using Shape = PanelShape<kOrder, kWarps, kColumns, kAtOnce>;
+// kBlocks: that are to share a multiprocessor, for which registers are kept free.
+template <int kOrder, int kWarps, int kColumns, int kBlocks>
+Status launch_matrices(const SystemArgs<float>& args, cudaStream_t stream) {
+    using Shape = PanelShape<kOrder, kWarps, kColumns>;
     const int64_t count = args.batch.count();
-    constexpr unsigned kThreads = Shape::threads;
-    return args.a ? launch(panel_matrix_kernel<Shape, kMatrixBlocks>, middle_grid(count), kThreads,
-                           panel_bytes<Shape>(false), stream, args, count)
-                  : launch(panel_rows_kernel<Shape, kRowBlocks>, middle_grid(count), kThreads, panel_bytes<Shape>(true),
-                           stream, args, count);
+    return launch(panel_matrix_kernel<Shape, kBlocks>, middle_grid(count), Shape::threads, panel_bytes<Shape>(false),
+                  stream, args, count);
+}
+
+template <int kOrder, int kWarps, int kColumns, int kRowBlocks, int kMatrixBlocks>
+Status launch_panels(const SystemArgs<float>& args, cudaStream_t stream) {
+    if (args.a) {
+        return launch_matrices<kOrder, kWarps, kColumns, kMatrixBlocks>(args, stream);
+    }
+    using Shape = PanelShape<kOrder, kWarps, kColumns>;
+    const int64_t count = args.batch.count();
+    return launch(panel_rows_kernel<Shape, kRowBlocks>, middle_grid(count), Shape::threads, panel_bytes<Shape>(true),
+                  stream, args, count);
 }
 
 }  // namespace onestep::normal::cuda

@@ -21,15 +21,16 @@ inline constexpr int kPanel = 8;        // columns
 inline constexpr int kPanelPitch = 12;  // from row to row
 inline constexpr int kPanelVectors = kPanel / kVector<float>;
 
-template <int kOrder_, int kWarps_, int kColumns_, int kAtOnce_ = 2>
+template <int kOrder_, int kWarps_, int kColumns_, int kWidth_ = kOrder_>
 struct PanelShape {
-    static constexpr int at_once = kAtOnce_;
-    static constexpr int order = kOrder_;
+    static constexpr int order = kOrder_;  // rows
+    static constexpr int width = kWidth_;  // columns: fewer, where rows below a diagonal block are factored with it
     static constexpr int warps = kWarps_;
     static constexpr int columns = kColumns_;  // right-hand sides
+    static constexpr bool square = width == order;
     static constexpr int threads = warps * kWarpSize;
     static constexpr int rows = order / threads;  // of a thread: thread, thread + threads
-    static constexpr int panels = order / kPanel;
+    static constexpr int panels = width / kPanel;
     static_assert(order % threads == 0 && rows <= 2);
 
     // Where row 0 of panel p would be.
@@ -44,7 +45,7 @@ struct PanelShape {
     static constexpr int block_floats = kPanel * (kPanelPitch + columns);
     static constexpr int block_at = matrix_floats;
     static constexpr int inverse_at = block_at + 2 * block_floats;
-    static constexpr int floors_at = inverse_at + order;
+    static constexpr int floors_at = inverse_at + width;
     static constexpr int targets_at = floors_at + order;
     static constexpr int status_at = targets_at + columns * order;
     static constexpr int floats = status_at + kVector<float>;
@@ -179,14 +180,14 @@ __device__ __forceinline__ int factor_block(const float* shared, const float* fl
     return failed;
 }
 
-// L from the matrix in shared memory, and z = L⁻¹z for this thread's rows, which end in the shared targets. Returns the
-// first column, from 1, whose pivot is not good, or 0.
+// L from the matrix in shared memory, in `panels` panels down to row `last`, and z = L⁻¹z for this thread's rows, which
+// end in the shared targets. Returns to the thread with row `last` the first column, from 1, whose pivot is not good, or
+// 0; other threads may not have seen it.
 template <class Shape>
-__device__ __forceinline__ int factor_panels(float* shared, int d, float (&z)[Shape::rows][Shape::columns]) {
+__device__ __forceinline__ int factor_panels(float* shared, int panels, int last,
+                                             float (&z)[Shape::rows][Shape::columns]) {
     const int thread = static_cast<int>(threadIdx.x);
     const int warp_begin = thread / kWarpSize * kWarpSize;
-    const int panels = ceil_div(d, kPanel);
-    const int last = panels * kPanel - 1;
     const float* const floors = shared + Shape::floors_at;
     float* const targets = shared + Shape::targets_at;
     float* const inverse = shared + Shape::inverse_at;
@@ -372,6 +373,45 @@ __device__ __forceinline__ void write_norm(float* shared, int d, float* to) {
     panel_barrier<Shape::warps>();
 }
 
+// What factor_panels returned to the thread with row `last`, for all.
+template <class Shape>
+__device__ __forceinline__ int first_failure(float* shared, int last, int failed) {
+    int* const status = reinterpret_cast<int*>(shared + Shape::status_at);
+    if (static_cast<int>(threadIdx.x) == last % Shape::threads) {
+        *status = failed;
+    }
+    panel_barrier<Shape::warps>();
+    return *status;
+}
+
+// Rows [begin, end) of L, with zeros above the diagonal, to U: column `row` of U begins at to[row - begin]. NaN if the
+// factorisation failed.
+template <class Shape>
+__device__ __forceinline__ void write_factor(const float* shared, int panels, int begin, int end, bool failed,
+                                             float* to, int64_t pitch) {
+#pragma unroll
+    for (int i = 0; i < Shape::rows; ++i) {
+        const int row = static_cast<int>(threadIdx.x) + i * Shape::threads;
+        if (row < begin || row >= end) {
+            continue;
+        }
+        float* column = to + (row - begin);
+#pragma unroll 1
+        for (int p = 0; p < panels; ++p) {
+            float l[kPanel];
+            load_panel_row(shared + Shape::panel(p) + (row < kPanel * p ? kPanel * p : row) * kPanelPitch, l);
+#pragma unroll
+            for (int c = 0; c < kPanel; ++c) {
+                // Where L is square, its columns end with its rows.
+                if (kPanel * p + c < end) {
+                    *column = failed ? quiet_nan<float>() : kPanel * p + c > row ? 0.0f : l[c];
+                }
+                column += pitch;
+            }
+        }
+    }
+}
+
 // From A in shared memory, which all threads see, and this thread's rows of R: penalties, factor, solution, status.
 template <class Shape>
 __device__ __forceinline__ void finish_system(const SystemArgs<float>& args, int64_t problem, float* shared,
@@ -396,25 +436,11 @@ __device__ __forceinline__ void finish_system(const SystemArgs<float>& args, int
     if (args.norm != nullptr) {
         write_norm<Shape>(shared, d, args.norm + problem);
     }
-    int failed = factor_panels<Shape>(shared, d, z);
-    // The thread with the last row has seen every pivot; others may not.
-    int* const status = reinterpret_cast<int*>(shared + Shape::status_at);
-    if (thread == (ceil_div(d, kPanel) * kPanel - 1) % Shape::threads) {
-        *status = failed;
-    }
-    panel_barrier<Shape::warps>();
-    failed = *status;
-
+    const int panels = ceil_div(d, kPanel);
+    const int last = panels * kPanel - 1;
+    const int failed = first_failure<Shape>(shared, last, factor_panels<Shape>(shared, panels, last, z));
     if (args.factor != nullptr) {
-        float* const to = args.factor + problem * d * d;
-#pragma unroll
-        for (int i = 0; i < Shape::rows; ++i) {
-            const int row = thread + i * Shape::threads;
-            for (int col = 0; row < d && col < d; ++col) {
-                const float l = row < col ? 0.0f : shared[Shape::panel(col / kPanel) + row * kPanelPitch + col % kPanel];
-                to[static_cast<int64_t>(col) * d + row] = failed != 0 ? quiet_nan<float>() : l;
-            }
-        }
+        write_factor<Shape>(shared, panels, 0, d, failed != 0, args.factor + problem * d * d, d);
     }
     bool good = failed == 0;
     if (args.solution != nullptr) {

@@ -283,6 +283,83 @@ void test_matrix(const Size& size, bool break_one) {
     }
 }
 
+// Blocks of columns: factors against the plain loops, every way to fail, and the upper triangle left alone.
+void test_blocked(int64_t problems, int64_t d, bool by_columns) {
+    std::mt19937 random(static_cast<unsigned>(d));
+    const Size size{problems, 0, d, 0, false};
+    const Table<float> x(random, problems, d + 3, d, Table<float>::Layout::rows);
+    BatchShape batch;
+    batch.dims = 1;
+    batch.size[0] = problems;
+    Results<float> want(problems, d, 0);
+    GramArgs<float> gram_args;
+    gram_args.batch = batch;
+    gram_args.n = d + 3;
+    gram_args.d = d;
+    gram_args.x = x.view;
+    gram_args.gram = want.gram.data();
+    gram_args.cross = want.cross.data();
+    check(reference::gram(gram_args) == Status::ok, "reference");
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    const auto at = [&](int64_t problem, int64_t row, int64_t col) {
+        return static_cast<size_t>(problem * d * d + (by_columns ? col * d + row : row * d + col));
+    };
+    std::vector<float> lower(want.gram.size(), nan);
+    for (int64_t problem = 0; problem < problems; ++problem) {
+        for (int64_t row = 0; row < d; ++row) {
+            for (int64_t col = 0; col <= row; ++col) {
+                lower[at(problem, row, col)] =
+                    want.gram[static_cast<size_t>((problem * d + row) * d + col)] + (row == col ? 1.0f : 0.0f);
+            }
+        }
+    }
+    const Batched<const float> a{lower.data(), by_columns ? 1 : d, by_columns ? d : 1, {d * d}};
+    const auto run = [&](Results<float>& to) {
+        normal::cuda::CholeskyArgs args;
+        args.batch = batch;
+        args.d = d;
+        args.a = a;
+        args.factor = to.factor.data();
+        args.info = to.info.data();
+        check(normal::cuda::blocked_cholesky(args, nullptr) == Status::ok, cuda::last_device_error());
+    };
+    const auto run_reference = [&](Results<float>& to) {
+        SolveSpdArgs<float> args;
+        args.batch = batch;
+        args.d = d;
+        args.a = a;
+        args.factor = to.factor.data();
+        args.info = to.info.data();
+        check(reference::solve_spd(args) == Status::ok, "reference");
+    };
+    Results<float> got(problems, d, 0);
+    run(got);
+    run_reference(want);
+    check(got.info == want.info, name<float>("blocked: info", size));
+    check(difference(got.factor, want.factor) < tolerance<float>(), name<float>("blocked: factor", size));
+    Results<float> again(problems, d, 0);
+    simt::set_seed(7);
+    run(again);
+    check(identical(again.factor, got.factor), name<float>("blocked: repeats to the bit", size));
+    const std::vector<float> good = lower;
+    for (const auto& [row, col, value] : std::vector<std::tuple<int64_t, int64_t, float>>{
+             {d - 1, d - 1, -1.0f}, {d / 2, d / 2, 0.0f}, {d - 1, d / 2, nan}, {65, 3, -nan}, {0, 0, -1.0f}}) {
+        lower = good;
+        lower[at(problems - 1, row, col)] = value;
+        Results<float> failed(problems, d, 0);
+        Results<float> expected(problems, d, 0);
+        run(failed);
+        run_reference(expected);
+        check(failed.info == expected.info, name<float>("blocked: info of a failure", size));
+        bool apart = true;
+        for (size_t i = 0; i < failed.factor.size(); ++i) {
+            const bool inside = static_cast<int64_t>(i) / (d * d) == problems - 1;
+            apart = apart && (inside ? std::isnan(failed.factor[i]) : failed.factor[i] == got.factor[i]);
+        }
+        check(apart, name<float>("blocked: a failed problem leaves its neighbours alone", size));
+    }
+}
+
 template <class T>
 void test_all() {
     using Layout = typename Table<T>::Layout;
@@ -298,7 +375,8 @@ void test_all() {
     test_rows<T>({3, 21, 7, 2, true}, Layout::columns);
     test_rows<T>({3, 21, 30, 2, false}, Layout::strided);
     // A size of each instance for a block, with and without whole vectors, and at its end.
-    for (const Size& size : {Size{2, 70, 33, 1, false}, Size{1, 65, 64, 4, false}, Size{1, 100, 83, 2, true}}) {
+    for (const Size& size : {Size{2, 70, 33, 1, false}, Size{1, 65, 64, 4, false}, Size{1, 100, 83, 2, true},
+                             Size{2, 33, 72, 1, false}, Size{1, 97, 112, 1, true}, Size{1, 20, 136, 7, false}}) {
         test_rows<T>(size, Layout::rows);
     }
     test_rows<T>({1, 45, 40, 3, false}, Layout::strided);
@@ -311,12 +389,19 @@ void test_all() {
     test_matrix<T>({1, 0, 32, 0, false}, false);
     test_matrix<T>({1, 0, 100, 5, false}, false);
     test_matrix<T>({1, 0, 160, 0, false}, false);
+    test_matrix<T>({2, 0, 75, 2, false}, true);
+    test_matrix<T>({2, 0, 120, 1, false}, true);
+    test_matrix<T>({1, 0, 168, 1, false}, false);
 }
 
 }  // namespace
 
 int main() {
     test_all<float>();
+    test_blocked(2, 200, false);
+    test_blocked(1, 169, true);
+    test_blocked(2, 136, true);
+    test_blocked(1, 257, false);
     if (std::getenv("ONESTEP_FLOAT_ONLY") == nullptr) test_all<double>();
     std::printf("%d checks, %d failed\n", testing::checks, testing::failures);
     return testing::failures == 0 ? 0 : 1;

@@ -1,7 +1,5 @@
-"""CUDA kernels of the Cholesky ops: one kernel of csrc/normal/cuda to d = 168, torch's (cuSOLVER) beyond.
-
-Blocks of columns, factored by our kernel and updated by torch's products, were tried for d = 256 to 4096: on an H200
-they took 0.8 to 3.6 times as long as cuSOLVER. Nothing waits for the GPU.
+"""CUDA kernels of the Cholesky ops: one kernel of csrc/normal/cuda to d = 168; beyond, in float32, blocks of 64 columns,
+and else torch's (cuSOLVER). Nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +25,9 @@ _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 MOST_FEATURES: int = native.normal_most_features
 #: The largest d of which a warp holds the matrix.
 SMALL_FEATURES: int = native.normal_small_features
+
+#: The largest d of which blocks of columns are faster than cuSOLVER in float32.
+MOST_BLOCKED_FEATURES = 4096
 
 # Right-hand sides from which torch's triangular solves, made of matrix products, win over a warp for each.
 _MANY_COLUMNS = 64
@@ -80,6 +81,18 @@ def factor_into(A: Tensor, L: Tensor, info: Tensor, *, normal_equations: bool = 
     d = A.shape[-1]
     if d <= MOST_FEATURES:
         system(A, None, solution=None, factor=L, info=info, normal_equations=normal_equations)
+        return
+    if A.dtype == torch.float32 and d <= MOST_BLOCKED_FEATURES and L.mT.is_contiguous():
+        batch = tuple(info.shape)
+        native.normal_blocked_cholesky_f32(
+            a=operand(A, batch, 2),
+            normal_equations=normal_equations,
+            batch=kernel_batch(batch),
+            d=d,
+            factor=L.data_ptr(),
+            info=info.data_ptr(),
+            **place(A),
+        )
         return
     # The lower triangle is read. cuSOLVER stops at a pivot <= 0; after a NaN or Inf the pivots say where it was.
     factor, code = torch.linalg.cholesky_ex(A.expand(L.shape))
