@@ -81,8 +81,8 @@ def place(tensor: Tensor) -> dict[str, int]:
     """
     if EMULATED:
         return {"device": 0, "stream": 0}
-    device = tensor.device
-    return {"device": device.index, "stream": cuda_stream(device)}
+    device = tensor.get_device()
+    return {"device": device, "stream": cuda_stream(device)}
 
 
 def workspace(tensor: Tensor, size: int) -> Tensor:

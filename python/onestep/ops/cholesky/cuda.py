@@ -59,7 +59,7 @@ def system(
     normal_equations: bool = False,
 ) -> None:
     """Factors a (…,d,d) and solves for b (…,d,k) by one kernel (csrc/normal/cuda), into the results given."""
-    batch = tuple(info.shape)
+    batch = info.shape
     entry("system", a.dtype)(
         a=operand(a, batch, 2),
         b=optional_operand(b, batch, 2),

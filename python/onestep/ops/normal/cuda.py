@@ -128,8 +128,8 @@ def _solve_fused(
     out: Results,
     norm: Tensor | None,
 ) -> None:
-    solution, L, info = out[:3]
-    batch = tuple(info.shape)
+    solution, L, info, *_ = out
+    batch = info.shape
     n, d = X.shape[-2:]
     cholesky.entry("system", X.dtype)(
         x=operand(X, batch, 2),
@@ -257,21 +257,23 @@ def _solve(
     out: Results,
 ) -> None:
     refine, jitter = options.refine, options.jitter
-    X = X.to(Y.dtype)
+    if X.dtype != Y.dtype:
+        X = X.to(Y.dtype)
     check_not_negative("weight", weight)
     check_not_negative("ridge", ridge)
     solution, L, info, rcond, jittered = out
-    d, k = X.shape[-1], Y.shape[-1]
+    d, k = solution.shape[-2:]
+    problems = info.numel()
     if jittered is not None:
         jittered.zero_()
-    if info.numel() == 0 or d == 0:
+    if problems == 0 or d == 0:
         info.zero_()
         return
     if L is None and refine > 0:
         L = X.new_empty(*info.shape, d, d).mT
     norm = None if rcond is None else torch.empty_like(rcond)
     out = (solution, L, info, rcond, jittered)
-    if jitter == 0 and k > 0 and _fused(X, k, info.numel()):
+    if jitter == 0 and k > 0 and _fused(X, k, problems):
         _solve_fused(X, Y, weight, ridge, uniform_ridge, out, norm)
     else:
         _solve_composed(X, Y, weight, ridge, uniform_ridge, jitter, out, norm)
