@@ -138,7 +138,7 @@ try:
     # How many torch.func.jvp the process is in; the first opens the level.
     _nesting: int = functorch_python.JVP_NESTING
 
-    # unpack_dual(tensor, level=0) → (primal, tangent or None). It takes a third of the time of forward_ad.unpack_dual.
+    # unpack_dual(tensor, level) → (primal, tangent or None). It takes a third of the time of forward_ad.unpack_dual.
     unpack_dual = torch._VF._unpack_dual
     make_dual = torch._VF._make_dual
 
@@ -200,7 +200,7 @@ def graph_is_kept() -> bool:
 
 def has_tangent(value: Any) -> bool:
     """Whether the value is a tensor with a tangent at the level that is being computed."""
-    return isinstance(value, Tensor) and unpack_dual(value, level=0)[1] is not None
+    return isinstance(value, Tensor) and unpack_dual(value, 0)[1] is not None
 
 
 def version(tensor: Tensor) -> int:

@@ -134,8 +134,8 @@ def _solve_fused(
     cholesky.entry("system", X.dtype)(
         x=operand(X, batch, 2),
         y=operand(Y, batch, 2),
-        weight=optional_operand(weight, batch, 1),
-        ridge=optional_operand(ridge, batch, 1),
+        weight=None if weight is None else operand(weight, batch, 1),
+        ridge=None if ridge is None else operand(ridge, batch, 1),
         uniform_ridge=uniform_ridge,
         normal_equations=True,
         batch=kernel_batch(batch),
