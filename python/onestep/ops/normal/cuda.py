@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestep.ops._cuda import place
+from onestep.ops._cuda import entry, place
 from onestep.ops._library import register
 from onestep.ops.cholesky import cuda as cholesky
 from onestep.ops.normal import schema
@@ -62,7 +62,7 @@ def _gram_into(X: Tensor, Y: Tensor, weight: Tensor | None, gram: Tensor, cross:
         cross.copy_(rows.mT @ targets)
         return
     together = k <= cholesky.most_columns(d, X.dtype)
-    cholesky.entry("system", X.dtype)(
+    entry("normal_system", X.dtype)(
         x=operand(X, batch, 2),
         y=operand(Y, batch, 2),
         weight=optional_operand(weight, batch, 1),
@@ -131,7 +131,7 @@ def _solve_fused(
     solution, L, info, *_ = out
     batch = info.shape
     n, d = X.shape[-2:]
-    cholesky.entry("system", X.dtype)(
+    entry("normal_system", X.dtype)(
         x=operand(X, batch, 2),
         y=operand(Y, batch, 2),
         weight=None if weight is None else operand(weight, batch, 1),
@@ -228,7 +228,7 @@ def _condition_into(L: Tensor, norm: Tensor, info: Tensor, rcond: Tensor) -> Non
         failed = (info > 0) & (info <= d)
         rcond.copy_(torch.where(failed, 0, 1 / (norm * _inverse_norm(L))))
         return
-    cholesky.entry("condition", L.dtype)(
+    entry("normal_condition", L.dtype)(
         factor=L.data_ptr(),
         norm=norm.data_ptr(),
         info=info.data_ptr(),
