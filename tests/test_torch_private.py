@@ -30,6 +30,7 @@ def test_every_check_passes():
         ("version", lambda tensor: 0, "versions of tensors"),
         ("is_hooked", lambda module: False, "hooks of modules"),
         ("number_of_outputs", lambda op: 1, "outputs of ops"),
+        ("is_unwritten_zero", lambda tensor: False, "zeros without memory"),
     ],
 )
 def test_changed_behaviour_is_an_import_error(monkeypatch, name, broken, message):

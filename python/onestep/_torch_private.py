@@ -49,6 +49,7 @@ __all__ = [
     "interpreter_stack",
     "is_hooked",
     "is_tracked",
+    "is_unwritten_zero",
     "make_dual",
     "nn_mish",
     "nn_silu",
@@ -104,6 +105,8 @@ try:
     any_requires_grad = torch._C._any_requires_grad
     # The number of active TorchDispatchModes (FakeTensorMode and proxy tracing among them).
     dispatch_modes = torch._C._len_torch_dispatch_stack
+    # Whether a tensor is zeros that have no memory yet, as torch's derivative formulas make them.
+    is_unwritten_zero = Tensor._is_zerotensor
     # The interpreters of the active torch.func transforms, outermost first, or None.
     interpreter_stack = functorch.get_interpreter_stack
 
@@ -135,7 +138,7 @@ try:
     # How many torch.func.jvp the process is in; the first opens the level.
     _nesting: int = functorch_python.JVP_NESTING
 
-    # unpack_dual(tensor, level=0) → (primal, tangent or None). It takes a third of the time of forward_ad.unpack_dual.
+    # unpack_dual(tensor, level) → (primal, tangent or None). It takes a third of the time of forward_ad.unpack_dual.
     unpack_dual = torch._VF._unpack_dual
     make_dual = torch._VF._make_dual
 
@@ -151,8 +154,9 @@ try:
     cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
     cudnn_attention_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
-    # Absent from torch built without CUDA.
-    _cuda_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    # The address of torch's current stream on the device of an index, without an object for it, which takes torch 5 µs.
+    # Absent from torch built without CUDA, which has no CUDA tensors.
+    cuda_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
     # What torch.nn.functional.silu and mish call.
     nn_silu = torch._C._nn.silu
@@ -196,7 +200,7 @@ def graph_is_kept() -> bool:
 
 def has_tangent(value: Any) -> bool:
     """Whether the value is a tensor with a tangent at the level that is being computed."""
-    return isinstance(value, Tensor) and unpack_dual(value, level=0)[1] is not None
+    return isinstance(value, Tensor) and unpack_dual(value, 0)[1] is not None
 
 
 def version(tensor: Tensor) -> int:
@@ -378,14 +382,6 @@ def _trees() -> bool:
     return leaves == [1, 2.0, None] and mapped == {"a": [2, (2.0,)]} and same
 
 
-def cuda_stream(device: torch.device) -> int:
-    """The address of torch's current stream on a device, without an object for it, which takes torch 5 µs."""
-    if _cuda_stream is None:
-        return torch.cuda.current_stream(device).cuda_stream
-    address: int = _cuda_stream(device.index)
-    return address
-
-
 # The arguments of attention's ops that are called by position; those of CUDA's kernels cannot be run everywhere.
 _ATTENTION_ARGUMENTS = {
     flash_attention: "query key value dropout_p is_causal return_debug_mask scale",
@@ -409,6 +405,8 @@ def _values() -> bool:
     v, g = torch.tensor([[3.0, 4.0]], device="cpu"), torch.tensor([[10.0]], device="cpu")
     before = version(v)
     v.add_(0)
+    if not is_unwritten_zero(torch._efficientzerotensor(1)) or is_unwritten_zero(v):
+        return False
     return bool(weight_norm(v, g, 0).tolist() == [[6.0, 8.0]]) and version(v) > before
 
 
@@ -460,7 +458,7 @@ _CHECKS: dict[str, Callable[[], bool]] = {
     "the table of a module's own children (_modules) is not used": _children,
     "torch.utils._pytree does not flatten and map as before": _trees,
     "the ops of scaled_dot_product_attention have other arguments": _attention_ops,
-    "weight_norm or the versions of tensors are not as expected": _values,
+    "weight_norm, the versions of tensors or zeros without memory are not as expected": _values,
     "hooks of modules or the outputs of ops are not seen": _hooks,
 }
 

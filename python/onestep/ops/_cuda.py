@@ -11,9 +11,11 @@ run that was meant for the emulator must not pass on the CPU kernels.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +71,16 @@ def build() -> str:
     return status
 
 
+# How the native module's names end, by the dtype that is read.
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@functools.cache
+def entry(name: str, dtype: torch.dtype) -> Any:
+    """The native module's function or class for a dtype."""
+    return getattr(native, f"{name}_{_SUFFIX[dtype]}")
+
+
 def runs_on_cuda(tensor: Tensor) -> bool:
     """Whether a tensor's ops run on the CUDA kernels: on a GPU, or in emulation."""
     return EMULATED or tensor.is_cuda
@@ -81,8 +93,8 @@ def place(tensor: Tensor) -> dict[str, int]:
     """
     if EMULATED:
         return {"device": 0, "stream": 0}
-    device = tensor.device
-    return {"device": device.index, "stream": cuda_stream(device)}
+    device = tensor.get_device()
+    return {"device": device, "stream": cuda_stream(device)}
 
 
 def workspace(tensor: Tensor, size: int) -> Tensor:

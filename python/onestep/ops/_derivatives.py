@@ -38,7 +38,11 @@ def carries_tangents(args: tuple[Any, ...]) -> bool:
 
     The tensors are asked: graphs of torch.compile enter forward-mode levels that forward_ad does not know of.
     """
-    return forward_grad_enabled() and any(has_tangent(arg) for arg in args)
+    if forward_grad_enabled():
+        for arg in args:
+            if has_tangent(arg):
+                return True
+    return False
 
 
 # The derivative modes (reverse, forward) of the op call that this thread is in.
@@ -54,7 +58,7 @@ class OpFunction(SingleLevelFunction):
     gradients of the tensors; None for the arguments after them is added.
     """
 
-    op: ClassVar[Any]
+    op: ClassVar[Op]
     # ``apply``, safe in a forked child.
     applied: ClassVar[Callable[..., Any]]
 
@@ -73,8 +77,7 @@ class OpFunction(SingleLevelFunction):
         if not recorded or cls.forward_composite is not None:
             if not carries_tangents(args):
                 if not recorded:
-                    with below_autograd():
-                        return cls.op(*args)
+                    return cls.op.below_autograd(*args)
             elif cls.forward_composite is not None:
                 return cls.forward_composite(*args)
             elif cls.forward_and_jvp is not None and not in_legacy_vmap():
@@ -111,8 +114,7 @@ class OpFunction(SingleLevelFunction):
         set_grad_enabled(reverse)
         set_forward_grad_enabled(forward)
         try:
-            with below_autograd():
-                return cls.op(*args)
+            return cls.op.below_autograd(*args)
         finally:
             set_grad_enabled(False)
             set_forward_grad_enabled(False)
@@ -170,7 +172,7 @@ def _forward_over_forward(function: type[OpFunction], outputs: int) -> Callable[
 
 def register_derivatives(op: Op, function: type[OpFunction]) -> None:
     """Attaches ``function`` to the op."""
-    function.op, function.applied = op.dispatched, safe_after_fork(function.apply)  # type: ignore[attr-defined]
+    function.op, function.applied = op, safe_after_fork(function.apply)  # type: ignore[attr-defined]
     outputs = number_of_outputs(op.dispatched)
     if function.forward_composite is not None:
         function.forward_composite = staticmethod(safe_after_fork(function.forward_composite))
@@ -190,8 +192,7 @@ def register_composite_derivative(op: Op, composite: Callable[..., Any]) -> None
     def autograd_kernel(*args: Any) -> Any:
         if records_derivatives(args) or carries_tangents(args):
             return composite(*args)
-        with below_autograd():
-            return op.dispatched(*args)
+        return op.below_autograd(*args)
 
     LIBRARY.impl(op.name, autograd_kernel, "Autograd")
 
@@ -205,8 +206,7 @@ def register_values_and_tangents(op: Op, composite: Callable[..., Any]) -> None:
         recorded = torch.is_grad_enabled() and any_requires_grad(*args)
         if recorded or carries_tangents(args):
             return composite(*args)
-        with below_autograd():
-            return op.dispatched(*args)
+        return op.below_autograd(*args)
 
     LIBRARY.impl(op.name, autograd_kernel, "Autograd")
 
@@ -218,7 +218,6 @@ def register_not_differentiable(op: Op, use_instead: str) -> None:
         # Asked of the tensors: that a level of forward mode is open may be another thread's doing.
         if (torch.is_grad_enabled() and any_requires_grad(*args)) or carries_tangents(args):
             raise NotImplementedError(f"onestep::{op.name} has no derivative; {use_instead}")
-        with below_autograd():
-            return op.dispatched(*args)
+        return op.below_autograd(*args)
 
     LIBRARY.impl(op.name, autograd_kernel, "Autograd")

@@ -14,8 +14,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from onestep._torch_private import any_requires_grad, dispatch_modes, forward_level, transforms_active
+from onestep._torch_private import (
+    any_requires_grad,
+    below_autograd,
+    dispatch_modes,
+    forward_level,
+    is_unwritten_zero,
+    transforms_active,
+)
 from onestep.ops import _cuda
 
 LIBRARY = torch.library.Library("onestep", "DEF")
@@ -34,7 +42,7 @@ class Op:
     ``op(*args)`` is ``torch.ops.onestep.<name>(*args)``, past torch's dispatcher where the dispatcher would only find
     the kernel: no derivative is recorded, and no transform, mode, tensor subclass or tracing wants to see the call.
     That saves about 20 µs, which is more than a small problem takes. ``op.dispatched(*args)`` always goes through the
-    dispatcher; derivative formulas and compositions use it.
+    dispatcher; derivative formulas and compositions use it. ``op.below_autograd(*args)`` is for Autograd kernels.
 
     Attributes:
         name: the op's name, without the namespace.
@@ -42,41 +50,48 @@ class Op:
         kernels: device type → kernel.
     """
 
-    __slots__ = ("_cpu", "dispatched", "kernels", "name")
+    __slots__ = ("dispatched", "kernels", "name")
 
     def __init__(self, name: str, dispatched: Any) -> None:
         self.name = name
-        self.dispatched = dispatched
+        self.dispatched: Callable[..., Any] = dispatched
         self.kernels: dict[str, Callable[..., Any]] = {}
-        # kernels["cpu"], which is looked up faster as an attribute.
-        self._cpu: Callable[..., Any] = functools.partial(_raise_without_kernel, self, "cpu")
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or dispatch_modes() != 0 or records_derivatives(args):
+        if torch.compiler.is_compiling() or records_derivatives(args):
             return self.dispatched(*args)
-        for arg in args:
-            if isinstance(arg, Tensor) and not (arg.is_cpu and type(arg) in _PLAIN and not arg.is_neg()):
-                return self._call_elsewhere(args)
-        return self._cpu(*args)
+        return self._found(args)(*args)
+
+    def below_autograd(self, *args: Any) -> Any:
+        """The op without its Autograd kernel, which calls this where it has nothing to record, or has recorded it."""
+        with below_autograd():
+            return (self.dispatched if transforms_active() else self._found(args))(*args)
 
     def require(self, device: str) -> None:
         """Raises NotImplementedError, with the remedy, if there is no kernel for a device type."""
         if device not in self.kernels:
             _raise_without_kernel(self, device)
 
-    def _call_elsewhere(self, args: tuple[Any, ...]) -> Any:
-        """The call where not all tensors are plain CPU tensors."""
+    def _found(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """What the dispatcher would call for these arguments, or the dispatcher, where something else wants the call.
+
+        That is a mode, a tensor subclass, or a tensor whose negation or zeros torch has not written yet.
+        """
         device = None
         for arg in args:
-            if isinstance(arg, Tensor):
-                if type(arg) not in _PLAIN or arg.is_neg() or device not in (None, arg.device.type):
-                    return self.dispatched(*args)
-                device = arg.device.type
-        kernel = self.kernels.get(str(device))
-        return self.dispatched(*args) if kernel is None else kernel(*args)
+            kind = type(arg)
+            if kind is Tensor or kind is Parameter:
+                of_arg = "cpu" if arg.is_cpu else "cuda" if arg.is_cuda else "other"
+                if (device is not None and device != of_arg) or arg.is_neg() or is_unwritten_zero(arg):
+                    return self.dispatched
+                device = of_arg
+            elif kind not in _NO_TENSORS and isinstance(arg, Tensor):
+                return self.dispatched
+        return self.dispatched if device is None or dispatch_modes() else self.kernels.get(device, self.dispatched)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Types of most plain arguments: asked for before Tensor, since isinstance takes 0.1 µs there.
+_NO_TENSORS = frozenset((type(None), bool, int, float))
 
 _OPS: dict[str, Op] = {}
 
@@ -142,7 +157,6 @@ def install_kernels() -> None:
     for op in _OPS.values():
         if _cuda.EMULATED and "cuda" in op.kernels:
             op.kernels["cpu"] = op.kernels.pop("cuda")
-        op._cpu = op.kernels["cpu"]
         for device, key in (_KEYS | _OTHER_KEYS).items():
             kernel = op.kernels.get(device, functools.partial(_raise_without_kernel, op, device))
             LIBRARY.impl(op.name, kernel, key)

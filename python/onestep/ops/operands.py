@@ -113,6 +113,12 @@ def empty_factor(like: Tensor, batch: tuple[int, ...], order: int) -> Tensor:
     return like.new_empty_strided((*batch, order, order), (*strides, 1, order))
 
 
+def empty_info(like: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """Memory for the problems' statuses."""
+    # Sizes as arguments of their own take half a microsecond less than a tuple; there may be none.
+    return like.new_empty(*batch, dtype=torch.int32) if batch else like.new_empty((), dtype=torch.int32)
+
+
 def optional_operand(tensor: Tensor | None, batch: tuple[int, ...], own: int) -> Operand | None:
     """``operand``, or None for None."""
     return None if tensor is None else operand(tensor, batch, own)

@@ -11,6 +11,7 @@ torch's gradient does so where ``torch.use_deterministic_algorithms`` asks for i
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,19 @@ class Path(NamedTuple):
     reason: str
 
 
+# Neither changes, and torch looks the first one up anew for each call.
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _supported(dtype: torch.dtype, d: int, dv: int, device: int) -> bool:
+    """Whether our kernels take operands with this many features, padded."""
+    assert _cuda.native is not None
+    return bool(_cuda.native.attention_supported(ELEMENTS[dtype], d, dv, device))
+
+
 def why_not_flash(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, causal: bool, sizes: Sizes) -> str:
     """Why torch's flash kernels do not take these operands; empty if they do."""
     if not q.is_cuda:
@@ -55,7 +69,7 @@ def why_not_flash(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float,
         return "they take one batch dimension"
     if sizes.queries == 0 or sizes.keys == 0 or sizes.batch[0] == 0 or sizes.heads == 0:
         return "they take no empty operands"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
+    if _capability(q.device) < (8, 0):
         return "the device is older than Ampere"
     return ""
 
@@ -65,7 +79,7 @@ def why_not_kernel(q: Tensor, sizes: Sizes) -> str:
     if _cuda.native is None:
         return f"CUDA kernels: {_cuda.status}"
     padded = (_padded(size, q.dtype) for size in (sizes.d, sizes.dv))
-    if not _cuda.native.attention_supported(ELEMENTS[q.dtype], *padded, _cuda.place(q)["device"]):
+    if not _supported(q.dtype, *padded, _cuda.place(q)["device"]):
         return f"they do not take {sizes.d} and {sizes.dv} features in {q.dtype}"
     return ""
 
@@ -212,7 +226,7 @@ def _prefers_cudnn(q: Tensor, sizes: Sizes) -> bool:
     return (
         sizes.heads == sizes.kv_heads
         and sizes.d <= 128
-        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and _capability(q.device) >= (9, 0)
         and torch.backends.cudnn.is_available()
         and not torch.are_deterministic_algorithms_enabled()
     )

@@ -22,7 +22,7 @@ _SOLVE_SPD: Entries = {torch.float32: _native.solve_spd_f32, torch.float64: _nat
 @register(schema.cholesky, device="cpu")
 def _cholesky(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     L, info = schema.cholesky_results(A)
-    batch = tuple(A.shape[:-2])
+    batch = info.shape
     _CHOLESKY[A.dtype](
         a=operand(A, batch, 2),
         batch=kernel_batch(batch),

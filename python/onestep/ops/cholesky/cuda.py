@@ -5,12 +5,11 @@ and else torch's (cuSOLVER). Nothing waits for the GPU.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from onestep.ops._cuda import native, place
+from onestep.ops._cuda import entry, native, place
 from onestep.ops._library import register
 from onestep.ops.cholesky import schema
 from onestep.ops.operands import kernel_batch, operand, optional_operand
@@ -18,8 +17,6 @@ from onestep.ops.singular import with_singular
 
 # Without it this file is not imported.
 assert native is not None
-
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 #: The largest d that the kernels take.
 MOST_FEATURES: int = native.normal_most_features
@@ -34,15 +31,9 @@ _MANY_COLUMNS = 64
 
 
 @functools.cache
-def entry(name: str, dtype: torch.dtype) -> Any:
-    """The native function for a dtype."""
-    return getattr(native, f"normal_{name}_{_SUFFIX[dtype]}")
-
-
-@functools.cache
 def most_columns(d: int, dtype: torch.dtype) -> int:
     """Right-hand sides that ``system`` takes beside a d × d matrix."""
-    return int(entry("most_columns", dtype)(d=d))
+    return int(entry("normal_most_columns", dtype)(d=d))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -60,8 +51,8 @@ def system(
     normal_equations: bool = False,
 ) -> None:
     """Factors a (…,d,d) and solves for b (…,d,k) by one kernel (csrc/normal/cuda), into the results given."""
-    batch = tuple(info.shape)
-    entry("system", a.dtype)(
+    batch = info.shape
+    entry("normal_system", a.dtype)(
         a=operand(a, batch, 2),
         b=optional_operand(b, batch, 2),
         normal_equations=normal_equations,
@@ -113,7 +104,7 @@ def solve_into(L: Tensor, B: Tensor, solution: Tensor) -> None:
         half = torch.linalg.solve_triangular(L, B.expand(solution.shape), upper=False)
         solution.copy_(torch.linalg.solve_triangular(L.mT, half, upper=True))
         return
-    entry("factor_solve", L.dtype)(
+    entry("normal_factor_solve", L.dtype)(
         factor=operand(L.mT, batch, 2),
         b=operand(B, batch, 2),
         batch=kernel_batch(batch),

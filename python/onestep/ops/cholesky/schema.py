@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from onestep.ops._library import define
 from onestep.ops.operands import (
+    FLOATING,
     LinAlgError,
     any_failed,
     broadcast_batch,
@@ -16,6 +16,7 @@ from onestep.ops.operands import (
     check_size,
     describe_failures,
     empty_factor,
+    empty_info,
 )
 
 # solution, L, info
@@ -23,13 +24,19 @@ Solved = tuple[Tensor, Tensor, Tensor]
 
 
 def _check_square(name: str, A: Tensor) -> None:
+    shape = A.shape
+    # The good case is one expression; so it is below.
+    if A.dtype in FLOATING and len(shape) >= 2 and shape[-2] == shape[-1]:
+        return
     check_floating(name, A)
     check_dims(name, A, 2, "(..., d, d)")
     check_size(name, A, -2, A.shape[-1], "square matrices (..., d, d)")
 
 
 def _check_right(B: Tensor, matrix: Tensor) -> None:
-    d = matrix.shape[-1]
+    shape, d = B.shape, matrix.shape[-1]
+    if B.dtype == matrix.dtype and B.device == matrix.device and len(shape) >= 2 and shape[-2] == d:
+        return
     check_like("B", B, matrix)
     check_dims("B", B, 2, "(..., d, k)")
     check_size("B", B, -2, d, f"(..., {d}, k): as many rows as the matrix")
@@ -49,7 +56,8 @@ def raise_if_failed(info: Tensor, d: int) -> None:
 def cholesky_results(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     """Checks A; returns L (…,d,d), column-major, and info (…), empty."""
     _check_square("A", A)
-    return empty_factor(A, tuple(A.shape[:-2]), A.shape[-1]), A.new_empty(A.shape[:-2], dtype=torch.int32)
+    batch = A.shape[:-2]
+    return empty_factor(A, batch, A.shape[-1]), empty_info(A, batch)
 
 
 cholesky = define(
@@ -64,7 +72,7 @@ def cholesky_solve_results(B: Tensor, L: Tensor) -> Tensor:
     _check_square("L", L)
     _check_right(B, L)
     batch = broadcast_batch("B, L", tuple(B.shape[:-2]), tuple(L.shape[:-2]))
-    return B.new_empty((*batch, *B.shape[-2:]))
+    return B.new_empty(*batch, *B.shape[-2:])
 
 
 cholesky_solve = define(
@@ -81,9 +89,9 @@ def solve_spd_results(A: Tensor, B: Tensor, check: bool = False) -> Solved:
     _check_right(B, A)
     batch = broadcast_batch("A, B", tuple(A.shape[:-2]), tuple(B.shape[:-2]))
     return (
-        A.new_empty((*batch, d, B.shape[-1])),
+        A.new_empty(*batch, d, B.shape[-1]),
         empty_factor(A, batch, d),
-        A.new_empty(batch, dtype=torch.int32),
+        empty_info(A, batch),
     )
 
 

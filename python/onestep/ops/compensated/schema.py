@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from onestep.ops._library import define
-from onestep.ops.operands import broadcast_batch, check_dims, check_floating, check_like, check_size
+from onestep.ops.operands import broadcast_batch, check_dims, check_floating, check_like, check_size, empty_info
 
 # ``info`` of a matrix that holds NaN or infinity (csrc/compensated/compensated.hpp, kNotFinite).
 NOT_FINITE = -1
@@ -24,7 +24,7 @@ def factor_results(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     batch = tuple(A.shape[:-2])
     if broadcast_batch("A, damping", batch, tuple(damping.shape)) != batch:
         raise ValueError(f"damping has shape {tuple(damping.shape)}; expected () or the batch shape {batch}")
-    return A.new_empty(A.shape), A.new_empty(batch, dtype=torch.int32)
+    return A.new_empty(A.shape), empty_info(A, batch)
 
 
 inverse_cholesky = define(

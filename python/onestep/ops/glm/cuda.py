@@ -9,12 +9,11 @@ negative weight makes the results NaN, and the status stands behind the curvatur
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from onestep.ops._cuda import native, place, workspace
+from onestep.ops._cuda import entry, native, place, workspace
 from onestep.ops._library import register
 from onestep.ops.glm import schema
 from onestep.ops.operands import Operand, check_not_negative
@@ -25,12 +24,6 @@ _CHUNK_BYTES = 256 << 20
 # Without it this file is not imported.
 assert native is not None
 _CHUNK_LOSSES = native.glm_chunk_losses
-
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-def _entry(name: str, dtype: torch.dtype) -> Any:
-    return getattr(native, f"{name}_{_SUFFIX[dtype]}")
 
 
 def _whole(tensor: Tensor | None) -> Operand | None:
@@ -45,7 +38,7 @@ def _targets(y: Tensor) -> tuple[Operand | None, Operand | None]:
 def _one_pass(X: Tensor, k: int, m: int, intercept: bool) -> Tensor | None:
     """Workspace of one pass over X with m·k columns; None if there are too many for one."""
     n, d = X.shape
-    size = _entry("glm_workspace", X.dtype)(intercept=intercept, n=n, d=d, k=k, m=m, device=place(X)["device"])
+    size = entry("glm_workspace", X.dtype)(intercept=intercept, n=n, d=d, k=k, m=m, device=place(X)["device"])
     return None if size < 0 else workspace(X, size)
 
 
@@ -82,7 +75,7 @@ def _point(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, 
     info = curvature.data_ptr() + n * k * curvature.itemsize
     scratch = _one_pass(X, k, 1, intercept)
     if scratch is not None:
-        _entry("glm_point", X.dtype)(
+        entry("glm_point", X.dtype)(
             family,
             intercept,
             _whole(X),
@@ -109,7 +102,7 @@ def _point(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, 
     for rows, count in zip(chunks, counts, strict=True):
         x = X[rows].to(W.dtype)
         middle = _outputs(x, W, d)
-        _entry("glm_chunk_point", W.dtype)(
+        entry("glm_chunk_point", W.dtype)(
             family,
             *_targets(y[rows]),
             None if weight is None else _whole(weight[rows]),
@@ -123,7 +116,7 @@ def _point(X: Tensor, y: Tensor, W: Tensor, weight: Tensor | None, family: int, 
         )
         _multiply_back(x, middle, gradient, d)
         done += count
-    _entry("glm_sum_losses", W.dtype)(done, losses.data_ptr(), statuses.data_ptr(), loss.data_ptr(), info, **place(X))
+    entry("glm_sum_losses", W.dtype)(done, losses.data_ptr(), statuses.data_ptr(), loss.data_ptr(), info, **place(X))
     return loss, gradient, curvature
 
 
@@ -143,7 +136,7 @@ def _product(
     scratch = _one_pass(X, k, m, intercept)
     if scratch is not None:
         product = schema.product_results(V, X, W, weight, curvature, family, intercept)
-        _entry("glm_product", X.dtype)(
+        entry("glm_product", X.dtype)(
             family,
             intercept,
             _whole(X),
@@ -164,7 +157,7 @@ def _product(
     for rows in _chunks(X, m * k, W.dtype):
         x = X[rows].to(W.dtype)
         middle = _outputs(x, right, d)
-        _entry("glm_chunk_product", W.dtype)(
+        entry("glm_chunk_product", W.dtype)(
             family,
             None if weight is None else _whole(weight[rows]),
             len(x),

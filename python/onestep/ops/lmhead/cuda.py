@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestep.ops._cuda import native, place
+from onestep.ops._cuda import entry, place
 from onestep.ops._library import register
 from onestep.ops._products import add_product, product_into
 from onestep.ops.lmhead import schema
@@ -30,8 +30,6 @@ _BLOCK_BYTES = 1 << 30
 _ALIGNMENT = 8
 # csrc/lmhead/cuda/lmhead.hpp, kHeadStatistics
 _STATISTICS = 11
-
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def _vector(tensor: Tensor | None) -> Operand | None:
@@ -117,8 +115,7 @@ class _Head:
         for first in range(0, self.rows, max(self.chunk_rows, 1)):
             self._chunk(slice(first, min(first + self.chunk_rows, self.rows)))
         value = self._empty()
-        entry = getattr(native, f"head_value_{_SUFFIX[self.dtype]}")
-        entry(self.rows, self.values.data_ptr(), value.data_ptr(), **self.place)
+        entry("head_value", self.dtype)(self.rows, self.values.data_ptr(), value.data_ptr(), **self.place)
         return value, self.losses, self._gradient(0), self._gradient(1), self._gradient(2)
 
     def _gradient(self, index: int) -> Tensor:
@@ -145,7 +142,7 @@ class _Head:
     def _native_chunk(self, rows: slice) -> Any:
         tangent = self.row_weight_tangent
         count = rows.stop - rows.start
-        return getattr(native, f"HeadChunk_{_SUFFIX[self.input.dtype]}")(
+        return entry("HeadChunk", self.input.dtype)(
             count,
             self.classes,
             self.buffer.data_ptr(),

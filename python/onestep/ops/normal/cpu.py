@@ -78,7 +78,7 @@ def _solve(
     out: Results,
 ) -> None:
     solution, L, info, rcond, jittered = out
-    batch = tuple(info.shape)
+    batch = info.shape
     n, d = X.shape[-2:]
     _SOLVE[Y.dtype](
         x=operand(X, batch, 2),

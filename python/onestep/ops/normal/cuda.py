@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onestep.ops._cuda import place
+from onestep.ops._cuda import entry, place
 from onestep.ops._library import register
 from onestep.ops.cholesky import cuda as cholesky
 from onestep.ops.normal import schema
@@ -62,7 +62,7 @@ def _gram_into(X: Tensor, Y: Tensor, weight: Tensor | None, gram: Tensor, cross:
         cross.copy_(rows.mT @ targets)
         return
     together = k <= cholesky.most_columns(d, X.dtype)
-    cholesky.entry("system", X.dtype)(
+    entry("normal_system", X.dtype)(
         x=operand(X, batch, 2),
         y=operand(Y, batch, 2),
         weight=optional_operand(weight, batch, 1),
@@ -128,14 +128,14 @@ def _solve_fused(
     out: Results,
     norm: Tensor | None,
 ) -> None:
-    solution, L, info = out[:3]
-    batch = tuple(info.shape)
+    solution, L, info, *_ = out
+    batch = info.shape
     n, d = X.shape[-2:]
-    cholesky.entry("system", X.dtype)(
+    entry("normal_system", X.dtype)(
         x=operand(X, batch, 2),
         y=operand(Y, batch, 2),
-        weight=optional_operand(weight, batch, 1),
-        ridge=optional_operand(ridge, batch, 1),
+        weight=None if weight is None else operand(weight, batch, 1),
+        ridge=None if ridge is None else operand(ridge, batch, 1),
         uniform_ridge=uniform_ridge,
         normal_equations=True,
         batch=kernel_batch(batch),
@@ -228,7 +228,7 @@ def _condition_into(L: Tensor, norm: Tensor, info: Tensor, rcond: Tensor) -> Non
         failed = (info > 0) & (info <= d)
         rcond.copy_(torch.where(failed, 0, 1 / (norm * _inverse_norm(L))))
         return
-    cholesky.entry("condition", L.dtype)(
+    entry("normal_condition", L.dtype)(
         factor=L.data_ptr(),
         norm=norm.data_ptr(),
         info=info.data_ptr(),
@@ -257,21 +257,23 @@ def _solve(
     out: Results,
 ) -> None:
     refine, jitter = options.refine, options.jitter
-    X = X.to(Y.dtype)
+    if X.dtype != Y.dtype:
+        X = X.to(Y.dtype)
     check_not_negative("weight", weight)
     check_not_negative("ridge", ridge)
     solution, L, info, rcond, jittered = out
-    d, k = X.shape[-1], Y.shape[-1]
+    d, k = solution.shape[-2:]
+    problems = info.numel()
     if jittered is not None:
         jittered.zero_()
-    if info.numel() == 0 or d == 0:
+    if problems == 0 or d == 0:
         info.zero_()
         return
     if L is None and refine > 0:
         L = X.new_empty(*info.shape, d, d).mT
     norm = None if rcond is None else torch.empty_like(rcond)
     out = (solution, L, info, rcond, jittered)
-    if jitter == 0 and k > 0 and _fused(X, k, info.numel()):
+    if jitter == 0 and k > 0 and _fused(X, k, problems):
         _solve_fused(X, Y, weight, ridge, uniform_ridge, out, norm)
     else:
         _solve_composed(X, Y, weight, ridge, uniform_ridge, jitter, out, norm)

@@ -7,19 +7,16 @@ semi-definite, so that its Cholesky pivots cannot fail, and singular values come
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from onestep.ops._cuda import native, place
+from onestep.ops._cuda import entry, native, place
 from onestep.ops._library import register
 from onestep.ops._products import batched_product, batched_product_into
 from onestep.ops.polar import schema
 
 assert native is not None
 _MOST_INVERSE_ORDER: int = native.most_inverse_order
-_INVERSE: dict[torch.dtype, Any] = {torch.float32: native.spd_inverse_f32, torch.float64: native.spd_inverse_f64}
 
 # Where I + cXXᵀ of 16-bit X has a condition of at most 1 + this, rounding the inverse's products to bfloat16 costs no
 # more than X's rounding did; from this order of blocks on it is faster.
@@ -66,7 +63,7 @@ class _Inverse:
             torch.baddbmm(out if plus is None else plus, A, B, beta=beta, alpha=alpha, out=out)
 
     def _kernel(self, A: Tensor, inverse: Tensor, offset: int) -> None:
-        _INVERSE[A.dtype](
+        entry("spd_inverse", A.dtype)(
             batch=A.shape[0],
             n=A.shape[-1],
             a=A.data_ptr(),

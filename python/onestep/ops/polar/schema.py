@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onestep.ops._library import define
-from onestep.ops.operands import LinAlgError, any_failed, check_dims, describe_failures
+from onestep.ops.operands import LinAlgError, any_failed, check_dims, describe_failures, empty_info
 
 # The dtypes that are read, and what is computed in and returned.
 COMPUTE_DTYPES = {
@@ -50,7 +50,7 @@ def polar_results(M: Tensor, iterations: int, lower: float) -> tuple[Tensor, Ten
     if not 0.0 < lower <= 1.0:
         raise ValueError(f"lower is {lower}; expected a number from 0 (not itself) to 1")
     U = torch.empty(M.shape, dtype=COMPUTE_DTYPES[M.dtype], device=M.device)
-    return U, M.new_empty(M.shape[:-2], dtype=torch.int32)
+    return U, empty_info(M, M.shape[:-2])
 
 
 polar = define(
