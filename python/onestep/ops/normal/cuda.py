@@ -38,9 +38,8 @@ _REFINE_BYTES = 256 << 20
 _MOST_JITTER_STEPS = 20
 
 
-def _fused(X: Tensor, k: int, problems: int) -> bool:
-    n, d = X.shape[-2:]
-    if d > cholesky.MOST_FEATURES or k > cholesky.most_columns(d, X.dtype) or n > _MOST_ROWS:
+def _fused(n: int, d: int, k: int, problems: int, dtype: torch.dtype) -> bool:
+    if d > cholesky.MOST_FEATURES or k > cholesky.most_columns(d, dtype) or n > _MOST_ROWS:
         return False
     return problems >= _FEW_PROBLEMS or n <= _FEW_ROWS
 
@@ -54,7 +53,7 @@ def _gram_into(X: Tensor, Y: Tensor, weight: Tensor | None, gram: Tensor, cross:
     n, d = X.shape[-2:]
     k = Y.shape[-1]
     problems = gram[..., 0, 0].numel()
-    if not _fused(X, min(k, 1), problems):
+    if not _fused(n, d, min(k, 1), problems, X.dtype):
         rows, targets = _scaled(weight, X), _scaled(weight, Y)
         gram.copy_(rows.mT @ rows)
         # torch's product is symmetric up to rounding.
@@ -125,12 +124,14 @@ def _solve_fused(
     weight: Tensor | None,
     ridge: Tensor | None,
     uniform_ridge: float,
+    n: int,
+    d: int,
+    k: int,
     out: Results,
     norm: Tensor | None,
 ) -> None:
     solution, L, info, *_ = out
     batch = info.shape
-    n, d = X.shape[-2:]
     entry("normal_system", X.dtype)(
         x=operand(X, batch, 2),
         y=operand(Y, batch, 2),
@@ -141,7 +142,7 @@ def _solve_fused(
         batch=kernel_batch(batch),
         n=n,
         d=d,
-        k=Y.shape[-1],
+        k=k,
         solution=solution.data_ptr(),
         factor=0 if L is None else L.data_ptr(),
         info=info.data_ptr(),
@@ -262,8 +263,7 @@ def _solve(
     check_not_negative("weight", weight)
     check_not_negative("ridge", ridge)
     solution, L, info, rcond, jittered = out
-    d, k = solution.shape[-2:]
-    problems = info.numel()
+    (n, d), k, problems = X.shape[-2:], Y.shape[-1], info.numel()
     if jittered is not None:
         jittered.zero_()
     if problems == 0 or d == 0:
@@ -273,8 +273,8 @@ def _solve(
         L = X.new_empty(*info.shape, d, d).mT
     norm = None if rcond is None else torch.empty_like(rcond)
     out = (solution, L, info, rcond, jittered)
-    if jitter == 0 and k > 0 and _fused(X, k, problems):
-        _solve_fused(X, Y, weight, ridge, uniform_ridge, out, norm)
+    if jitter == 0 and k > 0 and _fused(n, d, k, problems, X.dtype):
+        _solve_fused(X, Y, weight, ridge, uniform_ridge, n, d, k, out, norm)
     else:
         _solve_composed(X, Y, weight, ridge, uniform_ridge, jitter, out, norm)
     if refine > 0 and L is not None:
