@@ -24,6 +24,14 @@ TABLE = ROOT / "bench" / "results" / "cuda_resources.md"
 # Bytes of spills, stores and loads, that a kernel of a family may have. The few of `normal` are outside of inner loops:
 # kernels that hold no more registers than several blocks of a multiprocessor share.
 MOST_SPILLS = {"normal": 96, "glm": 0, "polar": 0}
+# Kernels that may have more: with fewer blocks on a multiprocessor they spill nothing and were slower on an H200
+# (decisions 293 and 307).
+MEASURED = {
+    "small_system_kernel<float, 24, 1>": 200,
+    "small_system_kernel<float, 32, 1>": 400,
+    "panel_rows_kernel<PanelShape<128, 4, 1, 128>, 3>": 160,
+    "panel_rows_kernel<PanelShape<160, 5, 1, 160>, 2>": 600,
+}
 FLAGS = [
     "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Werror=all-warnings",
     "-Xcompiler=-Wall,-Wextra,-Werror,-Wno-unknown-pragmas,-fPIC", "-Xptxas=-v",
@@ -125,7 +133,7 @@ def main() -> None:
     spilled = [
         f"{k.name} ({k.architecture}): {k.spills} bytes"
         for k in kernels
-        if k.spills > MOST_SPILLS.get(k.family, k.spills)
+        if k.spills > MEASURED.get(k.name, MOST_SPILLS.get(k.family, k.spills))
     ]
     if spilled:
         sys.exit("kernels that spill registers:\n" + "\n".join(spilled))

@@ -25,9 +25,13 @@ class WrongResult(AssertionError):
     """What was timed did not give what it should."""
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Milliseconds of one call on the device, and its result."""
+def timed(call: Callable[[], Any], before: Callable[[], Any] | None = None) -> tuple[float, Any]:
+    """Milliseconds of one call on the device, and its result; with what the CPU takes to queue it, where the device has
+    nothing to do ``before``.
+    """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if before is not None:
+        before()
     begin.record()
     result = call()
     end.record()
@@ -60,6 +64,20 @@ def interleaved(
             del result
     if check is not None:
         check(results)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def queued(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """The same medians of the device's time alone: each call is queued behind a fill of 1 GiB, which empties the L2
+    cache and takes longer than the CPU needs to queue the call.
+    """
+    fill = torch.empty(1 << 28, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            milliseconds, result = timed(call, lambda: fill.zero_())
+            times[name].append(milliseconds)
+            del result
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -17,16 +17,16 @@ Status middle_system(const SystemArgs<float>& args, cudaStream_t stream) {
         if (args.a && args.batch.count() < kMany * device_limits().multiprocessors) {
             return one ? launch_matrices<64, 2, 1, 8>(args, stream) : launch_matrices<64, 2, 4, 8>(args, stream);
         }
-        return one ? launch_panels<64, 1, 1, 12, 16>(args, stream) : launch_panels<64, 1, 4, 12, 16>(args, stream);
+        return one ? launch_panels<64, 1, 1, 12, 16>(args, stream) : launch_panels<64, 1, 4, 8, 16>(args, stream);
     }
     if (args.d <= 96) {
-        return one ? launch_panels<96, 3, 1, 4, 5>(args, stream) : launch_panels<96, 3, 8, 4, 4>(args, stream);
+        return one ? launch_panels<96, 3, 1, 4, 5>(args, stream) : launch_panels<96, 3, 8, 2, 4>(args, stream);
     }
     if (args.d <= 128) {
-        return one ? launch_panels<128, 4, 1, 3, 4>(args, stream) : launch_panels<128, 4, 8, 3, 3>(args, stream);
+        return one ? launch_panels<128, 4, 1, 3, 4>(args, stream) : launch_panels<128, 4, 8, 2, 3>(args, stream);
     }
     if (args.d <= 160) {
-        return one ? launch_panels<160, 5, 1, 2, 3>(args, stream) : launch_panels<160, 5, 8, 2, 2>(args, stream);
+        return one ? launch_panels<160, 5, 1, 2, 3>(args, stream) : launch_panels<160, 5, 8, 1, 2>(args, stream);
     }
     return one ? launch_panels<192, 6, 1, 1, 1>(args, stream) : launch_panels<192, 6, 8, 1, 1>(args, stream);
 }

@@ -284,7 +284,7 @@ void test_matrix(const Size& size, bool break_one) {
 }
 
 // Blocks of columns: factors against the plain loops, every way to fail, and the upper triangle left alone.
-void test_blocked(int64_t problems, int64_t d, bool by_columns) {
+void test_blocked(int64_t problems, int64_t d, bool by_columns, bool break_one) {
     std::mt19937 random(static_cast<unsigned>(d));
     const Size size{problems, 0, d, 0, false};
     const Table<float> x(random, problems, d + 3, d, Table<float>::Layout::rows);
@@ -341,6 +341,9 @@ void test_blocked(int64_t problems, int64_t d, bool by_columns) {
     simt::set_seed(7);
     run(again);
     check(identical(again.factor, got.factor), name<float>("blocked: repeats to the bit", size));
+    if (!break_one) {
+        return;
+    }
     const std::vector<float> good = lower;
     for (const auto& [row, col, value] : std::vector<std::tuple<int64_t, int64_t, float>>{
              {d - 1, d - 1, -1.0f}, {d / 2, d / 2, 0.0f}, {d - 1, d / 2, nan}, {65, 3, -nan}, {0, 0, -1.0f}}) {
@@ -398,10 +401,9 @@ void test_all() {
 
 int main() {
     test_all<float>();
-    test_blocked(2, 200, false);
-    test_blocked(1, 169, true);
-    test_blocked(2, 136, true);
-    test_blocked(1, 257, false);
+    test_blocked(2, 136, true, true);
+    test_blocked(2, 190, false, true);
+    test_blocked(1, 257, false, false);
     if (std::getenv("ONESTEP_FLOAT_ONLY") == nullptr) test_all<double>();
     std::printf("%d checks, %d failed\n", testing::checks, testing::failures);
     return testing::failures == 0 ? 0 : 1;
