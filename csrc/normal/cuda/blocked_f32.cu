@@ -7,14 +7,15 @@ Status blocked_cholesky(const CholeskyArgs& args, cudaStream_t stream) {
     if (problems == 0 || args.d == 0) {
         return Status::ok;
     }
-    constexpr int64_t kBytes = static_cast<int64_t>(BlockedShape::floats + kGramStages * GramStage<BlockedShape>::floats) *
-                               static_cast<int64_t>(sizeof(float));
+    constexpr int64_t kBytes =
+        static_cast<int64_t>(BlockedShape::floats + kGramStages * GramStage<BlockedShape>::floats) *
+        static_cast<int64_t>(sizeof(float));
     const int steps = static_cast<int>(ceil_div<int64_t>(args.d, kBlockColumns));
     for (int step = 0; step < steps; ++step) {
         const int64_t below = steps - 1 - step;
         const int64_t count = problems * (below > 1 ? below : 1);
-        const Status status = launch(blocked_step_kernel, middle_grid(count), BlockedShape::threads, kBytes, stream,
-                                     args, count, step);
+        const Status status =
+            launch(blocked_step_kernel, middle_grid(count), BlockedShape::threads, kBytes, stream, args, count, step);
         if (status != Status::ok) {
             return status;
         }

@@ -1,6 +1,6 @@
-// Problems of 33 to 168 features in fp64: a block per problem. The lower triangle of A is cut into square tiles of kTile, each
-// of which a thread holds in registers from the Gram sum to the last step of the factorisation. Right-hand sides are
-// one more row of tiles below A: what the factorisation leaves there is L⁻¹R.
+// Problems of 33 to 168 features in fp64, of 161 to 168 in fp32: a block per problem. The lower triangle of A is cut
+// into square tiles of kTile, each of which a thread holds in registers from the Gram sum to the last step of the
+// factorisation. Right-hand sides are one more row of tiles below A: what the factorisation leaves there is L⁻¹R.
 //
 // What all threads need of a matrix column (or of a row of X) lies in shared memory as a line: vectors of 16 bytes,
 // first those with the tiles' first elements, then those with the next, so that threads of consecutive tiles read

@@ -1,3 +1,4 @@
+#include "normal/cuda/middle.cuh"
 #include "normal/cuda/panel_system.cuh"
 #include "normal/cuda/solve.cuh"
 
@@ -28,7 +29,8 @@ Status middle_system(const SystemArgs<float>& args, cudaStream_t stream) {
     if (args.d <= 160) {
         return one ? launch_panels<160, 5, 1, 2, 3>(args, stream) : launch_panels<160, 5, 8, 1, 2>(args, stream);
     }
-    return one ? launch_panels<192, 6, 1, 1, 1>(args, stream) : launch_panels<192, 6, 8, 1, 1>(args, stream);
+    // Panels of so many rows take more shared memory than a block has on devices of capability 8.6 and 8.9.
+    return launch_middle<float, 8, 168, 1>(args, stream);
 }
 
 template Status middle_factor_solve(const FactorSolveArgs<float>&, cudaStream_t);

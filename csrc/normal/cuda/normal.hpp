@@ -1,5 +1,6 @@
-// The normal-equations family on a GPU, for problems that one warp (d to 32) or one block (d to kMostFeatures) holds.
-// Larger ones are composed of these and of torch's matrix products; see python/onestep/ops/normal/cuda.py.
+// The normal-equations family on a GPU, for problems that one warp (d to 32) or one block (d to kMostFeatures) holds,
+// and Cholesky factors of any d. Larger problems are composed of these and of torch's products; see
+// python/onestep/ops/normal/cuda.py.
 //
 // Results, statuses and layouts are those of normal/normal.hpp. What the CPU refuses before it computes, a negative
 // weight or penalty, becomes NaN here, so that its problem fails. Launches are asynchronous and need no workspace.
@@ -85,7 +86,7 @@ struct ConditionArgs {
 template <class T>
 Status condition(const ConditionArgs<T>& args, cudaStream_t stream);
 
-// The size classes: d ≤ kSmallFeatures, and more: panels.cuh in fp32, middle.cuh in fp64.
+// The size classes: d ≤ kSmallFeatures, and more: panels.cuh in fp32 to d = 160, middle.cuh else.
 template <class T>
 Status small_system(const SystemArgs<T>& args, cudaStream_t stream);
 template <class T>

@@ -223,7 +223,8 @@ __device__ __forceinline__ void add_step(const float* stage, int step, int warp,
                 right[i] = own[Tiles::column(kFirst + i, 0)];
             });
         } else {
-            // The short row is the first to lie within d. Of a matrix that is not square it has tiles above the diagonal.
+            // The short row is the first to lie within d. Of a matrix that is not square it has tiles above the
+            // diagonal.
             const int lowest = Tiles::row(Tiles::own_row(kFirst + kCount - 1, warp), warp);
             if (kGramTile * lowest >= d || (!Shape::square && Tiles::column(kFirst, warp) > lowest)) {
                 return;

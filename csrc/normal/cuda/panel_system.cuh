@@ -1,4 +1,4 @@
-// Systems of fp32 with a block of one to six warps for each: from rows of X and Y, or from A and B.
+// Systems of fp32 with a block of one to five warps for each: from rows of X and Y, or from A and B.
 #pragma once
 
 #include "normal/cuda/panel_gram.cuh"
@@ -10,8 +10,8 @@ namespace onestep::normal::cuda {
 template <class Shape>
 constexpr int64_t panel_bytes(bool from_rows) {
     constexpr int kStages = kGramStages * GramStage<Shape>::floats;
-    const int floats = from_rows && kStages > Shape::matrix_floats ? Shape::floats + kStages - Shape::matrix_floats
-                                                                   : Shape::floats;
+    const int floats =
+        from_rows && kStages > Shape::matrix_floats ? Shape::floats + kStages - Shape::matrix_floats : Shape::floats;
     return static_cast<int64_t>(floats) * static_cast<int64_t>(sizeof(float));
 }
 

@@ -1,4 +1,4 @@
-// Systems of fp32 that a block of one to six warps holds: A's lower triangle lies in shared memory in panels of eight
+// Systems of fp32 that a block of one to five warps holds: A's lower triangle lies in shared memory in panels of eight
 // columns and becomes L there, panel after panel. A thread has a row of A, or two.
 //
 // Panel p holds rows 8p and on, kPanelPitch numbers apart, so that threads which read a row each, 16 bytes at a time,
@@ -111,7 +111,11 @@ __device__ __forceinline__ void update_panel(const float* shared, int p, int row
 #pragma unroll
     for (int i = 0; i < Shape::rows; ++i) {
         const int own = row + i * Shape::threads;
-        load_panel_row(shared + Shape::panel(p) + (own < kPanel * p ? kPanel * p : own > last ? last : own) * kPanelPitch,
+        load_panel_row(shared + Shape::panel(p) +
+                           (own < kPanel * p ? kPanel * p
+                            : own > last     ? last
+                                             : own) *
+                               kPanelPitch,
                        a[i]);
     }
 #pragma unroll 1
@@ -124,7 +128,11 @@ __device__ __forceinline__ void update_panel(const float* shared, int p, int row
 #pragma unroll
             for (int i = 0; i < Shape::rows; ++i) {
                 const int at = row + i * Shape::threads;
-                load_vector(left + (at < kPanel * p ? kPanel * p : at > last ? last : at) * kPanelPitch +
+                load_vector(left +
+                                (at < kPanel * p ? kPanel * p
+                                 : at > last     ? last
+                                                 : at) *
+                                    kPanelPitch +
                                 v * kVector<float>,
                             own[i]);
             }
@@ -181,8 +189,8 @@ __device__ __forceinline__ int factor_block(const float* shared, const float* fl
 }
 
 // L from the matrix in shared memory, in `panels` panels down to row `last`, and z = L⁻¹z for this thread's rows, which
-// end in the shared targets. Returns to the thread with row `last` the first column, from 1, whose pivot is not good, or
-// 0; other threads may not have seen it.
+// end in the shared targets. Returns to the thread with row `last` the first column, from 1, whose pivot is not good,
+// or 0; other threads may not have seen it.
 template <class Shape>
 __device__ __forceinline__ int factor_panels(float* shared, int panels, int last,
                                              float (&z)[Shape::rows][Shape::columns]) {
@@ -309,8 +317,8 @@ __device__ __forceinline__ void solve_panels(float* shared, int d) {
         for (int i = 0; i < Shape::rows; ++i) {
             const int row = thread + i * Shape::threads;
             if (row < kPanel * p) {
-                const float* const column = shared + Shape::panel(row / kPanel) + p * (kPanel * kPanelPitch) +
-                                            row % kPanel;
+                const float* const column =
+                    shared + Shape::panel(row / kPanel) + p * (kPanel * kPanelPitch) + row % kPanel;
 #pragma unroll
                 for (int e = 0; e < kPanel; ++e) {
                     const float factor = column[e * kPanelPitch];
