@@ -48,34 +48,28 @@ class BusyError(RuntimeError):
     """Another thread is inside torch's forward mode."""
 
 
-def jvp(
-    function: Callable[..., Any],
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
-    *,
-    patience: float = _PATIENCE_SECONDS,
-) -> Any:
+def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     """``torch.func.jvp``, right beside another thread's, with tangents of the outputs' dtype.
 
     Forward mode makes a float64 tangent of a float32 tensor of shape () times a Python float (torch 2.13).
 
     Raises:
-        BusyError: another thread's has begun first and not ended for ``patience`` seconds.
+        BusyError: another thread's has begun first and does not end soon.
     """
-    outputs, pushed = _alone(lambda: torch.func.jvp(function, primals, tangents), patience)
+    outputs, pushed = _alone(lambda: torch.func.jvp(function, primals, tangents))
     return outputs, tree_map(lambda tangent, output: tangent.to(output.dtype), pushed, outputs)
 
 
 def jacfwd(function: Callable[..., Any], point: Any) -> Any:
     """``torch.func.jacfwd(function)(point)``, likewise."""
-    return _alone(lambda: torch.func.jacfwd(function)(point), _PATIENCE_SECONDS)
+    return _alone(lambda: torch.func.jacfwd(function)(point))
 
 
-def _alone(compute: Callable[[], Any], patience: float) -> Any:
+def _alone(compute: Callable[[], Any]) -> Any:
     if _own_levels() > 0:
         return compute()  # inside another jvp of this thread, which has the level and outlives us
     with _region:
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         while not _enter():
             if time.monotonic() > deadline:
                 raise BusyError("another thread is inside torch's forward mode (torch.func.jvp)")
