@@ -81,6 +81,9 @@ def test_inside_a_backward_pass():
     torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
     torch.autograd.grad(y, x, torch.ones(2))
     assert seen == [(True, True), (False, False)]
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    found = private.run_backward((3 * a,), (torch.ones(2),), True, False, (a, b), True, accumulate_grad=False)
+    assert found[0].tolist() == [3.0, 3.0] and found[1] is None and a.grad is None
     assert torch.func.grad(_checks._single_level)(torch.tensor(3.0)) == 6.0
 
 

@@ -2,8 +2,9 @@
 
 Derivatives at an op's Autograd key, the way past the dispatcher and products under torch.func need what torch does not
 export. A release of torch that changes one of these would make derivatives silently wrong. So each name is tried once,
-in some 2 ms, and a change is an ImportError that says which versions of torch were tested. Two are tried by the tests
-alone: what torch.compile leaves in a module, since that loads the compiler, and the current stream, which needs a GPU.
+in some 2 ms, and a change is an ImportError that says which versions of torch were tested. Three are tried by the
+tests alone: what torch.compile leaves in a module, since that loads the compiler; the current stream, which needs a
+GPU; and run_backward, since a backward pass starts threads (see _checks.py).
 
 No other file of the package has a private name of torch (tests/test_torch_private.py).
 """
@@ -101,6 +102,11 @@ try:
 
     get_single_level_allowed = _functorch.get_single_level_autograd_function_allowed
     set_single_level_allowed = _functorch.set_single_level_autograd_function_allowed
+
+    # What torch.autograd.grad calls: (outputs, cotangents, whether the graph is kept, whether the gradients' own is
+    # recorded, inputs, whether inputs may be unused, accumulate_grad=False) → gradients or None. Torch function modes
+    # stay on, which are off while they handle torch.autograd.grad.
+    run_backward = torch.autograd.graph._engine_run_backward
 
     # What torch.nn.utils.parametrizations.weight_norm calls.
     weight_norm = torch._weight_norm

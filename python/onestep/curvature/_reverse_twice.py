@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onestep._torch_private import tree_flatten, tree_map, tree_unflatten
+from onestep.curvature.kernels import gradients
 
 
 def hessian_product(scalar: Callable[[Any], Tensor], params: Any, v: Any) -> Any:
@@ -45,16 +46,7 @@ class GaussNewtonProduct:
             tangents = [torch.zeros_like(output) for output in self.outputs]
             if moving:
                 slopes, along = zip(*moving, strict=True)
-                tangents = list(
-                    torch.autograd.grad(
-                        slopes,
-                        self.weights,
-                        along,
-                        retain_graph=True,
-                        create_graph=self.recorded,
-                        materialize_grads=True,
-                    )
-                )
+                tangents = gradients(slopes, self.weights, along, recorded=self.recorded)
         outputs = self.outputs if self.recorded else [output.detach() for output in self.outputs]
         image = outer(*(tree_unflatten(parts, self.output_structure) for parts in (outputs, tangents)))
         with torch.enable_grad():
@@ -79,8 +71,4 @@ def _pulled(outputs: list[Tensor], leaves: list[Tensor], along: list[Tensor], *,
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in leaves]
     depending, cotangents = zip(*pairs, strict=True)
-    return list(
-        torch.autograd.grad(
-            depending, leaves, cotangents, retain_graph=True, create_graph=recorded, materialize_grads=True
-        )
-    )
+    return gradients(depending, leaves, cotangents, recorded=recorded)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vjp, vmap
 
 from onestep._torch_private import tree_map_only
+from onestep.curvature.kernels import gradients
 from onestep.curvature.products import Route
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import Loss, widened
@@ -84,9 +85,7 @@ def jacobian_by_rows(function: Callable[[Tensor], Tensor], point: Tensor) -> tup
         leaf = point.detach().requires_grad_()
         outputs = function(leaf)
         rows = [
-            torch.autograd.grad(z, leaf, retain_graph=True, materialize_grads=True)[0]
-            if z.requires_grad
-            else torch.zeros_like(point)
+            gradients([z], [leaf], [torch.ones_like(z)])[0] if z.requires_grad else torch.zeros_like(point)
             for z in outputs.flatten()
         ]
     J = torch.stack(rows) if rows else point.new_empty(0, len(point))
