@@ -25,7 +25,7 @@ def gradients(function: Callable[..., Any], inputs: tuple[Any, ...], *, checkpoi
         results = function(*inputs)
         results = (results,) if isinstance(results, Tensor) else results
         return sum(
-            (r.square().sum() + r.sum() for r in results if isinstance(r, Tensor) and r.requires_grad and r.numel()),
+            (r.square().sum() + r.sum() for r in results if isinstance(r, Tensor) and r.requires_grad),
             torch.zeros((), dtype=torch.float64),
         )
 

@@ -84,7 +84,11 @@ class _LinearCrossEntropy(OpFunction):
             weights = _sum(None if of_value is None else of_value * row_weight, of_losses)
             results = linear_cross_entropy.dispatched(weights, *operands, target, *options, needed)
             gradients = [of if n else None for of, n in zip(results[2:], needed, strict=True)]
-        along = [of if wants else None for of, wants in zip(of_gradients, ctx.wanted, strict=True)]
+        # The gradient of a bias that is not there is empty.
+        along = [
+            of if wants and operand is not None else None
+            for of, wants, operand in zip(of_gradients, ctx.wanted, operands, strict=True)
+        ]
         if any(of is not None for of in along):
             _, pushed, *second = linear_cross_entropy_tangent.dispatched(
                 row_weight, None, *operands, target, *along, *options, False, needed
