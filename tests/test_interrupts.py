@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch import eager_transforms
 from torch.overrides import TorchFunctionMode
 
 import onestep
-from onestep import _forward_mode, layerwise
+from onestep import layerwise
 from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode, hooked, own_modes, replaced
-from onestep._torch_private import function_modes, functorch_python, transform_depth
+from onestep._torch_private import function_modes, level_is_ours, transform_depth
 from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator, Laplace
 
 
@@ -42,7 +43,7 @@ def state(net: nn.Module) -> list[Any]:
         for module in net.modules()
     ]
     own += [id(parameter) for parameter in net.parameters()]
-    levels = (functorch_python.JVP_NESTING, torch.autograd.forward_ad._current_level, transform_depth())
+    levels = (eager_transforms.JVP_NESTING, torch.autograd.forward_ad._current_level, transform_depth())
     return [*own, levels, function_modes(), torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()]
 
 
@@ -340,9 +341,9 @@ def test_a_users_own_forward_mode_in_another_thread() -> None:
         other.join()
     assert not wrong and count > 0
     deadline = time.monotonic() + 5
-    while _forward_mode._open and time.monotonic() < deadline:
+    while level_is_ours() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert (functorch_python.JVP_NESTING, torch.autograd.forward_ad._current_level) == (0, -1)
+    assert (eager_transforms.JVP_NESTING, torch.autograd.forward_ad._current_level) == (0, -1)
     # One that has begun first and does not end: reverse mode twice, for this product alone.
     inside, release = threading.Event(), threading.Event()
 

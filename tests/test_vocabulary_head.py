@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import onestep
 from onestep.evaluation.data import Chunk
@@ -86,6 +87,36 @@ def test_like_torch(chunk: Chunk, options: dict[str, bool], frozen: str) -> None
         product = ours.curvature(parameters, hessian=hessian)(v)
         expected = torchs.curvature(parameters, hessian=hessian)(v)
         torch.testing.assert_close(product, expected, rtol=1e-9, atol=1e-11)
+
+
+class WithoutAttention(LanguageModel):
+    """With gradient checkpointing if asked for, which torch.func does not take."""
+
+    def __init__(self, *, checkpointed: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.checkpointed = checkpointed
+        self.body = nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.float64), nn.Tanh())
+
+    def forward(self, words: Tensor) -> Tensor:
+        h = self.embedding(words)
+        return self.head(checkpoint(self.body, h, use_reentrant=False) if self.checkpointed else self.body(h))
+
+
+@pytest.mark.parametrize("frozen", ["", "head", "body"])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"tied": True}], ids=str)
+def test_checkpointing(chunk: Chunk, options: dict[str, bool], frozen: str) -> None:
+    """Products by reverse mode twice, as for any other model; expected is that of the model without checkpoints."""
+    model, plain = (WithoutAttention(checkpointed=checkpointed, **options) for checkpointed in (True, False))
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        if frozen:
+            each.get_submodule(frozen).requires_grad_(False)
+    (ours, _, parameters), (_, torchs, plain_parameters) = both(model, chunk), both(plain, chunk)
+    product, expected = ours.curvature(parameters, hessian=False), torchs.curvature(plain_parameters, hessian=False)
+    for _ in range(2):
+        v = torch.randn(len(parameters), dtype=torch.float64)
+        torch.testing.assert_close(product(v), expected(v), rtol=1e-9, atol=1e-11)
+    assert ours.route.reverse_twice
 
 
 class Largest(TorchDispatchMode):

@@ -5,8 +5,8 @@
 Goals (ratios of medians): solve_normal of 100,000 problems, n = 2d, one right-hand side: d 8, 16, 32: 10; d 64: 5;
 d 128: 3. cholesky of 64 × 128² and 64 × 512²: 2 times torch.linalg.cholesky_ex.
 
-A row has both times: of a call that finds the device idle, with what the CPU takes to queue it (`onestep_ms`, `torch_ms`,
-and their `ratio`, which the goals are for), and of the device alone (`queued_…`).
+A row has both times: of a call that finds the device idle, with what the CPU takes to queue it (`onestep_ms`,
+`torch_ms`, and their `ratio`, which the goals are for), and of the device alone (`queued_…`).
 
 After timing, solutions are compared with float64 and factors with the matrix: within twice the error of torch's.
 """

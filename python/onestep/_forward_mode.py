@@ -24,11 +24,12 @@ import torch
 
 from onestep._torch_private import (
     TransformType,
-    enter_dual_level,
-    exit_dual_level,
-    forward_ad,
-    functorch_python,
+    close_level,
+    counts_levels,
+    forget_levels,
     interpreter_stack,
+    open_level,
+    recount_levels,
     tree_map,
 )
 
@@ -39,8 +40,6 @@ _POLL_SECONDS = 0.001
 
 # Held by who uses the level for us.
 _region = threading.RLock()
-# Whether the level that is open is ours.
-_open = False
 _closer: threading.Thread | None = None
 
 
@@ -48,35 +47,29 @@ class BusyError(RuntimeError):
     """Another thread is inside torch's forward mode."""
 
 
-def jvp(
-    function: Callable[..., Any],
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
-    *,
-    patience: float = _PATIENCE_SECONDS,
-) -> Any:
+def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     """``torch.func.jvp``, right beside another thread's, with tangents of the outputs' dtype.
 
     Forward mode makes a float64 tangent of a float32 tensor of shape () times a Python float (torch 2.13).
 
     Raises:
-        BusyError: another thread's has begun first and not ended for ``patience`` seconds.
+        BusyError: another thread's has begun first and does not end soon.
     """
-    outputs, pushed = _alone(lambda: torch.func.jvp(function, primals, tangents), patience)
+    outputs, pushed = _alone(lambda: torch.func.jvp(function, primals, tangents))
     return outputs, tree_map(lambda tangent, output: tangent.to(output.dtype), pushed, outputs)
 
 
 def jacfwd(function: Callable[..., Any], point: Any) -> Any:
     """``torch.func.jacfwd(function)(point)``, likewise."""
-    return _alone(lambda: torch.func.jacfwd(function)(point), _PATIENCE_SECONDS)
+    return _alone(lambda: torch.func.jacfwd(function)(point))
 
 
-def _alone(compute: Callable[[], Any], patience: float) -> Any:
+def _alone(compute: Callable[[], Any]) -> Any:
     if _own_levels() > 0:
         return compute()  # inside another jvp of this thread, which has the level and outlives us
     with _region:
-        deadline = time.monotonic() + patience
-        while not _enter():
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not open_level():
             if time.monotonic() > deadline:
                 raise BusyError("another thread is inside torch's forward mode (torch.func.jvp)")
             time.sleep(_POLL_SECONDS)
@@ -91,40 +84,9 @@ def _own_levels() -> int:
     return sum(level.key() == TransformType.Jvp for level in interpreter_stack() or ())
 
 
-def _enter() -> bool:
-    """Opens the level, or finds it as it was left open; False where it is somebody else's."""
-    global _open
-    if _open:
-        return True
-    # Threads change hands after calls alone: from the question to the call of the last line no other one runs. So
-    # torch's own names stand here, and no functions of _torch_private.
-    if functorch_python.JVP_NESTING != 0 or forward_ad._current_level >= 0:
-        return False
-    functorch_python.JVP_NESTING = 1
-    forward_ad._current_level = 0
-    _open = True
-    enter_dual_level()
-    return True
-
-
-def _close() -> bool:
-    """Closes the level if nobody else uses it."""
-    global _open
-    if not _open:
-        return True
-    # As above.
-    if functorch_python.JVP_NESTING != 1:
-        return False
-    functorch_python.JVP_NESTING = 0
-    forward_ad._current_level = -1
-    _open = False
-    exit_dual_level(level=0)
-    return True
-
-
 def _leave() -> None:
     global _closer
-    if not _close() and _closer is None:
+    if not close_level() and _closer is None:
         _closer = threading.Thread(target=_close_later, name="onestep-forward-mode", daemon=True)
         _closer.start()
 
@@ -135,7 +97,7 @@ def _close_later() -> None:
         time.sleep(_POLL_SECONDS)
         if _region.acquire(blocking=False):
             try:
-                if _close():
+                if close_level():
                     _closer = None
                     return
             finally:
@@ -151,21 +113,16 @@ def settle(interrupt: BaseException) -> None:
         return
     functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(interrupt.__traceback__)}
     alone = all(thread in (threading.current_thread(), _closer) for thread in threading.enumerate())
-    if alone or functions & {"enter_jvp_nesting", "exit_jvp_nesting", "jvp_increment_nesting"}:
-        functorch_python.JVP_NESTING = int(_open)
-        _close()
+    if alone or any(map(counts_levels, functions)):
+        recount_levels()
 
 
 def _renew() -> None:
     """A forked child has only the thread that forked: others are in no jvp any more."""
-    global _region, _closer, _open
+    global _region, _closer
     _region, _closer = threading.RLock(), None
-    own = _own_levels()
-    if own == 0 and functorch_python.JVP_NESTING > 0:
-        functorch_python.JVP_NESTING, _open = 0, False
-        if forward_ad._current_level >= 0:
-            forward_ad._current_level = -1
-            exit_dual_level(level=0)
+    if _own_levels() == 0:
+        forget_levels()
 
 
 os.register_at_fork(after_in_child=_renew)

@@ -1,3 +1,5 @@
+// The entries of attention: how problems, heads and tiles are handed to the kernels of the CPU target, and how the
+// gradients of pieces are added up.
 #include "attention/attention.hpp"
 
 #include <algorithm>
@@ -111,7 +113,7 @@ class Passes {
             const CachedWorkspace own(plan_.own_layout);
             const WorkMemory<T> work = own.work(plan_.work);
             // With a causal mask the last queries see the most keys. They go first, so that no thread is left with a
-            // long unit at the end.
+            // long piece at the end.
             const Range queries = plan_.query_tiles[tiles - 1 - index % tiles];
             const int64_t first_row = index / tiles * args_.queries;
             const auto rows_of = [&](const AttentionResults<T>& results) {

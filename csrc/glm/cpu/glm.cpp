@@ -1,3 +1,4 @@
+// The entries glm_point and glm_product: for few columns by pieces of rows, for many by chunks.
 #include "glm/glm.hpp"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// The entry linear_cross_entropy. Chunks of rows go through one after the other. Threads share a chunk's blocks of
+// classes and panels of rows.
 #include "lmhead/lmhead.hpp"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// The entries mlp_gradient, mlp_product and mlp_jacobian. Rows are cut into pieces for threads, and pieces into blocks.
 #include "mlp/mlp.hpp"
 
 #include <algorithm>

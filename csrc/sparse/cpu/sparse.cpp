@@ -1,3 +1,4 @@
+// The entry sparse_multiply. Rows are cut into pieces of about as many elements each.
 #include "sparse/sparse.hpp"
 
 #include <algorithm>

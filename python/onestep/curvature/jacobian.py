@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vjp, vmap
 
 from onestep._torch_private import tree_map_only
+from onestep.curvature.kernels import gradients
 from onestep.curvature.products import Route
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.losses import Loss, widened
@@ -64,22 +65,31 @@ def root_jacobian(
 
     def by_reverse_mode(part: Chunk) -> Tensor:
         """Row by row on torch's own graph, for models that torch.func cannot differentiate."""
-        with torch.enable_grad():
-            leaf = point.detach().requires_grad_()
-            outputs = widened(call_model(module, part.inputs, values(leaf))).reshape(len(part), -1)
-            slopes = [
-                torch.autograd.grad(z, leaf, retain_graph=True, materialize_grads=True)[0]
-                if z.requires_grad
-                else torch.zeros_like(point)
-                for z in outputs.flatten()
-            ]
-        J = torch.stack(slopes).reshape(*outputs.shape, -1)
-        return vmap(root)(outputs.detach(), part.target) @ J
+        outputs, J = jacobian_by_rows(
+            lambda vector: widened(call_model(module, part.inputs, values(vector))).reshape(len(part), -1), point
+        )
+        return vmap(root)(outputs, part.target) @ J
 
     outputs = widened(call_model(module, chunk.rows(slice(0, 1)).inputs))
     shape = outputs.shape[1:]
     for part in jacobian_parts(chunk, outputs.numel() * len(point) * outputs.element_size()):
         yield route.take(partial(by_torch_func, part), partial(by_reverse_mode, part))
+
+
+def jacobian_by_rows(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Tensor]:
+    """function(point) (…) and its Jacobian (…,p) at a point (p,), one output after the other on torch's own graph.
+
+    For functions that torch.func cannot differentiate.
+    """
+    with torch.enable_grad():
+        leaf = point.detach().requires_grad_()
+        outputs = function(leaf)
+        rows = [
+            gradients([z], [leaf], [torch.ones_like(z)])[0] if z.requires_grad else torch.zeros_like(point)
+            for z in outputs.flatten()
+        ]
+    J = torch.stack(rows) if rows else point.new_empty(0, len(point))
+    return outputs.detach(), J.reshape(*outputs.shape, len(point))
 
 
 def root_of_loss(loss: Loss | None, outputs: Tensor, shape: torch.Size, target: Any) -> Tensor:

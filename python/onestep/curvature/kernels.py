@@ -18,6 +18,7 @@ from onestep._torch_private import (
     is_tracked,
     nn_mish,
     nn_silu,
+    run_backward,
     tree_leaves,
     weight_norm,
 )
@@ -87,8 +88,34 @@ class Kernels(TorchFunctionMode):
         return self.substitutes.get(func, func)(*args, **(kwargs or {}))
 
 
+def gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, recorded: bool = False
+) -> list[Tensor]:
+    """torch.autograd.grad, with the graph kept, under which torch function modes stay on.
+
+    A checkpoint computes its part of the model anew during the backward pass, and must find the same kernels as before:
+    under torch.autograd.grad, which the modes see themselves, they would be off. On CUDA they are: there the pass runs
+    in another thread.
+
+    Args:
+        recorded: whether the gradients can be differentiated.
+    """
+    _check_followed(outputs, inputs)
+    found = run_backward(tuple(outputs), tuple(cotangents), True, recorded, tuple(inputs), True, accumulate_grad=False)
+    return [
+        torch.zeros_like(leaf, requires_grad=recorded) if part is None else part
+        for part, leaf in zip(found, inputs, strict=True)
+    ]
+
+
 def _gradient(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """torch.autograd.grad, where it can be right.
+    """torch.autograd.grad, where it can be right."""
+    _check_followed(outputs, inputs)
+    return torch.autograd.grad(outputs, inputs, *args, **kwargs)
+
+
+def _check_followed(outputs: Any, inputs: Any) -> None:
+    """Raises where torch.autograd.grad of outputs with respect to inputs is wrong inside a transform.
 
     A transform of torch.func follows what depends on the parameters. A tensor from outside of it, such as a model's
     inputs, is not connected to that, and its gradient is None, or zeros: then all derivatives are wrong.
@@ -96,7 +123,6 @@ def _gradient(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     followed = any(is_tracked(output, now=True) for output in _tensors(outputs))
     if followed and not all(is_tracked(leaf) for leaf in _tensors(inputs)):
         raise RuntimeError(_NO_GRADIENT.format("torch.autograd.grad"))
-    return torch.autograd.grad(outputs, inputs, *args, **kwargs)
 
 
 def _view_as(tensor: Tensor, other: Tensor) -> Tensor:

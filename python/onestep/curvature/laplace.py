@@ -31,10 +31,15 @@ from onestep.evaluation.parameters import ParameterVector
 
 # Rows that are read before it is known how many fit into memory.
 _FEW = 32
-# The logarithm of the prior precision is looked for between these, and found when its interval is this small.
-_LEAST_LOG, _MOST_LOG, _LOG_TOLERANCE = -46.0, 46.0, 1e-10
-# Noise and prior precision are fitted in turn so many times at most, until neither moves by more than this.
-_TURNS, _SETTLED = 200, 1e-9
+# The logarithm of the prior precision is looked for between these two,
+_LEAST_LOG = -46.0
+_MOST_LOG = 46.0
+# and is found when its interval is this small.
+_LOG_TOLERANCE = 1e-10
+# Noise and prior precision are fitted in turn, this many times at most,
+_TURNS = 200
+# until neither moves by more than this.
+_SETTLED = 1e-9
 
 
 @dataclass(frozen=True)

@@ -230,8 +230,8 @@ def gauss_newton_products(
 
 
 def outer_products(
-    model_fn: Callable[[Parameters], Tensor],
-    outer: Callable[[Tensor, Tensor], Tensor],
+    model_fn: Callable[[Parameters], Any],
+    outer: Callable[[Any, Any], Any],
     params: Parameters,
     *,
     keep: bool,
@@ -240,6 +240,7 @@ def outer_products(
     """v ↦ Jᵀ C J v, with C given as (outputs, tangent) ↦ C tangent.
 
     Args:
+        model_fn: params → outputs, a tensor or a tuple of tensors. ``outer`` takes and returns what is like them.
         keep: whether the pass that Jᵀ goes back through is kept for all products, each of which then takes another one
             in forward mode. Otherwise a product is one pass both ways, and keeps nothing.
     """
@@ -247,8 +248,8 @@ def outer_products(
     route = route or Route()
 
     @cache
-    def kept_linearization() -> tuple[Tensor, Any]:
-        both: tuple[Tensor, Any] = vjp(model_fn, params)  # type: ignore[assignment]
+    def kept_linearization() -> tuple[Any, Any]:
+        both: tuple[Any, Any] = vjp(model_fn, params)  # type: ignore[assignment]
         return both
 
     @cache
@@ -256,8 +257,8 @@ def outer_products(
         return reverse_twice.GaussNewtonProduct(model_fn, params)
 
     def in_one_pass(v: Parameters) -> Parameters:
-        def pushed(values: Parameters) -> tuple[Tensor, Tensor]:
-            both: tuple[Tensor, Tensor] = jvp(model_fn, (values,), (v,))
+        def pushed(values: Parameters) -> tuple[Any, Any]:
+            both: tuple[Any, Any] = jvp(model_fn, (values,), (v,))
             return both
 
         outputs, pullback, tangent = vjp(pushed, params, has_aux=True)  # type: ignore[misc]

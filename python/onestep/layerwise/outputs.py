@@ -15,9 +15,13 @@ from onestep._restored import hooked
 from onestep.layerwise.layers import call
 from onestep.layerwise.padding import Masks, Padding
 
-# Damping of both factors, in means of their diagonals: where it begins, and what it is taken by after a step that
-# lowers the loss, or does not. At 1 first steps were shorter than they might have been; at 0.1 most were refused.
-_FIRST_DAMPING, _LESS, _MORE = 1.0, 0.25, 8.0
+# The first damping of both factors, in means of their diagonals. At 1 first steps were shorter than they might have
+# been; at 0.1 most were refused.
+_FIRST_DAMPING = 1.0
+# Damping is multiplied by this after a step that lowers the loss,
+_LESS = 0.25
+# and by this after one that does not.
+_MORE = 8.0
 # A loss of so small a part of the outputs' squares is rounding.
 _ROUNDING = 1e-9
 

@@ -34,9 +34,10 @@ from onestep.ops.singular import SINGULAR_EPSILONS as SINGULAR_EPSILONS
 # off by a few ε of the largest.
 LEAST_RCOND = 1e-8
 
-# A matrix that cannot be factored gets a shift that is larger by the first number, as often as the second says: from
-# rounding noise, 1e-14 of the diagonal, to all of it.
-_MORE_SHIFT, _TRIES = 100.0, 8
+# A matrix that cannot be factored gets a shift that is larger by this factor.
+_MORE_SHIFT = 100.0
+# How many shifts are tried: from rounding noise, 1e-14 of the diagonal, to all of it.
+_TRIES = 8
 
 
 class Factor(NamedTuple):

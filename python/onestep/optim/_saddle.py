@@ -9,9 +9,12 @@ from torch import Tensor
 
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 
-# Conjugate gradients meet a direction of negative curvature before their residual is as small as this, or they give up
-# after so many products: few, where a test of convergence asks for one.
-_TOLERANCE, MOST_ITERATIONS, FEW_ITERATIONS = 1e-6, 100, 30
+# Conjugate gradients meet a direction of negative curvature before their residual is as small as this,
+_TOLERANCE = 1e-6
+# or they give up after this many products,
+MOST_ITERATIONS = 100
+# or this many where a test of convergence asks for the direction.
+FEW_ITERATIONS = 30
 
 
 def concave_direction(product: Callable[[Tensor], Tensor], like: Tensor, most_iterations: int) -> Tensor | None:

@@ -13,16 +13,22 @@ from onestep.curvature.conjugate_gradient import conjugate_gradient
 
 # Up to so many parameters the matrix is formed, by as many products.
 MOST_DENSE = 128
-# Rounds of products with random signs that scale the matrix, and the vectors of each.
-_ROUNDS, _SIGNS = 5, 6
+# Rounds of products with random signs that scale the matrix.
+_ROUNDS = 5
+# Vectors of random signs in a round.
+_SIGNS = 6
 # The square of a gradient that rounding may have made, in ε of what is enough.
 _NOISE = 4.0
 # The least eigenvalue (of a matrix scaled to a unit diagonal) of which rounding leaves a digit, in p ε.
 _RESOLVED = 10.0
 # Eigenvalues of directions that are flat to rounding are at most so many times p ε of the largest.
 _FLAT = 1e3
-# Conjugate gradients start at this tolerance, tighten it by this factor, and give up after so many iterations.
-_FIRST_TOLERANCE, _TIGHTER, _MOST_ITERATIONS = 1e-2, 1e-2, 400
+# Conjugate gradients start at this tolerance,
+_FIRST_TOLERANCE = 1e-2
+# tighten it by this factor where it does not settle the question,
+_TIGHTER = 1e-2
+# and give up after this many iterations.
+_MOST_ITERATIONS = 400
 
 
 class Decrement(NamedTuple):

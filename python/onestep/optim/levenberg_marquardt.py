@@ -27,8 +27,10 @@ _LIKELY = 1e3
 _MOST_DECOMPOSED = 512
 # The rows of a Jacobian are right to about so many ε.
 _ROUNDED_ROWS = 4
-# With momentum, damping that follows every gain leads into poor minima.
-_FALLS, _RISES = 0.6, 1.6
+# With momentum, damping that follows every gain leads into poor minima. A good step multiplies it by this,
+_FALLS = 0.6
+# and one of which half was kept by this.
+_RISES = 1.6
 # Steps on a sample's curvature are solved for to this part of the gradient, by no more products than cost as much as
 # the matrix and its inverse, which is taken with so much damping at least to exist in float32.
 _TOLERANCE = 0.1

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 import onestep.linalg as linalg
 from onestep._forward_mode import jacfwd
 from onestep.curvature import hvp
+from onestep.curvature.jacobian import jacobian_by_rows
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.curvature.products import Route, gauss_newton_products, hessian_product
 from onestep.evaluation.exclusive import exclusive
@@ -258,7 +259,10 @@ class ClosureObjective(Objective):
         with torch.no_grad(), exclusive(), differentiable_kernels():
             flat, shape = without_graph(lambda: outputs(point)), torch.Size()
             shape, flat = flat.shape, flat.detach().reshape(-1)
-            J = self.route.take(lambda: _jacobian(outputs, point, len(flat)), lambda: _jacobian_by_rows(outputs, point))
+            J = self.route.take(
+                lambda: _jacobian(outputs, point, len(flat)),
+                lambda: jacobian_by_rows(outputs, point)[1].reshape(len(flat), len(point)),
+            )
             if loss is _mean_square:
                 return linalg.gram(J.double())[0] * (2 / len(flat))
             HJ = torch.stack([hvp(lambda z: loss(z.reshape(shape)), flat, column) for column in J.mT], 1)
@@ -270,14 +274,3 @@ def _jacobian(outputs: Callable[[Tensor], Tensor], point: Tensor, m: int) -> Ten
     """J (m,p) by torch.func."""
     J: Tensor = jacrev(outputs)(point) if m < len(point) else jacfwd(outputs, point)
     return J.reshape(m, len(point))
-
-
-def _jacobian_by_rows(outputs: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """J (m,p) on torch's own graph, for models that torch.func cannot differentiate."""
-    with torch.enable_grad():
-        leaf = point.detach().requires_grad_()
-        flat = outputs(leaf).reshape(-1)
-        if not flat.requires_grad:
-            return point.new_zeros(len(flat), len(point))
-        rows = [torch.autograd.grad(z, leaf, retain_graph=True, materialize_grads=True)[0] for z in flat]
-    return torch.stack(rows)

@@ -34,7 +34,9 @@ _DOUBLINGS = 40
 _SADDLE_STEPS = (1.0, 0.1, 1e-2, 1e-3)
 # A predicted reduction under this part of the loss is near the end.
 _NEAR = 1e-4
-LEAST_DAMPING, MOST_DAMPING = 1e-15, 1e15
+# Damping stays between these two.
+LEAST_DAMPING = 1e-15
+MOST_DAMPING = 1e15
 
 
 class DampedOptimizer(torch.optim.Optimizer):

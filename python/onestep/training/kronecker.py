@@ -156,7 +156,7 @@ def _damped_inverses(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tens
 
 
 def _inverse(factor: Tensor, shift: float) -> Tensor:
-    """(factor + shift I)⁻¹, with as much of a shift as rounding asks for; of a diagonal its diagonal."""
+    """(factor + shift I)⁻¹, with at least the shift that rounding asks for; a diagonal for a factor kept as one."""
     info = torch.finfo(factor.dtype)
     shift = max(shift, _ROUNDINGS * info.eps * _trace(factor), info.tiny)
     if factor.dim() == 1:

@@ -49,12 +49,12 @@ class _Attention(OpFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Optional, grad_lse: Optional) -> tuple[Any, ...]:
-        q, k, v, mask, _, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if grad is None and grad_lse is None:
             return ()
         wanted = ctx.needs_input_grad[3]
-        grads = attention_backward.dispatched(grad, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.causal, wanted)
-        return _operand_grads(grads, (q, k, v, mask), wanted)
+        grads = attention_backward.dispatched(grad, grad_lse, *saved, ctx.scale, ctx.causal, wanted)
+        return _operand_grads(grads, saved[:4], wanted)
 
     @staticmethod
     def jvp(ctx: Any, dq: Optional, dk: Optional, dv: Optional, dmask: Optional, *unused: Any) -> tuple[Any, Any]:

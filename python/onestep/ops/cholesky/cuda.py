@@ -1,5 +1,5 @@
-"""CUDA kernels of the Cholesky ops: one kernel of csrc/normal/cuda to d = 168; beyond, in float32, blocks of 64 columns,
-and else torch's (cuSOLVER). Nothing waits for the GPU.
+"""CUDA kernels of the Cholesky ops: one kernel of csrc/normal/cuda to d = 168; beyond, for several matrices in float32,
+blocks of 64 columns; else torch's (cuSOLVER). Nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MOST_FEATURES: int = native.normal_most_features
 #: The largest d of which a warp holds the matrix.
 SMALL_FEATURES: int = native.normal_small_features
 
-# Several matrices of up to so many rows are factored in blocks of columns. On an H200 that takes half of cuSOLVER's time
-# for 64 x 512² and 16 x 1,024², three quarters for 2 x 2,048²; for one of 4,096² it takes five times as long.
+# Several matrices of up to so many rows are factored in blocks of columns. On an H200 that takes half of cuSOLVER's
+# time for 64 x 512² and 16 x 1,024², three quarters for 2 x 2,048²; for one of 4,096² it takes five times as long.
 _MOST_BLOCKED_FEATURES = 2048
 
 # Right-hand sides from which torch's triangular solves, made of matrix products, win over a warp for each.

@@ -19,9 +19,9 @@ def _refuse(what: tuple[tuple[str, bool], ...]) -> None:
             )
 
 
-def _product(V: Tensor, ctx: Any) -> Tensor:
+def _product(V: Tensor, saved: tuple[Any, ...], ctx: Any) -> Tensor:
     """XᵀC(XV) at a saved point, for V (…,d,k)."""
-    X, W, weight, curvature = ctx.saved_tensors[:4]
+    X, W, weight, curvature = saved[:4]
     block = V.unsqueeze(-3)
     product: Tensor = glm_product.dispatched(block, X, W, weight, curvature, ctx.family, ctx.intercept)
     return product.squeeze(-3)
@@ -43,20 +43,22 @@ class _Point(OpFunction):
     def backward(ctx: Any, d_loss: Tensor | None, d_gradient: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
         _refuse((("X", needed[0]), ("y", needed[1]), ("weight", needed[3])))
-        W, gradient = ctx.saved_tensors[1], ctx.saved_tensors[4]
+        saved = ctx.saved_tensors
+        W, gradient = saved[1], saved[4]
         total = None
         if d_loss is not None:
             total = d_loss[..., None, None].to(W.dtype) * gradient
         if d_gradient is not None:
-            product = _product(d_gradient, ctx)
+            product = _product(d_gradient, saved, ctx)
             total = product if total is None else total + product
         return None, None, None if total is None else total.sum_to_size(W.shape)
 
     @staticmethod
     def jvp(ctx: Any, dX: Any, dy: Any, dW: Any, d_weight: Any, *unused: Any) -> tuple[Any, ...]:
         _refuse((("X", dX is not None), ("y", dy is not None), ("weight", d_weight is not None)))
-        gradient = ctx.saved_tensors[4]
-        return (gradient * dW).sum((-2, -1), dtype=torch.float64), _product(dW.expand_as(gradient), ctx), None
+        saved = ctx.saved_tensors
+        gradient = saved[4]
+        return (gradient * dW).sum((-2, -1), dtype=torch.float64), _product(dW.expand_as(gradient), saved, ctx), None
 
 
 def _outputs(X: Tensor, V: Tensor, intercept: bool) -> Tensor:
@@ -64,9 +66,9 @@ def _outputs(X: Tensor, V: Tensor, intercept: bool) -> Tensor:
     return X @ V[..., :-1, :] + V[..., -1:, :] if intercept else X @ V
 
 
-def _third_derivative(V: Tensor, U: Tensor, ctx: Any) -> Tensor:
+def _third_derivative(V: Tensor, U: Tensor, saved: tuple[Any, ...], ctx: Any) -> Tensor:
     """The derivative of XᵀC(XV) as W moves along U; V and U are (…,m,d,k). Made of torch's own ops."""
-    X, W, weight = ctx.saved_tensors[:3]
+    X, W, weight = saved[:3]
     # A dimension for the right-hand sides.
     X, W = X.unsqueeze(-3), W.unsqueeze(-3)
     X = X.to(W.dtype)
@@ -104,20 +106,22 @@ class _Product(OpFunction):
         if grad is None:
             return ()
         _refuse((("X", needed[1]), ("weight", needed[3])))
-        X, W, weight, curvature, V = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        X, W, weight, curvature, V = saved
         dV = glm_product.dispatched(grad, X, W, weight, curvature, ctx.family, ctx.intercept)
-        dW = _third_derivative(V, grad, ctx).sum(-3).sum_to_size(W.shape) if needed[2] else None
+        dW = _third_derivative(V, grad, saved, ctx).sum(-3).sum_to_size(W.shape) if needed[2] else None
         return dV.sum_to_size(V.shape), None, dW
 
     @staticmethod
     def jvp(ctx: Any, dV: Any, dX: Any, dW: Any, d_weight: Any, *unused: Any) -> Tensor:
         _refuse((("X", dX is not None), ("weight", d_weight is not None)))
-        X, W, weight, curvature, V = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        X, W, weight, curvature, V = saved
         total: Any = None
         if dV is not None:
             total = glm_product.dispatched(dV, X, W, weight, curvature, ctx.family, ctx.intercept)
         if dW is not None:
-            moved = _third_derivative(V, dW.unsqueeze(-3), ctx)
+            moved = _third_derivative(V, dW.unsqueeze(-3), saved, ctx)
             total = moved if total is None else total + moved
         result: Tensor = total
         return result

@@ -9,7 +9,16 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from onestep._torch_private import dispatch_modes, functorch, graph_is_kept, temporarily_pop_interpreter_stack
+from onestep._torch_private import (
+    current_level,
+    dispatch_modes,
+    graph_is_kept,
+    is_batched,
+    is_tracking,
+    level_of,
+    temporarily_pop_interpreter_stack,
+    unwrapped,
+)
 from onestep.ops._derivatives import OpFunction, register_derivatives
 from onestep.ops.lmhead.schema import Results, linear_cross_entropy, linear_cross_entropy_tangent
 
@@ -31,16 +40,16 @@ def _is_constant_one(scale: Tensor) -> bool:
     """Whether this is the number 1, and a constant of every derivative being taken; one torch.func level a call."""
     if type(scale) is not Tensor or torch.compiler.is_compiling() or dispatch_modes() != 0:
         return False
-    if functorch.is_batchedtensor(scale) or functorch.is_legacy_batchedtensor(scale):
+    if is_batched(scale):
         return False
-    current = functorch.maybe_current_level()
+    current = current_level()
     if current is None:
         return _is_constant(scale) and scale.item() == 1.0
     inner = scale
-    if functorch.is_gradtrackingtensor(scale) and functorch.maybe_get_level(scale) == current:
+    if is_tracking(scale) and level_of(scale) == current:
         if not _is_constant(scale):
             return False
-        inner = functorch.get_unwrapped(scale)
+        inner = unwrapped(scale)
     with temporarily_pop_interpreter_stack():
         return _is_constant_one(inner)
 
@@ -75,7 +84,11 @@ class _LinearCrossEntropy(OpFunction):
             weights = _sum(None if of_value is None else of_value * row_weight, of_losses)
             results = linear_cross_entropy.dispatched(weights, *operands, target, *options, needed)
             gradients = [of if n else None for of, n in zip(results[2:], needed, strict=True)]
-        along = [of if wants else None for of, wants in zip(of_gradients, ctx.wanted, strict=True)]
+        # The gradient of a bias that is not there is empty.
+        along = [
+            of if wants and operand is not None else None
+            for of, wants, operand in zip(of_gradients, ctx.wanted, operands, strict=True)
+        ]
         if any(of is not None for of in along):
             _, pushed, *second = linear_cross_entropy_tangent.dispatched(
                 row_weight, None, *operands, target, *along, *options, False, needed

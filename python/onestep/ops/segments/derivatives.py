@@ -76,10 +76,11 @@ class _SolveSegments(OpFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        _, _, offsets, indices, _, base, ridge, _, _, info = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        _, _, offsets, indices, _, base, ridge, _, _, info = saved
         if grad is None:
             return ()
-        entries, X, x, y, weight, W, L = _good(*ctx.saved_tensors)
+        entries, X, x, y, weight, W, L = _good(*saved)
         V = apply_segments_inverse.dispatched(
             torch.where(failed(info), 0, grad), X, offsets, indices, weight, base, ridge, L
         )
@@ -99,8 +100,9 @@ class _SolveSegments(OpFunction):
     @staticmethod
     def jvp(ctx: Any, dX: Any, dY: Any, *tangents: Any) -> tuple[Any, ...]:
         _, _, dweight, dbase, dridge = (*tangents, None, None, None, None, None)[:5]
-        _, _, offsets, indices, _, base, ridge, _, _, info = ctx.saved_tensors
-        entries, X, x, y, weight, W, L = _good(*ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        _, _, offsets, indices, _, base, ridge, _, _, info = saved
+        entries, X, x, y, weight, W, L = _good(*saved)
         residual = y - entries.dot(x, W)
         right = torch.zeros_like(W)
         if dX is not None:

@@ -160,7 +160,10 @@ def solve(
 def _as_computed(
     solution: Solution, objective: DataObjective, parameters: ParameterVector, first: Chunk, weight_decay: float
 ) -> Solution:
-    """With the loss that the model computes, where its rounding is more than a hundredth, and than that of outputs."""
+    """The solution with the loss that the model computes at it, if the two losses differ by more than a hundredth.
+
+    A difference that rounding of the outputs makes does not count.
+    """
     own = objective.value(parameters) + 0.5 * weight_decay * parameters.read().double().square().sum().item()
     outputs = from_first(lambda: call_model(objective.module, first.inputs).double().square().mean().item())
     near = LOSS_DIGITS * solution.loss + torch.finfo(parameters.dtype).eps ** 2 * outputs

@@ -235,14 +235,16 @@ class DampedRun(Run):
         return loss
 
     def _is_zero(self, loss: float, rounding: float) -> bool:
-        """Whether a loss is that of rounding, of outputs as large as the targets, or the first where these are 0."""
+        """Whether a loss is no more than rounding makes of it: of the first loss, and for "mse" of outputs of the
+        targets' size (of size 1 where all targets are 0).
+        """
         if self.plan.loss.name not in ("mse", "cross_entropy") or loss > rounding * min(1.0, self.first_loss):
             return False
         return self.plan.loss.name == "cross_entropy" or loss <= rounding * (self._mean_square_of_targets or 1.0)
 
     @cached_property
     def _noise(self) -> float:
-        """A squared error that may be rounding of outputs as large as the targets, of a few hundred ε."""
+        """The squared error that rounding makes of outputs of the targets' size, with some hundred ε of them lost."""
         if self.plan.loss.name != "mse":
             return 0.0
         return float((_NOISE * torch.finfo(self.plan.parameters.dtype).eps) ** 2 * self._mean_square_of_targets)
@@ -332,7 +334,7 @@ class DampedRun(Run):
         return ""
 
     def without_minimum(self) -> str:
-        """That planes separate the classes; not asked of a fit by mini-batches, which may read its data once."""
+        """Says so where planes separate the classes. That takes a pass over the data, so mini-batches are not asked."""
         return SEPARATED if self.plan.settings.batch_size is None and self._is_separated() else ""
 
     def _is_separated(self) -> bool:
@@ -354,9 +356,9 @@ class DampedRun(Run):
         return report.accepted or newton is None or moves_on(plan, start - newton.to(start.dtype))
 
     def _of_no_use(self, candidates: Tensor) -> int:
-        """How many the candidates are, if changing them all changes no loss; else 0.
+        """The number of candidates if changing all of them leaves the loss as it is; else 0.
 
-        A feature that is always zero has such parameters.
+        The weights of a feature that is always zero are such parameters.
         """
         size = self.plan.parameters.read().square().mean().sqrt().clamp_min(1.0)
         return int(candidates.sum()) if self._is_constant(candidates * size) else 0

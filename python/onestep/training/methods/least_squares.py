@@ -20,8 +20,10 @@ _RESCUE = 1e-10
 # The relative error of coefficients is about ε over the smallest pivot of the normal equations, of features of unit
 # length. More than this is too much: a hundredth in float32, and in float64 more than the last ten of sixteen digits.
 _MOST_LOST = {torch.float32: 1e-2, torch.float64: 1e-6}
-# The loss is a difference of sums of squares, each right to a few ε. It must not be wrong by more than this part.
-_FEW, LOSS_DIGITS = 10, 1e-2
+# The loss is a difference of sums of squares, each of which may be off by this many ε.
+_FEW = 10
+# The loss must not be wrong by more than this part of itself.
+LOSS_DIGITS = 1e-2
 # Singular values under this many ε of the largest count as zero, or under d ε if that is more.
 _ROUNDINGS = 10
 # Centring leaves noise of about so many ε (float64) of a column's mean, or √n of them if that is more.

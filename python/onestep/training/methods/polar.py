@@ -33,15 +33,21 @@ _ROWS = 128
 _LEAST_STEPS_A_PASS = 8
 # Passes over the data where neither steps, passes nor seconds are given.
 _PASSES = 20
-# The least and the most steps that these passes may come to.
-_LEAST_STEPS, _MOST_STEPS = 300, 3000
+# The fewest steps that these passes may come to,
+_LEAST_STEPS = 300
+# and the most.
+_MOST_STEPS = 3000
 # The rate rises over so many steps, and falls to zero in proportion to what is left.
 _WARM_UP = 20
 # The rise takes no more than this part of all steps.
 _WARM_UP_PART = 0.1
-# A step moves the elements of hidden matrices by about a tenth of what they are at first, as the root of mean squares
-# goes; the rates of Adam are half of those. Weights that are large have been trained, or are scaled otherwise.
-_PART_OF_WEIGHTS, _LEAST_RATE, _MOST_RATE = 0.1, 1e-2, 4e-2
+# A step moves hidden matrices by about this part of their first size (root mean square). Adam's rates are half of that.
+_PART_OF_WEIGHTS = 0.1
+# The rate is no less than this,
+_LEAST_RATE = 1e-2
+# and no more than this: weights that are large have been trained, or are scaled in another way.
+_MOST_RATE = 4e-2
+# PolarGrad moves the elements of a matrix by this times the rate (root mean square).
 _STEP_OF_RATE = 0.2
 # The loss of a fit is the mean of the last batches'.
 _LAST = 8
@@ -213,7 +219,10 @@ class PolarRun(Run):
 
     @contextmanager
     def _random_numbers(self, number: int) -> Iterator[None]:
-        """Of the step and the process alone, so that a resumed fit has the same; then the caller's again."""
+        """Random numbers depend on the step and the process alone in here, so that a resumed fit draws the same ones.
+
+        Afterwards the caller's random state is as it was.
+        """
         if self._draws is False:
             yield
             return
@@ -251,7 +260,7 @@ class PolarRun(Run):
 
 
 def _rate(model: nn.Module) -> float:
-    """Of hidden matrices, from the geometric mean of their sizes."""
+    """The rate of hidden matrices, from the geometric mean of their sizes (root mean squares)."""
     hidden = [p for group in PolarGrad(model, gram_every=None).param_groups if group["polar"] for p in group["params"]]
     sizes = [math.log(max(p.detach().float().square().mean().sqrt().item(), 1e-8)) for p in hidden]
     size = math.exp(sum(sizes) / len(sizes)) if sizes else 0.0

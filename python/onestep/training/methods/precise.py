@@ -21,10 +21,14 @@ from onestep.training.structures.affine import explained
 
 # The preconditioner is damped by rounding alone.
 _DAMPING = 1e-30
-# Beyond few parameters a look takes no more products than this, or than this part of those of the fit so far.
-_FEW_PRODUCTS, _SHARE = 20, 0.1
-# These parts of the step are tried. One is good if the loss falls by so much of what the model promises.
-_FRACTIONS, _GOOD = (1.0, 0.5, 0.25, 0.125), 0.1
+# Beyond few parameters a look takes no more products than this,
+_FEW_PRODUCTS = 20
+# or than this part of the products of the fit so far, if that is more.
+_SHARE = 0.1
+# The parts of the step that are tried.
+_FRACTIONS = (1.0, 0.5, 0.25, 0.125)
+# A step is good if the loss falls by this part of what the quadratic model promises.
+_GOOD = 0.1
 
 # The gradient where the curvature is rounding may be so many ε (float64) of the root of the loss.
 _HIDDEN = 100.0
@@ -37,7 +41,7 @@ class Finding(NamedTuple):
 
     Attributes:
         converged: whether the loss can be lowered by no more than is asked, or than rounding the parameters changes it.
-        rounding: whether it is the latter, of a loss that float32 computes as exactly.
+        rounding: whether it is the latter; float32 then computes the loss itself as exactly as that.
         step: a step (p,) that lowers the loss. In float64 it can end where large parameters cancel.
         newton: Newton's step (p,) at a minimum.
         why: why neither is known, a clause.

@@ -31,8 +31,10 @@ _MARGIN = 0.1
 _ROUNDINGS = 10
 # A mean loss below this may be on its way to zero.
 _SMALL_LOSS = 1e-3
-# Newton's step is taken for up to so many weights, and so many products of rows and weights.
-_MOST_WEIGHTS, _MOST_PRODUCTS = 256, 1e8
+# Newton's step is taken for no more weights than this,
+_MOST_WEIGHTS = 256
+# and where rows times weights are no more than this.
+_MOST_PRODUCTS = 1e8
 # A loss that rises by more than this part of itself tells that rounding has taken over.
 _RISE = 1e-3
 # The part of the loss that a step to a minimum at infinity lowers it by, at most.

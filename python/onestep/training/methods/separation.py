@@ -35,7 +35,7 @@ def may_be_separated(plan: FitPlan) -> bool:
 def is_separated(plan: FitPlan) -> bool:
     """Whether every row's own class has the largest score, of outputs that are affine in the parameters.
 
-    Of the outputs counts what growing parameters multiply: what they are more than with parameters of zero.
+    Outputs are taken less those at parameters of zero: the rest alone grows with the parameters.
     """
 
     zeros = torch.zeros_like(plan.parameters.read())

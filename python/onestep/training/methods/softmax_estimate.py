@@ -26,8 +26,10 @@ from onestep.training.structures.base import Mismatch
 _KEPT = 8192
 # The pilot's rows are drawn from this many first rows. Data with no more rows than that is used whole.
 _FIRST = 4 * _KEPT
-# Ridges of the two estimates relative to one row, in standardised features.
-_PILOT_RIDGE, _RIDGE = 10.0, 1.0
+# Ridge of the pilot estimate relative to one row, in standardised features.
+_PILOT_RIDGE = 10.0
+# The same of the final estimate.
+_RIDGE = 1.0
 # Weight of the proximal term, which stands for how the kept rows' curvature may differ from that of all rows.
 _PROXIMITY = 0.1
 _LBFGS_STEPS = 60

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import vjp
 
-from onestep._forward_mode import jvp
 from onestep._restored import hooked
-from onestep.curvature.kernels import differentiable_kernels
+from onestep.curvature.products import outer_products
 from onestep.evaluation.data import Chunk
-from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.layers import ends_model, is_plain, layer_calls, spread
 from onestep.evaluation.losses import IGNORED, Loss
 from onestep.evaluation.module import call_model
@@ -28,8 +25,6 @@ if TYPE_CHECKING:
 
 # With fewer classes torch's own cross-entropy is faster, and the scores are small.
 _LEAST_CLASSES = 1024
-# How long a product waits for another thread that is inside torch.func.jvp: there is no other way for it.
-_PATIENCE_SECONDS = 60.0
 
 
 class HeadOperands(NamedTuple):
@@ -37,7 +32,7 @@ class HeadOperands(NamedTuple):
 
     input: Tensor
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
 
 
 def find_vocabulary_head(module: nn.Module, loss: Loss, chunk: Chunk) -> nn.Linear | Mismatch:
@@ -112,7 +107,7 @@ class VocabularyObjective(DataObjective):
     def multiplier(
         self, parameters: ParameterVector, point: Tensor, chunk: Chunk, *, hessian: bool
     ) -> Callable[[Tensor], Tensor]:
-        """JᵀHJ v: J of the head's operands by torch.func, the head's own part by ``linear_cross_entropy_ggnvp``."""
+        """JᵀHJ v: J of the head's operands, and between the two the head's part by ``linear_cross_entropy_ggnvp``."""
         if hessian:
             return super().multiplier(parameters, point, chunk, hessian=True)
         values = self.values(parameters)
@@ -120,17 +115,12 @@ class VocabularyObjective(DataObjective):
         def operands(vector: Tensor) -> tuple[Tensor, ...]:
             return tuple(operand for operand in self._operands(chunk, values(vector)) if operand is not None)
 
-        with exclusive(), differentiable_kernels():
-            (h, weight, *bias), pullback = vjp(operands, point)  # type: ignore[misc]
+        def curved(at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            h, weight, bias = HeadOperands(*at)
+            vector = HeadOperands(*along)
+            parts = linear_cross_entropy_ggnvp(
+                h, weight, chunk.target, vector, bias, ignore_index=IGNORED, reduction="sum"
+            )
+            return tuple(part for part in parts if part is not None)
 
-        def product(v: Tensor) -> Tensor:
-            with exclusive(), differentiable_kernels():
-                pushed: Any = jvp(operands, (point,), (v,), patience=_PATIENCE_SECONDS)[1]
-                along = (*pushed, None)[:3]
-                parts = linear_cross_entropy_ggnvp(
-                    h, weight, chunk.target, along, *bias, ignore_index=IGNORED, reduction="sum"
-                )
-                result: Tensor = pullback(tuple(part for part in parts if part is not None))[0]
-            return result
-
-        return product
+        return outer_products(operands, curved, point, keep=True, route=self.route)
