@@ -27,7 +27,8 @@ def own_version() -> str:
         project = Path(__file__).parents[2] / "pyproject.toml"
         if not project.is_file():
             raise
-        return re.findall(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)[0]
+        found: list[str] = re.findall(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)
+        return found[0]
 
 
 def _select_target() -> None:
