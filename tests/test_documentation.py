@@ -70,6 +70,16 @@ def test_code_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert line.startswith(first[:5])
 
 
+def test_the_site_takes_nothing_from_elsewhere_and_is_searched_without_a_server() -> None:
+    settings = pytest.importorskip("yaml").safe_load((ROOT / "mkdocs.yml").read_text())
+    assert settings["theme"]["font"] is False and "offline" in settings["plugins"]
+    # The plugin adds a script of another site where none of ours has this name.
+    scripts = settings["extra"]["polyfills"]
+    assert any("iframe-worker" in script for script in scripts)
+    files = [*scripts, *settings["extra_css"], *settings.get("extra_javascript", [])]
+    assert [file for file in files if not (ROOT / "docs" / file).is_file()] == []
+
+
 REFERENCE = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
 
 

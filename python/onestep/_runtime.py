@@ -20,7 +20,7 @@ TARGET_VARIABLE = "ONESTEP_TARGET"
 
 
 def own_version() -> str:
-    """The installed package's version; in a clone where nothing is installed (`make native`), that of pyproject.toml."""
+    """The installed package's version; in a clone where nothing is installed (`make native`), pyproject.toml's."""
     try:
         return version("onestep")
     except PackageNotFoundError:
