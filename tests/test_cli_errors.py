@@ -308,7 +308,12 @@ def test_bench_measures_and_compares(run: Run, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench, "_limits", lambda: (100.0, 10.0))
     code, written, _ = run("bench", "--seconds", "1")
     assert code == 0
-    assert re.search(r"solve_normal, 50 of 8 × 4 +\d+\.\d\d ms +\d+\.\d\d ms", written)
+    assert re.search(r"solve_normal, 50 of 8 × 4 +\d+\.\d\d ms +\d+\.\d\d ms +\d+\.\d\d +\d+% of GEMM\n", written)
+    # 4e9 bytes in a second, of 10 GB/s.
+    monkeypatch.setattr(bench, "CASES", [lambda: bench.Case("rows", torch.zeros, torch.zeros, bytes=4e9)])
+    monkeypatch.setattr(bench, "_measure", lambda *_: (1.0, 3.0))
+    assert re.search(r"rows +1000\.00 ms 3000\.00 ms +3\.00 +40% of reading\n", run("bench", "--seconds", "1")[1])
+    monkeypatch.undo()
     assert "of GEMM: the operations that the result needs" in written  # a share may be above 100%
     results = itertools.chain([torch.full((3,), 2.0)], itertools.repeat(torch.ones(3)))  # wrong from the second call on
     wrong = bench.Case("wrong", lambda: next(results), lambda: torch.full((3,), 2.0))

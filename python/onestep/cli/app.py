@@ -95,7 +95,7 @@ examples:
 
 BENCH_EPILOG = """\
 Every case is a line: milliseconds of onestep and of torch (medians), how many times as fast onestep is, and which share
-of the rate of torch's own matrix product it reaches. Nothing else should run meanwhile.
+of the rate of torch's own matrix product, or of reading memory, it reaches. Nothing else should run meanwhile.
 
 examples:
   python -m onestep bench
