@@ -138,6 +138,14 @@ def test_every_public_name_is_in_the_reference_and_documented(module: str) -> No
         assert not_documented(thing) == [], f"{path}.{name}"
 
 
+def test_tables_in_docstrings_are_markdown() -> None:
+    """The site reads docstrings as Markdown, to which a table between lines of = is a paragraph."""
+    pytest.importorskip("sklearn")
+    texts = {name: inspect.getdoc(thing) or "" for name, thing in public_names().items()}
+    assert "| family |" in texts["glm"]
+    assert [name for name, text in texts.items() if re.search(r"^\s*={3,}( |$)|^\.\. ", text, re.MULTILINE)] == []
+
+
 def test_a_docstring_with_gaps_is_found() -> None:
     def good(a: int, *, b: int) -> int:
         """Adds.
