@@ -110,6 +110,23 @@ def test_lists_of_pages_are_in_step_with_the_package() -> None:
     assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
 
 
+def test_an_entry_of_the_reference_is_the_function_not_its_module() -> None:
+    """The site's entries are read from sources, where a module may have the name of the function in it."""
+    in_sources = runpy.run_path(str(ROOT / "docs" / "lists.py"))["in_sources"]
+    assert in_sources("onestep.training.fit") == "onestep.training.fit.fit"
+    assert in_sources("onestep.curvature.glm") == "onestep.curvature.glm.glm"
+    assert in_sources("onestep.curvature.hvp") == "onestep.curvature.hvp"
+    # Whatever is added later: what the name is in Python is what is asked for.
+    for module in PUBLIC[1:]:
+        if module == "estimators":
+            pytest.importorskip("sklearn")
+        for name in importlib.import_module(f"onestep.{module}").__all__:
+            asked = in_sources(f"onestep.{module}.{name}")
+            owner, _, last = asked.rpartition(".")
+            assert not (ROOT / "python" / asked.replace(".", "/")).with_suffix(".py").is_file(), asked
+            assert last == name and (owner == f"onestep.{module}" or owner.endswith(f".{name}"))
+
+
 def test_code_of_pages_imports_what_a_clone_has() -> None:
     """A cell is typed in the repository's folder: `docs.plots` is found there, `plots` on the site alone."""
     known = {*sys.stdlib_module_names, *EXTRAS, "docs", "matplotlib", "numpy", "onestep", "scipy", "torch"}
