@@ -209,6 +209,23 @@ def test_a_docstring_with_gaps_is_found() -> None:
             """All (n,d), float32."""
             return torch.ones(1, 1)
 
+    def torn(a: int) -> int:
+        """Adds.
+
+        Args:
+            a: a number.
+
+        Returns:
+            (n,d) in the order of a: rising.
+
+        Raises:
+            ValueError: never.
+        """
+        return a
+
+    assert not_documented(torn) == ["a type before the colon in Returns"]
+    torn.__doc__ = str(torn.__doc__).replace("(n,d) in the order of a:", "``Moments(a, b)``:")
+    assert not_documented(torn) == []
     gaps = ["parameter a", "Raises", "method push: Args", "method push: Raises"]
     assert not_documented(Bad) == gaps
     Bad.__doc__ = None
