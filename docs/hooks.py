@@ -17,7 +17,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
 from docs import plots  # noqa: E402
-from docs.lists import LIST, RESULTS, TITLES, names  # noqa: E402
+from docs.lists import LIST, RESULTS, TITLES, in_sources, names  # noqa: E402
 
 plots.INTO_PAGES = True
 
@@ -45,7 +45,7 @@ def on_page_content(text: str, page: Page, **_: object) -> str:
 def _members(path: str, heading_level: int) -> str:
     """An entry for each public name of a module: none can be forgotten."""
     options = f"\n    options:\n      heading_level: {heading_level}"
-    return "\n\n".join(f"::: {name}{options}" for name in names(path))
+    return "\n\n".join(f"::: {in_sources(name)}{options}" for name in names(path))
 
 
 def _results() -> str:

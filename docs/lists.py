@@ -46,6 +46,12 @@ def names(path: str) -> list[str]:
     return [f"{path}.{name}" for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
 
 
+def in_sources(full: str) -> str:
+    """A name for mkdocstrings, which reads sources: there `onestep.curvature.glm` is a module, not its function."""
+    is_module = (PACKAGE.parent / full.replace(".", "/")).with_suffix(".py").is_file()
+    return f"{full}.{full.rpartition('.')[2]}" if is_module else full
+
+
 class Entry(NamedTuple):
     """What a list says of a name: its parameters, where it is written, the first paragraph of its docstring."""
 

@@ -56,6 +56,13 @@ def raises(function: Any) -> bool:
     return any(isinstance(call.func, ast.Name) and call.func.id[0].isupper() for call in made)
 
 
+def torn_result(doc: str) -> list[str]:
+    """Of the first line under Returns the site shows what stands before a colon as the type, which a name may be."""
+    line = doc.partition("\nReturns:\n")[2].partition("\n")[0].strip()
+    head, colon, _ = f"{line} ".partition(": ")
+    return ["a type before the colon in Returns"] if colon and not re.fullmatch(r"``\w+(\([\w, ]+\))?``", head) else []
+
+
 def not_documented_method(method: Any, of_class: str) -> list[str]:
     """What a reader would miss in a method's docstring; shapes and dtypes may be told by the class's."""
     doc, signature = inspect.getdoc(method) or "", inspect.signature(method)
@@ -65,6 +72,7 @@ def not_documented_method(method: Any, of_class: str) -> list[str]:
     if "Tensor" in str(signature):
         missing += ["shapes"] if not SHAPE.search(doc + of_class) else []
         missing += ["dtypes"] if not DTYPE.search(doc + of_class) else []
+    missing += torn_result(doc)
     return [f"method {method.__name__}: {what}" for what in missing]
 
 
@@ -121,7 +129,7 @@ def attributes_not_told(thing: type) -> list[str]:
 def not_documented(thing: object) -> list[str]:
     """What a reader would miss in a docstring: parameters, results, errors, methods."""
     doc = inspect.getdoc(thing) or ""
-    missing = [] if doc else ["a docstring"]
+    missing = torn_result(doc) if doc else ["a docstring"]
     if inspect.isclass(thing) and issubclass(thing, BaseException):
         return missing
     signature = inspect.signature(thing)  # type: ignore[arg-type]

@@ -308,7 +308,12 @@ def test_bench_measures_and_compares(run: Run, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench, "_limits", lambda: (100.0, 10.0))
     code, written, _ = run("bench", "--seconds", "1")
     assert code == 0
-    assert re.search(r"solve_normal, 50 of 8 × 4 +\d+\.\d\d ms +\d+\.\d\d ms", written)
+    assert re.search(r"solve_normal, 50 of 8 × 4 +\d+\.\d\d ms +\d+\.\d\d ms +\d+\.\d\d +\d+% of GEMM\n", written)
+    # 4e9 bytes in a second, of 10 GB/s.
+    monkeypatch.setattr(bench, "CASES", [lambda: bench.Case("rows", torch.zeros, torch.zeros, bytes=4e9)])
+    monkeypatch.setattr(bench, "_measure", lambda *_: (1.0, 3.0))
+    assert re.search(r"rows +1000\.00 ms 3000\.00 ms +3\.00 +40% of reading\n", run("bench", "--seconds", "1")[1])
+    monkeypatch.undo()
     assert "of GEMM: the operations that the result needs" in written  # a share may be above 100%
     results = itertools.chain([torch.full((3,), 2.0)], itertools.repeat(torch.ones(3)))  # wrong from the second call on
     wrong = bench.Case("wrong", lambda: next(results), lambda: torch.full((3,), 2.0))
@@ -317,11 +322,15 @@ def test_bench_measures_and_compares(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert run("bench", "--seconds", "0")[0] == 2
 
 
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
 def test_help_of_every_command_has_an_example_that_its_parser_takes() -> None:
     parser = build_parser()
-    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    assert set(commands.choices) == {"info", "fit", "predict", "keras", "bench"}
-    for name, command in commands.choices.items():
+    assert set(commands_of(parser)) == {"info", "fit", "predict", "keras", "bench"}
+    for name, command in commands_of(parser).items():
         lines = command.format_help().partition("\nexamples:\n")[2].splitlines()
         examples = [line.partition(" -m onestep ")[2].partition("  #")[0].partition(" > ")[0] for line in lines]
         assert examples, name
@@ -354,3 +363,19 @@ def test_completion_of_the_shell(run: Run, tmp_path: Path) -> None:
             ["bash", "-c", f"{written}\n{ask}", "bash", *typed.split()], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.stdout.split() == [offered], (typed, done.stderr)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 130])
+def test_help_is_as_wide_as_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prose is wrapped to it and says the same words; examples are lines that can be copied."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in commands_of(build_parser()).values():
+        help, epilog = command.format_help(), command.epilog or ""
+        written = epilog.partition("examples:\n")[0].split()
+        prose = help.partition("\nexamples:\n")[0].partition("\noptions:\n")[2].partition("\n\n")[2].splitlines()
+        assert " ".join(prose).split() == written
+        widths = [len(line) for line in prose]
+        assert all(width <= columns for width in widths)
+        assert len(written) < 150 or max(widths) > columns - 12
+        examples = [line for line in epilog.splitlines() if line.startswith("  ")]
+        assert examples and set(examples) <= set(help.splitlines())

@@ -55,7 +55,9 @@ def test_code_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.setattr(sys, "stderr", io.StringIO())  # progress bars
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    # Four doors, ten lines each.
+    assert len(blocks) == 4 and max(block.count("\n") for block in blocks) <= 10
+    assert len(README.read_text().splitlines()) <= 110
     names: dict[str, object] = {}
     for block in blocks:
         written = io.StringIO()
@@ -68,6 +70,16 @@ def test_code_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
         for line, first in zip(lines, promised, strict=False):
             if not first[0].isalpha() or first in ("True", "levenberg_marquardt"):
                 assert line.startswith(first[:5])
+
+
+def test_the_site_takes_nothing_from_elsewhere_and_is_searched_without_a_server() -> None:
+    settings = pytest.importorskip("yaml").safe_load((ROOT / "mkdocs.yml").read_text())
+    assert settings["theme"]["font"] is False and "offline" in settings["plugins"]
+    # The plugin adds a script of another site where none of ours has this name.
+    scripts = settings["extra"]["polyfills"]
+    assert any("iframe-worker" in script for script in scripts)
+    files = [*scripts, *settings["extra_css"], *settings.get("extra_javascript", [])]
+    assert [file for file in files if not (ROOT / "docs" / file).is_file()] == []
 
 
 REFERENCE = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
@@ -98,6 +110,23 @@ def test_lists_of_pages_are_in_step_with_the_package() -> None:
     assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
 
 
+def test_an_entry_of_the_reference_is_the_function_not_its_module() -> None:
+    """The site's entries are read from sources, where a module may have the name of the function in it."""
+    in_sources = runpy.run_path(str(ROOT / "docs" / "lists.py"))["in_sources"]
+    assert in_sources("onestep.training.fit") == "onestep.training.fit.fit"
+    assert in_sources("onestep.curvature.glm") == "onestep.curvature.glm.glm"
+    assert in_sources("onestep.curvature.hvp") == "onestep.curvature.hvp"
+    # Whatever is added later: what the name is in Python is what is asked for.
+    for module in PUBLIC[1:]:
+        if module == "estimators":
+            pytest.importorskip("sklearn")
+        for name in importlib.import_module(f"onestep.{module}").__all__:
+            asked = in_sources(f"onestep.{module}.{name}")
+            owner, _, last = asked.rpartition(".")
+            assert not (ROOT / "python" / asked.replace(".", "/")).with_suffix(".py").is_file(), asked
+            assert last == name and (owner == f"onestep.{module}" or owner.endswith(f".{name}"))
+
+
 def test_code_of_pages_imports_what_a_clone_has() -> None:
     """A cell is typed in the repository's folder: `docs.plots` is found there, `plots` on the site alone."""
     known = {*sys.stdlib_module_names, *EXTRAS, "docs", "matplotlib", "numpy", "onestep", "scipy", "torch"}
@@ -124,6 +153,14 @@ def test_every_public_name_is_in_the_reference_and_documented(module: str) -> No
         )
         assert listed, f"{path}.{name} is not in docs/reference"
         assert not_documented(thing) == [], f"{path}.{name}"
+
+
+def test_tables_in_docstrings_are_markdown() -> None:
+    """The site reads docstrings as Markdown, to which a table between lines of = is a paragraph."""
+    pytest.importorskip("sklearn")
+    texts = {name: inspect.getdoc(thing) or "" for name, thing in public_names().items()}
+    assert "| family |" in texts["glm"]
+    assert [name for name, text in texts.items() if re.search(r"^\s*={3,}( |$)|^\.\. ", text, re.MULTILINE)] == []
 
 
 def test_a_docstring_with_gaps_is_found() -> None:
@@ -172,6 +209,23 @@ def test_a_docstring_with_gaps_is_found() -> None:
             """All (n,d), float32."""
             return torch.ones(1, 1)
 
+    def torn(a: int) -> int:
+        """Adds.
+
+        Args:
+            a: a number.
+
+        Returns:
+            (n,d) in the order of a: rising.
+
+        Raises:
+            ValueError: never.
+        """
+        return a
+
+    assert not_documented(torn) == ["a type before the colon in Returns"]
+    torn.__doc__ = str(torn.__doc__).replace("(n,d) in the order of a:", "``Moments(a, b)``:")
+    assert not_documented(torn) == []
     gaps = ["parameter a", "Raises", "method push: Args", "method push: Raises"]
     assert not_documented(Bad) == gaps
     Bad.__doc__ = None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import runpy
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
-from onestep import _torch_private
+from onestep import _runtime, _torch_private
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -75,3 +76,17 @@ def test_nothing_installs_onestep_by_its_name() -> None:
     assert [str(file) for file in files if BY_NAME.search(file.read_text())] == []
     for page in ("README.md", "docs/quick-start.md"):
         assert re.search(r"\*\*[^*]*on PyPI is\s+another project\*\*", (ROOT / page).read_text()), page
+
+
+def test_a_clone_where_nothing_is_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`make native` builds the module in the tree and installs nothing."""
+
+    def nothing_installed(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(_runtime, "version", nothing_installed)
+    monkeypatch.setattr(_runtime, "__file__", str(ROOT / "python" / "onestep" / "_runtime.py"))
+    assert _runtime.own_version() == re.findall('\nversion = "(.*)"', PYPROJECT)[0]
+    monkeypatch.setattr(_runtime, "__file__", str(tmp_path / "python" / "onestep" / "_runtime.py"))
+    with pytest.raises(PackageNotFoundError):
+        _runtime.own_version()

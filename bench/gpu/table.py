@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,23 +27,51 @@ class Product(NamedTuple):
     ms: str
     share: str = ""  # of the GPU's limit
     limit: str = ""
+    # Memory that is added, in MiB, or in bytes where the name says so: of the peer, of onestep.
+    memory: tuple[str, str] = ("", "")
 
 
 PRODUCTS = {
     "attention": [
         Product("attention, JVP against flash forward", "1/jvp_to_forward", "jvp_ms"),
-        Product("attention, HVP against flash forward + backward", "1/hvp_to_forward_backward", "hvp_ms"),
-        Product(MATH, "faster", "onestep_ms"),
-        Product(GRADIENT, "1/hvp_to_gradient", "hvp_ms"),
+        Product(
+            "attention, HVP against flash forward + backward",
+            "1/hvp_to_forward_backward",
+            "hvp_ms",
+            memory=("gradient_added_mib", "hvp_added_mib"),
+        ),
+        Product(MATH, "faster", "onestep_ms", memory=("math_added_mib", "onestep_added_mib")),
+        Product(GRADIENT, "1/hvp_to_gradient", "hvp_ms", memory=("gradient_sdpa_added_mib", "hvp_added_mib")),
     ],
     "glm": [Product("GLM, HVP against the same in torch", "ratio", "ms", "share_of_copy", "copying")],
     "lmhead": [
-        Product("LM head, GGN product against torch", "ggn_ratio", "ggn_ms", "ggn_share_of_gemm", "GEMM"),
-        Product("LM head, HVP against torch", "hvp_ratio", "hvp_ms", "hvp_share_of_gemm", "GEMM"),
-        Product("LM head, gradient against torch", "ratio", "ms", "share_of_gemm", "GEMM"),
+        Product(
+            "LM head, GGN product against torch",
+            "ggn_ratio",
+            "ggn_ms",
+            "ggn_share_of_gemm",
+            "GEMM",
+            memory=("ggn_composition_added_bytes", "ggn_added_bytes"),
+        ),
+        Product(
+            "LM head, HVP against torch",
+            "hvp_ratio",
+            "hvp_ms",
+            "hvp_share_of_gemm",
+            "GEMM",
+            memory=("hvp_composition_added_bytes", "hvp_added_bytes"),
+        ),
+        Product(
+            "LM head, gradient against torch",
+            "ratio",
+            "ms",
+            "share_of_gemm",
+            "GEMM",
+            memory=("torch_added_bytes", "added_bytes"),
+        ),
     ],
     "normal": [Product("normal equations and Cholesky, against torch", "ratio", "onestep_ms", "copy_share", "copying")],
-    "polar": [Product(NEWTON_SCHULZ, "ratio", "ms", "share_of_gemm", "GEMM")],
+    "polar": [Product(NEWTON_SCHULZ, "ratio", "ms", "share_of_gemm", "GEMM", memory=("", "added_bytes"))],
 }
 # Ratios that were set before the measurement; those of normal equations are in their file.
 LONG = "B 1 H 16 T 8192 D 128 bfloat16 causal"
@@ -70,6 +99,11 @@ def measured(family: str, row: dict[str, Any]) -> list[dict[str, Any]]:
         figures["share"] = f"{share:.0%} of {product.limit}" if share else ""
         if key in row:
             figures["ratio"] = 1 / row[key] if key != product.ratio else row[key]
+            # The ratio is that of the medians, so this is the peer's median, which some files do not hold by itself.
+            figures["peer_seconds"] = figures["ratio"] * figures["median_seconds"]
+        for name, key in zip(("peer_mib", "mib"), product.memory, strict=True):
+            if key in row:
+                figures[name] = row[key] / 2**20 if key.endswith("bytes") else row[key]
         goal = row.get("goal") or GOALS.get((product.group, case))
         found.append(figures | ({"goal": goal} if goal else {}))
     return found
@@ -86,25 +120,43 @@ def in_words(case: str) -> str:
     return re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", case)
 
 
-def main(folder: Path) -> None:
-    rows: list[dict[str, Any]] = []
-    device: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        device = {key: value for key, value in content.items() if key != "rows"}
-        rows += [figures for row in content["rows"] for figures in measured(path.stem, row)]
-    rows.sort(key=lambda row: row["group"])  # stable: cases stay in their order
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown. A case without a peer has neither the peer's time nor a ratio."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "what, against which peer": lambda row: row["group"],
+        "case": lambda row: row["case"],
+        "peer, ms": lambda row: f"{row['peer_seconds'] * 1e3:.3g}" if "peer_seconds" in row else "",
+        "onestep, ms": lambda row: f"{row['median_seconds'] * 1e3:.3g}",
+        "times as fast": lambda row: f"{row['ratio']:.3g}" if "ratio" in row else "",
+        "goal": lambda row: f"{row['goal']:.3g}" if "goal" in row else "",
+        "share of the GPU's limit": lambda row: row["share"],
+        "peer adds, MiB": lambda row: f"{row['peer_mib']:,.0f}" if "peer_mib" in row else "",
+        "onestep adds, MiB": lambda row: f"{row['mib']:,.0f}" if "mib" in row else "",
+    }
+    lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def rows_of(contents: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of all files, which are given by their family, with cases in words; each group's stay in order."""
+    rows = [
+        figures for family, content in contents.items() for row in content["rows"] for figures in measured(family, row)
+    ]
     for row in rows:
         row["case"] = in_words(row["case"])
+    return sorted(rows, key=lambda row: row["group"])
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def main(folder: Path) -> None:
+    contents = read(folder)
+    rows, device = rows_of(contents), list(contents.values())[-1]
     copy, gemm = device["copy_bytes_per_second"] / 1e12, device["bf16_flops"] / 1e12
     facts = f"{device['device']}, torch {device['torch']}; copy {copy:.2f} TB/s, bf16 GEMM {gemm:.0f} TFLOP/s"
-    header = ["what, against which peer", "case", "ms", "times as fast", "goal", "share of the GPU's limit"]
-    lines = [header, ["---"] * len(header)]
-    for row in rows:
-        ratio, goal = (f"{row[key]:.3g}" if key in row else "" for key in ("ratio", "goal"))
-        lines.append([row["group"], row["case"], f"{row['median_seconds'] * 1e3:.3g}", ratio, goal, row["share"]])
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    (folder / "table.md").write_text(f"{facts}\n\n{text}\n")
+    (folder / "table.md").write_text(f"{facts}\n\n{as_table(rows)}\n")
     plot_ratios(rows, {}, facts, folder / "ratios.png")
 
 

@@ -2,18 +2,17 @@
 
 ``onestep.fit`` solves for a model's parameters, with the optimisers of ``onestep.optim`` and the products of
 ``onestep.curvature``; batched least squares and Cholesky solves (``onestep.linalg``, ``torch.ops.onestep.*``) and
-scikit-learn estimators (``Ridge``, ``RidgeCV``, ``RidgeClassifier``, ``LogisticRegression``, ``PoissonRegressor``)
-stand on compiled kernels.
+scikit-learn estimators (``Ridge``, ``RidgeCV``, ``RidgeClassifier``, ``LogisticRegression``, ``LogisticRegressionCV``,
+``PoissonRegressor``) stand on compiled kernels.
 """
 
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from onestep import _program, curvature, functional, layerwise, linalg, nn, ops, optim  # noqa: F401 (before torch)
-from onestep._runtime import info
+from onestep._runtime import info, own_version
 from onestep.training import FitResult, fit
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
         RidgeCV,
     )
 
-__version__ = version("onestep")
+__version__ = own_version()
 
 __all__ = [
     "FitResult",

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -16,6 +17,18 @@ from onestep._program import refused
 __all__ = ["info"]
 
 TARGET_VARIABLE = "ONESTEP_TARGET"
+
+
+def own_version() -> str:
+    """The installed package's version; in a clone where nothing is installed (`make native`), pyproject.toml's."""
+    try:
+        return version("onestep")
+    except PackageNotFoundError:
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        if not project.is_file():
+            raise
+        found: list[str] = re.findall(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)
+        return found[0]
 
 
 def _select_target() -> None:

@@ -13,6 +13,7 @@ from typing import NoReturn
 from onestep._program import leave_interrupts_to_main
 
 from .errors import CliError, Interrupted, say
+from .help import HelpFormatter
 from .keras import add_parser as add_keras
 
 # As it was called: by the name that pip installs, or as a module.
@@ -94,7 +95,7 @@ examples:
 
 BENCH_EPILOG = """\
 Every case is a line: milliseconds of onestep and of torch (medians), how many times as fast onestep is, and which share
-of the rate of torch's own matrix product it reaches. Nothing else should run meanwhile.
+of the rate of torch's own matrix product, or of reading memory, it reaches. Nothing else should run meanwhile.
 
 examples:
   python -m onestep bench
@@ -209,12 +210,11 @@ _seed.__name__ = _size.__name__ = "whole number"
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         prog=PROGRAM,
         description="Fit a linear model or a small network to a CSV file by solving for it, and predict with it.",
         epilog=EPILOG,
-        formatter_class=raw,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     parser.add_argument(
@@ -228,10 +228,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "info",
         help="version, CPU target, thread source, CUDA build and devices",
-        description="Show what runs here: onestep's version and CPU target, where its threads come from, torch's\n"
-        "version, whether the CUDA kernels were built, and the devices.",
+        description="Show what runs here: onestep's version and CPU target, where its threads come from, "
+        "torch's version, whether the CUDA kernels were built, and the devices.",
         epilog=INFO_EPILOG,
-        formatter_class=raw,
+        formatter_class=HelpFormatter,
     )
 
     fit = commands.add_parser(
@@ -239,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="fit a model to a CSV file",
         description="Fit a linear model to a CSV file exactly and in one step, or a relu network in a few dozen.",
         epilog=FIT_EPILOG,
-        formatter_class=raw,
+        formatter_class=HelpFormatter,
     )
     fit.add_argument("file", type=Path, help="the CSV file")
     fit.add_argument("--target", required=True, metavar="COLUMN", help="the column to predict")
@@ -313,7 +313,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="predict with a saved model",
         description="Predict the target for every row of a CSV file with a model saved by fit --save.",
         epilog=PREDICT_EPILOG,
-        formatter_class=raw,
+        formatter_class=HelpFormatter,
     )
     predict.add_argument("model", type=Path, help="the file written by fit --save")
     predict.add_argument("file", type=Path, help="the CSV file")
@@ -326,7 +326,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure typical calls beside torch's own way to the same result, in turn in one process, and say\n"
         "which CPU target runs.",
         epilog=BENCH_EPILOG,
-        formatter_class=raw,
+        formatter_class=HelpFormatter,
     )
     bench.add_argument(
         "--seconds", type=_seconds, default=120, metavar="S", help="about how long to measure (default: %(default)s)"

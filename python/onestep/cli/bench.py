@@ -21,9 +21,10 @@ from onestep.linalg import gram, solve_normal
 from .errors import count, say
 
 LEAST_ROUNDS = 3
-GEMM_NOTE = """\
+SHARES = """\
 of GEMM: the operations that the result needs, in a second, as a share of the rate of torch's product above. That is a
-yardstick, not a limit: products of other shapes may be faster than that one."""
+yardstick, not a limit: products of other shapes may be faster than that one.
+of reading: the bytes that have to be read, likewise."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Case:
     name: str
     ours: Callable[[], Tensor]
     peer: Callable[[], Tensor]
-    # Floating-point operations that the result needs; 0 where memory is the limit.
+    # Floating-point operations that the result needs, or bytes that have to be read where memory is the limit.
     flops: float = 0.0
+    bytes: float = 0.0
     tolerance: float = 1e-3
 
 
@@ -64,7 +66,8 @@ def _logistic(n: int, d: int) -> Case:
     X, v, w = torch.randn(n, d), torch.randn(d, 1), torch.zeros(d, 1)
     point = glm(X, (torch.rand(n) < 0.5).float(), w, "logistic")
     curvature = torch.full((n, 1), 0.25)
-    return Case(f"logistic Hessian product, {n:,} × {d}", lambda: point.hvp(v), lambda: X.T @ (curvature * (X @ v)))
+    name = f"logistic Hessian product, {n:,} × {d}"
+    return Case(name, lambda: point.hvp(v), lambda: X.T @ (curvature * (X @ v)), bytes=4 * n * d)
 
 
 def _attention(length: int) -> Case:
@@ -150,17 +153,20 @@ def run(args: argparse.Namespace) -> None:
     print(f"onestep {onestep.__version__}, torch {torch.__version__}, {count(torch.get_num_threads(), 'thread')}")
     print(f"CPU target: {facts['cpu_target']} (this machine supports {', '.join(supported)})")
     print(f"torch's fp32 GEMM, 2048³: {gemm:.0f} GFLOP/s; reading: {read:.1f} GB/s\n")
-    print(f"{'fp32, in turn with torch':46}{'onestep':>11}{'torch':>11}{'ratio':>8}   of GEMM")
+    print(f"{'fp32, in turn with torch':46}{'onestep':>11}{'torch':>11}{'ratio':>8}   share")
     ratios = []
     # A fifth of the time goes to drawing data and to the first calls.
-    share = 0.8 * args.seconds / len(CASES)
+    seconds = 0.8 * args.seconds / len(CASES)
     for make in CASES:
         case = make()
-        ours, peer = _measure(case, share)
+        ours, peer = _measure(case, seconds)
         ratios.append(peer / ours)
-        rate = f"{case.flops / ours / 1e9 / gemm:9.0%}" if case.flops else ""
-        print(f"{case.name:46}{ours * 1e3:8.2f} ms{peer * 1e3:8.2f} ms{ratios[-1]:8.2f}{rate}", flush=True)
+        share = ""
+        if case.flops or case.bytes:
+            done, rate, what = (case.flops, gemm, "GEMM") if case.flops else (case.bytes, read, "reading")
+            share = f"{done / ours / 1e9 / rate:8.0%} of {what}"
+        print(f"{case.name:46}{ours * 1e3:8.2f} ms{peer * 1e3:8.2f} ms{ratios[-1]:8.2f}{share}", flush=True)
     print(f"\ngeometric mean of the ratios: {statistics.geometric_mean(ratios):.2f} (above 1, onestep is faster)")
-    print(GEMM_NOTE)
+    print(SHARES)
     if facts["cpu_target"] != supported[-1]:
         say("note", f"this machine supports {supported[-1]}; ONESTEP_TARGET chose another target")

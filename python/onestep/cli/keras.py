@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .errors import CliError, count, listed
+from .help import HelpFormatter
 
 EPILOG = """\
 The model is loaded under Keras' torch backend, fitted by onestep.fit and saved; TensorFlow and JAX load what is saved
@@ -29,7 +30,7 @@ def add_parser(commands: Any) -> None:
         help="fit the model of a .keras file",
         description="Fit a Keras model of any backend by solving for it, and save it.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("file", type=Path, help="the .keras file")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="the .npz file with the arrays")

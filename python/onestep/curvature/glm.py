@@ -175,14 +175,12 @@ def glm(
 ) -> GLMPoint:
     """Evaluates a generalised linear model, η = XW, loss Σ wᵢ ℓ(ηᵢ, yᵢ), its gradient and curvature in one pass over X.
 
-    ========== ============================= ====================================================
-    family     ℓ(η, y)                       y
-    ========== ============================= ====================================================
-    gaussian   ½(η − y)²                     floats
-    logistic   log(1 + eᶯ) − yη              0 or 1 (bool, integers or floats), or probabilities
-    softmax    log Σ eᶯ − Σ yη               class indices, or one-hot rows or probabilities
-    poisson    eᶯ − yη                       counts >= 0
-    ========== ============================= ====================================================
+    | family | ℓ(η, y) | y |
+    | --- | --- | --- |
+    | gaussian | ½(η − y)² | floats |
+    | logistic | log(1 + eᶯ) − yη | 0 or 1 (bool, integers or floats), or probabilities |
+    | softmax | log Σ eᶯ − Σ yη | class indices, or one-hot rows or probabilities |
+    | poisson | eᶯ − yη | counts >= 0 |
 
     The point keeps the curvature (n or n × k numbers), so that each Hessian-vector product reads X once (McCullagh and
     Nelder, Generalized Linear Models, 1989, 2.5: for these canonical links Newton is Fisher scoring).

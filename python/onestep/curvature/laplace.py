@@ -82,8 +82,7 @@ class Laplace:
 
     Args:
         model: any module that returns a tensor, (n,…) for n rows. It is evaluated in eval mode.
-        data: as for ``onestep.fit``: a pair (inputs, target), a Dataset of such pairs, or a DataLoader of batches. Data
-            and loss may also come in the other order.
+        data: as for ``onestep.fit``: a pair (inputs, target), a Dataset of such pairs, or a DataLoader of batches.
         loss: "mse", "cross_entropy", "poisson" or "bce", or torch's losses of these kinds without class weights.
             The old order of arguments, (model, loss, data), is deprecated.
         parameters: "last_layer", the nn.Linear that ends the model, whose matrix is made by the weighted Gram kernel

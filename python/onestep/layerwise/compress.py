@@ -67,7 +67,7 @@ def quantize(
         progress: show a bar.
 
     Returns:
-        A ``Report``: for each layer the rows, damping and errors (against the teacher, where there is one), rounding to
+        ``Report``: for each layer the rows, damping and errors (against the teacher, where there is one), rounding to
         nearest beside it, and its codes.
 
     Raises:

@@ -25,7 +25,7 @@ def cholesky(A: Tensor) -> Tensor:
             triangle is read; its gradient is symmetric.
 
     Returns:
-        (…,d,d), zeros above the diagonal. Differentiable to every order.
+        (…,d,d) in A's dtype (float32 for 16 bits), zeros above the diagonal. Differentiable to every order.
 
     Raises:
         torch.linalg.LinAlgError: a matrix is not positive definite, or holds NaN or Inf.
@@ -50,8 +50,8 @@ def cholesky_ex(A: Tensor) -> tuple[Tensor, Tensor]:
         A: (…,d,d), as in ``cholesky``.
 
     Returns:
-        L (…,d,d), NaN for a matrix that failed, with zero gradients; and info (…) int32: 0, or the 1-based order of the
-        leading minor that is not positive definite.
+        L (…,d,d) in A's dtype (float32 for 16 bits), NaN for a matrix that failed, with zero gradients; and info (…)
+        int32, which is 0, or the 1-based order of the leading minor that is not positive definite.
 
     Raises:
         ValueError, TypeError: A is no floating-point tensor of square matrices.

@@ -157,8 +157,9 @@ def solve_normal(
         refine: refinement steps.
 
     Returns:
-        (…,d,k), or (…,d) if Y is (…,n). Differentiable in X, Y, weight and ridge: backward, forward mode, vmap and
-        every composition of them; refinement and the choice of form do not change the derivatives.
+        (…,d,k), or (…,d) if Y is (…,n), in X's dtype (float32 for 16 bits). Differentiable in X, Y, weight and ridge by
+        backward, forward mode, vmap and every composition of them; refinement and the choice of form do not change
+        the derivatives.
 
     Raises:
         torch.linalg.LinAlgError: a problem is singular or holds NaN or Inf; ``solve_normal_ex`` reports it instead.
