@@ -17,7 +17,7 @@ SOURCES = {
     "solve 8,192 problems": ("forward + backward", "8,192 × (64, 32, 1)"),
     "solve 100,000 problems": (
         "normal equations and Cholesky, against torch",
-        "solve_normal, 100,000 × (32 × 16), fp32",
+        "solve_normal, 100,000 × (128 × 64), fp32",
     ),
     "polar factors of 24": ("polar factors", "24 × (144 × 576)"),
     "4096 × 4096 layer": ("layers of language models", "4096 × 4096 layer to 4 bits"),
