@@ -209,6 +209,14 @@ class IndexedSource(Source):
         return list(self._chunks(size, lambda rows: order[rows]))
 
 
+def length_of(data: Any) -> int | None:
+    """len(data), or None: a DataLoader of a dataset without a length has the method, too, and raises TypeError."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
 def _sampler_of(loader: Iterable[Any]) -> Any:
     """What draws a DataLoader's rows: its sampler, or the one inside its batch_sampler, or None."""
     inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
@@ -249,12 +257,13 @@ class LoaderSource(Source):
 
     def known_batches(self, size: int) -> int | None:
         """A step takes as many of the loader's batches as have ``size`` rows."""
-        if not isinstance(self.loader, Sized):
+        batches = length_of(self.loader)
+        if batches is None:
             return None
         rows = getattr(self.loader, "batch_size", None)
         if size > 1 and rows is None:
             return None
-        return -(-len(self.loader) // -(-size // (rows or 1)))
+        return -(-batches // -(-size // (rows or 1)))
 
     def _own_rows(self) -> float:
         """How many rows of a pass are this process's own; those that a DistributedSampler adds come after them.
