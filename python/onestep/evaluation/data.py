@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from onestep._serial_torch import serial_for
 from onestep._torch_private import tree_leaves, tree_map_only
 from onestep.evaluation.digest import digest
 from onestep.evaluation.exclusive import exclusive
@@ -31,7 +33,9 @@ class Chunk(NamedTuple):
         """Some of the rows."""
 
         def some(tensor: Tensor) -> Tensor:
-            part = _with_rows(tensor).detach()[index]
+            rows = _with_rows(tensor).detach()
+            with serial_for(len(index) * rows[:1].numel()) if isinstance(index, Tensor) else nullcontext():
+                part = rows[index]
             # A model that differentiates in its inputs needs leaves, also where no gradients are recorded now.
             return part.requires_grad_() if tensor.requires_grad else part
 
