@@ -77,8 +77,8 @@ def test_numerals(run, table, tmp_path, written, value, options):
         ([f"{1 + v % 28}/3/2021" for v in AMOUNTS], "seems to hold dates"),
         ([f"20{10 + v % 9}-01" for v in AMOUNTS], "dates, such as '2010-01' on line 2; pass --dates 'amount'"),
         ([f"{1 + v % 28} Jan 2024" for v in AMOUNTS], "pass --dates 'amount' --date-format '%d %b %Y' for year"),
-        ([2**53 + int(v) for v in AMOUNTS], "whole numbers beyond 2^53 (9007199254741892 on line 2)"),
-        ([2**70 + int(v) for v in AMOUNTS], "whole numbers beyond 2^53"),
+        ([2**53 + int(v) for v in AMOUNTS], "numbers beyond 2^53 (9007199254741892 on line 2)"),
+        ([2**70 + int(v) for v in AMOUNTS], "numbers beyond 2^53"),
         (
             [f"({v})" for v in AMOUNTS],
             "seems to hold numbers, such as '(900)' on line 2; write negative numbers with a",
@@ -99,7 +99,7 @@ def test_numerals(run, table, tmp_path, written, value, options):
             [f"{v} kg" for v in AMOUNTS],
             "such as '900 kg' on line 2; write the number alone, in one unit",
         ),
-        (["", *(2**53 + int(v) for v in AMOUNTS[1:])], "whole numbers beyond 2^53"),
+        (["", *(2**53 + int(v) for v in AMOUNTS[1:])], "numbers beyond 2^53"),
     ],
 )
 def test_columns_that_say_something_else(run, table, texts, message):

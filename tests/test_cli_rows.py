@@ -148,7 +148,7 @@ def test_classes_that_the_model_does_not_know_are_told(run, table, tmp_path):
     ("classes", "options", "message"),
     [
         (["1,5", "2,5"], ["--thousands", ","], "has '1,5' on line 2, which does not fit the --thousands and --decimal"),
-        (["9007199254740993", "9007199254740996"], [], "holds whole numbers beyond 2^53"),
+        (["9007199254740993", "9007199254740996"], [], "holds numbers beyond 2^53"),
     ],
 )
 def test_classes_are_not_made_of_numbers_that_do_not_fit(run, table, classes, options, message):

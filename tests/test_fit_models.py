@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_fit import network, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import onestep
 from onestep.curvature import GaussNewtonOperator
@@ -362,3 +364,31 @@ def test_models_on_a_gpu_are_fitted_as_on_a_cpu(method: str, loss: str) -> None:
         result = onestep.fit(there, (X, target), loss, **options)
         assert result.history[0].loss == pytest.approx(expected.history[0].loss, rel=0.05)
         assert result.loss <= result.initial_loss
+
+
+class Streamed(IterableDataset[Any]):
+    """Rows that come one after another, and have no length."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __iter__(self) -> Iterator[Any]:
+        return zip(*self.tensors, strict=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "newton_cg"}, {"method": "gauss_newton", "batch_size": 20}], ids=["full", "mini"]
+)
+def test_loaders_without_a_length(options: dict[str, Any]) -> None:
+    """A DataLoader of an IterableDataset has __len__, which raises TypeError."""
+    X, y = table(60)
+    results = []
+    for data in (Streamed(X, y), TensorDataset(X, y)):
+        model = network()
+        loader: DataLoader[Any] = DataLoader(data, batch_size=20)
+        results.append(onestep.fit(model, loader, max_steps=3, progress=False, **options).loss)
+    assert results[0] == pytest.approx(results[1], rel=1e-9)
+    operator = GaussNewtonOperator(network(), DataLoader(Streamed(X, y), 20), "mse", progress=False)
+    vector = torch.ones(operator.shape[1], dtype=X.dtype)
+    expected = GaussNewtonOperator(network(), (X, y), "mse", progress=False) @ vector
+    assert torch.allclose(operator @ vector, expected, rtol=1e-9)

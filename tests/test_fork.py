@@ -24,7 +24,7 @@ from onestep import (
 )
 from onestep._cached import cached_property
 from onestep._fork import one_thread_after_fork
-from onestep.curvature import GaussNewtonOperator, Laplace, hvp
+from onestep.curvature import GaussNewtonOperator, Laplace, glm, hvp
 from onestep.estimators._centred import Primal
 from onestep.layerwise import refit
 from onestep.linalg.damping import unit_cholesky
@@ -35,6 +35,8 @@ Y = X[:, :10] + rng.normal(size=(2000, 10))
 LABELS = Y.argmax(1)
 DEPENDENT = np.hstack([X, X[:, :5]])
 FLOATS = torch.from_numpy(X).float()
+TALL = torch.from_numpy(np.tile(X, (20, 1)))
+TALL_LABELS, TALL_COUNTS = torch.from_numpy(np.tile(LABELS, 20)), torch.arange(40_000) % 5
 SPARSE = scipy.sparse.csr_array(np.where(X > 1.0, X, 0.0))
 
 
@@ -61,6 +63,23 @@ def sums():
     equations = onestep.linalg.NormalEquations(40, 10, dtype=torch.float64)
     equations.update(torch.from_numpy(X), torch.from_numpy(Y))
     return equations.merge(equations).solve(0.1).W.numpy()
+
+
+def wide_sums():
+    """Sums of so many features that torch makes, adds and copies them by several threads."""
+    rows = np.tile(X, (1, 8)) + np.random.default_rng(1).normal(size=(2000, 320))
+    equations = onestep.linalg.NormalEquations(320, 10, dtype=torch.float64)
+    equations.update(torch.from_numpy(rows), torch.from_numpy(Y))
+    restored = onestep.linalg.NormalEquations(320, 10, dtype=torch.float64)
+    restored.load_state_dict(equations.state_dict())
+    return restored.sweep([0.1, 10.0]).W.numpy()
+
+
+def glm_matrices():
+    point = glm(TALL, TALL_LABELS, torch.zeros(40, 10, dtype=torch.float64), "softmax")
+    counts = glm(TALL, TALL_COUNTS, torch.zeros(40, dtype=torch.float64), "poisson")
+    matrices = point.gram(), point.gram_blocks(), point.gram_diagonal(), point.diagonal_curvature(), counts.gram()
+    return np.concatenate([matrix.numpy().ravel()[:1000] for matrix in matrices])
 
 
 def refitted_layer():
@@ -137,6 +156,8 @@ JOBS = {
     "operator": operator_product,
     "hvp": product,
     "NormalEquations": sums,
+    "wide NormalEquations": wide_sums,
+    "glm": glm_matrices,
     "refit": refitted_layer,
     "Laplace": posterior,
     "solve_normal": lambda: onestep.linalg.solve_normal(torch.from_numpy(X), torch.from_numpy(Y)).numpy(),

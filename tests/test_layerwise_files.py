@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import threading
 
 import pytest
 import torch
@@ -175,3 +177,34 @@ def test_buffers_that_are_views_are_written(codes, tmp_path):
     load(fresh, tmp_path / "views.safetensors")
     for name, value in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_statistics_come_through_a_pipe(tmp_path, in_files):
+    """As the shell's <(command) gives one; the second time it was opened, it waited for another writer for ever."""
+    file, pipe = tmp_path / "sums.pt", tmp_path / "pipe"
+    model = perceptron()
+    folder = tmp_path if in_files else None
+    expected = LayerStatistics(model, "0").collect([X, X], progress=False)
+    expected.save(file)
+    os.mkfifo(pipe)
+    for content in (file.read_bytes(), b"no statistics"):
+        writer = threading.Thread(target=pipe.write_bytes, args=(content,), daemon=True)
+        writer.start()
+        found, errors = LayerStatistics(model, "0", folder=folder), []
+
+        def read(found=found, errors=errors):
+            try:
+                found.load(pipe)
+            except ValueError as error:
+                errors.append(str(error))
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        reader.join(20)
+        assert not reader.is_alive()
+        writer.join(20)
+        if content == b"no statistics":
+            assert errors == [f"{pipe} is no file of LayerStatistics.save, or damaged"]
+        else:
+            assert not errors and found.batches == 2 and torch.equal(found["0"].gram, expected["0"].gram)

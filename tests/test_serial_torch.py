@@ -1,15 +1,18 @@
 """onestep._serial_torch: torch on the calling thread, our kernels on as many threads as before."""
 
+import math
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import onestep
 from onestep import _serial_torch, linalg
-from onestep._serial_torch import serial_torch
+from onestep._serial_torch import serial_for, serial_torch
+from onestep.evaluation.data import as_source
 
 needs_openmp = pytest.mark.skipif(_serial_torch.set_openmp_threads is None, reason="torch was built without libgomp")
 
@@ -98,3 +101,62 @@ def test_scorers_have_all_threads(two_threads):
     X = np.random.default_rng(0).standard_normal((60, 3))
     onestep.LogisticRegressionCV(Cs=2, cv=2, scoring=scorer).fit(X, X[:, 0] > 0)
     assert seen == {2}
+
+
+class ThreadsOf(TorchDispatchMode):
+    """On how many threads each operation runs, with the number of elements of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        threads, result = torch.get_num_threads(), function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.seen.append((str(function).split(".")[1], threads, tuple(result.shape)))
+        return result
+
+    def threads(self, *names):
+        """Where the result is a large matrix: of up to 32,768 numbers torch makes no region."""
+        return {threads for name, threads, shape in self.seen if name in names and math.prod(shape) > 1 << 15}
+
+
+@needs_openmp
+def test_a_process_beside_has_few_regions_to_disturb(two_threads):
+    """RidgeCV has the large product of a block on both threads, and what takes a fraction of a millisecond on one."""
+    generator = np.random.default_rng(0)
+    X, Y = generator.standard_normal((3000, 64)), generator.standard_normal((3000, 3000))
+    with ThreadsOf() as mode:
+        few = onestep.RidgeCV().fit(X, Y[:, 0])
+    assert {shape[1] for name, threads, shape in mode.seen if name == "mm" and threads == 2 and shape[0] > 64} == {64}
+    assert mode.threads("sub", "pow", "square") == {1}
+    with ThreadsOf() as mode:
+        onestep.RidgeCV().fit(X, Y)  # products with many targets gain by two threads
+    assert mode.threads("mm") == {2} and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    again = onestep.RidgeCV().fit(X, Y[:, 0])
+    assert again.best_score_ == pytest.approx(few.best_score_, rel=1e-12)
+
+
+@needs_openmp
+def test_rows_of_a_sample_are_gathered_on_one_thread(two_threads):
+    X, y = torch.randn(5000, 16), torch.randn(5000, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    with ThreadsOf() as mode:
+        onestep.fit(model, (X, y), "mse", method="levenberg_marquardt", max_steps=2, progress=False)
+    assert {threads for name, threads, _ in mode.seen if name in ("index", "sqrt")} == {1}
+    wide = torch.randn(5000, 300)
+    with ThreadsOf() as mode:  # that many numbers are worth both threads
+        rows = as_source((wide, y), 0).sample(0, 4000)[0].inputs
+    assert rows.numel() > 1 << 19 and {threads for name, threads, shape in mode.seen if shape == (4000, 300)} == {2}
+
+
+def test_small_operations_have_the_same_bits(two_threads):
+    """For them ``serial_for`` is: each number of the result is made by itself."""
+    torch.manual_seed(0)
+    X, w, rows = torch.randn(8192, 64).double(), torch.randn(64, 3).double(), torch.randint(8192, (5000,))
+    operations = (lambda: X.square(), lambda: X - w[:, 0], lambda: X @ w, lambda: X[rows], lambda: X.abs().sqrt())
+    for operation in operations:
+        expected = operation()
+        with serial_for(X.numel()):
+            assert torch.equal(operation(), expected)

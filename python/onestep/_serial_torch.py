@@ -6,13 +6,15 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from onestep import _native
 
 _state = threading.local()
+# Up to so many numbers torch's loops take less than a millisecond; to wait for a thread costs several (0305).
+_FEW = 1 << 19
 
 
 def _function(library: str, name: str) -> Callable[[int], int] | None:
@@ -64,3 +66,11 @@ def serial_torch() -> Iterator[None]:
                     _native.set_own_thread_count(0)
                 finally:
                     _state.inside = False
+
+
+def serial_for(numbers: int) -> AbstractContextManager[None]:
+    """``serial_torch`` around an operation on so many numbers, if they are few, such as a sum of two tensors.
+
+    For operations whose bits do not depend on the number of threads: each number of the result is made by itself.
+    """
+    return serial_torch() if numbers <= _FEW else nullcontext()

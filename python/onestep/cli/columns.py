@@ -11,7 +11,7 @@ import pandas as pd
 from . import dates
 from .errors import CliError, count, note
 from .table import Table
-from .texts import check_text, tell_dates_in_numbers, tell_leading_zeros, tell_numbers_in_texts, tell_unit
+from .texts import check_text, tell_dates_in_numbers, tell_leading_zeros, tell_numbers_in_texts, tell_points, tell_unit
 
 # Texts that differ in most rows say which row it is: more levels than this are refused then, or than MANY_LEVELS
 # where --categorical asks for them.
@@ -189,6 +189,7 @@ def _number(table: Table, name: str, train: np.ndarray, impute: bool) -> Number 
     values = table.numbers(name)[train]
     tell_unit(table, name)
     tell_dates_in_numbers(table, name, values)
+    tell_points(table, name, values)
     if table.frame[name].dtype.kind == "f":
         tell_leading_zeros(table, name)
     if np.nanmin(values) == np.nanmax(values):

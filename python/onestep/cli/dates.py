@@ -21,6 +21,8 @@ _DATE = re.compile(
     # A point behind the last number, blanks behind the points, and days without a year: 01.03.
     r"|\d{1,2}\. ?\d{1,2}\. ?\d{4}\.?|\d{4}\. ?\d{1,2}\. ?\d{1,2}\.?|(?:19|20)\d{6}T\d{4,6}.*"
     r"|(?:0?[1-9]|[12]\d|3[01])\. ?(?:0?[1-9]|1[0-2])\."
+    # Months of a year, and dates of East Asia.
+    r"|(?:0?[1-9]|1[0-2])[-/](?:19|20)\d{2}|\d{4}\s?[\u5e74\ub144]\s?\d{1,2}\s?[\u6708\uc6d4](?:\s?\d{1,2}\s?[\u65e5\uc77c])?"
 )
 # Dates with the name of a month, of which one of year and day may not be said, behind a weekday and before a time.
 _NAME = (
@@ -50,6 +52,8 @@ _OFFSET = re.compile(r"^(.*\d[Tt ]\d{2}.*?)\s*(?:[Zz]|[-+]\d{2}(?::?\d{2})?)$")
 # Eight or six digits are a date only between these years; other numbers have such digits by chance, but seldom all of
 # a column.
 _FIRST_YEAR, _LAST_YEAR = 1900, 2100
+# The format of dates that are read as numbers with decimals, such as 05.2023.
+MONTHS_OF_YEARS = "%m.%Y"
 _ENOUGH_DATES = 5
 
 
@@ -107,6 +111,8 @@ def _formats(text: str) -> list[str]:
         (r"\d{4}\.\d{1,2}\.\d{1,2}\.", "%Y.%m.%d."),
         (r"\d{4}\. \d{1,2}\. \d{1,2}\.", "%Y. %m. %d."),
         (r"\d{4}/\d{2}", "%Y/%m"),
+        (r"\d{1,2}/\d{4}", "%m/%Y"),
+        (r"\d{1,2}-\d{4}", "%m-%Y"),
         # With dots the day comes first everywhere.
         (r"\d{1,2}\.\d{1,2}\.\d{4}", "%d.%m.%Y"),
         (r"\d{1,2}\.\d{1,2}\.\d{4}\.", "%d.%m.%Y."),
@@ -117,6 +123,10 @@ def _formats(text: str) -> list[str]:
     ):
         if re.fullmatch(pattern, text):
             return [written]
+    if re.search("[\u5e74\ub144]", text):
+        # A year, a month and perhaps a day, with a word behind each.
+        codes = iter(("%Y", "%m", "%d"))
+        return [re.sub(r"\d+", lambda _: next(codes), text)]
     return _named_formats(text) if re.search(_NAME, text) else []
 
 
@@ -159,7 +169,14 @@ def digits_hint(values: np.ndarray, name: str) -> str | None:
     Of 1032023 it is for the caller to see that the text is 01032023.
     """
     values = values[~np.isnan(values)]
-    if len(np.unique(values)) < _ENOUGH_DATES or (values % 1).any():
+    if len(np.unique(values)) < _ENOUGH_DATES:
+        return None
+    if (values % 1).all():
+        # 05.2023, whose number is 5.2023.
+        months, years = np.floor(values), np.round(values % 1 * 1e4, 6)
+        dated = (months >= 1) & (months <= 12) & (years >= _FIRST_YEAR) & (years <= _LAST_YEAR) & (years % 1 == 0)
+        return f"--dates {name!r} --date-format {MONTHS_OF_YEARS}" if dated.all() else None
+    if (values % 1).any():
         return None
     texts = pd.Series([f"{value:.0f}" for value in values])
     for digits, written, option in ((8, "%Y%m%d", ""), (6, "%Y%m", " --date-format %Y%m")):

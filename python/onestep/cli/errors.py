@@ -2,6 +2,9 @@
 
 import sys
 
+# A message that quotes a text of the file is cut to so many characters.
+_LONGEST = 2000
+
 
 class CliError(Exception):
     """Something the user can put right: shown as one line, without a traceback."""
@@ -16,8 +19,13 @@ def say(kind: str, message: str) -> None:
 
     Where stderr is closed it is None, which print would take for stdout, where results are.
     """
-    if sys.stderr is not None:
-        print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+    if sys.stderr is None:
+        return
+    message = " ".join(message.split())
+    if len(message) > _LONGEST:
+        # What to do stands at the end.
+        message = f"{message[: _LONGEST // 2]} \u2026 {message[-_LONGEST // 2 :]}"
+    print(f"{kind}: {message}", file=sys.stderr)
 
 
 def note(message: str) -> None:

@@ -18,7 +18,7 @@ from .report import ClassScore, Score, console, duration, weight_table
 from .solve import Solve, Task, fit_linear, fit_network
 from .source import Conventions, Source
 from .table import Table, read_table
-from .texts import check_text, read_as_missing, tell_dates_in_numbers, tell_unit
+from .texts import check_text, read_as_missing, tell_dates_in_numbers, tell_points, tell_unit
 
 # What alpha is where the command line does not say. The network's suits a standardised target: least squares of a few
 # hundred to a few thousand rows would follow their noise. The logistic one is scikit-learn's.
@@ -191,7 +191,9 @@ def _load(args: argparse.Namespace) -> _Data:
     _target(table, args.target, classify)
     if not classify:
         tell_unit(table, args.target)
-        tell_dates_in_numbers(table, args.target, table.numbers(args.target))
+        numbers = table.numbers(args.target)
+        tell_dates_in_numbers(table, args.target, numbers)
+        tell_points(table, args.target, numbers)
     _settle_missing(table, names, args.target, args.impute is not None)
     y, classes = _target(table, args.target, classify)
     train, test = _split(table, y, classes, args.test_size, args.seed)

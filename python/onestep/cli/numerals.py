@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -27,14 +28,21 @@ _NOTATION = re.compile(
 )
 # A price without cents.
 _PRICE = re.compile(rf"[-+]?\d[\d{_SEPARATORS}]*[.,](?:--?|[\u2013\u2014])")
-_WHOLE = re.compile(r"([-+]?\d{16,})(?:\.0*)?")
+_LARGE = re.compile(r"([-+]?\d{16,})(?:\.\d*)?")
 # From here on float64 skips whole numbers.
 LARGEST_WHOLE = 2**53
 
 
+def of_each(values: Any, function: Callable[[str], Any]) -> Any:
+    """The function of each text of a Series without missing values, which is asked once about equal ones."""
+    return values.map({text: function(text) for text in values.unique()})
+
+
 def _without_units(values: Any) -> Any:
     """The texts with a plain minus, and without a unit."""
-    return units.strip(values.astype("string"))
+    places, texts = pd.factorize(values.astype("string"))
+    # A missing value has place -1, which no text has.
+    return units.strip(pd.Series(texts)).reindex(places).set_axis(values.index)
 
 
 def _mark(character: str) -> str:
@@ -79,7 +87,7 @@ def unit_of_each(values: Any, conventions: Conventions) -> Any:
     if values.dtype.kind in "fiu":
         return pd.Series([], dtype=object)
     numbers = to_numbers(values, conventions)
-    return values[numbers.notna() & (numbers != 0)].map(unit)
+    return of_each(values[numbers.notna() & (numbers != 0)], unit)
 
 
 def is_separated(text: str) -> bool:
@@ -117,8 +125,8 @@ def missing_option(text: str) -> str:
 
 
 def is_inexact(text: str) -> bool:
-    """Whether a text is a whole number that float64 may not hold, also one such as 9.007199254740993e15."""
-    whole = _WHOLE.fullmatch(text)
+    """Whether a text is a number beyond 2^53 that float64 may not hold, also one such as 9.007199254740993e15."""
+    whole = _LARGE.fullmatch(text)
     if whole is not None:
         # Python converts no more than some thousand digits.
         digits = whole[1].lstrip("+-0")

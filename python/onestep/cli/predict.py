@@ -100,7 +100,7 @@ def _why_unknown(table: Table, column: Column, row: int) -> str:
         way = f"{thousands}decimals behind {conventions.decimal!r}"
         return f", which is not written as the model reads numbers, with {way}"
     if flaw == "inexact":
-        return ", a whole number beyond 2^53, of which float64 loses digits"
+        return ", a number beyond 2^53, of which float64 loses digits"
     return ", which is no finite number"
 
 

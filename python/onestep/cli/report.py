@@ -15,6 +15,8 @@ from .model import LinearModel
 
 # Beyond a terminal (a pipe, a file, a test) nothing is to be folded or cut off.
 PIPE_WIDTH = 1000
+# Names in tables are cut to so many characters.
+LONGEST_NAME = 80
 
 
 def number(value: float, sign: str = "") -> str:
@@ -88,9 +90,15 @@ def console() -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
+def _shown(text: str) -> str:
+    """A name as a table has it: on one line, and cut where it is as long as a text."""
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}\u2026"
+
+
 def _unit(column: Column, gives: str) -> str:
     if isinstance(column, Category):
-        return f"{gives}, against {column.name} = {column.baseline}"
+        return f"{gives}, against {_shown(f'{column.name} = {column.baseline}')}"
     return f"{gives} per {column.name if isinstance(column, Number) else 'unit'}"
 
 
@@ -107,13 +115,13 @@ def weight_table(model: LinearModel) -> Table:
     elif model.classes:
         gives = "score of the class"
     for heading in model.classes if len(model.classes) > 2 else ("weight",):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(_shown(heading), justify="right", no_wrap=True)
     table.add_column("unit", style="dim", overflow="fold")
     rows = iter(weight.T)
     for column in model.columns:
         for feature in column.features:
             values = [number(float(value), "+") for value in next(rows)]
-            table.add_row(Text(feature), *values, Text(_unit(column, gives)))
+            table.add_row(Text(_shown(feature)), *values, Text(_unit(column, gives)))
     table.add_section()
     zero = f"{gives}, where every number is 0"
     if any(isinstance(column, Category) for column in model.columns):

@@ -47,7 +47,7 @@ class Table:
     """The columns of a CSV file: numbers as float64, all else as text, missing values as NaN.
 
     A row keeps its position in the file as its index, so that `line` can find it again after rows were dropped. The
-    columns in `text` are text by the caller's wish. `inexact` has, by column, the texts of whole numbers that float64
+    columns in `text` are text by the caller's wish. `inexact` has, by column, the texts of large numbers that float64
     cannot tell apart, and `misfits` those of numbers that are not written as the conventions say, both with their rows
     as index. `target` is the column that is fitted to, or predicted. `broken` has the rows whose records have too many
     fields or too few, which are read as empty, with what they have; `readable` is the file with these records empty.
@@ -158,7 +158,7 @@ class Table:
         if name in self.inexact:
             row, number = self.inexact[name].index[0], self.inexact[name].iloc[0]
             raise CliError(
-                f"{self.source}: column {name!r} holds whole numbers beyond 2^53 ({number} on line {self.line(row)}), "
+                f"{self.source}: column {name!r} holds numbers beyond 2^53 ({number} on line {self.line(row)}), "
                 f"of which float64 loses digits; {self._remedy(name)}"
             )
         self.unit(name)
@@ -291,7 +291,7 @@ def read_table(
         frame[key] = strings[key].str.strip()
     for key in again + written:
         texts = strings[key].dropna().str.strip()
-        _keep(inexact, names[key], texts, numerals.plain(texts, conventions).map(numerals.is_inexact))
+        _keep(inexact, names[key], texts, numerals.of_each(numerals.plain(texts, conventions), numerals.is_inexact))
         if separated and names[key] not in text:
             passes = key in written or numerals.to_numbers(texts, conventions).notna()
             _keep(misfits, names[key], texts, passes & numerals.misfits(texts, conventions))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
+
 from . import dates, numerals, units
 from .errors import CliError, listed, note
 from .table import Table
@@ -33,15 +35,15 @@ def check_text(table: Table, name: str) -> None:
     if name in table.text:
         return
     present = table.frame[name].dropna()
-    none = present.map(_says_no_value).astype(bool)
+    none = numerals.of_each(present, _says_no_value).astype(bool)
     values = present[~none]
     if values.empty:
         return
     missing = _missing_hint(list(dict.fromkeys(present[none])))
     number = numerals.to_numbers(values, table.conventions).notna()
     plain = number
-    separated = values.map(numerals.is_separated) & ~number
-    notation = values.map(numerals.is_notation) & ~number & ~separated
+    separated = numerals.of_each(values, numerals.is_separated) & ~number
+    notation = numerals.of_each(values, numerals.is_notation) & ~number & ~separated
     # Several ways may stand side by side, as in ($1,037) below $2,000.
     number |= separated | notation
     if 2 * number.sum() > len(values):
@@ -54,17 +56,17 @@ def check_text(table: Table, name: str) -> None:
             _refuse(table, name, "numbers", row, numerals.notation_hint(values[row]), missing)
         # Of plain numbers there are too few for a column of numbers, unless some values are missing.
         _refuse(table, name, "numbers", plain.idxmax(), missing)
-    day = values.map(dates.is_date)
+    day = numerals.of_each(values, dates.is_date)
     if 2 * day.sum() > len(values):
         # 2023-10-15 needs no format, but 2023-1-5 beside it does.
-        unpadded = day & values.map(dates.is_unpadded).astype(bool)
+        unpadded = day & numerals.of_each(values, dates.is_unpadded)
         row = (unpadded if unpadded.any() else day).idxmax()
         if name == table.target:
             hint = "a target is a number or a class: write it as a number, such as the days since the first date"
         else:
             hint = dates.remedy(values[row], name)
         _refuse(table, name, "dates", row, hint, missing)
-    time = values.map(dates.is_time)
+    time = numerals.of_each(values, dates.is_time)
     if 2 * time.sum() > len(values):
         hint = "write them as numbers, such as 18.5 hours for 18:30"
         _refuse(table, name, "times of day", time.idxmax(), hint, missing)
@@ -82,7 +84,7 @@ def _missing_hint(texts: list[str]) -> str:
 
 def _check_measures(table: Table, name: str, values: Any, number: Any, missing: str) -> None:
     """Raises where most values are numbers with a unit, as in 5 kg, or compared with one, as in < 5."""
-    measures = values.map(units.measure).where(~number, "")
+    measures = numerals.of_each(values, units.measure).where(~number, "")
     counts = measures[measures != ""].value_counts()
     if counts.empty or 2 * (number.sum() + counts.sum()) <= len(values):
         return
@@ -112,7 +114,7 @@ def tell_numbers_in_texts(table: Table, name: str) -> None:
     values = table.frame[name].dropna()
     if name in table.text or values.empty:
         return
-    holds = values.map(units.holds_number).astype(bool)
+    holds = numerals.of_each(values, units.holds_number)
     # A word that stands for no number, or for no value, may be more frequent than all numbers.
     words = values[~holds]
     most = "" if words.empty else str(words.value_counts().index[0])
@@ -146,7 +148,9 @@ def tell_dates_in_numbers(table: Table, name: str, values: Any) -> None:
         return
     reading = "" if name == table.target else f"; pass {options} if they are dates"
     example = f"{values[values == values][0]:.0f}"
-    if options.endswith("%Y"):
+    if options.endswith(dates.MONTHS_OF_YEARS):
+        example = table.texts(name).dropna().iloc[0].strip()
+    elif options.endswith("%Y"):
         # Numbers have lost the zeros that they began with.
         texts = table.texts(name).dropna().str.strip()
         if not texts.str.fullmatch(r"\d{8}").all():
@@ -168,6 +172,31 @@ def tell_leading_zeros(table: Table, name: str) -> None:
         note(
             f"column {name!r} is taken for numbers, although some begin with a zero, such as {padded.iloc[0]!r}: "
             f"pass --categorical {name!r} if they are codes"
+        )
+
+
+def tell_points(table: Table, name: str, values: np.ndarray) -> None:
+    """Notes that points of a column may stand between thousands, as in 1.030 beside 950: no decimals end in 0 there."""
+    values = np.abs(values[~np.isnan(values)])
+    thousandths = np.round(values * 1000)
+    pointed = thousandths % 1000 != 0
+    if (
+        table.conventions.thousands
+        or table.conventions.decimal != "."
+        or not pointed.any()
+        or pointed.all()
+        or (values[pointed] < 1).any()
+        or values.max() >= 1000
+        or (thousandths / 1000 != values).any()
+    ):
+        return
+    texts = units.strip(table.texts(name).dropna().astype("string").str.strip())
+    points = texts.str.contains(".", regex=False)
+    ends = texts[points & texts.str.endswith("0")]
+    if len(ends) and not points.all() and texts[points].str.fullmatch(r"[-+]?[1-9]\d{0,2}\.\d{3}").all():
+        note(
+            f"column {name!r}: {ends.iloc[0]} is read as {float(ends.iloc[0]):g}, and {texts[~points].iloc[0]} as it "
+            "stands: pass --thousands '.' --decimal ',' if points stand between thousands"
         )
 
 

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from onestep._fork import safe_after_fork
 from onestep.linalg import gram
 from onestep.ops import records_derivatives
 from onestep.ops.glm import FAMILIES, glm_point, glm_product, parameter_dtype
@@ -57,6 +58,7 @@ class GLMPoint:
         info: Tensor = self._curvature[n * k].to(torch.int32)
         return info
 
+    @safe_after_fork
     def hvp(self, V: Tensor) -> Tensor:
         """Computes XᵀC(XV), C = ∂²loss/∂η² at this point (Pearlmutter, Neural Computation 6, 1994).
 
@@ -87,6 +89,7 @@ class GLMPoint:
         )
         return product.reshape(V.shape)
 
+    @safe_after_fork
     def gram(self) -> Tensor:
         """Computes the Hessian XᵀCX as a matrix H (p,p), p = W.numel(): H @ V.flatten() is hvp(V).flatten().
 
@@ -113,6 +116,7 @@ class GLMPoint:
             matrix: Tensor = H.reshape(size * outputs, size * outputs)
             return matrix
 
+    @safe_after_fork
     def gram_blocks(self) -> Tensor:
         """Computes the diagonal blocks of the Hessian, (k,d,d): one for each column of W."""
         if self._records_derivatives():
@@ -121,6 +125,7 @@ class GLMPoint:
         with torch.no_grad():
             return self._weighted_gram(self.diagonal_curvature().T)
 
+    @safe_after_fork
     def gram_diagonal(self) -> Tensor:
         """Computes the diagonal of the Hessian, in the shape of W. Takes the memory of X's squares."""
         if self._records_derivatives():
@@ -142,6 +147,7 @@ class GLMPoint:
         curvature: Tensor = self._curvature[: shape[0] * shape[1]].view(shape)
         return curvature
 
+    @safe_after_fork
     def diagonal_curvature(self) -> Tensor:
         """∂²loss/∂η² of each row and output with itself, (n,k)."""
         curvature = self.output_curvature()
@@ -170,6 +176,7 @@ class GLMPoint:
         return torch.cat((top, torch.cat((border[:, None, :], corner), dim=-1)), dim=-2)
 
 
+@safe_after_fork
 def glm(
     X: Tensor, y: Tensor, W: Tensor, family: str, *, weight: Tensor | None = None, intercept: bool = False
 ) -> GLMPoint:

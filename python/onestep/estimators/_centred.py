@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onestep._cached import cached_property
+from onestep._serial_torch import serial_for
 from onestep.estimators._arrays import check_finite
 from onestep.linalg.constant_columns import constant_columns
 from onestep.linalg.narrow import moments_of, working_dtype
@@ -54,7 +55,8 @@ class Centred(NamedTuple):
         stored = self.X[rows, columns]
         # torch does not subtract from booleans.
         stored = stored.to(torch.uint8) if stored.dtype == torch.bool else stored
-        block = torch.sub(stored, self.x_mean[columns], out=out)
+        with serial_for(stored.numel()):
+            block = torch.sub(stored, self.x_mean[columns], out=out)
         constant = self.constant[columns]
         return self._scaled(block.masked_fill_(constant, 0.0) if bool(constant.any()) else block, rows)
 

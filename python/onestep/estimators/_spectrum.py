@@ -13,12 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from onestep._serial_torch import serial_for
 from onestep.estimators._centred import EPS, MIN_RCOND, Centred, Primal, blocks, wide
 from onestep.estimators._solve import from_dual, kernel, triangular
 from onestep.linalg.spd import eigenvalues_are_accurate
 
 # Columns, one for each target and penalty, whose errors are computed at once.
 _COLUMNS = 4096
+# A product with so few columns takes about the time of one pass over the rows.
+_NARROW = 4
 
 # Errors (rows, A, targets) of some rows and some targets.
 Errors = Iterator[tuple[slice, slice, Tensor]]
@@ -93,12 +96,15 @@ class PrimalSpectrum:
             if rows.start == 0:  # the largest block
                 room = torch.empty_like(x)
             rotated = torch.mm(x, self._V, out=room[: len(x)])
-            # x is not needed any more: its memory takes the squares.
-            leverage = torch.square(rotated, out=x) @ shrink
+            with serial_for(x.numel() * -(-len(alphas) // _NARROW)):
+                # x is not needed any more: its memory takes the squares.
+                leverage = torch.square(rotated, out=x) @ shrink
             left = (1.0 - self._intercept[rows, None] - leverage).clamp_(min=EPS)[:, :, None]
             for targets in _targets(k, len(alphas)):
-                parts = self._target[:, None, targets] * shrink[:, :, None]
-                yield rows, targets, self._errors(rows, targets, rotated @ parts.reshape(d, -1)).div_(left)
+                parts = (self._target[:, None, targets] * shrink[:, :, None]).reshape(d, -1)
+                with serial_for(x.numel() * -(-parts.shape[1] // _NARROW)):
+                    errors = self._errors(rows, targets, rotated @ parts).div_(left)
+                yield rows, targets, errors
 
     def _errors(self, rows: slice, targets: slice, predicted: Tensor) -> Tensor:
         """Targets less predictions (rows, A · targets) of them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from onestep._serial_torch import serial_for
 from onestep._torch_private import tree_leaves, tree_map_only
 from onestep.evaluation.digest import digest
 from onestep.evaluation.exclusive import exclusive
@@ -31,7 +33,9 @@ class Chunk(NamedTuple):
         """Some of the rows."""
 
         def some(tensor: Tensor) -> Tensor:
-            part = _with_rows(tensor).detach()[index]
+            rows = _with_rows(tensor).detach()
+            with serial_for(len(index) * rows[:1].numel()) if isinstance(index, Tensor) else nullcontext():
+                part = rows[index]
             # A model that differentiates in its inputs needs leaves, also where no gradients are recorded now.
             return part.requires_grad_() if tensor.requires_grad else part
 
@@ -209,6 +213,14 @@ class IndexedSource(Source):
         return list(self._chunks(size, lambda rows: order[rows]))
 
 
+def length_of(data: Any) -> int | None:
+    """len(data), or None: a DataLoader of a dataset without a length has the method, too, and raises TypeError."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
 def _sampler_of(loader: Iterable[Any]) -> Any:
     """What draws a DataLoader's rows: its sampler, or the one inside its batch_sampler, or None."""
     inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
@@ -249,12 +261,13 @@ class LoaderSource(Source):
 
     def known_batches(self, size: int) -> int | None:
         """A step takes as many of the loader's batches as have ``size`` rows."""
-        if not isinstance(self.loader, Sized):
+        batches = length_of(self.loader)
+        if batches is None:
             return None
         rows = getattr(self.loader, "batch_size", None)
         if size > 1 and rows is None:
             return None
-        return -(-len(self.loader) // -(-size // (rows or 1)))
+        return -(-batches // -(-size // (rows or 1)))
 
     def _own_rows(self) -> float:
         """How many rows of a pass are this process's own; those that a DistributedSampler adds come after them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from onestep._processes import add_up, collective, initialised, place
-from onestep.evaluation.data import IndexedSource, LoaderSource, Share, Source
+from onestep.evaluation.data import IndexedSource, LoaderSource, Share, Source, length_of
 from onestep.evaluation.errors import NonFiniteError
 
 Result = TypeVar("Result")
@@ -145,13 +145,13 @@ def check_equal_batches(data: Any, source: Source) -> None:
     """Raises unless all processes have equally many batches or rows: some rows would not be computed otherwise."""
     if isinstance(source, IndexedSource):
         _check_equal(source.known_rows, "rows")
-    elif isinstance(data, Sized):
-        _check_equal(len(data), "batches" if isinstance(data, DataLoader) else "items")
+    elif (length := length_of(data)) is not None:
+        _check_equal(length, "batches" if isinstance(data, DataLoader) else "items")
 
 
 def check_equal_passes(source: Source) -> None:
     """The same of the batches that the last pass had, for data without a length."""
-    if isinstance(source, LoaderSource) and not isinstance(source.loader, Sized):
+    if isinstance(source, LoaderSource) and length_of(source.loader) is None:
         _check_equal(source.counted[0], "batches")
 
 

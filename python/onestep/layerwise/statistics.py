@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -325,7 +326,7 @@ class LayerStatistics:
         """Takes everything from a file that ``save`` wrote; returns self.
 
         Args:
-            path: the file.
+            path: the file, or a pipe with its content.
 
         Raises:
             OSError: it cannot be read.
@@ -333,10 +334,15 @@ class LayerStatistics:
         """
         # torch.load reads what is no archive, such as text, as the opcodes of a pickle, and fails in any way.
         with Path(path).open("rb") as file:
-            if not is_zipfile(file):
+            # A pipe is read once: opened again, it would wait for another writer.
+            piped = None if file.seekable() else io.BytesIO(file.read())
+            if not is_zipfile(piped or file):
                 raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged")
         try:
-            state = torch.load(path, weights_only=True, mmap=self._storage.folder is not None)
+            in_files = self._storage.folder is not None and piped is None
+            if piped is not None:
+                piped.seek(0)
+            state = torch.load(piped or path, weights_only=True, mmap=in_files)
         except (EOFError, RuntimeError, pickle.UnpicklingError, struct.error) as error:
             raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged: {error}") from error
         if not isinstance(state, dict) or not {"batches", "layers", "inputs", "targets", "dtype"} <= state.keys():

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onestep._fork import one_thread_after_fork
+from onestep._fork import one_thread_after_fork, safe_after_fork
 from onestep._processes import collective, initialised, place
 from onestep.linalg import spd
 from onestep.linalg._arguments import features, floating
@@ -85,6 +85,7 @@ class NormalEquations:
     # What makes solutions of tensors, where rows came as another library's arrays.
     _give: Callable[[Tensor], Any] | None = None
 
+    @safe_after_fork
     def __init__(
         self,
         d: int,
@@ -204,6 +205,7 @@ class NormalEquations:
         self._sums, self.count = _merged(self._sums, other._sums, self.intercept), self.count + other.count
         return self
 
+    @safe_after_fork
     def all_reduce(self, group: Any = None) -> NormalEquations:
         """Merges what all ranks of a torch.distributed group have seen, and leaves it with each of them.
 
@@ -278,6 +280,7 @@ class NormalEquations:
         penalty = _penalties("ridge", ridge, self.device, [(), (self.d,)], f"a number >= 0, or {self.d} of them")
         return self._solution(self._by_cholesky(without_constants(self._sums, self.dtype), penalty))
 
+    @safe_after_fork
     def sweep(self, ridges: Sequence[float] | Tensor) -> LinearSolution:
         """Solves for many penalties, each the same for all features, from one eigendecomposition of XᵀDX.
 
@@ -334,11 +337,13 @@ class NormalEquations:
         detached = LinearSolution(rounded.detach(), intercept.detach())
         return cast(LinearSolution, mapped(self._give, detached))
 
+    @safe_after_fork
     def state_dict(self) -> dict[str, Any]:
         """The sums and what they are of: tensors and plain values, which torch.save keeps bit for bit."""
         settings = {"d": self.d, "k": self.k, "intercept": self.intercept, "dtype": self.dtype, "count": self.count}
         return settings | {name: part.clone() for name, part in self._sums._asdict().items()}
 
+    @safe_after_fork
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the place of what was added up so far, from ``state_dict`` of an accumulator made alike.
 

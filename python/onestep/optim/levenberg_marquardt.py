@@ -11,6 +11,7 @@ from torch import Tensor
 
 import onestep.linalg as linalg
 from onestep._cached import cached_property
+from onestep._serial_torch import serial_for
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.linalg import spd
@@ -124,7 +125,8 @@ class LevenbergMarquardt(DampedOptimizer):
         before = self.read_state("scale", parameters)
         if before is not None:
             diagonal = torch.maximum(diagonal, before.double().square())
-        self.write_state("scale", parameters, diagonal.sqrt())
+        with serial_for(len(diagonal)):
+            self.write_state("scale", parameters, diagonal.sqrt())
         return diagonal if floor is None else torch.maximum(diagonal, floor)
 
     def form_again(self, objective: Objective, parameters: ParameterVector) -> None:
