@@ -98,7 +98,7 @@ def test_long_texts_are_cut(run, table):
 
 
 def test_equal_texts_are_looked_at_once(run, table, monkeypatch):
-    """A file of 300,000 rows took most of a minute: each pattern was tried on each value, several times."""
+    """In a file of 300,000 rows each pattern was tried on each value, several times."""
     asked, stripped = [], []
     is_notation, strip = numerals.is_notation, units.strip
     monkeypatch.setattr(numerals, "is_notation", lambda text: asked.append(text) or is_notation(text))
