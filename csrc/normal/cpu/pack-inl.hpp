@@ -9,10 +9,11 @@ namespace onestep::normal::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-// Rows of the packed block that Gram sums over, and its register tile.
+// Rows of the packed block that Gram sums over, and its register tile: as many sums as registers hold beside a row of
+// them and a factor.
 inline constexpr int64_t kPackRows = 16;
 inline constexpr int kPackTileRows = 4;
-inline constexpr int kPackTileColumns = 3;
+inline constexpr int kPackTileColumns = ONESTEP_VECTOR_BYTES == 64 ? 4 : 3;
 
 ONESTEP_INLINE int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
@@ -21,7 +22,7 @@ ONESTEP_INLINE int64_t round_up(int64_t value, int64_t multiple) {
 // Scratch of a pack: the augmented matrix [A | R], which becomes [U | W], and buffers.
 template <class T>
 struct Pack {
-    int64_t d, k, width;       // width of the rows of `a`: d + k, padded to whole tiles
+    int64_t d, k, width;       // width of the rows of `a`: d + k, and at least the padded d
     Vec<T>* a;                 // padded d × width
     Vec<T>* rows;              // kPackRows × width
     Vec<T>* inverse_diagonal;  // d
@@ -29,9 +30,7 @@ struct Pack {
     Vec<T>* out;               // what is written, d × max(d, k)
     Mask<T> info{};
 
-    static int64_t width_for(int64_t d, int64_t k) {
-        return maximum(round_up(d + k, kPackTileColumns), round_up(d, kPackTileRows));
-    }
+    static int64_t width_for(int64_t d, int64_t k) { return maximum(d + k, round_up(d, kPackTileRows)); }
 
     static int64_t work(int64_t d, int64_t k) {
         const int64_t vectors = (round_up(d, kPackTileRows) + kPackRows) * width_for(d, k) + 2 * d + d * maximum(d, k);
@@ -48,8 +47,11 @@ struct Pack {
         for (int64_t e = 0; e < size; ++e) {
             a[e] = Vec<T>{};
         }
-        for (int64_t e = 0; e < kPackRows * width; ++e) {
-            rows[e] = Vec<T>{};
+        // Loads fill the other columns.
+        for (int64_t p = 0; p < kPackRows; ++p) {
+            for (int64_t c = d + k; c < width; ++c) {
+                rows[p * width + c] = Vec<T>{};
+            }
         }
     }
 };
@@ -162,28 +164,51 @@ inline void store_lanes(const Vec<T>* from, int64_t count, T* const* to) {
 }
 
 // a[i + r][j + c] += Sign · Σ_p left[p][i + r] · left[p][j + c] over rows p of `left`.
-template <class T, int Sign>
+template <class T, int Sign, int kColumns>
 ONESTEP_INLINE void update_pack_tile(const Vec<T>* left, int64_t depth, int64_t width, int64_t i, int64_t j,
                                      Vec<T>* a) {
-    Vec<T> acc[kPackTileRows][kPackTileColumns] = {};
+    Vec<T> acc[kPackTileRows][kColumns] = {};
     for (int64_t p = 0; p < depth; ++p) {
         const Vec<T>* row = left + p * width;
 #pragma GCC unroll 4
         for (int r = 0; r < kPackTileRows; ++r) {
             const Vec<T> scale = row[i + r];
-#pragma GCC unroll 3
-            for (int c = 0; c < kPackTileColumns; ++c) {
+#pragma GCC unroll 4
+            for (int c = 0; c < kColumns; ++c) {
                 acc[r][c] += scale * row[j + c];
             }
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kPackTileRows; ++r) {
-#pragma GCC unroll 3
-        for (int c = 0; c < kPackTileColumns; ++c) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kColumns; ++c) {
             Vec<T>& at = a[(i + r) * width + j + c];
             at = Sign > 0 ? at + acc[r][c] : at - acc[r][c];
         }
+    }
+}
+
+// The same for all columns from the tile with column i to `columns`.
+template <class T, int Sign>
+ONESTEP_INLINE void update_pack_tiles(const Vec<T>* left, int64_t depth, int64_t width, int64_t i, int64_t columns,
+                                      Vec<T>* a) {
+    int64_t j = i / kPackTileColumns * kPackTileColumns;
+    for (; j + kPackTileColumns <= columns; j += kPackTileColumns) {
+        update_pack_tile<T, Sign, kPackTileColumns>(left, depth, width, i, j, a);
+    }
+    switch (columns - j) {
+        case 3:
+            update_pack_tile<T, Sign, 3>(left, depth, width, i, j, a);
+            break;
+        case 2:
+            update_pack_tile<T, Sign, 2>(left, depth, width, i, j, a);
+            break;
+        case 1:
+            update_pack_tile<T, Sign, 1>(left, depth, width, i, j, a);
+            break;
+        default:
+            break;
     }
 }
 
@@ -251,9 +276,7 @@ inline void pack_gram(const PackArgs<T>& args, Pack<T>& pack) {
             if (begin < rows) {
                 next_x.prefetch(block + begin, minimum(share, rows - begin));
             }
-            for (int64_t j = i / kPackTileColumns * kPackTileColumns; j < pack.d + pack.k; j += kPackTileColumns) {
-                update_pack_tile<T, 1>(pack.rows, rows, pack.width, i, j, pack.a);
-            }
+            update_pack_tiles<T, 1>(pack.rows, rows, pack.width, i, pack.d + pack.k, pack.a);
         }
     }
 }
@@ -265,9 +288,8 @@ inline void pack_factor(Pack<T>& pack) {
     const int64_t width = pack.width;
     const Vec<T> one = broadcast<T>(T(1));
     for (int64_t i0 = 0; i0 < pack.d; i0 += kPackTileRows) {
-        for (int64_t j = i0 / kPackTileColumns * kPackTileColumns; i0 > 0 && j < pack.d + pack.k;
-             j += kPackTileColumns) {
-            update_pack_tile<T, -1>(pack.a, i0, width, i0, j, pack.a);
+        if (i0 > 0) {
+            update_pack_tiles<T, -1>(pack.a, i0, width, i0, pack.d + pack.k, pack.a);
         }
         for (int64_t i = i0; i < minimum(i0 + kPackTileRows, pack.d); ++i) {
             Vec<T>* row = pack.a + i * width;
@@ -399,10 +421,12 @@ inline void pack_solve_normal(const PackArgs<T>& args, T* work) {
     Pack<T> pack(args.d, args.k, work);
     pack_gram<T>(args, pack);
     const Vec<T> tolerance = broadcast<T>(kSingularEpsilons * Simd<T>::kEpsilon);
-    load_lanes<T>(args.ridge, 0, args.ridge.row, pack.d, pack.out, 1);
+    // One penalty for all features is loaded once: lane by lane, a load takes as long as some dozen sums.
+    const bool uniform = args.ridge.row == 0;
+    load_lanes<T>(args.ridge, 0, args.ridge.row, uniform ? 1 : pack.d, pack.out, 1);
     for (int64_t i = 0; i < pack.d; ++i) {
         Vec<T>& diagonal = pack.a[i * pack.width + i];
-        diagonal += pack.out[i];
+        diagonal += pack.out[uniform ? 0 : i];
         pack.floor[i] = maximum_lanes<T>(diagonal * tolerance, Vec<T>{});
     }
     const bool wants_rcond = args.rcond[0] != nullptr;
