@@ -126,6 +126,9 @@ def test_cholesky_family(device: torch.device, dtype: torch.dtype) -> None:
         expected = torch.linalg.solve(A.double(), B.double())
         assert relative(linalg.cholesky_solve(B, L), expected) < tolerance(dtype), d
         assert relative(linalg.solve_spd(A, B), expected) < tolerance(dtype), d
+        by_columns = A.mT.contiguous().mT
+        assert relative(linalg.solve_spd(by_columns, B), expected) < tolerance(dtype), d
+        assert relative(linalg.cholesky(by_columns), L) < tolerance(dtype), d
         A[1, d // 2, d // 2] = -1.0
         broken, info = linalg.cholesky_ex(A)
         assert info.tolist() == [0, d // 2 + 1, 0], d
