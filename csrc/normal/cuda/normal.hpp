@@ -14,7 +14,7 @@
 
 namespace onestep::normal::cuda {
 
-// The largest d whose matrix a block holds in registers.
+// The largest d whose matrix a block holds.
 inline constexpr int64_t kMostFeatures = 168;
 
 // One system per problem, A W = R: A and R from rows (`a` null), A = XᵀDX + diag(ridge), R = XᵀDY; or given (`a` set),
