@@ -4,6 +4,7 @@
 
 #include "base/singular.hpp"
 #include "normal/cpu/kernels.hpp"
+#include "normal/cuda/middle.cuh"
 #include "normal/cuda/normal.hpp"
 #include "normal/normal.hpp"
 #include "simt.hpp"
@@ -601,11 +602,26 @@ void test_singular(int64_t d, int64_t row) {
     }
 }
 
+// Devices of capability 8.6 and 8.9 have 99 KiB for a block, the H100 227.
+void test_most_features() {
+    using normal::cuda::most_features;
+    check(most_features<float>(99 << 10) == 168 && most_features<double>(227 << 10) == 168, "the most features");
+    const int64_t most = most_features<double>(99 << 10);
+    check(most == 144, "the most features in 99 KiB: " + std::to_string(most));
+    for (int64_t d = normal::cuda::kSmallFeatures + 1; d <= most; ++d) {
+        const int64_t bytes = d <= 84 ? normal::cuda::MiddleShape<double, 4>(d, 1).shared_bytes()
+                                      : normal::cuda::MiddleShape<double, 8>(d, 1).shared_bytes();
+        check(bytes <= 99 << 10, "shared memory of d = " + std::to_string(d));
+    }
+    check(normal::cuda::MiddleShape<float, 8>(168, 1).shared_bytes() <= 99 << 10, "shared memory in fp32");
+}
+
 }  // namespace
 
 int main() {
     test_all<float>();
     test_panels();
+    test_most_features();
     test_row_failures(60, 40, 2);
     test_row_failures(117, 100, 1);
     test_row_failures(170, 155, 3);
