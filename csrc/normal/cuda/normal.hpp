@@ -63,7 +63,7 @@ struct CholeskyArgs {
     int64_t d = 0;
     Batched<const float> a;  // d × d
     int singular_epsilons = 0;
-    float* factor = nullptr;  // d × d, U
+    float* factor = nullptr;  // d × d, U; begins at a multiple of 16 bytes
     int32_t* info = nullptr;
 };
 Status blocked_cholesky(const CholeskyArgs& args, cudaStream_t stream);
