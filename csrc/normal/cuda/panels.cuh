@@ -4,9 +4,8 @@
 // Panel p holds rows 8p and on, kPanelPitch numbers apart, so that threads which read a row each, 16 bytes at a time,
 // meet in no bank; nor do the panels of neighbouring columns, which begin 8 numbers further. For panel p
 //   * each thread subtracts from its rows of the panel the products with the panels to the left (left-looking);
-//   * the eight rows of the diagonal block are shared, and every thread factors that block for itself, so that no
-//   thread
-//     waits for another one's square roots;
+//   * the eight rows of the diagonal block are shared, and every thread factors that block for itself: none waits for
+//     another's square roots;
 //   * each thread solves for its own rows of L, and carries the right-hand sides along.
 // Rows from d to a multiple of eight are those of the identity.
 #pragma once
