@@ -126,11 +126,37 @@ def test_cholesky_family(device: torch.device, dtype: torch.dtype) -> None:
         expected = torch.linalg.solve(A.double(), B.double())
         assert relative(linalg.cholesky_solve(B, L), expected) < tolerance(dtype), d
         assert relative(linalg.solve_spd(A, B), expected) < tolerance(dtype), d
+        by_columns = A.mT.contiguous().mT
+        assert relative(linalg.solve_spd(by_columns, B), expected) < tolerance(dtype), d
+        assert relative(linalg.cholesky(by_columns), L) < tolerance(dtype), d
         A[1, d // 2, d // 2] = -1.0
         broken, info = linalg.cholesky_ex(A)
         assert info.tolist() == [0, d // 2 + 1, 0], d
         assert broken[1].isnan().all()
         assert torch.equal(broken[2], L[2])
+
+
+@pytest.mark.skipif(not EMULATED, reason="the emulator's blocks are taken for smaller ones")
+def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch, device: torch.device, dtype: torch.dtype) -> None:
+    """Where a block cannot hold a matrix, torch's factorisation and solves take the kernels' place."""
+    from onestep.ops.cholesky import cuda
+    from onestep.ops.normal import cuda as normal
+
+    def refused(name: str, dtype: torch.dtype) -> object:
+        raise AssertionError(name)
+
+    assert cuda.most_features(torch.empty(0, dtype=dtype)) == 168
+    assert cuda.most_columns(44, dtype) == 4
+    monkeypatch.setattr(cuda, "most_features", lambda tensor: 40)
+    monkeypatch.setattr(cuda, "entry", refused)
+    monkeypatch.setattr(normal, "entry", refused)
+    X, Y, weight = problem(device, dtype, 1, 60, 44, 2)
+    expected = expected_solution(X, Y, weight, 0.5)
+    assert relative(linalg.solve_normal(X, Y, weight=weight, ridge=0.5), expected) < tolerance(dtype)
+    A, B = X.mT @ X, Y[:, :44]
+    L = linalg.cholesky(A)
+    assert relative(L @ L.mT, A) < tolerance(dtype)
+    assert relative(linalg.cholesky_solve(B, L), torch.linalg.solve(A.double(), B.double())) < tolerance(dtype)
 
 
 @pytest.mark.parametrize(("d", "batch"), CONTEST)

@@ -26,8 +26,8 @@ class WrongResult(AssertionError):
 
 
 def timed(call: Callable[[], Any], before: Callable[[], Any] | None = None) -> tuple[float, Any]:
-    """Milliseconds of one call on the device, and its result; with what the CPU takes to queue it, where the device has
-    nothing to do ``before``.
+    """Milliseconds of one call on the device, and its result. The time includes what the CPU takes to queue the call,
+    unless the device has work to do meanwhile: ``before`` queues it.
     """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if before is not None:

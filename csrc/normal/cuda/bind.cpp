@@ -78,6 +78,16 @@ void bind_condition(Address factor, Address norm, Address info, Address rcond, i
 }
 
 template <class T>
+int64_t bind_most_features(int device) {
+    int64_t most = 0;
+    bindings::run_on_device(device, [&] {
+        most = normal::cuda::most_features<T>(cuda::device_limits().shared_bytes);
+        return Status::ok;
+    });
+    return most;
+}
+
+template <class T>
 void register_functions(py::module_& module, const std::string& suffix) {
     module.def(("normal_system_" + suffix).c_str(), bind_system<T>, py::kw_only(), "x"_a = py::none(),
                "y"_a = py::none(), "weight"_a = py::none(), "ridge"_a = py::none(), "uniform_ridge"_a = 0.0,
@@ -89,6 +99,7 @@ void register_functions(py::module_& module, const std::string& suffix) {
     module.def(("normal_condition_" + suffix).c_str(), bind_condition<T>, py::kw_only(), "factor"_a, "norm"_a, "info"_a,
                "rcond"_a, "count"_a, "d"_a, "device"_a, "stream"_a);
     module.def(("normal_most_columns_" + suffix).c_str(), normal::cuda::most_columns<T>, "d"_a);
+    module.def(("normal_most_features_" + suffix).c_str(), bind_most_features<T>, "device"_a);
 }
 
 }  // namespace
@@ -98,7 +109,6 @@ void register_normal_cuda(py::module_& module) {
     register_functions<double>(module, "f64");
     module.def("normal_blocked_cholesky_f32", bind_blocked_cholesky, py::kw_only(), "a"_a, "normal_equations"_a,
                "batch"_a, "d"_a, "factor"_a, "info"_a, "device"_a, "stream"_a);
-    module.attr("normal_most_features") = normal::cuda::kMostFeatures;
     module.attr("normal_small_features") = normal::cuda::kSmallFeatures;
 }
 

@@ -10,6 +10,7 @@ Status blocked_cholesky(const CholeskyArgs& args, cudaStream_t stream) {
     constexpr int64_t kBytes =
         static_cast<int64_t>(BlockedShape::floats + kGramStages * GramStage<BlockedShape>::floats) *
         static_cast<int64_t>(sizeof(float));
+    static_assert(kBytes <= kLeastSharedBytes);
     const int steps = static_cast<int>(ceil_div<int64_t>(args.d, kBlockColumns));
     for (int step = 0; step < steps; ++step) {
         const int64_t below = steps - 1 - step;

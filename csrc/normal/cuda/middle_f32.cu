@@ -9,6 +9,12 @@ int64_t middle_columns<float>(int64_t d) {
     return d <= 64 ? 4 : 8;
 }
 
+// Every device has shared memory for all.
+template <>
+int64_t most_features<float>(int64_t) {
+    return kMostFeatures;
+}
+
 template <>
 Status middle_system(const SystemArgs<float>& args, cudaStream_t stream) {
     const bool one = args.k <= 1;

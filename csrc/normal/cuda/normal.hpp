@@ -14,8 +14,16 @@
 
 namespace onestep::normal::cuda {
 
-// The largest d whose matrix a block holds in registers.
+// The largest d whose matrix a block holds, on any device.
 inline constexpr int64_t kMostFeatures = 168;
+
+// The same, where a block has so many bytes of shared memory.
+template <class T>
+int64_t most_features(int64_t shared_bytes);
+template <>
+int64_t most_features<float>(int64_t shared_bytes);
+template <>
+int64_t most_features<double>(int64_t shared_bytes);
 
 // One system per problem, A W = R: A and R from rows (`a` null), A = XᵀDX + diag(ridge), R = XᵀDY; or given (`a` set),
 // of which the lower triangle is read, and R = B.
@@ -45,7 +53,7 @@ struct SystemArgs {
 template <class T>
 int64_t most_columns(int64_t d);
 
-// Gram matrices, or factors and solutions. d ≤ kMostFeatures, k ≤ most_columns(d).
+// Gram matrices, or factors and solutions. d ≤ most_features, k ≤ most_columns(d).
 template <class T>
 Status system(const SystemArgs<T>& args, cudaStream_t stream);
 
@@ -55,12 +63,12 @@ struct CholeskyArgs {
     int64_t d = 0;
     Batched<const float> a;  // d × d
     int singular_epsilons = 0;
-    float* factor = nullptr;  // d × d, U
+    float* factor = nullptr;  // d × d, U; begins at a multiple of 16 bytes
     int32_t* info = nullptr;
 };
 Status blocked_cholesky(const CholeskyArgs& args, cudaStream_t stream);
 
-// A⁻¹B from the factor U, d ≤ kMostFeatures.
+// A⁻¹B from the factor U, d ≤ most_features.
 template <class T>
 struct FactorSolveArgs {
     BatchShape batch;

@@ -31,7 +31,8 @@ struct GramTiles {
     __device__ __forceinline__ static constexpr int row(int i, int warp) {
         return alone ? i : i == 0 ? warp : rows - 1 - warp;
     }
-    // Of several warps the long row comes first: to this number in every warp, to the other in one of them.
+    // Of several warps, each has the tiles of its long row first. Tiles before `always_long` are in the long row of
+    // every warp; tiles from `ever_long` on, of none.
     static constexpr int always_long = Shape::square ? Shape::warps + 1 : width;
     static constexpr int ever_long = Shape::square ? rows : width;
 
@@ -223,8 +224,8 @@ __device__ __forceinline__ void add_step(const float* stage, int step, int warp,
                 right[i] = own[Tiles::column(kFirst + i, 0)];
             });
         } else {
-            // The short row is the first to lie within d. Of a matrix that is not square it has tiles above the
-            // diagonal.
+            // The short row lies above the long one: if it is beyond d, both are. Of a matrix that is not square the
+            // short row has tiles above the diagonal, which nobody needs.
             const int lowest = Tiles::row(Tiles::own_row(kFirst + kCount - 1, warp), warp);
             if (kGramTile * lowest >= d || (!Shape::square && Tiles::column(kFirst, warp) > lowest)) {
                 return;

@@ -6,7 +6,7 @@
 
 namespace onestep::normal::cuda {
 
-// Shared memory of a block, in bytes: the rows of X lie where the matrix comes.
+// Shared memory of a block, in bytes. Rows of X lie where the matrix will be.
 template <class Shape>
 constexpr int64_t panel_bytes(bool from_rows) {
     constexpr int kStages = kGramStages * GramStage<Shape>::floats;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(Shape::threads, kBlocks)
     }
 }
 
-// Begins to bring the lower triangle of A to shared memory; zeros in rows from d to a multiple of eight.
+// Begins to bring the lower triangle of A to shared memory. Rows and columns from d to a multiple of eight are zeros.
 template <class Shape>
 __device__ __forceinline__ void load_matrix(const Matrix<const float>& a, int d, float* shared) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_matrix(const Matrix<const float>& a, int d,
     const int rows = ceil_div(d, kPanel) * kPanel;
     if (a.row == 1 && a.col != 1) {
         // A column at a time.
-        for (int col = warp; col < d; col += Shape::warps) {
+        for (int col = warp; col < rows; col += Shape::warps) {
             float* const to = shared + Shape::panel(col / kPanel) + col % kPanel;
             for (int row = col + lane; row < rows; row += kWarpSize) {
                 cp_async<4>(to + row * kPanelPitch, row < d ? a.data + row + col * a.col : a.data, row < d ? 4 : 0);
@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(Shape::threads, kBlocks)
 template <int kOrder, int kWarps, int kColumns, int kBlocks>
 Status launch_matrices(const SystemArgs<float>& args, cudaStream_t stream) {
     using Shape = PanelShape<kOrder, kWarps, kColumns>;
+    static_assert(panel_bytes<Shape>(false) <= kLeastSharedBytes);
     const int64_t count = args.batch.count();
     return launch(panel_matrix_kernel<Shape, kBlocks>, middle_grid(count), Shape::threads, panel_bytes<Shape>(false),
                   stream, args, count);
@@ -156,6 +157,7 @@ Status launch_panels(const SystemArgs<float>& args, cudaStream_t stream) {
         return launch_matrices<kOrder, kWarps, kColumns, kMatrixBlocks>(args, stream);
     }
     using Shape = PanelShape<kOrder, kWarps, kColumns>;
+    static_assert(panel_bytes<Shape>(true) <= kLeastSharedBytes);
     const int64_t count = args.batch.count();
     return launch(panel_rows_kernel<Shape, kRowBlocks>, middle_grid(count), Shape::threads, panel_bytes<Shape>(true),
                   stream, args, count);

@@ -4,8 +4,8 @@
 // Panel p holds rows 8p and on, kPanelPitch numbers apart, so that threads which read a row each, 16 bytes at a time,
 // meet in no bank; nor do the panels of neighbouring columns, which begin 8 numbers further. For panel p
 //   * each thread subtracts from its rows of the panel the products with the panels to the left (left-looking);
-//   * the eight rows of the diagonal block are shared, and every thread factors that block for itself: nobody waits for
-//     one thread's square roots but at the same barrier;
+//   * the eight rows of the diagonal block are shared, and every thread factors that block for itself: none waits for
+//     another's square roots;
 //   * each thread solves for its own rows of L, and carries the right-hand sides along.
 // Rows from d to a multiple of eight are those of the identity.
 #pragma once
@@ -20,6 +20,9 @@ namespace onestep::normal::cuda {
 inline constexpr int kPanel = 8;        // columns
 inline constexpr int kPanelPitch = 12;  // from row to row
 inline constexpr int kPanelVectors = kPanel / kVector<float>;
+
+// Shared memory that a block can have on every device: that of capabilities 8.6 and 8.9 is the least.
+inline constexpr int64_t kLeastSharedBytes = 99 * 1024;
 
 template <int kOrder_, int kWarps_, int kColumns_, int kWidth_ = kOrder_>
 struct PanelShape {
@@ -103,8 +106,8 @@ __device__ __forceinline__ void store_panel_row(float* to, const float (&from)[k
     }
 }
 
-// a[i] = panel `p` of row i of this thread, less the products with the panels before it. `last`: rows beyond it are not
-// there.
+// a[i] = panel `p` of row i of this thread, less the products with the panels before it. A thread whose row lies above
+// the panel or beyond row `last` computes that of a row which is there, and does not use it.
 template <class Shape>
 __device__ __forceinline__ void update_panel(const float* shared, int p, int row, int last,
                                              float (&a)[Shape::rows][kPanel]) {
@@ -281,7 +284,7 @@ __device__ __forceinline__ void solve_panels(float* shared, int d) {
     }
 #pragma unroll 1
     for (int p = ceil_div(d, kPanel) - 1; p >= 0; --p) {
-        // The block's right-hand sides, in turns: who is ahead writes where nobody reads.
+        // The block's right-hand sides. Two places take turns: a thread that is ahead writes where no other reads.
         float* const shared_z = shared + Shape::block_at + p % 2 * Shape::block_floats;
 #pragma unroll
         for (int i = 0; i < Shape::rows; ++i) {
@@ -381,7 +384,7 @@ __device__ __forceinline__ void write_norm(float* shared, int d, float* to) {
     panel_barrier<Shape::warps>();
 }
 
-// What factor_panels returned to the thread with row `last`, for all.
+// Tells all threads what factor_panels returned to the thread that has row `last`.
 template <class Shape>
 __device__ __forceinline__ int first_failure(float* shared, int last, int failed) {
     int* const status = reinterpret_cast<int*>(shared + Shape::status_at);
@@ -410,7 +413,7 @@ __device__ __forceinline__ void write_factor(const float* shared, int panels, in
             load_panel_row(shared + Shape::panel(p) + (row < kPanel * p ? kPanel * p : row) * kPanelPitch, l);
 #pragma unroll
             for (int c = 0; c < kPanel; ++c) {
-                // Where L is square, its columns end with its rows.
+                // Columns from `end` on fill up the last panel. Rows below the diagonal block have none of these.
                 if (kPanel * p + c < end) {
                     *column = failed ? quiet_nan<float>() : kPanel * p + c > row ? 0.0f : l[c];
                 }

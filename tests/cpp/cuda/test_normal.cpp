@@ -4,6 +4,7 @@
 
 #include "base/singular.hpp"
 #include "normal/cpu/kernels.hpp"
+#include "normal/cuda/middle.cuh"
 #include "normal/cuda/normal.hpp"
 #include "normal/normal.hpp"
 #include "simt.hpp"
@@ -60,11 +61,13 @@ std::string name(const char* what, const Size& size) {
            (size.weighted ? " weighted" : "");
 }
 
+// `shift`: X is a part of a wider table, from this column on.
 template <class T>
-void test_rows(const Size& size, typename Table<T>::Layout layout) {
+void test_rows(const Size& size, typename Table<T>::Layout layout, int64_t shift = 0) {
     std::mt19937 random(static_cast<unsigned>(size.d * 31 + size.n));
     const auto [problems, n, d, k, weighted] = size;
-    const Table<T> x(random, problems, n, d, layout);
+    Table<T> x(random, problems, n, d + 4 * shift, layout);
+    x.view.data += shift;
     const Table<T> y(random, problems, n, k, layout);
     const Table<T> weight(random, problems, n, 1, layout, T(0.25));
     const Table<T> ridge(random, problems, d, 1, Table<T>::Layout::rows, T(0.25));
@@ -163,13 +166,54 @@ void test_rows(const Size& size, typename Table<T>::Layout layout) {
     check(normal::cuda::system(args, nullptr) == Status::ok && same(again, got), name<T>("repeats to the bit", size));
 }
 
+// How matrices lie in memory: rows or columns one after another; rows of which none begins at a multiple of 16 bytes;
+// with gaps between the elements; from the end to the beginning.
+enum class Lies { rows, columns, shifted, strided, reversed };
+
+// Matrices of which the lower triangle is given; NaN above the diagonal and in gaps.
 template <class T>
-void test_matrix(const Size& size, bool break_one) {
+struct LowerTriangles {
+    std::vector<T> data;
+    Batched<const T> view;
+
+    LowerTriangles(const std::vector<T>& symmetric, int64_t problems, int64_t d, Lies lies) {
+        const int64_t step = lies == Lies::strided ? 3 : 1;
+        const int64_t used = problems * d * d * step - (step - 1);
+        begin_ = lies == Lies::shifted ? 1 : lies == Lies::reversed ? used - 1 : 0;
+        view.row = lies == Lies::columns ? 1 : d * step;
+        view.col = lies == Lies::columns ? d : step;
+        view.batch[0] = d * d * step;
+        if (lies == Lies::reversed) {
+            view.row = -d;
+            view.col = -1;
+            view.batch[0] = -d * d;
+        }
+        data.assign(static_cast<size_t>(used + (lies == Lies::shifted ? 1 : 0)), std::numeric_limits<T>::quiet_NaN());
+        view.data = data.data() + begin_;
+        for (int64_t at = 0; at < problems * d * d; ++at) {
+            if (at % d <= at / d % d) {
+                element(at / (d * d), at / d % d, at % d) = symmetric[static_cast<size_t>(at)];
+            }
+        }
+    }
+    LowerTriangles(const LowerTriangles&) = delete;
+    LowerTriangles& operator=(const LowerTriangles&) = delete;
+
+    T& element(int64_t problem, int64_t row, int64_t col) {
+        return data[static_cast<size_t>(begin_ + problem * view.batch[0] + row * view.row + col * view.col)];
+    }
+
+ private:
+    int64_t begin_ = 0;
+};
+
+template <class T>
+void test_matrix(const Size& size, bool break_one, Lies lies = Lies::rows) {
     std::mt19937 random(static_cast<unsigned>(size.d));
     const auto [problems, n, d, k, weighted] = size;
-    const auto layout = Table<T>::Layout::rows;
-    const Table<T> x(random, problems, d + 3, d, layout);
-    Table<T> b(random, problems, d, k, layout);
+    using Layout = typename Table<T>::Layout;
+    const Table<T> x(random, problems, d + 3, d, Layout::rows);
+    Table<T> b(random, problems, d, k, lies == Lies::columns ? Layout::columns : Layout::rows);
     BatchShape batch;
     batch.dims = 1;
     batch.size[0] = problems;
@@ -185,22 +229,13 @@ void test_matrix(const Size& size, bool break_one) {
     for (int64_t i = 0; i < problems * d; ++i) {
         want.gram[static_cast<size_t>(i * d + i % d)] += T(1);
     }
-    Batched<const T> a{want.gram.data(), d, 1, {d * d}};
-    // The upper triangle is not read.
-    std::vector<T> lower = want.gram;
-    for (int64_t at = 0; at < problems * d * d; ++at) {
-        if (at % d > at / d % d) {
-            lower[static_cast<size_t>(at)] = std::numeric_limits<T>::quiet_NaN();
-        }
-    }
-    a.data = lower.data();
-
+    LowerTriangles<T> lower(want.gram, problems, d, lies);
     const auto run = [&](Results<T>& to) {
         normal::cuda::SystemArgs<T> args;
         args.batch = batch;
         args.d = d;
         args.k = k;
-        args.a = a;
+        args.a = lower.view;
         args.b = b.view;
         args.solution = k > 0 ? to.solution.data() : nullptr;
         args.factor = to.factor.data();
@@ -212,7 +247,7 @@ void test_matrix(const Size& size, bool break_one) {
         args.batch = batch;
         args.d = d;
         args.k = k;
-        args.a = a;
+        args.a = lower.view;
         args.b = b.view;
         args.solution = k > 0 ? to.solution.data() : nullptr;
         args.factor = to.factor.data();
@@ -244,18 +279,18 @@ void test_matrix(const Size& size, bool break_one) {
     // Each way to fail, in one problem: the same info as the CPU's, and no bit of any other problem changes.
     const T infinity = std::numeric_limits<T>::infinity();
     const T nan = std::numeric_limits<T>::quiet_NaN();
-    const std::vector<T> good = lower;
+    const std::vector<T> good = lower.data;
     for (const auto& [row, col, value] : std::vector<std::tuple<int64_t, int64_t, T>>{{d - 1, d - 1, T(-1)},
                                                                                       {d / 2, d / 2, T(0)},
                                                                                       {d - 1, d / 2, nan},
                                                                                       {d / 2, 0, infinity},
                                                                                       {0, 0, infinity},
                                                                                       {-1, 0, nan}}) {
-        lower = good;
+        std::copy(good.begin(), good.end(), lower.data.begin());
         const int64_t broken = problems / 2;
         const T kept = k > 0 ? b.data[static_cast<size_t>(broken * d * k)] : T(0);
         if (row >= 0) {
-            lower[static_cast<size_t>((broken * d + row) * d + col)] = value;
+            lower.element(broken, row, col) = value;
         } else if (k > 0) {
             b.data[static_cast<size_t>(broken * d * k)] = value;
         }
@@ -284,7 +319,7 @@ void test_matrix(const Size& size, bool break_one) {
 }
 
 // Blocks of columns: factors against the plain loops, every way to fail, and the upper triangle left alone.
-void test_blocked(int64_t problems, int64_t d, bool by_columns, bool break_one) {
+void test_blocked(int64_t problems, int64_t d, Lies lies, bool break_one) {
     std::mt19937 random(static_cast<unsigned>(d));
     const Size size{problems, 0, d, 0, false};
     const Table<float> x(random, problems, d + 3, d, Table<float>::Layout::rows);
@@ -300,25 +335,15 @@ void test_blocked(int64_t problems, int64_t d, bool by_columns, bool break_one) 
     gram_args.gram = want.gram.data();
     gram_args.cross = want.cross.data();
     check(reference::gram(gram_args) == Status::ok, "reference");
-    const float nan = std::numeric_limits<float>::quiet_NaN();
-    const auto at = [&](int64_t problem, int64_t row, int64_t col) {
-        return static_cast<size_t>(problem * d * d + (by_columns ? col * d + row : row * d + col));
-    };
-    std::vector<float> lower(want.gram.size(), nan);
-    for (int64_t problem = 0; problem < problems; ++problem) {
-        for (int64_t row = 0; row < d; ++row) {
-            for (int64_t col = 0; col <= row; ++col) {
-                lower[at(problem, row, col)] =
-                    want.gram[static_cast<size_t>((problem * d + row) * d + col)] + (row == col ? 1.0f : 0.0f);
-            }
-        }
+    for (int64_t i = 0; i < problems * d; ++i) {
+        want.gram[static_cast<size_t>(i * d + i % d)] += 1.0f;
     }
-    const Batched<const float> a{lower.data(), by_columns ? 1 : d, by_columns ? d : 1, {d * d}};
+    LowerTriangles<float> lower(want.gram, problems, d, lies);
     const auto run = [&](Results<float>& to) {
         normal::cuda::CholeskyArgs args;
         args.batch = batch;
         args.d = d;
-        args.a = a;
+        args.a = lower.view;
         args.factor = to.factor.data();
         args.info = to.info.data();
         check(normal::cuda::blocked_cholesky(args, nullptr) == Status::ok, cuda::last_device_error());
@@ -327,7 +352,7 @@ void test_blocked(int64_t problems, int64_t d, bool by_columns, bool break_one) 
         SolveSpdArgs<float> args;
         args.batch = batch;
         args.d = d;
-        args.a = a;
+        args.a = lower.view;
         args.factor = to.factor.data();
         args.info = to.info.data();
         check(reference::solve_spd(args) == Status::ok, "reference");
@@ -344,11 +369,12 @@ void test_blocked(int64_t problems, int64_t d, bool by_columns, bool break_one) 
     if (!break_one) {
         return;
     }
-    const std::vector<float> good = lower;
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    const std::vector<float> good = lower.data;
     for (const auto& [row, col, value] : std::vector<std::tuple<int64_t, int64_t, float>>{
              {d - 1, d - 1, -1.0f}, {d / 2, d / 2, 0.0f}, {d - 1, d / 2, nan}, {65, 3, -nan}, {0, 0, -1.0f}}) {
-        lower = good;
-        lower[at(problems - 1, row, col)] = value;
+        std::copy(good.begin(), good.end(), lower.data.begin());
+        lower.element(problems - 1, row, col) = value;
         Results<float> failed(problems, d, 0);
         Results<float> expected(problems, d, 0);
         run(failed);
@@ -397,13 +423,221 @@ void test_all() {
     test_matrix<T>({1, 0, 168, 1, false}, false);
 }
 
+// What panels of eight columns (normal/cuda/panels.cuh) have beside test_all: the other instances, and the ends of
+// stages, panels and vectors.
+void test_panels() {
+    using Layout = Table<float>::Layout;
+    for (const Size& size :
+         {Size{2, 15, 52, 3, true}, Size{1, 16, 61, 1, true}, Size{2, 17, 48, 0, false}, Size{1, 31, 95, 1, true},
+          Size{1, 32, 96, 8, false}, Size{1, 47, 65, 5, true}, Size{1, 48, 97, 1, false}, Size{1, 49, 125, 6, true},
+          Size{1, 64, 129, 1, false}, Size{1, 81, 157, 1, true}, Size{1, 18, 160, 8, false}, Size{2, 0, 56, 2, false},
+          Size{2, 0, 121, 0, true}, Size{1, 1, 34, 4, true}, Size{1, 33, 159, 3, true}}) {
+        test_rows<float>(size, Layout::rows);
+    }
+    test_rows<float>({2, 20, 44, 1, true}, Layout::columns);
+    test_rows<float>({2, 17, 68, 2, false}, Layout::strided);
+    test_rows<float>({1, 18, 132, 1, true}, Layout::columns);
+    test_rows<float>({2, 19, 40, 1, false}, Layout::rows, 1);
+    test_rows<float>({2, 19, 100, 2, true}, Layout::rows, 3);
+    test_rows<float>({2, 19, 40, 4, true}, Layout::rows, 4);
+
+    for (const int64_t d : {33, 44, 59, 64}) {
+        test_matrix<float>({2, 0, d, d % 4, false}, false, Lies::columns);
+    }
+    // So many that each has one warp.
+    test_matrix<float>({48, 0, 44, 2, false}, false, Lies::rows);
+    test_matrix<float>({48, 0, 39, 4, false}, false, Lies::shifted);
+    for (const auto& [d, k, lies] : std::vector<std::tuple<int64_t, int64_t, Lies>>{{65, 1, Lies::columns},
+                                                                                    {66, 8, Lies::columns},
+                                                                                    {91, 0, Lies::columns},
+                                                                                    {96, 1, Lies::shifted},
+                                                                                    {68, 2, Lies::strided},
+                                                                                    {92, 1, Lies::reversed},
+                                                                                    {97, 1, Lies::columns},
+                                                                                    {130, 8, Lies::columns},
+                                                                                    {127, 5, Lies::reversed},
+                                                                                    {128, 1, Lies::shifted},
+                                                                                    {129, 1, Lies::rows},
+                                                                                    {132, 1, Lies::columns},
+                                                                                    {156, 3, Lies::rows},
+                                                                                    {158, 1, Lies::strided},
+                                                                                    {160, 8, Lies::columns},
+                                                                                    {161, 2, Lies::columns}}) {
+        test_matrix<float>({1, 0, d, k, false}, false, lies);
+    }
+    test_matrix<float>({2, 0, 33, 1, false}, true, Lies::columns);
+    test_matrix<float>({48, 0, 34, 1, false}, false, Lies::columns);
+    test_matrix<float>({2, 0, 145, 3, false}, true, Lies::columns);
+}
+
+// Each way in which rows fail a problem: the same info as the CPU's, and a good problem has the bits that it has alone.
+void test_row_failures(int64_t n, int64_t d, int64_t k) {
+    std::mt19937 random(static_cast<unsigned>(d));
+    constexpr int64_t kProblems = 6;
+    const Size size{kProblems, n, d, k, true};
+    using Layout = Table<float>::Layout;
+    Table<float> x(random, kProblems, n, d, Layout::rows);
+    Table<float> y(random, kProblems, n, k, Layout::rows);
+    Table<float> weight(random, kProblems, n, 1, Layout::rows, 0.25f);
+    const auto row = [&](Table<float>& table, int64_t problem, int64_t at) {
+        return table.data.data() + problem * table.view.batch[0] + at * table.view.row;
+    };
+    row(x, 1, 3)[d / 2] = std::numeric_limits<float>::infinity();
+    row(y, 2, n - 1)[k - 1] = std::numeric_limits<float>::quiet_NaN();
+    for (int64_t at = 0; at < n; ++at) {
+        row(x, 3, at)[d / 3] = 0.0f;
+        row(weight, 4, at)[0] = 0.0f;
+    }
+    row(weight, 5, n / 2)[0] = std::numeric_limits<float>::quiet_NaN();
+
+    Results<float> want(kProblems, d, k);
+    SolveNormalArgs<float> reference_args;
+    reference_args.batch.dims = 1;
+    reference_args.batch.size[0] = kProblems;
+    reference_args.n = n;
+    reference_args.d = d;
+    reference_args.k = k;
+    reference_args.x = x.view;
+    reference_args.y = y.view;
+    reference_args.weight = weight.view;
+    reference_args.solution = want.solution.data();
+    reference_args.factor = want.factor.data();
+    reference_args.info = want.info.data();
+    check(reference::solve_normal(reference_args) == Status::ok, "reference");
+
+    const auto run = [&](int64_t problems) {
+        Results<float> got(problems, d, k);
+        normal::cuda::SystemArgs<float> args;
+        args.batch.dims = 1;
+        args.batch.size[0] = problems;
+        args.n = n;
+        args.d = d;
+        args.k = k;
+        args.x = x.view;
+        args.y = y.view;
+        args.weight = weight.view;
+        args.singular_epsilons = kSingularEpsilons;
+        args.solution = got.solution.data();
+        args.factor = got.factor.data();
+        args.info = got.info.data();
+        args.norm = got.norm.data();
+        check(normal::cuda::system(args, nullptr) == Status::ok, cuda::last_device_error());
+        return got;
+    };
+    const Results<float> got = run(kProblems);
+    check(got.info == want.info, name<float>("info of rows that fail", size));
+    check(got.info[0] == 0 && got.info[2] == d + 1 && got.info[3] == d / 3 + 1, name<float>("rows that fail", size));
+    check(difference(got.factor, want.factor) < tolerance<float>(), name<float>("factors of rows that fail", size));
+    check(difference(got.solution, want.solution) < tolerance<float>(), name<float>("rows that fail", size));
+    const Results<float> alone = run(1);
+    check(std::equal(alone.solution.begin(), alone.solution.end(), got.solution.begin()) &&
+              std::equal(alone.factor.begin(), alone.factor.end(), got.factor.begin()) && alone.norm[0] == got.norm[0],
+          name<float>("the bits of a problem alone", size));
+}
+
+// A matrix has the same bits in a batch for which another kernel is chosen.
+void test_batch_sizes(int64_t d, int64_t k) {
+    std::mt19937 random(static_cast<unsigned>(d));
+    const Size size{48, 0, d, k, false};
+    const Table<float> a(random, size.problems, d, d, Table<float>::Layout::rows);
+    const Table<float> b(random, size.problems, d, k, Table<float>::Layout::rows);
+    std::vector<float> matrices = a.data;
+    for (int64_t at = 0; at < size.problems * d; ++at) {
+        matrices[static_cast<size_t>(at * d + at % d)] += static_cast<float>(d);
+    }
+    const auto run = [&](int64_t problems) {
+        Results<float> got(problems, d, k);
+        normal::cuda::SystemArgs<float> args;
+        args.batch.dims = 1;
+        args.batch.size[0] = problems;
+        args.d = d;
+        args.k = k;
+        args.a = {matrices.data(), d, 1, {d * d}};
+        args.b = b.view;
+        args.solution = got.solution.data();
+        args.factor = got.factor.data();
+        args.info = got.info.data();
+        args.norm = got.norm.data();
+        check(normal::cuda::system(args, nullptr) == Status::ok, cuda::last_device_error());
+        return got;
+    };
+    const Results<float> all = run(size.problems);
+    const Results<float> few = run(2);
+    check(std::equal(few.solution.begin(), few.solution.end(), all.solution.begin()) &&
+              std::equal(few.factor.begin(), few.factor.end(), all.factor.begin()) &&
+              std::equal(few.norm.begin(), few.norm.end(), all.norm.begin()) && few.info[1] == 0,
+          name<float>("the bits of a small batch", size));
+}
+
+// Pivots of two epsilons are good for cholesky, and singular for normal equations.
+void test_singular(int64_t d, int64_t row) {
+    std::vector<float> a(static_cast<size_t>(d * d), 0.0f);
+    for (int64_t i = 0; i < d; ++i) {
+        a[static_cast<size_t>(i * d + i)] = i == row ? 1.0f + 0x1p-22f : 1.0f;
+    }
+    a[static_cast<size_t>(row * d + row - 1)] = 1.0f;
+    for (const bool blocked : {false, true}) {
+        for (const int singular_epsilons : {0, kSingularEpsilons}) {
+            Results<float> got(1, d, 0);
+            BatchShape batch;
+            const Batched<const float> matrix{a.data(), d, 1, {}};
+            if (blocked) {
+                const normal::cuda::CholeskyArgs args{batch,          d, matrix, singular_epsilons, got.factor.data(),
+                                                      got.info.data()};
+                check(normal::cuda::blocked_cholesky(args, nullptr) == Status::ok, cuda::last_device_error());
+            } else {
+                normal::cuda::SystemArgs<float> args;
+                args.d = d;
+                args.a = matrix;
+                args.singular_epsilons = singular_epsilons;
+                args.factor = got.factor.data();
+                args.info = got.info.data();
+                check(normal::cuda::system(args, nullptr) == Status::ok, cuda::last_device_error());
+            }
+            const int64_t info = singular_epsilons == 0 ? 0 : row + 1;
+            check(got.info[0] == info && std::isnan(got.factor[0]) == (info != 0),
+                  std::string(blocked ? "blocked" : "system") + " of a singular matrix: info " +
+                      std::to_string(got.info[0]) + ", expected " + std::to_string(info));
+        }
+    }
+}
+
+// Devices of capability 8.6 and 8.9 have 99 KiB for a block, the H100 227.
+void test_most_features() {
+    using normal::cuda::most_features;
+    check(most_features<float>(99 << 10) == 168 && most_features<double>(227 << 10) == 168, "the most features");
+    const int64_t most = most_features<double>(99 << 10);
+    check(most == 144, "the most features in 99 KiB: " + std::to_string(most));
+    for (int64_t d = normal::cuda::kSmallFeatures + 1; d <= most; ++d) {
+        const int64_t bytes = d <= 84 ? normal::cuda::MiddleShape<double, 4>(d, 1).shared_bytes()
+                                      : normal::cuda::MiddleShape<double, 8>(d, 1).shared_bytes();
+        check(bytes <= 99 << 10, "shared memory of d = " + std::to_string(d));
+    }
+    check(normal::cuda::MiddleShape<float, 8>(168, 1).shared_bytes() <= 99 << 10, "shared memory in fp32");
+}
+
 }  // namespace
 
 int main() {
     test_all<float>();
-    test_blocked(2, 136, true, true);
-    test_blocked(2, 190, false, true);
-    test_blocked(1, 257, false, false);
+    test_panels();
+    test_most_features();
+    test_row_failures(60, 40, 2);
+    test_row_failures(117, 100, 1);
+    test_row_failures(170, 155, 3);
+    test_batch_sizes(37, 2);
+    test_batch_sizes(64, 1);
+    test_singular(50, 49);
+    test_singular(130, 66);
+    test_blocked(2, 136, Lies::columns, true);
+    test_blocked(2, 190, Lies::rows, true);
+    test_blocked(1, 257, Lies::rows, false);
+    test_blocked(2, 130, Lies::columns, true);
+    test_blocked(1, 193, Lies::strided, false);
+    test_blocked(1, 256, Lies::shifted, false);
+    test_blocked(2, 67, Lies::reversed, true);
+    test_blocked(3, 64, Lies::columns, false);
+    test_blocked(3, 1, Lies::rows, false);
     if (std::getenv("ONESTEP_FLOAT_ONLY") == nullptr) test_all<double>();
     std::printf("%d checks, %d failed\n", testing::checks, testing::failures);
     return testing::failures == 0 ? 0 : 1;

@@ -1,5 +1,5 @@
-"""CUDA kernels of the Cholesky ops: one kernel of csrc/normal/cuda to d = 168; beyond, for several matrices in float32,
-blocks of 64 columns; else torch's (cuSOLVER). Nothing waits for the GPU.
+"""CUDA kernels of the Cholesky ops: one kernel of csrc/normal/cuda to d = 168 (``most_features``); beyond, for several
+matrices in float32, blocks of 64 columns; else torch's (cuSOLVER). Nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from onestep.ops.singular import with_singular
 # Without it this file is not imported.
 assert native is not None
 
-#: The largest d that the kernels take.
-MOST_FEATURES: int = native.normal_most_features
 #: The largest d of which a warp holds the matrix.
 SMALL_FEATURES: int = native.normal_small_features
 
@@ -29,6 +27,16 @@ _MOST_BLOCKED_FEATURES = 2048
 
 # Right-hand sides from which torch's triangular solves, made of matrix products, win over a warp for each.
 _MANY_COLUMNS = 64
+
+
+@functools.cache
+def _most_features(dtype: torch.dtype, device: int) -> int:
+    return int(entry("normal_most_features", dtype)(device=device))
+
+
+def most_features(tensor: Tensor) -> int:
+    """The largest d that the kernels take: 168, but 144 in float64 where a block has 99 KiB of shared memory."""
+    return _most_features(tensor.dtype, tensor.get_device())
 
 
 @functools.cache
@@ -71,7 +79,7 @@ def system(
 def factor_into(A: Tensor, L: Tensor, info: Tensor, *, normal_equations: bool = False) -> None:
     """LLᵀ = A, of which the lower triangle is read; NaN and info > 0 where A is not positive definite."""
     d = A.shape[-1]
-    if d <= MOST_FEATURES:
+    if d <= most_features(A):
         system(A, None, solution=None, factor=L, info=info, normal_equations=normal_equations)
         return
     if A.dtype == torch.float32 and d <= _MOST_BLOCKED_FEATURES and info.numel() > 1:
@@ -101,7 +109,7 @@ def solve_into(L: Tensor, B: Tensor, solution: Tensor) -> None:
     """(LLᵀ)⁻¹B into a contiguous solution (…,d,k)."""
     d, k = B.shape[-2:]
     batch = tuple(solution.shape[:-2])
-    if d > MOST_FEATURES or (d > SMALL_FEATURES and k >= _MANY_COLUMNS):
+    if d > most_features(L) or (d > SMALL_FEATURES and k >= _MANY_COLUMNS):
         half = torch.linalg.solve_triangular(L, B.expand(solution.shape), upper=False)
         solution.copy_(torch.linalg.solve_triangular(L.mT, half, upper=True))
         return
@@ -121,7 +129,7 @@ def solve_system(
 ) -> None:
     """Factor and A⁻¹B, with the status of both: info = d + 1 and NaN where the solution is not finite."""
     d, k = B.shape[-2:]
-    if d <= MOST_FEATURES and k <= most_columns(d, A.dtype):
+    if d <= most_features(A) and k <= most_columns(d, A.dtype):
         system(A, B, solution=solution if k else None, factor=L, info=info, normal_equations=normal_equations)
         return
     if L is None:

@@ -38,8 +38,8 @@ _REFINE_BYTES = 256 << 20
 _MOST_JITTER_STEPS = 20
 
 
-def _fused(n: int, d: int, k: int, problems: int, dtype: torch.dtype) -> bool:
-    if d > cholesky.MOST_FEATURES or k > cholesky.most_columns(d, dtype) or n > _MOST_ROWS:
+def _fused(X: Tensor, n: int, d: int, k: int, problems: int) -> bool:
+    if d > cholesky.most_features(X) or k > cholesky.most_columns(d, X.dtype) or n > _MOST_ROWS:
         return False
     return problems >= _FEW_PROBLEMS or n <= _FEW_ROWS
 
@@ -53,7 +53,7 @@ def _gram_into(X: Tensor, Y: Tensor, weight: Tensor | None, gram: Tensor, cross:
     n, d = X.shape[-2:]
     k = Y.shape[-1]
     problems = gram[..., 0, 0].numel()
-    if not _fused(n, d, min(k, 1), problems, X.dtype):
+    if not _fused(X, n, d, min(k, 1), problems):
         rows, targets = _scaled(weight, X), _scaled(weight, Y)
         gram.copy_(rows.mT @ rows)
         # torch's product is symmetric up to rounding.
@@ -273,7 +273,7 @@ def _solve(
         L = X.new_empty(*info.shape, d, d).mT
     norm = None if rcond is None else torch.empty_like(rcond)
     out = (solution, L, info, rcond, jittered)
-    if jitter == 0 and k > 0 and _fused(n, d, k, problems, X.dtype):
+    if jitter == 0 and k > 0 and _fused(X, n, d, k, problems):
         _solve_fused(X, Y, weight, ridge, uniform_ridge, n, d, k, out, norm)
     else:
         _solve_composed(X, Y, weight, ridge, uniform_ridge, jitter, out, norm)
