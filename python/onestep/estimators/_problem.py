@@ -56,15 +56,20 @@ class Problem:
         """What is computed in beside X."""
         return working_dtype(self.X)
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What the rows' products and sums are made in."""
+        return self.dtype
+
     @cached_property
     def total(self) -> float:
         return total_weight(self.X, self.weight)
 
     @cached_property
     def rounding(self) -> Tensor:
-        """How far rounding X's products to its type may move each slope (p,)."""
+        """How far rounding X's products to ``precision`` may move each slope (p,)."""
         residual = max(1.0, self.target_mean.item()) if self.family == "poisson" else 1.0
-        return residual * self.coordinates.rounding(self.dtype)
+        return residual * self.coordinates.rounding(self.precision)
 
     @cached_property
     def decrement_rounding(self) -> float:
