@@ -322,4 +322,5 @@ def explain(chunk: Chunk, number: int, finding: str) -> str:
                     return (
                         f"batch {number}: its {name} hold NaN or infinity, first in row {rows[0].item()} of {len(leaf)}"
                     )
-    return f"batch {number}: {finding} although its data is finite"
+    remedy = "scale the inputs, start from smaller parameters, or pass float64"
+    return f"batch {number}: {finding} although its data is finite; {remedy}"
