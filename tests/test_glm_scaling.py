@@ -260,3 +260,15 @@ def test_many_rows_far_from_zero_in_float32(rng, kind, weighted):
         ours.fit(X, y, sample_weight=weight)
     np.testing.assert_allclose(ours.coef_, right.coef_, rtol=1e-4, atol=2e-5)
     assert np.max(ours.n_iter_) <= 12
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("mean", [1e-4, 1e-6, 1e-9])
+def test_rare_counts(rng, mean, dtype):
+    """Rates per person and year: all slopes are below tol, which does not say that counts are zero beyond a plane."""
+    X = rng.normal(size=(300, 3))
+    y = rng.poisson(np.exp(X @ [0.5, -0.5, 0.0] + 2))
+    right = PoissonRegressor(alpha=0.0, tol=1e-10).fit(X, y)
+    ours = PoissonRegressor(alpha=0.0).fit(X.astype(dtype), (y * (mean / y.mean())).astype(dtype))
+    np.testing.assert_allclose(ours.coef_, right.coef_, rtol=1e-3, atol=1e-4)
+    assert ours.intercept_ == pytest.approx(right.intercept_ + np.log(mean / y.mean()), abs=1e-3)

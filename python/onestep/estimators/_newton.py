@@ -180,7 +180,9 @@ def _newton(
         if level and not direct:
             if decrement <= target:
                 return Minimum(point, step, True)
-            if problem.penalty == 0 and problem.movement(direction) > _RUNAWAY_STEP:
+            # All slopes of rare counts are small, wherever they are taken.
+            small = problem.family != "poisson" or point.slope <= goal * point.scale
+            if problem.penalty == 0 and small and problem.movement(direction) > _RUNAWAY_STEP:
                 return Minimum(point, step, True, runaway=True)
         found = _line_search(problem, point, direction, _DIRECT_HALVINGS if direct else _HALVINGS)
         if found is None and direct:

@@ -116,8 +116,8 @@ class Problem:
         V = torch.zeros(shape, dtype=torch.float64)
         classes = shape[-1] if self.family == "softmax" else 1
         mean = torch.cat((self.target_mean, torch.zeros(classes - len(self.target_mean), dtype=torch.float64)))
-        # Half a row more than there is, so that the logarithm is finite.
-        tiny = 0.5 / self.X.shape[0]
+        # Half a row more than there is, so that the logarithm is finite; counts have a mean, which may be small.
+        tiny = torch.finfo(torch.float64).tiny if self.family == "poisson" else 0.5 / self.X.shape[0]
         scores = torch.zeros_like(mean)
         if self.coordinates.intercept:
             scores = mean.clamp_min(tiny).log()
