@@ -50,7 +50,8 @@ class Path:
         """
         if self._family != "softmax" or self.X.numel() > MOST_ELEMENTS or working_dtype(self.X) != torch.float32:
             return False
-        return self._rows.far
+        # Without an intercept nothing is taken off, and whether columns are far from zero is not known.
+        return self._rows.far or not self.coordinates.intercept
 
     @cached_property
     def _exact(self) -> tuple[Tensor, Tensor | None]:
