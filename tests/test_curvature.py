@@ -398,17 +398,41 @@ TWO_GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "logit": lambda x: torch.logit(torch.sigmoid(x)),
     "aten.logit": lambda x: torch.ops.aten.logit.default(torch.sigmoid(x)),
     "native_group_norm": lambda x: torch.native_group_norm(x, None, None, 5, 4, 3, 2, 1e-5)[0],
+    "linalg.det": lambda x: x * torch.linalg.det(square(x))[:, None, None],
+    "Tensor.det": lambda x: x * square(x).det()[:, None, None],
+    "linalg.slogdet": lambda x: x * torch.linalg.slogdet(square(x))[1][:, None, None],
+    "Tensor.logdet": lambda x: x * square(x).logdet()[:, None, None],
+    "linalg.solve": lambda x: torch.linalg.solve(square(x), x.mT).mT,
+    "linalg.solve_ex": lambda x: torch.linalg.solve_ex(square(x), x.mT)[0].mT,
+    "linalg.tensorsolve": lambda x: x * torch.linalg.tensorsolve(square(x)[0], x[0, 0]),
+    "orthogonal by Cayley": lambda x: x @ torch.linalg.solve(square(x - x.mean()), square(x)),
 }
 
+# Functions whose derivatives by torch's forward mode are wrong.
+REVERSE_MODE_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
+    "cholesky_inverse": lambda x: x @ torch.cholesky_inverse(torch.linalg.cholesky(square(x) @ square(x).mT)),
+    "Tensor.cholesky_inverse": lambda x: x @ square(x).tril().cholesky_inverse(),
+    "triangular_solve": lambda x: torch.triangular_solve(x.mT, square(x).tril(), upper=False)[0].mT,
+    "scatter_reduce": lambda x: x * x.new_zeros(5, 4, 1).scatter_reduce(2, ZEROS, x, "prod", include_self=False),
+    "scatter_reduce_": lambda x: x * x.new_ones(5, 4, 1).scatter_reduce_(2, ZEROS, x, reduce="prod"),
+}
+ZEROS = torch.zeros(5, 4, 3, dtype=torch.int64)
 
-@pytest.mark.parametrize("name", TWO_GRADIENTS)
+
+def square(x: Tensor) -> Tensor:
+    """Invertible matrices (n,3,3) that depend on x (n,4,3)."""
+    return x[:, :3].tanh() + 4 * torch.eye(3, dtype=x.dtype)
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+@pytest.mark.parametrize("name", TWO_GRADIENTS | REVERSE_MODE_ONLY)
 @pytest.mark.parametrize("error", ["cross_entropy", "mse"])
 def test_products_without_a_graph_of_the_gradient(name: str, error: str) -> None:
     generator = torch.Generator().manual_seed(0)
     W, v, x = (torch.randn(12, 12, dtype=torch.float64, generator=generator) for _ in range(3))
 
     def loss(W: Tensor) -> Tensor:
-        z = TWO_GRADIENTS[name]((x[:5] @ W).reshape(5, 4, 3))
+        z = (TWO_GRADIENTS | REVERSE_MODE_ONLY)[name]((x[:5] @ W).reshape(5, 4, 3))
         return (
             cross_entropy(z, torch.arange(15).reshape(5, 3) % 4)
             if error == "cross_entropy"
@@ -423,6 +447,23 @@ def test_products_without_a_graph_of_the_gradient(name: str, error: str) -> None
     torch.testing.assert_close(hvp(loss, W, v), expected, rtol=1e-6, atol=1e-7)
     with torch.no_grad():
         torch.testing.assert_close(hvp(loss, W, v), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+@pytest.mark.parametrize("name", REVERSE_MODE_ONLY)
+def test_gauss_newton_products_where_forward_mode_is_wrong(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, v, x = (torch.randn(12, 12, dtype=torch.float64, generator=generator) for _ in range(3))
+
+    def outputs(W: Tensor) -> Tensor:
+        return REVERSE_MODE_ONLY[name]((x[:5] @ W).reshape(5, 4, 3)).flatten()
+
+    J = torch.autograd.functional.jacobian(outputs, W).reshape(-1, 144)
+    expected = (2 * J.mT @ (J @ v.flatten())).view(12, 12)
+    for graph in (True, False):
+        with torch.set_grad_enabled(graph):
+            product = ggnvp(outputs, lambda z: z.square().sum(), W, v)
+        torch.testing.assert_close(product, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("graph", [True, False])

@@ -158,6 +158,33 @@ def test_lists() -> None:
         linalg.polar([torch.from_numpy(X[0]), Y])
 
 
+def of_records(array: Any) -> Any:
+    """A field of records, whose rows begin at odd addresses."""
+    records = np.zeros(len(array), dtype=[("flag", "i1"), ("row", array.dtype, array.shape[1:])])
+    records["row"] = array
+    return records["row"]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda array: array[::-1],
+        lambda array: Capsule(array[:, ::-1]),
+        lambda array: Array(array[::-1]),
+        lambda array: array.astype(">f8"),
+        lambda array: array.astype(">f4")[:, ::-1],
+        of_records,
+    ],
+    ids=["backwards", "capsule", "array", "big-endian", "both", "records"],
+)
+def test_arrays_that_torch_cannot_share(kept: Any) -> None:
+    """torch ends the process where a stride is negative, and knows no other byte order."""
+    given = kept(X[0])
+    plainest = np.ascontiguousarray(plain(given), dtype=plain(given).dtype.newbyteorder("="))
+    expected = linalg.gram(torch.from_numpy(plainest))
+    np.testing.assert_array_equal(plain(linalg.gram(given)[0]), expected[0].numpy())
+
+
 def test_layouts_weights_and_refusals() -> None:
     """Transposed and read-only arrays, keywords; arrays and tensors are not mixed."""
     fortran, weight = np.asfortranarray(X[0]), RANDOM.random(20)

@@ -203,3 +203,72 @@ def test_a_loss_below_the_rounding_of_float32_is_no_convergence():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LogisticRegression(C=1e4).fit(X, y)
+
+
+@pytest.mark.parametrize("estimator", [LogisticRegression(), PoissonRegressor()])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_million_from_zero_in_float32(rng, estimator, weighted):
+    """No number of float32 is near enough to tell a slope from rounding there, but few rows are computed in float64."""
+    X = (rng.normal(size=(500, 4)) + 2e6).astype(np.float32)
+    Z = X.astype(np.float64) - X.astype(np.float64).mean(0)
+    eta = Z @ [1.0, -1.0, 0.5, 0.0]
+    counts = isinstance(estimator, PoissonRegressor)
+    y = rng.poisson(np.exp(np.clip(eta, -3, 2))) if counts else (eta + rng.logistic(size=500) > 0).astype(int)
+    weight = rng.integers(0, 3, 500).astype(np.float32) if weighted else None
+    peer = getattr(linear_model, type(estimator).__name__)(solver="newton-cholesky", tol=1e-10)
+    right = peer.fit(Z, y, sample_weight=weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = estimator.fit(X, y, sample_weight=weight)
+    np.testing.assert_allclose(ours.coef_, right.coef_, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_classes_without_an_intercept_in_float32(seed):
+    """Columns far from zero are nearly parallel: float32 comes to a halt, and float64 goes on from there."""
+    rng = np.random.default_rng(seed)
+    X = (rng.normal(size=(100, 6)) + 10.0 ** rng.uniform(0, 3, 6)).astype(np.float32)
+    y = np.argmax(rng.normal(size=(100, 3)) + (X - X.mean(0)) @ rng.normal(size=(6, 3)), 1)
+    right = LogisticRegression(C=10.0, fit_intercept=False).fit(X.astype(np.float64), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = LogisticRegression(C=10.0, fit_intercept=False).fit(X, y)
+    assert ours.coef_.dtype == np.float32
+    np.testing.assert_allclose(ours.coef_, right.coef_, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["two classes", "three classes", "counts"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_rows_far_from_zero_in_float32(rng, kind, weighted):
+    """Rows beyond the size of a float64 copy; those of no weight may hold anything."""
+    X = (rng.normal(size=(40_000, 4)) + 1e6).astype(np.float32)
+    Z = X.astype(np.float64) - 1e6
+    eta = 0.05 * Z @ [1.0, -1.0, 0.5, 0.0]
+    weight = rng.integers(0, 3, len(X)).astype(np.float32) if weighted else None
+    if weighted:
+        X[np.flatnonzero(weight == 0)[:2]] = 1e30
+    if kind == "counts":
+        y, ours = rng.poisson(np.exp(eta)), PoissonRegressor(alpha=0.0)
+        right = linear_model.PoissonRegressor(alpha=0.0, solver="newton-cholesky", tol=1e-10)
+    else:
+        scores = np.stack([eta, -eta] if kind == "two classes" else [eta, -eta, 0 * eta], 1)
+        y, ours = np.argmax(scores + rng.gumbel(size=scores.shape), 1), LogisticRegression()
+        right = linear_model.LogisticRegression(tol=1e-10, max_iter=1000)
+    right.fit(Z, y, sample_weight=weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.fit(X, y, sample_weight=weight)
+    np.testing.assert_allclose(ours.coef_, right.coef_, rtol=1e-4, atol=2e-5)
+    assert np.max(ours.n_iter_) <= 12
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("mean", [1e-4, 1e-6, 1e-9])
+def test_rare_counts(rng, mean, dtype):
+    """Rates per person and year: all slopes are below tol, which does not say that counts are zero beyond a plane."""
+    X = rng.normal(size=(300, 3))
+    y = rng.poisson(np.exp(X @ [0.5, -0.5, 0.0] + 2))
+    right = PoissonRegressor(alpha=0.0, tol=1e-10).fit(X, y)
+    ours = PoissonRegressor(alpha=0.0).fit(X.astype(dtype), (y * (mean / y.mean())).astype(dtype))
+    np.testing.assert_allclose(ours.coef_, right.coef_, rtol=1e-3, atol=1e-4)
+    assert ours.intercept_ == pytest.approx(right.intercept_ + np.log(mean / y.mean()), abs=1e-3)

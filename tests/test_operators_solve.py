@@ -104,6 +104,22 @@ def test_solve_reports_each_right_hand_side(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.negative_curvatures == (False, False) and not report.converged
 
 
+@pytest.mark.parametrize("form", ["dense", "products"])
+@pytest.mark.parametrize(("size", "damping"), [(1e38, 0.1), (1e-38, 1e9)])
+def test_a_solution_beyond_the_range_is_no_convergence(size: float, damping: float, form: str) -> None:
+    """It was infinite, or zeros, with converged=True."""
+    torch.manual_seed(0)
+    width = 3 if form == "dense" else 40
+    model = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
+    op = GaussNewtonOperator(model, (torch.randn(9, 3), torch.randn(9, 1)), "mse")
+    b = torch.ones(op.shape[1], 2)
+    b[:, 0] *= size
+    with pytest.warns(UserWarning, match=r"solve: 1 of 2 .*the solution is beyond the range of torch.float32"):
+        _, report = op.solve(b, damping)
+    assert not report.converged and math.isinf(report.relative_residual)
+    assert report.relative_residuals[1] <= 1e-5
+
+
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e20])
 def test_solve_does_not_depend_on_the_size_of_the_right_hand_side(

@@ -58,8 +58,9 @@ class CurvatureOperator(ABC):
             tensors, which is unpacked. Batches are moved to the parameters' device.
         loss: "mse" (mean over all elements), "cross_entropy" (class indices; -100 is ignored), "poisson" (the model
             gives the logarithm of the rate), "bce" (the model gives log-odds); torch's losses, as functions or modules,
-            with their class weights; or a function (outputs, target) → mean over the rows it was given. The old order
-            of arguments, (model, loss, data), is deprecated.
+            with their class weights; or a function (outputs, target) → mean over the rows it was given. A penalty on
+            parameters in it, taken from the model when it is called, counts for HessianOperator; the others refuse it.
+            The old order of arguments, (model, loss, data), is deprecated.
         reduction: "mean" or "sum", over all rows of the data.
         chunk_size: rows computed at a time; None for as many as keep 256 MiB for a backward pass.
         seed: of the order of a shuffling DataLoader.
@@ -103,6 +104,7 @@ class CurvatureOperator(ABC):
         warn_of_eval_mode(model, type(self).__name__, stacklevel=self._construction_depth)
         self._passes = Passes(model, self._loss, data, chunk_size=chunk_size, seed=seed, progress=shown)
         self._parameters, self._names = self._passes.parameters, self._passes.names
+        self._check_parameters_in_loss()
         if check_deterministic:
             self._passes.check_deterministic()
 
@@ -321,6 +323,15 @@ class CurvatureOperator(ABC):
 
     def _outputs(self, chunk: Chunk) -> Callable[[Named], Tensor]:
         return lambda values: call_model(self.model, chunk.inputs, values)
+
+    def _check_parameters_in_loss(self) -> None:
+        """Raises where the loss reads parameters of the model, as for a penalty: JᵀCJ has no part for them."""
+        if self._passes.in_loss != "none":
+            raise ValueError(
+                f"loss depends on the model's parameters beside the outputs, of which {type(self).__name__} has no "
+                "part; expected a function of outputs and target alone. Add a penalty's second derivatives by "
+                "damping=, or take HessianOperator"
+            )
 
     def _loss_of_outputs(self, chunk: Chunk) -> Callable[[Tensor], Tensor]:
         return lambda outputs: self._loss.sum(outputs, chunk.target)

@@ -29,6 +29,7 @@ from onestep.evaluation.module import (
     chunk_rows,
     explain,
     parameter_names,
+    parameters_in_loss,
     summed_gradient,
     without_gradient,
 )
@@ -60,6 +61,7 @@ class Passes:
         names: of the parameters with requires_grad=True, in their order.
         route: how torch can differentiate the model.
         vectorizes: whether torch.func.vmap can run the model, as far as is known.
+        in_loss: which parameters the loss reads beside the outputs.
         affordable_rows: how many rows keep 256 MiB for a backward pass.
     """
 
@@ -99,6 +101,8 @@ class Passes:
             check_first_rows(self.model, self.loss, first.rows(slice(0, rows)))
             # Later rows are read only where the first have no gradient.
             reason = without_gradient(self.model, self.loss, chain([first], self.chunks()), self.parameters.tensors)
+            named = dict(zip(self.names, self.parameters.tensors, strict=True))
+            self.in_loss = parameters_in_loss(self.model, self.loss, first.rows(slice(0, rows)), named)
         if reason:
             raise ValueError(f"model: {reason}")
         return rows

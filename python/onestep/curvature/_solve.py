@@ -110,15 +110,21 @@ def solve(
     if dense:
         x, residual, negative = _dense(product, B, damping, indefinite, tolerance)
         method = "dense"
+    # b was scaled so that nothing overflows on the way. When x is scaled back it may, or lose digits near zero.
+    lost = (x * scale / scale - x).norm(dim=0)
+    fits = (lost <= tolerance * x.norm(dim=0)).reshape(-1).tolist()
     norms = B.norm(dim=0).reshape(-1).double()
     relative = (residual.norm(dim=0).reshape(-1).double() / norms.clamp_min(torch.finfo(torch.float64).tiny)).tolist()
+    relative = [value if fit else math.inf for value, fit in zip(relative, fits, strict=True)]
     met = [value <= tolerance for value in relative]
     report = SolveReport(
         iterations, max(relative, default=0.0), all(met), any(negative), method, tuple(relative), tuple(negative)
     )
     if not all(met):
         remedy = "a larger damping, tolerance or max_iterations, or a preconditioner"
-        if method == "dense":
+        if not all(fits):
+            remedy = f"a smaller b or float64: the solution is beyond the range of {b.dtype}"
+        elif method == "dense":
             remedy = (
                 f"a larger damping, or parameters of more digits than {B.dtype}: the matrix is singular, or near it"
             )

@@ -144,6 +144,32 @@ def _is_for_functional() -> bool:
     return False
 
 
+def _reverse_mode_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, of which torch 2.13's forward mode is wrong: it raises there, and reverse mode is taken."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _refuse_forward_mode(function)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _reverse_mode_only_of_products(scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for one of the ways to call scatter_reduce: of its reductions only "prod" is wrong."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if "prod" in (kwargs.get("reduce"), *(value for value in args if isinstance(value, str))):
+            _refuse_forward_mode(scatter)
+        return scatter(*args, **kwargs)
+
+    return checked
+
+
+def _refuse_forward_mode(function: Callable[..., Any]) -> None:
+    if any(level.key() == TransformType.Jvp for level in interpreter_stack() or []):
+        raise RuntimeError(f"torch's forward mode of {function.__name__} is wrong: expected reverse mode alone")
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -264,6 +290,11 @@ def _normalised(input: Tensor, dims: Sequence[int], weight: Tensor | None, bias:
 # functions.
 _RECORDED = {F.silu, nn_silu, F.mish, nn_mish, F.group_norm, torch.group_norm}
 _RECORDED |= {torch.logit, Tensor.logit, torch.special.logit}
+# Their backward functions use the LU factors that were kept, which forward mode takes for constants; where the
+# gradient's own graph is recorded they do not. Nothing raises.
+_RECORDED |= {torch.det, Tensor.det, torch.linalg.det, torch.logdet, Tensor.logdet}
+_RECORDED |= {torch.slogdet, Tensor.slogdet, torch.linalg.slogdet}
+_RECORDED |= {torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve}
 
 _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.lstm: lstm,
@@ -271,6 +302,19 @@ _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     torch.autograd.grad: _gradient,
     Tensor.view_as: _view_as,
+}
+_SUBSTITUTES |= {
+    function: _reverse_mode_only(function)
+    for function in (
+        torch.cholesky_inverse,
+        Tensor.cholesky_inverse,
+        torch.triangular_solve,
+        Tensor.triangular_solve,
+    )
+}
+_SUBSTITUTES |= {
+    function: _reverse_mode_only_of_products(function)
+    for function in (torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_)
 }
 
 _NORMS: dict[Any, Callable[..., Any]] = {

@@ -24,6 +24,7 @@ from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import share, summed
 from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import LOSSES, as_loss, drawn_slope
+from onestep.evaluation.module import evaluate_at
 from onestep.evaluation.parameters import flatten
 
 # Rows of the Jacobian give a diagonal exactly, at the cost of a gradient for each output and of eigenvalues of the
@@ -49,7 +50,22 @@ class HessianOperator(CurvatureOperator):
 
     def _product(self, chunk: Chunk, number: int, point: Named) -> Callable[[Named], Named]:
         outputs, loss = self._outputs(chunk), self._loss_of_outputs(chunk)
-        return lambda v: hessian_product(lambda values: loss(outputs(values)), point, v, self._passes.route)
+
+        def total(values: Named) -> Tensor:
+            given = outputs(values)
+            return (
+                loss(given) if self._passes.in_loss == "none" else evaluate_at(self.model, values, lambda: loss(given))
+            )
+
+        return lambda v: hessian_product(total, point, v, self._passes.route)
+
+    def _check_parameters_in_loss(self) -> None:
+        """A penalty counts where its parameters are those that the model has while a product is taken."""
+        if self._passes.in_loss == "held":
+            raise ValueError(
+                "loss holds parameters of the model itself, of which no derivatives are seen; expected a function that "
+                "takes them from the model when it is called, such as model.layer.weight or model.parameters()"
+            )
 
 
 class _OuterProductOperator(CurvatureOperator):

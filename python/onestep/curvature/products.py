@@ -26,8 +26,9 @@ class Route:
 
     torch.func refuses models that differentiate inside by torch.autograd.grad (where it would give zeros instead,
     ``differentiable_kernels`` refuses), gradient checkpointing, autograd functions without a forward mode, and autocast
-    around some layers; forward mode is missing for some of torch's kernels, and that of mse_loss' gradient trips over a
-    zero tensor that torch 2.13 makes itself.
+    around some layers; forward mode is missing for some of torch's kernels and wrong for others, which
+    ``differentiable_kernels`` refuses, and that of mse_loss' gradient trips over a zero tensor that torch 2.13 makes
+    itself.
     """
 
     def __init__(self) -> None:

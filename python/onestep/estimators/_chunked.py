@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class ChunkedPoint:
         loss, total = torch.zeros((), dtype=torch.float64), torch.zeros(self._matrix.shape, dtype=torch.float64)
         # A row for each chunk; a point's curvature is longer than its rows by a few elements.
         kept: Tensor | None = None
-        for rows, x in widened_chunks(X):
+        for rows, x in self._chunks():
             part, grad, curvature = glm_point(x, targets[rows], self._matrix, self._of(rows), self._family, intercept)
             loss, total = loss + part, total + grad
             if kept is None:
@@ -44,7 +46,7 @@ class ChunkedPoint:
         """XᵀC(XV), V in the shape of W."""
         total = torch.zeros(self._matrix.shape, dtype=torch.float64)
         block = V.reshape(1, *self._matrix.shape)
-        for (rows, x), kept in zip(widened_chunks(self._X), self._curvatures, strict=True):
+        for (rows, x), kept in zip(self._chunks(), self._curvatures, strict=True):
             curvature = kept[: len(x) * self._matrix.shape[1] + self._slack]
             total += glm_product(block, x, self._matrix, self._of(rows), curvature, self._family, self._intercept)[0]
         return total.reshape(V.shape)
@@ -66,5 +68,24 @@ class ChunkedPoint:
                 curvature = curvature * self._weight[:, None]
         return curvature
 
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        return widened_chunks(self._X)
+
     def _of(self, rows: slice) -> Tensor | None:
         return None if self._weight is None else self._weight[rows]
+
+
+class CentredPoint(ChunkedPoint):
+    """The same of the rows X - shift in float64, with an intercept; y, W and weight are float64."""
+
+    def __init__(self, X: Tensor, y: Tensor, W: Tensor, family: str, weight: Tensor | None, shift: Tensor) -> None:
+        self._shift = shift
+        super().__init__(X, y, W, family, weight, True)
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in row_chunks(*self._X.shape):
+            x = self._X[rows].to(torch.float64, copy=True).sub_(self._shift)
+            if self._weight is not None:
+                # Rows of no weight may hold anything.
+                x[self._weight[rows] == 0] = 0.0
+            yield rows, x

@@ -180,7 +180,9 @@ def _newton(
         if level and not direct:
             if decrement <= target:
                 return Minimum(point, step, True)
-            if problem.penalty == 0 and problem.movement(direction) > _RUNAWAY_STEP:
+            # All slopes of rare counts are small, wherever they are taken.
+            small = problem.family != "poisson" or point.slope <= goal * point.scale
+            if problem.penalty == 0 and small and problem.movement(direction) > _RUNAWAY_STEP:
                 return Minimum(point, step, True, runaway=True)
         found = _line_search(problem, point, direction, _DIRECT_HALVINGS if direct else _HALVINGS)
         if found is None and direct:
@@ -199,7 +201,7 @@ def _newton(
 def _line_search(problem: Problem, point: Point, direction: Tensor, halvings: int) -> Point | None:
     """The first of the full step, its half, ... that lowers the loss enough (Armijo 1966); None if none does."""
     slope = torch.dot(point.grad.flatten(), direction.flatten()).item()
-    rounding = 4 * torch.finfo(problem.dtype).eps * abs(point.loss)
+    rounding = 4 * torch.finfo(problem.precision).eps * abs(point.loss)
     length = 1.0
     for _ in range(halvings + 1):
         trial = problem.at(point.V + length * direction)
@@ -242,11 +244,11 @@ def _preconditioner(point: Point) -> _Preconditioner:
     columns = V[:, None] if V.dim() == 1 else V
     penalties = problem.penalties(columns).expand_as(columns)
     if columns.shape[1] > 1:
-        L, scale = _factor(_hessian(point, columns) / problem.total, penalties.flatten(), problem.dtype)
+        L, scale = _factor(_hessian(point, columns) / problem.total, penalties.flatten(), problem.precision)
         return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
     curvature = point.model.diagonal_curvature()
     if V.numel() <= _LARGEST_GRAM:
-        L, scale = _factor(problem.gram(curvature[:, 0]) / problem.total, penalties.flatten(), problem.dtype)
+        L, scale = _factor(problem.gram(curvature[:, 0]) / problem.total, penalties.flatten(), problem.precision)
         return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
     diagonal = (problem.squares(curvature) / problem.total + penalties).flatten()
     # A feature that is zero in the sample: whatever scale the others have.
@@ -260,17 +262,17 @@ def _hessian(point: Point, columns: Tensor) -> Tensor:
     H = torch.empty(p, k, p, k, dtype=torch.float64)
     diagonal, P = point.model.diagonal_curvature(), point.model.output_curvature()
     for c in range(k):
-        H[:, c, :, c] = problem.coordinates.gram(problem.X, diagonal[:, c])
+        H[:, c, :, c] = problem.gram(diagonal[:, c])
         for b in range(c + 1, k):
             weight = P[:, c] * P[:, b] if problem.weight is None else P[:, c] * P[:, b] * problem.weight
-            H[:, c, :, b] = H[:, b, :, c] = -problem.coordinates.gram(problem.X, weight)
+            H[:, c, :, b] = H[:, b, :, c] = -problem.gram(weight)
     return H.view(p * k, p * k)
 
 
-def _factor(H: Tensor, penalties: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _factor(H: Tensor, penalties: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cholesky factors L of S(H + diag(penalties))S, S = diag(scale) making its diagonal 1, and scale.
 
-    The diagonal is raised as far as the rounding of H (from X of `dtype`), or directions in which nothing bends
+    The diagonal is raised as far as the rounding of H (made in `precision`), or directions in which nothing bends
     (dependent features, the common shift of softmax), demand.
     """
     diagonal = H.diagonal() + penalties
@@ -279,7 +281,7 @@ def _factor(H: Tensor, penalties: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     scale = diagonal.clamp_min(least).rsqrt()
     scaled = H * scale[:, None] * scale
     scaled.diagonal().add_(penalties * scale.square())
-    return factor_with_shift(scaled, 0.01 * max(torch.finfo(dtype).eps, 1e-12))[0], scale
+    return factor_with_shift(scaled, 0.01 * max(torch.finfo(precision).eps, 1e-12))[0], scale
 
 
 def runaway_step(point: Point) -> bool:

@@ -56,15 +56,20 @@ class Problem:
         """What is computed in beside X."""
         return working_dtype(self.X)
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What the rows' products and sums are made in."""
+        return self.dtype
+
     @cached_property
     def total(self) -> float:
         return total_weight(self.X, self.weight)
 
     @cached_property
     def rounding(self) -> Tensor:
-        """How far rounding X's products to its type may move each slope (p,)."""
+        """How far rounding X's products to ``precision`` may move each slope (p,)."""
         residual = max(1.0, self.target_mean.item()) if self.family == "poisson" else 1.0
-        return residual * self.coordinates.rounding(self.dtype)
+        return residual * self.coordinates.rounding(self.precision)
 
     @cached_property
     def decrement_rounding(self) -> float:
@@ -111,8 +116,8 @@ class Problem:
         V = torch.zeros(shape, dtype=torch.float64)
         classes = shape[-1] if self.family == "softmax" else 1
         mean = torch.cat((self.target_mean, torch.zeros(classes - len(self.target_mean), dtype=torch.float64)))
-        # Half a row more than there is, so that the logarithm is finite.
-        tiny = 0.5 / self.X.shape[0]
+        # Half a row more than there is, so that the logarithm is finite; counts have a mean, which may be small.
+        tiny = torch.finfo(torch.float64).tiny if self.family == "poisson" else 0.5 / self.X.shape[0]
         scores = torch.zeros_like(mean)
         if self.coordinates.intercept:
             scores = mean.clamp_min(tiny).log()

@@ -50,13 +50,21 @@ class SmallProblem(Problem):
 
     @staticmethod
     def of(problem: Problem) -> Problem:
-        """The same problem, or ``problem`` itself where it is large, or has rows that have to be left out."""
+        """The same problem without the rows of no weight, or ``problem`` itself where it is large."""
         n, d = problem.X.shape
-        known = problem.family in ("logistic", "poisson") and n * (d + 1) <= MOST_ELEMENTS
-        if not known or (problem.weight is not None and not problem.weight.numpy().all()):
+        if problem.family not in ("logistic", "poisson") or n * (d + 1) > MOST_ELEMENTS:
             return problem
-        small = SmallProblem(problem.X, problem.y, problem.family, problem.weight, problem.penalty, problem.coordinates)
+        X, y, weight = problem.X, problem.y, problem.weight
+        if weight is not None and not weight.numpy().all():
+            kept = weight > 0
+            X, y, weight = X[kept], y[kept], weight[kept]
+        small = SmallProblem(X, y, problem.family, weight, problem.penalty, problem.coordinates)
         return small if np.isfinite(small._rows).all() else problem
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The rows are in float64 whatever X is in."""
+        return torch.float64
 
     @cached_property
     def _rows(self) -> Array:

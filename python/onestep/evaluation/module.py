@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +45,21 @@ def call_model(module: nn.Module, inputs: Any, parameters: dict[str, Tensor] | N
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if kwargs else (inputs,)
     if parameters is None:
         outputs = without_graph(lambda: module(*args, **kwargs))
-    elif _has_keras_layers(module):
-        own, values = [module.get_parameter(name) for name in parameters], list(parameters.values())
-        outputs = without_graph(lambda: call_with(lambda: module(*args, **kwargs), own, values))
     else:
         # The names are those of the compiled module.
-        plain = original_module(module)
-        with uncompiled(plain), _swapped(module, parameters):
-            outputs = without_graph(lambda: plain(*args, **kwargs))
+        plain = module if _has_keras_layers(module) else original_module(module)
+        outputs = evaluate_at(module, parameters, lambda: without_graph(lambda: plain(*args, **kwargs)))
     return outputs if isinstance(outputs, Tensor) else _tensor_of(outputs, own_loss="labels" in kwargs)
+
+
+def evaluate_at(module: nn.Module, parameters: dict[str, Tensor], compute: Callable[[], Result]) -> Result:
+    """compute() while the module's parameters have other values, by name."""
+    if _has_keras_layers(module):
+        own, values = [module.get_parameter(name) for name in parameters], list(parameters.values())
+        result: Result = call_with(compute, own, values)
+        return result
+    with uncompiled(original_module(module)), _swapped(module, parameters):
+        return compute()
 
 
 def _tensor_of(outputs: Any, own_loss: bool) -> Tensor:
@@ -183,6 +189,30 @@ def without_gradient(model: nn.Module, loss: Loss, chunks: Iterable[Chunk], para
     )
 
 
+def parameters_in_loss(
+    model: nn.Module, loss: Loss, chunk: Chunk, parameters: dict[str, Tensor]
+) -> Literal["none", "of the model", "held"]:
+    """Which of the model's parameters a loss reads beside the outputs, as one with a penalty of its own does.
+
+    "of the model" are read off the model when the loss is called; "held" ones are kept by the loss itself.
+    """
+    if loss.name != "function":
+        return "none"
+    own = list(parameters.values())
+    with torch.enable_grad():
+        outputs = call_model(model, chunk.inputs).detach()
+
+        def reads(total: Tensor) -> bool:
+            if not total.requires_grad:
+                return False
+            return any(part is not None for part in torch.autograd.grad(total, own, allow_unused=True))
+
+        if not reads(loss.sum(outputs, chunk.target)):
+            return "none"
+        others = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+        return "held" if reads(evaluate_at(model, others, lambda: loss.sum(outputs, chunk.target))) else "of the model"
+
+
 def check_first_rows(model: nn.Module, loss: Loss, some: Chunk) -> None:
     """Raises if a function as loss is no mean over these rows. The first pass over the data looks at all of them."""
     if loss.name == "function":
@@ -292,4 +322,5 @@ def explain(chunk: Chunk, number: int, finding: str) -> str:
                     return (
                         f"batch {number}: its {name} hold NaN or infinity, first in row {rows[0].item()} of {len(leaf)}"
                     )
-    return f"batch {number}: {finding} although its data is finite"
+    remedy = "scale the inputs, start from smaller parameters, or pass float64"
+    return f"batch {number}: {finding} although its data is finite; {remedy}"

@@ -8,6 +8,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
@@ -19,10 +20,10 @@ R = TypeVar("R")
 def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
     """Lets a function of tensors take the CPU's arrays of NumPy, JAX, TensorFlow and others; results are of their kind.
 
-    Lists of arrays are taken where the function takes lists of tensors. Without a copy, both ways; numpy arrays that
-    are read-only are copied. Results of a kind that knows DLPack but not the array API standard are numpy arrays.
-    Derivatives are torch's alone: other libraries see values. Arrays and tensors cannot be mixed. Calls with tensors
-    pass straight through.
+    Lists of arrays are taken where the function takes lists of tensors. Without a copy, both ways; arrays with negative
+    strides, and numpy arrays that are read-only, of another byte order or fields of records, are copied. Results of a
+    kind that knows DLPack but not the array API standard are numpy arrays. Derivatives are torch's alone: other
+    libraries see values. Arrays and tensors cannot be mixed. Calls with tensors pass straight through.
     """
 
     @functools.wraps(function)
@@ -69,7 +70,27 @@ def as_tensor(value: Any) -> Any:
     flags = getattr(value, "flags", None)
     if getattr(flags, "writeable", True) is False and hasattr(value, "copy"):
         value = value.copy()
-    return from_dlpack(value)
+    try:
+        # torch 2.13 ends the process at a negative stride.
+        return from_dlpack(_forwards(value))
+    except BufferError:
+        native = getattr(getattr(value, "dtype", None), "newbyteorder", None)
+        if native is None:
+            raise
+        # numpy's, of another byte order or a field of records: a copy has neither.
+        return from_dlpack(value.astype(native("=")))
+
+
+def _forwards(value: Any) -> Any:
+    """The array, or a copy of one that runs backwards along a dimension."""
+    view = value
+    if not isinstance(getattr(value, "strides", None), tuple):
+        try:
+            view = numpy.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError, ValueError):
+            # Of a type that numpy has not. torch says what is wrong with it, if anything is.
+            return value
+    return view.copy() if any(stride < 0 for stride in view.strides) else value
 
 
 def giver(like: Any) -> Callable[[Tensor], Any]:

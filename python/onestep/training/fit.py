@@ -15,6 +15,7 @@ from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode
 from onestep._torch_private import reset_method
 from onestep.evaluation.distributed import from_first, same_everywhere
+from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.losses import as_loss
 from onestep.evaluation.module import noisy_layers, warn_of_layers
 from onestep.evaluation.parameters import ParameterVector
@@ -200,6 +201,7 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
     hashed = identity is not None and identity["inputs"] is not None
     result: FitResult | None = None
     tried: set[str] = set()
+    start: Tensor | None = None
     while True:
         try:
             resumed = saved["method"] if saved else None
@@ -216,6 +218,8 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
             noisy = ""
         if result is not None:
             plan = replace(plan, why=f"{result.method} could not move after step {len(result.history)}; {plan.why}")
+        if start is not None:
+            plan = replace(plan, why=f"{plan.why}; from zeros, since the loss overflows at the model's own parameters")
         try:
             return run(plan, saved=saved, before=result, identity=identity)
         except NotAffineError:
@@ -223,6 +227,15 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
                 raise
             # On the first rows, which the plan was made from, they seemed to be affine.
             facts = replace(facts, known_not_affine=NOT_AFFINE)
+        except NonFiniteError:
+            # Once: where the data is to blame, or zeros do not help, the parameters are as they were.
+            if start is not None:
+                facts.parameters.write(start)
+            if start is not None or saved or result is not None or not _has_one_minimum(facts):
+                raise
+            start = facts.parameters.read()
+            facts.parameters.write(torch.zeros_like(start))
+            continue
         except Stuck as stuck:
             result = stuck.result
             if settings.method != "auto":
@@ -230,6 +243,14 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
         tried.add(plan.method.name)
         # The checkpoint was of the method that was tried.
         saved = None
+
+
+def _has_one_minimum(facts: Facts) -> bool:
+    """Whether the loss is that of counts and convex in what is trained: from zeros its minimum is the same.
+
+    At torch's own initialisation it overflows where columns are not scaled.
+    """
+    return facts.loss.name == "poisson" and not facts.not_affine
 
 
 def _checkpoint(facts: Facts, settings: Settings) -> tuple[Checkpoint | None, dict[str, Any] | None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from onestep.evaluation.data import Chunk, Source
@@ -117,7 +118,7 @@ def _choose(
     from onestep.training.methods import METHODS
 
     if settings.method != "auto":
-        refusal = METHODS[settings.method].refusal(facts, settings)
+        refusal = _too_coarse(facts, settings.method) or METHODS[settings.method].refusal(facts, settings)
         if METHODS[settings.method].needs_outputs and facts.loss.name == "model":
             refusal = f"method={settings.method!r} needs the model's outputs, and loss='model' is all that it is given"
         if not refusal and METHODS[settings.method].needs_gradient and facts.no_gradient:
@@ -132,6 +133,9 @@ def _choose(
         if method.needs_outputs and facts.loss.name == "model":
             declined.append(f"not {name}: the loss is the model's own")
             continue
+        if _too_coarse(facts, name):
+            declined.append(f"not {name}: parameters of 16 bits")
+            continue
         suits = method.suits(facts, settings) if name not in without else Mismatch("it could not go on")
         if not isinstance(suits, Mismatch) and method.needs_gradient and facts.no_gradient:
             declined = [f"no method suits: {facts.no_gradient}", *(why for why in declined if "closed_form" in why)]
@@ -139,4 +143,19 @@ def _choose(
         if not isinstance(suits, Mismatch):
             return name, suits, tuple(declined)
         declined.append(f"not {name}: {suits.why}")
+    if _too_coarse(facts, "auto") and not without:
+        raise ValueError(_too_coarse(facts, "auto"))
     raise LookupError("no method suits")
+
+
+def _too_coarse(facts: Facts, name: str) -> str:
+    """Why parameters are too coarse for a method, or for all that "auto" may take; empty if they are not."""
+    from onestep.training.methods import METHODS
+
+    dtype = facts.parameters.dtype
+    if torch.finfo(dtype).bits >= 32 or (name in METHODS and METHODS[name].takes_halves):
+        return ""
+    return (
+        f"method={name!r}, but the trained parameters are {dtype}: steps and what they gain are rounded away; expected "
+        "float32 or float64, as after model.float(), or method='polar'"
+    )

@@ -130,6 +130,8 @@ class Method(ABC):
     needs_outputs: ClassVar[bool] = True
     # Whether it differentiates the model; another one can solve for parameters that outputs are affine in without that.
     needs_gradient: ClassVar[bool] = True
+    # Whether its steps make sense for parameters of 16 bits, to which small steps are rounded away.
+    takes_halves: ClassVar[bool] = False
     # Whether layers keep the mode that the user gave them, and may draw random numbers and learn statistics.
     keeps_modes: ClassVar[bool] = False
 

@@ -58,6 +58,7 @@ class PolarSteps(Method):
 
     name: ClassVar[str] = "polar"
     keeps_modes: ClassVar[bool] = True
+    takes_halves: ClassVar[bool] = True
     needs_outputs: ClassVar[bool] = False
 
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:

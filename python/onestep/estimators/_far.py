@@ -1,0 +1,79 @@
+"""The objective on float32 rows so far from zero that their products would keep few digits: centred in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from onestep._cached import cached_property
+from onestep.estimators._chunked import CentredPoint
+from onestep.estimators._problem import Point, Problem
+from onestep.linalg.narrow import row_chunks
+from onestep.solvers.coordinates import Coordinates
+
+# Means beyond so many standard deviations: float32 moves a slope by 1e-4 of them.
+_FAR = 256.0
+
+
+class _FarPoint(Point):
+    def product(self, direction: Tensor) -> Tensor:
+        problem = self.problem
+        assert isinstance(problem, FarProblem)
+        summed = self.model.hvp(problem.centred.weights(direction, torch.float64))
+        return problem.centred.pull_back(summed) / problem.total + problem.penalties(direction) * direction
+
+
+@dataclass(frozen=True)
+class FarProblem(Problem):
+    """`Problem` whose rows lose their means a chunk at a time, in float64."""
+
+    @staticmethod
+    def of(problem: Problem) -> Problem:
+        """The same problem, or ``problem`` itself where float32 is good enough, or nothing may be taken off."""
+        coordinates = problem.coordinates
+        far = (coordinates.shift.abs() > _FAR * coordinates.scale).numpy().any()
+        if problem.dtype != torch.float32 or not coordinates.intercept or not far:
+            return problem
+        weight = None if problem.weight is None else problem.weight.double()
+        y = problem.y.double() if problem.y.is_floating_point() else problem.y
+        return FarProblem(problem.X, y, problem.family, weight, problem.penalty, coordinates)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of the centred rows."""
+        return torch.float64
+
+    @cached_property
+    def centred(self) -> Coordinates:
+        """Of the centred rows: the scales alone."""
+        return replace(self.coordinates, shift=torch.zeros_like(self.coordinates.shift))
+
+    def at(self, V: Tensor) -> Point:
+        W, d = self.centred.weights(V, torch.float64), self.X.shape[1]
+        model = CentredPoint(self.X, self.y, W, self.family, self.weight, self.coordinates.shift)
+        penalty = self.penalties(V) * V
+        loss = model.loss.item() / self.total + 0.5 * (penalty * V).sum().item()
+        mean = model.grad / self.total
+        shape = (-1, *(1,) * (V.dim() - 1))
+        slopes = mean.clone()
+        slopes[:d] += self.coordinates.shift.reshape(shape) * mean[-1] + self.penalty * W[:d]
+        slope = (slopes.abs() - self.rounding.reshape(shape)).max().item()
+        return _FarPoint(V, loss, self.centred.pull_back(mean) + penalty, slope, model, self)
+
+    def gram(self, curvature: Tensor) -> Tensor:
+        """The Hessian of the summed loss of one output, (p, p) float64, from each row's w ℓ″."""
+        return self.coordinates.gram(self.X, curvature.float())
+
+    def movement(self, direction: Tensor) -> float:
+        """How far a step moves the outputs of any row with weight."""
+        W, most = self.centred.weights(direction, torch.float64), 0.0
+        for rows in row_chunks(*self.X.shape):
+            moved = (self.X[rows].double() - self.coordinates.shift) @ W[:-1] + W[-1]
+            if moved.dim() == 2:
+                moved = moved - moved.mean(1, keepdim=True)
+            if self.weight is not None:
+                moved[self.weight[rows] == 0] = 0.0
+            most = max(most, moved.abs().max().item())
+        return most
