@@ -14,6 +14,7 @@ namespace onestep {
 inline constexpr int kMostLanes = 16;         // float under AVX-512
 inline constexpr int64_t kPackFeatures = 32;  // d; beyond it a problem alone fills the vectors
 inline constexpr int64_t kPackTargets = 16;   // k
+inline constexpr int64_t kPackGradients = 4;  // k of gradients; beyond it the columns of one problem fill the vectors
 
 // How rows are blocked.
 inline constexpr int64_t kBlockRows = 128;  // rows that are packed at a time
@@ -91,6 +92,19 @@ struct BackwardRowsArgs {
     T* grad_weight = nullptr;
 };
 
+// Up to kMostLanes problems whose gradients one pack computes. Outputs that are not wanted are null, as are those of
+// lanes beyond the last problem; the first lane always has a problem. Gradients of failed problems are zeros.
+template <class T>
+struct PackGradientArgs {
+    int64_t n = 0, d = 0, k = 0;
+    PackOperand<T> x, y, weight, solution, adjoint;
+    bool failed[kMostLanes];
+    T* grad_x[kMostLanes];
+    T* grad_y[kMostLanes];
+    T* grad_weight[kMostLanes];
+    T* grad_ridge[kMostLanes];
+};
+
 template <class T>
 struct NormalKernels {
     int64_t lanes;
@@ -143,6 +157,10 @@ struct NormalKernels {
     void (*pack_solve_spd)(const PackArgs<T>& args, T* work);       // k = 0 and null solutions: the factor alone
     void (*pack_cholesky_solve)(const PackArgs<T>& args, T* work);  // args.a holds U
     int64_t (*pack_work)(int64_t d, int64_t k);
+
+    // Gradients of a pack. `work` holds pack_gradient_work(d, k) elements.
+    void (*pack_gradient)(const PackGradientArgs<T>& args, T* work);
+    int64_t (*pack_gradient_work)(int64_t d, int64_t k);
 };
 
 // What the amx target does not share with avx512.

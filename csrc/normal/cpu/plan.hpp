@@ -117,8 +117,9 @@ template <class T>
 struct SolveNormalBackwardPlan {
     Layout layout;
     CholeskySolvePlan<T> solve;
-    Part<T> adjoint;  // A⁻¹ grad
-    FixedCut rows;    // that one piece of work takes
+    Part<T> adjoint;      // A⁻¹ grad
+    bool packed = false;  // one problem in each vector lane
+    FixedCut rows;        // else: that one piece of work takes
     Layout own_layout;
     Part<T> solution, work;
 };

@@ -183,14 +183,60 @@ Status run(const CholeskySolvePlan<T>& plan, const CholeskySolveArgs<T>& args, c
     return parallel_for(args.batch.count() * pieces, nanoseconds_of_products(d * d * std::min(k, kSolveColumns)), body);
 }
 
+// The gradients from V, a problem in each vector lane.
+template <class T>
+Status gradients_packed(const SolveNormalBackwardPlan<T>& plan, const SolveNormalBackwardArgs<T>& args,
+                        const T* adjoint) {
+    const NormalKernels<T>& kernels = *plan.solve.kernels;
+    const int64_t problems = args.batch.count();
+    const int64_t n = args.n;
+    const int64_t d = args.d;
+    const int64_t k = args.k;
+    const FixedCut packs{problems, kernels.lanes};
+    auto body = [&](int64_t index) {
+        const CachedWorkspace own(plan.own_layout);
+        const Range range = packs[index];
+        PackGradientArgs<T> pack;
+        pack.n = n;
+        pack.d = d;
+        pack.k = k;
+        for (int64_t lane = 0; lane < kernels.lanes; ++lane) {
+            const bool real = range.begin + lane < problems;
+            const int64_t problem = real ? range.begin + lane : problems - 1;
+            pack.x.set(lane, args.x.at(args.batch, problem));
+            pack.y.set(lane, args.y.at(args.batch, problem));
+            pack.weight.set(lane, args.weight.at(args.batch, problem));
+            pack.solution.set(lane, args.solution.at(args.batch, problem));
+            pack.adjoint.set(lane, {adjoint + problem * d * k, k, 1});
+            pack.failed[lane] = *args.info.at(args.batch, problem).data != 0;
+            const auto of = [&](T* gradient, int64_t size) {
+                return real && gradient != nullptr ? gradient + problem * size : nullptr;
+            };
+            pack.grad_x[lane] = of(args.grad_x, n * d);
+            pack.grad_y[lane] = of(args.grad_y, n * k);
+            pack.grad_weight[lane] = of(args.grad_weight, n);
+            pack.grad_ridge[lane] = of(args.grad_ridge, d);
+        }
+        kernels.pack_gradient(pack, own.get(plan.work));
+    };
+    return parallel_for(packs.pieces(), nanoseconds_of_products(4 * n * d * k * kernels.lanes), body);
+}
+
 template <class T>
 SolveNormalBackwardPlan<T> plan(const SolveNormalBackwardArgs<T>& args) {
     SolveNormalBackwardPlan<T> plan;
     plan.adjoint = plan.layout.template add<T>("adjoint", args.batch.count() * args.d * args.k);
     plan.solve = onestep::plan(adjoint_of(args, static_cast<T*>(nullptr)));
+    const NormalKernels<T>& kernels = *plan.solve.kernels;
+    plan.packed =
+        args.k > 0 && args.k <= kPackGradients && plan_pack(kernels, args.batch.count(), args.n, args.d, args.k).packed;
+    if (plan.packed) {
+        plan.work = plan.own_layout.template add<T>("work", kernels.pack_gradient_work(args.d, args.k));
+        return plan;
+    }
     plan.rows = {args.n, kGradientRows};
     plan.solution = plan.own_layout.template add<T>("solution", args.d * args.k);
-    plan.work = plan.own_layout.template add<T>("work", plan.solve.kernels->backward_work(args.d, args.k));
+    plan.work = plan.own_layout.template add<T>("work", kernels.backward_work(args.d, args.k));
     return plan;
 }
 
@@ -204,6 +250,9 @@ Status run(const SolveNormalBackwardPlan<T>& plan, const SolveNormalBackwardArgs
     const Status status = run(plan.solve, adjoint_of(args, adjoint), workspace);
     if (status != Status::ok) {
         return status;
+    }
+    if (plan.packed) {
+        return gradients_packed(plan, args, adjoint);
     }
     // A problem has at least one piece, even without rows: its first piece writes the gradient of ridge.
     const int64_t pieces = std::max<int64_t>(1, plan.rows.pieces());

@@ -2,6 +2,7 @@
 #include "normal/cpu/cholesky-inl.hpp"
 #include "normal/cpu/gram-inl.hpp"
 #include "normal/cpu/half-inl.hpp"
+#include "normal/cpu/pack-gradient-inl.hpp"
 #include "normal/cpu/pack-inl.hpp"
 #include "normal/cpu/rows-inl.hpp"
 #include "normal/cpu/segments-inl.hpp"
@@ -13,17 +14,29 @@ using namespace onestep::ONESTEP_NS;
 template <class T>
 constexpr NormalKernels<T> normal_kernels() {
     return {
-        kLanes<T>,          kTileRows,
-        kPanel<T>,          gram_rows<T>,
-        factor_diagonal<T>, factor_panel<T>,
-        factor_update<T>,   solve_transposed<T>,
-        solve_upper<T>,     inverse_norm1<T>,
-        residual_rows<T>,   backward_rows<T>,
-        backward_work<T>,   widen_rows<T>,
-        multiply_rows<T>,   dual_gram<T>,
-        dual_back<T>,       pack_solve_normal<T>,
-        pack_solve_spd<T>,  pack_cholesky_solve<T>,
+        kLanes<T>,
+        kTileRows,
+        kPanel<T>,
+        gram_rows<T>,
+        factor_diagonal<T>,
+        factor_panel<T>,
+        factor_update<T>,
+        solve_transposed<T>,
+        solve_upper<T>,
+        inverse_norm1<T>,
+        residual_rows<T>,
+        backward_rows<T>,
+        backward_work<T>,
+        widen_rows<T>,
+        multiply_rows<T>,
+        dual_gram<T>,
+        dual_back<T>,
+        pack_solve_normal<T>,
+        pack_solve_spd<T>,
+        pack_cholesky_solve<T>,
         pack_work<T>,
+        pack_gradient<T>,
+        pack_gradient_work<T>,
     };
 }
 
