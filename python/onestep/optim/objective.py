@@ -127,6 +127,17 @@ class Objective(ABC):
         """
         return None
 
+    def output_gradient(self, parameters: ParameterVector) -> Tensor | None:
+        """That of a sum of the outputs times random numbers, which are the same each time.
+
+        Args:
+            parameters: as for ``value``.
+
+        Returns:
+            The gradient (p,) over the rows of the curvature, or None where there are no outputs but the loss.
+        """
+        return None
+
     @abstractmethod
     def gauss_newton_matrix(self, parameters: ParameterVector, *, precise: bool = False) -> Tensor:
         """The Gauss-Newton matrix, formed.
@@ -217,6 +228,15 @@ class ClosureObjective(Objective):
             for tensor, part in zip(parameters.tensors, parts, strict=True)
         ]
         return loss.item(), flatten(used)
+
+    def output_gradient(self, parameters: ParameterVector) -> Tensor | None:
+        if self.scalar:
+            return None
+        with torch.enable_grad():
+            outputs, _ = self._parse(self._run())
+            generator = torch.Generator(outputs.device).manual_seed(0)
+            slope = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+            return flatten(torch.autograd.grad(outputs, parameters.tensors, slope, materialize_grads=True))
 
     def _functions(
         self, parameters: ParameterVector

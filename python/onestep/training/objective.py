@@ -20,7 +20,7 @@ from onestep.evaluation.distributed import summed, summed_by_piece
 from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss, check_range, drawn_slope
 from onestep.evaluation.module import autograd_gradient, call_model, parameter_names, summed_gradient, uncompiled
-from onestep.evaluation.parameters import ParameterVector
+from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.evaluation.row_means import RowMeans
 from onestep.optim import Objective
 from onestep.optim.objective import CurvatureRoot, Preconditioner
@@ -241,6 +241,21 @@ class DataObjective(Objective):
             return None
         result.unpack(sums, positions)
         return lambda damping: result.preconditioner(count or 1, damping)
+
+    def output_gradient(self, parameters: ParameterVector) -> Tensor | None:
+        def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
+            generators: dict[int, torch.Generator] = {}
+            for chunk in self.curvature_chunks():
+                generator = generators.setdefault(
+                    chunk.piece, torch.Generator(parameters.device).manual_seed(chunk.piece)
+                )
+                with torch.enable_grad(), uncompiled(self.module):
+                    outputs = call_model(self.module, chunk.inputs)
+                    slope = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+                    parts = torch.autograd.grad(outputs, parameters.tensors, slope, materialize_grads=True)
+                yield chunk.piece, flatten(parts), []
+
+        return summed_by_piece(self.pieces, (parameters.read(), 0), terms)[0]
 
     def curvature_root(self, parameters: ParameterVector) -> CurvatureRoot | None:
         """Of a sample alone, in which an exact solution is not worth its time, and only if it takes little memory."""
