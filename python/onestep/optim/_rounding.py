@@ -9,57 +9,76 @@ from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim.objective import CurvatureRoot, Objective
 
-# Rounding leaves some ε of terms that cancel, which may be larger than the largest derivative there is.
+# Derivatives that are rounding are some ε of terms that cancel, which may be larger than the largest derivative there
+# is: smaller ones than this many ε of that are tested. Those that were found to be rounding stay out up to the root of
+# ε of it, as where scores have grown.
 _SUSPECT = 1e3
-# How far parameters are moved to have all that is computed rounded anew, in ε of themselves, how often, and by what
-# part of itself a derivative must differ then to be rounding. One that has digits differs by some ε.
-_MOVED, _TRIALS, _DIFFERENT = 16, 3, 0.1
+# How far parameters are moved to have all that is computed rounded anew, in ε of themselves, and by what part of itself
+# a derivative then differs if it is rounding. One that has digits differs by some ε.
+_MOVED, _DIFFERENT = 16, 0.1
+# Where one row saturates, rounding is the same four times of five.
+_TRIALS = 20
+# What is known of a parameter.
+_REAL, _ROUNDING = 1.0, -1.0
 
 
-def made_of_rounding(objective: Objective, parameters: ParameterVector, sizes: Tensor | None = None) -> Tensor | None:
-    """Which parameters (p,) change the outputs by rounding alone; None where that is none, or not known.
+def made_of_rounding(
+    objective: Objective, parameters: ParameterVector, sizes: Tensor, known: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which parameters (p,) change the outputs by rounding alone, None for none, and what is known for later steps.
 
     A key's bias adds the same to all scores of a query, which softmax ignores. Its derivatives are zero, computed as
     1e-17. No size tells them from those of a feature in another unit, but they are random: they change by their own size
-    if all parameters are moved by some ε of themselves, where true ones change by some ε (Vignes, Mathematics and
-    Computers in Simulation 35, 1993). Only derivatives that are very small beside the largest are looked at, for which
-    the model is differentiated four times.
+    if all parameters are moved by some ε of themselves, where true ones change by some ε (random perturbations of
+    what is rounded: Vignes, Mathematics and Computers in Simulation 35, 1993). Only derivatives that are very small beside the
+    largest are tested, and each once, by up to twenty gradients.
 
     Args:
         objective: its outputs are asked, over the rows of its curvature.
         parameters: at the point in question, where they are again afterwards.
-        sizes: of each parameter's derivatives (p,); None for those of a random sum of the outputs.
+        sizes: of each parameter's derivatives (p,).
+        known: what the last call gave (p,), None at first.
     """
-    eps = torch.finfo(parameters.dtype).eps
-    first = None
-    if sizes is None:
-        sizes = first = objective.output_gradient(parameters)
-        if sizes is None:
-            return None
-    sizes = sizes.abs()
-    suspects = (sizes > 0) & (sizes <= _SUSPECT * eps * sizes.max())
-    if not bool(suspects.any()):
-        return None
-    first = objective.output_gradient(parameters) if first is None else first
-    if first is None:
-        return None
+    eps, largest = torch.finfo(parameters.dtype).eps, sizes.max()
+    small = (sizes > 0) & (sizes <= _SUSPECT * eps * largest)
+    if known is None and not bool(small.any()):
+        return None, None
+    known = torch.zeros_like(sizes, dtype=parameters.dtype) if known is None else known
+    idle = (known == _ROUNDING) & (sizes > 0) & (sizes <= eps**0.5 * largest)
+    suspects = small & (known == 0)
+    if bool(suspects.any()):
+        random, seen = _changes(objective, parameters, suspects)
+        idle = idle | random
+        known = torch.where(suspects & seen, torch.where(random, _ROUNDING, _REAL), known)
+    return (idle if bool(idle.any()) else None), known
+
+
+def _changes(objective: Objective, parameters: ParameterVector, suspects: Tensor) -> tuple[Tensor, Tensor]:
+    """Which suspects (p,) have derivatives that are random, or zero in all rows, and which have any."""
+    nothing, eps = torch.zeros_like(suspects), torch.finfo(parameters.dtype).eps
+    least = most = objective.output_gradient(parameters)
+    if least is None or most is None:
+        return nothing, nothing
     start, generator = parameters.read(), torch.Generator().manual_seed(0)
-    least = most = first
+    random = nothing
     try:
         for _ in range(_TRIALS):
             noise = torch.rand(len(start), generator=generator, dtype=torch.float64).to(start) * 2 - 1
             parameters.write(start + _MOVED * eps * noise * start)
             again = objective.output_gradient(parameters)
-            if again is None:
-                return None
+            if again is None or not bool(again.isfinite().all()):
+                return nothing, nothing
             least, most = torch.minimum(least, again), torch.maximum(most, again)
+            size = torch.maximum(most.abs(), least.abs())
+            random = suspects & (most - least >= _DIFFERENT * size)
+            if torch.equal(random, suspects):
+                break
     except (NonFiniteError, ValueError, ArithmeticError):
         # A model that checks its parameters may refuse these.
-        return None
+        return nothing, nothing
     finally:
         parameters.write(start)
-    found = suspects & (most - least > _DIFFERENT * torch.maximum(most.abs(), least.abs()))
-    return found if bool(found.any()) else None
+    return random, size > 0
 
 
 def without(A: Tensor, idle: Tensor) -> Tensor:

@@ -95,7 +95,10 @@ class LevenbergMarquardt(DampedOptimizer):
         else:
             diagonal = root.diagonal.double()
         floor = _floor(slope, loss)
-        idle = made_of_rounding(objective, parameters, torch.maximum(diagonal, floor).sqrt())
+        known = self.read_state("known", parameters)
+        idle, known = made_of_rounding(objective, parameters, torch.maximum(diagonal, floor).sqrt(), known)
+        if known is not None:
+            self.write_state("known", parameters, known)
         if idle is not None:
             gradient = torch.where(idle, 0.0 if decay is None else gradient - slope, gradient)
         floor = _floor(gradient, loss)
