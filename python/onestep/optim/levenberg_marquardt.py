@@ -14,7 +14,7 @@ from onestep._cached import cached_property
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.linalg import spd
-from onestep.optim._rounding import RootWithout, made_of_rounding, without
+from onestep.optim.idle import RootWithout, made_of_rounding, without
 from onestep.optim.objective import CurvatureRoot, Objective
 from onestep.optim.optimizer import DampedOptimizer
 from onestep.optim.quadratic_model import Proposal, QuadraticModel
@@ -99,6 +99,7 @@ class LevenbergMarquardt(DampedOptimizer):
         idle, known = made_of_rounding(objective, parameters, torch.maximum(diagonal, floor).sqrt(), known)
         if known is not None:
             self.write_state("known", parameters, known)
+        self.idle = idle
         if idle is not None:
             gradient = torch.where(idle, 0.0 if decay is None else gradient - slope, gradient)
         floor = _floor(gradient, loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,9 @@ def made_of_rounding(
     """Which parameters (p,) change the outputs by rounding alone, None for none, and what is known for later steps.
 
     A key's bias adds the same to all scores of a query, which softmax ignores. Its derivatives are zero, computed as
-    1e-17. No size tells them from those of a feature in another unit, but they are random: they change by their own size
-    if all parameters are moved by some ε of themselves, where true ones change by some ε (random perturbations of
-    what is rounded: Vignes, Mathematics and Computers in Simulation 35, 1993). Only derivatives that are very small beside the
+    1e-17. No size tells them from those of a feature in another unit, but they are random: they change by their own
+    size if all parameters are moved by some ε of themselves, where true ones change by some ε (as rounding is estimated
+    by Vignes, Mathematics and Computers in Simulation 35, 1993). Only derivatives that are very small beside the
     largest are tested, and each once, by up to twenty gradients.
 
     Args:
@@ -44,13 +46,41 @@ def made_of_rounding(
     if known is None and not bool(small.any()):
         return None, None
     known = torch.zeros_like(sizes, dtype=parameters.dtype) if known is None else known
-    idle = (known == _ROUNDING) & (sizes > 0) & (sizes <= eps**0.5 * largest)
+    idle = still_idle(known, sizes, largest)
     suspects = small & (known == 0)
     if bool(suspects.any()):
         random, seen = _changes(objective, parameters, suspects)
         idle = idle | random
         known = torch.where(suspects & seen, torch.where(random, _ROUNDING, _REAL), known)
     return (idle if bool(idle.any()) else None), known
+
+
+def still_idle(known: Tensor, sizes: Tensor, largest: Tensor) -> Tensor:
+    """Which parameters (p,) were found to be idle, and have derivatives of these sizes (p,), beside the largest."""
+    idle: Tensor = (known == _ROUNDING) & (sizes <= torch.finfo(known.dtype).eps ** 0.5 * largest)
+    return idle
+
+
+def without_sizes(
+    objective: Objective, parameters: ParameterVector, gradient: Tensor, known: Tensor | None
+) -> Tensor | None:
+    """What is known of the parameters (p,), as ``made_of_rounding`` has it, where the gradient (p,) is all there is.
+
+    That of a random sum of the outputs tells the sizes, at the first step alone, and whenever the loss depends on a
+    parameter on which it has not depended before.
+    """
+    if known is not None and not bool(((known == 0) & (gradient != 0)).any()):
+        return known
+    sizes = objective.output_gradient(parameters)
+    if sizes is None or not bool(sizes.isfinite().all()):
+        return None
+    sizes = sizes.abs()
+    known = torch.zeros_like(sizes) if known is None else known
+    small = (sizes > 0) & (sizes <= _SUSPECT * torch.finfo(parameters.dtype).eps * sizes.max())
+    suspects, random = small & (known == 0), torch.zeros_like(small)
+    if bool(suspects.any()):
+        random, _ = _changes(objective, parameters, suspects)
+    return torch.where((known != 0) | (sizes == 0), known, torch.where(random, _ROUNDING, _REAL))
 
 
 def _changes(objective: Objective, parameters: ParameterVector, suspects: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +109,13 @@ def _changes(objective: Objective, parameters: ParameterVector, suspects: Tensor
     finally:
         parameters.write(start)
     return random, size > 0
+
+
+def projected(product: Callable[[Tensor], Tensor], idle: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """v ↦ Av with zeros in the rows and columns of A of parameters that are idle (p,)."""
+    if idle is None:
+        return product
+    return lambda v: product(v.masked_fill(idle, 0.0)).masked_fill(idle, 0.0)
 
 
 def without(A: Tensor, idle: Tensor) -> Tensor:
