@@ -72,7 +72,7 @@ class MatrixFreeOptimizer(DampedOptimizer):
         if known is None:
             return None
         self.write_state("known", parameters, known)
-        greatest = torch.maximum(self.kept.get("greatest_slope", slope).abs().max(), slope.abs().max())
+        greatest = max(self.kept.get("greatest_slope", slope).abs().max().item(), slope.abs().max().item())
         idle = still_idle(known, slope.abs(), greatest)
         return idle if bool(idle.any()) else None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from onestep._processes import place
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim.objective import CurvatureRoot, Objective
@@ -41,10 +43,10 @@ def made_of_rounding(
         sizes: of each parameter's derivatives (p,).
         known: what the last call gave (p,), None at first.
     """
-    eps, largest = torch.finfo(parameters.dtype).eps, sizes.max()
+    eps, largest = torch.finfo(parameters.dtype).eps, sizes.max().item()
     small = (sizes > 0) & (sizes <= _SUSPECT * eps * largest)
-    if known is None and not bool(small.any()):
-        return None, None
+    if not math.isfinite(largest) or (known is None and not bool(small.any())):
+        return None, known
     known = torch.zeros_like(sizes, dtype=parameters.dtype) if known is None else known
     idle = still_idle(known, sizes, largest)
     suspects = small & (known == 0)
@@ -55,7 +57,7 @@ def made_of_rounding(
     return (idle if bool(idle.any()) else None), known
 
 
-def still_idle(known: Tensor, sizes: Tensor, largest: Tensor) -> Tensor:
+def still_idle(known: Tensor, sizes: Tensor, largest: float) -> Tensor:
     """Which parameters (p,) were found to be idle, and have derivatives of these sizes (p,), beside the largest."""
     idle: Tensor = (known == _ROUNDING) & (sizes <= torch.finfo(known.dtype).eps ** 0.5 * largest)
     return idle
@@ -91,6 +93,8 @@ def _changes(objective: Objective, parameters: ParameterVector, suspects: Tensor
         return nothing, nothing
     start, generator = parameters.read(), torch.Generator().manual_seed(0)
     random = nothing
+    # A model that checks its parameters may refuse these. Of several processes one alone may, for which others wait.
+    refusals = (NonFiniteError, ValueError, ArithmeticError) if place()[1] == 1 else (NonFiniteError,)
     try:
         for _ in range(_TRIALS):
             noise = torch.rand(len(start), generator=generator, dtype=torch.float64).to(start) * 2 - 1
@@ -103,8 +107,7 @@ def _changes(objective: Objective, parameters: ParameterVector, suspects: Tensor
             random = suspects & (most - least >= _DIFFERENT * size)
             if torch.equal(random, suspects):
                 break
-    except (NonFiniteError, ValueError, ArithmeticError):
-        # A model that checks its parameters may refuse these.
+    except refusals:
         return nothing, nothing
     finally:
         parameters.write(start)

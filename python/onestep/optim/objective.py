@@ -234,9 +234,7 @@ class ClosureObjective(Objective):
             return None
         with torch.enable_grad():
             outputs, _ = self._parse(self._run())
-            generator = torch.Generator(outputs.device).manual_seed(0)
-            slope = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-            return flatten(torch.autograd.grad(outputs, parameters.tensors, slope, materialize_grads=True))
+            return random_pullback(outputs, parameters, torch.Generator(outputs.device).manual_seed(0))
 
     def _functions(
         self, parameters: ParameterVector
@@ -284,6 +282,14 @@ class ClosureObjective(Objective):
             HJ = torch.stack([hvp(lambda z: loss(z.reshape(shape)), flat, column) for column in J.mT], 1)
         A: Tensor = J.double().mT @ HJ.double()
         return (A + A.mT) / 2
+
+
+def random_pullback(outputs: Tensor, parameters: ParameterVector, generator: torch.Generator) -> Tensor:
+    """The gradient (p,) of a sum of outputs times numbers N(0,1)."""
+    slope = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    if not outputs.requires_grad:
+        return torch.zeros(len(parameters), dtype=parameters.dtype, device=parameters.device)
+    return flatten(torch.autograd.grad(outputs, parameters.tensors, slope, materialize_grads=True))
 
 
 def _jacobian(outputs: Callable[[Tensor], Tensor], point: Tensor, m: int) -> Tensor:

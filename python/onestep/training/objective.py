@@ -20,10 +20,10 @@ from onestep.evaluation.distributed import summed, summed_by_piece
 from onestep.evaluation.exclusive import exclusive
 from onestep.evaluation.losses import Loss, check_range, drawn_slope
 from onestep.evaluation.module import autograd_gradient, call_model, parameter_names, summed_gradient, uncompiled
-from onestep.evaluation.parameters import ParameterVector, flatten
+from onestep.evaluation.parameters import ParameterVector
 from onestep.evaluation.row_means import RowMeans
 from onestep.optim import Objective
-from onestep.optim.objective import CurvatureRoot, Preconditioner
+from onestep.optim.objective import CurvatureRoot, Preconditioner, random_pullback
 from onestep.training.kronecker import Factors
 
 # Rows of the Jacobian are kept for products if they take no more bytes than this.
@@ -250,10 +250,8 @@ class DataObjective(Objective):
                     chunk.piece, torch.Generator(parameters.device).manual_seed(chunk.piece)
                 )
                 with torch.enable_grad(), uncompiled(self.module):
-                    outputs = call_model(self.module, chunk.inputs)
-                    slope = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-                    parts = torch.autograd.grad(outputs, parameters.tensors, slope, materialize_grads=True)
-                yield chunk.piece, flatten(parts), []
+                    gradient = random_pullback(call_model(self.module, chunk.inputs), parameters, generator)
+                yield chunk.piece, gradient, []
 
         return summed_by_piece(self.pieces, (parameters.read(), 0), terms)[0]
 
