@@ -83,7 +83,7 @@ def test_key_biases_of_a_transformer_stay(loss: str) -> None:
     for precise, rounded in list(zip(*(result.history for result in results.values()), strict=False))[:4]:
         assert rounded.loss == pytest.approx(precise.loss, rel=1e-3)
     for result in results.values():
-        assert result.loss < 1e-2 * result.history[0].loss
+        assert result.loss < 0.1 * result.history[0].loss
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -94,7 +94,7 @@ def test_a_bias_that_softmax_ignores_is_as_good_as_frozen(method: str, dtype: to
         model, x, y = pooled(dtype)
         model.score.bias.requires_grad_(not frozen)
         before = model.score.bias.detach().clone()
-        results[frozen] = onestep.fit(model, (x, y), loss="mse", method=method, max_steps=60, progress=False)
+        results[frozen] = onestep.fit(model, (x, y), loss="mse", method=method, max_steps=150, progress=False)
         assert torch.equal(model.score.bias, before)
     assert results[False].converged and results[True].converged
     assert results[False].loss == pytest.approx(results[True].loss, rel=1e-6)
@@ -174,7 +174,7 @@ def test_what_is_made_of_rounding() -> None:
     parameters = ParameterVector([*model.parameters(), dead])
     objective = ClosureObjective(lambda: model(x) + (dead + x[:, 0, :1]).relu(), scalar=False, optimizer="")
     before = parameters.read()
-    sizes = objective.gauss_newton_matrix(parameters).diagonal().sqrt()
+    sizes = objective.output_gradient(parameters).abs()
     idle, known = made_of_rounding(objective, parameters, sizes, None)
     expected = torch.arange(len(parameters)) == 4
     assert torch.equal(parameters.read(), before)
