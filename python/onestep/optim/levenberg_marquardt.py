@@ -43,7 +43,8 @@ class LevenbergMarquardt(DampedOptimizer):
     For least squares, A = 2/m JᵀJ (Levenberg 1944; Marquardt 1963); for other convex losses H is the loss's Hessian in
     the outputs. D never falls (Moré, Lecture Notes in Mathematics 630, 1978), which makes the method indifferent to the
     units of the parameters. Dⱼⱼ is at least (∇ⱼloss)² / 2 loss, since losses other than squares may lose curvature
-    far from a minimum. Memory p², time m p² + p³ a step: for thousands of parameters.
+    far from a minimum. Parameters whose derivatives are but rounding, such as the bias of attention's keys, stay where
+    they are. Memory p², time m p² + p³ a step: for thousands of parameters.
 
     The closure returns the residuals, whose mean square is minimised, or (outputs, loss_of_outputs).
 
