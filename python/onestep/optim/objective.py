@@ -134,8 +134,8 @@ class Objective(ABC):
             parameters: as for ``value``.
 
         Returns:
-            The gradient (p,) over the rows of the curvature, in the parameters' dtype; None where there are no outputs but the
-            loss.
+            The gradient (p,) over the rows of the curvature, in the parameters' dtype; None where there are no outputs
+            but the loss.
         """
         return None
 
