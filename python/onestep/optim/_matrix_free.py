@@ -14,6 +14,7 @@ from torch import Tensor
 from onestep.curvature.conjugate_gradient import Solve, conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim.decrement import MOST_DENSE, newton_decrement, without_influence
+from onestep.optim.idle import projected, still_idle, without_sizes
 from onestep.optim.objective import Objective, Preconditioner
 from onestep.optim.optimizer import LEAST_DAMPING, DampedOptimizer
 from onestep.optim.quadratic_model import Proposal, QuadraticModel
@@ -50,8 +51,12 @@ class MatrixFreeOptimizer(DampedOptimizer):
         self, objective: Objective, parameters: ParameterVector, loss: float, gradient: Tensor, decay: Tensor | None
     ) -> QuadraticModel:
         """Products only: nothing larger than a few vectors is held."""
+        slope = gradient if decay is None else gradient - decay * parameters.read()
+        self.idle = idle = self._idle(objective, parameters, slope)
+        if idle is not None:
+            gradient = torch.where(idle, 0.0 if decay is None else gradient - slope, gradient)
         return _ProductModel(
-            objective.curvature(parameters, hessian=self.hessian),
+            projected(objective.curvature(parameters, hessian=self.hessian), idle),
             parameters,
             gradient,
             decay,
@@ -60,6 +65,21 @@ class MatrixFreeOptimizer(DampedOptimizer):
             objective.preconditioner(parameters),
             lambda: self._diagonal(parameters, gradient),
         )
+
+    def _idle(self, objective: Objective, parameters: ParameterVector, slope: Tensor) -> Tensor | None:
+        """Which parameters (p,) change the outputs by rounding alone; None for none."""
+        known = without_sizes(objective, parameters, slope, self.read_state("known", parameters))
+        if known is None:
+            return None
+        self.write_state("known", parameters, known)
+        greatest = max(self.kept.get("greatest_slope", slope).abs().max().item(), slope.abs().max().item())
+        idle = still_idle(known, slope.abs(), greatest)
+        return idle if bool(idle.any()) else None
+
+    def never_used(self, parameters: ParameterVector) -> Tensor:
+        """With those that change the outputs by rounding alone."""
+        never = super().never_used(parameters)
+        return never if self.idle is None or self._flat is None else never | (self._flat & self.idle)
 
     def _diagonal(self, parameters: ParameterVector, gradient: Tensor) -> Preconditioner:
         """The preconditioner that gradients tell of."""
@@ -140,9 +160,13 @@ class _ProductModel(QuadraticModel):
     def _of_objective(self, damping: float) -> Callable[[Tensor], Tensor] | None:
         """The objective's preconditioner, unless there is none or with so little damping it cannot be factored."""
         try:
-            return None if self.of_objective is None else self.of_objective(damping)
+            inverse = None if self.of_objective is None else self.of_objective(damping)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return None
+        idle, shift = self.settings.idle, damping if self.decay is None else self.decay + damping
+        if inverse is None or idle is None:
+            return inverse
+        return lambda v: torch.where(idle, v / shift, inverse(v.masked_fill(idle, 0.0)))
 
     def propose(self, damping: float) -> Proposal | None:
         b = -self.gradient

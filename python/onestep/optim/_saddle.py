@@ -17,7 +17,9 @@ MOST_ITERATIONS = 100
 FEW_ITERATIONS = 30
 
 
-def concave_direction(product: Callable[[Tensor], Tensor], like: Tensor, most_iterations: int) -> Tensor | None:
+def concave_direction(
+    product: Callable[[Tensor], Tensor], like: Tensor, most_iterations: int, idle: Tensor | None = None
+) -> Tensor | None:
     """A direction d (p,) of elements of size 1 with dᵀAd ≤ 0, of a symmetric A, given as v ↦ Av; None if none is found.
 
     Conjugate gradients for Ax = b with a random b meet one, if there is one and they have iterations enough: with
@@ -26,8 +28,10 @@ def concave_direction(product: Callable[[Tensor], Tensor], like: Tensor, most_it
     Args:
         like: of the vectors' length, dtype and device.
         most_iterations: a product each.
+        idle: which elements (p,) of the direction are zero, whose rows and columns of A are zero or diagonal.
     """
     b = torch.randn(len(like), generator=torch.Generator().manual_seed(0)).to(like)
+    b = b if idle is None else b.masked_fill(idle, 0.0)
     solve = conjugate_gradient(
         product, b, tolerance=_TOLERANCE, max_iterations=min(len(like), most_iterations), least_progress=0.0
     )

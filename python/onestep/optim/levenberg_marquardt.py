@@ -15,6 +15,7 @@ from onestep._serial_torch import serial_for
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.linalg import spd
+from onestep.optim.idle import RootWithout, made_of_rounding, without
 from onestep.optim.objective import CurvatureRoot, Objective
 from onestep.optim.optimizer import DampedOptimizer
 from onestep.optim.quadratic_model import Proposal, QuadraticModel
@@ -45,7 +46,8 @@ class LevenbergMarquardt(DampedOptimizer):
     For least squares, A = 2/m JᵀJ (Levenberg 1944; Marquardt 1963); for other convex losses H is the loss's Hessian in
     the outputs. D never falls (Moré, Lecture Notes in Mathematics 630, 1978), which makes the method indifferent to the
     units of the parameters. Dⱼⱼ is at least (∇ⱼloss)² / 2 loss, since losses other than squares may lose curvature
-    far from a minimum. Memory p², time m p² + p³ a step: for thousands of parameters.
+    far from a minimum. Parameters whose derivatives are but rounding, such as the bias of attention's keys, stay where
+    they are. Memory p², time m p² + p³ a step: for thousands of parameters.
 
     The closure returns the residuals, whose mean square is minimised, or (outputs, loss_of_outputs).
 
@@ -88,16 +90,30 @@ class LevenbergMarquardt(DampedOptimizer):
         momentum = self.setting("momentum")
         last = self.read_state("direction", parameters) if momentum else None
         carried = None if last is None else last * momentum
-        # ∂ⱼ² / 2 loss is no more than Aⱼⱼ for least squares (Cauchy and Schwarz). Where a loss has lost its curvature,
-        # as cross-entropy has at scores in the hundreds, it stands in: with damping 2, each parameter by itself would
-        # take a loss that falls in a straight line to zero.
-        floor = gradient.double().square() / (2 * abs(loss)) if loss else None
+        # Without weight decay, whose derivatives are exact.
+        slope = gradient if decay is None else gradient - decay * parameters.read()
         root = objective.curvature_root(parameters)
+        if root is None:
+            A = objective.gauss_newton_matrix(parameters, precise="precise" in self.kept)
+            diagonal = A.diagonal()
+        else:
+            diagonal = root.diagonal.double()
+        floor = _floor(slope, loss)
+        known = self.read_state("known", parameters)
+        idle, known = made_of_rounding(objective, parameters, torch.maximum(diagonal, floor).sqrt(), known)
+        if known is not None:
+            self.write_state("known", parameters, known)
+        self.idle = idle
+        if idle is not None:
+            gradient = torch.where(idle, 0.0 if decay is None else gradient - slope, gradient)
+        floor = _floor(gradient, loss)
         if root is not None:
+            root = root if idle is None else RootWithout(root, idle)
             diagonal = root.diagonal if decay is None else root.diagonal + decay
             scale = self._scale(parameters, diagonal.double(), floor).to(parameters.dtype)
             return _SampledModel(root, diagonal, decay, gradient, scale, carried, self.kept, parameters)
-        A = objective.gauss_newton_matrix(parameters, precise="precise" in self.kept)
+        if idle is not None:
+            A = without(A, idle)
         if decay is not None:
             A = A + torch.diag(decay.double())
         scale = self._scale(parameters, A.diagonal(), floor)
@@ -117,7 +133,7 @@ class LevenbergMarquardt(DampedOptimizer):
         if self.setting("momentum"):
             self.write_state("direction", parameters, step)
 
-    def _scale(self, parameters: ParameterVector, diagonal: Tensor, floor: Tensor | None) -> Tensor:
+    def _scale(self, parameters: ParameterVector, diagonal: Tensor, floor: Tensor) -> Tensor:
         """D: the greatest diagonal of A so far, or the floor where that is greater now.
 
         The root of the former is kept, which cannot overflow the parameters' type.
@@ -127,7 +143,7 @@ class LevenbergMarquardt(DampedOptimizer):
             diagonal = torch.maximum(diagonal, before.double().square())
         with serial_for(len(diagonal)):
             self.write_state("scale", parameters, diagonal.sqrt())
-        return diagonal if floor is None else torch.maximum(diagonal, floor)
+        return torch.maximum(diagonal, floor)
 
     def form_again(self, objective: Objective, parameters: ParameterVector) -> None:
         """Forms the kept inverse again, to the bit, from the vectors kept with it.
@@ -137,7 +153,10 @@ class LevenbergMarquardt(DampedOptimizer):
         root = objective.curvature_root(parameters)
         if root is None:
             raise ValueError("the curvature of a sample is no longer by products")
-        kept, matrix = self.kept, _decayed(root.matrix(), self._decay(parameters))
+        kept = self.kept
+        # Older checkpoints tell of no parameters that are idle.
+        root = RootWithout(root, kept["idle"]) if "idle" in kept else root
+        matrix = _decayed(root.matrix(), self._decay(parameters))
         inverse = _inverse(matrix, kept["inverse_root"], kept["inverse_damping"].item())
         if inverse is not None:
             kept["inverse"] = inverse
@@ -305,8 +324,10 @@ class _SampledModel(_MatrixModel):
         inverse = _inverse(self.matrix, self.inverse_root, damping_of_inverse)
         if inverse is None:
             return None, products
+        root = self.root
         self.kept.update(
             inverse=inverse,
+            idle=root.idle if isinstance(root, RootWithout) else torch.zeros_like(self.gradient, dtype=torch.bool),
             point=self.parameters.read(),
             inverse_root=self.inverse_root,
             inverse_damping=torch.tensor(damping_of_inverse, dtype=torch.float64),
@@ -357,6 +378,17 @@ class _Scaled:
             return None, 0.0
         step = -factor.solve(self.gradient[:, None])[:, 0]
         return step if bool(step.isfinite().all()) else None, factor.least_pivot()
+
+
+def _floor(gradient: Tensor, loss: float) -> Tensor:
+    """∂ⱼ² / 2 loss, at least which D is.
+
+    It is no more than Aⱼⱼ for least squares (Cauchy and Schwarz). Where a loss has lost its curvature, as cross-entropy
+    has at scores in the hundreds, it stands in: with damping 2, each parameter by itself would take a loss that falls
+    in a straight line to zero.
+    """
+    gradient = gradient.double()
+    return gradient.square() / (2 * abs(loss)) if loss else torch.zeros_like(gradient)
 
 
 def _decayed(A: Tensor, decay: Tensor | None) -> Tensor:

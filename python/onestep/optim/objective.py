@@ -128,6 +128,18 @@ class Objective(ABC):
         """
         return None
 
+    def output_gradient(self, parameters: ParameterVector) -> Tensor | None:
+        """That of a sum of the outputs times random numbers, which are the same each time.
+
+        Args:
+            parameters: as for ``value``.
+
+        Returns:
+            The gradient (p,) over the rows of the curvature, in the parameters' dtype; None where there are no outputs
+            but the loss.
+        """
+        return None
+
     @abstractmethod
     def gauss_newton_matrix(self, parameters: ParameterVector, *, precise: bool = False) -> Tensor:
         """The Gauss-Newton matrix, formed.
@@ -219,6 +231,13 @@ class ClosureObjective(Objective):
         ]
         return loss.item(), flatten(used)
 
+    def output_gradient(self, parameters: ParameterVector) -> Tensor | None:
+        if self.scalar:
+            return None
+        with torch.enable_grad():
+            outputs, _ = self._parse(self._run())
+            return random_pullback(outputs, parameters, torch.Generator(outputs.device).manual_seed(0))
+
     def _functions(
         self, parameters: ParameterVector
     ) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -268,6 +287,14 @@ class ClosureObjective(Objective):
             HJ = torch.stack([hvp(lambda z: loss(z.reshape(shape)), flat, column) for column in J.mT], 1)
         A: Tensor = J.double().mT @ HJ.double()
         return (A + A.mT) / 2
+
+
+def random_pullback(outputs: Tensor, parameters: ParameterVector, generator: torch.Generator) -> Tensor:
+    """The gradient (p,) of a sum of outputs times numbers N(0,1)."""
+    slope = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    if not outputs.requires_grad:
+        return torch.zeros(len(parameters), dtype=parameters.dtype, device=parameters.device)
+    return flatten(torch.autograd.grad(outputs, parameters.tensors, slope, materialize_grads=True))
 
 
 def _jacobian(outputs: Callable[[Tensor], Tensor], point: Tensor, m: int) -> Tensor:

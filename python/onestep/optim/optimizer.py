@@ -16,6 +16,7 @@ from onestep._processes import place
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.parameters import ParameterVector, flatten
 from onestep.optim._saddle import FEW_ITERATIONS, MOST_ITERATIONS, concave_direction
+from onestep.optim.idle import projected
 from onestep.optim.objective import ClosureObjective, Objective
 from onestep.optim.quadratic_model import QuadraticModel
 from onestep.optim.step_report import StepReport
@@ -73,6 +74,8 @@ class DampedOptimizer(torch.optim.Optimizer):
         # Newton's step (p,) at the start of the last step, where its decrement took it.
         self.newton: Tensor | None = None
         self._flat: Tensor | None = None
+        # Parameters (p,) that change the outputs by rounding alone, as far as the last step found some.
+        self.idle: Tensor | None = None
         self._ahead: tuple[Objective, tuple[int, ...], float, Tensor] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -404,9 +407,9 @@ class DampedOptimizer(torch.optim.Optimizer):
     ) -> tuple[Tensor, float, Tensor | None] | None:
         """A step along a direction of negative curvature that lowers the loss, where no gradient tells of one."""
         try:
-            hessian = objective.curvature(parameters, hessian=True)
+            hessian = projected(objective.curvature(parameters, hessian=True), self.idle)
             direction = concave_direction(
-                lambda v: hessian(v) if decay is None else hessian(v) + decay * v, start, iterations
+                lambda v: hessian(v) if decay is None else hessian(v) + decay * v, start, iterations, self.idle
             )
         except (RuntimeError, NotImplementedError):
             # A model without second derivatives.

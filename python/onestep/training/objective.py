@@ -23,7 +23,7 @@ from onestep.evaluation.module import autograd_gradient, call_model, parameter_n
 from onestep.evaluation.parameters import ParameterVector
 from onestep.evaluation.row_means import RowMeans
 from onestep.optim import Objective
-from onestep.optim.objective import CurvatureRoot, Preconditioner
+from onestep.optim.objective import CurvatureRoot, Preconditioner, random_pullback
 from onestep.training.kronecker import Factors
 
 # Rows of the Jacobian are kept for products if they take no more bytes than this.
@@ -241,6 +241,19 @@ class DataObjective(Objective):
             return None
         result.unpack(sums, positions)
         return lambda damping: result.preconditioner(count or 1, damping)
+
+    def output_gradient(self, parameters: ParameterVector) -> Tensor | None:
+        def terms() -> Iterator[tuple[int, Tensor, list[float]]]:
+            generators: dict[int, torch.Generator] = {}
+            for chunk in self.curvature_chunks():
+                generator = generators.setdefault(
+                    chunk.piece, torch.Generator(parameters.device).manual_seed(chunk.piece)
+                )
+                with torch.enable_grad(), uncompiled(self.module):
+                    gradient = random_pullback(call_model(self.module, chunk.inputs), parameters, generator)
+                yield chunk.piece, gradient, []
+
+        return summed_by_piece(self.pieces, (parameters.read(), 0), terms)[0]
 
     def curvature_root(self, parameters: ParameterVector) -> CurvatureRoot | None:
         """Of a sample alone, in which an exact solution is not worth its time, and only if it takes little memory."""

@@ -208,7 +208,13 @@ class DampedRun(Run):
         assert self.report is not None
         least = self._least(self.report)
         found = look(
-            self.plan, least, self.products, hessian=self.optimizer.hessian, loss=self._known_loss, noise=self._noise
+            self.plan,
+            least,
+            self.products,
+            hessian=self.optimizer.hessian,
+            loss=self._known_loss,
+            noise=self._noise,
+            idle=self.optimizer.idle,
         )
         self.newton = found.newton
         if certain and not found.ran:
@@ -358,17 +364,22 @@ class DampedRun(Run):
     def _of_no_use(self, candidates: Tensor) -> int:
         """The number of candidates if changing all of them leaves the loss as it is; else 0.
 
-        The weights of a feature that is always zero are such parameters.
+        A feature that is always zero has such parameters, and so has a key's bias, but for rounding: outputs that are
+        wrong by some ε of the first loss's root change a loss by that, times its root.
         """
         size = self.plan.parameters.read().square().mean().sqrt().clamp_min(1.0)
-        return int(candidates.sum()) if self._is_constant(candidates * size) else 0
+        rounding = _NOISE * torch.finfo(size.dtype).eps * math.sqrt(self.first_loss)
+        return int(candidates.sum()) if self._is_constant(candidates * size, rounding) else 0
 
     def _is_plateau(self) -> bool:
         """Whether the loss does not change with the parameters nearby, as where exponentials have underflowed."""
         return self._is_constant(_NEARBY * self.plan.parameters.read().abs().clamp_min(1.0))
 
-    def _is_constant(self, sizes: Tensor) -> bool:
-        """Whether the loss is the same at parameters that are off by numbers of these sizes, one for each."""
+    def _is_constant(self, sizes: Tensor, rounding: float = 0.0) -> bool:
+        """Whether the loss is the same at parameters that are off by numbers of these sizes, one for each.
+
+        Roots of losses may differ by ``rounding``.
+        """
         parameters = self.plan.parameters
         start = parameters.read()
         noise = torch.randn(len(start), generator=torch.Generator().manual_seed(0)).to(start) * sizes
@@ -379,7 +390,7 @@ class DampedRun(Run):
                 losses.add(self.objective.value(parameters))
         finally:
             parameters.write(start)
-        return len(losses) == 1
+        return len(losses) == 1 or max(losses) - min(losses) <= rounding * math.sqrt(abs(max(losses)))
 
     def loss(self) -> float | None:
         """With weight decay, where every step sees all rows."""

@@ -15,6 +15,7 @@ from onestep.evaluation.data import Chunk
 from onestep.evaluation.module import call_model, uncompiled
 from onestep.evaluation.parameters import ParameterVector
 from onestep.optim.decrement import MOST_DENSE, newton_decrement
+from onestep.optim.idle import projected
 from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
 from onestep.training.structures.affine import explained
@@ -57,7 +58,14 @@ class Finding(NamedTuple):
 
 
 def look(
-    plan: FitPlan, least: float, products: int, *, hessian: bool, loss: Callable[[], float], noise: float = 0.0
+    plan: FitPlan,
+    least: float,
+    products: int,
+    *,
+    hessian: bool,
+    loss: Callable[[], float],
+    noise: float = 0.0,
+    idle: Tensor | None = None,
 ) -> Finding:
     """Whether the parameters are at a minimum, of the same loss computed in float64.
 
@@ -71,13 +79,14 @@ def look(
         hessian: whether curvature is the Hessian or the Gauss-Newton matrix.
         loss: computes the fit's own loss at the present parameters, with weight decay. It must not rise.
         noise: a loss that counts as rounding of the outputs.
+        idle: parameters (p,) that change the outputs by rounding alone, which stay where they are.
     """
     start = plan.parameters.read()
     try:
         with torch.autocast(start.device.type, enabled=False):
             problem = _Double(plan)
             with uncompiled(problem.objective.module):
-                return _look(plan, problem, least, products, hessian=hessian, loss=loss, noise=noise)
+                return _look(plan, problem, least, products, hessian=hessian, loss=loss, noise=noise, idle=idle)
     except Exception as error:
         return Finding(why=f"the model or the loss does not run in float64 ({explained(error)})", ran=False)
     finally:
@@ -93,16 +102,19 @@ def _look(
     hessian: bool,
     loss: Callable[[], float],
     noise: float,
+    idle: Tensor | None,
 ) -> Finding:
     start = plan.parameters.read()
     value, gradient = problem.gradient()
-    product, enough = problem.curvature(hessian=hessian), least * abs(value)
+    product, enough = projected(problem.curvature(hessian=hessian), idle), least * abs(value)
+    gradient = gradient if idle is None else gradient.masked_fill(idle, 0.0)
     few = len(start) <= MOST_DENSE
+    precondition = None if few else problem.preconditioner()
     most = max(_FEW_PRODUCTS, int(_SHARE * products))
     found = newton_decrement(
         product,
         gradient,
-        None if few else problem.preconditioner(),
+        None if precondition is None else projected(precondition, idle),
         math.inf,
         stored=start.dtype,
         most_products=most,
