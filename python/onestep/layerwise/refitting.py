@@ -104,7 +104,8 @@ class _Refit:
 
     def __init__(self, layer: Layer, statistics: LayerStatistics, dtype: torch.dtype) -> None:
         self.layer, self.rows = layer, statistics[layer.name].count
-        weight = layer.weight.to(dtype)
+        # A copy: the layer's own is written to before it is compared with.
+        weight = layer.weight.to(dtype, copy=True)
         self.weight = weight
         self.sums = Sums(statistics, layer.name)
         if self.rows == 0:
