@@ -29,6 +29,7 @@ from onestep.layerwise.layers import (
     find_layers,
     padded,
 )
+from onestep.layerwise.masked import solve_masked
 from onestep.layerwise.pairs import is_at, paired
 from onestep.layerwise.report import LayerReport
 from onestep.layerwise.routing import routed, shapes_of
@@ -265,7 +266,18 @@ class Sums:
         linear = float((change * self._cross.mT).sum(dtype=torch.float64))
         return max(self._loss(change) + 2 * linear + self._square, 0.0) / (self._whole or 1.0)
 
-    def aim(self, weight: Tensor, damping: float) -> Tensor:
+    def worse(self, weight: Tensor, one: Tensor, other: Tensor) -> bool:
+        """Whether ``one`` loses more than ``other`` of what a layer with ``weight`` is solved towards (``aim``)."""
+        if self._tells:
+            return self.error(weight, one) > self.error(weight, other)
+        return self._loss(weight - one) > self._loss(weight - other)
+
+    @property
+    def _tells(self) -> bool:
+        """Whether there are enough rows to tell what a teacher wants."""
+        return self._cross is not None and self.rows >= len(self.gram)
+
+    def aim(self, weight: Tensor, damping: float, zeros: Tensor | None = None) -> Tensor:
         """The weights that come closest to the teacher's outputs, argmin Σ‖Wx + b − t‖² + a pull towards ``weight``.
 
         Any Ŵ is as far from the teacher's outputs as it is from these weights' outputs, but for a constant.
@@ -274,12 +286,17 @@ class Sums:
         Args:
             weight: (k,d), as it is, but for dead inputs.
             damping: of the pull, in means of the Gram matrix's diagonal.
+            zeros: (k,d), bool, weights that are to stay 0; then these are the closest that have the zeros.
         """
-        if self._cross is None or self.rows < len(self.gram):
+        if self._cross is None or not self._tells:
             return weight
         system = self.gram + damping * torch.eye(len(self.gram), dtype=self.gram.dtype)
-        change, info = linalg.solve_spd_ex(system, self._cross / self._scale)
-        return weight if int(info) else weight + change.mT
+        right = self._cross / self._scale
+        if zeros is not None and bool(zeros.any()):
+            change, failed = solve_masked(system, right, zeros)
+            return weight if failed else weight + change
+        solved, info = linalg.solve_spd_ex(system, right)
+        return weight if int(info) else weight + solved.mT
 
     def factor(self, damping: float, order: Tensor | None = None, *, unit: bool) -> Factor:
         """U of the inverse of the damped Gram matrix, or R of the matrix itself (``unit``), in another order if asked.
