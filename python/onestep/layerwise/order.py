@@ -119,8 +119,8 @@ def solve_in_order(
                 # Of the names those that these layers are matched by.
                 options["names"] = {name: names[name] for name in names if any(is_at(each, name) for each in group)}
                 statistics = Lacks(model, group, **options)
-                for masks, runs in passes.of(group):
-                    statistics.update_by(runs, masks, stop_early=once)
+                for masks, runs in passes.of(group) if once is not None else ():
+                    statistics.update_by(runs, masks, stop_early=bool(once))
                 for name in group:
                     if own:
                         before.keep(chosen[name])
@@ -174,11 +174,14 @@ def _listed(counts: list[int]) -> str:
     return " and ".join(str(count) for count in counts[:3]) + (" ..." if len(counts) > 3 else "") or "no"
 
 
-def _called(model: nn.Module, chosen: dict[str, Layer], batches: Iterable[Any]) -> list[tuple[list[str], bool]]:
+def _called(model: nn.Module, chosen: dict[str, Layer], batches: Iterable[Any]) -> list[tuple[list[str], bool | None]]:
     """Groups of layers with the same inputs in the order of their first calls, and whether each is called once.
 
-    All batches are looked at: a model may call a layer once for one of them, and three times for another.
+    All batches are looked at: a model may call a layer once for one of them, and three times for another. None of those
+    that are never called, because another module uses their weights: they come first, since they are solved without
+    rows, and the layers that are called can mend what they lose.
     """
+    apart = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     statistics = LayerStatistics(model, list(chosen))
     order: list[str] = []
     most = dict.fromkeys(chosen, 0)
@@ -199,10 +202,13 @@ def _called(model: nn.Module, chosen: dict[str, Layer], batches: Iterable[Any]) 
         groups.setdefault(beside.get(name) or (numbers[name],), []).append(name)
     # Those that the first batch does not reach, such as experts that it has no rows for, come last, each by itself.
     last: list[str] = []
+    called: list[tuple[list[str], bool | None]] = []
     for name in chosen:
-        if name not in order:
+        if id(chosen[name].module) in apart and not most[name]:
+            called.append(([name], None))
+        elif name not in order:
             (groups[beside[name]] if beside.get(name) in groups else last).append(name)
-    called = [(names, all(most[name] == 1 and name in order for name in names)) for names in groups.values()]
+    called += [(names, all(most[name] == 1 and name in order for name in names)) for names in groups.values()]
     return called + [([name], False) for name in last]
 
 
