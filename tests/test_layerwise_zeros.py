@@ -7,7 +7,7 @@ import torch
 from layerwise_cases import Model, correlated
 from torch import nn
 
-from onestep.layerwise import load, prune, quantize, refit, save
+from onestep.layerwise import LayerStatistics, edit, load, merge, prune, quantize, refit, save
 from onestep.layerwise.masked import solve_masked
 
 
@@ -143,7 +143,15 @@ def test_zeros_of_a_mended_model_stay():
     assert all(not model[i].weight[places].any() for i, places in zip((0, 2), zeros, strict=True))
 
 
-@pytest.mark.parametrize("call", [quantize, prune])
+def merged(model, data, **options):
+    merge([model, model], [data, data], **options)
+
+
+def edited(model, data, *, damping, progress):
+    edit(model, data, data, layer="0", statistics=LayerStatistics(model, "0"), damping=damping)
+
+
+@pytest.mark.parametrize("call", [quantize, prune, merged, edited])
 @pytest.mark.parametrize("damping,error", [(True, TypeError), (-1.0, ValueError), (float("nan"), ValueError)])
 def test_a_damping_is_refused_before_data_is_gone_through(call, damping, error):
     class Never(nn.Module):

@@ -122,12 +122,15 @@ def quantize(
                 goal, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
             )
             quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
-        if sums.worse(weight, layer.stored(quantized.dequantize()), to_nearest):
+        solved = layer.stored(quantized.dequantize())
+        before, error = sums.error(weight, to_nearest), sums.error(weight, solved)
+        own = sums.own_error
+        if error > before if sums.tells else own(weight, solved) > own(weight, to_nearest):
             quantized = plain if live is weight else rounded(live, bits, size, symmetric)
-        solved = layer.written(quantized.dequantize())
+            error = sums.error(weight, layer.stored(quantized.dequantize()))
+        layer.write(quantized.dequantize())
         report.quantized[layer.name] = quantized
-        before = sums.error(weight, to_nearest)
-        report.layers.append(sums.report(layer.name, result, before, sums.error(weight, solved)))
+        report.layers.append(sums.report(layer.name, result, before, error))
 
     solve_in_order(
         model,

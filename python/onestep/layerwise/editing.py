@@ -77,6 +77,7 @@ def edit(
         tensor([[ 1., -1.]])
     """
     check_number("strength", strength, positive=True)
+    check_number("damping", damping)
     if not isinstance(layer, str):
         raise TypeError(f"layer is {layer!r}; expected the full name of one layer")
     if not isinstance(targets, Tensor):

@@ -266,22 +266,20 @@ class Sums:
 
         ``weight`` is the layer's, as it was when the sums were made: Σ‖e + (W − Ŵ)x‖².
         """
-        change = weight - solved
         if self._cross is None:
-            return self._loss(change) / (self._loss(weight) or 1.0)
+            return self.own_error(weight, solved)
+        change = weight - solved
         linear = float((change * self._cross.mT).sum(dtype=torch.float64))
         return max(self._loss(change) + 2 * linear + self._square, 0.0) / (self._whole or 1.0)
 
-    def worse(self, weight: Tensor, one: Tensor, other: Tensor) -> bool:
-        """Whether ``one`` loses more than ``other`` of what a layer with ``weight`` is solved towards (``aim``)."""
-        if self._tells:
-            return self.error(weight, one) > self.error(weight, other)
-        return self._loss(weight - one) > self._loss(weight - other)
+    def own_error(self, weight: Tensor, solved: Tensor) -> float:
+        """As ``error``, of what ``weight`` puts out, also where there is a teacher."""
+        return self._loss(weight - solved) / (self._loss(weight) or 1.0)
 
     @property
-    def _tells(self) -> bool:
-        """Whether there are enough rows to tell what a teacher wants."""
-        return self._cross is not None and self.rows >= len(self.gram)
+    def tells(self) -> bool:
+        """Whether ``error`` tells what a layer is solved towards: a teacher needs as many rows as features."""
+        return self._cross is None or self.rows >= len(self.gram)
 
     def aim(self, weight: Tensor, damping: float, zeros: Tensor | None = None) -> Tensor:
         """The weights that come closest to the teacher's outputs, argmin Σ‖Wx + b − t‖² + a pull towards ``weight``.
@@ -294,7 +292,7 @@ class Sums:
             damping: of the pull, in means of the Gram matrix's diagonal.
             zeros: (k,d), bool, weights that are to stay 0; then these are the closest that have the zeros.
         """
-        if self._cross is None or not self._tells:
+        if self._cross is None or not self.tells:
             return weight
         system = self.gram + damping * torch.eye(len(self.gram), dtype=self.gram.dtype)
         right = self._cross / self._scale
