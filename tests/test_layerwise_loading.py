@@ -138,3 +138,25 @@ def test_zeros_stay(tmp_path):
     prune(model, torch.randn(50, 8), (2, 4), progress=False)
     save(model, tmp_path / "sparse")
     assert torch.equal(load(nn.Sequential(nn.Linear(8, 4)), tmp_path / "sparse")[0].weight, model[0].weight)
+
+
+class Tied(nn.Module):
+    def __init__(self, *, tied):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+
+def test_two_weights_are_not_read_into_one_parameter(tmp_path):
+    apart, tied = Tied(tied=False), Tied(tied=True)
+    save(apart, tmp_path / "apart")
+    before = tied.head.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'embedding.weight' and 'head.weight', which are one parameter of the model"):
+        load(tied, tmp_path / "apart")
+    assert torch.equal(tied.head.weight, before)
+    # Two names of the same numbers are one weight.
+    with torch.no_grad():
+        apart.head.weight.copy_(apart.embedding.weight)
+    save(apart, tmp_path / "alike")
+    assert torch.equal(load(tied, tmp_path / "alike").head.weight, apart.head.weight)

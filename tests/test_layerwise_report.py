@@ -222,3 +222,21 @@ def test_pruning_loses_no_more_than_the_smallest_weights_where_inputs_nearly_dep
             lost = (pruned(rows) - wanted).square().sum() / wanted.square().sum()
         assert layer.error == pytest.approx(float(lost), rel=1e-3)
         assert float((pruned[0].weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("keep_zeros", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_refit_reports_the_error_after_the_solve_where_layers_have_the_dtype_of_the_sums(dtype, bias, keep_zeros):
+    X = (torch.randn(200, 8) @ (torch.eye(8) + 0.4 * torch.randn(8, 8))).to(dtype)
+    teacher = nn.Sequential(nn.Linear(8, 3, bias=bias)).to(dtype)
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model[0].weight.add_(torch.randn(3, 8)).mul_(torch.rand(3, 8) < 0.7)
+        wanted = teacher(X)
+        before = float((wanted - model(X)).square().sum() / wanted.square().sum())
+    found = refit(model, [X], teacher, dtype=dtype, keep_zeros=keep_zeros, progress=False)["0"]
+    error = float((wanted - model(X)).detach().square().sum() / wanted.square().sum())
+    assert error < 0.9 * before
+    assert found.error_before == pytest.approx(before, rel=1e-4)
+    assert found.error == pytest.approx(error, rel=0.1, abs=1e-6)

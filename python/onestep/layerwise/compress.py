@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_teacher
+from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number, check_teacher
 from onestep.layerwise.export import QuantizedWeight
 from onestep.layerwise.grids import rounded
 from onestep.layerwise.layers import Layer, Patterns, find_layers
@@ -30,6 +30,7 @@ def quantize(
     layers: Patterns = "*",
     symmetric: bool = False,
     act_order: bool = True,
+    keep_zeros: bool = False,
     damping: float = 0.01,
     sequential: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -41,7 +42,8 @@ def quantize(
     A⁻¹ = UᵀU, w ← w − (w_j − q)/U_jj · U_j: (Hassibi and Stork 1993; GPTQ, Frantar et al. 2022). With a scale
     for each row, or act_order, the Cholesky factor of A takes the same steps (LDLQ, Chee et al. 2023). The sweep begins
     at argmin Σ‖Wx + b − t‖², t the teacher's outputs. The weights are replaced in place by the rounded
-    ones; the report has their codes. Zeros of a pruned model do not stay zeros: they make up for errors, too.
+    ones; the report has their codes. A layer that would lose more so than rounded to nearest, as from a few rows, is
+    rounded to nearest. Zeros of a pruned model make up for errors, too, and are zeros no more, unless ``keep_zeros``.
 
     Args:
         model: any nn.Module with nn.Linear layers, or transformers' Conv1D.
@@ -61,6 +63,9 @@ def quantize(
         act_order: columns with the largest inputs first; the groups stay those of neighbouring columns, on grids that
             are known before the sweep. False: in the order of the columns, each group on the grid of its weights as
             they have become.
+        keep_zeros: weights that are 0 stay 0, as after ``prune``, and the others make up for errors, on grids that are
+            known before the sweep, with act_order or without. With a teacher the sweep begins at argmin Σ‖Wx + b − t‖²
+            among the weights with these zeros, which are other equations for each row of W, as in ``refit``.
         damping: added to A's diagonal, in means of the diagonal; more where A is rank deficient, as the report says.
         sequential: each layer sees inputs from the layers that are rounded already. False: one pass over the data.
         dtype: of the sums, torch.float32 or torch.float64.
@@ -86,7 +91,10 @@ def quantize(
         raise ValueError(f"bits is {bits!r}; expected an integer from 2 to 8")
     if group_size is not None and (type(group_size) is not int or group_size < 1):
         raise ValueError(f"group_size is {group_size!r}; expected a positive integer, or None for a scale for each row")
-    check_flags(symmetric=symmetric, act_order=act_order, sequential=sequential, progress=progress)
+    check_flags(
+        symmetric=symmetric, act_order=act_order, keep_zeros=keep_zeros, sequential=sequential, progress=progress
+    )
+    check_number("damping", damping)
     check_dtype_of_sums(dtype)
     check_teacher(model, teacher)
     check_names(names)
@@ -97,37 +105,32 @@ def quantize(
         sums = Sums(statistics, layer.name)
         size = group_size or weight.shape[1]
         plain = rounded(weight, bits, size, symmetric)
+        to_nearest = layer.stored(plain.dequantize())
         order = sums.gram.diagonal().argsort(descending=True, stable=True) if act_order else None
+        zeros = weight == 0 if keep_zeros else None
         # Grids that are known beforehand: the weights ahead need not be, and R takes half the time of U.
-        unit = act_order or size >= weight.shape[1]
+        known = act_order or keep_zeros
+        unit = known or size >= weight.shape[1]
         result = sums.factor(damping, order, unit=unit)
-        goal = sums.aim(sums.without_dead(weight), result.damping)
-        if order is None:
+        live = sums.without_dead(weight)
+        goal = sums.aim(live, result.damping, zeros)
+        if known:
+            grid = plain if goal is weight else rounded(goal, bits, size, symmetric)
+            quantized = _on_grid(goal, result.matrix, grid, symmetric, order, zeros)
+        else:
             _, codes, scale, zero, _ = compensated_sweep(
                 goal, result.matrix, None, None, None, bits, symmetric, size, 0.0, 0, 0, unit
             )
-        else:
-            grid = plain if goal is weight else rounded(goal, bits, size, symmetric)
-            _, codes, scale, zero, _ = compensated_sweep(
-                goal[:, order],
-                result.matrix,
-                grid.scale,
-                grid.zero,
-                grid.group[order],
-                bits,
-                symmetric,
-                1,
-                0.0,
-                0,
-                0,
-                True,
-            )
-            codes = codes[:, order.argsort()]
-        quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
-        solved = layer.written(quantized.dequantize())
+            quantized = QuantizedWeight(codes, scale, zero, plain.group, bits)
+        solved = layer.stored(quantized.dequantize())
+        before, error = sums.error(weight, to_nearest), sums.error(weight, solved)
+        own = sums.own_error
+        if error > before if sums.tells else own(weight, solved) > own(weight, to_nearest):
+            quantized = plain if live is weight else rounded(live, bits, size, symmetric)
+            error = sums.error(weight, layer.stored(quantized.dequantize()))
+        layer.write(quantized.dequantize())
         report.quantized[layer.name] = quantized
-        before = sums.error(weight, layer.stored(plain.dequantize()))
-        report.layers.append(sums.report(layer.name, result, before, sums.error(weight, solved)))
+        report.layers.append(sums.report(layer.name, result, before, error))
 
     solve_in_order(
         model,
@@ -184,6 +187,7 @@ def prune(
     """
     fraction, keep, of = _sparsity(sparsity)
     check_flags(sequential=sequential, progress=progress)
+    check_number("damping", damping)
     check_dtype_of_sums(dtype)
     check_teacher(model, teacher)
     check_names(names)
@@ -227,6 +231,33 @@ def prune(
         what="prune",
     )
     return report
+
+
+def _on_grid(
+    goal: Tensor, factor: Tensor, grid: QuantizedWeight, symmetric: bool, order: Tensor | None, zeros: Tensor | None
+) -> QuantizedWeight:
+    """The sweep on grids that are known.
+
+    Args:
+        goal: (k,d), the weights that it begins at.
+        factor: R (``unit_cholesky``) of the Gram matrix, in the order of the sweep.
+        grid: of the goal.
+        symmetric: as in ``quantize``.
+        order: (d,), of the columns; None: as they are.
+        zeros: (k,d), bool, weights that stay 0.
+    """
+    scale, zero, group = grid.scale, grid.zero, grid.group
+    if zeros is not None and bool(zeros.any()):
+        # A grid for each weight; those that stay 0 have one with nothing but 0 on it, as far as the sweep can tell.
+        scale = scale[:, group].masked_fill(zeros, torch.finfo(scale.dtype).tiny)
+        zero, group = zero[:, group], torch.arange(len(group))
+    columns = torch.arange(goal.shape[1]) if order is None else order
+    codes = compensated_sweep(
+        goal[:, columns], factor, scale, zero, group[columns], grid.bits, symmetric, 1, 0.0, 0, 0, True
+    )[1][:, columns.argsort()]
+    if zeros is not None:
+        codes = torch.where(zeros, grid.zero[:, grid.group].to(codes.dtype), codes)
+    return QuantizedWeight(codes, grid.scale, grid.zero, grid.group, grid.bits)
 
 
 def _weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:

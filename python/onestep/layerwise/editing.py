@@ -12,7 +12,7 @@ from onestep._fork import one_thread_after_fork
 from onestep._restored import hooked, replaced
 from onestep.layerwise.checks import check_number
 from onestep.layerwise.layers import call, check_finite, check_on_cpu, evaluating, find_layers, padded
-from onestep.layerwise.layout import layouts_of
+from onestep.layerwise.layout import layouts_of, without_last
 from onestep.layerwise.order import Sums
 from onestep.layerwise.padding import Masks, Padding
 from onestep.layerwise.report import LayerReport, Report
@@ -44,7 +44,9 @@ def edit(
     Args:
         model: changed in place.
         subjects: one batch, as in ``quantize``, of m sequences. The key of a sequence is the layer's input at its last
-            place that is not padding; a layer whose inputs have one row for each subject (m, d) is taken as it is.
+            place that is not padding. The inputs may be rows of all places (m·places, d), as in transformers' OPT,
+            where ``subjects`` is a mapping with ids or a mask; those of one row for each subject (m, d) are taken as
+            they are.
         targets: (m, outputs), of any floating dtype, what the layer is to put out for them, its bias included.
         layer: its name.
         statistics: of ordinary text, with this layer among its names.
@@ -75,6 +77,7 @@ def edit(
         tensor([[ 1., -1.]])
     """
     check_number("strength", strength, positive=True)
+    check_number("damping", damping)
     if not isinstance(layer, str):
         raise TypeError(f"layer is {layer!r}; expected the full name of one layer")
     if not isinstance(targets, Tensor):
@@ -140,6 +143,36 @@ def _product(factor: Tensor, matrix: Tensor) -> Tensor:
 
 def _keys(model: nn.Module, name: str, module: nn.Module, subjects: Any, count: int) -> Tensor:
     """The layer's inputs (m, d) at each subject's last place."""
+    x, kept = _input_of(model, module, subjects)
+    if x.dim() == 2:
+        # All places in one dimension, as transformers' OPT computes the last two layers of a block.
+        places_first = _places_first_of_rows(model, name, module, subjects, x, count)
+        if places_first is None:
+            return x
+        shape = (len(x) // count, count) if places_first else (count, len(x) // count)
+        mask = None if kept is None else _mask_of_rows(model, subjects, kept, count, name)
+        x = x.reshape(*shape, x.shape[-1])
+    elif x.dim() == 3:
+        mask = None if kept is None else kept.reshape(x.shape[:-1])
+        places_first = _places_first(model, name, module, subjects, x, count)
+        mask = mask.mT if places_first and mask is not None else mask
+    else:
+        raise ValueError(
+            f"the layer's inputs for the subjects have shape {tuple(x.shape)}; expected (subjects, features) or "
+            "(subjects, places, features)"
+        )
+    x = x.transpose(0, 1) if places_first else x
+    _check_places(subjects, x, name)
+    if mask is None:
+        return x[:, -1]
+    if not bool(mask.any(1).all()):
+        raise ValueError(f"subject {int(mask.any(1).int().argmin())} is padding alone; expected a place that is not")
+    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1).amax(1)
+    return x[torch.arange(len(x), device=x.device), places]
+
+
+def _input_of(model: nn.Module, module: nn.Module, subjects: Any) -> tuple[Tensor, Tensor | None]:
+    """What a layer is given, and which of its rows are not padding; None: all."""
     seen: list[tuple[Tensor, Tensor | None]] = []
     padding = Padding(Masks.of(subjects, model))
 
@@ -152,24 +185,47 @@ def _keys(model: nn.Module, name: str, module: nn.Module, subjects: Any, count: 
         call(model, subjects)
     if len(seen) != 1:
         raise ValueError(f"the layer was called {len(seen)} times for the subjects; expected once")
-    x, kept = seen[0]
-    if x.dim() == 2:
-        return x
-    if x.dim() != 3:
-        raise ValueError(
-            f"the layer's inputs for the subjects have shape {tuple(x.shape)}; expected (subjects, features) or "
-            "(subjects, places, features)"
-        )
-    mask = None if kept is None else kept.reshape(x.shape[:-1])
-    if _places_first(model, name, module, subjects, x, count):
-        x, mask = x.transpose(0, 1), None if mask is None else mask.mT
-    _check_places(subjects, x, name)
-    if mask is None:
-        return x[:, -1]
-    if not bool(mask.any(1).all()):
-        raise ValueError(f"subject {int(mask.any(1).int().argmin())} is padding alone; expected a place that is not")
-    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1).amax(1)
-    return x[torch.arange(len(x), device=x.device), places]
+    return seen[0]
+
+
+def _places_first_of_rows(
+    model: nn.Module, name: str, module: nn.Module, subjects: Any, x: Tensor, count: int
+) -> bool | None:
+    """Whether rows of all places (…, d) have those of a subject ``count`` apart; None: there is one for each subject.
+
+    It shows when the model is run without the last subject.
+    """
+    places = len(x) // count if count else 0
+    if len(x) in (count, 0) or len(x) != count * places or (count, places) not in _shapes_of(subjects):
+        return None
+    if count == 1:
+        return False
+    fewer = _input_of(model, module, without_last(subjects, count))[0]
+    ways = {False: x[:-places], True: x.reshape(places, count, -1)[:, :-1].reshape(-1, x.shape[-1])}
+    near = 1e-3 * float(x.abs().max())
+    fitting = [
+        way for way, rows in ways.items() if fewer.shape == rows.shape and float((fewer - rows).abs().max()) <= near
+    ]
+    if len(fitting) != 1:
+        raise ValueError(_untold(name, len(x), count))
+    return fitting[0]
+
+
+def _mask_of_rows(model: nn.Module, subjects: Any, kept: Tensor, count: int, name: str) -> Tensor:
+    """(subjects, places), which places are not padding, where rows of all places have these."""
+    masks = Masks.of(subjects, model)
+    for mask in (masks.places, masks.decoder):
+        fits = mask is not None and mask.shape == (count, len(kept) // count)
+        if mask is not None and fits and any(torch.equal(kept, rows.reshape(-1)) for rows in (mask, mask.mT)):
+            return mask
+    raise ValueError(_untold(name, len(kept), count))
+
+
+def _untold(name: str, rows: int, count: int) -> str:
+    return (
+        f"layer {name!r} is given {rows} rows by {count} subjects of {rows // count} places, and which row is which "
+        "place cannot be told: edit one subject at a time, or another layer"
+    )
 
 
 def _places_first(model: nn.Module, name: str, module: nn.Module, subjects: Any, x: Tensor, count: int) -> bool:
@@ -192,15 +248,20 @@ def _check_places(subjects: Any, x: Tensor, name: str) -> None:
 
     What a model puts between or behind them, as one that attends to windows pads them to whole ones, may be padding.
     """
-    values = subjects.items() if isinstance(subjects, Mapping) else []
-    shapes = {
-        tuple(value.shape)
-        for key, value in values
-        if isinstance(value, Tensor) and value.dim() == 2 and (str(key).endswith(("_mask", "input_ids")))
-    }
+    shapes = _shapes_of(subjects)
     if shapes and tuple(x.shape[:2]) not in shapes and any(shape[0] == len(x) for shape in shapes):
         raise ValueError(
             f"layer {name!r} is given {x.shape[1]} places of each subject; expected "
             f"{' or '.join(str(shape[1]) for shape in sorted(shapes))}, those of the subjects, as which of them is a "
             f"subject's last cannot be told: edit another layer, or pass subjects of {x.shape[1]} places"
         )
+
+
+def _shapes_of(subjects: Any) -> set[tuple[int, ...]]:
+    """(subjects, places), where the batch says so."""
+    values = subjects.items() if isinstance(subjects, Mapping) else []
+    return {
+        tuple(value.shape)
+        for key, value in values
+        if isinstance(value, Tensor) and value.dim() == 2 and (str(key).endswith(("_mask", "input_ids")))
+    }

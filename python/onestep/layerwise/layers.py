@@ -59,11 +59,6 @@ class Layer:
         """What becomes of a weight of another dtype when it is written to the layer, in that other dtype again."""
         return weight.to(self.weight.dtype).to(weight.dtype)
 
-    def written(self, weight: Tensor) -> Tensor:
-        """Writes a weight, and returns it as ``stored``."""
-        self.write(weight)
-        return self.stored(weight)
-
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is an nn.Linear or a Conv1D of transformers."""

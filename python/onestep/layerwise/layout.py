@@ -63,6 +63,11 @@ def layouts_of(model: nn.Module, batch: Any, count: int) -> Layouts:
     return found
 
 
+def without_last(batch: Any, count: int) -> Any:
+    """A batch without the last of its ``count`` sequences, the first dimension of its tensors."""
+    return _cut(batch, count, 0)
+
+
 def _cut(batch: Any, count: int, dim: int) -> Any:
     """The batch without its last sequence, which is the last along ``dim`` of tensors of floats (…, …, features)."""
 

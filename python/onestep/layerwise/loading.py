@@ -157,3 +157,15 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> N
                 f"{path} is of another model: {name!r} has shape {tuple(value.shape)}; expected "
                 f"{tuple(own[name].shape)}"
             )
+    # Views of one memory with other strides or dtypes are other tensors, as for ``save``.
+    first: dict[Any, str] = {}
+    for name, value in state.items():
+        if name not in tensors or value.numel() == 0:
+            continue
+        mine = tensors[name]
+        other = first.setdefault((mine.data_ptr(), tuple(mine.shape), mine.stride(), mine.dtype), name)
+        if not torch.equal(state[other], value):
+            raise ValueError(
+                f"{path} is of another model: {other!r} and {name!r}, which are one parameter of the model, are two "
+                "in the file: build the model as it was, such as with tie_word_embeddings=False"
+            )

@@ -76,6 +76,7 @@ def merge(
     if len(models) < 2 or len(data) != len(models):
         raise ValueError(f"there are {len(models)} models and {len(data)} data; expected two or more, and as many data")
     check_number("shrinkage", shrinkage, most=1.0)
+    check_number("damping", damping)
     check_flags(progress=progress)
     check_dtype_of_sums(dtype)
     if report is not None and not isinstance(report, Report):

@@ -29,6 +29,7 @@ from onestep.layerwise.layers import (
     find_layers,
     padded,
 )
+from onestep.layerwise.masked import solve_masked
 from onestep.layerwise.pairs import is_at, paired
 from onestep.layerwise.report import LayerReport
 from onestep.layerwise.routing import routed, shapes_of
@@ -118,8 +119,8 @@ def solve_in_order(
                 # Of the names those that these layers are matched by.
                 options["names"] = {name: names[name] for name in names if any(is_at(each, name) for each in group)}
                 statistics = Lacks(model, group, **options)
-                for masks, runs in passes.of(group):
-                    statistics.update_by(runs, masks, stop_early=once)
+                for masks, runs in passes.of(group) if once is not None else ():
+                    statistics.update_by(runs, masks, stop_early=bool(once))
                 for name in group:
                     if own:
                         before.keep(chosen[name])
@@ -173,11 +174,14 @@ def _listed(counts: list[int]) -> str:
     return " and ".join(str(count) for count in counts[:3]) + (" ..." if len(counts) > 3 else "") or "no"
 
 
-def _called(model: nn.Module, chosen: dict[str, Layer], batches: Iterable[Any]) -> list[tuple[list[str], bool]]:
+def _called(model: nn.Module, chosen: dict[str, Layer], batches: Iterable[Any]) -> list[tuple[list[str], bool | None]]:
     """Groups of layers with the same inputs in the order of their first calls, and whether each is called once.
 
-    All batches are looked at: a model may call a layer once for one of them, and three times for another.
+    All batches are looked at: a model may call a layer once for one of them, and three times for another. None of those
+    that are never called, because another module uses their weights: they come first, since they are solved without
+    rows, and the layers that are called can mend what they lose.
     """
+    apart = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     statistics = LayerStatistics(model, list(chosen))
     order: list[str] = []
     most = dict.fromkeys(chosen, 0)
@@ -198,10 +202,13 @@ def _called(model: nn.Module, chosen: dict[str, Layer], batches: Iterable[Any]) 
         groups.setdefault(beside.get(name) or (numbers[name],), []).append(name)
     # Those that the first batch does not reach, such as experts that it has no rows for, come last, each by itself.
     last: list[str] = []
+    called: list[tuple[list[str], bool | None]] = []
     for name in chosen:
-        if name not in order:
+        if id(chosen[name].module) in apart and not most[name]:
+            called.append(([name], None))
+        elif name not in order:
             (groups[beside[name]] if beside.get(name) in groups else last).append(name)
-    called = [(names, all(most[name] == 1 and name in order for name in names)) for names in groups.values()]
+    called += [(names, all(most[name] == 1 and name in order for name in names)) for names in groups.values()]
     return called + [([name], False) for name in last]
 
 
@@ -259,13 +266,22 @@ class Sums:
 
         ``weight`` is the layer's, as it was when the sums were made: Σ‖e + (W − Ŵ)x‖².
         """
-        change = weight - solved
         if self._cross is None:
-            return self._loss(change) / (self._loss(weight) or 1.0)
+            return self.own_error(weight, solved)
+        change = weight - solved
         linear = float((change * self._cross.mT).sum(dtype=torch.float64))
         return max(self._loss(change) + 2 * linear + self._square, 0.0) / (self._whole or 1.0)
 
-    def aim(self, weight: Tensor, damping: float) -> Tensor:
+    def own_error(self, weight: Tensor, solved: Tensor) -> float:
+        """As ``error``, of what ``weight`` puts out, also where there is a teacher."""
+        return self._loss(weight - solved) / (self._loss(weight) or 1.0)
+
+    @property
+    def tells(self) -> bool:
+        """Whether ``error`` tells what a layer is solved towards: a teacher needs as many rows as features."""
+        return self._cross is None or self.rows >= len(self.gram)
+
+    def aim(self, weight: Tensor, damping: float, zeros: Tensor | None = None) -> Tensor:
         """The weights that come closest to the teacher's outputs, argmin Σ‖Wx + b − t‖² + a pull towards ``weight``.
 
         Any Ŵ is as far from the teacher's outputs as it is from these weights' outputs, but for a constant.
@@ -274,12 +290,17 @@ class Sums:
         Args:
             weight: (k,d), as it is, but for dead inputs.
             damping: of the pull, in means of the Gram matrix's diagonal.
+            zeros: (k,d), bool, weights that are to stay 0; then these are the closest that have the zeros.
         """
-        if self._cross is None or self.rows < len(self.gram):
+        if self._cross is None or not self.tells:
             return weight
         system = self.gram + damping * torch.eye(len(self.gram), dtype=self.gram.dtype)
-        change, info = linalg.solve_spd_ex(system, self._cross / self._scale)
-        return weight if int(info) else weight + change.mT
+        right = self._cross / self._scale
+        if zeros is not None and bool(zeros.any()):
+            change, failed = solve_masked(system, right, zeros)
+            return weight if failed else weight + change
+        solved, info = linalg.solve_spd_ex(system, right)
+        return weight if int(info) else weight + solved.mT
 
     def factor(self, damping: float, order: Tensor | None = None, *, unit: bool) -> Factor:
         """U of the inverse of the damped Gram matrix, or R of the matrix itself (``unit``), in another order if asked.

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from onestep import linalg
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number, check_teacher
 from onestep.layerwise.layers import Layer, Patterns
+from onestep.layerwise.masked import solve_masked
 from onestep.layerwise.order import Sums, Teaching, solve_in_order
 from onestep.layerwise.pairs import check_names
 from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics
 from onestep.linalg.damping import more_damping
 from onestep.ops.operands import LinAlgError
-
-# Elements of the matrices that are solved with at a time where each output has features of its own.
-_MOST_ELEMENTS = 1 << 24
 
 
 def refit(
@@ -104,7 +102,8 @@ class _Refit:
 
     def __init__(self, layer: Layer, statistics: LayerStatistics, dtype: torch.dtype) -> None:
         self.layer, self.rows = layer, statistics[layer.name].count
-        weight = layer.weight.to(dtype)
+        # A copy: the layer's own is written to before it is compared with.
+        weight = layer.weight.to(dtype, copy=True)
         self.weight = weight
         self.sums = Sums(statistics, layer.name)
         if self.rows == 0:
@@ -173,13 +172,5 @@ class _Refit:
         if zeros is None:
             change, info = linalg.solve_spd_ex(system, self.cross)
             return self.weight + change.mT, int(info)
-        # Each output has features of its own: its equations are those of the others' rows and columns removed.
-        parts = []
-        for rows in torch.arange(len(zeros)).split(max(1, _MOST_ELEMENTS // system.numel())):
-            kept = (~zeros[rows]).to(system.dtype)
-            own = system * kept[:, :, None] * kept[:, None, :] + torch.diag_embed(1 - kept)
-            change, info = linalg.solve_spd_ex(own, self.cross.mT[rows] * kept)
-            if bool(info.any()):
-                return self.weight, int(info.max())
-            parts.append(self.weight[rows] + change * kept)
-        return torch.cat(parts), 0
+        change, failed = solve_masked(system, self.cross, zeros)
+        return self.weight + change, failed
