@@ -100,7 +100,9 @@ class LevenbergMarquardt(DampedOptimizer):
             diagonal = root.diagonal.double()
         floor = _floor(slope, loss)
         known = self.read_state("known", parameters)
-        idle, known = made_of_rounding(objective, parameters, torch.maximum(diagonal, floor).sqrt(), known)
+        with serial_for(len(diagonal)):
+            sizes = torch.maximum(diagonal, floor).sqrt()
+        idle, known = made_of_rounding(objective, parameters, sizes, known)
         if known is not None:
             self.write_state("known", parameters, known)
         self.idle = idle
