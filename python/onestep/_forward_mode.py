@@ -13,6 +13,7 @@ not know of that (decision 0191). So:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -111,9 +112,12 @@ def settle(interrupt: BaseException) -> None:
     """
     if _own_levels():
         return
-    functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(interrupt.__traceback__)}
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(interrupt.__traceback__)]
+    functions = {code.co_name for code in frames}
+    # torch counts in a context manager: contextlib's own lines lie around it.
+    between = any(code.co_filename == contextlib.__file__ for code in frames)
     alone = all(thread in (threading.current_thread(), _closer) for thread in threading.enumerate())
-    if alone or any(map(counts_levels, functions)):
+    if alone or between or any(map(counts_levels, functions)):
         recount_levels()
 
 
