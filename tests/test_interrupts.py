@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
@@ -22,7 +23,7 @@ from onestep import layerwise
 from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode, hooked, own_modes, replaced
 from onestep._torch_private import function_modes, level_is_ours, transform_depth
-from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator, Laplace
+from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator, Laplace, hvp
 
 
 class Interrupt(KeyboardInterrupt):
@@ -47,12 +48,19 @@ def state(net: nn.Module) -> list[Any]:
     return [*own, levels, function_modes(), torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()]
 
 
-def interrupted_at(work: Callable[[], Any], point: int) -> BaseException | None:
-    """Runs work, interrupted at its point-th event (a call, a line, a return of Python code); None: it has fewer."""
+def interrupted_at(
+    work: Callable[[], Any], point: int, among: Callable[[Any], bool] = lambda frame: True
+) -> BaseException | None:
+    """Runs work, interrupted at its point-th event (a call, a line, a return of Python code); None: it has fewer.
+
+    Counted are the events of frames that are ``among`` some.
+    """
     left = point
 
     def trace(frame: Any, event: str, arg: Any) -> Any:
         nonlocal left
+        if not among(frame):
+            return trace
         left -= 1
         if left == 0:
             sys.settrace(None)
@@ -104,6 +112,59 @@ def test_an_interrupt_leaves_the_model_as_it_was(name: str, job: Callable[[nn.Mo
         assert state(net) == before, (name, point)
     assert points > 15 and kept is not None
     work()
+
+
+def counts_jvp(frame: Any) -> bool:
+    """Whether torch.func counts its jvp there, or contextlib does for it."""
+    code = frame.f_code
+    if code.co_name.endswith(("jvp_nesting", "jvp_increment_nesting", "_jvp_with_argnums")):
+        return True
+    return code.co_filename == contextlib.__file__ and frame.f_back.f_code.co_name == "_jvp_with_argnums"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("beside", ["nobody", "a thread that does something else", "a jvp of the user's"])
+def test_an_interrupt_while_torch_counts_its_jvp(beside: str) -> None:
+    """At every point of it. A progress bar has a thread, and so may have a user."""
+    before, z, t = (0, -1, transform_depth()), torch.randn(5), torch.randn(5)
+
+    def levels() -> tuple[int, int, int]:
+        return (eager_transforms.JVP_NESTING, torch.autograd.forward_ad._current_level, transform_depth())
+
+    for point in range(1, 500):
+        inside, release, found = threading.Event(), threading.Event(), []
+
+        def held(z: Tensor, inside: Any = inside, release: Any = release) -> Tensor:
+            inside.set()
+            release.wait(10)
+            return (z**3).sum()
+
+        def user(held: Any = held, found: Any = found) -> None:
+            found.append(torch.func.jvp(held, (z,), (t,))[1] if beside.startswith("a jvp") else held(z))
+
+        other = threading.Thread(target=user)
+
+        def loss(p: dict[str, Tensor], other: Any = other, inside: Any = inside) -> Tensor:
+            # Begun inside of ours, which has opened the level.
+            if beside != "nobody" and not inside.is_set():
+                other.start()
+                inside.wait(10)
+            return (p["z"] ** 3).sum()
+
+        stop = interrupted_at(lambda loss=loss: hvp(loss, {"z": z}, {"z": t}), point, counts_jvp)
+        uses = int(beside.startswith("a jvp") and inside.is_set())
+        assert levels()[0] in (uses, 2 * uses), (beside, point)
+        release.set()
+        if inside.is_set() and beside != "nobody":
+            other.join()
+            torch.testing.assert_close(found[0], (3 * z**2 * t).sum() if uses else (z**3).sum())
+        deadline = time.monotonic() + 5
+        while levels() != before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert levels() == before, (beside, point)
+        if stop is None:
+            break
+    assert 10 < point < 499
 
 
 def test_fit_keeps_what_was_reached() -> None:

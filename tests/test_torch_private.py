@@ -45,6 +45,7 @@ def test_every_check_passes():
         ("is_tracking", lambda tensor: True, "interpreter stack"),
         ("unwrapped", lambda tensor: torch.zeros(3), "interpreter stack"),
         ("counted_levels", lambda: 1, "level of forward mode"),
+        ("levels_in", lambda frames: 0, "level of forward mode"),
         ("_enter_dual_level", lambda: None, "level of forward mode"),
         ("close_level", lambda: True, "level of forward mode"),
         ("weight_norm", lambda v, g, dim: v, "weight_norm"),

@@ -13,11 +13,9 @@ not know of that (decision 0191). So:
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +24,6 @@ import torch
 from onestep._torch_private import (
     TransformType,
     close_level,
-    counts_levels,
     forget_levels,
     interpreter_stack,
     open_level,
@@ -106,19 +103,9 @@ def _close_later() -> None:
 
 
 def settle(interrupt: BaseException) -> None:
-    """After an interrupt, which may have come while torch counted that a jvp begins or ends: counts again, if so.
-
-    Where there is no other thread it is always done: what others are in is not known.
-    """
-    if _own_levels():
-        return
-    frames = [frame.f_code for frame, _ in traceback.walk_tb(interrupt.__traceback__)]
-    functions = {code.co_name for code in frames}
-    # torch counts in a context manager: contextlib's own lines lie around it.
-    between = any(code.co_filename == contextlib.__file__ for code in frames)
-    alone = all(thread in (threading.current_thread(), _closer) for thread in threading.enumerate())
-    if alone or between or any(map(counts_levels, functions)):
-        recount_levels()
+    """After an interrupt, which may have come while torch counted that a jvp begins or ends: counts again."""
+    if _own_levels() == 0:
+        recount_levels(interrupt)
 
 
 def _renew() -> None:

@@ -11,7 +11,11 @@ No other file of the package has a private name of torch (tests/test_torch_priva
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from threading import get_ident
+from types import FrameType
 from typing import Any
 
 import torch
@@ -91,12 +95,9 @@ try:
     # Opening and closing forward mode's one level, which torch.autograd.forward_ad counts in _current_level.
     _enter_dual_level = torch._C._enter_dual_level
     _exit_dual_level = torch._C._exit_dual_level
-    # torch.func counts in JVP_NESTING how many jvp the process is in; the first opens the level. These functions count.
-    _COUNTERS = (
-        _eager_transforms.enter_jvp_nesting,
-        _eager_transforms.exit_jvp_nesting,
-        _eager_transforms.jvp_increment_nesting,
-    )
+    # torch.func counts in JVP_NESTING how many jvp the process is in; the first opens the level. For each of them this
+    # code is in the stack of its thread.
+    _JVP_CODE = _eager_transforms._jvp_with_argnums.__code__
 
     # unpack_dual(tensor, level) → (primal, tangent or None). It takes a third of the time of forward_ad.unpack_dual.
     unpack_dual = torch._VF._unpack_dual
@@ -191,10 +192,22 @@ def counted_levels() -> int:
     return count
 
 
-def recount_levels() -> None:
-    """Counts as if no torch.func.jvp were active, and closes a level of onestep's."""
-    _eager_transforms.JVP_NESTING = int(_level_is_ours)
-    close_level()
+def levels_in(frames: Iterable[tuple[FrameType, int]]) -> int:
+    """How many torch.func.jvp these frames of a stack or of a traceback are in."""
+    return sum(frame.f_code is _JVP_CODE for frame, _ in frames)
+
+
+def recount_levels(interrupt: BaseException) -> None:
+    """Counts again after an interrupt that may have ended a torch.func.jvp of this thread, which is in none, uncounted.
+
+    What other threads are in, their stacks tell. A level of onestep's that nobody uses is closed.
+    """
+    stacks = [frame for thread, frame in sys._current_frames().items() if thread != get_ident()]
+    others = sum(levels_in(traceback.walk_stack(frame)) for frame in stacks)
+    # Another thread's may be about to be counted: without a cause nothing is changed beside it.
+    if others == 0 or levels_in(traceback.walk_tb(interrupt.__traceback__)) > 0:
+        _eager_transforms.JVP_NESTING = int(_level_is_ours) + others
+        close_level()
 
 
 def forget_levels() -> None:
@@ -205,11 +218,6 @@ def forget_levels() -> None:
         if _forward_ad._current_level >= 0:
             _forward_ad._current_level = -1
             _exit_dual_level(level=0)
-
-
-def counts_levels(function: str) -> bool:
-    """Whether a function of this name counts torch.func's levels of forward mode."""
-    return any(counter.__name__ == function for counter in _COUNTERS)
 
 
 def is_batched(tensor: Tensor) -> bool:
