@@ -19,11 +19,12 @@ from torch._functorch import eager_transforms
 from torch.overrides import TorchFunctionMode
 
 import onestep
-from onestep import layerwise
+from onestep import _forward_mode, _torch_private, layerwise
 from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode, hooked, own_modes, replaced
 from onestep._torch_private import function_modes, level_is_ours, transform_depth
 from onestep.curvature import FisherOperator, GaussNewtonOperator, HessianOperator, Laplace, hvp
+from onestep.optim import PolarGrad
 
 
 class Interrupt(KeyboardInterrupt):
@@ -51,30 +52,43 @@ def state(net: nn.Module) -> list[Any]:
 def interrupted_at(
     work: Callable[[], Any], point: int, among: Callable[[Any], bool] = lambda frame: True
 ) -> BaseException | None:
-    """Runs work, interrupted at its point-th event (a call, a line, a return of Python code); None: it has fewer.
+    """Runs work, interrupted at the point-th place where a Ctrl-C can come; None: it has fewer.
 
-    Counted are the events of frames that are ``among`` some.
+    Python looks for signals where a function of Python begins, and where one of C has returned to Python. Counted are
+    those of frames that are ``among`` some.
     """
     left = point
 
-    def trace(frame: Any, event: str, arg: Any) -> Any:
+    def profile(frame: Any, event: str, arg: Any) -> None:
         nonlocal left
-        if not among(frame):
-            return trace
+        if event not in ("call", "c_return") or not among(frame):
+            return
         left -= 1
         if left == 0:
-            sys.settrace(None)
+            sys.setprofile(None)
             raise Interrupt
-        return trace
 
-    sys.settrace(trace)
+    sys.setprofile(profile)
     try:
         work()
     except Interrupt as stop:
         return stop
     finally:
-        sys.settrace(None)
+        sys.setprofile(None)
     return None
+
+
+def points_of(work: Callable[[], Any], among: Callable[[Any], bool]) -> int:
+    """How many points the work has."""
+    found = 0
+
+    def never(frame: Any) -> bool:
+        nonlocal found
+        found += among(frame)
+        return False
+
+    interrupted_at(work, 1, never)
+    return found
 
 
 def jobs() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[], Any]]]]:
@@ -91,32 +105,50 @@ def jobs() -> Iterator[tuple[str, Callable[[nn.Module], Callable[[], Any]]]]:
         "Laplace",
         lambda net: lambda: Laplace(net, (x, y), "cross_entropy", structure="kronecker"),
     )
-    yield "layerwise", lambda net: lambda: layerwise.LayerStatistics(net, "*").update(x)
+    yield "LayerStatistics", lambda net: lambda: layerwise.LayerStatistics(net, "*").update(x)
+    yield "quantize", lambda net: lambda: layerwise.quantize(net, x, progress=False)
+
+    def step(net: nn.Module) -> Callable[[], Any]:
+        (net(x) ** 2).sum().backward()
+        return PolarGrad(net.parameters(), lr=1e-3).step
+
+    yield "PolarGrad", step
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "job"), list(jobs()), ids=[name for name, _ in jobs()])
 def test_an_interrupt_leaves_the_model_as_it_was(name: str, job: Callable[[nn.Module], Callable[[], Any]]) -> None:
-    """At points spread over the work; the traceback is kept, as an interactive session does."""
-    net = model()
+    """At points spread over the work, and at all where levels are counted.
+
+    The traceback is kept, as an interactive session does; another thread is alive, as a progress bar's may be.
+    """
+    net, ended = model(), threading.Event()
+    beside = threading.Thread(target=ended.wait)
+    beside.start()
     work = job(net)
     work()
-    before, kept, points = state(net), [], 0
-    total = 1
-    while interrupted_at(work, total) is not None:
-        total *= 2
-    for point in range(1, total, max(1, total // 36)):
-        stop = interrupted_at(work, point)
-        points += stop is not None
-        kept = [stop]
-        assert state(net) == before, (name, point)
-    assert points > 15 and kept is not None
+    before, kept = state(net), []
+    total, levels = (points_of(work, among) for among in (lambda frame: True, counts_jvp))
+    try:
+        for among, points in (
+            (lambda frame: True, range(1, total, max(1, total // 36))),
+            (counts_jvp, range(1, levels + 1)),
+        ):
+            for point in points:
+                kept = [interrupted_at(work, point, among)]
+                assert state(net) == before, (name, among, point)
+    finally:
+        ended.set()
+        beside.join()
+    assert total > 15 and kept is not None
     work()
 
 
 def counts_jvp(frame: Any) -> bool:
-    """Whether torch.func counts its jvp there, or contextlib does for it."""
+    """Whether torch.func or onestep counts a jvp there, or contextlib does for them."""
     code = frame.f_code
+    if code.co_filename in (_forward_mode.__file__, _torch_private.__file__):
+        return True
     if code.co_name.endswith(("jvp_nesting", "jvp_increment_nesting", "_jvp_with_argnums")):
         return True
     return code.co_filename == contextlib.__file__ and frame.f_back.f_code.co_name == "_jvp_with_argnums"

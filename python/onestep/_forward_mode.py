@@ -103,9 +103,14 @@ def _close_later() -> None:
 
 
 def settle(interrupt: BaseException) -> None:
-    """After an interrupt, which may have come while torch counted that a jvp begins or ends: counts again."""
+    """After an interrupt, which may have come while torch counted that a jvp begins or ends: counts again.
+
+    A level that the interrupted call opened and nobody uses is closed.
+    """
     if _own_levels() == 0:
-        recount_levels(interrupt)
+        with _region:  # Another thread of ours may be about to use the level.
+            recount_levels(interrupt)
+            _leave()
 
 
 def _renew() -> None:

@@ -152,8 +152,8 @@ _level_is_ours = False
 def open_level() -> bool:
     """Opens forward mode's level for onestep, or finds it as onestep left it open; False where it is somebody else's.
 
-    torch.func.jvp counts the process's levels without a lock. Threads change hands after calls alone: from the question
-    to the call of the last line no other one runs.
+    torch.func.jvp counts the process's levels without a lock. Threads change hands, and interrupts come, after calls
+    alone: from the question to the call of the last line there is none.
     """
     global _level_is_ours
     if _level_is_ours:
@@ -200,14 +200,13 @@ def levels_in(frames: Iterable[tuple[FrameType, int]]) -> int:
 def recount_levels(interrupt: BaseException) -> None:
     """Counts again after an interrupt that may have ended a torch.func.jvp of this thread, which is in none, uncounted.
 
-    What other threads are in, their stacks tell. A level of onestep's that nobody uses is closed.
+    What other threads are in, their stacks tell.
     """
     stacks = [frame for thread, frame in sys._current_frames().items() if thread != get_ident()]
     others = sum(levels_in(traceback.walk_stack(frame)) for frame in stacks)
     # Another thread's may be about to be counted: without a cause nothing is changed beside it.
     if others == 0 or levels_in(traceback.walk_tb(interrupt.__traceback__)) > 0:
         _eager_transforms.JVP_NESTING = int(_level_is_ours) + others
-        close_level()
 
 
 def forget_levels() -> None:

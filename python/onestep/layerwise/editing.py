@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
 from onestep._restored import hooked, replaced
 from onestep.layerwise.checks import check_number
 from onestep.layerwise.layers import call, check_finite, check_on_cpu, evaluating, find_layers, padded
@@ -22,7 +22,7 @@ from onestep.layerwise.statistics import LayerStatistics
 _ROWS = 1024
 
 
-@one_thread_after_fork()
+@undisturbed
 def edit(
     model: nn.Module,
     subjects: Any,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
 from onestep.layerwise.layers import Patterns, batches_of, check_finite, check_on_cpu, check_untied, find_layers
 from onestep.layerwise.rank import numerical_rank
@@ -19,7 +19,7 @@ from onestep.layerwise.statistics import LayerStatistics
 from onestep.ops.operands import LinAlgError
 
 
-@one_thread_after_fork()
+@undisturbed
 def merge(
     models: Sequence[nn.Module],
     data: Sequence[Any],

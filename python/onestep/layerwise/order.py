@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
 from onestep._restored import replaced
 from onestep.evaluation.progress import Progress
 from onestep.layerwise.before import Before
@@ -55,7 +55,7 @@ class Teaching:
     needed: bool = False
 
 
-@one_thread_after_fork()
+@undisturbed
 def solve_in_order(
     model: nn.Module,
     data: Any,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep import linalg
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
 from onestep._restored import Entry, hooked, hooks, replaced
 from onestep._torch_private import own_children
 from onestep.evaluation.progress import Progress
@@ -71,7 +71,7 @@ def cached_by(blocks: Iterable[nn.Module]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-@one_thread_after_fork()
+@undisturbed
 def replace_blocks(
     model: nn.Module,
     data: Any,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from onestep import linalg
 from onestep._files import replacing
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
 from onestep._restored import replaced
 from onestep.evaluation.digest import digest
 from onestep.evaluation.progress import Progress
@@ -171,7 +171,7 @@ class LayerStatistics:
         runs = [lambda model=model: call(model, batch) for model in models]
         return self.update_by(runs, [Masks.of(batch, model) for model in models], stop_early=stop_early)
 
-    @one_thread_after_fork()
+    @undisturbed
     def update_by(
         self, runs: Sequence[Callable[[], object]], masks: Sequence[Masks], *, stop_early: bool = False
     ) -> LayerStatistics:
@@ -258,7 +258,7 @@ class LayerStatistics:
             self.save(checkpoint)
         return self
 
-    @one_thread_after_fork()
+    @undisturbed
     def merge(self, other: LayerStatistics) -> LayerStatistics:
         """Adds what another one has seen, in this process or read from a file; returns self.
 
@@ -389,7 +389,7 @@ class LayerStatistics:
             call(self._model, batch)
         return seen.given
 
-    @one_thread_after_fork()
+    @undisturbed
     def kept_factor(self, name: str, damping: float) -> tuple[linalg.InverseCholeskyResult, float]:
         """U of E[xxᵀ] of a layer over its mean diagonal element, and that element; factored once, and kept.
 
@@ -413,7 +413,7 @@ class LayerStatistics:
             kept = self._factors[name] = (sums, damping, result, scale / sums.count)
         return kept[2], kept[3]
 
-    @one_thread_after_fork()
+    @undisturbed
     def rank(self, name: str) -> int:
         """How many of a layer's inputs are independent, as far as the sums' dtype can tell; those that are 0 are not.
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
 from onestep._processes import add_up
 from onestep.evaluation.errors import NonFiniteError
 from onestep.linalg import polar_ex
@@ -198,8 +198,8 @@ class PolarGrad(torch.optim.Optimizer):
         if parameter.numel() == 0:
             raise ValueError(f"params holds a tensor of shape {tuple(parameter.shape)}, without elements")
 
+    @undisturbed
     @torch.no_grad()
-    @one_thread_after_fork()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step from the gradients that are there.
 

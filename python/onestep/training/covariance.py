@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onestep._fork import one_thread_after_fork
+from onestep._interrupts import undisturbed
 from onestep._restored import eval_mode
 from onestep.curvature.kernels import differentiable_kernels
 from onestep.evaluation.distributed import share
@@ -18,7 +18,7 @@ from onestep.training.plan import FitPlan
 _MOST_PARAMETERS = 4096
 
 
-@one_thread_after_fork()
+@undisturbed
 def covariance(plan: FitPlan) -> Tensor:
     """(p,p) in float64, of the parameters as they are now. ``FitResult.covariance`` has the mathematics.
 
