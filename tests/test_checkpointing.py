@@ -38,7 +38,7 @@ def gradients(function: Callable[..., Any], inputs: tuple[Any, ...], *, checkpoi
     return [*first, *torch.autograd.grad(moving, leaves, materialize_grads=True)]
 
 
-def same(function: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+def assert_same(function: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
     expected = gradients(function, inputs, checkpointed=False)
     found = gradients(function, inputs, checkpointed=True)
     assert len(expected) == len(found) and all(map(torch.equal, found, expected))
@@ -58,14 +58,14 @@ def test_ops(name: str, label: str | None) -> None:
     inputs = elsewhere_samples(make)[name] if label is None else samples_of(name, make)[label]
     if not any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs):
         pytest.skip("nothing to differentiate by")
-    same(getattr(torch.ops.onestep, name), inputs)
+    assert_same(getattr(torch.ops.onestep, name), inputs)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention(masked: bool) -> None:
     q, k, v = (torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.randn(5, 5, dtype=torch.float64, requires_grad=True) if masked else None
-    same(lambda q, k, v, mask: scaled_dot_product_attention(q, k, v, mask, is_causal=not masked), (q, k, v, mask))
+    assert_same(lambda q, k, v, mask: scaled_dot_product_attention(q, k, v, mask, is_causal=not masked), (q, k, v, mask))
 
 
 class Encoder(nn.Module):
