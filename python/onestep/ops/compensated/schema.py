@@ -94,6 +94,12 @@ def compensated_sweep_results(
     return W.new_empty((n, d)), codes, W.new_empty((n, groups)), W.new_empty((n, groups)), error
 
 
+def check_groups(group: Tensor, groups: int) -> None:
+    """Raises ValueError if a column's group is none of those that ``scale`` has; reads the values."""
+    if group.numel() and not 0 <= int(group.min()) <= int(group.max()) < groups:
+        raise ValueError(f"group has values outside 0 to {groups - 1}, the columns of scale")
+
+
 compensated_sweep = define(
     "compensated_sweep(Tensor W, Tensor factor, Tensor? scale=None, Tensor? zero=None, Tensor? group=None, int bits=0, "
     "bool symmetric=False, int group_size=1, float sparsity=0.0, int keep=0, int of=0, bool unit=False) "
