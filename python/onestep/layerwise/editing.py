@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onestep._fork import one_thread_after_fork
 from onestep._restored import hooked, replaced
 from onestep.layerwise.checks import check_number
-from onestep.layerwise.layers import call, check_finite, check_on_cpu, evaluating, find_layers, padded
+from onestep.layerwise.layers import call, check_finite, check_devices, evaluating, find_layers, padded
 from onestep.layerwise.layout import layouts_of, without_last
 from onestep.layerwise.order import Sums
 from onestep.layerwise.padding import Masks, Padding
@@ -89,7 +89,7 @@ def edit(
         raise ValueError(f"layer is {layer!r}; expected the full name of one layer")
     if found[layer].stack is not None:
         raise NotImplementedError(f"layer {layer!r} is one of stacked experts, which see some of the places only")
-    check_on_cpu(found.values())
+    check_devices(found.values())
     check_finite({layer: found[layer]})
     if layer not in statistics.names:
         raise ValueError(f"statistics has no layer {layer!r}; expected it among {statistics.names[:3]}, ...")
