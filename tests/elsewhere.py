@@ -99,13 +99,15 @@ def _here(value: Any) -> Any:
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """A copy of a model, on the device."""
+    """A copy of a model, on the device; what was tied stays so."""
     model = copy.deepcopy(model)
+    parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in list(module.named_parameters(recurse=False)):
             # Not Module.to, which keeps the parameters' objects, that are no tensors of this class.
-            setattr(module, name, nn.Parameter(Elsewhere(parameter.detach()), parameter.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
+            there = nn.Parameter(Elsewhere(parameter.detach()), parameter.requires_grad)
+            setattr(module, name, parameters.setdefault(id(parameter), there))
+        for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, Elsewhere(buffer))
     return model
 

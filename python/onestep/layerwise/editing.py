@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onestep._fork import one_thread_after_fork
 from onestep._restored import hooked, replaced
 from onestep.layerwise.checks import check_number
-from onestep.layerwise.layers import call, check_finite, check_devices, evaluating, find_layers, padded
+from onestep.layerwise.layers import call, check_devices, check_finite, evaluating, find_layers, padded
 from onestep.layerwise.layout import layouts_of, without_last
 from onestep.layerwise.order import Sums
 from onestep.layerwise.padding import Masks, Padding

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onestep import linalg
 from onestep._fork import one_thread_after_fork
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
-from onestep.layerwise.layers import Patterns, batches_of, check_finite, check_devices, check_untied, find_layers
+from onestep.layerwise.layers import Patterns, batches_of, check_devices, check_finite, check_untied, find_layers
 from onestep.layerwise.rank import numerical_rank
 from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics

@@ -315,8 +315,11 @@ class LayerStatistics:
             "read": self._read,
             "names": self.names,
             "layers": {name: places[id(sums)] for name, sums in self._inputs.items()},
-            "inputs": [[sums.gram, sums.total, sums.count] for sums in slots.values()],
-            "targets": {name: [sums.cross, sums.total, sums.square] for name, sums in self._targets.items()},
+            # On the CPU, so that a machine without the device reads them.
+            "inputs": [[sums.gram.cpu(), sums.total.cpu(), sums.count] for sums in slots.values()],
+            "targets": {
+                name: [sums.cross.cpu(), sums.total.cpu(), sums.square.cpu()] for name, sums in self._targets.items()
+            },
             "dtype": str(self._dtype),
         }
         with replacing(Path(path)) as file:

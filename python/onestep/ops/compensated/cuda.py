@@ -20,6 +20,8 @@ from onestep.ops.operands import empty_factor, reads_values
 assert native is not None
 
 _MOST_COLUMNS: int = native.most_sweep_columns
+_block_end = native.sweep_block_end
+_count_of = native.sweep_removed
 
 
 @register(schema.inverse_cholesky, device="cuda")
@@ -33,9 +35,10 @@ def _unit_cholesky(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factor(A: Tensor, damping: Tensor, *, unit: bool) -> tuple[Tensor, Tensor]:
-    """U or R, as on the CPU, by the Cholesky factor L of A reversed: U is L⁻¹ reversed, R is L reversed over its pivots.
+    """U or R as on the CPU, by the Cholesky factor L of A reversed: U is L⁻¹ reversed, R is L reversed, over its pivots.
 
-    L is a kernel's for small and middle matrices, and cuSOLVER's for large ones; L⁻¹ is torch's triangular solve.
+    A composition: L is a kernel's for small and middle matrices and cuSOLVER's for large ones (ops/cholesky/cuda.py),
+    L⁻¹ is torch's triangular solve.
     """
     factor, info = schema.factor_results(A, damping)
     n = A.shape[-1]
@@ -107,9 +110,7 @@ def _compensated_sweep(
     change = W.new_empty(rows, _MOST_COLUMNS)
     start = 0
     while start < d:
-        end = native.sweep_block_end(
-            start=start, columns=d, bits=bits, group_size=group_size, given=columns is not None, of=of
-        )
+        end = _block_end(start=start, columns=d, bits=bits, group_size=group_size, given=columns is not None, of=of)
         removed = _removed(swept, upper, start, end, sparsity, keep, of)
         for first in range(start, end, _MOST_COLUMNS):
             last = min(first + _MOST_COLUMNS, end)
@@ -144,19 +145,17 @@ def _compensated_sweep(
     return out
 
 
-def _removed(
-    swept: Tensor, factor: Tensor, start: int, end: int, sparsity: float, keep: int, of: int
-) -> Tensor | None:
+def _removed(swept: Tensor, factor: Tensor, start: int, end: int, sparsity: float, keep: int, of: int) -> Tensor | None:
     """(n,width), bool, the elements of a block that go, where all rows or more columns than a call takes tell it."""
     if 0 < of <= _MOST_COLUMNS or (of == 0 and sparsity == 0.0):
         return None
     scores = (swept[:, start:end] / factor.diagonal()[start:end]).square()
     if of:
         # Stable: of equal ones the first go.
-        order = scores.reshape(len(scores), -1, of).argsort(-1, stable=True)
+        order = scores.reshape(len(scores), -1, of).argsort(dim=-1, stable=True)
         gone = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., : of - keep], True)
         return gone.reshape(scores.shape)
-    count = native.sweep_removed(elements=scores.numel(), sparsity=sparsity)
+    count = _count_of(elements=scores.numel(), sparsity=sparsity)
     if count == 0:
         return None
     return scores <= scores.flatten().sort().values[count - 1]
