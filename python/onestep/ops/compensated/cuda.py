@@ -35,7 +35,7 @@ def _unit_cholesky(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factor(A: Tensor, damping: Tensor, *, unit: bool) -> tuple[Tensor, Tensor]:
-    """U or R as on the CPU, by the Cholesky factor L of A reversed: U is L⁻¹ reversed, R is L reversed, over its pivots.
+    """U or R as on the CPU, by the Cholesky factor L of A reversed: U is L⁻¹ reversed, R is L reversed over its pivots.
 
     A composition: L is a kernel's for small and middle matrices and cuSOLVER's for large ones (ops/cholesky/cuda.py),
     L⁻¹ is torch's triangular solve.

@@ -130,7 +130,9 @@ def power_into_range(A: Tensor, damping: Tensor) -> Tensor:
     exponent = torch.frexp(top).exponent
     exponent = torch.where(large, exponent - torch.frexp(most).exponent + 2, exponent)
     exponent = torch.where(far, exponent, 0)
-    return torch.ldexp(torch.ones_like(top), exponent.div(2, rounding_mode="floor"))[..., None, None]
+    # As floats: torch's versions differ in what 2 to an integer is.
+    half = exponent.div(2, rounding_mode="floor").to(top.dtype)
+    return torch.ldexp(torch.ones_like(top), half)[..., None, None]
 
 
 def _far(A: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
