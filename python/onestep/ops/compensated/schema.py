@@ -84,6 +84,8 @@ def compensated_sweep_results(
             raise ValueError("group was given without scale (n, groups) and zero (n, groups)")
         if group.shape != (d,) or group.dtype != torch.int64:
             raise ValueError(f"group has shape {tuple(group.shape)} and dtype {group.dtype}; expected ({d},), int64")
+        if group.device != W.device:
+            raise ValueError(f"group is on device {group.device}; expected {W.device}, like the other operands")
         groups = scale.shape[1]
         for name, grid in (("scale", scale), ("zero", zero)):
             check_like(name, grid, W)
