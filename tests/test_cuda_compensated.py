@@ -113,6 +113,19 @@ def test_ranges_and_dependence_are_told_without_a_wait() -> None:
             assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
+def test_noise_before_a_pivot_that_fails_is_the_status() -> None:
+    """The sixth feature from the end is the fifth, and one far before makes the matrix indefinite."""
+    for _ in range(12):
+        X = torch.randn(900, 300, dtype=torch.float64)
+        X[:, -6] = X[:, -5]
+        A = X.mT @ X / 900
+        A[200, 200] = -1.0
+        for op in (torch.ops.onestep.inverse_cholesky, torch.ops.onestep.unit_cholesky):
+            # Of one matrix of this order, the factor is torch's.
+            factor, info = op(*to_device(A, torch.zeros((), dtype=A.dtype)))
+            assert info == 6 and factor.isnan().all()
+
+
 def test_groups_that_there_are_no_grids_of() -> None:
     W, A = layer(5, 40)
     U = inverse_cholesky(A).U

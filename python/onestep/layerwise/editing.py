@@ -47,7 +47,8 @@ def edit(
             place that is not padding. The inputs may be rows of all places (m·places, d), as in transformers' OPT,
             where ``subjects`` is a mapping with ids or a mask; those of one row for each subject (m, d) are taken as
             they are.
-        targets: (m, outputs), of any floating dtype, what the layer is to put out for them, its bias included.
+        targets: (m, outputs), of any floating dtype and device, what the layer is to put out for them, its bias
+            included.
         layer: its name.
         statistics: of ordinary text, with this layer among its names.
         strength: above 0; larger values write the targets more exactly, at the cost of all else. How exactly, the dtype
@@ -100,7 +101,7 @@ def edit(
     weight = chosen.weight.to(dtype)
     if targets.shape != (len(keys), len(weight)):
         raise ValueError(f"targets has shape {tuple(targets.shape)}; expected ({len(keys)}, {len(weight)})")
-    wanted = targets.detach().to(dtype)
+    wanted = targets.detach().to(weight.device, dtype)
     for what, values in (("targets", wanted), ("the layer's inputs for the subjects", keys)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{what} hold NaN or infinity; expected finite values")
