@@ -70,7 +70,9 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [leaf for leaf in given if isinstance(leaf, Elsewhere)]
     name = str(func).removeprefix("aten.")
-    if there and not name.startswith(MIXED):
+    # A tensor there may have indices here, not the other way.
+    indexed_here = name.startswith("index") and not isinstance(args[0], Elsewhere)
+    if there and (indexed_here or not name.startswith(MIXED)):
         for leaf in given:
             if not isinstance(leaf, Elsewhere) and leaf.dim() > 0:
                 raise RuntimeError(
