@@ -7,7 +7,7 @@ option(ONESTEP_CUDA_EMULATE "Build the CUDA kernels for the emulator: a Python m
 
 # Families with CUDA kernels. A family's folder csrc/<family>/cuda holds its *.cu, *.cpp for the host, and bind.cpp, and tests/cpp/cuda its
 # test_<family>.cpp.
-set(ONESTEP_CUDA_FAMILIES attention glm lmhead normal polar)
+set(ONESTEP_CUDA_FAMILIES attention compensated glm lmhead normal polar)
 
 if(ONESTEP_CUDA STREQUAL "AUTO")
   find_program(ONESTEP_NVCC nvcc PATHS /usr/local/cuda/bin)

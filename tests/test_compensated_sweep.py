@@ -188,5 +188,8 @@ def test_bad_input():
         sweep(W, R, None, None, None, 0, False, 1, 1.5)
     with pytest.raises(ValueError, match="keep=2 and of=4"):
         sweep(W, R, None, None, None, 0, False, 1, 0.0, 2, 4)
+    grids = torch.ones(2, 1), torch.zeros(2, 1)
+    with pytest.raises(ValueError, match="group is on device meta; expected cpu, like the other operands"):
+        sweep(W, R, *grids, torch.zeros(6, dtype=torch.int64, device="meta"), 4)
     with pytest.raises(ValueError, match="group was given without scale"):
         sweep(W, R, None, None, torch.zeros(6, dtype=torch.int64), 4)

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from onestep import linalg
+from onestep.linalg.damping import unit_cholesky
 from onestep.ops._cuda import EMULATED
 
 # Sizes of each kernel instance; those beyond belong to a GPU.
@@ -231,3 +234,121 @@ def test_cuda_other_stream_and_many_problems() -> None:
         solution = linalg.solve_normal(X, Y, weight=weight, ridge=0.5)
     torch.cuda.synchronize()
     assert relative(solution, expected_solution(X, Y, weight, 0.5)) < 1e-4
+
+
+def test_factors_of_inverses(device: torch.device, dtype: torch.dtype) -> None:
+    for d in sizes(device):
+        X, _, _ = problem(device, dtype, 3, 2 * d + 5, d, 1)
+        A = X.mT @ X / d
+        expected = torch.linalg.cholesky(torch.linalg.inv(A.double()), upper=True)
+        U, info, damping = linalg.inverse_cholesky(A)
+        assert not info.any() and not damping.any()
+        assert relative(U, expected) < tolerance(dtype), d
+        assert torch.equal(U, U.triu())
+        assert torch.equal(linalg.inverse_cholesky(A.tril().mT.contiguous().mT).U, U)
+        R = unit_cholesky(A).R
+        P = R.diagonal(dim1=-2, dim2=-1)
+        unit = R - P.diag_embed() + torch.eye(d, device=device, dtype=dtype)
+        assert relative(unit * P.square()[:, None, :] @ unit.mT, A) < tolerance(dtype), d
+        A[1, d // 2, d // 2] = torch.nan
+        broken, info, damping = linalg.inverse_cholesky(A)
+        assert info.tolist() == [0, -1, 0]
+        assert broken[1].isnan().all() and damping[1].isnan()
+        assert torch.equal(broken[::2], U[::2])
+
+
+SWEEPS = {
+    "a scale a row": (4, True, 150),
+    "groups": (3, False, 40),
+    "half": (0, False, 1, 0.5),
+    "half in groups": (4, False, 30, 0.5),
+    "2 of 4": (0, False, 1, 0.0, 2, 4),
+    "100 of 150": (0, False, 1, 0.0, 100, 150),
+}
+
+
+def swept_by_columns(W: Tensor, U: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """GPTQ and SparseGPT without blocks but for where they judge; the weights, and the errors."""
+    bits, symmetric, group_size, sparsity, keep, of = (*options, *(0, False, 1, 0.0, 0, 0)[len(options) :])
+    W, error = W.clone(), W.new_zeros(len(W))
+    block = 128 // group_size * group_size if bits and group_size <= 128 else of or 128
+    gone = torch.zeros_like(W, dtype=torch.bool)
+    for j in range(W.shape[1]):
+        if sparsity and j % block == 0:
+            scores = (W[:, j : j + block] / U.diagonal()[j : j + block]).square()
+            gone[:, j : j + block] = scores <= scores.flatten().sort().values[round(scores.numel() * sparsity) - 1]
+        if of and j % of == 0:
+            order = (W[:, j : j + of] / U.diagonal()[j : j + of]).square().argsort(1)
+            gone[:, j : j + of].scatter_(1, order[:, : of - keep], True)
+        if bits and j % group_size == 0:
+            part = W[:, j : j + group_size]
+            low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+            if symmetric:
+                high = torch.maximum(high, -low)
+                low = -high
+            scale = (high - low) / (2**bits - 1)
+            zero = torch.full_like(low, 2 ** (bits - 1)) if symmetric else (-low / scale).round()
+        q = W[:, j].masked_fill(gone[:, j], 0.0)
+        if bits:
+            q = scale * (((q / scale).round() + zero).clamp(0, 2**bits - 1) - zero)
+        e = (W[:, j] - q) / U[j, j]
+        W[:, j + 1 :] -= e[:, None] * U[j, j + 1 :]
+        W[:, j] = q
+        error += e.square()
+    return W, error
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_compensated_sweep(device: torch.device, dtype: torch.dtype, name: str) -> None:
+    X, Y, _ = problem(device, dtype, 1, 700, 300, 35)
+    W, U = Y[0].mT @ X[0] / 30, linalg.inverse_cholesky(X[0].mT @ X[0] / 300).U
+    found = torch.ops.onestep.compensated_sweep(W, U, None, None, None, *SWEEPS[name])
+    expected, error = swept_by_columns(W, U, SWEEPS[name])
+    # A tie may go the other way, as the least weight of a symmetric grid is one, and all that follows in its row.
+    if dtype == torch.float64 and "row" not in name:
+        assert relative(found[0], expected) < 1e-9
+        assert relative(found[4], error) < 1e-9
+    else:
+        assert ((found[0] - expected).abs() < 1e-3).double().mean() > (0.6 if "row" in name else 0.97)
+        assert abs(found[4].sum() / error.sum() - 1) < 0.02
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(
+            found, torch.ops.onestep.compensated_sweep(W, U, None, None, None, *SWEEPS[name]), strict=True
+        )
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_layers_wait_for_nothing_and_are_captured() -> None:
+    device = torch.device("cuda")
+    X, Y, _ = problem(device, torch.float32, 1, 700, 300, 35)
+    A, W, damping = X[0].mT @ X[0], Y[0].mT @ X[0], torch.zeros((), device=device)
+    group = torch.arange(300, device=device) % 2
+    scale, zero = torch.full((35, 2), 0.5, device=device), torch.full((35, 2), 7.0, device=device)
+    ops = torch.ops.onestep
+
+    def call() -> tuple[Tensor, ...]:
+        U, info = ops.inverse_cholesky(A, damping)
+        R, _ = ops.unit_cholesky(A, damping)
+        results = [U, info, R]
+        results += ops.compensated_sweep(W, R, scale, zero, group, 4, unit=True)[:2]
+        for options in SWEEPS.values():
+            results += ops.compensated_sweep(W, U, None, None, None, *options)
+        return tuple(results)
+
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    W.mul_(1.5)
+    A.diagonal().mul_(1.1)
+    graph.replay()
+    for got, expected in zip(captured, call(), strict=True):
+        assert torch.equal(got, expected)

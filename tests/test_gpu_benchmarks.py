@@ -21,7 +21,7 @@ from onestep.functional.lmhead import linear_cross_entropy, linear_cross_entropy
 from onestep.linalg import polar
 
 FOLDER = Path(__file__).parents[1] / "bench" / "gpu"
-NAMES = ("measure", "normal", "glm", "lmhead", "polar", "attention")
+NAMES = ("measure", "normal", "glm", "lmhead", "polar", "attention", "compensated")
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +225,24 @@ def test_derivatives_of_a_language_model_are_held_to_eager_attention(bench: Simp
     assert errors["hvp_error"] < 0.1 and errors["gradient_error"] < 0.1
     with pytest.raises(bench.measure.WrongResult, match="the hvp of GPT-2 is wrong"):
         bench.attention.check_gpt2(model_of, tokens, v, grad, {name: -value for name, value in product.items()})
+
+
+@pytest.mark.parametrize("what", ["quantize", "prune"])
+def test_timed_layers_are_held_to_the_published_loops(bench: SimpleNamespace, what: str) -> None:
+    module = bench.compensated
+    A, W = module.gram_matrices(0, 300, device="cpu"), normal(40, 300)
+    factor = torch.ops.onestep.inverse_cholesky(A, module.undamped(A))[0]
+    exact = module.chain(A.double())
+    assert bench.measure.relative_error(factor, exact) < 1e-5
+    ours, loop = (
+        (module.quantized, module.rounding_loop) if what == "quantize" else (module.pruned, module.pruning_loop)
+    )
+    results, facts = {"onestep": ours(W, A), "torch": loop(W, A)}, {}
+    module.check_layer(what, W, A, results, facts)
+    assert facts["loss_ratio"] == pytest.approx(1.0, abs=0.01) and facts["equal"] > 0.99
+    codes, swept = results["onestep"]
+    for wrong in ((codes, -swept), (codes.roll(1, 0), swept), (codes, torch.full_like(swept, torch.nan))):
+        with pytest.raises(bench.measure.WrongResult, match=f"^{what} is wrong"):
+            module.check_layer(what, W, A, results | {"onestep": wrong}, {})
+    kept = module.pruned(W, A, 2, 4)[0]
+    assert (kept.reshape(40, 75, 4).sum(-1) == 2).all()

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from onestep.linalg import inverse_cholesky
 from onestep.linalg.damping import more_damping, unit_cholesky
+from onestep.ops._cuda import EMULATED
 
 
 def gram_of(n, *batch, rows=None, dtype=torch.float64):
@@ -119,6 +120,7 @@ def test_the_gradient_of_what_failed_is_zero():
     assert A.grad[1].isfinite().all() and A.grad[1].any()
 
 
+@pytest.mark.skipif(EMULATED, reason="torch factors large matrices then, whose bits depend on its threads")
 def test_the_same_bits_from_four_threads_and_for_any_number_of_them():
     A = gram_of(700, dtype=torch.float32)
     expected = inverse_cholesky(A).U

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import onestep
 from onestep import curvature, functional, linalg
+from onestep.linalg.damping import unit_cholesky
 
 # racecheck is a hundred times slower than memcheck: one size of each kernel.
 QUICK = "racecheck" in sys.argv
@@ -64,7 +65,29 @@ def attention_hvp(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> None:
     torch.func.jvp(torch.func.grad(loss), (q,), (t,))
 
 
-FAMILIES: dict[str, Callable[[], None]] = {"normal": normal, "glm": glm, "lmhead": lmhead, "attention": attention}
+def compensated() -> None:
+    for dtype in (torch.float32, torch.float64):
+        for n, d in ((19, 140),) if QUICK else ((19, 140), (5, 300)):
+            X = torch.randn(2 * d, d, device="cuda", dtype=dtype)
+            W, A = torch.randn(n, d, device="cuda", dtype=dtype), X.mT @ X
+            U, R = linalg.inverse_cholesky(A).U, unit_cholesky(A).R
+            sweep = torch.ops.onestep.compensated_sweep
+            group = torch.arange(d, device="cuda") % 2
+            scale, zero = (torch.full((n, 2), value, device="cuda", dtype=dtype) for value in (0.1, 7.0))
+            sweep(W, U, None, None, None, 4, False, 20)
+            sweep(W, R, None, None, None, 3, True, d, 0.0, 0, 0, True)
+            sweep(W, R, scale, zero, group, 4, unit=True)
+            sweep(W, U, None, None, None, 0, False, 1, 0.5)
+            sweep(W, U, None, None, None, 0, False, 1, 0.0, 2, 4)
+
+
+FAMILIES: dict[str, Callable[[], None]] = {
+    "normal": normal,
+    "glm": glm,
+    "lmhead": lmhead,
+    "attention": attention,
+    "compensated": compensated,
+}
 
 
 def main() -> None:

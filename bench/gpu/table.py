@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ratio_plot import plot_ratios
 
 MATH, GRADIENT = "attention, HVP against torch's math backend", "GPT-2, HVP against a gradient"
+LAYERS = "layers of language models, against chains and loops in torch"
 NEWTON_SCHULZ = "polar, against five Newton-Schulz iterations in torch"
 
 
@@ -70,6 +71,7 @@ PRODUCTS = {
             memory=("torch_added_bytes", "added_bytes"),
         ),
     ],
+    "compensated": [Product(LAYERS, "ratio", "onestep_ms", memory=("", "added_bytes"))],
     "normal": [Product("normal equations and Cholesky, against torch", "ratio", "onestep_ms", "copy_share", "copying")],
     "polar": [Product(NEWTON_SCHULZ, "ratio", "ms", "share_of_gemm", "GEMM", memory=("", "added_bytes"))],
 }
@@ -116,7 +118,7 @@ def in_words(case: str) -> str:
         case = case.replace(f" {dtype}", f", {short}")
     case = re.sub(r" (causal|full)$", r", \1", case)
     case = re.sub(r"\b([A-Z] \d+) (?=[A-Z] \d)", r"\1, ", case)
-    case = re.sub(r"^(solve_normal|cholesky|logistic|softmax) ", r"\1, ", case)
+    case = re.sub(r"^(solve_normal|cholesky|inverse_cholesky|quantize|prune|logistic|softmax) ", r"\1, ", case)
     return re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", case)
 
 

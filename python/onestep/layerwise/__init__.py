@@ -2,7 +2,8 @@
 
 Every function here solves W ← argmin Σ‖Wx − t‖² + a penalty, for one layer after the other, from one pass of data
 through the network each: to compress it (``quantize``, ``prune``), to mend it (``refit``), to leave blocks out
-(``replace_blocks``), to put several into one (``merge``), to change what it says (``edit``).
+(``replace_blocks``), to put several into one (``merge``), to change what it says (``edit``). On the CPU, or on a CUDA
+GPU where the model and its data are there.
 """
 
 from onestep.layerwise.compress import prune, quantize

@@ -250,8 +250,8 @@ def _on_grid(
     if zeros is not None and bool(zeros.any()):
         # A grid for each weight; those that stay 0 have one with nothing but 0 on it, as far as the sweep can tell.
         scale = scale[:, group].masked_fill(zeros, torch.finfo(scale.dtype).tiny)
-        zero, group = zero[:, group], torch.arange(len(group))
-    columns = torch.arange(goal.shape[1]) if order is None else order
+        zero, group = zero[:, group], torch.arange(len(group), device=group.device)
+    columns = torch.arange(goal.shape[1], device=goal.device) if order is None else order
     codes = compensated_sweep(
         goal[:, columns], factor, scale, zero, group[columns], grid.bits, symmetric, 1, 0.0, 0, 0, True
     )[1][:, columns.argsort()]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onestep._interrupts import undisturbed
 from onestep._restored import hooked, replaced
 from onestep.layerwise.checks import check_number
-from onestep.layerwise.layers import call, check_finite, check_on_cpu, evaluating, find_layers, padded
+from onestep.layerwise.layers import call, check_devices, check_finite, evaluating, find_layers, padded
 from onestep.layerwise.layout import layouts_of, without_last
 from onestep.layerwise.order import Sums
 from onestep.layerwise.padding import Masks, Padding
@@ -47,7 +47,8 @@ def edit(
             place that is not padding. The inputs may be rows of all places (m·places, d), as in transformers' OPT,
             where ``subjects`` is a mapping with ids or a mask; those of one row for each subject (m, d) are taken as
             they are.
-        targets: (m, outputs), of any floating dtype, what the layer is to put out for them, its bias included.
+        targets: (m, outputs), of any floating dtype and device, what the layer is to put out for them, its bias
+            included.
         layer: its name.
         statistics: of ordinary text, with this layer among its names.
         strength: above 0; larger values write the targets more exactly, at the cost of all else. How exactly, the dtype
@@ -89,7 +90,7 @@ def edit(
         raise ValueError(f"layer is {layer!r}; expected the full name of one layer")
     if found[layer].stack is not None:
         raise NotImplementedError(f"layer {layer!r} is one of stacked experts, which see some of the places only")
-    check_on_cpu(found.values())
+    check_devices(found.values())
     check_finite({layer: found[layer]})
     if layer not in statistics.names:
         raise ValueError(f"statistics has no layer {layer!r}; expected it among {statistics.names[:3]}, ...")
@@ -100,7 +101,7 @@ def edit(
     weight = chosen.weight.to(dtype)
     if targets.shape != (len(keys), len(weight)):
         raise ValueError(f"targets has shape {tuple(targets.shape)}; expected ({len(keys)}, {len(weight)})")
-    wanted = targets.detach().to(dtype)
+    wanted = targets.detach().to(weight.device, dtype)
     for what, values in (("targets", wanted), ("the layer's inputs for the subjects", keys)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{what} hold NaN or infinity; expected finite values")

@@ -10,7 +10,7 @@ from onestep.layerwise.export import QuantizedWeight
 
 def rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> QuantizedWeight:
     """Rounding to nearest, each group of columns on the grid of its own range."""
-    group = torch.arange(weight.shape[1]) // group_size
+    group = torch.arange(weight.shape[1], device=weight.device) // group_size
     grids = [_grid(*_range(part, symmetric), bits, symmetric) for part in weight.split(group_size, dim=1)]
     scale, zero = (torch.stack(parts, 1) for parts in zip(*grids, strict=True))
     return QuantizedWeight(_codes(weight, scale[:, group], zero[:, group], bits), scale, zero, group, bits)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from onestep._restored import Entry, eval_mode
 from onestep.layerwise.experts import refusal, stacks_of
+from onestep.ops.compensated import compensated_sweep
 
 # What a layer pattern is: "*.mlp.*", or several, of which those that begin with "!" leave layers out.
 Patterns = str | Sequence[str]
@@ -151,17 +152,19 @@ def _check(layer: Layer) -> None:
         )
 
 
-def check_on_cpu(layers: Iterable[Layer]) -> None:
-    """Refuses layers elsewhere.
+def check_devices(layers: Iterable[Layer]) -> None:
+    """Refuses layers that are neither on the CPU nor on a CUDA GPU that there are kernels for.
 
     Raises:
-        NotImplementedError: a layer is on another device.
+        NotImplementedError: naming the layer, or what the build lacks.
     """
     for layer in layers:
-        if layer.weight.device.type != "cpu":
+        device = layer.weight.device
+        if device.type not in ("cpu", "cuda"):
             raise NotImplementedError(
-                f"layer {layer.name!r} is on {layer.weight.device}; layers are solved on the CPU: model.cpu()"
+                f"layer {layer.name!r} is on {device}; layers are solved on the CPU or on a CUDA GPU: model.cpu()"
             )
+        compensated_sweep.require(device.type)
 
 
 def check_finite(layers: Mapping[str, Layer], whose: str = "") -> None:

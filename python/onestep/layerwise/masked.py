@@ -24,7 +24,8 @@ def solve_masked(system: Tensor, right: Tensor, zeros: Tensor) -> tuple[Tensor, 
     """
     # Each output's equations are those of the others' rows and columns removed.
     parts = []
-    for rows in torch.arange(len(zeros)).split(max(1, _MOST_ELEMENTS // max(1, system.numel()))):
+    places = torch.arange(len(zeros), device=zeros.device)
+    for rows in places.split(max(1, _MOST_ELEMENTS // max(1, system.numel()))):
         kept = (~zeros[rows]).to(system.dtype)
         own = system * kept[:, :, None] * kept[:, None, :] + torch.diag_embed(1 - kept)
         solved, info = linalg.solve_spd_ex(own, right.mT[rows] * kept)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onestep import linalg
 from onestep._interrupts import undisturbed
 from onestep.layerwise.checks import check_dtype_of_sums, check_flags, check_number
-from onestep.layerwise.layers import Patterns, batches_of, check_finite, check_on_cpu, check_untied, find_layers
+from onestep.layerwise.layers import Patterns, batches_of, check_devices, check_finite, check_untied, find_layers
 from onestep.layerwise.rank import numerical_rank
 from onestep.layerwise.report import LayerReport, Report
 from onestep.layerwise.statistics import LayerStatistics
@@ -85,7 +85,7 @@ def merge(
         raise ValueError(f"report has {len(report.layers)} layers already; expected an empty one, Report()")
     for index, model in enumerate(models):
         chosen = find_layers(model, layers, what=f"models[{index}]")
-        check_on_cpu(chosen.values())
+        check_devices(chosen.values())
         check_untied(chosen)
         check_finite(chosen, f"models[{index}]'s ")
         for name, parameter in model.named_parameters():
@@ -102,7 +102,7 @@ def merge(
     with torch.no_grad():
         for name, value in merged.state_dict().items():
             if value.is_floating_point():
-                value.copy_(torch.stack([state[name].to(dtype) for state in states]).mean(0))
+                value.copy_(torch.stack([state[name].to(value.device, dtype) for state in states]).mean(0))
     for index, part in enumerate(data):
         if next(iter(batches_of(part)), None) is None:
             raise ValueError(f"data[{index}] has no batches; expected at least one")
@@ -113,8 +113,9 @@ def merge(
     found = [find_layers(model, layers) for model in models]
     described = []
     for name, layer in find_layers(merged, layers).items():
-        weights = [each[name].weight.to(dtype) for each in found]
-        grams = [statistics[name].gram for statistics in own]
+        device = layer.weight.device
+        weights = [each[name].weight.to(device, dtype) for each in found]
+        grams = [statistics[name].gram.to(device) for statistics in own]
         shrunk = [(1 - shrinkage) * gram + shrinkage * torch.diag(gram.diagonal()) for gram in grams]
         total = sum(shrunk, torch.zeros_like(grams[0]))
         right = sum((gram @ W.mT for gram, W in zip(shrunk, weights, strict=True)), torch.zeros_like(weights[0].mT))

@@ -22,8 +22,8 @@ from onestep.layerwise.layers import (
     Layer,
     Patterns,
     batches_of,
+    check_devices,
     check_finite,
-    check_on_cpu,
     check_untied,
     evaluating,
     find_layers,
@@ -76,7 +76,7 @@ def solve_in_order(
     data, of the model as it was. All that can be refused is refused before anything is changed.
     """
     chosen = find_layers(model, layers)
-    check_on_cpu(chosen.values())
+    check_devices(chosen.values())
     check_finite(chosen)
     check_untied(chosen)
     batches = batches_of(data)
@@ -294,7 +294,7 @@ class Sums:
         """
         if self._cross is None or not self.tells:
             return weight
-        system = self.gram + damping * torch.eye(len(self.gram), dtype=self.gram.dtype)
+        system = self.gram + damping * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
         right = self._cross / self._scale
         if zeros is not None and bool(zeros.any()):
             change, failed = solve_masked(system, right, zeros)

@@ -43,7 +43,8 @@ class _Look:
         change = self.gradient.mT
         for factor in (self.inputs, self.outputs):
             mean = factor.diagonal().mean()
-            damped = factor / self.rows + damping * mean / self.rows * torch.eye(len(factor), dtype=factor.dtype)
+            damped = factor / self.rows
+            damped.diagonal().add_(damping * mean / self.rows)
             solved, info = linalg.solve_spd_ex(damped, change)
             if int(info):
                 return None

@@ -308,6 +308,8 @@ def _by_shape(x: Tensor, mask: Tensor, places_first: bool | None) -> Tensor | No
 def _sums_of_bits(rows: Tensor) -> Tensor:
     """A number for each row (n, d) that other rows do not have: Σ bits · random numbers, modulo 2⁶⁴."""
     kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[rows.element_size()]
+    # Made on the CPU, so that they are the same everywhere.
     factors = torch.randint(-(1 << 62), 1 << 62, rows.shape[1:], generator=torch.Generator().manual_seed(0))
+    factors = factors.to(rows.device)
     parts = [(part.contiguous().view(kind).long() * factors).sum(-1) for part in rows.split(_MOST_ROWS)]
     return torch.cat(parts) if parts else factors.new_zeros(0)

@@ -115,7 +115,7 @@ class _Refit:
         self.square, self.whole = float(targets.square), float(targets.whole)
         if layer.bias is not None:
             self.weight = torch.cat([weight, layer.bias.to(dtype)[:, None]], 1)
-            count = torch.full((1, 1), float(self.rows), dtype=dtype)
+            count = self.gram.new_full((1, 1), float(self.rows))
             total = inputs.total[:, None]
             self.gram = torch.cat([torch.cat([inputs.gram, total], 1), torch.cat([total.mT, count], 1)])
             self.cross = torch.cat([self.cross, targets.total[None]])
@@ -165,7 +165,7 @@ class _Refit:
     def _solved(self, penalty: float, zeros: Tensor | None) -> tuple[Tensor, int]:
         """W, and the status of its equations."""
         # The bias has no penalty.
-        pulled = torch.full((len(self.gram),), penalty, dtype=self.gram.dtype)
+        pulled = self.gram.new_full((len(self.gram),), penalty)
         pulled[self.layer.weight.shape[1] :] = 0
         # For the change of W, which the penalty pulls to 0.
         system = self.gram + pulled.diag()

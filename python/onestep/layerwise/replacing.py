@@ -160,9 +160,9 @@ def replace_blocks(
     # Fitted to what the blocks add, t − x, so that the penalty pulls towards adding nothing.
     added, intercept = seen.equations.solve(ridge * scale)
     parameter = next(model.parameters())
-    linear = nn.Linear(d, d, dtype=parameter.dtype, device=parameter.device)
+    linear = nn.Linear(d, d, dtype=parameter.dtype, device=added.device)
     with torch.no_grad():
-        linear.weight.copy_(added.mT + torch.eye(d, dtype=dtype))
+        linear.weight.copy_(added.mT + torch.eye(d, dtype=dtype, device=added.device))
         linear.bias.copy_(intercept)
     run = list(container)[first : first + count]
     block: nn.Module = linear if seen.plain else LinearBlock(linear, seen.count, cached_by(run))
@@ -290,7 +290,8 @@ class _Run:
             X, T = X[kept], T[kept]
         X, T = X.to(self.dtype), T.to(self.dtype)
         if self.equations is None:
-            self.equations = linalg.NormalEquations(X.shape[1], X.shape[1], intercept=True, dtype=self.dtype)
+            d = X.shape[1]
+            self.equations = linalg.NormalEquations(d, d, intercept=True, dtype=self.dtype, device=X.device)
         self.equations.update(X, T - X)
         self.square += float(T.square().sum())
         self.added_square += float((T - X).square().sum())
@@ -299,7 +300,7 @@ class _Run:
         """Σ‖t − Wx − b‖²."""
         assert self.equations is not None
         sums, count = self.equations.sums, self.equations.count
-        change = linear.weight.detach().to(sums.gram).mT - torch.eye(linear.in_features).to(sums.gram)
+        change = linear.weight.detach().to(sums.gram).mT - torch.eye(len(sums.gram)).to(sums.gram)
         # Of centred sums, and what the means leave.
         square = self.added_square - count * float(sums.y_mean.square().sum())
         fitted = float(((change.mT @ sums.gram) * change.mT).sum() - 2 * (change * sums.cross).sum())

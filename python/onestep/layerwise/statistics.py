@@ -315,8 +315,11 @@ class LayerStatistics:
             "read": self._read,
             "names": self.names,
             "layers": {name: places[id(sums)] for name, sums in self._inputs.items()},
-            "inputs": [[sums.gram, sums.total, sums.count] for sums in slots.values()],
-            "targets": {name: [sums.cross, sums.total, sums.square] for name, sums in self._targets.items()},
+            # On the CPU, so that a machine without the device reads them.
+            "inputs": [[sums.gram.cpu(), sums.total.cpu(), sums.count] for sums in slots.values()],
+            "targets": {
+                name: [sums.cross.cpu(), sums.total.cpu(), sums.square.cpu()] for name, sums in self._targets.items()
+            },
             "dtype": str(self._dtype),
         }
         with replacing(Path(path)) as file:
@@ -342,7 +345,7 @@ class LayerStatistics:
             in_files = self._storage.folder is not None and piped is None
             if piped is not None:
                 piped.seek(0)
-            state = torch.load(piped or path, weights_only=True, mmap=in_files)
+            state = torch.load(piped or path, weights_only=True, mmap=in_files, map_location="cpu")
         except (EOFError, RuntimeError, pickle.UnpicklingError, struct.error) as error:
             raise ValueError(f"{path} is no file of LayerStatistics.save, or damaged: {error}") from error
         if not isinstance(state, dict) or not {"batches", "layers", "inputs", "targets", "dtype"} <= state.keys():
@@ -358,7 +361,13 @@ class LayerStatistics:
                 + (f" and not of the layer {lacking[0]!r}" if lacking else "")
                 + f"; expected {self._dtype} sums of {len(self.names)} layers such as {self.names[0]!r}"
             )
-        slots = [InputSums(*parts) for parts in state["inputs"]]
+        devices = {index: self._layers[name].weight.device for name, index in state["layers"].items()}
+        slots = [
+            InputSums(self._storage.at(gram, device), total.to(device), count)
+            for device, (gram, total, count) in (
+                (devices.get(index, "cpu"), parts) for index, parts in enumerate(state["inputs"])
+            )
+        ]
         if not all(index in range(len(slots)) for index in state["layers"].values()):
             raise ValueError(f"{path} is damaged: it has layers without sums")
         for name, index in state["layers"].items():
@@ -367,7 +376,10 @@ class LayerStatistics:
                 raise ValueError(f"{path} has {found} features of the layer {name!r}; expected {expected}")
         self._check_targets(state["layers"], state["targets"], str(path))
         self._inputs = {name: slots[index] for name, index in state["layers"].items()}
-        self._targets = {name: TargetSums(*parts) for name, parts in state["targets"].items()}
+        self._targets = {}
+        for name, (cross, *others) in state["targets"].items():
+            device = self._layers[name].weight.device
+            self._targets[name] = TargetSums(self._storage.at(cross, device), *(other.to(device) for other in others))
         self.batches = state["batches"]
         self._collected, self._read = state.get("collected", self.batches), state.get("read", "")
         return self
@@ -407,7 +419,8 @@ class LayerStatistics:
             scale = float(sums.gram.diagonal().mean())
             if not scale > 0:
                 raise ValueError(f"no row other than 0 has reached layer {name!r}: collect statistics first")
-            result = linalg.inverse_cholesky(sums.gram / scale, damping=damping)
+            gram = sums.gram.to(self._layers[name].weight.device)
+            result = linalg.inverse_cholesky(gram / scale, damping=damping)
             if bool(result.damping.isnan()):
                 raise LinAlgError(f"the inputs of layer {name!r} have no factor with any damping")
             kept = self._factors[name] = (sums, damping, result, scale / sums.count)

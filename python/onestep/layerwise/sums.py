@@ -17,6 +17,8 @@ _PREFIX, _SUFFIX = "tmp", ".sums"
 class Storage:
     """Where matrices are kept: in memory, or in files of a folder that the system reads and writes as it has memory.
 
+    In memory they are on the device that they were computed on; those of files are on the CPU.
+
     A file has no name once it is mapped, so that nothing is left of it when its matrix is gone, however the process
     ends. Only a process that is killed between the two leaves a name, which the next one with this folder removes.
 
@@ -38,15 +40,19 @@ class Storage:
             return matrix
         return self._file(matrix).copy_(matrix)
 
+    def at(self, matrix: Tensor, device: torch.device | str) -> Tensor:
+        """The matrix on a device, or as it is where matrices are kept in files."""
+        return matrix.to(device) if self.folder is None else matrix
+
     def add(self, one: Tensor, other: Tensor) -> Tensor:
         """The sum of two matrices; they are left as they are."""
         if self.folder is None:
-            return one + other
-        return torch.add(one, other, out=self._file(one))
+            return one + other.to(one.device)
+        return torch.add(one.cpu(), other.cpu(), out=self._file(one))
 
     def _file(self, like: Tensor) -> Tensor:
         if like.numel() == 0:
-            return torch.empty_like(like)
+            return torch.empty_like(like, device="cpu")
         handle, path = tempfile.mkstemp(dir=self.folder, prefix=_PREFIX, suffix=_SUFFIX)
         os.close(handle)
         try:
@@ -81,13 +87,14 @@ class InputSums:
         """The sums over both, in new matrices.
 
         Args:
-            other: of the same features and dtype.
+            other: of the same features and dtype, on any device.
             storage: where the sum is kept, in memory or in a file.
 
         Returns:
             The sums over the rows of both.
         """
-        return InputSums(storage.add(self.gram, other.gram), self.total + other.total, self.count + other.count)
+        total = self.total + other.total.to(self.total.device)
+        return InputSums(storage.add(self.gram, other.gram), total, self.count + other.count)
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,7 @@ class TargetSums:
 
     def plus(self, other: TargetSums, storage: Storage) -> TargetSums:
         """The sums over both."""
-        cross, total = storage.add(self.cross, other.cross), self.total + other.total
-        whole = None if self.whole is None or other.whole is None else self.whole + other.whole
-        return TargetSums(cross, total, self.square + other.square, whole)
+        device = self.total.device
+        cross, total = storage.add(self.cross, other.cross), self.total + other.total.to(device)
+        whole = None if self.whole is None or other.whole is None else self.whole + other.whole.to(device)
+        return TargetSums(cross, total, self.square + other.square.to(device), whole)

@@ -1,9 +1,9 @@
 """Batched least squares and Cholesky solves, differentiable to every order.
 
 Every function takes float32 or float64 tensors of any strides and any batch dimensions, broadcast as torch.linalg does,
-and reads them in place. They are on the CPU, or on a CUDA GPU (``inverse_cholesky`` and ``solve_normal_segments``: on
-the CPU). Results of bfloat16 and float16 inputs are float32. The rows X of ``gram``, ``moments``, ``solve_normal`` and
-``NormalEquations`` are widened as they are read; other inputs are converted.
+and reads them in place. They are on the CPU, or on a CUDA GPU (``solve_normal_segments``: on the CPU). Results of
+bfloat16 and float16 inputs are float32. The rows X of ``gram``, ``moments``, ``solve_normal`` and ``NormalEquations``
+are widened as they are read; other inputs are converted.
 """
 
 from onestep.linalg._accumulate import LinearSolution, NormalEquations

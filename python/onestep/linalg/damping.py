@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onestep._fork import safe_after_fork
+from onestep._torch_private import forward_level, transforms_active
 from onestep.linalg._arguments import floating, number, values_are_known
 from onestep.ops import compensated as ops
 from onestep.ops.operands import check_size
@@ -58,12 +59,19 @@ def damped_factor(factor: Factor, A: Tensor, damping: float | Tensor) -> tuple[T
     asked = _damping(damping, A)
     found, info = factor(A, asked)
     used = asked.expand(info.shape).clone()
-    if values_are_known(A) and bool((info > 0).any()):
+    if _waited_for(A) and bool((info > 0).any()):
         used = _escalated(factor, A.detach(), info, used)
         found = factor(A, used.nan_to_num(nan=0.0))[0]
     else:
         used = torch.where(info == 0, used, torch.nan)
     return found, info, torch.where(info < 0, torch.nan, used)
+
+
+def _waited_for(A: Tensor) -> bool:
+    """Whether the statuses of a call may decide what is done next: on a GPU, too, unless a graph is captured."""
+    if A.is_cuda and not (torch.compiler.is_compiling() or transforms_active() or forward_level() >= 0):
+        return not torch.cuda.is_current_stream_capturing()
+    return values_are_known(A)
 
 
 def _damping(damping: float | Tensor, A: Tensor) -> Tensor:
@@ -73,7 +81,7 @@ def _damping(damping: float | Tensor, A: Tensor) -> Tensor:
             raise ValueError("damping has values that are negative or not finite; expected 0 or more")
         return asked
     amount = number("damping", damping, 0.0, torch.finfo(A.dtype).max, "a finite number of 0 or more")
-    return torch.tensor(amount, dtype=A.dtype, device=A.device)
+    return torch.full((), amount, dtype=A.dtype, device=A.device)
 
 
 def more_damping(damping: Tensor, dtype: torch.dtype) -> Tensor:

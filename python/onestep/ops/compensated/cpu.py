@@ -79,8 +79,7 @@ def _compensated_sweep(
         scales.copy_(scale)
         zeros.copy_(zero)
         columns = group.contiguous()
-        if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < scales.shape[1]:
-            raise ValueError(f"group has values outside 0 to {scales.shape[1] - 1}, the columns of scale")
+        schema.check_groups(columns, scales.shape[1])
     upper = factor.contiguous()
     _SWEEP[W.dtype](
         w=weight.data_ptr(),

@@ -84,6 +84,8 @@ def compensated_sweep_results(
             raise ValueError("group was given without scale (n, groups) and zero (n, groups)")
         if group.shape != (d,) or group.dtype != torch.int64:
             raise ValueError(f"group has shape {tuple(group.shape)} and dtype {group.dtype}; expected ({d},), int64")
+        if group.device != W.device:
+            raise ValueError(f"group is on device {group.device}; expected {W.device}, like the other operands")
         groups = scale.shape[1]
         for name, grid in (("scale", scale), ("zero", zero)):
             check_like(name, grid, W)
@@ -92,6 +94,12 @@ def compensated_sweep_results(
     codes = W.new_empty((n, d if bits > 0 else 0), dtype=torch.uint8)
     error = W.new_empty(n, dtype=torch.float64)
     return W.new_empty((n, d)), codes, W.new_empty((n, groups)), W.new_empty((n, groups)), error
+
+
+def check_groups(group: Tensor, groups: int) -> None:
+    """Raises ValueError if a column's group is none of those that ``scale`` has; reads the values."""
+    if group.numel() and not 0 <= int(group.min()) <= int(group.max()) < groups:
+        raise ValueError(f"group has values outside 0 to {groups - 1}, the columns of scale")
 
 
 compensated_sweep = define(
