@@ -65,7 +65,11 @@ def test_ops(name: str, label: str | None) -> None:
 def test_attention(masked: bool) -> None:
     q, k, v = (torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     mask = torch.randn(5, 5, dtype=torch.float64, requires_grad=True) if masked else None
-    assert_same(lambda q, k, v, mask: scaled_dot_product_attention(q, k, v, mask, is_causal=not masked), (q, k, v, mask))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=not masked)
+
+    assert_same(attention, (q, k, v, mask))
 
 
 class Encoder(nn.Module):
