@@ -105,9 +105,10 @@ def test_groups_of_columns_are_exact(n, d, k, dtype):
         torch.testing.assert_close(solve_normal(X, X @ W), W, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("batch", [(), (19,)])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_gram_of_half_precision_is_float32(half):
-    X, Y, weight, _ = cases.inputs(Case("half", n=20, d=5, weighted=True), torch.float32)
+def test_gram_of_half_precision_is_float32(half, batch):
+    X, Y, weight, _ = cases.inputs(Case("half", n=20, d=5, batch=batch, weighted=True), torch.float32)
     ours = gram(X.to(half), Y.to(half), weight=weight.to(half))
     wide = gram(X.to(half).float(), Y.to(half).float(), weight=weight.to(half).float())
     for part, expected in zip(ours, wide, strict=True):
