@@ -119,6 +119,24 @@ def test_every_order(size: str, option: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_get_the_work_memory_that_the_native_module_asks_for(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four numbers for each row of queries: of 2 × 3 problems, 4 heads and 5 queries."""
+    taken: list[int] = []
+    workspace = _cuda.workspace
+    monkeypatch.setattr(_cuda, "workspace", lambda like, size: taken.append(size) or workspace(like, size))
+    q = torch.randn(2, 3, 4, 5, 7, dtype=dtype, device=DEVICE, requires_grad=True)
+    k = torch.randn(2, 3, 2, 6, 7, dtype=dtype, device=DEVICE)
+    scaled_dot_product_attention(q, k, k, enable_gqa=True).sum().backward()
+    assert taken == [4 * dtype.itemsize * 2 * 3 * 4 * 5]
+    assert _cuda.native is not None
+    monkeypatch.setattr(_cuda.native, "attention_gradients_workspace", lambda **sizes: taken[0] + 64)
+    scaled_dot_product_attention(q, k, k, enable_gqa=True).sum().backward()
+    assert taken[1:] == [taken[0] + 64]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_see_no_key(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 2, 20, 8, device=DEVICE).to(dtype) for _ in range(3))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from processes import Child
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -90,3 +92,43 @@ def test_no_gradient_leaves_the_kernel_where_none_is_wanted():
     recorded.sum().backward()
     assert recorded.requires_grad
     assert A.grad is not None
+
+
+@pytest.mark.parametrize(("device", "key"), [("xla", "XLA"), ("mps", "MPS"), ("xpu", "XPU"), ("mtia", "MTIA")])
+@pytest.mark.parametrize("name", ["gram", "attention", "polar", "sparse_multiply"])
+def test_devices_without_kernels_are_told(name, device, key):
+    """By the op, with the device's name and the remedy; torch's own message has neither."""
+    op = _OPS[name]
+    with FakeTensorMode():
+        x = torch.empty(3, 2, device=device)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    values = {"Tensor": x, "int": 1, "float": 1.0, "bool": False, "SymInt": 1}
+    arguments = [values.get(str(argument.type)) for argument in op.dispatched._schema.arguments]
+    message = (
+        rf"onestep::{name} has no kernel for {device} tensors \(onestep has kernels for cpu and cuda\): move .*cpu"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        op.dispatched.redispatch(keys, *arguments)
+
+
+def test_devices_of_other_packages_are_told_by_their_own_names():
+    """A backend that torch does not know is a key of its own, under the name that its package gave it."""
+    finished = Child("""if True:
+        import torch
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+        from onestep.linalg import gram, solve_normal
+
+        _setup_privateuseone_for_python_backend("abacus")
+        X = torch._C._acc.create_empty_tensor((3, 2), torch.float32)
+        recorded = torch._C._acc.create_empty_tensor((3, 2), torch.float32).requires_grad_()
+        for call in (lambda: gram(X, X), lambda: solve_normal(X, X), lambda: gram(recorded, X)):
+            try:
+                call()
+            except NotImplementedError as error:
+                print(error)
+    """).finish()
+    reason = "has no kernel for abacus tensors (onestep has kernels for cpu and cuda): move the operands to the CPU"
+    assert finished.returncode == 0, finished.errors
+    assert [line.partition(" with")[0] for line in finished.output.splitlines()] == [
+        f"onestep::{name} {reason}" for name in ("gram", "solve_normal", "gram")
+    ]

@@ -105,14 +105,33 @@ def test_groups_of_columns_are_exact(n, d, k, dtype):
         torch.testing.assert_close(solve_normal(X, X @ W), W, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("batch", [(), (19,)])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_gram_of_half_precision_is_float32(half):
-    X, Y, weight, _ = cases.inputs(Case("half", n=20, d=5, weighted=True), torch.float32)
+def test_gram_of_half_precision_is_float32(half, batch):
+    X, Y, weight, _ = cases.inputs(Case("half", n=20, d=5, batch=batch, weighted=True), torch.float32)
     ours = gram(X.to(half), Y.to(half), weight=weight.to(half))
     wide = gram(X.to(half).float(), Y.to(half).float(), weight=weight.to(half).float())
     for part, expected in zip(ours, wide, strict=True):
         assert part.dtype == torch.float32
         assert_bitwise(part, expected)
+
+
+# Many problems are computed one in each vector lane, one alone is not; up to 4096 rows, 32 features and 16 targets.
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("n", "d", "k"), [(1, 1, 0), (5, 9, 2), (40, 8, 1), (130, 3, 5), (300, 32, 16), (4096, 2, 1), (4097, 2, 1)]
+)
+def test_a_gram_matrix_depends_on_its_own_rows_alone(n, d, k, weighted, dtype):
+    """Bitwise the same alone, in any place of a batch, and in a batch of any size."""
+    X, Y, weight, _ = cases.inputs(Case("apart", n=n, d=d, k=k, batch=(37,), weighted=weighted), dtype)
+
+    def problems(some: slice) -> tuple[Tensor, ...]:
+        return gram(X[some], Y[some], weight=None if weight is None else weight[some])
+
+    together = problems(slice(None))
+    for some in (slice(0, 1), slice(36, 37), slice(3, 20), slice(5, 13), slice(1, 37, 3)):
+        for part, apart in zip(together, problems(some), strict=True):
+            assert_bitwise(part[some], apart)
 
 
 def test_gram_of_nothing(dtype):

@@ -366,3 +366,13 @@ def test_bitwise_for_any_number_of_threads(name, dtype):
         torch.set_num_threads(threads)
         for part, one in zip(threaded_work(name, dtype), expected, strict=True):
             assert_bitwise(part, one)
+
+
+@pytest.mark.parametrize("batch", [(), (5,)])
+def test_the_bare_op_takes_no_features(batch, dtype):
+    """The public functions refuse them; where the op is called bare, a division by zero had ended the process."""
+    X, Y = torch.ones(*batch, 4, 0, dtype=dtype, requires_grad=True), torch.ones(*batch, 4, 3, dtype=dtype)
+    solution, info = torch.ops.onestep.solve_normal(X, Y)
+    assert solution.shape == (*batch, 0, 3)
+    assert not info.any()
+    assert torch.autograd.grad(solution.sum(), X)[0].shape == X.shape

@@ -305,84 +305,145 @@ def mlp_jacobian_f32(
 mlp_jacobian_f64 = mlp_jacobian_f32
 
 _AttentionInput = tuple[int, Sequence[int], int, object] | None
-_AttentionInputs = Sequence[_AttentionInput]
-# Addresses of the gradients of q, k and v, and that of the mask.
-_AttentionGrads = tuple[int, int, int, _AttentionInput]
 
 def attention_forward_f32(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
+    q: _AttentionInput,
+    k: _AttentionInput,
+    v: _AttentionInput,
+    mask: _AttentionInput,
+    out: _AttentionInput,
+    lse: _AttentionInput,
+    grad: _AttentionInput,
+    grad_lse: _AttentionInput,
+    q_tangent: _AttentionInput,
+    k_tangent: _AttentionInput,
+    v_tangent: _AttentionInput,
+    mask_tangent: _AttentionInput,
+    out_tangent: _AttentionInput,
+    lse_tangent: _AttentionInput,
+    grad_tangent: _AttentionInput,
+    grad_lse_tangent: _AttentionInput,
     batch: Sequence[int],
-    sizes: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    d: int,
+    dv: int,
     scale: float,
     causal: bool,
-    out: int,
-    lse: int,
+    to_out: int,
+    to_lse: int,
 ) -> None: ...
 
 attention_forward_f64 = attention_forward_f32
-
-def attention_jvp_f32(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
-    batch: Sequence[int],
-    sizes: Sequence[int],
-    scale: float,
-    causal: bool,
-    out: int,
-    lse: int,
-) -> None: ...
-
-attention_jvp_f64 = attention_jvp_f32
+attention_jvp_f32 = attention_forward_f32
+attention_jvp_f64 = attention_forward_f32
 
 def attention_forward_and_jvp_f32(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
+    q: _AttentionInput,
+    k: _AttentionInput,
+    v: _AttentionInput,
+    mask: _AttentionInput,
+    out: _AttentionInput,
+    lse: _AttentionInput,
+    grad: _AttentionInput,
+    grad_lse: _AttentionInput,
+    q_tangent: _AttentionInput,
+    k_tangent: _AttentionInput,
+    v_tangent: _AttentionInput,
+    mask_tangent: _AttentionInput,
+    out_tangent: _AttentionInput,
+    lse_tangent: _AttentionInput,
+    grad_tangent: _AttentionInput,
+    grad_lse_tangent: _AttentionInput,
     batch: Sequence[int],
-    sizes: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    d: int,
+    dv: int,
     scale: float,
     causal: bool,
-    out: int,
-    lse: int,
-    out_tangent: int,
-    lse_tangent: int,
+    to_out: int,
+    to_lse: int,
+    to_out_tangent: int,
+    to_lse_tangent: int,
 ) -> None: ...
 
 attention_forward_and_jvp_f64 = attention_forward_and_jvp_f32
 
 def attention_backward_f32(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
+    q: _AttentionInput,
+    k: _AttentionInput,
+    v: _AttentionInput,
+    mask: _AttentionInput,
+    out: _AttentionInput,
+    lse: _AttentionInput,
+    grad: _AttentionInput,
+    grad_lse: _AttentionInput,
+    q_tangent: _AttentionInput,
+    k_tangent: _AttentionInput,
+    v_tangent: _AttentionInput,
+    mask_tangent: _AttentionInput,
+    out_tangent: _AttentionInput,
+    lse_tangent: _AttentionInput,
+    grad_tangent: _AttentionInput,
+    grad_lse_tangent: _AttentionInput,
     batch: Sequence[int],
-    sizes: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    d: int,
+    dv: int,
     scale: float,
     causal: bool,
-    grads: _AttentionGrads,
+    to_q_grad: int,
+    to_k_grad: int,
+    to_v_grad: int,
+    to_mask_grad: _AttentionInput,
 ) -> None: ...
 
 attention_backward_f64 = attention_backward_f32
-
-def attention_backward_jvp_f32(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
-    batch: Sequence[int],
-    sizes: Sequence[int],
-    scale: float,
-    causal: bool,
-    grads: _AttentionGrads,
-) -> None: ...
-
-attention_backward_jvp_f64 = attention_backward_jvp_f32
+attention_backward_jvp_f32 = attention_backward_f32
+attention_backward_jvp_f64 = attention_backward_f32
 
 def attention_backward_and_jvp_f32(
-    primal: _AttentionInputs,
-    tangent: _AttentionInputs,
+    q: _AttentionInput,
+    k: _AttentionInput,
+    v: _AttentionInput,
+    mask: _AttentionInput,
+    out: _AttentionInput,
+    lse: _AttentionInput,
+    grad: _AttentionInput,
+    grad_lse: _AttentionInput,
+    q_tangent: _AttentionInput,
+    k_tangent: _AttentionInput,
+    v_tangent: _AttentionInput,
+    mask_tangent: _AttentionInput,
+    out_tangent: _AttentionInput,
+    lse_tangent: _AttentionInput,
+    grad_tangent: _AttentionInput,
+    grad_lse_tangent: _AttentionInput,
     batch: Sequence[int],
-    sizes: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    d: int,
+    dv: int,
     scale: float,
     causal: bool,
-    grads: _AttentionGrads,
-    tangents: _AttentionGrads,
+    to_q_grad: int,
+    to_k_grad: int,
+    to_v_grad: int,
+    to_mask_grad: _AttentionInput,
+    to_q_grad_tangent: int,
+    to_k_grad_tangent: int,
+    to_v_grad_tangent: int,
+    to_mask_grad_tangent: _AttentionInput,
 ) -> None: ...
 
 attention_backward_and_jvp_f64 = attention_backward_and_jvp_f32

@@ -3,6 +3,7 @@
 // test-cpp.
 #include <numeric>
 
+#include "gram_packs.hpp"
 #include "normal/normal.hpp"
 #include "normal_results.hpp"
 #include "segments.hpp"
@@ -213,8 +214,9 @@ void compare(const Inputs<T>& in, const std::string& name) {
 
     const Results<T> threaded = with_threads([&] { return run<true>(in); });
     check(identical(threaded.solution, got.solution) && identical(threaded.factor, got.factor) &&
-              identical(threaded.gram, got.gram) && identical(threaded.grad_x, got.grad_x) &&
-              identical(threaded.spd, got.spd) && identical(threaded.moments, got.moments),
+              identical(threaded.gram, got.gram) && identical(threaded.cross, got.cross) &&
+              identical(threaded.grad_x, got.grad_x) && identical(threaded.spd, got.spd) &&
+              identical(threaded.moments, got.moments),
           name + " with threads: not bitwise the same");
 }
 
@@ -449,6 +451,8 @@ int main(int argc, char** argv) {
           [] { check(select_target("no such target") == SelectResult::unknown, "select_target of an unknown name"); }},
          {"sizes_fp32", [] { test_sizes<float>("fp32"); }},
          {"sizes_fp64", [] { test_sizes<double>("fp64"); }},
+         {"gram_packs_fp32", [] { test_gram_packs<float>("fp32"); }},
+         {"gram_packs_fp64", [] { test_gram_packs<double>("fp64"); }},
          {"half", test_half},
          {"half_alone", test_half_alone},
          {"segments_fp32", [] { test_segments<float>("fp32"); }},

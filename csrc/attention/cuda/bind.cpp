@@ -1,90 +1,82 @@
 #include "base/cuda/bind.hpp"
 
-#include <array>
-
+#include "attention/bind.hpp"
 #include "attention/cuda/attention.hpp"
 
 namespace onestep {
 namespace {
 
 namespace py = pybind11;
+using attention::cuda::AttentionOutputs;
+using attention::cuda::AttentionProblem;
+using attention::cuda::AttentionTensors;
 using bindings::Address;
+using bindings::AttentionCall;
 using bindings::Sizes;
+using py::literals::operator""_a;
 
-// (address, strides, element type), or None.
-using Input = std::optional<std::tuple<Address, Sizes, int>>;
-// q, k, v, mask, out, lse, grad, grad_lse; L and its cotangent by their addresses, 0: absent.
-using Tensors = std::tuple<Input, Input, Input, Input, Input, Address, Input, Address>;
-
-HeadedOperand operand(const Input& given, int dims) {
-    if (!given.has_value()) {
-        return {};
-    }
-    const auto& [address, strides, element] = *given;
-    return bindings::headed(address, strides, element, dims);
+// L and its cotangent are contiguous: their addresses say all.
+AttentionTensors tensors(const AttentionInputs& given) {
+    return {given.q,
+            given.k,
+            given.v,
+            given.mask,
+            given.out,
+            given.grad,
+            static_cast<const double*>(given.lse.data),
+            static_cast<const double*>(given.grad_lse.data)};
 }
 
-attention::cuda::AttentionTensors tensors(const Tensors& given, int dims) {
-    attention::cuda::AttentionTensors result;
-    result.q = operand(std::get<0>(given), dims);
-    result.k = operand(std::get<1>(given), dims);
-    result.v = operand(std::get<2>(given), dims);
-    result.mask = operand(std::get<3>(given), dims);
-    result.out = operand(std::get<4>(given), dims);
-    result.lse = bindings::pointer<const double>(std::get<5>(given));
-    result.grad = operand(std::get<6>(given), dims);
-    result.grad_lse = bindings::pointer<const double>(std::get<7>(given));
-    return result;
-}
-
-// sizes: heads, kv_heads, queries, keys, d, dv
-attention::cuda::AttentionProblem problem(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes,
-                                          double scale, bool causal, bool warp_groups, const Tensors& primal,
-                                          const Tensors& tangent) {
-    attention::cuda::AttentionProblem result;
+AttentionProblem problem(const AttentionCall& call, int element, bool warp_groups) {
+    AttentionProblem result;
     result.element = static_cast<Element>(element);
-    result.batch = bindings::batch_shape(batch);
-    result.heads = sizes[0];
-    result.kv_heads = sizes[1];
-    result.queries = sizes[2];
-    result.keys = sizes[3];
-    result.d = static_cast<int>(sizes[4]);
-    result.dv = static_cast<int>(sizes[5]);
-    result.scale = scale;
-    result.causal = causal;
+    result.batch = call.batch;
+    result.heads = call.heads;
+    result.kv_heads = call.kv_heads;
+    result.queries = call.queries;
+    result.keys = call.keys;
+    result.d = static_cast<int>(call.d);
+    result.dv = static_cast<int>(call.dv);
+    result.scale = call.scale;
+    result.causal = call.causal;
     result.warp_groups = warp_groups;
-    result.primal = tensors(primal, result.batch.dims);
-    result.tangent = tensors(tangent, result.batch.dims);
+    result.primal = tensors(call.primal);
+    result.tangent = tensors(call.tangent);
     return result;
 }
 
-template <Status (*Kernel)(const attention::cuda::AttentionProblem&, const attention::cuda::AttentionOutputs&,
-                           cudaStream_t)>
-void run_outputs(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
-                 bool warp_groups, const Tensors& primal, const Tensors& tangent, Address out, Address lse, int device,
+template <Status (*Kernel)(const AttentionProblem&, const AttentionOutputs&, cudaStream_t)>
+void run_outputs(const AttentionCall& call, int element, bool warp_groups, Address to_out, Address to_lse, int device,
                  Address stream) {
-    const attention::cuda::AttentionProblem given =
-        problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
-    attention::cuda::AttentionOutputs outputs;
-    outputs.out = bindings::pointer<void>(out);
-    outputs.lse = bindings::pointer<double>(lse);
-    bindings::run_on_device(device, [&] { return Kernel(given, outputs, bindings::stream_of(stream)); });
+    AttentionOutputs outputs;
+    outputs.out = bindings::pointer<void>(to_out);
+    outputs.lse = bindings::pointer<double>(to_lse);
+    bindings::run_on_device(
+        device, [&] { return Kernel(problem(call, element, warp_groups), outputs, bindings::stream_of(stream)); });
 }
 
-void run_gradients(int element, const Sizes& batch, const std::array<int64_t, 6>& sizes, double scale, bool causal,
-                   bool warp_groups, const Tensors& primal, const Tensors& tangent, bool tangents,
-                   const std::array<Address, 4>& results, Address workspace, int device, Address stream) {
-    const attention::cuda::AttentionProblem given =
-        problem(element, batch, sizes, scale, causal, warp_groups, primal, tangent);
-    attention::cuda::AttentionOutputs outputs;
-    outputs.q_grad = bindings::pointer<void>(results[0]);
-    outputs.k_grad = bindings::pointer<void>(results[1]);
-    outputs.v_grad = bindings::pointer<void>(results[2]);
-    outputs.score_grad = bindings::pointer<void>(results[3]);
+// Gradients that are not wanted have the address 0.
+void run_gradients(const AttentionCall& call, int element, bool warp_groups, bool tangents, Address to_q_grad,
+                   Address to_k_grad, Address to_v_grad, Address to_score_grad, Address workspace, int device,
+                   Address stream) {
+    AttentionOutputs outputs;
+    outputs.q_grad = bindings::pointer<void>(to_q_grad);
+    outputs.k_grad = bindings::pointer<void>(to_k_grad);
+    outputs.v_grad = bindings::pointer<void>(to_v_grad);
+    outputs.score_grad = bindings::pointer<void>(to_score_grad);
     bindings::run_on_device(device, [&] {
-        return attention::cuda::attention_gradients(given, tangents, outputs, bindings::pointer<void>(workspace),
-                                                    bindings::stream_of(stream));
+        return attention::cuda::attention_gradients(problem(call, element, warp_groups), tangents, outputs,
+                                                    bindings::pointer<void>(workspace), bindings::stream_of(stream));
     });
+}
+
+int64_t gradients_workspace(int element, const Sizes& batch, int64_t heads, int64_t queries) {
+    AttentionProblem sizes;
+    sizes.element = static_cast<Element>(element);
+    sizes.batch = bindings::batch_shape(batch);
+    sizes.heads = heads;
+    sizes.queries = queries;
+    return attention::cuda::attention_gradients_workspace(sizes);
 }
 
 bool supported(int element, int d, int dv, int device) {
@@ -99,19 +91,15 @@ bool supported(int element, int d, int dv, int device) {
 }  // namespace
 
 void register_attention_cuda(py::module_& module) {
-    using namespace py::literals;
     module.def("attention_supported", supported, "element"_a, "d"_a, "dv"_a, "device"_a);
-    module.def("attention_forward", run_outputs<attention::cuda::attention_forward>, "element"_a, "batch"_a, "sizes"_a,
-               "scale"_a, "causal"_a, "warp_groups"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a,
-               "stream"_a);
-    module.def("attention_jvp", run_outputs<attention::cuda::attention_jvp>, "element"_a, "batch"_a, "sizes"_a,
-               "scale"_a, "causal"_a, "warp_groups"_a, "primal"_a, "tangent"_a, "out"_a, "lse"_a, "device"_a,
-               "stream"_a);
-    // results: the gradients of q, k, v and of the scores, 0: not wanted. workspace: 16 bytes (32 for double) for each
-    // row of queries.
-    module.def("attention_gradients", run_gradients, "element"_a, "batch"_a, "sizes"_a, "scale"_a, "causal"_a,
-               "warp_groups"_a, "primal"_a, "tangent"_a, "tangents"_a, "results"_a, "workspace"_a, "device"_a,
-               "stream"_a);
+    module.def("attention_gradients_workspace", gradients_workspace, "element"_a, "batch"_a, "heads"_a, "queries"_a);
+    const auto define = [&](const char* name, auto body, const auto&... names) {
+        bindings::define_attention(module, name, body, "element"_a, "warp_groups"_a, names..., "device"_a, "stream"_a);
+    };
+    define("attention_forward", run_outputs<attention::cuda::attention_forward>, "to_out"_a, "to_lse"_a);
+    define("attention_jvp", run_outputs<attention::cuda::attention_jvp>, "to_out"_a, "to_lse"_a);
+    define("attention_gradients", run_gradients, "tangents"_a, "to_q_grad"_a, "to_k_grad"_a, "to_v_grad"_a,
+           "to_score_grad"_a, "workspace"_a);
 }
 
 }  // namespace onestep

@@ -33,18 +33,45 @@ int64_t leading_dimension(const NormalKernels<T>& kernels, int64_t columns) {
 // The rows of a pack's problems, if they are of 16 bits, are widened first, and stay in the second-level cache.
 inline constexpr int64_t kMostWidenedBytes = int64_t{256} << 10;
 
+// Whether problems are small enough to be computed one in each vector lane.
+template <class T>
+bool fits_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t n, int64_t d, int64_t k, bool half) {
+    const int64_t widened = half ? kernels.lanes * n * d : 0;
+    return problems > 0 && d > 0 && d <= kPackFeatures && k <= kPackTargets &&
+           widened * static_cast<int64_t>(sizeof(T)) <= kMostWidenedBytes;
+}
+
+// `work` elements for a pack's kernel, and its rows of 16 bits.
+template <class T>
+void add_pack_memory(PackPlan<T>& plan, const NormalKernels<T>& kernels, int64_t work, int64_t n, int64_t d,
+                     bool half) {
+    plan.work = plan.own_layout.template add<T>("work", work);
+    plan.widened = plan.own_layout.template add<T>("widened", plan.packed && half ? kernels.lanes * n * d : 0);
+}
+
 // Small problems are solved one in each vector lane if there are enough of them, or if each is tiny.
 template <class T>
 PackPlan<T> plan_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t n, int64_t d, int64_t k,
                       bool half = false) {
     PackPlan<T> plan;
-    const int64_t widened = half ? kernels.lanes * n * d : 0;
-    const bool small =
-        d <= kPackFeatures && k <= kPackTargets && widened * static_cast<int64_t>(sizeof(T)) <= kMostWidenedBytes;
-    plan.packed = problems > 0 && small && (problems >= kernels.lanes / 2 || n * d <= 4096);
-    plan.work = plan.own_layout.template add<T>("work", plan.packed ? kernels.pack_work(d, k) : 0);
-    plan.widened = plan.own_layout.template add<T>("widened", plan.packed ? widened : 0);
+    plan.packed = fits_pack(kernels, problems, n, d, k, half) && (problems >= kernels.lanes / 2 || n * d <= 4096);
+    add_pack_memory(plan, kernels, plan.packed ? kernels.pack_work(d, k) : 0, n, d, half);
     return plan;
+}
+
+// Lane `lane` of a pack gets the rows of a problem.
+template <class T, class Args>
+void set_lane_rows(const NormalKernels<T>& kernels, const Args& args, int64_t problem, int64_t lane,
+                   PackArgs<T>& pack) {
+    if (args.x_half) {
+        T* to = pack.widened + lane * args.n * args.d;
+        kernels.widen_rows(args.x_half.element, args.x_half.rows.at(args.batch, problem), args.n, args.d, to);
+        pack.x.set(lane, {to, args.d, 1});
+    } else {
+        pack.x.set(lane, args.x.at(args.batch, problem));
+    }
+    pack.y.set(lane, args.y.at(args.batch, problem));
+    pack.weight.set(lane, args.weight.at(args.batch, problem));
 }
 
 // For every pack: calls fill(pack, lane, problem, real) for each lane, then solve(pack, work), then after(problem) for

@@ -58,25 +58,28 @@ void provisional_means(const MomentsArgs<T>& args, double* sums, T* shift) {
     }
 }
 
-}  // namespace
-
 template <class T>
-GramPlan<T> plan(const GramArgs<T>& args) {
-    GramPlan<T> plan = plan_gram(active_normal_kernels<T>(), args.batch.count(), args.n, args.d, args.k);
-    if constexpr (std::is_same_v<T, float>) {
-        const bool plain = args.k == 0 && args.weight.data == nullptr;
-        if (args.x_half.element == Element::bfloat16 && plain && args.d >= kAmxFeatures) {
-            plan.gram_rows = ONESTEP_AMX_KERNELS(normal, bf16).gram_rows;
+Status gram_packed(const GramEntryPlan<T>& plan, const GramArgs<T>& args) {
+    const int64_t d = args.d;
+    const int64_t k = args.k;
+    const NormalKernels<T>& kernels = *plan.gram.kernels;
+    const auto fill = [&](PackArgs<T>& pack, int64_t lane, int64_t problem, bool real) {
+        pack.n = args.n;
+        pack.d = d;
+        pack.k = k;
+        set_lane_rows(kernels, args, problem, lane, pack);
+        if (real) {
+            pack.gram[lane] = args.gram + problem * d * d;
+            pack.cross[lane] = k > 0 ? args.cross + problem * d * k : nullptr;
         }
-    }
-    return plan;
+    };
+    return for_each_pack<T>(kernels, plan.pack, args.batch.count(), args.n * d * (d + k), fill,
+                            kernels.pack_gram_matrices, kNothingAfter);
 }
 
+// Gram matrices of problems that are not packed.
 template <class T>
-Status run(const GramPlan<T>& plan, const GramArgs<T>& args, const Workspace& workspace) {
-    if (any_negative(args.weight, args.batch, args.n)) {
-        return Status::negative_weight;
-    }
+Status gram_of_each(const GramPlan<T>& plan, const GramArgs<T>& args, const Workspace& workspace) {
     const int64_t d = args.d;
     const int64_t k = args.k;
     const auto rows = [&](int64_t problem) { return rows_of<T>(args, problem); };
@@ -125,6 +128,40 @@ Status run(const GramPlan<T>& plan, const GramArgs<T>& args, const Workspace& wo
                                 }
                                 return Status::ok;
                             });
+}
+
+}  // namespace
+
+// Small problems are summed one in each vector lane, if they fill at least half of the lanes. Both ways give the same
+// bits, so that the number of problems does not show in a result.
+template <class T>
+GramEntryPlan<T> plan(const GramArgs<T>& args) {
+    const NormalKernels<T>& kernels = active_normal_kernels<T>();
+    const int64_t problems = args.batch.count();
+    const bool half = static_cast<bool>(args.x_half);
+    GramEntryPlan<T> plan;
+    // More rows are summed in double.
+    plan.pack.packed = args.n <= kSlabRows && problems >= kernels.lanes / 2 &&
+                       fits_pack(kernels, problems, args.n, args.d, args.k, half);
+    add_pack_memory(plan.pack, kernels, plan.pack.packed ? kernels.pack_gram_work(args.d, args.k) : 0, args.n, args.d,
+                    half);
+    plan.gram = plan_gram(kernels, problems, args.n, args.d, args.k);
+    plan.layout = plan.gram.layout;
+    if constexpr (std::is_same_v<T, float>) {
+        const bool plain = args.k == 0 && args.weight.data == nullptr;
+        if (args.x_half.element == Element::bfloat16 && plain && args.d >= kAmxFeatures) {
+            plan.gram.gram_rows = ONESTEP_AMX_KERNELS(normal, bf16).gram_rows;
+        }
+    }
+    return plan;
+}
+
+template <class T>
+Status run(const GramEntryPlan<T>& plan, const GramArgs<T>& args, const Workspace& workspace) {
+    if (any_negative(args.weight, args.batch, args.n)) {
+        return Status::negative_weight;
+    }
+    return plan.pack.packed ? gram_packed(plan, args) : gram_of_each(plan.gram, args, workspace);
 }
 
 template <class T>
@@ -219,9 +256,9 @@ Status moments(const MomentsArgs<T>& args) {
 }
 
 #define ONESTEP_INSTANTIATE(T)                                                           \
-    template GramPlan<T> plan(const GramArgs<T>&);                                       \
+    template GramEntryPlan<T> plan(const GramArgs<T>&);                                  \
     template MomentsPlan<T> plan(const MomentsArgs<T>&);                                 \
-    template Status run(const GramPlan<T>&, const GramArgs<T>&, const Workspace&);       \
+    template Status run(const GramEntryPlan<T>&, const GramArgs<T>&, const Workspace&);  \
     template Status run(const MomentsPlan<T>&, const MomentsArgs<T>&, const Workspace&); \
     template Status gram(const GramArgs<T>&);                                            \
     template Status moments(const MomentsArgs<T>&);

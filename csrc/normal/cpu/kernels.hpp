@@ -72,9 +72,11 @@ struct PackArgs {
     T* factor[kMostLanes];
     T* rcond[kMostLanes];
     int32_t* info[kMostLanes];
+    T* gram[kMostLanes];  // of pack_gram_matrices, as is `cross`
+    T* cross[kMostLanes];
 
     void clear(int64_t lane) {
-        solution[lane] = factor[lane] = rcond[lane] = nullptr;
+        solution[lane] = factor[lane] = rcond[lane] = gram[lane] = cross[lane] = nullptr;
         info[lane] = nullptr;
     }
 };
@@ -151,6 +153,11 @@ struct NormalKernels {
                       int64_t ld);
     void (*dual_back)(const SegmentRows<T>& rows, int64_t begin, int64_t n, const T* scale, const T* a, int64_t step,
                       T* v);
+
+    // Gram matrices of a pack of `lanes` problems, with the bits of gram_rows over all rows. `work` holds
+    // pack_gram_work(d, k) elements.
+    void (*pack_gram_matrices)(const PackArgs<T>& args, T* work);
+    int64_t (*pack_gram_work)(int64_t d, int64_t k);
 
     // A pack of `lanes` problems. `work` holds pack_work(d, k) elements.
     void (*pack_solve_normal)(const PackArgs<T>& args, T* work);

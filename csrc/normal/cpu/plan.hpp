@@ -8,6 +8,15 @@
 
 namespace onestep {
 
+// Problems that are computed one in each vector lane.
+template <class T>
+struct PackPlan {
+    bool packed = false;
+    Layout own_layout;
+    Part<T> work;
+    Part<T> widened;  // X of 16 bits, of all lanes
+};
+
 // A Gram matrix [A | R] of each problem, in rows of `ld` elements.
 template <class T>
 struct GramPlan {
@@ -47,6 +56,14 @@ struct GramPlan {
     Group group_of(int64_t index) const;
 };
 
+// Of the entry gram.
+template <class T>
+struct GramEntryPlan {
+    Layout layout;
+    PackPlan<T> pack;
+    GramPlan<T> gram;  // of problems that are not packed
+};
+
 template <class T>
 struct MomentsPlan {
     Layout layout;
@@ -72,15 +89,6 @@ struct FinishPlan {
     // Memory of a thread while it works on one of refinement's pieces.
     Layout piece_layout;
     Part<double> piece_work;
-};
-
-// Problems that are solved one in each vector lane.
-template <class T>
-struct PackPlan {
-    bool packed = false;
-    Layout own_layout;
-    Part<T> work;
-    Part<T> widened;  // X of 16 bits, of all lanes
 };
 
 template <class T>
@@ -151,7 +159,7 @@ struct SolveSegmentsPlan {
 };
 
 template <class T>
-GramPlan<T> plan(const GramArgs<T>& args);
+GramEntryPlan<T> plan(const GramArgs<T>& args);
 template <class T>
 MomentsPlan<T> plan(const MomentsArgs<T>& args);
 template <class T>
@@ -167,7 +175,7 @@ CholeskySolvePlan<T> plan(const CholeskySolveArgs<T>& args);
 
 // `workspace` holds plan.layout.bytes().
 template <class T>
-Status run(const GramPlan<T>& plan, const GramArgs<T>& args, const Workspace& workspace);
+Status run(const GramEntryPlan<T>& plan, const GramArgs<T>& args, const Workspace& workspace);
 template <class T>
 Status run(const MomentsPlan<T>& plan, const MomentsArgs<T>& args, const Workspace& workspace);
 template <class T>

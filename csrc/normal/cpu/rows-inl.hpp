@@ -135,10 +135,10 @@ inline void backward_rows(const BackwardRowsArgs<T>& args, int64_t begin, int64_
     const int64_t both = gradient_width(k);
     const int64_t ldb = whole_vectors<T>(both);
     const int64_t ldd = whole_vectors<T>(d);
-    T* right = work;                               // d × ldb: [W | V]
-    T* left = right + d * ldb;                     // 2k × ldd: [V | −W]ᵀ
-    T* products = left + both * ldd;               // rows × ldb: [XW | XV], then the coefficients of ∂X
-    T* gradient = products + kGradientRows * ldb;  // rows × ldd
+    T* right = work;                             // d × ldb: [W | V]
+    T* left = right + d * ldb;                   // 2k × ldd: [V | −W]ᵀ
+    T* products = left + both * ldd;             // rows × ldb: [XW | XV], then the coefficients of ∂X
+    T* padded = products + kGradientRows * ldb;  // rows × ldd, where rows are not whole vectors
     for (int64_t j = 0; j < d; ++j) {
         for (int64_t c = 0; c < ldb; ++c) {
             right[j * ldb + c] = c < k ? args.solution[j * k + c] : c < both ? args.adjoint[j * k + c - k] : T(0);
@@ -179,14 +179,15 @@ inline void backward_rows(const BackwardRowsArgs<T>& args, int64_t begin, int64_
         if (args.grad_x == nullptr) {
             continue;
         }
+        T* to = args.grad_x + block * d;
+        T* gradient = ldd == d ? to : padded;
         for (int64_t e = 0; e < rows * ldd; ++e) {
             gradient[e] = T(0);
         }
         update_block<T, 1>(rows, ldd / kLanes<T>, both, {products, ldb, 1}, left, ldd, gradient, ldd);
-        for (int64_t p = 0; p < rows; ++p) {
-            T* to = args.grad_x + (block + p) * d;
+        for (int64_t p = 0; p < rows && ldd != d; ++p) {
             for (int64_t j = 0; j < d; ++j) {
-                to[j] = gradient[p * ldd + j];
+                to[p * d + j] = padded[p * ldd + j];
             }
         }
     }

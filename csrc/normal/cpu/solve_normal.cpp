@@ -240,15 +240,7 @@ Status solve_packed(const SolveNormalPlan<T>& plan, const SolveNormalArgs<T>& ar
         pack.n = args.n;
         pack.d = d;
         pack.k = k;
-        if (args.x_half) {
-            T* to = pack.widened + lane * args.n * d;
-            kernels.widen_rows(args.x_half.element, args.x_half.rows.at(args.batch, problem), args.n, d, to);
-            pack.x.set(lane, {to, d, 1});
-        } else {
-            pack.x.set(lane, args.x.at(args.batch, problem));
-        }
-        pack.y.set(lane, args.y.at(args.batch, problem));
-        pack.weight.set(lane, args.weight.at(args.batch, problem));
+        set_lane_rows(kernels, args, problem, lane, pack);
         pack.ridge.set(lane, args.ridge.at(args.batch, problem));
         if (real) {
             pack.solution[lane] = args.solution + problem * d * k;

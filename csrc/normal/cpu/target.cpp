@@ -3,7 +3,8 @@
 #include "normal/cpu/gram-inl.hpp"
 #include "normal/cpu/half-inl.hpp"
 #include "normal/cpu/pack-gradient-inl.hpp"
-#include "normal/cpu/pack-inl.hpp"
+#include "normal/cpu/pack-gram-inl.hpp"
+#include "normal/cpu/pack-solve-inl.hpp"
 #include "normal/cpu/rows-inl.hpp"
 #include "normal/cpu/segments-inl.hpp"
 
@@ -31,6 +32,8 @@ constexpr NormalKernels<T> normal_kernels() {
         multiply_rows<T>,
         dual_gram<T>,
         dual_back<T>,
+        pack_gram_matrices<T>,
+        pack_gram_work<T>,
         pack_solve_normal<T>,
         pack_solve_spd<T>,
         pack_cholesky_solve<T>,

@@ -6,11 +6,14 @@ in some 2 ms, and a change is an ImportError that says which versions of torch w
 tests alone: what torch.compile leaves in a module, since that loads the compiler; the current stream, which needs a
 GPU; and run_backward, since a backward pass starts threads (see _checks.py).
 
+What only some releases of torch can do is asked here, too, when it is first needed: ``adds_to_float32``.
+
 No other file of the package has a private name of torch (tests/test_torch_private.py).
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -262,6 +265,17 @@ def original_module(module: nn.Module) -> nn.Module:
 def reset_method(module: nn.Module) -> Callable[[], None] | None:
     """What draws a module's parameters anew, which nn.MultiheadAttention and nn.Transformer call _reset_parameters."""
     return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+
+
+@functools.cache
+def adds_to_float32(device: torch.device) -> bool:
+    """Whether torch's addmm of 16-bit matrices on a GPU takes a float32 matrix to add to; torch 2.10's did not."""
+    small, total = (torch.zeros(8, 8, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
+    try:
+        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def number_of_outputs(op: Any) -> int:

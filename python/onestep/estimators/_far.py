@@ -17,14 +17,6 @@ from onestep.solvers.coordinates import Coordinates
 _FAR = 256.0
 
 
-class _FarPoint(Point):
-    def product(self, direction: Tensor) -> Tensor:
-        problem = self.problem
-        assert isinstance(problem, FarProblem)
-        summed = self.model.hvp(problem.centred.weights(direction, torch.float64))
-        return problem.centred.pull_back(summed) / problem.total + problem.penalties(direction) * direction
-
-
 @dataclass(frozen=True)
 class FarProblem(Problem):
     """`Problem` whose rows lose their means a chunk at a time, in float64."""
@@ -46,12 +38,12 @@ class FarProblem(Problem):
         return torch.float64
 
     @cached_property
-    def centred(self) -> Coordinates:
+    def model_coordinates(self) -> Coordinates:
         """Of the centred rows: the scales alone."""
         return replace(self.coordinates, shift=torch.zeros_like(self.coordinates.shift))
 
     def at(self, V: Tensor) -> Point:
-        W, d = self.centred.weights(V, torch.float64), self.X.shape[1]
+        W, d = self.model_coordinates.weights(V, torch.float64), self.X.shape[1]
         model = CentredPoint(self.X, self.y, W, self.family, self.weight, self.coordinates.shift)
         penalty = self.penalties(V) * V
         loss = model.loss.item() / self.total + 0.5 * (penalty * V).sum().item()
@@ -60,7 +52,7 @@ class FarProblem(Problem):
         slopes = mean.clone()
         slopes[:d] += self.coordinates.shift.reshape(shape) * mean[-1] + self.penalty * W[:d]
         slope = (slopes.abs() - self.rounding.reshape(shape)).max().item()
-        return _FarPoint(V, loss, self.centred.pull_back(mean) + penalty, slope, model, self)
+        return Point(V, loss, self.model_coordinates.pull_back(mean) + penalty, slope, model, self)
 
     def gram(self, curvature: Tensor) -> Tensor:
         """The Hessian of the summed loss of one output, (p, p) float64, from each row's w ℓ″."""
@@ -68,7 +60,7 @@ class FarProblem(Problem):
 
     def movement(self, direction: Tensor) -> float:
         """How far a step moves the outputs of any row with weight."""
-        W, most = self.centred.weights(direction, torch.float64), 0.0
+        W, most = self.model_coordinates.weights(direction, torch.float64), 0.0
         for rows in row_chunks(*self.X.shape):
             moved = (self.X[rows].double() - self.coordinates.shift) @ W[:-1] + W[-1]
             if moved.dim() == 2:

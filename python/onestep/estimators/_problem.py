@@ -30,9 +30,9 @@ class Point:
     problem: Problem
 
     def product(self, direction: Tensor) -> Tensor:
-        problem = self.problem
-        summed = self.model.hvp(problem.coordinates.weights(direction, problem.dtype))
-        return problem.coordinates.pull_back(summed) / problem.total + problem.penalties(direction) * direction
+        problem, coordinates = self.problem, self.problem.model_coordinates
+        summed = self.model.hvp(coordinates.weights(direction, problem.precision))
+        return coordinates.pull_back(summed) / problem.total + problem.penalties(direction) * direction
 
     @property
     def scale(self) -> float:
@@ -60,6 +60,11 @@ class Problem:
     def precision(self) -> torch.dtype:
         """What the rows' products and sums are made in."""
         return self.dtype
+
+    @property
+    def model_coordinates(self) -> Coordinates:
+        """V in terms of the rows that a point's model is of."""
+        return self.coordinates
 
     @cached_property
     def total(self) -> float:

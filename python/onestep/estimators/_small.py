@@ -16,6 +16,9 @@ from onestep.estimators._arrays import Array
 from onestep.estimators._problem import Point, Problem
 from onestep.linalg import gram
 from onestep.linalg.narrow import widened
+from onestep.ops.glm import FAMILIES, glm_product
+from onestep.ops.glm.schema import CURVATURE_SLACK
+from onestep.solvers.coordinates import Coordinates
 
 # The rows are copied, centred and scaled, up to so many elements: a megabyte.
 MOST_ELEMENTS = 1 << 17
@@ -25,27 +28,26 @@ MOST_ELEMENTS = 1 << 17
 class _Rows:
     """The rows (n, p) and w ℓ″ of each (n,): what `Point` asks of a model."""
 
-    rows: Array
+    rows: Tensor
     curvature: Array
+    family: str
 
     def diagonal_curvature(self) -> Tensor:
         return torch.from_numpy(self.curvature)[:, None]
 
-
-class _SmallPoint(Point):
-    def product(self, direction: Tensor) -> Tensor:
-        model: Any = self.model
-        rows, curvature = model.rows, model.curvature
-        moved = curvature * np.einsum("ij,j->i", rows, direction.numpy())
-        summed = torch.from_numpy(np.einsum("ij,i->j", rows, moved))
-        return summed / self.problem.total + self.problem.penalties(direction) * direction
+    def hvp(self, V: Tensor) -> Tensor:
+        """XᵀC(XV), V (p,)."""
+        kept = torch.from_numpy(np.append(self.curvature, np.zeros(CURVATURE_SLACK)))
+        V = V[None, :, None]
+        product: Tensor = glm_product(V, self.rows, V[0], None, kept, FAMILIES[self.family], False)
+        return product[0, :, 0]
 
 
 @dataclass(frozen=True)
 class SmallProblem(Problem):
     """`Problem` for a logistic or Poisson loss, on a float64 copy of the centred and scaled rows.
 
-    Sums are numpy's einsum, which no number of threads changes.
+    Losses and gradients are numpy's sums and einsum, which no number of threads changes.
     """
 
     @staticmethod
@@ -67,6 +69,12 @@ class SmallProblem(Problem):
         return torch.float64
 
     @cached_property
+    def model_coordinates(self) -> Coordinates:
+        """The rows are in V's coordinates, the intercept's column among them."""
+        p = self._rows.shape[1]
+        return Coordinates(torch.zeros(p, dtype=torch.float64), torch.ones(p, dtype=torch.float64), False)
+
+    @cached_property
     def _rows(self) -> Array:
         shift, scale = self.coordinates.shift.numpy(), self.coordinates.scale.numpy()
         n, d = self.X.shape
@@ -83,7 +91,7 @@ class SmallProblem(Problem):
         return self.y.numpy().astype(np.float64), weight, penalties, torch.from_numpy(self._rows)
 
     def at(self, V: Tensor) -> Point:
-        y, weight, penalties, _ = self._shared
+        y, weight, penalties, rows = self._shared
         v, d = V.numpy(), self.X.shape[1]
         with np.errstate(over="ignore", invalid="ignore"):
             scores = np.einsum("ij,j->i", self._rows, v)
@@ -103,8 +111,8 @@ class SmallProblem(Problem):
             if self.coordinates.intercept:
                 slopes = np.append(slopes + self.coordinates.shift.numpy() * gradient[-1], gradient[-1])
             slope = float((abs(slopes) - self.rounding.numpy()).max())
-        model: Any = _Rows(self._rows, curvature)
-        return _SmallPoint(V, loss if math.isfinite(loss) else math.inf, torch.from_numpy(gradient), slope, model, self)
+        model: Any = _Rows(rows, curvature, self.family)
+        return Point(V, loss if math.isfinite(loss) else math.inf, torch.from_numpy(gradient), slope, model, self)
 
     def gram(self, curvature: Tensor) -> Tensor:
         return gram(self._shared[3], weight=curvature)[0]

@@ -33,7 +33,15 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 # Device types that an op may have kernels for, with their dispatch keys.
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # Device types of torch on which an op without a kernel says so itself; the dispatcher's own message does not help.
-_OTHER_KEYS = {"mps": "MPS", "xpu": "XPU", "hpu": "HPU", "mtia": "MTIA"}
+# "privateuseone" stands for all backends of other packages, which give it a name of their own.
+_OTHER_KEYS = {
+    "mps": "MPS",
+    "xpu": "XPU",
+    "hpu": "HPU",
+    "mtia": "MTIA",
+    "xla": "XLA",
+    "privateuseone": "PrivateUse1",
+}
 
 
 class Op:
@@ -163,6 +171,8 @@ def install_kernels() -> None:
 
 
 def _raise_without_kernel(op: Op, device: str, *args: Any) -> None:
+    """The op on a type of device that it has no kernel for; the operands, if there are any, know its name."""
+    device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), device)
     remedy = "move the operands to the CPU with .cpu()"
     if device != "cuda":
         reason = f"onestep has kernels for {' and '.join(_KEYS)}"

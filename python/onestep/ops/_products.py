@@ -6,10 +6,10 @@ that is where the digits are lost: cuBLAS accumulates in float32 anyway and can 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
+
+from onestep._torch_private import adds_to_float32
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -17,7 +17,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
@@ -28,22 +28,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out=total)
     elif not a.is_cuda:
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
-    elif _adds_to_float32():
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    elif adds_to_float32(total.device):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += torch.ops.aten.mm.dtype(a, b, total.dtype)
-
-
-@functools.cache
-def _adds_to_float32() -> bool:
-    """Whether torch's addmm of 16-bit matrices takes a float32 matrix to add to; torch 2.10 did not."""
-    small = torch.zeros(8, 8, dtype=torch.bfloat16, device="cuda")
-    total = torch.zeros(8, 8, device="cuda")
-    try:
-        torch.ops.aten.addmm.dtype_out(total, small, small, torch.float32, out=total)
-    except RuntimeError:
-        return False
-    return True
+        total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 def batched_product(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,8 +39,7 @@ def batched_product(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     if A.dtype == dtype:
         return torch.bmm(A, B)
     if A.is_cuda:
-        product: Tensor = torch.ops.aten.bmm.dtype(A, B, dtype)
-        return product
+        return torch.bmm(A, B, out_dtype=dtype)
     return torch.bmm(A.to(dtype), B.to(dtype))
 
 
@@ -61,6 +48,6 @@ def batched_product_into(out: Tensor, A: Tensor, B: Tensor) -> None:
     if A.dtype == out.dtype:
         torch.bmm(A, B, out=out)
     elif A.is_cuda:
-        torch.ops.aten.bmm.dtype_out(A, B, out.dtype, out=out)
+        torch.bmm(A, B, out_dtype=out.dtype, out=out)
     else:
         torch.bmm(A.to(out.dtype), B.to(out.dtype), out=out)

@@ -63,6 +63,70 @@ std::string name(const char* what, const Size& size) {
            (size.weighted ? " weighted" : "");
 }
 
+inline BatchShape batch_of(int64_t problems) {
+    BatchShape batch;
+    batch.dims = 1;
+    batch.size[0] = problems;
+    return batch;
+}
+
+// Arguments of the reference (GramArgs, SolveNormalArgs) or of a CUDA kernel (SystemArgs) with these rows.
+template <class Args, class T>
+Args row_args(const Size& size, const Batched<const T>& x, const Batched<const T>& y, const Batched<const T>& weight) {
+    Args args;
+    args.batch = batch_of(size.problems);
+    args.n = size.n;
+    args.d = size.d;
+    args.k = size.k;
+    args.x = x;
+    args.y = y;
+    if (size.weighted) {
+        args.weight = weight;
+    }
+    return args;
+}
+
+// Arguments of the reference (SolveSpdArgs) or of a CUDA kernel (SystemArgs) with these matrices.
+template <class Args, class T>
+Args matrix_args(const Size& size, const Batched<const T>& a, const Batched<const T>& b) {
+    Args args;
+    args.batch = batch_of(size.problems);
+    args.d = size.d;
+    args.k = size.k;
+    args.a = a;
+    args.b = b;
+    return args;
+}
+
+// The arguments with the results of a solve, or of a factor alone, where there are no right-hand sides; without norms.
+template <class Args, class T>
+Args& into(Args& args, Results<T>& to) {
+    args.solution = to.solution.empty() ? nullptr : to.solution.data();
+    args.factor = to.factor.data();
+    args.info = to.info.data();
+    return args;
+}
+
+// The arguments with the results of a Gram matrix.
+template <class Args, class T>
+Args& into_gram(Args& args, Results<T>& to) {
+    args.gram = to.gram.data();
+    args.cross = to.cross.data();
+    return args;
+}
+
+// to.gram = XᵀX + 1 of random rows: matrices that have a factor.
+template <class T>
+void positive_matrices(std::mt19937& random, const Size& size, Results<T>& to) {
+    const int64_t d = size.d;
+    const Table<T> x(random, size.problems, d + 3, d, Table<T>::Layout::rows);
+    GramArgs<T> args = row_args<GramArgs<T>, T>({size.problems, d + 3, d, 0, false}, x.view, {}, {});
+    check(reference::gram(into_gram(args, to)) == Status::ok, "reference");
+    for (int64_t i = 0; i < size.problems * d; ++i) {
+        to.gram[static_cast<size_t>(i * d + i % d)] += T(1);
+    }
+}
+
 // How matrices lie in memory: rows or columns one after another; rows of which none begins at a multiple of 16 bytes;
 // with gaps between the elements; from the end to the beginning.
 enum class Lies { rows, columns, shifted, strided, reversed };

@@ -26,37 +26,15 @@ void test_row_failures(int64_t n, int64_t d, int64_t k) {
     row(weight, 5, n / 2)[0] = std::numeric_limits<float>::quiet_NaN();
 
     Results<float> want(kProblems, d, k);
-    SolveNormalArgs<float> reference_args;
-    reference_args.batch.dims = 1;
-    reference_args.batch.size[0] = kProblems;
-    reference_args.n = n;
-    reference_args.d = d;
-    reference_args.k = k;
-    reference_args.x = x.view;
-    reference_args.y = y.view;
-    reference_args.weight = weight.view;
-    reference_args.solution = want.solution.data();
-    reference_args.factor = want.factor.data();
-    reference_args.info = want.info.data();
-    check(reference::solve_normal(reference_args) == Status::ok, "reference");
+    auto reference_args = row_args<SolveNormalArgs<float>>(size, x.view, y.view, weight.view);
+    check(reference::solve_normal(into(reference_args, want)) == Status::ok, "reference");
 
     const auto run = [&](int64_t problems) {
         Results<float> got(problems, d, k);
-        normal::cuda::SystemArgs<float> args;
-        args.batch.dims = 1;
-        args.batch.size[0] = problems;
-        args.n = n;
-        args.d = d;
-        args.k = k;
-        args.x = x.view;
-        args.y = y.view;
-        args.weight = weight.view;
+        auto args = row_args<normal::cuda::SystemArgs<float>>({problems, n, d, k, true}, x.view, y.view, weight.view);
         args.singular_epsilons = kSingularEpsilons;
-        args.solution = got.solution.data();
-        args.factor = got.factor.data();
-        args.info = got.info.data();
         args.norm = got.norm.data();
-        check(normal::cuda::system(args, nullptr) == Status::ok, cuda::last_device_error());
+        check(normal::cuda::system(into(args, got), nullptr) == Status::ok, cuda::last_device_error());
         return got;
     };
     const Results<float> got = run(kProblems);
@@ -82,18 +60,10 @@ void test_batch_sizes(int64_t d, int64_t k) {
     }
     const auto run = [&](int64_t problems) {
         Results<float> got(problems, d, k);
-        normal::cuda::SystemArgs<float> args;
-        args.batch.dims = 1;
-        args.batch.size[0] = problems;
-        args.d = d;
-        args.k = k;
-        args.a = {matrices.data(), d, 1, {d * d}};
-        args.b = b.view;
-        args.solution = got.solution.data();
-        args.factor = got.factor.data();
-        args.info = got.info.data();
+        auto args = matrix_args<normal::cuda::SystemArgs<float>, float>({problems, 0, d, k, false},
+                                                                        {matrices.data(), d, 1, {d * d}}, b.view);
         args.norm = got.norm.data();
-        check(normal::cuda::system(args, nullptr) == Status::ok, cuda::last_device_error());
+        check(normal::cuda::system(into(args, got), nullptr) == Status::ok, cuda::last_device_error());
         return got;
     };
     const Results<float> all = run(size.problems);

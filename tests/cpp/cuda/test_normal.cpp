@@ -14,52 +14,20 @@ void test_rows(const Size& size, typename Table<T>::Layout layout, int64_t shift
     const Table<T> y(random, problems, n, k, layout);
     const Table<T> weight(random, problems, n, 1, layout, T(0.25));
     const Table<T> ridge(random, problems, d, 1, Table<T>::Layout::rows, T(0.25));
-    BatchShape batch;
-    batch.dims = 1;
-    batch.size[0] = problems;
 
     Results<T> want(problems, d, k);
-    SolveNormalArgs<T> reference_args;
-    reference_args.batch = batch;
-    reference_args.n = n;
-    reference_args.d = d;
-    reference_args.k = k;
-    reference_args.x = x.view;
-    reference_args.y = y.view;
-    if (weighted) {
-        reference_args.weight = weight.view;
-    }
+    auto reference_args = row_args<SolveNormalArgs<T>>(size, x.view, y.view, weight.view);
     reference_args.ridge = ridge.view;
-    reference_args.solution = want.solution.data();
-    reference_args.factor = want.factor.data();
-    reference_args.info = want.info.data();
-    check(reference::solve_normal(reference_args) == Status::ok, "reference");
-    GramArgs<T> gram_args;
-    gram_args.batch = batch;
-    gram_args.n = n;
-    gram_args.d = d;
-    gram_args.k = k;
-    gram_args.x = x.view;
-    gram_args.y = y.view;
-    gram_args.weight = reference_args.weight;
-    gram_args.gram = want.gram.data();
-    gram_args.cross = want.cross.data();
-    check(reference::gram(gram_args) == Status::ok, "reference");
+    check(reference::solve_normal(into(reference_args, want)) == Status::ok, "reference");
+    auto gram_args = row_args<GramArgs<T>>(size, x.view, y.view, weight.view);
+    check(reference::gram(into_gram(gram_args, want)) == Status::ok, "reference");
 
     Results<T> got(problems, d, k);
-    normal::cuda::SystemArgs<T> args;
-    args.batch = batch;
-    args.n = n;
-    args.d = d;
-    args.k = k;
-    args.x = x.view;
-    args.y = y.view;
-    args.weight = reference_args.weight;
+    auto args = row_args<normal::cuda::SystemArgs<T>>(size, x.view, y.view, weight.view);
     args.ridge = ridge.view;
     args.singular_epsilons = kSingularEpsilons;
-    args.gram = got.gram.data();
-    args.cross = got.cross.data();
-    check(normal::cuda::system(args, nullptr) == Status::ok, name<T>("gram", size) + cuda::last_device_error());
+    check(normal::cuda::system(into_gram(args, got), nullptr) == Status::ok,
+          name<T>("gram", size) + cuda::last_device_error());
     check(difference(got.gram, want.gram) < gram_tolerance<T>(), name<T>("gram", size));
     check(difference(got.cross, want.cross) < gram_tolerance<T>(), name<T>("cross", size));
     for (int64_t at = 0; at < problems * d * d; ++at) {
@@ -71,11 +39,9 @@ void test_rows(const Size& size, typename Table<T>::Layout layout, int64_t shift
     }
 
     args.gram = args.cross = nullptr;
-    args.solution = got.solution.data();
-    args.factor = got.factor.data();
-    args.info = got.info.data();
     args.norm = got.norm.data();
-    check(normal::cuda::system(args, nullptr) == Status::ok, name<T>("solve", size) + cuda::last_device_error());
+    check(normal::cuda::system(into(args, got), nullptr) == Status::ok,
+          name<T>("solve", size) + cuda::last_device_error());
     check(got.info == want.info, name<T>("info", size));
     check(difference(got.factor, want.factor) < tolerance<T>(), name<T>("factor", size));
     check(difference(got.solution, want.solution) < tolerance<T>(), name<T>("solution", size));
@@ -101,12 +67,10 @@ void test_rows(const Size& size, typename Table<T>::Layout layout, int64_t shift
     }
 
     Results<T> again(problems, d, k);
-    args.solution = again.solution.data();
-    args.factor = again.factor.data();
-    args.info = again.info.data();
     args.norm = again.norm.data();
     simt::set_seed(99);
-    check(normal::cuda::system(args, nullptr) == Status::ok && same(again, got), name<T>("repeats to the bit", size));
+    check(normal::cuda::system(into(args, again), nullptr) == Status::ok && same(again, got),
+          name<T>("repeats to the bit", size));
 }
 
 template <class T>
@@ -114,47 +78,17 @@ void test_matrix(const Size& size, bool break_one, Lies lies = Lies::rows) {
     std::mt19937 random(static_cast<unsigned>(size.d));
     const auto [problems, n, d, k, weighted] = size;
     using Layout = typename Table<T>::Layout;
-    const Table<T> x(random, problems, d + 3, d, Layout::rows);
-    Table<T> b(random, problems, d, k, lies == Lies::columns ? Layout::columns : Layout::rows);
-    BatchShape batch;
-    batch.dims = 1;
-    batch.size[0] = problems;
     Results<T> want(problems, d, k);
-    GramArgs<T> gram_args;
-    gram_args.batch = batch;
-    gram_args.n = d + 3;
-    gram_args.d = d;
-    gram_args.x = x.view;
-    gram_args.gram = want.gram.data();
-    gram_args.cross = want.cross.data();
-    check(reference::gram(gram_args) == Status::ok, "reference");
-    for (int64_t i = 0; i < problems * d; ++i) {
-        want.gram[static_cast<size_t>(i * d + i % d)] += T(1);
-    }
+    positive_matrices(random, size, want);
+    Table<T> b(random, problems, d, k, lies == Lies::columns ? Layout::columns : Layout::rows);
     LowerTriangles<T> lower(want.gram, problems, d, lies);
     const auto run = [&](Results<T>& to) {
-        normal::cuda::SystemArgs<T> args;
-        args.batch = batch;
-        args.d = d;
-        args.k = k;
-        args.a = lower.view;
-        args.b = b.view;
-        args.solution = k > 0 ? to.solution.data() : nullptr;
-        args.factor = to.factor.data();
-        args.info = to.info.data();
-        return normal::cuda::system(args, nullptr);
+        auto args = matrix_args<normal::cuda::SystemArgs<T>, T>(size, lower.view, b.view);
+        return normal::cuda::system(into(args, to), nullptr);
     };
     const auto run_reference = [&](Results<T>& to) {
-        SolveSpdArgs<T> args;
-        args.batch = batch;
-        args.d = d;
-        args.k = k;
-        args.a = lower.view;
-        args.b = b.view;
-        args.solution = k > 0 ? to.solution.data() : nullptr;
-        args.factor = to.factor.data();
-        args.info = to.info.data();
-        return reference::solve_spd(args);
+        auto args = matrix_args<SolveSpdArgs<T>, T>(size, lower.view, b.view);
+        return reference::solve_spd(into(args, to));
     };
     Results<T> got(problems, d, k);
     check(run(got) == Status::ok, name<T>("solve_spd", size) + cuda::last_device_error());
@@ -165,7 +99,7 @@ void test_matrix(const Size& size, bool break_one, Lies lies = Lies::rows) {
     if (k > 0) {
         Results<T> solved(problems, d, k);
         normal::cuda::FactorSolveArgs<T> args;
-        args.batch = batch;
+        args.batch = batch_of(problems);
         args.d = d;
         args.k = k;
         args.factor = {want.factor.data(), d, 1, {d * d}};
@@ -224,26 +158,12 @@ void test_matrix(const Size& size, bool break_one, Lies lies = Lies::rows) {
 void test_blocked(int64_t problems, int64_t d, Lies lies, bool break_one) {
     std::mt19937 random(static_cast<unsigned>(d));
     const Size size{problems, 0, d, 0, false};
-    const Table<float> x(random, problems, d + 3, d, Table<float>::Layout::rows);
-    BatchShape batch;
-    batch.dims = 1;
-    batch.size[0] = problems;
     Results<float> want(problems, d, 0);
-    GramArgs<float> gram_args;
-    gram_args.batch = batch;
-    gram_args.n = d + 3;
-    gram_args.d = d;
-    gram_args.x = x.view;
-    gram_args.gram = want.gram.data();
-    gram_args.cross = want.cross.data();
-    check(reference::gram(gram_args) == Status::ok, "reference");
-    for (int64_t i = 0; i < problems * d; ++i) {
-        want.gram[static_cast<size_t>(i * d + i % d)] += 1.0f;
-    }
+    positive_matrices(random, size, want);
     LowerTriangles<float> lower(want.gram, problems, d, lies);
     const auto run = [&](Results<float>& to) {
         normal::cuda::CholeskyArgs args;
-        args.batch = batch;
+        args.batch = batch_of(problems);
         args.d = d;
         args.a = lower.view;
         args.factor = to.factor.data();
@@ -251,13 +171,8 @@ void test_blocked(int64_t problems, int64_t d, Lies lies, bool break_one) {
         check(normal::cuda::blocked_cholesky(args, nullptr) == Status::ok, cuda::last_device_error());
     };
     const auto run_reference = [&](Results<float>& to) {
-        SolveSpdArgs<float> args;
-        args.batch = batch;
-        args.d = d;
-        args.a = lower.view;
-        args.factor = to.factor.data();
-        args.info = to.info.data();
-        check(reference::solve_spd(args) == Status::ok, "reference");
+        auto args = matrix_args<SolveSpdArgs<float>, float>(size, lower.view, {});
+        check(reference::solve_spd(into(args, to)) == Status::ok, "reference");
     };
     Results<float> got(problems, d, 0);
     run(got);

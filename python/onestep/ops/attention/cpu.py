@@ -11,6 +11,7 @@ from torch import Tensor
 from onestep import _native
 from onestep.ops._library import register
 from onestep.ops.attention import schema
+from onestep.ops.attention.arguments import NO_TANGENTS, as_tangents, plain_arguments
 from onestep.ops.attention.schema import Batch, EightGrads, Grads, Optional, Sizes
 from onestep.ops.operands import ELEMENTS
 
@@ -59,30 +60,22 @@ def _inputs(
     lse: Optional = None,
     grad: Optional = None,
     grad_lse: Optional = None,
-) -> tuple[Any, ...]:
-    """The native AttentionInputs, in its order. L and its cotangent get a stride of columns, which they do not have."""
+) -> dict[str, Any]:
+    """The native operands by name. L and its cotangent get a stride of columns, which they do not have."""
     batch, heads, kv_heads, queries, keys, d, dv, dtype, _ = sizes
     rows = (*batch, heads, queries)
     key_rows = (*batch, kv_heads, keys)
     out_shape = (*rows, dv)
-    return (
-        _input("query", q, (*rows, d), dtype),
-        _input("key", k, (*key_rows, d), dtype),
-        _input("value", v, (*key_rows, dv), dtype),
-        _input("attn_mask", mask, (*rows, keys), dtype),
-        _input("out", out, out_shape, dtype),
-        _input("lse", lse, rows, torch.float64, (0,)),
-        _input("grad", grad, out_shape, dtype),
-        _input("grad_lse", grad_lse, rows, torch.float64, (0,)),
-    )
-
-
-_NO_INPUTS = (None,) * 8
-
-
-def _arguments(sizes: Sizes, scale: float, causal: bool) -> dict[str, Any]:
-    """The plain arguments that all kernels share; ``sizes`` from heads to dv."""
-    return {"batch": sizes.batch, "sizes": sizes[1:7], "scale": scale, "causal": causal}
+    return {
+        "q": _input("query", q, (*rows, d), dtype),
+        "k": _input("key", k, (*key_rows, d), dtype),
+        "v": _input("value", v, (*key_rows, dv), dtype),
+        "mask": _input("attn_mask", mask, (*rows, keys), dtype),
+        "out": _input("out", out, out_shape, dtype),
+        "lse": _input("lse", lse, rows, torch.float64, (0,)),
+        "grad": _input("grad", grad, out_shape, dtype),
+        "grad_lse": _input("grad_lse", grad_lse, rows, torch.float64, (0,)),
+    }
 
 
 @register(schema.attention, device="cpu")
@@ -90,11 +83,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, ca
     sizes = schema.check_operands(q, k, v, mask)
     out, lse = schema.empty_outputs(sizes, q)
     _FORWARD[sizes.dtype](
-        primal=_inputs(sizes, q, k, v, mask),
-        tangent=_NO_INPUTS,
-        **_arguments(sizes, scale, causal),
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
+        **_inputs(sizes, q, k, v, mask),
+        **NO_TANGENTS,
+        **plain_arguments(sizes, scale, causal),
+        to_out=out.data_ptr(),
+        to_lse=lse.data_ptr(),
     )
     return out, lse
 
@@ -105,11 +98,11 @@ def _attention_jvp(*args: Any) -> tuple[Tensor, Tensor]:
     sizes = schema.check_operands(q, k, v, mask, out, dq, dk, dv, dmask)
     dout, dlse = schema.empty_outputs(sizes, q)
     _JVP[sizes.dtype](
-        primal=_inputs(sizes, q, k, v, mask, out, lse),
-        tangent=_inputs(sizes, dq, dk, dv, dmask),
-        **_arguments(sizes, scale, causal),
-        out=dout.data_ptr(),
-        lse=dlse.data_ptr(),
+        **_inputs(sizes, q, k, v, mask, out, lse),
+        **as_tangents(_inputs(sizes, dq, dk, dv, dmask)),
+        **plain_arguments(sizes, scale, causal),
+        to_out=dout.data_ptr(),
+        to_lse=dlse.data_ptr(),
     )
     return dout, dlse
 
@@ -120,13 +113,13 @@ def _attention_and_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes = schema.check_operands(q, k, v, mask, dq, dk, dv, dmask)
     results = *schema.empty_outputs(sizes, q), *schema.empty_outputs(sizes, q)
     _FORWARD_AND_JVP[sizes.dtype](
-        primal=_inputs(sizes, q, k, v, mask),
-        tangent=_inputs(sizes, dq, dk, dv, dmask),
-        **_arguments(sizes, scale, causal),
-        out=results[0].data_ptr(),
-        lse=results[1].data_ptr(),
-        out_tangent=results[2].data_ptr(),
-        lse_tangent=results[3].data_ptr(),
+        **_inputs(sizes, q, k, v, mask),
+        **as_tangents(_inputs(sizes, dq, dk, dv, dmask)),
+        **plain_arguments(sizes, scale, causal),
+        to_out=results[0].data_ptr(),
+        to_lse=results[1].data_ptr(),
+        to_out_tangent=results[2].data_ptr(),
+        to_lse_tangent=results[3].data_ptr(),
     )
     return results
 
@@ -134,8 +127,8 @@ def _attention_and_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _run_backward(
     kernels: Entries,
     sizes: Sizes,
-    primal: tuple[Any, ...],
-    tangent: tuple[Any, ...],
+    primal: dict[str, Any],
+    tangent: dict[str, Any],
     q: Tensor,
     mask: Optional,
     scale: float,
@@ -145,15 +138,15 @@ def _run_backward(
     grads = schema.empty_grads(sizes, q, mask, mask_grad)
     if not schema.zeroed_without_scores(sizes, *grads):
         kernels[sizes.dtype](
-            primal=primal,
-            tangent=tangent,
-            **_arguments(sizes, scale, causal),
-            grads=_native_grads(grads, mask_grad),
+            **primal,
+            **tangent,
+            **plain_arguments(sizes, scale, causal),
+            **_native_grads(grads, mask_grad),
         )
     return grads
 
 
-def _native_grads(grads: Grads, mask_grad: bool) -> tuple[int, int, int, Any]:
+def _native_grads(grads: Grads, mask_grad: bool) -> dict[str, Any]:
     """The gradients as the kernels take them. Over a dimension of size 1 the mask's is a sum, which stride 0 says."""
     native_mask_grad = None
     if mask_grad:
@@ -162,7 +155,7 @@ def _native_grads(grads: Grads, mask_grad: bool) -> tuple[int, int, int, Any]:
         strides = tuple(0 if size == 1 else stride for size, stride in shape_and_strides)
         native_mask_grad = by_mask.data_ptr(), strides, ELEMENTS[by_mask.dtype], by_mask
     q, k, v = (grad.data_ptr() for grad in grads[:3])
-    return q, k, v, native_mask_grad
+    return {"to_q_grad": q, "to_k_grad": k, "to_v_grad": v, "to_mask_grad": native_mask_grad}
 
 
 @register(schema.attention_backward, device="cpu")
@@ -170,7 +163,7 @@ def _attention_backward(*args: Any) -> Grads:
     grad, grad_lse, q, k, v, mask, out, lse, scale, causal, mask_grad = args
     sizes = schema.check_operands(q, k, v, mask, out, grad, schema.column(grad_lse))
     primal = _inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse)
-    return _run_backward(_BACKWARD, sizes, primal, _NO_INPUTS, q, mask, scale, causal, mask_grad)
+    return _run_backward(_BACKWARD, sizes, primal, NO_TANGENTS, q, mask, scale, causal, mask_grad)
 
 
 @register(schema.attention_backward_jvp, device="cpu")
@@ -178,7 +171,7 @@ def _attention_backward_jvp(*args: Any) -> Grads:
     grad, grad_lse, q, k, v, mask, out, lse, dgrad, dgrad_lse, dq, dk, dv, dmask, dout, dlse, *options = args
     sizes = schema.backward_jvp_sizes(args[:16])
     primal = _inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse)
-    tangent = _inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse)
+    tangent = as_tangents(_inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse))
     return _run_backward(_BACKWARD_JVP, sizes, primal, tangent, q, mask, *options)
 
 
@@ -191,10 +184,10 @@ def _attention_backward_and_jvp(*args: Any) -> EightGrads:
     tangents = schema.empty_grads(sizes, q, mask, mask_grad)
     if not schema.zeroed_without_scores(sizes, *grads, *tangents):
         _BACKWARD_AND_JVP[sizes.dtype](
-            primal=_inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse),
-            tangent=_inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse),
-            **_arguments(sizes, scale, causal),
-            grads=_native_grads(grads, mask_grad),
-            tangents=_native_grads(tangents, mask_grad),
+            **_inputs(sizes, q, k, v, mask, out, lse, grad, grad_lse),
+            **as_tangents(_inputs(sizes, dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse)),
+            **plain_arguments(sizes, scale, causal),
+            **_native_grads(grads, mask_grad),
+            **as_tangents(_native_grads(tangents, mask_grad)),
         )
     return *grads, *tangents

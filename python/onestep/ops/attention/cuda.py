@@ -21,6 +21,7 @@ from onestep._torch_private import cudnn_attention, cudnn_attention_backward, fl
 from onestep.ops import _cuda
 from onestep.ops._library import register
 from onestep.ops.attention import schema
+from onestep.ops.attention.arguments import NO_TANGENTS, as_tangents, plain_arguments
 from onestep.ops.attention.formulas import formula_backward, formula_backward_jvp, formula_forward, formula_jvp
 from onestep.ops.attention.schema import Batch, EightGrads, Grads, Optional, Sizes
 from onestep.ops.operands import ELEMENTS
@@ -102,26 +103,21 @@ def _padded(size: int, dtype: torch.dtype) -> int:
 
 
 class _Call:
-    """One call of our kernels: operands as they take them, and what keeps the memory of those that were copied."""
+    """One call of our kernels: operands as they take them."""
 
     def __init__(self, sizes: Sizes, q: Tensor, scale: float, causal: bool) -> None:
         self.sizes = sizes
         self.dtype = q.dtype
-        self.place = _cuda.place(q)
-        self.kept: list[Tensor] = []
-        batch, heads, kv_heads, queries, keys, d, dv = sizes[:7]
-        self.features = _padded(d, q.dtype), _padded(dv, q.dtype)
+        padded = sizes._replace(d=_padded(sizes.d, q.dtype), dv=_padded(sizes.dv, q.dtype))
         self.plain = {
+            **plain_arguments(padded, scale, causal),
             "element": ELEMENTS[q.dtype],
-            "batch": list(batch),
-            "sizes": [heads, kv_heads, queries, keys, *self.features],
-            "scale": scale,
-            "causal": causal,
             "warp_groups": WARP_GROUPS,
+            **_cuda.place(q),
         }
 
     def operand(self, name: str, tensor: Optional, shape: Batch) -> Any:
-        """A tensor in the kernels' dtype as (address, strides, element type); most are read in place."""
+        """A tensor in the kernels' dtype as they take it; most are read in place."""
         if tensor is None:
             return None
         if tensor.dtype != self.dtype:
@@ -130,26 +126,21 @@ class _Call:
         cols = _padded(shape[-1], self.dtype)
         if cols != shape[-1]:
             tensor = torch.nn.functional.pad(tensor, (0, cols - shape[-1]))
-        tensor = _aligned(tensor)
-        self.kept.append(tensor)
-        return tensor.data_ptr(), _strides(tensor), ELEMENTS[tensor.dtype]
+        return _native_operand(_aligned(tensor))
 
     def mask(self, mask: Optional) -> Any:
         if mask is None:
             return None
         batch, heads, _, queries, keys = self.sizes[:5]
-        mask = _expanded("mask", mask, (*batch, heads, queries, keys))
-        self.kept.append(mask)
-        return mask.data_ptr(), _strides(mask), ELEMENTS[mask.dtype]
+        return _native_operand(_expanded("mask", mask, (*batch, heads, queries, keys)))
 
-    def rows(self, name: str, tensor: Optional) -> int:
-        """The address of L or its like."""
+    def rows(self, name: str, tensor: Optional) -> Any:
+        """L or its like, which gets a dimension of columns."""
         if tensor is None:
-            return 0
+            return None
         batch, heads, _, queries = self.sizes[:4]
         tensor = _expanded(name, tensor, (*batch, heads, queries)).double().contiguous()
-        self.kept.append(tensor)
-        return tensor.data_ptr()
+        return _native_operand(tensor.unsqueeze(-1))
 
     def tensors(
         self,
@@ -161,31 +152,33 @@ class _Call:
         lse: Optional = None,
         grad: Optional = None,
         grad_lse: Optional = None,
-    ) -> tuple[Any, ...]:
+    ) -> dict[str, Any]:
         batch, heads, kv_heads, queries, keys, d, dv = self.sizes[:7]
         rows, key_rows = (*batch, heads, queries), (*batch, kv_heads, keys)
-        return (
-            self.operand("q", q, (*rows, d)),
-            self.operand("k", k, (*key_rows, d)),
-            self.operand("v", v, (*key_rows, dv)),
-            self.mask(mask),
-            self.operand("out", out, (*rows, dv)),
-            self.rows("lse", lse),
-            self.operand("grad", grad, (*rows, dv)),
-            self.rows("grad_lse", grad_lse),
-        )
+        return {
+            "q": self.operand("q", q, (*rows, d)),
+            "k": self.operand("k", k, (*key_rows, d)),
+            "v": self.operand("v", v, (*key_rows, dv)),
+            "mask": self.mask(mask),
+            "out": self.operand("out", out, (*rows, dv)),
+            "lse": self.rows("lse", lse),
+            "grad": self.operand("grad", grad, (*rows, dv)),
+            "grad_lse": self.rows("grad_lse", grad_lse),
+        }
 
     def result(self, like: Tensor) -> Tensor:
         """Memory for a result with the kernels' number of features."""
         cols = _padded(like.shape[-1], self.dtype)
         return like if cols == like.shape[-1] else like.new_empty((*like.shape[:-1], cols))
 
-    def run(self, kernel: str, primal: tuple[Any, ...], tangent: tuple[Any, ...], **arguments: Any) -> None:
+    def run(self, kernel: str, primal: dict[str, Any], tangent: dict[str, Any], **arguments: Any) -> None:
         assert _cuda.native is not None
-        getattr(_cuda.native, kernel)(**self.plain, primal=primal, tangent=tangent, **arguments, **self.place)
+        getattr(_cuda.native, kernel)(**primal, **tangent, **self.plain, **arguments)
 
 
-_NOTHING: tuple[Any, ...] = (None, None, None, None, None, 0, None, 0)
+def _native_operand(tensor: Tensor) -> tuple[int, list[int], int, Tensor]:
+    """(address, strides, element type, what keeps the memory)."""
+    return tensor.data_ptr(), _strides(tensor), ELEMENTS[tensor.dtype], tensor
 
 
 def _expanded(name: str, tensor: Tensor, shape: Batch) -> Tensor:
@@ -254,9 +247,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Optional, scale: float, ca
     call.run(
         "attention_forward",
         call.tensors(q, k, v, mask),
-        _NOTHING,
-        out=computed.data_ptr(),
-        lse=lse.data_ptr(),
+        NO_TANGENTS,
+        to_out=computed.data_ptr(),
+        to_lse=lse.data_ptr(),
     )
     _take((out,), (computed,))
     return out, lse
@@ -274,9 +267,9 @@ def _attention_jvp(*args: Any) -> tuple[Tensor, Tensor]:
     call.run(
         "attention_jvp",
         call.tensors(q, k, v, mask, out, lse),
-        call.tensors(dq, dk, dv, dmask),
-        out=computed.data_ptr(),
-        lse=dlse.data_ptr(),
+        as_tangents(call.tensors(dq, dk, dv, dmask)),
+        to_out=computed.data_ptr(),
+        to_lse=dlse.data_ptr(),
     )
     _take((dout,), (computed,))
     return dout, dlse
@@ -350,18 +343,26 @@ def _gradients(tensors: tuple[Any, ...], tangents: bool, scale: float, causal: b
     if mask_grad:
         shape = (*sizes.batch, sizes.heads, sizes.queries, sizes.keys)
         by_scores = torch.zeros(shape, dtype=sizes.dtype, device=q.device)
-    # Four numbers for each row of queries.
-    workspace = _cuda.workspace(q, 4 * sizes.dtype.itemsize * grads[0].numel() // sizes.d)
+    assert _cuda.native is not None
+    size = _cuda.native.attention_gradients_workspace(
+        element=ELEMENTS[q.dtype], batch=sizes.batch, heads=sizes.heads, queries=sizes.queries
+    )
+    workspace = _cuda.workspace(q, size)
     # A cotangent that is absent is zero; the kernels take it as an operand.
     if grad is None:
         grad = q.new_zeros(1).expand((*sizes.batch, sizes.heads, sizes.queries, sizes.dv))
-    tangent = call.tensors(dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse) if tangents else _NOTHING
+    tangent = NO_TANGENTS
+    if tangents:
+        tangent = as_tangents(call.tensors(dq, dk, dv, dmask, dout, dlse, dgrad, dgrad_lse))
     call.run(
         "attention_gradients",
         call.tensors(q, k, v, mask, out, lse, grad, grad_lse),
         tangent,
         tangents=tangents,
-        results=[*(result.data_ptr() for result in computed), 0 if by_scores is None else by_scores.data_ptr()],
+        to_q_grad=computed[0].data_ptr(),
+        to_k_grad=computed[1].data_ptr(),
+        to_v_grad=computed[2].data_ptr(),
+        to_score_grad=0 if by_scores is None else by_scores.data_ptr(),
         workspace=workspace.data_ptr(),
     )
     _take(grads[:3], computed)
