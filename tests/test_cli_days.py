@@ -54,6 +54,8 @@ def test_the_column_tells_the_order(run, table, tmp_path, written):
         (list(DAYS.strftime("%m/%d %H:%M")), "--date-format '%m/%d %H:%M' for month and day"),
         (list(DAYS.strftime("%d-%mT%H:%M:%S")), "--date-format '%d-%mT%H:%M:%S' for month and day"),
         ([f"{day.month}/{day.day}" for day in DAYS], "--date-format '%m/%d' for month and day"),
+        # As fractions they would be too many for categories.
+        ([f"1/{day}" for day in range(1, 13)] * 5, "--date-format '%m/%d' if month and day are meant, or '%d/%m'"),
         (["2-1", "1-1", "1-3"] * 20, "dates, such as '2-1' on line 2"),
         # Of a few mistakes none is the example.
         (["13/32", *DAYS[1:].strftime("%m/%d")], f"such as '{DAYS[1].strftime('%m/%d')}' on line 3"),

@@ -14,6 +14,8 @@ _DAYS = np.array([0, 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
 _PAIR = re.compile(r"(--)?(\d{1,2})(-|/|\. ?| [-/] )(\d{1,2})(\.?)(?:([ T])\d{1,2}:\d{2}(:\d{2})?)?")
 # A column may hold a few mistakes.
 _NEARLY_ALL = 0.9
+# So many different fractions or ranges a column may hold.
+_FRACTIONS = 10
 # Of numbers so many different ones are hardly all days of a year by chance; one that begins with a zero tells, too.
 _ENOUGH = 10
 
@@ -57,10 +59,15 @@ def _padded(pairs: Iterable[re.Match[str]]) -> bool:
 
 
 def may_be_fractions(texts: Iterable[str]) -> bool:
-    """Whether the texts may as well be fractions, such as 1/2 and 3/4, or ranges such as 1-5 and 6-10."""
+    """Whether a few different texts may as well be fractions, such as 1/2 and 3/4, or ranges such as 1-5 and 6-10."""
     pairs = [pair for text in texts if (pair := _PAIR.fullmatch(text))]
     plain = all(pair[3].strip() in ("-", "/") and not (pair[1] or pair[5] or pair[6]) for pair in pairs)
-    return plain and not _padded(pairs) and all(int(pair[2]) <= int(pair[4]) for pair in pairs)
+    return (
+        len(pairs) <= _FRACTIONS
+        and plain
+        and not _padded(pairs)
+        and all(int(pair[2]) <= int(pair[4]) for pair in pairs)
+    )
 
 
 def options(found: list[str], name: str) -> str:
