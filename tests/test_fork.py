@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -28,7 +29,7 @@ from onestep._fork import one_thread_after_fork
 from onestep.curvature import GaussNewtonOperator, Laplace, glm, hvp
 from onestep.estimators._centred import Primal
 from onestep.functional import linear_cross_entropy, scaled_dot_product_attention
-from onestep.layerwise import refit
+from onestep.layerwise import load, quantize, refit, save
 from onestep.linalg.damping import unit_cholesky
 
 rng = np.random.default_rng(0)
@@ -235,7 +236,19 @@ def halves(*shape):
     return torch.ones(*shape, dtype=torch.bfloat16)
 
 
+WIDE = torch.nn.Sequential(torch.nn.Linear(200, 200))
+QUANTIZED = quantize(WIDE, [torch.randn(300, 200)], bits=4, progress=False).quantized
+
+
+def saved_and_loaded():
+    with tempfile.TemporaryDirectory() as folder:
+        save(WIDE, f"{folder}/model", QUANTIZED)
+        load(WIDE, f"{folder}/model")
+
+
 FUNCTIONS = {
+    "dequantize": lambda: QUANTIZED["0"].dequantize(),
+    "save and load": saved_and_loaded,
     "solve_normal": lambda: linalg.solve_normal(halves(2500, 16), halves(2500, 16), ridge=1.0),
     "gram": lambda: linalg.gram(halves(2500, 16), halves(2500, 16)),
     "moments": lambda: linalg.moments(halves(2500, 16), halves(2500, 16)),
