@@ -53,6 +53,11 @@ def test_the_column_tells_the_order(run, table, tmp_path, written):
         ),
         (list(DAYS.strftime("%m/%d %H:%M")), "--date-format '%m/%d %H:%M' for month and day"),
         (list(DAYS.strftime("%d-%mT%H:%M:%S")), "--date-format '%d-%mT%H:%M:%S' for month and day"),
+        (list(DAYS.strftime("%m/%d 03:15 PM")), "--date-format '%m/%d %I:%M %p' for month and day"),
+        (
+            ["00/00", "09/21", "09/22", "09/25"] * 15,
+            "such as '09/21' on line 3; pass --dates 'when' --date-format '%m/%d'",
+        ),
         ([f"{day.month}/{day.day}" for day in DAYS], "--date-format '%m/%d' for month and day"),
         # As fractions they would be too many for categories.
         ([f"1/{day}" for day in range(1, 13)] * 5, "--date-format '%m/%d' if month and day are meant, or '%d/%m'"),
@@ -70,6 +75,14 @@ def test_readings_are_named(run, table, texts, message):
     assert (code, out) == (2, "") and message in err and "--dates 'when'" in err
     code, _, err = run("fit", table({"when": texts, "y": Y}), "--target", "when")
     assert code == 2 and "seems to hold dates" in err and "a target is a number or a class" in err
+
+
+def test_missing_days_are_filled_with_one_without_a_year(run, table):
+    texts = ["", *DAYS[1:].strftime("%m/%d")]
+    options = ["--dates", "when", "--date-format", "%m/%d", "--impute", "median", "--test-size", "0"]
+    code, _, err = run("fit", table({"when": texts, "y": Y}), "--target", "y", *options)
+    middle = sorted(texts[1:])[29]
+    assert code == 0 and f"1 missing value of when filled with '{middle}'" in err
 
 
 @pytest.mark.parametrize("texts", [["1/2", "1/4", "3/4"], ["1-5", "6-10", "11-15"], ["8/10", "9/10", "10/10"]])

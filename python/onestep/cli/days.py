@@ -11,7 +11,9 @@ import numpy as np
 # Of the months, in a year that has a 29 February.
 _DAYS = np.array([0, 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
 # Two numbers, and perhaps a time of day. In ISO 8601 two dashes stand in the place of the year.
-_PAIR = re.compile(r"(--)?(\d{1,2})(-|/|\. ?| [-/] )(\d{1,2})(\.?)(?:([ T])\d{1,2}:\d{2}(:\d{2})?)?")
+_PAIR = re.compile(r"(--)?(\d{1,2})(-|/|\. ?| [-/] )(\d{1,2})(\.?)(?:([ T])\d{1,2}:\d{2}(:\d{2})?( ?[AaPp][Mm])?)?")
+# What stands for no date.
+_NONE = ("00", "00")
 # A column may hold a few mistakes.
 _NEARLY_ALL = 0.9
 # So many different fractions or ranges a column may hold.
@@ -36,10 +38,10 @@ def _share(order: str, first: np.ndarray, second: np.ndarray) -> float:
 
 def formats(texts: Iterable[str]) -> list[str]:
     """The formats in which nearly all of some different texts are days of a year, or months of one of two digits."""
-    pairs = [pair for text in texts if (pair := _PAIR.fullmatch(text))]
+    pairs = [pair for text in texts if (pair := _PAIR.fullmatch(text)) and pair.group(2, 4) != _NONE]
     if not pairs:
         return []
-    dashes, _, mark, _, dot, gap, seconds = pairs[0].groups()
+    dashes, _, mark, _, dot, gap, seconds, noon = pairs[0].groups()
     first, second = (np.array([int(pair[group]) for pair in pairs]) for group in (2, 4))
     orders = ["%m %d"] if dashes else ["%m %d", "%d %m"]
     if "." in mark:
@@ -50,7 +52,9 @@ def formats(texts: Iterable[str]) -> list[str]:
         orders += ["%m %y"] if (second > 12).all() or (second <= 12).all() else []
         orders += ["%y %m"] if (first > 12).all() else []
     found = [order for order in orders if _share(order, first, second) >= _NEARLY_ALL]
-    clock = f"{gap}%H:%M{':%S' if seconds else ''}" if gap else ""
+    clock = f"{gap}{'%I' if noon else '%H'}:%M{':%S' if seconds else ''}" if gap else ""
+    if noon:
+        clock += " %p" if noon.startswith(" ") else "%p"
     return [(dashes or "") + mark.join(order.split()) + dot + clock for order in (found[:1] if "." in mark else found)]
 
 
