@@ -53,6 +53,8 @@ KINDS = (
     (dates("%Y"), "--dates {name}"),
     (dates("%Y%m%d"), ""),
     (dates("%d.%m.%Y"), "--dates {name} --date-format %d.%m.%Y"),
+    (dates("%m/%d"), "--dates {name} --date-format %m/%d"),
+    (dates("%d.%m"), ""),
 )
 OPTIONS = ("--impute median", "--alpha 1", "--task classification", "--task regression", "--missing", "--dates c1")
 OPTIONS += ("--thousands ,", "--decimal ,", "--thousands . --decimal ,", "--thousands .", "--dtype float32", "--sep ;")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import onestep
 from onestep import (
@@ -26,7 +28,8 @@ from onestep._cached import cached_property
 from onestep._fork import one_thread_after_fork
 from onestep.curvature import GaussNewtonOperator, Laplace, glm, hvp
 from onestep.estimators._centred import Primal
-from onestep.layerwise import refit
+from onestep.functional import linear_cross_entropy, scaled_dot_product_attention
+from onestep.layerwise import load, quantize, refit, save
 from onestep.linalg.damping import unit_cholesky
 
 rng = np.random.default_rng(0)
@@ -201,6 +204,80 @@ def test_forked_child(restore_threads):
         pytest.fail(f"the forked child hangs in the last of: {os.read(reading, 1000).decode()}")
     os.close(reading)
     assert status == 0, "see the child's traceback"
+
+
+class Threads(TorchDispatchMode):
+    """On how many threads torch runs each operation with so many numbers that it shares them between threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        tensors = [part for part in (*args, first) if isinstance(part, torch.Tensor)]
+        if max((part.numel() for part in tensors), default=0) > 1 << 15:
+            self.seen.setdefault(torch.get_num_threads(), set()).add(str(function))
+        return result
+
+
+# What makes the operands below, which is the caller's.
+OPERANDS = {
+    "aten.slice.Tensor",
+    "aten.ones.default",
+    "aten.zeros.default",
+    "aten.uniform_.default",
+    "aten.empty.memory_format",
+}
+
+
+def halves(*shape):
+    return torch.ones(*shape, dtype=torch.bfloat16)
+
+
+WIDE = torch.nn.Sequential(torch.nn.Linear(200, 200))
+QUANTIZED = quantize(WIDE, [torch.randn(300, 200)], bits=4, progress=False).quantized
+
+
+def saved_and_loaded():
+    with tempfile.TemporaryDirectory() as folder:
+        save(WIDE, f"{folder}/model", QUANTIZED)
+        load(WIDE, f"{folder}/model")
+
+
+FUNCTIONS = {
+    "dequantize": lambda: QUANTIZED["0"].dequantize(),
+    "save and load": saved_and_loaded,
+    "solve_normal": lambda: linalg.solve_normal(halves(2500, 16), halves(2500, 16), ridge=1.0),
+    "gram": lambda: linalg.gram(halves(2500, 16), halves(2500, 16)),
+    "moments": lambda: linalg.moments(halves(2500, 16), halves(2500, 16)),
+    "segments": lambda: linalg.solve_normal_segments(
+        halves(2500, 16), halves(2500, 16), torch.tensor([0, 2500]), ridge=1.0
+    ),
+    "attention": lambda: scaled_dot_product_attention(halves(2, 600, 32), halves(2, 9, 32), halves(2, 9, 32)),
+    "mask": lambda: scaled_dot_product_attention(
+        FLOATS[:300, :4].double(), FLOATS[:300, :4].double(), FLOATS[:300, :4].double(), torch.zeros(300, 300)
+    ),
+    "many rows": lambda: linear_cross_entropy(
+        torch.zeros(40_000, 2), torch.zeros(3, 2), torch.zeros(40_000, dtype=torch.int64)
+    ),
+    "MultiheadAttention": lambda: onestep.nn.MultiheadAttention(32, 2, batch_first=True)(
+        torch.ones(1, 1200, 32), torch.ones(1, 1200, 32), torch.ones(1, 1200, 32), need_weights=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_conversions_of_operands_are_on_one_thread(restore_threads, monkeypatch, name):
+    """What a function does by torch before and after its kernel, such as the conversion of 16-bit tensors."""
+    torch.set_num_threads(2)
+    monkeypatch.setattr(_fork, "_forked", True)
+    with Threads() as mode:
+        FUNCTIONS[name]()
+    mode.seen.get(2, set()).difference_update(OPERANDS)
+    assert not mode.seen.get(2) and mode.seen.get(1), mode.seen
+    assert torch.get_num_threads() == 2
 
 
 def test_nothing_changes_outside_a_fork(restore_threads):

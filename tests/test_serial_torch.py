@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import onestep
 from onestep import _serial_torch, linalg
-from onestep._serial_torch import serial_for, serial_torch
+from onestep._serial_torch import eigh, serial_for, serial_torch
 from onestep.evaluation.data import as_source
 
 needs_openmp = pytest.mark.skipif(_serial_torch.set_openmp_threads is None, reason="torch was built without libgomp")
@@ -112,8 +112,9 @@ class ThreadsOf(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         threads, result = torch.get_num_threads(), function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.seen.append((str(function).split(".")[1], threads, tuple(result.shape)))
+        first = result[0] if isinstance(result, tuple) else result
+        if isinstance(first, torch.Tensor):
+            self.seen.append((str(function).split(".")[1], threads, tuple(first.shape)))
         return result
 
     def threads(self, *names):
@@ -136,6 +137,28 @@ def test_a_process_beside_has_few_regions_to_disturb(two_threads):
     torch.set_num_threads(1)
     again = onestep.RidgeCV().fit(X, Y[:, 0])
     assert again.best_score_ == pytest.approx(few.best_score_, rel=1e-12)
+
+
+@needs_openmp
+@pytest.mark.parametrize("shape", [(3000, 64), (60, 200)])
+def test_small_eigendecompositions_are_on_one_thread(two_threads, shape):
+    """So a process beside has nothing to disturb, and from 51 rows on bits do not depend on the number of threads."""
+    X = np.random.default_rng(0).standard_normal(shape)
+    with ThreadsOf() as mode:
+        model = onestep.RidgeCV().fit(X, X[:, 0])
+    assert {threads for name, threads, _ in mode.seen if name == "_linalg_eigh"} == {1} and "eigh" in model.solver_path_
+    gram = torch.from_numpy(X.T @ X if len(X) > len(X.T) else X @ X.T)
+    values, vectors = eigh(gram)
+    torch.set_num_threads(1)
+    assert torch.equal(vectors, torch.linalg.eigh(gram)[1]) and torch.equal(values, torch.linalg.eigh(gram)[0])
+    assert np.array_equal(onestep.RidgeCV().fit(X, X[:, 0]).coef_, model.coef_)
+
+
+@needs_openmp
+def test_large_eigendecompositions_keep_the_threads(two_threads):
+    with ThreadsOf() as mode:
+        eigh(torch.eye(200, dtype=torch.float64))
+    assert {threads for name, threads, _ in mode.seen if name == "_linalg_eigh"} == {2}
 
 
 @needs_openmp

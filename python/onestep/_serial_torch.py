@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 from onestep import _native
 
 _state = threading.local()
 # Up to so many numbers torch's loops take less than a millisecond; to wait for a thread costs several (0305).
 _FEW = 1 << 19
+# The eigendecomposition of so many rows takes about a millisecond on one thread, of twice as many six (0321).
+_SMALL_MATRIX = 128
 
 
 def _function(library: str, name: str) -> Callable[[int], int] | None:
@@ -74,3 +77,14 @@ def serial_for(numbers: int) -> AbstractContextManager[None]:
     For operations whose bits do not depend on the number of threads: each number of the result is made by itself.
     """
     return serial_torch() if numbers <= _FEW else nullcontext()
+
+
+def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` of one matrix, on the calling thread where it is small.
+
+    MKL opens eight parallel regions for one of 64 rows, and more for larger ones, for a quarter of a millisecond in
+    all. From 51 rows on its last bits depend on the number of threads: here they do only beyond 128.
+    """
+    with serial_torch() if len(A) <= _SMALL_MATRIX else nullcontext():
+        values, vectors = torch.linalg.eigh(A)
+    return values, vectors

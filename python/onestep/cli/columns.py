@@ -90,6 +90,11 @@ class Date:
         """The names of the features it makes."""
         return [f"{self.name} {part}" for part in self.parts]
 
+    @property
+    def written_fill(self) -> str | None:
+        """What stands in for missing dates, as the file writes dates: 08/29 has no year."""
+        return self.fill if self.fill is None or self.format is None else pd.Timestamp(self.fill).strftime(self.format)
+
     def encode(self, table: Table) -> np.ndarray:
         """The features of each row, NaN where there is no date, or none is given and nothing may fill it."""
         texts = table.frame[self.name]

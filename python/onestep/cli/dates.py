@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from . import days
 from .errors import CliError
 
 # The parts of a date, and what pandas calls them.
@@ -18,11 +19,11 @@ _MONTH = r"(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DATE = re.compile(
     r"\d{4}([-/.])\d{1,2}\1\d{1,2}(?:[T ].*)?|\d{1,2}([-/.])\d{1,2}\2(?:\d{4}|\d{2})(?: .*)?|\d{4}[-/](?:0[1-9]|1[0-2])"
     rf"|\d{{1,2}}[-. ]*{_MONTH}[-, ]*(?:\d{{4}}|\d{{2}})|{_MONTH}[ -]*(?:\d{{1,2}},? +)?\d{{4}}"
-    # A point behind the last number, blanks behind the points, and days without a year: 01.03.
+    # A point behind the last number, and blanks behind the points.
     r"|\d{1,2}\. ?\d{1,2}\. ?\d{4}\.?|\d{4}\. ?\d{1,2}\. ?\d{1,2}\.?|(?:19|20)\d{6}T\d{4,6}.*"
-    r"|(?:0?[1-9]|[12]\d|3[01])\. ?(?:0?[1-9]|1[0-2])\."
-    # Months of a year, and dates of East Asia.
+    # Months of a year, and dates of East Asia, of which the year may not be said.
     r"|(?:0?[1-9]|1[0-2])[-/](?:19|20)\d{2}|\d{4}\s?[\u5e74\ub144]\s?\d{1,2}\s?[\u6708\uc6d4](?:\s?\d{1,2}\s?[\u65e5\uc77c])?"
+    r"|\d{1,2}\s?[\u6708\uc6d4]\s?\d{1,2}\s?[\u65e5\uc77c]"
 )
 # Dates with the name of a month, of which one of year and day may not be said, behind a weekday and before a time.
 _NAME = (
@@ -118,14 +119,14 @@ def _formats(text: str) -> list[str]:
         (r"\d{1,2}\.\d{1,2}\.\d{4}\.", "%d.%m.%Y."),
         (r"\d{1,2}\. \d{1,2}\. \d{4}", "%d. %m. %Y"),
         (r"\d{1,2}\.\d{1,2}\.\d{2}", "%d.%m.%y"),
-        (r"\d{1,2}\.\d{1,2}\.", "%d.%m."),
-        (r"\d{1,2}\. \d{1,2}\.", "%d. %m."),
     ):
         if re.fullmatch(pattern, text):
             return [written]
-    if re.search("[\u5e74\ub144]", text):
-        # A year, a month and perhaps a day, with a word behind each.
-        codes = iter(("%Y", "%m", "%d"))
+    if days.is_pair(text):
+        return days.formats([text])
+    if re.search("[\u5e74\ub144\u6708\uc6d4]", text):
+        # A year, a month and perhaps a day, or a month and a day, with a word behind each.
+        codes = iter(("%Y", "%m", "%d")[not re.search("[\u5e74\ub144]", text) :])
         return [re.sub(r"\d+", lambda _: next(codes), text)]
     return _named_formats(text) if re.search(_NAME, text) else []
 

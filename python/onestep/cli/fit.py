@@ -10,7 +10,7 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from . import numerals
-from .columns import encode, learn_columns, level_order
+from .columns import Date, encode, learn_columns, level_order
 from .errors import CliError, Interrupted, count, listed, note
 from .model import LinearModel, Model, NetworkModel, save_model
 from .output import check_writable
@@ -144,7 +144,8 @@ def _tell_filled(table: Table, model: Model) -> None:
     for column in model.columns:
         missing = int(table.frame[column.name].isna().sum())
         if missing:
-            fill = f"the median {column.fill:,.6g}" if isinstance(column.fill, float) else repr(column.fill)
+            fill = column.written_fill if isinstance(column, Date) else column.fill
+            fill = f"the median {fill:,.6g}" if isinstance(fill, float) else repr(fill)
             note(f"{count(missing, 'missing value')} of {column.name} filled with {fill}")
 
 

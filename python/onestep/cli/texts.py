@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import dates, numerals, units
+from . import dates, days, numerals, units
 from .errors import CliError, listed, note
 from .table import Table
 
@@ -56,14 +56,19 @@ def check_text(table: Table, name: str) -> None:
             _refuse(table, name, "numbers", row, numerals.notation_hint(values[row]), missing)
         # Of plain numbers there are too few for a column of numbers, unless some values are missing.
         _refuse(table, name, "numbers", plain.idxmax(), missing)
-    day = numerals.of_each(values, dates.is_date)
-    if 2 * day.sum() > len(values):
+    hint = "a target is a number or a class: write it as a number, such as the days since the first date"
+    day, pair = numerals.of_each(values, dates.is_date), numerals.of_each(values, days.is_pair)
+    found, row = _days_of_years(values[pair], 2 * pair.sum() > len(values))
+    if found and not days.may_be_fractions(values[pair].unique()):
+        if name != table.target:
+            hint = f"pass {days.options(found, name)}"
+        _refuse(table, name, "dates", row, hint, missing)
+    # With a year in some and not in others.
+    if day.any() and 2 * (day | pair).sum() > len(values):
         # 2023-10-15 needs no format, but 2023-1-5 beside it does.
         unpadded = day & numerals.of_each(values, dates.is_unpadded)
         row = (unpadded if unpadded.any() else day).idxmax()
-        if name == table.target:
-            hint = "a target is a number or a class: write it as a number, such as the days since the first date"
-        else:
+        if name != table.target:
             hint = dates.remedy(values[row], name)
         _refuse(table, name, "dates", row, hint, missing)
     time = numerals.of_each(values, dates.is_time)
@@ -71,6 +76,14 @@ def check_text(table: Table, name: str) -> None:
         hint = "write them as numbers, such as 18.5 hours for 18:30"
         _refuse(table, name, "times of day", time.idxmax(), hint, missing)
     _check_measures(table, name, values, number, missing)
+
+
+def _days_of_years(pairs: Any, are_most: bool) -> tuple[list[str], Any]:
+    """The formats of texts that are dates without a year, if they are, and the row of one that is of the first."""
+    found = days.formats(pairs.unique()) if are_most else []
+    if not found:
+        return [], None
+    return found, dates.parse(pairs, found[0]).notna().idxmax()
 
 
 def _missing_hint(texts: list[str]) -> str:
@@ -114,6 +127,14 @@ def tell_numbers_in_texts(table: Table, name: str) -> None:
     values = table.frame[name].dropna()
     if name in table.text or values.empty:
         return
+    pair = numerals.of_each(values, days.is_pair)
+    found, row = _days_of_years(values[pair], 2 * pair.sum() > len(values))
+    if found:
+        note(
+            f"column {name!r} is taken for categories; if texts such as {values[row]!r} are dates without a year, pass "
+            f"{days.options(found, name)}; --categorical {name!r} ends this note"
+        )
+        return
     holds = numerals.of_each(values, units.holds_number)
     # A word that stands for no number, or for no value, may be more frequent than all numbers.
     words = values[~holds]
@@ -145,6 +166,7 @@ def tell_dates_in_numbers(table: Table, name: str, values: Any) -> None:
     """Notes that the numbers of a column may all be dates, as 20230325 may."""
     options = dates.digits_hint(values, name)
     if options is None:
+        _tell_days_in_numbers(table, name, values)
         return
     reading = "" if name == table.target else f"; pass {options} if they are dates"
     example = f"{values[values == values][0]:.0f}"
@@ -157,6 +179,21 @@ def tell_dates_in_numbers(table: Table, name: str, values: Any) -> None:
             return
         example = texts.iloc[0]
     note(f"column {name!r} is taken for numbers, although all may be dates, such as {example}{reading}")
+
+
+def _tell_days_in_numbers(table: Table, name: str, values: Any) -> None:
+    """Notes that the numbers of a column may all be dates without a year, as 09.02 and 0902 may."""
+
+    def texts() -> Any:
+        return table.texts(name).dropna().str.strip()
+
+    written = days.format_of_numbers(values, texts) if table.conventions.decimal == "." else None
+    if written is not None:
+        reading = "" if name == table.target else f"; pass {days.options([written], name)}, if they are dates"
+        note(
+            f"column {name!r} is taken for numbers, although all may be dates without a year, such as "
+            f"{texts().iloc[0]}{reading}"
+        )
 
 
 def tell_leading_zeros(table: Table, name: str) -> None:

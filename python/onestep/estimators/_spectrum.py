@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from onestep._serial_torch import serial_for
+from onestep._serial_torch import eigh, serial_for
 from onestep.estimators._centred import EPS, MIN_RCOND, Centred, Primal, blocks, wide
 from onestep.estimators._solve import from_dual, kernel, triangular
 from onestep.linalg.spd import eigenvalues_are_accurate
@@ -61,7 +61,7 @@ class PrimalSpectrum:
         self._fit_intercept = fit_intercept
         self._intercept = _intercept_leverage(self.centred, fit_intercept)
         for gram, cross, floor in primal.candidates():
-            values, V = torch.linalg.eigh(gram)
+            values, V = eigh(gram)
             if eigenvalues_are_accurate(values, smallest_alpha, floor):
                 self.path = "eigh"
                 self._values, self._V, self._target = values.clamp_(min=0), V, V.mT @ cross
@@ -126,7 +126,7 @@ class DualSpectrum:
         q = self._null.sqrt()
         K = kernel(centred)
         self._moved = K.diagonal().mean() if fit_intercept else torch.zeros((), dtype=torch.float64)
-        values, U = torch.linalg.eigh(K.addr_(q, q, alpha=self._moved.item()))
+        values, U = eigh(K.addr_(q, q, alpha=self._moved.item()))
         if eigenvalues_are_accurate(values, smallest_alpha, MIN_RCOND):
             self.path = "dual_eigh"
             self._values, self._U = values.clamp_(min=0), U

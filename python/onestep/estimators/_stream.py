@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onestep._serial_torch import eigh
 from onestep.estimators._centred import _FLOAT_GRAM_FLOOR, EPS, MIN_RCOND, blocks, raise_not_finite
 from onestep.estimators._solve import Solution, _warn_rank, solve_spd
 from onestep.linalg import NormalEquations
@@ -88,7 +89,7 @@ def _row_space(equations: NormalEquations, gram: Tensor) -> Tensor:
     noise = max(8 * EPS * (d + n**0.5), (min(n, d) * torch.finfo(equations.dtype).eps) ** 2)
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 1.0)[:, None]
-    values, vectors = torch.linalg.eigh(gram * (scale * scale.mT))
+    values, vectors = eigh(gram * (scale * scale.mT))
     spanned = vectors[:, values > noise * values[-1].clamp_min(0.0)]
     if spanned.shape[1] == d:
         return torch.eye(d, dtype=gram.dtype)
@@ -101,6 +102,6 @@ def _solve_psd(A: Tensor, penalty: float, B: Tensor) -> Tensor:
     """(A + penalty I)⁻¹B by an eigendecomposition, on a unit diagonal, for A that Cholesky might not get through."""
     system = A + penalty * torch.eye(len(A), dtype=A.dtype)
     scale = system.diagonal().clamp_min(torch.finfo(A.dtype).tiny).rsqrt()[:, None]
-    values, vectors = torch.linalg.eigh(system * (scale * scale.mT))
+    values, vectors = eigh(system * (scale * scale.mT))
     solution: Tensor = scale * (vectors @ ((vectors.mT @ (scale * B)) / values.clamp_min(EPS)[:, None]))
     return solution

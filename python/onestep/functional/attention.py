@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from onestep._fork import safe_after_fork
 from onestep.ops.attention import attention
 
 
@@ -50,6 +51,7 @@ def _shared_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     return expanded[0], expanded[1], expanded[2]
 
 
+@safe_after_fork
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

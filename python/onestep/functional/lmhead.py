@@ -107,6 +107,7 @@ def _wanted(*operands: Tensor | None) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and like is not None and like.requires_grad for like in operands)
 
 
+@safe_after_fork
 def linear_cross_entropy(
     input: Tensor,
     weight: Tensor,

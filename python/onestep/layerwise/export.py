@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep._files import is_regular, replacing
+from onestep._fork import one_thread_after_fork, safe_after_fork
 from onestep.layerwise.checks import check_path
 from onestep.layerwise.layers import Layer, every_layer
 from onestep.layerwise.pairs import MAP, places_of
@@ -46,11 +47,13 @@ class QuantizedWeight:
     group: Tensor
     bits: int
 
+    @safe_after_fork
     def dequantize(self) -> Tensor:
         """W, (outputs, features), in scale's dtype."""
         return self.scale[:, self.group] * (self.codes - self.zero[:, self.group])
 
 
+@one_thread_after_fork()
 def save(model: nn.Module, path: str | Path, quantized: Mapping[str, QuantizedWeight] | None = None) -> None:
     """Writes a model's parameters and buffers as safetensors, which ``safetensors.torch.load_file`` reads.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep._fork import one_thread_after_fork
 from onestep.layerwise.checks import check_path
 from onestep.layerwise.export import BLOCKS, QuantizedWeight, part_of
 from onestep.layerwise.pairs import MAP, Places, keep_places, places_of
@@ -17,6 +18,7 @@ from onestep.layerwise.places import fill
 from onestep.layerwise.replacing import LinearBlock, cached_by
 
 
+@one_thread_after_fork()
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Reads a file of ``save`` into a model of the same kind, such as ``AutoModelForCausalLM.from_config(config)``.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onestep._fork import one_thread_after_fork, safe_after_fork
 from onestep._processes import collective, initialised, place
+from onestep._serial_torch import eigh
 from onestep.linalg import spd
 from onestep.linalg._arguments import features, floating
 from onestep.linalg._normal import Moments, moments
@@ -300,7 +301,7 @@ class NormalEquations:
         sums = without_constants(self._sums, self.dtype)
         # Where this holds the pivots that ``solve`` judges by are good too: scaling does not lower the ratio.
         least = max(spd.LEAST_RCOND, spd.SINGULAR_EPSILONS * torch.finfo(self.dtype).eps)
-        values, vectors = torch.linalg.eigh(sums.gram)
+        values, vectors = eigh(sums.gram)
         rotated = vectors.mT @ sums.cross
         found = [
             vectors @ (rotated / (values + penalty).unsqueeze(-1))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from onestep._fork import safe_after_fork
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -23,9 +25,11 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
     Lists of arrays are taken where the function takes lists of tensors. Without a copy, both ways; arrays with negative
     strides, and numpy arrays that are read-only, of another byte order or fields of records, are copied. Results of a
     kind that knows DLPack but not the array API standard are numpy arrays. Derivatives are torch's alone: other
-    libraries see values. Arrays and tensors cannot be mixed. Calls with tensors pass straight through.
+    libraries see values. Arrays and tensors cannot be mixed. Calls with tensors pass straight through. In a forked
+    child torch's conversions, such as those of 16-bit tensors, are on one thread.
     """
 
+    @safe_after_fork
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         if args and isinstance(args[0], Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onestep._fork import safe_after_fork
 from onestep.functional import replace_attention
 
 
@@ -31,6 +32,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         torch.Size([1, 5, 8])
     """
 
+    @safe_after_fork
     def forward(
         self,
         query: Tensor,

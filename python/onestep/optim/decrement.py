@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onestep._serial_torch import eigh
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 
 # Up to so many parameters the matrix is formed, by as many products.
@@ -120,7 +121,7 @@ def _dense(product: Callable[[Tensor], Tensor], gradient: Tensor, enough: float,
     if bool((diagonal < 0).any()) or bool(gradient[diagonal == 0].any()):
         return Decrement(math.inf)
     inverse_root = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-    values, vectors = torch.linalg.eigh(A * inverse_root[:, None] * inverse_root)
+    values, vectors = eigh(A * inverse_root[:, None] * inverse_root)
     if values[0] < -coarse * values[-1]:
         return Decrement(math.inf)
     along = vectors.mT @ (gradient.double() * inverse_root)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import onestep.linalg as linalg
 from onestep._cached import cached_property
-from onestep._serial_torch import serial_for
+from onestep._serial_torch import eigh, serial_for
 from onestep.curvature.conjugate_gradient import conjugate_gradient
 from onestep.evaluation.parameters import ParameterVector
 from onestep.linalg import spd
@@ -247,7 +247,7 @@ class _FactoredModel(_MatrixModel):
             self.kept["precise"] = torch.ones(())
             return math.inf
         system, self.certain = self.undamped(), True
-        values, vectors = torch.linalg.eigh(system.matrix)
+        values, vectors = eigh(system.matrix)
         # The rows of the Jacobian are rounded, too: what they say of a direction under this is nothing.
         bent = values > (_ROUNDED_ROWS * eps) ** 2 * values[-1]
         along = (vectors.mT @ system.gradient)[bent]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from onestep._serial_torch import eigh
 from onestep.curvature import glm
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.errors import NonFiniteError
@@ -204,7 +205,7 @@ class HeadFit:
         intercept = rows.coordinates.intercept
         W = rows.coordinates.weights(V, torch.float64)
         point = glm(rows.X.double(), rows.y, W, "softmax", weight=weight, intercept=intercept)
-        values, vectors = torch.linalg.eigh(point.gram())
+        values, vectors = eigh(point.gram())
         # Scores have a shift in common that changes nothing.
         bent = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
         slopes = (vectors.mT @ point.grad.reshape(-1))[bent]

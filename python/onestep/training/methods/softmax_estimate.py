@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onestep._serial_torch import eigh
 from onestep.evaluation.data import Chunk
 from onestep.evaluation.distributed import share, summed, together
 from onestep.evaluation.layers import columns
@@ -225,7 +226,7 @@ class _Estimate:
     ) -> tuple[Tensor, float]:
         """W and its loss by L-BFGS over all processes' rows, in coordinates in which their Gram matrix is I."""
         gram, (count,) = summed(lambda: ((rows.Z.mT @ rows.Z).double(), [float(len(rows))]))
-        values, vectors = torch.linalg.eigh(gram / count)
+        values, vectors = eigh(gram / count)
         spread = values.clamp_min(0) + 1e-2 * values.mean()
         basis, inverse = (vectors * spread.rsqrt()).to(W), (vectors * spread.sqrt()).mT.to(W)
         V = (inverse @ W).contiguous().requires_grad_()
