@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onestep._cached import cached_property
 from onestep.estimators._chunked import CentredPoint
-from onestep.estimators._problem import Point, Problem
+from onestep.estimators._problem import Point, Problem, without_common
 from onestep.linalg.narrow import row_chunks
 from onestep.solvers.coordinates import Coordinates
 
@@ -22,7 +22,8 @@ class _FarPoint(Point):
         problem = self.problem
         assert isinstance(problem, FarProblem)
         summed = self.model.hvp(problem.centred.weights(direction, torch.float64))
-        return problem.centred.pull_back(summed) / problem.total + problem.penalties(direction) * direction
+        mean = problem.centred.pull_back(summed) / problem.total
+        return without_common(mean + problem.penalties(direction) * direction)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class FarProblem(Problem):
         slopes = mean.clone()
         slopes[:d] += self.coordinates.shift.reshape(shape) * mean[-1] + self.penalty * W[:d]
         slope = (slopes.abs() - self.rounding.reshape(shape)).max().item()
-        return _FarPoint(V, loss, self.centred.pull_back(mean) + penalty, slope, model, self)
+        return _FarPoint(V, loss, without_common(self.centred.pull_back(mean) + penalty), slope, model, self)
 
     def gram(self, curvature: Tensor) -> Tensor:
         """The Hessian of the summed loss of one output, (p, p) float64, from each row's w ℓ″."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from onestep.curvature.conjugate_gradient import conjugate_gradient
-from onestep.estimators._problem import Point, Problem
+from onestep.estimators._problem import Point, Problem, without_common
 from onestep.linalg import cholesky_solve
 from onestep.linalg.spd import factor_with_shift
 
@@ -114,6 +114,7 @@ def minimise(problem: Problem, shape: tuple[int, ...], warm: Tensor | None, *, t
             levels.append(sample)
     sample = levels[min(1, len(levels) - 1)]
     start, null_loss = (warm, math.inf) if warm is not None else problem.null(shape)
+    start = without_common(start)
     if sample is problem or max_iter == 0:
         return _checked(_newton(problem, sample, problem.at(start), tol, max_iter))
     V, near = start, None
@@ -180,8 +181,8 @@ def _newton(
         if level and not direct:
             if decrement <= target:
                 return Minimum(point, step, True)
-            # All slopes of rare counts are small, wherever they are taken.
-            small = problem.family != "poisson" or point.slope <= goal * point.scale
+            # All slopes of rare counts are small, and those in W of columns of small values, wherever they are taken.
+            small = point.grad.abs().max().item() <= goal * (point.scale if problem.family == "poisson" else 1.0)
             if problem.penalty == 0 and small and problem.movement(direction) > _RUNAWAY_STEP:
                 return Minimum(point, step, True, runaway=True)
         found = _line_search(problem, point, direction, _DIRECT_HALVINGS if direct else _HALVINGS)
@@ -245,7 +246,13 @@ def _preconditioner(point: Point) -> _Preconditioner:
     penalties = problem.penalties(columns).expand_as(columns)
     if columns.shape[1] > 1:
         L, scale = _factor(_hessian(point, columns) / problem.total, penalties.flatten(), problem.precision)
-        return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
+
+
+        def solve(v: Tensor) -> Tensor:
+            solution = scale * cholesky_solve((v * scale)[:, None], L)[:, 0]
+            return without_common(solution.view_as(columns)).flatten()
+
+        return _Preconditioner(solve, True, True, problem)
     curvature = point.model.diagonal_curvature()
     if V.numel() <= _LARGEST_GRAM:
         L, scale = _factor(problem.gram(curvature[:, 0]) / problem.total, penalties.flatten(), problem.precision)

@@ -32,7 +32,8 @@ class Point:
     def product(self, direction: Tensor) -> Tensor:
         problem = self.problem
         summed = self.model.hvp(problem.coordinates.weights(direction, problem.dtype))
-        return problem.coordinates.pull_back(summed) / problem.total + problem.penalties(direction) * direction
+        mean = problem.coordinates.pull_back(summed) / problem.total
+        return without_common(mean + problem.penalties(direction) * direction)
 
     @property
     def scale(self) -> float:
@@ -86,7 +87,8 @@ class Problem:
 
     def penalties(self, like: Tensor) -> Tensor:
         """The second derivative of the penalty's part, in the shape of a column of V."""
-        penalties = self.penalty / self.coordinates.scale.square()
+        # Twice, since a square may underflow.
+        penalties = self.penalty / self.coordinates.scale / self.coordinates.scale
         if self.coordinates.intercept:
             penalties = torch.cat((penalties, penalties.new_zeros(1)))
         return penalties.reshape(-1, *(1,) * (like.dim() - 1))
@@ -101,7 +103,7 @@ class Problem:
         slopes = mean.clone()
         slopes[: self.X.shape[1]] += self.penalty * W[: self.X.shape[1]]
         slope = (slopes.abs() - self.rounding.reshape(-1, *(1,) * (V.dim() - 1))).max().item()
-        return Point(V, loss, self.coordinates.pull_back(mean) + penalty, slope, model, self)
+        return Point(V, loss, without_common(self.coordinates.pull_back(mean) + penalty), slope, model, self)
 
     def gram(self, curvature: Tensor) -> Tensor:
         """The Hessian of the summed loss of one output, (p, p) float64, from each row's w ℓ″."""
@@ -151,6 +153,14 @@ class Problem:
                 moved[self.weight[rows] == 0] = 0.0
             most = max(most, moved.abs().max().item())
         return most
+
+
+def without_common(V: Tensor) -> Tensor:
+    """V (p, k) less what all classes have in common, of which softmax sees nothing; V (p,) as it is.
+
+    It is zero at the minimum, and rounding alone leads that way: for want of curvature, far.
+    """
+    return V - V.mean(1, keepdim=True) if V.dim() == 2 else V
 
 
 def total_weight(X: Tensor, weight: Tensor | None) -> float:

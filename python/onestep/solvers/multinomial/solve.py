@@ -208,7 +208,9 @@ class Descent:
             if not objective.precise and (done or half <= _FLOAT_DECREMENT * scale):
                 self._refine()
                 continue
-            runs_away = level and objective.unpenalised and objective.rows.movement(direction) > _RUNAWAY_STEP
+            # Slopes in W of columns of small values are small anywhere.
+            even = level and point.gradient.abs().max().item() <= _OVERSHOOT * tol
+            runs_away = even and objective.unpenalised and objective.rows.movement(direction) > _RUNAWAY_STEP
             if done or runs_away:
                 self.ended, self.converged = True, done
                 return
@@ -240,7 +242,7 @@ class Descent:
         if not self.converged and finite and point.slope <= tol:
             scale = max(min(1.0, point.loss), _LEAST_SCALE * tol)
             self.converged = self._memory.decrement(point) <= 2 * tol * scale
-        small = self._penalty == 0 and finite and point.slope <= tol
+        small = self._penalty == 0 and finite and max(point.slope, point.gradient.abs().max().item()) <= tol
         runaway = small and self.moves_on()
         return Solution(point.V, point.loss, point.slope, self.iterations, self.passes, self.converged, runaway)
 
