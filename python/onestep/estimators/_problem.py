@@ -62,6 +62,13 @@ class Problem:
         """What the rows' products and sums are made in."""
         return self.dtype
 
+    def is_noise(self, loss: float) -> bool:
+        """Whether a loss is less than rounding makes of it. float32 rounds each row's to ε.
+
+        A Poisson loss may be negative.
+        """
+        return self.precision == torch.float32 and self.family != "poisson" and loss <= torch.finfo(torch.float32).eps
+
     @cached_property
     def total(self) -> float:
         return total_weight(self.X, self.weight)

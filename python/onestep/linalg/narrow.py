@@ -66,7 +66,7 @@ def moments_of(X: Tensor, Y: Tensor, weight: Tensor | None, *, center: bool) -> 
         Y, weight = Y.double(), None if weight is None else weight.double()
         chunks = ((rows, X[rows].double()) for rows in row_chunks(*X.shape))
     else:
-        chunks = widened_chunks(X)
+        chunks = ((rows, chunk) for rows, chunk in widened_chunks(X))
     parts = (
         moments(chunk, Y[rows], weight=None if weight is None else weight[rows], center=center)
         for rows, chunk in chunks
