@@ -257,3 +257,66 @@ def test_rounding_that_moves_the_loss_by_its_own_size_is_no_minimum(seed: int) -
     result = onestep.fit(model, (X, y), method="levenberg_marquardt", progress=False, max_steps=200)
     own = (X.double() @ model.weight.double().mT - y.double()).square().mean().item()
     assert not result.converged or own < 1.01 * least
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "dtype"),
+    [
+        ("newton_cg", "cross_entropy", torch.float32),
+        ("newton_cg", "cross_entropy", torch.float64),
+        ("newton_cg", "bce", torch.float32),
+        ("gauss_newton", "cross_entropy", torch.float32),
+        ("levenberg_marquardt", "cross_entropy", torch.float32),
+        ("levenberg_marquardt", "cross_entropy", torch.float64),
+    ],
+)
+def test_years_and_incomes_from_torchs_own_initialisation(method: str, loss: str, dtype: torch.dtype) -> None:
+    """Its loss is up to 1e5: the fit starts from zeros, and slopes that classes share do not grow by rounding."""
+    for seed in (2, 3, 5, 8):
+        X, y = year_and_income(seed)
+        scaled = (X - X.mean(0)) / X.std(0)
+        exact = nn.Linear(2, 2, dtype=torch.float64)
+        least = onestep.fit(exact, (scaled, y), "cross_entropy", method="newton_cg", progress=False).loss
+        torch.manual_seed(seed)
+        model = nn.Linear(2, 2 if loss == "cross_entropy" else 1, dtype=dtype)
+        target = y if loss == "cross_entropy" else y[:, None].to(dtype)
+        result = onestep.fit(model, (X.to(dtype), target), loss, method=method, progress=False, max_steps=30)
+        assert result.converged, (seed, result)
+        assert "from zeros, since the loss is" in result.choice
+        if (method, loss) == ("newton_cg", "cross_entropy"):
+            # With a preconditioner that minds the columns' scales: 13 to 23, else 30 to 60.
+            assert sum(record.cg_iterations for record in result.history) <= 25
+        scores = copy.deepcopy(model).double()(X.to(dtype).double())
+        own = cross_entropy(scores if loss == "cross_entropy" else torch.cat((-scores / 2, scores / 2), 1), y).item()
+        assert own == pytest.approx(least, rel=1e-5 if dtype == torch.float32 else 1e-10), (seed, result)
+
+
+def test_a_start_that_is_not_far_above_zeros_is_kept() -> None:
+    X, y = year_and_income(0)
+    scaled = ((X - X.mean(0)) / X.std(0)).float()
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    start = model.weight.detach().clone()
+    result = onestep.fit(model, (scaled, y), "cross_entropy", method="newton_cg", progress=False, max_steps=1)
+    assert "zeros" not in result.choice
+    # A slope that both classes share stays as it was.
+    assert torch.allclose(model.weight.detach().sum(0), start.sum(0), atol=1e-6)
+    # With weight decay it has a best value, 0.
+    result = onestep.fit(model, (scaled, y), "cross_entropy", method="newton_cg", weight_decay=0.1, progress=False)
+    assert result.converged
+    assert model.weight.detach().sum(0).abs().max() < 1e-4
+
+
+def test_a_model_that_refuses_zeros_is_fitted_from_its_own_start() -> None:
+    class Checked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not bool(self.weight.any()):
+                raise ValueError("weight is zero")
+            return super().forward(x)
+
+    X, y = year_and_income(0)
+    torch.manual_seed(0)
+    model = Checked(2, 2, dtype=torch.float64)
+    result = onestep.fit(model, (X, y), "cross_entropy", method="newton_cg", progress=False, max_steps=3)
+    assert "zeros" not in result.choice
+    assert result.loss < result.initial_loss

@@ -76,11 +76,13 @@ class ChunkedPoint:
 
 
 class CentredPoint(ChunkedPoint):
-    """The same of the rows X - shift in float64, with an intercept; y, W and weight are float64."""
+    """The same of the rows X - shift in float64; y, W and weight are float64."""
 
-    def __init__(self, X: Tensor, y: Tensor, W: Tensor, family: str, weight: Tensor | None, shift: Tensor) -> None:
+    def __init__(
+        self, X: Tensor, y: Tensor, W: Tensor, family: str, weight: Tensor | None, shift: Tensor, *, intercept: bool
+    ) -> None:
         self._shift = shift
-        super().__init__(X, y, W, family, weight, True)
+        super().__init__(X, y, W, family, weight, intercept)
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in row_chunks(*self._X.shape):

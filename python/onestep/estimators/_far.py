@@ -1,4 +1,4 @@
-"""The objective on float32 rows so far from zero that their products would keep few digits: centred in float64."""
+"""The objective on float32 rows whose products keep too few digits: centred, in float64, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from onestep._cached import cached_property
 from onestep.estimators._chunked import CentredPoint
-from onestep.estimators._problem import Point, Problem
+from onestep.estimators._problem import Point, Problem, without_common
+from onestep.linalg import gram
 from onestep.linalg.narrow import row_chunks
 from onestep.solvers.coordinates import Coordinates
 
@@ -28,9 +29,14 @@ class FarProblem(Problem):
         far = (coordinates.shift.abs() > _FAR * coordinates.scale).numpy().any()
         if problem.dtype != torch.float32 or not coordinates.intercept or not far:
             return problem
+        return FarProblem.in_float64(problem)
+
+    @staticmethod
+    def in_float64(problem: Problem) -> Problem:
+        """The same problem; without an intercept nothing is taken off."""
         weight = None if problem.weight is None else problem.weight.double()
         y = problem.y.double() if problem.y.is_floating_point() else problem.y
-        return FarProblem(problem.X, y, problem.family, weight, problem.penalty, coordinates)
+        return FarProblem(problem.X, y, problem.family, weight, problem.penalty, problem.coordinates)
 
     @property
     def precision(self) -> torch.dtype:
@@ -44,7 +50,8 @@ class FarProblem(Problem):
 
     def at(self, V: Tensor) -> Point:
         W, d = self.model_coordinates.weights(V, torch.float64), self.X.shape[1]
-        model = CentredPoint(self.X, self.y, W, self.family, self.weight, self.coordinates.shift)
+        shift, intercept = self.coordinates.shift, self.coordinates.intercept
+        model = CentredPoint(self.X, self.y, W, self.family, self.weight, shift, intercept=intercept)
         penalty = self.penalties(V) * V
         loss = model.loss.item() / self.total + 0.5 * (penalty * V).sum().item()
         mean = model.grad / self.total
@@ -52,20 +59,24 @@ class FarProblem(Problem):
         slopes = mean.clone()
         slopes[:d] += self.coordinates.shift.reshape(shape) * mean[-1] + self.penalty * W[:d]
         slope = (slopes.abs() - self.rounding.reshape(shape)).max().item()
-        return Point(V, loss, self.model_coordinates.pull_back(mean) + penalty, slope, model, self)
+        gradient = without_common(self.model_coordinates.pull_back(mean) + penalty)
+        return Point(V, loss, gradient, slope, model, self)
 
     def gram(self, curvature: Tensor) -> Tensor:
         """The Hessian of the summed loss of one output, (p, p) float64, from each row's w ℓ″."""
-        return self.coordinates.gram(self.X, curvature.float())
+        total = torch.zeros(1, 1, dtype=torch.float64)
+        for rows in row_chunks(*self.X.shape):
+            z = (self.X[rows].double() - self.coordinates.shift) / self.coordinates.scale
+            if self.coordinates.intercept:
+                z = torch.cat((z, z.new_ones(len(z), 1)), 1)
+            if self.weight is not None:
+                # Rows of no weight may hold anything.
+                z[self.weight[rows] == 0] = 0.0
+            total = total + gram(z, weight=curvature[rows].double())[0]
+        return total
 
     def movement(self, direction: Tensor) -> float:
         """How far a step moves the outputs of any row with weight."""
-        W, most = self.model_coordinates.weights(direction, torch.float64), 0.0
-        for rows in row_chunks(*self.X.shape):
-            moved = (self.X[rows].double() - self.coordinates.shift) @ W[:-1] + W[-1]
-            if moved.dim() == 2:
-                moved = moved - moved.mean(1, keepdim=True)
-            if self.weight is not None:
-                moved[self.weight[rows] == 0] = 0.0
-            most = max(most, moved.abs().max().item())
-        return most
+        shift = self.coordinates.shift
+        chunks = ((rows, self.X[rows].double() - shift) for rows in row_chunks(*self.X.shape))
+        return self.most_moved(chunks, self.model_coordinates.weights(direction, torch.float64))

@@ -90,7 +90,7 @@ class LinearEstimator:
     def _set_coefficients(self, coef: Tensor, intercept: Tensor, data: FitData, *, fit_intercept: bool) -> None:
         """Keep W (d, k) and b (k,) in X's type and kind, with scikit-learn's shapes: one target gives a 1-D coef_."""
         single = coef.shape[1] == 1
-        coef, intercept = coef.to(data.dtype), intercept.to(data.dtype)
+        coef, intercept = in_range(coef, data.dtype), in_range(intercept, data.dtype)
         self.coef_ = data.give((coef[:, 0] if single else coef.mT).contiguous())
         if fit_intercept:
             self.intercept_ = data.give(intercept[0] if data.y.ndim == 1 else intercept)
@@ -171,6 +171,18 @@ def as_targets(y: Array, X: Tensor) -> Tensor:
     if converted is not column and not np.isfinite(converted).all():
         raise ValueError(f"y holds values too large for X's type, {dtype}: rescale y, or pass X as float64")
     return to_tensor(converted)
+
+
+def in_range(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+    """The coefficients in X's type. ValueError if finite ones are infinite there."""
+    converted = coefficients.to(dtype)
+    if bool(converted.isinf().any()) and not bool(coefficients.isinf().any()):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the coefficients go up to {coefficients.abs().max().item():.1e}, beyond the range of {name}, since X's "
+            "values are so small: rescale X, or pass float64"
+        )
+    return converted
 
 
 def numpy_dtype(X: Tensor) -> np.dtype[Any]:

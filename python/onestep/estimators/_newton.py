@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from onestep.curvature.conjugate_gradient import conjugate_gradient
-from onestep.estimators._problem import Point, Problem
+from onestep.estimators._problem import Point, Problem, without_common
 from onestep.linalg import cholesky_solve
 from onestep.linalg.spd import factor_with_shift
 
@@ -56,6 +56,10 @@ _DIRECT_HALVINGS = 2
 
 _SUFFICIENT_DECREASE = 1e-4
 _HALVINGS = 29
+# After so many steps in a row that lowered the loss by no more than so many ε of it, and did not halve the decrement,
+# rounding is all that moves.
+_IDLE_STEPS = 3
+_ROUNDINGS = 4
 
 # scikit-learn's solvers mostly end well below tol: one step more than it asks for, which squares what is left.
 _OVERSHOOT = 0.1
@@ -81,12 +85,18 @@ def newton_pays(n: int, shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where Newton's method ended; ``runaway``: there is no minimum, the loss falls for ever along a direction."""
+    """Where Newton's method ended.
+
+    Attributes:
+        runaway: there is no minimum, the loss falls for ever along a direction.
+        halted: rounding left no further step before the tests were met; ``converged`` is by wider ones then.
+    """
 
     point: Point
     iterations: int
     converged: bool
     runaway: bool = False
+    halted: bool = False
 
     @property
     def V(self) -> Tensor:
@@ -114,6 +124,7 @@ def minimise(problem: Problem, shape: tuple[int, ...], warm: Tensor | None, *, t
             levels.append(sample)
     sample = levels[min(1, len(levels) - 1)]
     start, null_loss = (warm, math.inf) if warm is not None else problem.null(shape)
+    start = without_common(start)
     if sample is problem or max_iter == 0:
         return _checked(_newton(problem, sample, problem.at(start), tol, max_iter))
     V, near = start, None
@@ -148,9 +159,12 @@ def _newton(
     precondition, stale, direct = None, False, sample is not problem
     goal = _OVERSHOOT * tol
     step, decrement = 0, math.inf
+    progress = _Progress(torch.finfo(problem.precision).eps)
     while True:
         if not math.isfinite(point.loss):
             return Minimum(point, step, False)
+        if problem.is_noise(point.loss):
+            break
         level = point.slope <= goal
         target = 2 * _DECREMENT * tol * max(point.scale, _LEAST_SCALE * tol) + problem.decrement_rounding
         if level and precondition is not None and precondition.faithful:
@@ -180,10 +194,12 @@ def _newton(
         if level and not direct:
             if decrement <= target:
                 return Minimum(point, step, True)
-            # All slopes of rare counts are small, wherever they are taken.
-            small = problem.family != "poisson" or point.slope <= goal * point.scale
+            # All slopes of rare counts are small, and those in W of columns of small values, wherever they are taken.
+            small = point.grad.abs().max().item() <= goal * (point.scale if problem.family == "poisson" else 1.0)
             if problem.penalty == 0 and small and problem.movement(direction) > _RUNAWAY_STEP:
                 return Minimum(point, step, True, runaway=True)
+        if not direct and progress.has_ended(point.loss, decrement):
+            break
         found = _line_search(problem, point, direction, _DIRECT_HALVINGS if direct else _HALVINGS)
         if found is None and direct:
             direct, decrement = False, last
@@ -195,7 +211,25 @@ def _newton(
         point = found or point
         step += found is not None
     # The best that the precision of X allows, or that max_iter does.
-    return Minimum(point, step, point.slope <= tol and decrement <= 2 * tol * max(point.scale, _LEAST_SCALE * tol))
+    close = point.slope <= tol and decrement <= 2 * tol * max(point.scale, _LEAST_SCALE * tol)
+    return Minimum(point, step, close, halted=step < max_iter and problem.precision == torch.float32)
+
+
+class _Progress:
+    """Whether steps still lower the loss by more than rounding, or shrink the decrement.
+
+    Steps that rounding alone decides of are accepted for ever.
+    """
+
+    def __init__(self, eps: float) -> None:
+        self._eps, self._loss, self._decrement, self._idle = eps, math.inf, math.inf, 0
+
+    def has_ended(self, loss: float, decrement: float) -> bool:
+        lower = loss < self._loss - _ROUNDINGS * self._eps * abs(loss)
+        nearer = decrement < 0.5 * self._decrement
+        self._idle = 0 if lower or nearer else self._idle + 1
+        self._loss, self._decrement = min(self._loss, loss), min(self._decrement, decrement)
+        return self._idle >= _IDLE_STEPS
 
 
 def _line_search(problem: Problem, point: Point, direction: Tensor, halvings: int) -> Point | None:
@@ -245,7 +279,12 @@ def _preconditioner(point: Point) -> _Preconditioner:
     penalties = problem.penalties(columns).expand_as(columns)
     if columns.shape[1] > 1:
         L, scale = _factor(_hessian(point, columns) / problem.total, penalties.flatten(), problem.precision)
-        return _Preconditioner(lambda v: scale * cholesky_solve((v * scale)[:, None], L)[:, 0], True, True, problem)
+
+        def solve(v: Tensor) -> Tensor:
+            solution = scale * cholesky_solve((v * scale)[:, None], L)[:, 0]
+            return without_common(solution.view_as(columns)).flatten()
+
+        return _Preconditioner(solve, True, True, problem)
     curvature = point.model.diagonal_curvature()
     if V.numel() <= _LARGEST_GRAM:
         L, scale = _factor(problem.gram(curvature[:, 0]) / problem.total, penalties.flatten(), problem.precision)

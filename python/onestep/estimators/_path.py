@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,27 +17,39 @@ from onestep.linalg.narrow import working_dtype
 from onestep.solvers.coordinates import Coordinates
 from onestep.solvers.multinomial import DenseRows, Gram, Solution, solve_multinomial
 
+_Found = TypeVar("_Found", Minimum, Solution)
+
 
 class Path:
     """Rows X (n, d), y and weight of a generalised linear model of given family, and solutions for penalties.
 
-    y is (n,) floats, or for "softmax" class numbers below ``outputs``.
+    y is (n,) floats, or for "softmax" class numbers below ``outputs``. ``double``: float32 rows are computed in
+    float64, a chunk at a time.
     """
 
     def __init__(
-        self, X: Tensor, y: Tensor, family: str, weight: Tensor | None, *, outputs: int, intercept: bool
+        self,
+        X: Tensor,
+        y: Tensor,
+        family: str,
+        weight: Tensor | None,
+        *,
+        outputs: int,
+        intercept: bool,
+        double: bool = False,
     ) -> None:
         if weight is not None:
             # Of mean 1, so that their products are in range whatever their scale.
             weight = (weight.double() / (total_weight(X, weight) / len(X))).to(working_dtype(X))
         self.X, self._y, self._family, self._weight, self._outputs = X, y, family, weight, outputs
+        self._double = double
         self.coordinates = Coordinates.of(X, weight, intercept=intercept)
         columns = X.shape[1] + intercept
         self.shape = (columns, outputs) if family == "softmax" else (columns,)
 
     @cached_property
     def _rows(self) -> DenseRows:
-        return DenseRows(self.X, self._y, self._weight, self.coordinates, self._outputs)
+        return DenseRows(self.X, self._y, self._weight, self.coordinates, self._outputs, double=self._double)
 
     @cached_property
     def _gram(self) -> Gram:
@@ -62,18 +75,28 @@ class Path:
 
     @cached_property
     def _in_float64(self) -> Path | None:
-        """The same on a float64 copy of float32 rows of several classes, of few elements; None for others."""
-        if self._family != "softmax" or self.X.numel() > MOST_ELEMENTS or working_dtype(self.X) != torch.float32:
+        """The same of float32 rows in float64: of a copy of few elements, of many a chunk at a time; else None."""
+        if working_dtype(self.X) != torch.float32 or self._double:
             return None
-        weight = None if self._weight is None else self._weight.double()
-        intercept = self.coordinates.intercept
-        return Path(self.X.double(), self._y, self._family, weight, outputs=self._outputs, intercept=intercept)
+        few = self.X.numel() <= MOST_ELEMENTS
+        weight = None if self._weight is None else self._weight.double() if few else self._weight
+        X, y = (self.X.double(), self._y) if few else (self.X, self._y)
+        y = y.to(X.dtype) if y.is_floating_point() else y
+        return Path(
+            X,
+            y,
+            self._family,
+            weight,
+            outputs=self._outputs,
+            intercept=self.coordinates.intercept,
+            double=not few,
+        )
 
     def solve(self, penalty: float, start: Tensor | None, *, tol: float, max_iter: int) -> Minimum | Solution:
         """The minimum of the mean loss + ½ penalty ‖W‖², from coefficients W of this shape or the best constant."""
         found = self._solve(penalty, start, tol=tol, max_iter=max_iter)
         left = max_iter - found.iterations
-        if found.converged or found.runaway or left <= 0 or self._in_float64 is None:
+        if not found.halted or found.runaway or left <= 0 or self._in_float64 is None:
             return found
         # float32 has no step left that lowers the loss: from here on by float64.
         first, W = found.iterations, self.weights(found)
@@ -87,19 +110,19 @@ class Path:
         V = None if start is None else self.coordinates.invert(start)
         if self._family == "softmax" and not newton_pays(len(self.X), self.shape):
             solution = solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
-            return replace(solution, converged=solution.converged and self._is_known(solution, self._rows.dtype))
+            return self._known(solution, self._rows.dtype)
         X, weight = self._exact
         problem = SmallProblem.of(Problem(X, self._y, self._family, weight, penalty, self.coordinates))
-        problem = problem if isinstance(problem, SmallProblem) else FarProblem.of(problem)
+        if not isinstance(problem, SmallProblem):
+            problem = FarProblem.in_float64(problem) if self._double else FarProblem.of(problem)
         found = minimise(problem, self.shape, V, tol=tol, max_iter=max_iter)
-        return replace(found, converged=found.converged and self._is_known(found, problem.precision))
+        return self._known(found, problem.precision)
 
-    def _is_known(self, found: Minimum | Solution, dtype: torch.dtype) -> bool:
-        """Whether what is left to gain shows: float32 rounds each row's loss to ε, and a mean under that is noise.
-
-        A Poisson loss may be negative.
-        """
-        return dtype != torch.float32 or self._family == "poisson" or not found.loss <= torch.finfo(dtype).eps
+    def _known(self, found: _Found, dtype: torch.dtype) -> _Found:
+        """As it is, but not converged where the loss is less than float32 makes of it; Poisson's may be negative."""
+        if dtype != torch.float32 or self._family == "poisson" or not found.loss <= torch.finfo(dtype).eps:
+            return found
+        return replace(found, converged=False, halted=True)
 
     def weights(self, found: Minimum | Solution) -> Tensor:
         """W of a solution, with the intercepts' row last; float64."""

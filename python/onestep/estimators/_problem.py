@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,7 +33,8 @@ class Point:
     def product(self, direction: Tensor) -> Tensor:
         problem, coordinates = self.problem, self.problem.model_coordinates
         summed = self.model.hvp(coordinates.weights(direction, problem.precision))
-        return coordinates.pull_back(summed) / problem.total + problem.penalties(direction) * direction
+        mean = coordinates.pull_back(summed) / problem.total
+        return without_common(mean + problem.penalties(direction) * direction)
 
     @property
     def scale(self) -> float:
@@ -66,6 +68,13 @@ class Problem:
         """V in terms of the rows that a point's model is of."""
         return self.coordinates
 
+    def is_noise(self, loss: float) -> bool:
+        """Whether a loss is less than rounding makes of it. float32 rounds each row's to ε.
+
+        A Poisson loss may be negative.
+        """
+        return self.precision == torch.float32 and self.family != "poisson" and loss <= torch.finfo(torch.float32).eps
+
     @cached_property
     def total(self) -> float:
         return total_weight(self.X, self.weight)
@@ -91,7 +100,8 @@ class Problem:
 
     def penalties(self, like: Tensor) -> Tensor:
         """The second derivative of the penalty's part, in the shape of a column of V."""
-        penalties = self.penalty / self.coordinates.scale.square()
+        # Twice, since a square may underflow.
+        penalties = self.penalty / self.coordinates.scale / self.coordinates.scale
         if self.coordinates.intercept:
             penalties = torch.cat((penalties, penalties.new_zeros(1)))
         return penalties.reshape(-1, *(1,) * (like.dim() - 1))
@@ -106,7 +116,7 @@ class Problem:
         slopes = mean.clone()
         slopes[: self.X.shape[1]] += self.penalty * W[: self.X.shape[1]]
         slope = (slopes.abs() - self.rounding.reshape(-1, *(1,) * (V.dim() - 1))).max().item()
-        return Point(V, loss, self.coordinates.pull_back(mean) + penalty, slope, model, self)
+        return Point(V, loss, without_common(self.coordinates.pull_back(mean) + penalty), slope, model, self)
 
     def gram(self, curvature: Tensor) -> Tensor:
         """The Hessian of the summed loss of one output, (p, p) float64, from each row's w ℓ″."""
@@ -146,9 +156,12 @@ class Problem:
 
     def movement(self, direction: Tensor) -> float:
         """How far a step moves the outputs of any row with weight."""
-        W = self.coordinates.weights(direction, self.dtype)
+        return self.most_moved(widened_chunks(self.X), self.coordinates.weights(direction, self.dtype))
+
+    def most_moved(self, chunks: Iterable[tuple[slice, Tensor]], W: Tensor) -> float:
+        """The largest output of W for rows with weight, less what it adds to all outputs of a row."""
         most = 0.0
-        for rows, X in widened_chunks(self.X):
+        for rows, X in chunks:
             moved = X @ W[:-1] + W[-1] if self.coordinates.intercept else X @ W
             if moved.dim() == 2:
                 moved = moved - moved.mean(1, keepdim=True)
@@ -156,6 +169,14 @@ class Problem:
                 moved[self.weight[rows] == 0] = 0.0
             most = max(most, moved.abs().max().item())
         return most
+
+
+def without_common(V: Tensor) -> Tensor:
+    """V (p, k) less what all classes have in common, of which softmax sees nothing; V (p,) as it is.
+
+    It is zero at the minimum, and rounding alone leads that way: for want of curvature, far.
+    """
+    return V - V.mean(1, keepdim=True) if V.dim() == 2 else V
 
 
 def total_weight(X: Tensor, weight: Tensor | None) -> float:

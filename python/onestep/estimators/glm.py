@@ -19,7 +19,7 @@ from torch import Tensor
 from onestep._fork import one_thread_after_fork
 from onestep.estimators._arrays import Array, check_finite, check_flag, give_labels, giver_of, sparse_operand, to_numpy
 from onestep.estimators._labels import check_balanced, encode_labels
-from onestep.estimators._linear import FitData, LinearEstimator, as_targets
+from onestep.estimators._linear import FitData, LinearEstimator, as_targets, in_range
 from onestep.estimators._newton import Minimum, minimise
 from onestep.estimators._path import Path
 from onestep.estimators._problem import total_weight
@@ -242,7 +242,7 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
     def _set_weights(self, W: Tensor, data: FitData, classes: Array, *, like: Any) -> None:
         """``like`` is y as it came, whose kind of array classes_ are."""
         # A shift common to all classes changes no probability; of all optima this is the symmetric one.
-        W = (W if W.dim() == 1 else W - W.mean(1, keepdim=True)).to(data.dtype)
+        W = in_range(W if W.dim() == 1 else W - W.mean(1, keepdim=True), data.dtype)
         coef, intercept = self._weights(W)
         self.coef_ = data.give(coef.mT.contiguous())
         self.intercept_ = data.give(intercept.clone())
@@ -415,7 +415,7 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
             W = self._minimise(data, targets, "poisson", penalty, 1)
         else:
             W = self._minimise_sparse(rows, data, targets, penalty)
-        coef, intercept = self._weights(W.to(data.dtype))
+        coef, intercept = self._weights(in_range(W, data.dtype))
         self.coef_ = data.give(coef[:, 0].clone())
         self.intercept_ = data.give(intercept[0].clone()) if self.fit_intercept else 0.0
         return self

@@ -50,11 +50,44 @@ def widened_chunks(X: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def moments_of(X: Tensor, Y: Tensor, weight: Tensor | None, *, center: bool) -> Moments:
-    """``moments`` of rows X (n,d) of floats or integers; 16-bit floats are read in place, integers in chunks."""
+    """``moments`` of rows X (n,d) of floats or integers; 16-bit floats are read in place, integers in chunks.
+
+    Where squares of float32 would overflow or underflow, the rows are read again, in float64.
+
+    Raises:
+        ValueError: squares of float64 underflow.
+    """
     if X.is_floating_point():
-        return moments(X, Y, weight=weight, center=center)
+        found = moments(X, Y, weight=weight, center=center)
+        if not _is_out_of_range(X, found):
+            return found
+        if X.dtype == torch.float64:
+            raise ValueError("X holds columns of values so small that their squares underflow: rescale them")
+        Y, weight = Y.double(), None if weight is None else weight.double()
+        chunks = ((rows, X[rows].double()) for rows in row_chunks(*X.shape))
+    else:
+        chunks = ((rows, chunk) for rows, chunk in widened_chunks(X))
     parts = (
         moments(chunk, Y[rows], weight=None if weight is None else weight[rows], center=center)
-        for rows, chunk in widened_chunks(X)
+        for rows, chunk in chunks
     )
     return reduce(lambda first, second: _merged(first, second, center), parts)
+
+
+def _is_out_of_range(X: Tensor, found: Moments) -> bool:
+    """Whether finite rows have products beyond the range of their working dtype, or varying columns below it."""
+    dtype = working_dtype(X)
+    if not len(X):
+        return False
+    diagonal = found.gram.diagonal()
+    if not bool(diagonal.isfinite().all() & found.cross.isfinite().all()):
+        # Of float64 there is no wider type: who asks for the sums sees that they are not finite.
+        return dtype != torch.float64 and bool(X.isfinite().all())
+    # A square that keeps its digits.
+    least = torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+    low = (diagonal <= least * len(X)).nonzero()[:, 0]
+    if not len(low):
+        return False
+    columns = X[:, low]
+    spread = columns.amax(0).double() - columns.amin(0).double()
+    return bool(((spread > 0) & (spread.square() <= least)).any())

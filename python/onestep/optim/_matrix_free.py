@@ -55,14 +55,21 @@ class MatrixFreeOptimizer(DampedOptimizer):
         self.idle = idle = self._idle(objective, parameters, slope)
         if idle is not None:
             gradient = torch.where(idle, 0.0 if decay is None else gradient - slope, gradient)
+        product = projected(objective.curvature(parameters, hessian=self.hessian), idle)
+        preconditioner = objective.preconditioner(parameters)
+        # A penalty bends those directions, too.
+        seen = objective.without_flat(parameters) if decay is None else None
+        if seen is not None:
+            gradient, product = seen(gradient), _between(seen, product)
+            preconditioner = None if preconditioner is None else _of_seen(seen, preconditioner)
         return _ProductModel(
-            projected(objective.curvature(parameters, hessian=self.hessian), idle),
+            product,
             parameters,
             gradient,
             decay,
             self.read_state("direction", parameters),
             self,
-            objective.preconditioner(parameters),
+            preconditioner,
             lambda: self._diagonal(parameters, gradient),
         )
 
@@ -99,6 +106,14 @@ class MatrixFreeOptimizer(DampedOptimizer):
     def accepted(self, parameters: ParameterVector, step: Tensor, gradient: Tensor) -> None:
         """Remembers the direction."""
         self.write_state("direction", parameters, step)
+
+
+def _between(seen: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda v: seen(product(seen(v)))
+
+
+def _of_seen(seen: Callable[[Tensor], Tensor], preconditioner: Preconditioner) -> Preconditioner:
+    return lambda damping: _between(seen, preconditioner(damping))
 
 
 class _ProductModel(QuadraticModel):

@@ -117,6 +117,19 @@ class Objective(ABC):
         """
         return None
 
+    def without_flat(self, parameters: ParameterVector) -> Callable[[Tensor], Tensor] | None:
+        """Takes off vectors what is known to change no loss of any row, wherever the parameters are.
+
+        Rounding alone moves parameters that way, and costs outputs their digits.
+
+        Args:
+            parameters: as for ``value``.
+
+        Returns:
+            None, or a linear function v (p,) → (p,), in the parameters' dtype.
+        """
+        return None
+
     def curvature_root(self, parameters: ParameterVector) -> CurvatureRoot | None:
         """Of the Gauss-Newton matrix, where products with it are to be preferred to the matrix itself.
 

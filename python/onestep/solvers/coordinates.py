@@ -91,6 +91,8 @@ class Coordinates:
     def gram(self, X: Tensor, weight: Tensor) -> Tensor:
         """ZᵀDZ (p, p) float64, with a column of ones at the end of Z where there is an intercept."""
         sums = moments_of(X, widened(X[:, :0]), weight, center=self.intercept)
+        if not bool(sums.gram.isfinite().all()) and bool(X.isfinite().all() & weight.isfinite().all()):
+            raise ValueError("X holds values so large that their products overflow: rescale it")
         gram = sums.gram / self.scale / self.scale[:, None]
         if not self.intercept:
             return gram

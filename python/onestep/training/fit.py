@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
@@ -17,7 +18,7 @@ from onestep._torch_private import reset_method
 from onestep.evaluation.distributed import from_first, same_everywhere
 from onestep.evaluation.errors import NonFiniteError
 from onestep.evaluation.losses import as_loss
-from onestep.evaluation.module import noisy_layers, warn_of_layers
+from onestep.evaluation.module import call_model, noisy_layers, warn_of_layers
 from onestep.evaluation.parameters import ParameterVector
 from onestep.training.facts import Facts, Settings
 from onestep.training.fingerprint import described, differences, fingerprint
@@ -25,9 +26,14 @@ from onestep.training.look import look
 from onestep.training.loop import Checkpoint, Stuck, load_checkpoint, run
 from onestep.training.methods import METHODS
 from onestep.training.methods.affine_equations import NotAffineError
-from onestep.training.plan import make_plan
+from onestep.training.methods.damped import DampedMethod
+from onestep.training.methods.damped_run import CONVEX
+from onestep.training.plan import FitPlan, make_plan
 from onestep.training.result import FitResult, Record
 from onestep.training.structures.affine import NOT_AFFINE
+
+# A convex loss starts from zeros where it is at most this part there of what it is at the model's own parameters.
+_FAR_BELOW = 0.5
 
 
 @undisturbed
@@ -220,6 +226,10 @@ def _fit(facts: Facts, settings: Settings, noisy: str) -> FitResult:
             plan = replace(plan, why=f"{result.method} could not move after step {len(result.history)}; {plan.why}")
         if start is not None:
             plan = replace(plan, why=f"{plan.why}; from zeros, since the loss overflows at the model's own parameters")
+        elif not saved and result is None and (own := _far_above_zeros(facts, plan)):
+            facts.parameters.write(torch.zeros_like(facts.parameters.read()))
+            what = "overflows" if math.isinf(own) else f"is {own:.3g}"
+            plan = replace(plan, why=f"{plan.why}; from zeros, since the loss {what} at the model's own parameters")
         try:
             return run(plan, saved=saved, before=result, identity=identity)
         except NotAffineError:
@@ -251,6 +261,48 @@ def _has_one_minimum(facts: Facts) -> bool:
     At torch's own initialisation it overflows where columns are not scaled.
     """
     return facts.loss.name == "poisson" and not facts.not_affine
+
+
+def _far_above_zeros(facts: Facts, plan: FitPlan) -> float:
+    """The loss at the model's own parameters, if it is convex in them and much lower at zeros; else 0.
+
+    On columns that are not scaled, torch's own initialisation gives scores of 1e5. Probabilities are 0 or 1 there, so
+    that no curvature tells how far to go. The minimum is the same from zeros, and a few steps away.
+    """
+    steps = isinstance(plan.method, DampedMethod) and plan.method.starts_from_zeros
+    if not steps or plan.settings.batch_size is not None or facts.loss.name not in CONVEX:
+        return 0.0
+    own = facts.parameters.read()
+
+    def at_both(value: Callable[[], float]) -> tuple[float, float]:
+        found = []
+        for point in (own, torch.zeros_like(own)):
+            facts.parameters.write(point)
+            found.append(value())
+        return found[0], found[1]
+
+    def on_first() -> float:
+        with torch.no_grad():
+            return float(facts.loss.sum(call_model(facts.model, facts.first.inputs), facts.first.target))
+
+    def promises() -> bool:
+        """Whether the first rows say so, which spares most fits passes over all of them."""
+        if facts.not_affine:
+            return False
+        at_own, at_zeros = at_both(on_first)
+        return at_zeros <= _FAR_BELOW * at_own
+
+    try:
+        if not from_first(promises):
+            return 0.0
+        objective = plan.objective(plan.source.all, plan.source.all, fixed=True)
+        at_own, at_zeros = at_both(lambda: objective.value(facts.parameters))
+        return at_own if at_zeros <= _FAR_BELOW * at_own else 0.0
+    except Exception:
+        # A model that refuses zeros, or what is wrong with its own parameters or the data, as the fit will say.
+        return 0.0
+    finally:
+        facts.parameters.write(own)
 
 
 def _checkpoint(facts: Facts, settings: Settings) -> tuple[Checkpoint | None, dict[str, Any] | None]:

@@ -71,6 +71,10 @@ class Rows(Protocol):
         """The weighted share of each class (k,), float64."""
 
     @property
+    def centres(self) -> bool:
+        """Whether columns lose their means before their digits are cut off."""
+
+    @property
     def mixed(self) -> bool:
         """Whether a pass that is not precise takes less time."""
 
@@ -104,6 +108,7 @@ class DenseRows:
         weight: (n,) in X's dtype, >= 0, or None for ones.
         coordinates: of X's columns.
         classes: k.
+        double: whether float32 rows are computed in float64, a chunk at a time.
     """
 
     X: Tensor
@@ -111,6 +116,7 @@ class DenseRows:
     weight: Tensor | None
     coordinates: Coordinates
     classes: int
+    double: bool = False
 
     @property
     def count(self) -> int:
@@ -122,7 +128,11 @@ class DenseRows:
 
     @property
     def dtype(self) -> torch.dtype:
-        return working_dtype(self.X)
+        return torch.float64 if self.double else working_dtype(self.X)
+
+    @property
+    def centres(self) -> bool:
+        return self.far and self.dtype == torch.float32
 
     @property
     def mixed(self) -> bool:
@@ -131,7 +141,7 @@ class DenseRows:
     @property
     def _converted(self) -> bool:
         """Whether the kernels of the model do not read X as it is."""
-        return self.X.dtype not in COMPUTE_DTYPES
+        return self.double or self.X.dtype not in COMPUTE_DTYPES
 
     @cached_property
     def far(self) -> bool:
@@ -153,20 +163,19 @@ class DenseRows:
 
     def evaluate(self, V: Tensor, *, precise: bool) -> Evaluation:
         intercept = self.coordinates.intercept
-        narrow = self.mixed and not precise
-        centred = narrow and self.far
-        dtype = torch.float32 if narrow else self.dtype
+        dtype = torch.float32 if self.mixed and not precise else self.dtype
+        centred = self.far and dtype == torch.float32
         W = V.float() if centred else self.coordinates.weights(V, dtype)
         loss, looked_at, spreads = 0.0, 0, np.zeros(self.classes)
         gradient = torch.zeros_like(V)
         for rows in self._chunks(dtype):
             X, y, weight = self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows]
-            if narrow:
+            if centred:
                 # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
-                X = X.sub(self.coordinates.shift).div_(self.coordinates.scale).float() if centred else X.float()
-                y, weight = y.float() if y.dim() == 2 else y, None if weight is None else weight.float()
-            elif self._converted:
-                X = widened(X)
+                X = X.sub(self.coordinates.shift).div_(self.coordinates.scale).to(dtype)
+            elif self._converted or self.mixed:
+                X = X.to(dtype)
+            y, weight = y.to(dtype) if y.dim() == 2 else y, None if weight is None else weight.to(dtype)
             point = glm(X, y, W, "softmax", weight=weight, intercept=intercept)
             loss += point.loss.item()
             gradient += point.grad
@@ -184,7 +193,7 @@ class DenseRows:
         W = self.coordinates.weights(direction, self.dtype)
         most = 0.0
         for rows in self._chunks(self.dtype):
-            X = widened(self.X[rows])
+            X = self.X[rows].to(self.dtype)
             moved = X @ W[:-1] + W[-1] if self.coordinates.intercept else X @ W
             moved -= moved.mean(1, keepdim=True)
             if self.weight is not None:
@@ -202,13 +211,14 @@ class DenseRows:
 
     def gram(self, step: int) -> Tensor:
         X, weight = self.X[::step], None if self.weight is None else self.weight[::step]
-        weight = torch.ones(1, dtype=self.dtype).expand(len(X)) if weight is None else weight
+        dtype = working_dtype(X)
+        weight = torch.ones(1, dtype=dtype).expand(len(X)) if weight is None else weight.to(dtype)
         total = float(weight.numpy().sum(dtype=np.float64))
         return self.coordinates.gram(X, weight) / max(total, torch.finfo(torch.float64).tiny)
 
     def curved_gram(self, V: Tensor, step: int) -> Tensor:
-        W, X = self.coordinates.weights(V, self.dtype), self.X[::step]
-        curvature = torch.empty(len(X), dtype=self.dtype)
+        dtype, X = working_dtype(self.X), self.X[::step]
+        W, curvature = self.coordinates.weights(V, dtype), torch.empty(len(X), dtype=dtype)
         for rows in self._chunks(self.dtype):
             P = widened(X[rows]) @ W[: X.shape[1]]
             if not len(P):
@@ -218,7 +228,7 @@ class DenseRows:
             P = torch.softmax(P, 1, out=P)
             curvature[rows] = 1 - P.square_().sum(1)
         if self.weight is not None:
-            curvature *= self.weight[::step]
+            curvature *= self.weight[::step].to(dtype)
         total = float(curvature.numpy().sum(dtype=np.float64))
         return self.coordinates.gram(X, curvature) / max(total, torch.finfo(torch.float64).tiny)
 

@@ -48,6 +48,8 @@ _OVERSHOOT = 0.1
 # Half the squared Newton decrement must be below so many times tol of the loss, or of tol where the loss goes to zero.
 _DECREMENT = 0.03
 _LEAST_SCALE = 0.01
+# Slopes of columns far from zero are large where nothing is left to gain: so many times tol of the loss.
+_NEXT_TO_NOTHING = 1e-6
 # Where a plane separates the classes nothing bends, and L-BFGS knows little of the decrement. But the loss then falls
 # along V itself: weights that are larger by a tenth must not lower it by more than a tenth of this. At a minimum they
 # do not.
@@ -68,6 +70,7 @@ class Solution:
         passes: over the rows, those over samples in proportion.
         converged: whether slopes and Newton decrement are as small as asked for.
         runaway: there is no minimum: without a penalty the loss falls for ever along a direction.
+        halted: rounding left no further step before the tests were met; ``converged`` is by wider ones then.
     """
 
     V: Tensor
@@ -77,6 +80,7 @@ class Solution:
     passes: float
     converged: bool
     runaway: bool
+    halted: bool = False
 
 
 class _Objective:
@@ -87,7 +91,8 @@ class _Objective:
         self.passes, self._share = 0.0, rows.count / all_rows
         self._slope_rounding = rows.coordinates.rounding(rows.dtype)[:, None]
         # Columns far from zero cost the scores digits.
-        self._far = 1.0 + (rows.coordinates.shift.abs() / rows.coordinates.scale).max().item()
+        far = 0.0 if rows.centres else (rows.coordinates.shift.abs() / rows.coordinates.scale).max().item()
+        self._far = 1.0 + far
 
     def at(self, V: Tensor) -> Point:
         found: Evaluation = self.rows.evaluate(V, precise=self.precise)
@@ -127,7 +132,7 @@ def solve_multinomial(
     """
     descent = Descent(rows, penalty, tol=tol, gram=gram)
     descent.begin(start, sampled=max_iter > 0)
-    while not descent.ended and descent.iterations < max_iter:
+    while not (descent.ended or descent.is_noise) and descent.iterations < max_iter:
         descent.step()
     return descent.solution()
 
@@ -200,15 +205,18 @@ class Descent:
             done = half >= 0 and (
                 half <= self._decrement * scale
                 or (
-                    level
+                    (level or half <= _NEXT_TO_NOTHING * tol * scale)
                     and half <= _DECREMENT * tol * max(scale, _LEAST_SCALE * tol)
                     and abs(dot(point.gradient, point.V)) <= _MOST_FALL * point.loss
                 )
             )
-            if not objective.precise and (done or half <= _FLOAT_DECREMENT * scale):
+            noise = point.loss <= torch.finfo(torch.float32).eps
+            if not objective.precise and (done or noise or half <= _FLOAT_DECREMENT * scale):
                 self._refine()
                 continue
-            runs_away = level and objective.unpenalised and objective.rows.movement(direction) > _RUNAWAY_STEP
+            # Slopes in W of columns of small values are small anywhere.
+            even = level and point.gradient.abs().max().item() <= _OVERSHOOT * tol
+            runs_away = even and objective.unpenalised and objective.rows.movement(direction) > _RUNAWAY_STEP
             if done or runs_away:
                 self.ended, self.converged = True, done
                 return
@@ -228,6 +236,12 @@ class Descent:
             self._next_gram *= 2
             memory.reweigh(objective.rows, found, self.iterations)
 
+    @property
+    def is_noise(self) -> bool:
+        """Whether the loss is less than rounding makes of it: float32 rounds each row's to ε."""
+        noise = self._objective.rows.dtype == torch.float32 and self.point.loss <= torch.finfo(torch.float32).eps
+        return self._objective.precise and noise
+
     def _refine(self) -> None:
         """From float32 to the type of the rows."""
         self._objective.precise = True
@@ -237,12 +251,13 @@ class Descent:
         """What has been reached."""
         point, tol = self.point, self._tol
         finite = math.isfinite(point.loss)
+        halted = finite and ((self.ended and not self.converged) or self.is_noise)
         if not self.converged and finite and point.slope <= tol:
             scale = max(min(1.0, point.loss), _LEAST_SCALE * tol)
             self.converged = self._memory.decrement(point) <= 2 * tol * scale
-        small = self._penalty == 0 and finite and point.slope <= tol
+        small = self._penalty == 0 and finite and max(point.slope, point.gradient.abs().max().item()) <= tol
         runaway = small and self.moves_on()
-        return Solution(point.V, point.loss, point.slope, self.iterations, self.passes, self.converged, runaway)
+        return Solution(point.V, point.loss, point.slope, self.iterations, self.passes, self.converged, runaway, halted)
 
     def moves_on(self) -> bool:
         """Whether another step would still move the scores of some row by much, as where there is no minimum."""

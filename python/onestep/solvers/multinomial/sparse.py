@@ -49,6 +49,10 @@ class SparseRows:
         return torch.float32 if self.X.dtype == np.float32 else torch.float64
 
     @property
+    def centres(self) -> bool:
+        return False
+
+    @property
     def mixed(self) -> bool:
         return False
 

@@ -41,6 +41,8 @@ class DampedMethod(Method):
     # How many times the memory of a gradient the method needs for a chunk; its chunks are smaller by it.
     memory: ClassVar[int] = 1
     takes_cg_iterations: ClassVar[bool] = False
+    # Whether a convex loss that is far lower there may be minimised from parameters of zero.
+    starts_from_zeros: ClassVar[bool] = True
 
     def cut(self, facts: Facts, settings: Settings) -> Cut:
         """Pieces whose sums do not depend on the number of processes."""
@@ -144,6 +146,7 @@ class GradientDescentBaseline(DampedMethod):
 
     name: ClassVar[str] = "gradient_descent"
     needs_outputs: ClassVar[bool] = False
+    starts_from_zeros: ClassVar[bool] = False
     optimizer: ClassVar[type[DampedOptimizer]] = GradientDescent
 
     def suits(self, facts: Facts, settings: Settings) -> str | Mismatch:

@@ -113,6 +113,9 @@ class DampedRun(Run):
         self.objective = self._objective(number)
         if self.way_down is not None:
             return self._go_down(self.way_down)
+        if self.optimizer.hessian and self._is_convex:
+            # Negative curvature is rounding there, of which the Gauss-Newton matrix, the same one, has none.
+            self.optimizer.hessian = False
         try:
             self.optimizer.step(self.objective)
         except NonFiniteError as error:
@@ -294,13 +297,18 @@ class DampedRun(Run):
         plan = self.plan
         return from_first(lambda: not why_not_affine(plan.model, plan.parameters, next(plan.source.all())))
 
+    @property
+    def _is_convex(self) -> bool:
+        """Whether the loss is convex in the parameters, as the first process's first rows tell."""
+        return self.plan.loss.name in ("mse", *CONVEX) and self._is_affine
+
     def _finds_way_down(self) -> bool:
         """Whether this is a saddle, from which the next step goes on along negative curvature.
 
         A Gauss-Newton matrix has none, so its methods end at saddles, as between two terms that started equal.
         """
-        # A convex loss of affine outputs has no saddle.
-        if self.plan.loss.name not in ("mse", *CONVEX) or not self._is_affine:
+        # A convex loss has no saddle.
+        if not self._is_convex:
             self.way_down = self.optimizer.way_down(self.objective)
         return self.way_down is not None
 

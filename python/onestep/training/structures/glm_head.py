@@ -30,8 +30,10 @@ _FAMILIES = {"cross_entropy": "softmax", "poisson": "poisson"}
 
 # The largest matrix that is factored: the whole Hessian, or its block for each output.
 _LARGEST_FACTOR = 1024
-# Of the diagonal's mean; directions in which nothing bends, as the common shift of softmax, need some.
+# Of a diagonal of ones; directions in which nothing bends, as the common shift of softmax, need some.
 _LEAST_DAMPING = 1e-10
+# Of the largest diagonal element: the least that one counts as. A feature that is always zero has none.
+_LEAST_DIAGONAL = 1e-20
 # The same, in ε of the parameters' type: what rounding makes of a curvature of zero.
 _ROUNDINGS = 10
 
@@ -103,6 +105,17 @@ class HeadObjective(DataObjective):
         model = self._model(point, chunk)
         return lambda v: self._vector(model.hvp(self._matrix(v)))
 
+    def without_flat(self, parameters: ParameterVector) -> Callable[[Tensor], Tensor] | None:
+        """Softmax does not see what is added to the scores of all classes."""
+        if self.loss.name != "cross_entropy":
+            return None
+
+        def centred(v: Tensor) -> Tensor:
+            W = self._matrix(v)
+            return self._vector(W - W.mean(1, keepdim=True))
+
+        return centred
+
     def preconditioner(self, parameters: ParameterVector) -> Preconditioner | None:
         point = parameters.read()
         height, outputs = self._matrix(point).shape
@@ -122,17 +135,21 @@ class HeadObjective(DataObjective):
         blocks = total / (count or 1)
         # Products of features in float32 are off by some ε of themselves.
         rounding = max(_LEAST_DAMPING, _ROUNDINGS * torch.finfo(point.dtype).eps)
-        least = rounding * blocks.diagonal(dim1=-2, dim2=-1).mean().item()
 
         def solver(damping: float) -> Callable[[Tensor], Tensor]:
-            L, factored = factor_with_shift(blocks, damping + least)
+            # To a diagonal of ones: what is small beside a column of incomes is large beside the column of the bias.
+            diagonal = blocks.diagonal(dim1=-2, dim2=-1) + damping
+            scale = diagonal.clamp_min(_LEAST_DIAGONAL * diagonal.max().item() or 1.0).rsqrt().unsqueeze(-1)
+            scaled = blocks * scale * scale.mT
+            scaled.diagonal(dim1=-2, dim2=-1).add_(damping * scale.squeeze(-1).square())
+            L, factored = factor_with_shift(scaled, rounding)
             if not factored:
                 return torch.Tensor.clone
 
             def solve(v: Tensor) -> Tensor:
                 V = self._matrix(v).double()
                 right = V.reshape(1, -1, 1) if whole else V.mT.unsqueeze(-1)
-                solution = linalg.cholesky_solve(right, L).squeeze(-1)
+                solution = (scale * linalg.cholesky_solve(scale * right, L)).squeeze(-1)
                 return self._vector(solution.view(height, outputs) if whole else solution.mT).to(v.dtype)
 
             return solve
