@@ -29,19 +29,26 @@ _LEAST_DIAGONAL = 1e-12
 _LEAST_SHIFT = 1e-8
 # An intercept has no penalty and is divided by its own class's spread, at least so much of their mean.
 _LEAST_SHARE = 1e-2
-# The factor is made anew where the spread has changed by this factor.
+# The factors are made anew where the spread has changed by this factor.
 _SPREAD_CHANGE = 2.0
+# Classes whose share (1 - share) differs by less have a factor in common. All factors may cost so many passes.
+_LEVEL = 4.0
+_LEVELS_PASSES = 4.0
 
 
 @dataclass
 class Point:
-    """Loss, gradient (p, k) in V, largest slope in W and mean p(1 - p) of each class at V, penalty included."""
+    """Loss, gradient (p, k) in V, largest slope in W and mean p(1 - p) of each class at V, penalty included.
+
+    ``centres`` (d, k), where there is an intercept: each class's mean of the columns, rows weighted by its probability.
+    """
 
     V: Tensor
     loss: float
     gradient: Tensor
     slope: float
     spreads: Tensor
+    centres: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,25 @@ def _gram_step(rows: Rows, passes: float) -> int | None:
     return max(1, n // fitting)
 
 
+def _levels(rows: Rows, factored: bool) -> list[tuple[float, Tensor | slice]]:
+    """(how many times the mean spread, classes of which it is) for classes of unlike shares, as their shares tell."""
+    shares = rows.shares.clamp(0.5 / rows.count, 1 - 0.5 / rows.count)
+    bends = shares * (1 - shares)
+    exponents = ((bends / bends.mean()).log() / math.log(_LEVEL)).round().tolist()
+    found = sorted(set(exponents))
+    d = len(rows.coordinates.scale)
+    operations = len(found) * d**3 / 3.0
+    dear = len(found) * d**2 > _LARGEST_FACTOR**2 or operations > _LEVELS_PASSES * 4.0 * rows.operations * rows.classes
+    if len(found) == 1 or (factored and dear):
+        return [(1.0, slice(None))]
+    return [(_LEVEL**level, (torch.tensor(exponents) == level).nonzero()[:, 0]) for level in found]
+
+
 class Memory:
-    """Pairs of steps and changes of the gradient, over the inverse of spread · ZᵀZ/n + penalties."""
+    """Pairs of steps and changes of the gradient, over the inverse of spread · ZᵀZ/n + penalties.
+
+    The spread is the mean over classes of the mean p(1 - p), times what `_levels` says of classes of unlike shares.
+    """
 
     def __init__(self, rows: Rows, penalties: Tensor, gram: Gram) -> None:
         coordinates = rows.coordinates
@@ -86,8 +110,11 @@ class Memory:
         self._pairs: list[tuple[Tensor, Tensor, float]] = []
         self._gram, self._squares = gram.matrix, gram.diagonal
         self._spread = 0.0
-        self._features: Callable[[Tensor], Tensor] = lambda R: R
+        self._levels = _levels(rows, gram.matrix is not None)
+        # Of the features' rows of each level's classes.
+        self._solves: list[Callable[[Tensor], Tensor]] = []
         self._bends = torch.ones(rows.classes, dtype=torch.float64)
+        self._centres: Tensor | None = None
 
     def add(self, step: Tensor, change: Tensor) -> None:
         curvature = dot(step, change)
@@ -122,7 +149,7 @@ class Memory:
 
     def direction(self, point: Point) -> Tensor:
         """-H⁻¹g by the two-loop recursion."""
-        self._prepare(point.spreads)
+        self._prepare(point)
         q = point.gradient.clone()
         scaled: list[float] = []
         for step, change, inverse in reversed(self._pairs):
@@ -137,8 +164,10 @@ class Memory:
             q.add_(step, alpha=a - inverse * dot(change, q))
         return q.neg_()
 
-    def _prepare(self, spreads: Tensor) -> None:
+    def _prepare(self, point: Point) -> None:
+        spreads = point.spreads
         spread = max(float(spreads.numpy().mean()), _LEAST_SPREAD)
+        self._centres = point.centres
         if self._intercept:
             # The intercept's row of ZᵀZ/n is that of the identity, as columns are centred.
             self._bends = spreads.clamp_min(_LEAST_SHARE * spread) + self._penalties[-1]
@@ -147,12 +176,15 @@ class Memory:
 
     def _factor(self, spread: float) -> None:
         self._spread = spread
+        self._solves = [self._solve_of(spread * times) for times, _ in self._levels]
+
+    def _solve_of(self, spread: float) -> Callable[[Tensor], Tensor]:
+        """R → (spread · ZᵀZ/n + penalties)⁻¹ R."""
         if self._gram is None:
             diagonal = spread * self._squares + self._penalties + self._offset.square()
             # A feature that is zero in all rows: whatever scale the others have.
             diagonal = diagonal.clamp_min(1e-6 * diagonal.mean().item() + torch.finfo(torch.float64).tiny)[:, None]
-            self._features = lambda R: R / diagonal
-            return
+            return lambda R: R / diagonal
         A = spread * self._gram + torch.diag(self._penalties) + torch.outer(self._offset, self._offset)
         if self._intercept:
             # `_apply` has an inverse of its own for the intercept: with the couplings that columns have which weights
@@ -164,15 +196,25 @@ class Memory:
         scale = diagonal.clamp_min(least).rsqrt()[:, None]
         A = A * scale * scale.mT
         L, _ = factor_with_shift(A, _LEAST_SHIFT)
-        self._features = lambda R: scale * cholesky_solve(scale * R, L)
+        return lambda R: scale * cholesky_solve(scale * R, L)
+
+    def _features(self, R: Tensor) -> Tensor:
+        result = torch.empty_like(R)
+        for (_, classes), solve in zip(self._levels, self._solves, strict=True):
+            result[:, classes] = solve(R[:, classes])
+        return result
 
     def _apply(self, R: Tensor) -> Tensor:
+        if self._centres is None:
+            return self._features(R)
+        # A class's block of the Hessian, in which rows weigh p(1 - p), has about the covariance of all rows, but a mean
+        # of its own. Columns that lose that mean are not coupled with the intercept.
+        R = R.clone()
+        R[:-1] -= self._centres * R[-1]
         result = self._features(R)
-        if self._intercept:
-            result[-1] = R[-1] / self._bends
-            # A shift common to all classes changes no score: only a penalty sees it, as next to nothing.
-            result[-1] -= result[-1].mean()
-        return result
+        result[-1] = R[-1] / self._bends - (self._centres * result[:-1]).sum(0)
+        # A shift common to all classes changes no score: only a penalty sees it, as next to nothing.
+        return result - result.mean(1, keepdim=True)
 
 
 def dot(A: Tensor, B: Tensor) -> float:

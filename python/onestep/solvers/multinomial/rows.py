@@ -71,6 +71,10 @@ class Rows(Protocol):
         """The weighted share of each class (k,), float64."""
 
     @property
+    def at_constant(self) -> Evaluation:
+        """One pass at `best_constant`, made once."""
+
+    @property
     def centres(self) -> bool:
         """Whether columns lose their means before their digits are cut off."""
 
@@ -161,6 +165,10 @@ class DenseRows:
             return torch.from_numpy(np.bincount(self.y.numpy(), weight, self.classes) / self.total)
         return torch.from_numpy(np.average(self.y.numpy().astype(np.float64), axis=0, weights=weight))
 
+    @cached_property
+    def at_constant(self) -> Evaluation:
+        return self.evaluate(best_constant(self), precise=False)
+
     def evaluate(self, V: Tensor, *, precise: bool) -> Evaluation:
         intercept = self.coordinates.intercept
         dtype = torch.float32 if self.mixed and not precise else self.dtype
@@ -240,3 +248,18 @@ class DenseRows:
         weight = None if self.weight is None else self.weight[::step]
         sample = replace(self, X=self.X[::step], y=self.y[::step], weight=weight)
         return sample if sample.total > 0 else None
+
+
+def best_constant(rows: Rows) -> Tensor:
+    """V (p, k) of the best scores that are the same for all rows; zeros without an intercept."""
+    V = torch.zeros(len(rows.coordinates.scale) + rows.coordinates.intercept, rows.classes, dtype=torch.float64)
+    if rows.coordinates.intercept:
+        V[-1] = rows.shares.clamp_min(0.5 / rows.count).log()
+        V[-1] -= V[-1].mean()
+    return V
+
+
+def constant_loss(rows: Rows) -> float:
+    """The loss there, without a penalty."""
+    scores = best_constant(rows)[-1] if rows.coordinates.intercept else rows.shares.new_zeros(rows.classes)
+    return float(scores.logsumexp(0) - rows.shares @ scores)

@@ -1,12 +1,13 @@
 """Minimises mean multinomial loss + ½ Σ penalty_j ‖V_j‖², by preconditioned L-BFGS.
 
 A pass over the rows (loss and gradient: two matrix products) is all that an iteration costs. L-BFGS (Liu and Nocedal,
-Mathematical Programming 45, 1989) starts each iteration from the inverse of spread · ZᵀZ/n + penalty, one Cholesky
-factorisation for all classes, spread being the mean of p(1 - p), for an intercept that of its own class. What makes
-features badly conditioned is in there, and what is left to learn in a few pairs is how the probabilities vary. A factor
-for each class, with its own mean of p(1 - p), is the better start and the worse end; Newton's method with conjugate
-gradients takes 1.3 to 3 times the passes, as each step forgets what the last one learnt
-(docs/decisions/0018-multinomial-solver.md).
+Mathematical Programming 45, 1989) starts each iteration from the inverse of spread · ZᵀZ/n + penalty, spread being the
+mean of p(1 - p), by one Cholesky factorisation for all classes whose shares are alike. An intercept is taken off each
+class's mean of the columns, rows weighted by its probability, which the gradient gives for nothing: half the passes
+(docs/decisions/0323-intercepts-and-unlike-classes.md). What makes features badly conditioned is in there, and what is
+left to learn in a few pairs is how the probabilities vary. A factor for each class, with its own mean of p(1 - p) as it
+goes, is the better start and the worse end; Newton's method with conjugate gradients takes 1.3 to 3 times the passes,
+as each step forgets what the last one learnt (docs/decisions/0018-multinomial-solver.md).
 
 Early iterations run on samples of the rows, whose pairs stay, and in float32 where X is float64.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from onestep.solvers.multinomial.memory import Gram, Memory, Point, dot
-from onestep.solvers.multinomial.rows import Evaluation, Rows
+from onestep.solvers.multinomial.rows import Evaluation, Rows, best_constant, constant_loss
 
 # Samples: each has a quarter of the rows of the next, down to so many per class and per parameter, and ends where half
 # the squared Newton decrement is below so much of the loss. With 0.6 rows per parameter they cost more than they save.
@@ -42,6 +43,9 @@ _REWEIGH = 20
 _SUFFICIENT_DECREASE = 1e-4
 _CURVATURE = 0.9
 _TRIALS = 40
+
+# A class's mean probability counts as so much of an even share, at least.
+_LEAST_SHARE = 1e-2
 
 # scikit-learn's solvers mostly end well below tol.
 _OVERSHOOT = 0.1
@@ -95,14 +99,32 @@ class _Objective:
         self._far = 1.0 + far
 
     def at(self, V: Tensor) -> Point:
-        found: Evaluation = self.rows.evaluate(V, precise=self.precise)
+        return self._point(V, self.rows.evaluate(V, precise=self.precise))
+
+    def at_constant(self) -> Point:
+        """At the best constant scores."""
+        return self._point(best_constant(self.rows), self.rows.at_constant)
+
+    def _point(self, V: Tensor, found: Evaluation) -> Point:
         self.passes += self._share
         coordinates = self.rows.coordinates
         W = coordinates.weights(V, torch.float64)
         pull = self.penalty * W
         loss = found.loss + 0.5 * dot(pull, W)
         slope = ((found.slopes + pull).abs() - self._slope_rounding).max().item()
-        return Point(V, loss, found.gradient + coordinates.pull_back(pull), slope, found.spreads)
+        gradient = found.gradient + coordinates.pull_back(pull)
+        return Point(V, loss, gradient, slope, found.spreads, self._centres(found))
+
+    def _centres(self, found: Evaluation) -> Tensor | None:
+        """The mean of the columns over rows weighted by each class's probability (d, k), where there is an intercept.
+
+        Zᵀ(P - Y)/n is the gradient, at constant scores -ZᵀY/n, as columns are centred.
+        """
+        rows = self.rows
+        if not rows.coordinates.intercept:
+            return None
+        shares = (found.gradient[-1] + rows.shares).clamp_min(_LEAST_SHARE / rows.classes)
+        return (found.gradient[:-1] - rows.at_constant.gradient[:-1]) / shares
 
     @property
     def unpenalised(self) -> bool:
@@ -294,7 +316,7 @@ class Descent:
         constant = best_constant(rows)
         levels = _samples(rows) if sampled else []
         if not levels:
-            return objective.at(constant)
+            return objective.at_constant()
         V = constant
         for level in levels:
             part = _Objective(level, objective.penalty, rows.count)
@@ -304,7 +326,7 @@ class Descent:
         if point.loss <= constant_loss(rows):
             return point
         self._memory.forget()
-        return objective.at(constant)
+        return objective.at_constant()
 
 
 def _minimum_of_sample(objective: _Objective, V: Tensor, memory: Memory) -> Tensor:
@@ -323,21 +345,6 @@ def _minimum_of_sample(objective: _Objective, V: Tensor, memory: Memory) -> Tens
         memory.add(found.V - point.V, found.gradient - point.gradient)
         point = found
     return point.V
-
-
-def best_constant(rows: Rows) -> Tensor:
-    """V (p, k) of the best scores that are the same for all rows; zeros without an intercept."""
-    V = torch.zeros(len(rows.coordinates.scale) + rows.coordinates.intercept, rows.classes, dtype=torch.float64)
-    if rows.coordinates.intercept:
-        V[-1] = rows.shares.clamp_min(0.5 / rows.count).log()
-        V[-1] -= V[-1].mean()
-    return V
-
-
-def constant_loss(rows: Rows) -> float:
-    """The loss there, without a penalty."""
-    scores = best_constant(rows)[-1] if rows.coordinates.intercept else rows.shares.new_zeros(rows.classes)
-    return float(scores.logsumexp(0) - rows.shares @ scores)
 
 
 def _samples(rows: Rows) -> list[Rows]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onestep._cached import cached_property
 from onestep.solvers.coordinates import Coordinates
-from onestep.solvers.multinomial.rows import Evaluation
+from onestep.solvers.multinomial.rows import Evaluation, best_constant
 from onestep.solvers.sparse_products import SparseProducts
 
 # Bytes of the scores of a chunk of rows.
@@ -67,6 +67,10 @@ class SparseRows:
     @cached_property
     def shares(self) -> Tensor:
         return torch.from_numpy(np.bincount(self.y.numpy(), self._weights, self.classes) / self.total)
+
+    @cached_property
+    def at_constant(self) -> Evaluation:
+        return self.evaluate(best_constant(self), precise=False)
 
     def evaluate(self, V: Tensor, *, precise: bool) -> Evaluation:
         W = self.coordinates.weights(V, self.dtype).numpy()
