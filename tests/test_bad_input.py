@@ -1,4 +1,4 @@
-"""Bad arguments of onestep.linalg are refused by name, before any kernel runs."""
+"""Bad arguments, of onestep.linalg above all, are refused by name, before any kernel runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import onestep
 from onestep.linalg import (
     cholesky,
     cholesky_solve,
@@ -170,3 +171,15 @@ def test_meta_tensors_give_shapes():
 def test_meta_tensors_give_shapes_in_the_dual_form():
     wide = WIDE.to("meta")
     assert solve_normal(wide, wide[:, :2], ridge=torch.ones(40, device="meta")).shape == (40, 2)
+
+
+def test_parameters_on_the_meta_device_are_refused():
+    """They have no values; torch's own words name item() or a device."""
+    model, data = torch.nn.Linear(2, 1, device="meta"), (torch.randn(9, 2), torch.randn(9, 1))
+    for call in (
+        lambda: onestep.fit(model, data, progress=False),
+        lambda: onestep.curvature.HessianOperator(model, data, "mse") @ torch.ones(3),
+        lambda: onestep.optim.NewtonCG(model.parameters()).step(lambda: model(data[0]).sum()),
+    ):
+        with pytest.raises(ValueError, match="on the device 'meta', where they have no values"):
+            call()

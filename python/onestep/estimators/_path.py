@@ -13,7 +13,7 @@ from onestep.estimators._far import FarProblem
 from onestep.estimators._newton import Minimum, minimise, newton_pays
 from onestep.estimators._problem import Problem, total_weight
 from onestep.estimators._small import MOST_ELEMENTS, SmallProblem
-from onestep.linalg.narrow import working_dtype
+from onestep.linalg.narrow import FLOAT_NOISE, working_dtype
 from onestep.solvers.coordinates import Coordinates
 from onestep.solvers.multinomial import DenseRows, Gram, Solution, solve_multinomial
 
@@ -120,7 +120,7 @@ class Path:
 
     def _known(self, found: _Found, dtype: torch.dtype) -> _Found:
         """As it is, but not converged where the loss is less than float32 makes of it; Poisson's may be negative."""
-        if dtype != torch.float32 or self._family == "poisson" or not found.loss <= torch.finfo(dtype).eps:
+        if dtype != torch.float32 or self._family == "poisson" or not found.loss <= FLOAT_NOISE:
             return found
         return replace(found, converged=False, halted=True)
 

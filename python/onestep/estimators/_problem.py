@@ -12,7 +12,7 @@ from torch import Tensor
 from onestep._cached import cached_property
 from onestep.curvature import GLMPoint
 from onestep.estimators._chunked import ChunkedPoint, point_of
-from onestep.linalg.narrow import widened_chunks, working_dtype
+from onestep.linalg.narrow import FLOAT_NOISE, widened_chunks, working_dtype
 from onestep.solvers.coordinates import Coordinates
 
 
@@ -69,11 +69,8 @@ class Problem:
         return self.coordinates
 
     def is_noise(self, loss: float) -> bool:
-        """Whether a loss is less than rounding makes of it. float32 rounds each row's to ε.
-
-        A Poisson loss may be negative.
-        """
-        return self.precision == torch.float32 and self.family != "poisson" and loss <= torch.finfo(torch.float32).eps
+        """Whether a loss is less than rounding makes of it. A Poisson loss may be negative."""
+        return self.precision == torch.float32 and self.family != "poisson" and loss <= FLOAT_NOISE
 
     @cached_property
     def total(self) -> float:

@@ -114,7 +114,8 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
 
     Args:
         C: inverse of the penalty, > 0; infinity for none.
-        tol: stop when no slope of the objective, divided by the sum of weights, exceeds this (as scikit-learn does).
+        tol: stop when no slope of the objective, divided by the sum of weights, exceeds this (as scikit-learn does),
+            and a step promises next to nothing. Where float32 rows halt before that, the fit goes on in float64.
         max_iter: most Newton steps.
         fit_intercept: whether to fit intercepts.
         class_weight: None, "balanced", or a dict of label to weight; multiplies sample_weight.

@@ -23,6 +23,11 @@ class ParameterVector:
             raise ValueError(f"parameters are on {devices} in {dtypes}; expected one device and one dtype")
         if not tensors[0].is_floating_point():
             raise TypeError(f"parameters have dtype {tensors[0].dtype}; expected a real floating-point type")
+        if tensors[0].device.type == "meta":
+            raise ValueError(
+                "parameters are on the device 'meta', where they have no values; expected a device that holds them: "
+                "load or initialise the model first, as by model.to_empty(device='cpu') and reset_parameters()"
+            )
         self.tensors = list(tensors)
         self.sizes = [t.numel() for t in tensors]
         self.dtype, self.device = tensors[0].dtype, tensors[0].device

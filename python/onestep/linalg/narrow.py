@@ -14,6 +14,9 @@ from onestep.linalg._normal import Moments, moments
 
 # Elements that are converted at a time: 8 MiB as float64.
 _CHUNK = 1 << 20
+# float32 rounds each row's loss to ε of its scores, which are up to 64 where classes are told for sure: a mean loss
+# under that is noise.
+FLOAT_NOISE = 64 * torch.finfo(torch.float32).eps
 
 
 def working_dtype(X: Tensor) -> torch.dtype:

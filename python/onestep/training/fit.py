@@ -95,7 +95,8 @@ def fit(
             "quasi_newton" (a linear head under cross-entropy, by L-BFGS on what the head is given, for which the model
             runs once; a step is up to ten iterations), "gauss_newton" and "newton_cg" (matrix-free), "polar"
             (``onestep.optim.PolarGrad`` on mini-batches, for whole networks; the model keeps its modes in these steps),
-            "gradient_descent" (the baseline), or "auto": the first that fits.
+            "gradient_descent" (the baseline), or "auto": the first that fits. On all rows the damped methods (not the
+            baseline) start from zeros where the loss is convex in the parameters and there at most half of its own.
         max_steps: the most steps; None for ``epochs``, or 50. The polar method, whose rates fall to zero at the
             end, takes as many as there are seconds where only these are given, and else 20 passes over the data, but
             from 300 to 3,000 steps.

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestep.linalg.narrow import FLOAT_NOISE
 from onestep.solvers.multinomial.memory import Gram, Memory, Point, dot
 from onestep.solvers.multinomial.rows import Evaluation, Rows, best_constant, constant_loss
 
@@ -232,7 +233,7 @@ class Descent:
                     and abs(dot(point.gradient, point.V)) <= _MOST_FALL * point.loss
                 )
             )
-            noise = point.loss <= torch.finfo(torch.float32).eps
+            noise = point.loss <= FLOAT_NOISE
             if not objective.precise and (done or noise or half <= _FLOAT_DECREMENT * scale):
                 self._refine()
                 continue
@@ -260,8 +261,8 @@ class Descent:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the loss is less than rounding makes of it: float32 rounds each row's to ε."""
-        noise = self._objective.rows.dtype == torch.float32 and self.point.loss <= torch.finfo(torch.float32).eps
+        """Whether the loss is less than rounding makes of it."""
+        noise = self._objective.rows.dtype == torch.float32 and self.point.loss <= FLOAT_NOISE
         return self._objective.precise and noise
 
     def _refine(self) -> None:
