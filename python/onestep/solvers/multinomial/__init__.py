@@ -1,8 +1,8 @@
 """Multinomial logistic regression with any number of classes: preconditioned L-BFGS on fused passes over the rows."""
 
 from onestep.solvers.multinomial.memory import Gram
-from onestep.solvers.multinomial.rows import DenseRows, Evaluation, Rows
-from onestep.solvers.multinomial.solve import Descent, Solution, constant_loss, solve_multinomial
+from onestep.solvers.multinomial.rows import DenseRows, Evaluation, Rows, constant_loss
+from onestep.solvers.multinomial.solve import Descent, Solution, solve_multinomial
 from onestep.solvers.multinomial.sparse import SparseRows
 
 __all__ = [
