@@ -88,6 +88,17 @@ class Coordinates:
         size = torch.cat((size, size.new_ones(1))) if self.intercept else size
         return 4 * torch.finfo(dtype).eps * size
 
+    def centres(self, sums: Tensor, masses: Tensor) -> Tensor | None:
+        """The means of z (d, k) for sums of x by k columns of weights, and of these; zero for next to no weight.
+
+        None without an intercept.
+        """
+        if not self.intercept:
+            return None
+        least = 1e-8 * masses.mean().item() + torch.finfo(torch.float64).tiny
+        means = (sums / masses.clamp_min(least) - self.shift[:, None]) / self.scale[:, None]
+        return means.where(masses > least, 0.0)
+
     def gram(self, X: Tensor, weight: Tensor) -> Tensor:
         """ZᵀDZ (p, p) float64, with a column of ones at the end of Z where there is an intercept."""
         sums = moments_of(X, widened(X[:, :0]), weight, center=self.intercept)

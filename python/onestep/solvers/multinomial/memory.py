@@ -115,6 +115,8 @@ class Memory:
         self._solves: list[Callable[[Tensor], Tensor]] = []
         self._bends = torch.ones(rows.classes, dtype=torch.float64)
         self._centres: Tensor | None = None
+        # Of rows that weigh p(1 - p), where the Gram matrix was last taken anew; None before.
+        self._curved_centres: Tensor | None = None
 
     def add(self, step: Tensor, change: Tensor) -> None:
         curvature = dot(step, change)
@@ -128,19 +130,21 @@ class Memory:
         return had
 
     def reweigh(self, rows: Rows, point: Point, passes: int) -> None:
-        """Takes the Gram matrix anew if it costs less than so many passes, rows weighted by their curvature here."""
+        """Takes Gram matrix and centres anew if it costs less than so many passes, by the rows' curvature here."""
         step = _gram_step(rows, passes)
         if step is not None:
-            self._gram = rows.curved_gram(point.V, step)
+            self._gram, self._curved_centres = rows.curved(point.V, step)
             self._factor(max(float(point.spreads.numpy().mean()), _LEAST_SPREAD))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"pairs": self._pairs, "spread": self._spread, "gram": self._gram}
+        centres = self._curved_centres
+        return {"pairs": self._pairs, "spread": self._spread, "gram": self._gram, "curved_centres": centres}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from ``state``."""
         self._pairs, self._gram = state["pairs"], state["gram"]
+        self._curved_centres = state["curved_centres"]
         if state["spread"]:
             self._factor(state["spread"])
 
@@ -167,7 +171,7 @@ class Memory:
     def _prepare(self, point: Point) -> None:
         spreads = point.spreads
         spread = max(float(spreads.numpy().mean()), _LEAST_SPREAD)
-        self._centres = point.centres
+        self._centres = point.centres if self._curved_centres is None else self._curved_centres
         if self._intercept:
             # The intercept's row of ZᵀZ/n is that of the identity, as columns are centred.
             self._bends = spreads.clamp_min(_LEAST_SHARE * spread) + self._penalties[-1]

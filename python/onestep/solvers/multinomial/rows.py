@@ -88,8 +88,11 @@ class Rows(Protocol):
     def gram(self, step: int) -> Tensor:
         """The weighted mean of zzᵀ (p, p) over every step-th row, float64."""
 
-    def curved_gram(self, V: Tensor, step: int) -> Tensor:
-        """The same with rows weighted by their mean p(1 - p) at V, too, in units of the mean of those."""
+    def curved(self, V: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """The same with rows weighted by their mean p(1 - p) at V, too, in units of the mean of those.
+
+        And the means of z by each class's p(1 - p) (d, k), float64, where there is an intercept.
+        """
 
     def squares(self) -> Tensor:
         """The weighted means of z² (p,), float64."""
@@ -224,21 +227,29 @@ class DenseRows:
         total = float(weight.numpy().sum(dtype=np.float64))
         return self.coordinates.gram(X, weight) / max(total, torch.finfo(torch.float64).tiny)
 
-    def curved_gram(self, V: Tensor, step: int) -> Tensor:
+    def curved(self, V: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         dtype, X = working_dtype(self.X), self.X[::step]
+        weight = None if self.weight is None else self.weight[::step].to(dtype)
         W, curvature = self.coordinates.weights(V, dtype), torch.empty(len(X), dtype=dtype)
+        sums, masses = torch.zeros(X.shape[1], self.classes, dtype=torch.float64), np.zeros(self.classes)
         for rows in self._chunks(self.dtype):
-            P = widened(X[rows]) @ W[: X.shape[1]]
+            part = widened(X[rows])
+            P = part @ W[: X.shape[1]]
             if not len(P):
                 break
             if self.coordinates.intercept:
                 P += W[-1]
             P = torch.softmax(P, 1, out=P)
-            curvature[rows] = 1 - P.square_().sum(1)
-        if self.weight is not None:
-            curvature *= self.weight[::step].to(dtype)
+            bends = P.mul_(1 - P)
+            if weight is not None:
+                bends *= weight[rows, None]
+            curvature[rows] = bends.sum(1)
+            if self.coordinates.intercept:
+                sums += part.mT @ bends
+                masses += bends.numpy().sum(0, dtype=np.float64)
         total = float(curvature.numpy().sum(dtype=np.float64))
-        return self.coordinates.gram(X, curvature) / max(total, torch.finfo(torch.float64).tiny)
+        gram = self.coordinates.gram(X, curvature) / max(total, torch.finfo(torch.float64).tiny)
+        return gram, self.coordinates.centres(sums, torch.from_numpy(masses))
 
     def squares(self) -> Tensor:
         weight = torch.ones(1, dtype=self.dtype).expand(self.count) if self.weight is None else self.weight

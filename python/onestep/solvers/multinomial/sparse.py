@@ -104,17 +104,25 @@ class SparseRows:
     def gram(self, step: int) -> Tensor:
         return self._gram(step, self._weights[::step].astype(np.float64))
 
-    def curved_gram(self, V: Tensor, step: int) -> Tensor:
+    def curved(self, V: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         W = self.coordinates.weights(V, self.dtype).numpy()
+        d = self.X.shape[1]
         curvature = []
-        for number in range(len(self._products.chunks)):
-            scores = self._products.multiply(W[: self.X.shape[1]], number)
+        sums, masses = np.zeros((d, self.classes)), np.zeros(self.classes)
+        for number, rows in enumerate(self._products.chunks):
+            scores = self._products.multiply(W[:d], number)
             if self.coordinates.intercept:
                 scores += W[-1]
             scores -= scores.max(1, keepdims=True)
             P = np.exp(scores, out=scores)
-            curvature.append(1 - np.square(P / P.sum(1, keepdims=True)).sum(1, dtype=np.float64))
-        return self._gram(step, (np.concatenate(curvature) * self._weights)[::step])
+            P /= P.sum(1, keepdims=True)
+            bends = P * (1 - P) * self._weights[rows, None]
+            curvature.append(bends.sum(1, dtype=np.float64))
+            if self.coordinates.intercept:
+                sums += self._products.transposed_multiply(bends, number)
+                masses += bends.sum(0, dtype=np.float64)
+        gram = self._gram(step, np.concatenate(curvature)[::step])
+        return gram, self.coordinates.centres(torch.from_numpy(sums), torch.from_numpy(masses))
 
     def _gram(self, step: int, weight: np.ndarray) -> Tensor:
         return centred_gram(self.X[::step], weight, self.coordinates)
