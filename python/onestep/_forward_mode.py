@@ -103,7 +103,7 @@ def _close_later() -> None:
 
 
 def settle(interrupt: BaseException) -> None:
-    """After an interrupt, which may have come while torch counted that a jvp begins or ends: counts again.
+    """Counts again after an interrupt, which may have come while torch counted that a jvp begins or ends.
 
     A level that the interrupted call opened and nobody uses is closed.
     """

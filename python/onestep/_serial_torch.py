@@ -16,7 +16,7 @@ from onestep import _native
 _state = threading.local()
 # Up to so many numbers torch's loops take less than a millisecond; to wait for a thread costs several (0305).
 _FEW = 1 << 19
-# The eigendecomposition of so many rows takes about a millisecond on one thread, of twice as many six (0321).
+# On one thread the eigendecomposition of so many rows takes about a millisecond, of twice as many about six (0321).
 _SMALL_MATRIX = 128
 
 
@@ -80,7 +80,7 @@ def serial_for(numbers: int) -> AbstractContextManager[None]:
 
 
 def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh`` of one matrix, on the calling thread where it is small.
+    """``torch.linalg.eigh`` of one matrix A (n,n), on the calling thread where it is small.
 
     MKL opens eight parallel regions for one of 64 rows, and more for larger ones, for a quarter of a millisecond in
     all. From 51 rows on its last bits depend on the number of threads: here they do only beyond 128.

@@ -155,8 +155,8 @@ _level_is_ours = False
 def open_level() -> bool:
     """Opens forward mode's level for onestep, or finds it as onestep left it open; False where it is somebody else's.
 
-    torch.func.jvp counts the process's levels without a lock. Threads change hands, and interrupts come, after calls
-    alone: from the question to the call of the last line there is none.
+    torch.func.jvp counts the process's levels without a lock. Python changes threads,
+    and raises interrupts, only after calls. So there is no call between the question and the last line's.
     """
     global _level_is_ours
     if _level_is_ours:
@@ -203,7 +203,7 @@ def levels_in(frames: Iterable[tuple[FrameType, int]]) -> int:
 def recount_levels(interrupt: BaseException) -> None:
     """Counts again after an interrupt that may have ended a torch.func.jvp of this thread, which is in none, uncounted.
 
-    What other threads are in, their stacks tell.
+    The stacks of other threads tell how many of them each is in.
     """
     stacks = [frame for thread, frame in sys._current_frames().items() if thread != get_ident()]
     others = sum(levels_in(traceback.walk_stack(frame)) for frame in stacks)

@@ -21,7 +21,7 @@ _DATE = re.compile(
     rf"|\d{{1,2}}[-. ]*{_MONTH}[-, ]*(?:\d{{4}}|\d{{2}})|{_MONTH}[ -]*(?:\d{{1,2}},? +)?\d{{4}}"
     # A point behind the last number, and blanks behind the points.
     r"|\d{1,2}\. ?\d{1,2}\. ?\d{4}\.?|\d{4}\. ?\d{1,2}\. ?\d{1,2}\.?|(?:19|20)\d{6}T\d{4,6}.*"
-    # Months of a year, and dates of East Asia, of which the year may not be said.
+    # Months of a year, and dates of East Asia, which may have no year.
     r"|(?:0?[1-9]|1[0-2])[-/](?:19|20)\d{2}|\d{4}\s?[\u5e74\ub144]\s?\d{1,2}\s?[\u6708\uc6d4](?:\s?\d{1,2}\s?[\u65e5\uc77c])?"
     r"|\d{1,2}\s?[\u6708\uc6d4]\s?\d{1,2}\s?[\u65e5\uc77c]"
 )

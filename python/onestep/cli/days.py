@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-# Of the months, in a year that has a 29 February.
+# Days of the months, in a year that has a 29 February.
 _DAYS = np.array([0, 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
 # Two numbers, and perhaps a time of day. In ISO 8601 two dashes stand in the place of the year.
 _PAIR = re.compile(r"(--)?(\d{1,2})(-|/|\. ?| [-/] )(\d{1,2})(\.?)(?:([ T])\d{1,2}:\d{2}(:\d{2})?( ?[AaPp][Mm])?)?")
-# What stands for no date.
+# Stands for a date that is missing.
 _NONE = ("00", "00")
-# A column may hold a few mistakes.
+# This part of a column's texts must fit a format: a few may be mistakes.
 _NEARLY_ALL = 0.9
-# So many different fractions or ranges a column may hold.
+# Texts of a column are taken for fractions or ranges where at most so many differ.
 _FRACTIONS = 10
-# Of numbers so many different ones are hardly all days of a year by chance; one that begins with a zero tells, too.
+# So many different numbers are hardly all days of a year by chance. A number that begins with a zero tells as much.
 _ENOUGH = 10
 
 
@@ -37,7 +37,7 @@ def _share(order: str, first: np.ndarray, second: np.ndarray) -> float:
 
 
 def formats(texts: Iterable[str]) -> list[str]:
-    """The formats in which nearly all of some different texts are days of a year, or months of one of two digits."""
+    """The formats in which nearly all of these texts are dates: days of a year, or months of a year of two digits."""
     pairs = [pair for text in texts if (pair := _PAIR.fullmatch(text)) and pair.group(2, 4) != _NONE]
     if not pairs:
         return []

@@ -56,8 +56,8 @@ _DIRECT_HALVINGS = 2
 
 _SUFFICIENT_DECREASE = 1e-4
 _HALVINGS = 29
-# After so many steps in a row that lowered the loss by no more than so many ε of it, and did not halve the decrement,
-# rounding is all that moves.
+# A run ends after so many steps in a row that neither lowered the loss by more than so many ε of it nor halved the
+# decrement: they move by rounding alone.
 _IDLE_STEPS = 3
 _ROUNDINGS = 4
 
@@ -218,7 +218,7 @@ def _newton(
 class _Progress:
     """Whether steps still lower the loss by more than rounding, or shrink the decrement.
 
-    Steps that rounding alone decides of are accepted for ever.
+    Steps that rounding alone decides would be accepted for ever.
     """
 
     def __init__(self, eps: float) -> None:

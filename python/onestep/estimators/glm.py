@@ -177,7 +177,8 @@ class LogisticRegression(_GLM, ClassifierMixin, BaseEstimator):
 
         Raises:
             ValueError: shapes that disagree, NaN or infinity, one class, a parameter out of range, a tensor not on the
-                CPU; or without a penalty classes that a plane separates, whose coefficients would be infinite.
+                CPU; values whose squares overflow or underflow in float64, coefficients beyond the range of X's dtype;
+                or without a penalty classes that a plane separates, whose coefficients would be infinite.
             TypeError: a parameter of the wrong type.
 
         Warns:

@@ -124,7 +124,8 @@ class Ridge(_RidgeBase, MultiOutputMixin, RegressorMixin, BaseEstimator):
             The estimator.
 
         Raises:
-            ValueError: shapes that disagree, NaN or infinity, negative alpha or weight, a tensor not on the CPU.
+            ValueError: shapes that disagree, NaN or infinity, negative alpha or weight, a tensor not on the CPU, values
+                so small that their squares underflow in float64, or coefficients beyond the range of X's dtype.
             TypeError: alpha that is no number.
 
         Warns:

@@ -171,7 +171,7 @@ def install_kernels() -> None:
 
 
 def _raise_without_kernel(op: Op, device: str, *args: Any) -> None:
-    """The op on a type of device that it has no kernel for; the operands, if there are any, know its name."""
+    """Raises NotImplementedError for a type of device that the op has no kernel for, named as the operands name it."""
     device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), device)
     remedy = "move the operands to the CPU with .cpu()"
     if device != "cuda":

@@ -89,9 +89,11 @@ class Coordinates:
         return 4 * torch.finfo(dtype).eps * size
 
     def centres(self, sums: Tensor, masses: Tensor) -> Tensor | None:
-        """The means of z (d, k) for sums of x by k columns of weights, and of these; zero for next to no weight.
+        """The weighted means of z (d, k), zero for columns of next to no weight; None without an intercept.
 
-        None without an intercept.
+        Args:
+            sums: (d, k) float64, sums of x by k columns of weights.
+            masses: (k,) float64, the sums of these weights.
         """
         if not self.intercept:
             return None

@@ -32,7 +32,7 @@ from onestep.training.plan import FitPlan, make_plan
 from onestep.training.result import FitResult, Record
 from onestep.training.structures.affine import NOT_AFFINE
 
-# A convex loss starts from zeros where it is at most this part there of what it is at the model's own parameters.
+# A convex fit starts from zeros where the loss is at most this part of the loss at the model's own parameters.
 _FAR_BELOW = 0.5
 
 
@@ -64,10 +64,10 @@ def fit(
 ) -> FitResult:
     """Fits the trainable parameters of a model by solving for them: θ ← θ - (B + damping·D)⁻¹∇loss, until converged.
 
-    Starts from the parameters that the model has. Where the outputs are affine in them and the loss is quadratic, one
-    step over one pass is exact. A step that would raise the loss is taken back. The model is evaluated in eval mode
-    (dropout off, batch norm with its running statistics), because a solve needs a loss that depends on the parameters
-    alone; parameters with requires_grad=False stay as they are.
+    Starts from the parameters that the model has, but for the convex losses that ``method`` tells of. Where the outputs
+    are affine in them and the loss is quadratic, one step over one pass is exact. A step that would raise the loss is
+    taken back. The model is evaluated in eval mode (dropout off, batch norm with its running statistics), because a
+    solve needs a loss that depends on the parameters alone; parameters with requires_grad=False stay as they are.
 
     Sources: Levenberg 1944 and Marquardt 1963 (damping), Schraudolph 2002 (Gauss-Newton products), Steihaug 1983
     (truncated conjugate gradients), Lau, Long and Su 2025 (polar steps); see the optimisers of ``onestep.optim``.
@@ -96,7 +96,8 @@ def fit(
             runs once; a step is up to ten iterations), "gauss_newton" and "newton_cg" (matrix-free), "polar"
             (``onestep.optim.PolarGrad`` on mini-batches, for whole networks; the model keeps its modes in these steps),
             "gradient_descent" (the baseline), or "auto": the first that fits. On all rows the damped methods (not the
-            baseline) start from zeros where the loss is convex in the parameters and there at most half of its own.
+            baseline) start from zeros where the loss is convex in the parameters, and is at zeros at most half of what
+            it is at the model's own parameters.
         max_steps: the most steps; None for ``epochs``, or 50. The polar method, whose rates fall to zero at the
             end, takes as many as there are seconds where only these are given, and else 20 passes over the data, but
             from 300 to 3,000 steps.

@@ -58,7 +58,7 @@ class FitResult:
         choice: why that one.
         reason: why it stopped.
         history: a ``Record`` for each step.
-        initial_loss: before the first step.
+        initial_loss: before the first step; at zeros, if ``choice`` says that the fit started there.
         steps: how many there were.
         interrupted: whether Ctrl-C ended it.
         reasons: why methods and structures that might have been faster do not apply.

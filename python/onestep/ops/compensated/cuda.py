@@ -89,7 +89,7 @@ def _compensated_sweep(
     of: int = 0,
     unit: bool = False,
 ) -> schema.Swept:
-    """The blocks one after the other. A group that ``scale`` has no grid of gives NaN on a GPU."""
+    """Sweeps one block after the other. Columns of a group that ``scale`` has no grid for become NaN on a GPU."""
     out = schema.compensated_sweep_results(
         W, factor, scale, zero, group, bits, symmetric, group_size, sparsity, keep, of, unit
     )
@@ -146,7 +146,10 @@ def _compensated_sweep(
 
 
 def _removed(swept: Tensor, factor: Tensor, start: int, end: int, sparsity: float, keep: int, of: int) -> Tensor | None:
-    """(n,width), bool, the elements of a block that go, where all rows or more columns than a call takes tell it."""
+    """(n,width), bool, the elements of a block that are removed; None where the kernel chooses them, or none are.
+
+    The kernel cannot choose where all rows are looked at together, or a run has more columns than a call takes.
+    """
     if 0 < of <= _MOST_COLUMNS or (of == 0 and sparsity == 0.0):
         return None
     scores = (swept[:, start:end] / factor.diagonal()[start:end]).square()

@@ -31,7 +31,8 @@ _LEAST_SHIFT = 1e-8
 _LEAST_SHARE = 1e-2
 # The factors are made anew where the spread has changed by this factor.
 _SPREAD_CHANGE = 2.0
-# Classes whose share (1 - share) differs by less have a factor in common. All factors may cost so many passes.
+# Classes whose share (1 - share) differs by less than this factor have a Cholesky factor in common. All of these may
+# cost so many passes.
 _LEVEL = 4.0
 _LEVELS_PASSES = 4.0
 
@@ -78,7 +79,7 @@ def _gram_step(rows: Rows, passes: float) -> int | None:
 
 
 def _levels(rows: Rows, factored: bool) -> list[tuple[float, Tensor | slice]]:
-    """(how many times the mean spread, classes of which it is) for classes of unlike shares, as their shares tell."""
+    """Groups of classes of like shares: how many times the mean spread theirs is, as shares tell, and the classes."""
     shares = rows.shares.clamp(0.5 / rows.count, 1 - 0.5 / rows.count)
     bends = shares * (1 - shares)
     exponents = ((bends / bends.mean()).log() / math.log(_LEVEL)).round().tolist()
@@ -115,7 +116,7 @@ class Memory:
         self._solves: list[Callable[[Tensor], Tensor]] = []
         self._bends = torch.ones(rows.classes, dtype=torch.float64)
         self._centres: Tensor | None = None
-        # Of rows that weigh p(1 - p), where the Gram matrix was last taken anew; None before.
+        # The same with rows weighted by p(1 - p), of where the Gram matrix was last taken anew; None before.
         self._curved_centres: Tensor | None = None
 
     def add(self, step: Tensor, change: Tensor) -> None:

@@ -89,9 +89,9 @@ class Rows(Protocol):
         """The weighted mean of zzᵀ (p, p) over every step-th row, float64."""
 
     def curved(self, V: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """The same with rows weighted by their mean p(1 - p) at V, too, in units of the mean of those.
+        """The same with rows weighted by their mean p(1 - p) at V, too, in units of the mean of those; and centres.
 
-        And the means of z by each class's p(1 - p) (d, k), float64, where there is an intercept.
+        Centres (d, k), float64, are the means of z by each class's p(1 - p); None without an intercept.
         """
 
     def squares(self) -> Tensor:
@@ -271,6 +271,6 @@ def best_constant(rows: Rows) -> Tensor:
 
 
 def constant_loss(rows: Rows) -> float:
-    """The loss there, without a penalty."""
+    """The loss at `best_constant`, without a penalty."""
     scores = best_constant(rows)[-1] if rows.coordinates.intercept else rows.shares.new_zeros(rows.classes)
     return float(scores.logsumexp(0) - rows.shares @ scores)

@@ -2,8 +2,9 @@
 
 A pass over the rows (loss and gradient: two matrix products) is all that an iteration costs. L-BFGS (Liu and Nocedal,
 Mathematical Programming 45, 1989) starts each iteration from the inverse of spread · ZᵀZ/n + penalty, spread being the
-mean of p(1 - p), by one Cholesky factorisation for all classes whose shares are alike. An intercept is taken off each
-class's mean of the columns, rows weighted by its probability, which the gradient gives for nothing: half the passes
+mean of p(1 - p), by one Cholesky factorisation for all classes whose shares are alike. With an intercept the columns
+lose a mean for each class there, of rows weighted by its probability, which the gradient gives for nothing; where the
+Gram matrix is taken anew, rows weigh p(1 - p). That halves the passes
 (docs/decisions/0323-intercepts-and-unlike-classes.md). What makes features badly conditioned is in there, and what is
 left to learn in a few pairs is how the probabilities vary. A factor for each class, with its own mean of p(1 - p) as it
 goes, is the better start and the worse end; Newton's method with conjugate gradients takes 1.3 to 3 times the passes,
@@ -45,7 +46,7 @@ _SUFFICIENT_DECREASE = 1e-4
 _CURVATURE = 0.9
 _TRIALS = 40
 
-# A class's mean probability counts as so much of an even share, at least.
+# A class's mean probability counts as this part of an even share, 1/k, at least.
 _LEAST_SHARE = 1e-2
 
 # scikit-learn's solvers mostly end well below tol.
@@ -53,7 +54,8 @@ _OVERSHOOT = 0.1
 # Half the squared Newton decrement must be below so many times tol of the loss, or of tol where the loss goes to zero.
 _DECREMENT = 0.03
 _LEAST_SCALE = 0.01
-# Slopes of columns far from zero are large where nothing is left to gain: so many times tol of the loss.
+# Slopes of columns far from zero stay large at the minimum. A run may end as well where half the squared decrement is
+# at most so many times tol of the loss.
 _NEXT_TO_NOTHING = 1e-6
 # Where a plane separates the classes nothing bends, and L-BFGS knows little of the decrement. But the loss then falls
 # along V itself: weights that are larger by a tenth must not lower it by more than a tenth of this. At a minimum they

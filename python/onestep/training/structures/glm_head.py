@@ -30,12 +30,13 @@ _FAMILIES = {"cross_entropy": "softmax", "poisson": "poisson"}
 
 # The largest matrix that is factored: the whole Hessian, or its block for each output.
 _LARGEST_FACTOR = 1024
-# Of a diagonal of ones; directions in which nothing bends, as the common shift of softmax, need some.
+# What is added to a diagonal of ones at least. Directions in which nothing bends, as the common shift of softmax, need
+# it.
 _LEAST_DAMPING = 1e-10
-# Of the largest diagonal element: the least that one counts as. A feature that is always zero has none.
-_LEAST_DIAGONAL = 1e-20
 # The same, in ε of the parameters' type: what rounding makes of a curvature of zero.
 _ROUNDINGS = 10
+# A diagonal element counts as this part of the largest at least: that of a feature that is always zero is zero.
+_LEAST_DIAGONAL = 1e-20
 
 
 def is_glm(loss: Loss) -> bool:
