@@ -179,6 +179,19 @@ def test_unlike_classes_that_columns_follow(C, passes):
     assert descent.point.V.sum(1).abs().max().item() <= 1e-10 * descent.point.V.abs().max().item()
 
 
+def test_unlike_classes_of_more_columns_than_rows():
+    """39 passes; 70 with the classes' means and levels over a diagonal."""
+    rng = np.random.default_rng(2)
+    X = rng.normal(size=(600, 800))
+    scores = X @ rng.normal(size=(800, 5)) * 2 / 800**0.5 + 6 * np.log(10) * np.linspace(-0.5, 0.5, 5)
+    y = (scores + rng.gumbel(size=scores.shape)).argmax(1)
+    y[:5] = np.arange(5)
+    x = torch.from_numpy(X)
+    data = DenseRows(x, torch.from_numpy(y), None, Coordinates.of(x, None, intercept=True), 5)
+    found = solve_multinomial(data, 1e-3, None, tol=1e-5, max_iter=150)
+    assert found.converged and found.passes < 50
+
+
 @pytest.mark.parametrize("intercept", [False, True])
 def test_goes_on_from_a_state(intercept):
     """After the Gram matrix was taken anew: with the same bits. And from a state that knows no levels."""

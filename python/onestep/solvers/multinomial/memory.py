@@ -77,15 +77,13 @@ def _gram_step(rows: Rows, passes: float) -> int | None:
     return max(1, n // fitting)
 
 
-def _levels(rows: Rows, bends: Tensor, factored: bool) -> Tensor:
+def _levels(rows: Rows, bends: Tensor) -> Tensor:
     """Each class's level (k,) int64: its factor is for ``_LEVEL`` to this power times the mean spread, as ``bends`` go.
 
     All are zero where as many factors as levels would cost too much.
     """
     bends = bends.clamp_min(0.5 / rows.count)
     levels = ((bends / bends.mean()).log() / math.log(_LEVEL)).round().long()
-    if not factored:
-        return levels
     count, d = len(levels.unique()), len(rows.coordinates.scale)
     dear = count * d**2 > _LARGEST_FACTOR**2 or count * d**3 / 3.0 > _LEVELS_PASSES * 4.0 * rows.operations * len(bends)
     return torch.zeros_like(levels) if dear else levels
@@ -114,8 +112,8 @@ class Memory:
         self._spread = 0.0
         self._shared = rows.shares * (1 - rows.shares)
         self._levels = torch.zeros(rows.classes, dtype=torch.int64)
-        if self._intercept:
-            self._levels = _levels(rows, self._shared, gram.matrix is not None)
+        if self._intercept and gram.matrix is not None:
+            self._levels = _levels(rows, self._shared)
         # Of the features' rows of each level's classes.
         self._solves: list[tuple[Tensor | slice, Callable[[Tensor], Tensor]]] = []
         self._bends = torch.ones(rows.classes, dtype=torch.float64)
@@ -139,7 +137,7 @@ class Memory:
         step = _gram_step(rows, passes)
         if step is not None:
             self._gram, self._curved_centres = rows.curved(point.V, step)
-            self._levels = _levels(rows, self._shared if self._intercept else point.spreads, True)
+            self._levels = _levels(rows, self._shared if self._intercept else point.spreads)
             self._factor(max(float(point.spreads.numpy().mean()), _LEAST_SPREAD))
 
     def state(self) -> dict[str, Any]:
@@ -184,7 +182,9 @@ class Memory:
     def _prepare(self, point: Point) -> None:
         spreads = point.spreads
         spread = max(float(spreads.numpy().mean()), _LEAST_SPREAD)
-        self._centres = point.centres if self._curved_centres is None else self._curved_centres
+        # A diagonal says too little of the rows of a class: with their mean or spread it is no nearer (0323).
+        if self._gram is not None:
+            self._centres = point.centres if self._curved_centres is None else self._curved_centres
         if self._intercept:
             # The intercept's row of ZᵀZ/n is that of the identity, as columns are centred.
             self._bends = spreads.clamp_min(_LEAST_SHARE * spread) + self._penalties[-1]
@@ -228,6 +228,8 @@ class Memory:
     def _apply(self, R: Tensor) -> Tensor:
         if self._centres is None:
             result = self._features(R)
+            if self._intercept:
+                result[-1] = R[-1] / self._bends
             # Levels would give the classes a shift in common, which lowers no loss.
             return result - result.mean(1, keepdim=True)
         # A class's block of the Hessian, in which rows weigh p(1 - p), has about the covariance of all rows, but a mean
