@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from onestep import LogisticRegression
 from onestep.estimators import _path
 from onestep.solvers.coordinates import Coordinates
-from onestep.solvers.multinomial import DenseRows, memory, rows, solve, solve_multinomial
+from onestep.solvers.multinomial import DenseRows, Descent, memory, rows, solve, solve_multinomial
 
 
 @pytest.fixture
@@ -29,6 +29,16 @@ def draw(rng, n, d, k, spread=0.0, offset=0.0):
     y = (X @ rng.normal(size=(d, k)) * 2 / np.sqrt(d) + rng.gumbel(size=(n, k))).argmax(1)
     y[:k] = np.arange(k)
     return X * np.logspace(0, spread, d) + offset, y
+
+
+def unlike(rng, decades, intercept, features=lambda X: X):
+    """2,000 rows of 20 classes whose shares lie as many decades apart."""
+    X = rng.normal(size=(2000, 32))
+    scores = X @ rng.normal(size=(32, 20)) * 2 / np.sqrt(32) + decades * np.log(10) * np.linspace(-0.5, 0.5, 20)
+    y = (scores + rng.gumbel(size=scores.shape)).argmax(1)
+    y[:20] = np.arange(20)
+    X = torch.from_numpy(features(X))
+    return DenseRows(X, torch.from_numpy(y), None, Coordinates.of(X, None, intercept=intercept), 20)
 
 
 def objective(W, b, X, y, C, weight=1.0):
@@ -139,6 +149,69 @@ def test_the_gram_matrix_is_taken_when_it_pays(rng, monkeypatch):
     without = solve_multinomial(data, 1e-4, None, tol=1e-5, max_iter=1000)
     assert found.converged and found.loss == pytest.approx(without.loss, rel=1e-5)
     assert found.passes < 0.7 * without.passes, (found.passes, without.passes)
+
+
+@pytest.mark.parametrize(("decades", "C", "passes"), [(0, 1.0, 22), (2, 1.0, 30), (2, 100.0, 90)])
+def test_an_intercept_and_unlike_classes_cost_few_passes(decades, C, passes):
+    """18, 27 and 83; without the classes' means of the columns 28, 33 and 97, with one level 18, 60 and 220."""
+    data = unlike(np.random.default_rng(5), decades, True)
+    found = solve_multinomial(data, 1 / (C * data.count), None, tol=1e-5, max_iter=1000)
+    assert found.converged and found.passes < passes
+
+
+@pytest.mark.parametrize(("decades", "C", "passes"), [(2, 1.0, 24), (2, 100.0, 27)])
+def test_unlike_classes_that_no_intercept_follows(decades, C, passes):
+    """20 and 23 passes: probabilities stay alike. With levels by share from the start there were 30 and 31."""
+    data = unlike(np.random.default_rng(5), decades, False)
+    found = solve_multinomial(data, 1 / (C * data.count), None, tol=1e-5, max_iter=1000)
+    assert found.converged and found.passes < passes
+
+
+@pytest.mark.parametrize(("C", "passes"), [(1.0, 60), (100.0, 130)])
+def test_unlike_classes_that_columns_follow(C, passes):
+    """49 and 108 passes; 83 and 425 with one level, 110 and 177 where a step may shift all classes."""
+    data = unlike(np.random.default_rng(5), 2, False, lambda X: np.maximum(X + 0.3, 0))
+    descent = Descent(data, 1 / (C * data.count), tol=1e-5)
+    descent.begin(None)
+    while not descent.ended:
+        descent.step()
+    assert descent.converged and descent.passes < passes
+    assert descent.point.V.sum(1).abs().max().item() <= 1e-10 * descent.point.V.abs().max().item()
+
+
+def test_unlike_classes_of_more_columns_than_rows():
+    """39 passes; 70 with the classes' means and levels over a diagonal."""
+    rng = np.random.default_rng(2)
+    X = rng.normal(size=(600, 800))
+    scores = X @ rng.normal(size=(800, 5)) * 2 / 800**0.5 + 6 * np.log(10) * np.linspace(-0.5, 0.5, 5)
+    y = (scores + rng.gumbel(size=scores.shape)).argmax(1)
+    y[:5] = np.arange(5)
+    x = torch.from_numpy(X)
+    data = DenseRows(x, torch.from_numpy(y), None, Coordinates.of(x, None, intercept=True), 5)
+    found = solve_multinomial(data, 1e-3, None, tol=1e-5, max_iter=150)
+    assert found.converged and found.passes < 50
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_goes_on_from_a_state(intercept):
+    """After the Gram matrix was taken anew: with the same bits. And from a state that knows no levels."""
+    data = unlike(np.random.default_rng(5), 2, intercept, lambda X: np.maximum(X + 0.3, 0))
+    whole = Descent(data, 1e-6, tol=1e-5)
+    whole.begin(None)
+    for _ in range(23):
+        whole.step()
+    state = whole.state()
+    assert len(state["memory"]["levels"].unique()) > 1
+    older = {**state, "memory": {name: state["memory"][name] for name in ("pairs", "spread", "gram")}}
+    others = [Descent(data, 1e-6, tol=1e-5) for _ in range(2)]
+    for other, kept in zip(others, (state, older), strict=True):
+        other.restore(kept)
+    for descent in (whole, *others):
+        while not descent.ended:
+            descent.step()
+        assert descent.converged
+    torch.testing.assert_close(others[0].point.V, whole.point.V, atol=0, rtol=0)
+    assert others[1].point.loss == pytest.approx(whole.point.loss, rel=1e-6)
 
 
 def test_separable_classes(rng):

@@ -78,24 +78,24 @@ def _gram_step(rows: Rows, passes: float) -> int | None:
     return max(1, n // fitting)
 
 
-def _levels(rows: Rows, factored: bool) -> list[tuple[float, Tensor | slice]]:
-    """Groups of classes of like shares: how many times the mean spread theirs is, as shares tell, and the classes."""
-    shares = rows.shares.clamp(0.5 / rows.count, 1 - 0.5 / rows.count)
-    bends = shares * (1 - shares)
-    exponents = ((bends / bends.mean()).log() / math.log(_LEVEL)).round().tolist()
-    found = sorted(set(exponents))
-    d = len(rows.coordinates.scale)
-    operations = len(found) * d**3 / 3.0
-    dear = len(found) * d**2 > _LARGEST_FACTOR**2 or operations > _LEVELS_PASSES * 4.0 * rows.operations * rows.classes
-    if len(found) == 1 or (factored and dear):
-        return [(1.0, slice(None))]
-    return [(_LEVEL**level, (torch.tensor(exponents) == level).nonzero()[:, 0]) for level in found]
+def _levels(rows: Rows, bends: Tensor) -> Tensor:
+    """Each class's level (k,) int64: its factor is for ``_LEVEL`` to this power times the mean spread, as ``bends`` go.
+
+    All are zero where as many factors as levels would cost too much.
+    """
+    bends = bends.clamp_min(0.5 / rows.count)
+    levels = ((bends / bends.mean()).log() / math.log(_LEVEL)).round().long()
+    count, d = len(levels.unique()), len(rows.coordinates.scale)
+    dear = count * d**2 > _LARGEST_FACTOR**2 or count * d**3 / 3.0 > _LEVELS_PASSES * 4.0 * rows.operations * len(bends)
+    return torch.zeros_like(levels) if dear else levels
 
 
 class Memory:
     """Pairs of steps and changes of the gradient, over the inverse of spread · ZᵀZ/n + penalties.
 
     The spread is the mean over classes of the mean p(1 - p), times what `_levels` says of classes of unlike shares.
+    With an intercept the shares tell, as the mean probabilities soon are the shares. Without one the columns may not be
+    able to follow the shares: there is one level, until the Gram matrix is taken anew and the spreads themselves tell.
     """
 
     def __init__(self, rows: Rows, penalties: Tensor, gram: Gram) -> None:
@@ -111,9 +111,12 @@ class Memory:
         self._pairs: list[tuple[Tensor, Tensor, float]] = []
         self._gram, self._squares = gram.matrix, gram.diagonal
         self._spread = 0.0
-        self._levels = _levels(rows, gram.matrix is not None)
+        self._shared = rows.shares * (1 - rows.shares)
+        self._levels = torch.zeros(rows.classes, dtype=torch.int64)
+        if self._intercept and gram.matrix is not None:
+            self._levels = _levels(rows, self._shared)
         # Of the features' rows of each level's classes.
-        self._solves: list[Callable[[Tensor], Tensor]] = []
+        self._solves: list[tuple[Tensor | slice, Callable[[Tensor], Tensor]]] = []
         self._bends = torch.ones(rows.classes, dtype=torch.float64)
         self._centres: Tensor | None = None
         # The same with rows weighted by p(1 - p), of where the Gram matrix was last taken anew; None before.
@@ -135,17 +138,25 @@ class Memory:
         step = _gram_step(rows, passes)
         if step is not None:
             self._gram, self._curved_centres = rows.curved(point.V, step)
+            self._levels = _levels(rows, self._shared if self._intercept else point.spreads)
             self._factor(max(float(point.spreads.numpy().mean()), _LEAST_SPREAD))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        centres = self._curved_centres
-        return {"pairs": self._pairs, "spread": self._spread, "gram": self._gram, "curved_centres": centres}
+        return {
+            "pairs": self._pairs,
+            "spread": self._spread,
+            "gram": self._gram,
+            "curved_centres": self._curved_centres,
+            "levels": self._levels,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from ``state``."""
         self._pairs, self._gram = state["pairs"], state["gram"]
-        self._curved_centres = state["curved_centres"]
+        # Checkpoints had neither before 2026-11-28.
+        self._curved_centres = state.get("curved_centres")
+        self._levels = state.get("levels", self._levels)
         if state["spread"]:
             self._factor(state["spread"])
 
@@ -172,7 +183,9 @@ class Memory:
     def _prepare(self, point: Point) -> None:
         spreads = point.spreads
         spread = max(float(spreads.numpy().mean()), _LEAST_SPREAD)
-        self._centres = point.centres if self._curved_centres is None else self._curved_centres
+        # A diagonal says too little of the rows of a class: with their mean or spread it is no nearer (0323).
+        if self._gram is not None:
+            self._centres = point.centres if self._curved_centres is None else self._curved_centres
         if self._intercept:
             # The intercept's row of ZᵀZ/n is that of the identity, as columns are centred.
             self._bends = spreads.clamp_min(_LEAST_SHARE * spread) + self._penalties[-1]
@@ -181,7 +194,11 @@ class Memory:
 
     def _factor(self, spread: float) -> None:
         self._spread = spread
-        self._solves = [self._solve_of(spread * times) for times, _ in self._levels]
+        found: list[int] = self._levels.unique().tolist()
+        self._solves = []
+        for level in found:
+            classes = slice(None) if len(found) == 1 else (self._levels == level).nonzero()[:, 0]
+            self._solves.append((classes, self._solve_of(spread * _LEVEL**level)))
 
     def _solve_of(self, spread: float) -> Callable[[Tensor], Tensor]:
         """R → (spread · ZᵀZ/n + penalties)⁻¹ R."""
@@ -205,13 +222,17 @@ class Memory:
 
     def _features(self, R: Tensor) -> Tensor:
         result = torch.empty_like(R)
-        for (_, classes), solve in zip(self._levels, self._solves, strict=True):
+        for classes, solve in self._solves:
             result[:, classes] = solve(R[:, classes])
         return result
 
     def _apply(self, R: Tensor) -> Tensor:
         if self._centres is None:
-            return self._features(R)
+            result = self._features(R)
+            if self._intercept:
+                result[-1] = R[-1] / self._bends
+            # Levels would give the classes a shift in common, which lowers no loss.
+            return result - result.mean(1, keepdim=True)
         # A class's block of the Hessian, in which rows weigh p(1 - p), has about the covariance of all rows, but a mean
         # of its own. Columns that lose that mean are not coupled with the intercept.
         R = R.clone()
