@@ -175,7 +175,9 @@ class Memory:
         q = self._apply(q)
         if self._pairs:
             _, change, inverse = self._pairs[-1]
-            q *= 1.0 / (inverse * dot(change, self._apply(change)))
+            scale = inverse * dot(change, self._apply(change))
+            # Squares of gradients that are next to nothing may underflow.
+            q *= 1.0 / scale if scale > 0 else 1.0
         for (step, change, inverse), a in zip(self._pairs, reversed(scaled), strict=True):
             q.add_(step, alpha=a - inverse * dot(change, q))
         return q.neg_()

@@ -116,6 +116,8 @@ class DenseRows:
         coordinates: of X's columns.
         classes: k.
         double: whether float32 rows are computed in float64, a chunk at a time.
+        as_they_are: whether float32 rows keep the means of columns that are far from zero, as in the scores of a model
+            that is given them. Its loss is that of such scores, and weights for which they lose their digits are none.
     """
 
     X: Tensor
@@ -124,6 +126,7 @@ class DenseRows:
     coordinates: Coordinates
     classes: int
     double: bool = False
+    as_they_are: bool = False
 
     @property
     def count(self) -> int:
@@ -139,7 +142,7 @@ class DenseRows:
 
     @property
     def centres(self) -> bool:
-        return self.far and self.dtype == torch.float32
+        return self.far and self.dtype == torch.float32 and not self.as_they_are
 
     @property
     def mixed(self) -> bool:
@@ -175,11 +178,11 @@ class DenseRows:
     def evaluate(self, V: Tensor, *, precise: bool) -> Evaluation:
         intercept = self.coordinates.intercept
         dtype = torch.float32 if self.mixed and not precise else self.dtype
-        centred = self.far and dtype == torch.float32
+        centred = self.centres or (self.far and dtype != self.dtype)
         W = V.float() if centred else self.coordinates.weights(V, dtype)
         loss, looked_at, spreads = 0.0, 0, np.zeros(self.classes)
         gradient = torch.zeros_like(V)
-        for rows in self._chunks(dtype):
+        for rows in self._chunks(dtype, converted=centred):
             X, y, weight = self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows]
             if centred:
                 # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
@@ -212,11 +215,11 @@ class DenseRows:
             most = max(most, moved.abs().max().item())
         return most
 
-    def _chunks(self, dtype: torch.dtype) -> Iterator[slice]:
+    def _chunks(self, dtype: torch.dtype, *, converted: bool = False) -> Iterator[slice]:
         size = torch.finfo(dtype).bits // 8
         width = max(self.classes, self.X.shape[1] if self.mixed else 0)
         step = max(_LEAST_ROWS, _CHUNK_BYTES // (size * width))
-        if self.X.dtype != self.dtype:
+        if converted or self.X.dtype != self.dtype:
             step = min(step, max(_LEAST_ROWS, rows_of_chunk(self.X.shape[1])))
         return (slice(start, min(start + step, self.count)) for start in range(0, self.count, step))
 

@@ -131,5 +131,6 @@ def gather(head: Head, module: nn.Module, loss: Loss, chunks: Iterable[Chunk]) -
     X, bias = features.tensor(), head.bias is not None
     own = weights.tensor() if weighted else None
     y = targets.tensor()
-    rows = DenseRows(X, y, own, Coordinates.of(X, own, intercept=bias), len(head.weight))
+    coordinates = Coordinates.of(X, own, intercept=bias)
+    rows = DenseRows(X, y, own, coordinates, len(head.weight), as_they_are=True)
     return SoftmaxRows(rows, rows.total / elements, total / elements, y.dim() == 1)
