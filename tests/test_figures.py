@@ -23,7 +23,10 @@ SOURCES = {
     "4096 × 4096 layer": ("layers of language models", "4096 × 4096 layer to 4 bits"),
     "logistic regression": ("LogisticRegression", "1,000,000 × 64, 2 classes"),
     "Hessian-vector product of attention, T 4096": ("attention, HVP against torch's math backend", "HVP beside math"),
-    "head of 100 classes": ("Heads", "fit, 20,000 × 256, 100 classes, within 1e-4 of the minimum (tol 0.1); peer: Adam"),
+    "head of 100 classes": (
+        "Heads",
+        "fit, 20,000 × 256, 100 classes, within 1e-4 of the minimum (tol 0.1); peer: Adam",
+    ),
     "1 M GPT from scratch": ("whole networks", "1 M GPT from scratch: PolarGrad's 140 steps"),
     "Gauss-Newton product of an LM head": ("LM head, GGN product against torch", "16,384 × 2,048 × 50,304, bf16"),
     "`cholesky` of 64 × 512²": ("normal equations and Cholesky, against torch", "cholesky, 64 × 512², fp32"),
