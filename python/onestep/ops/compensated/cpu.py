@@ -74,11 +74,8 @@ def _compensated_sweep(
     )
     swept, codes, scales, zeros, error = out
     weight = W.contiguous()
-    columns = None
-    if group is not None and scale is not None and zero is not None:
-        scales.copy_(scale)
-        zeros.copy_(zero)
-        columns = group.contiguous()
+    columns = schema.given_grids(out, scale, zero, group)
+    if columns is not None:
         schema.check_groups(columns, scales.shape[1])
     upper = factor.contiguous()
     _SWEEP[W.dtype](

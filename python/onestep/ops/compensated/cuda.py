@@ -98,13 +98,9 @@ def _compensated_sweep(
     weight, upper = W.contiguous(), factor.contiguous()
     swept.copy_(weight)
     error.zero_()
-    columns = None
-    if group is not None and scale is not None and zero is not None:
-        scales.copy_(scale)
-        zeros.copy_(zero)
-        columns = group.contiguous()
-        if reads_values(columns):
-            schema.check_groups(columns, groups)
+    columns = schema.given_grids(out, scale, zero, group)
+    if columns is not None and reads_values(columns):
+        schema.check_groups(columns, groups)
     if rows == 0:
         return out
     change = W.new_empty(rows, _MOST_COLUMNS)

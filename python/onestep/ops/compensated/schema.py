@@ -43,6 +43,16 @@ unit_cholesky = define(
 )
 
 
+def given_grids(out: Swept, scale: Tensor | None, zero: Tensor | None, group: Tensor | None) -> Tensor | None:
+    """Copies grids that are given into the results; each column's group (d,), contiguous, or None where none are."""
+    if group is None or scale is None or zero is None:
+        return None
+    _, _, scales, zeros, _ = out
+    scales.copy_(scale)
+    zeros.copy_(zero)
+    return group.contiguous()
+
+
 def compensated_sweep_results(
     W: Tensor,
     factor: Tensor,

@@ -41,7 +41,7 @@ _LEVELS_PASSES = 4.0
 class Point:
     """Loss, gradient (p, k) in V, largest slope in W and mean p(1 - p) of each class at V, penalty included.
 
-    ``centres`` (d, k), where there is an intercept: each class's mean of the columns, rows weighted by its probability.
+    ``centres`` (d, k), where `Memory.wants_centres`: the columns' means over rows weighted by each class's probability.
     """
 
     V: Tensor
@@ -122,6 +122,14 @@ class Memory:
         # The same with rows weighted by p(1 - p), of where the Gram matrix was last taken anew; None before.
         self._curved_centres: Tensor | None = None
 
+    @property
+    def wants_centres(self) -> bool:
+        """Whether directions are made with the centres of the point.
+
+        A diagonal says too little of the rows of a class: with their mean or spread it is no nearer (0323).
+        """
+        return self._intercept and self._gram is not None and self._curved_centres is None
+
     def add(self, step: Tensor, change: Tensor) -> None:
         curvature = dot(step, change)
         if curvature > 1e-14 * math.sqrt(dot(step, step) * dot(change, change)):
@@ -176,8 +184,9 @@ class Memory:
         if self._pairs:
             _, change, inverse = self._pairs[-1]
             scale = inverse * dot(change, self._apply(change))
-            # Squares of gradients that are next to nothing may underflow.
-            q *= 1.0 / scale if scale > 0 else 1.0
+            # Squares of gradients that are next to nothing underflow.
+            if scale > 0:
+                q *= 1.0 / scale
         for (step, change, inverse), a in zip(self._pairs, reversed(scaled), strict=True):
             q.add_(step, alpha=a - inverse * dot(change, q))
         return q.neg_()
@@ -185,9 +194,7 @@ class Memory:
     def _prepare(self, point: Point) -> None:
         spreads = point.spreads
         spread = max(float(spreads.numpy().mean()), _LEAST_SPREAD)
-        # A diagonal says too little of the rows of a class: with their mean or spread it is no nearer (0323).
-        if self._gram is not None:
-            self._centres = point.centres if self._curved_centres is None else self._curved_centres
+        self._centres = point.centres if self.wants_centres else self._curved_centres
         if self._intercept:
             # The intercept's row of ZᵀZ/n is that of the identity, as columns are centred.
             self._bends = spreads.clamp_min(_LEAST_SHARE * spread) + self._penalties[-1]

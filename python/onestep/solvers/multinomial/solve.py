@@ -4,7 +4,7 @@ A pass over the rows (loss and gradient: two matrix products) is all that an ite
 Mathematical Programming 45, 1989) starts each iteration from the inverse of spread · ZᵀZ/n + penalty, spread being the
 mean of p(1 - p), by one Cholesky factorisation for all classes whose shares are alike. With an intercept the columns
 lose a mean for each class there, of rows weighted by its probability, which the gradient gives for nothing; where the
-Gram matrix is taken anew, rows weigh p(1 - p). That halves the passes
+Gram matrix is taken anew, rows weigh p(1 - p). That takes up to half of the passes away
 (docs/decisions/0323-intercepts-and-unlike-classes.md). What makes features badly conditioned is in there, and what is
 left to learn in a few pairs is how the probabilities vary. A factor for each class, with its own mean of p(1 - p) as it
 goes, is the better start and the worse end; Newton's method with conjugate gradients takes 1.3 to 3 times the passes,
@@ -93,9 +93,10 @@ class Solution:
 class _Objective:
     """The rows with the penalty (p, 1) of each row of W, counting passes in units of all rows."""
 
-    def __init__(self, rows: Rows, penalty: Tensor, all_rows: int) -> None:
+    def __init__(self, rows: Rows, penalty: Tensor, all_rows: int, memory: Memory) -> None:
         self.rows, self.penalty, self.precise = rows, penalty, not rows.mixed
         self.passes, self._share = 0.0, rows.count / all_rows
+        self._memory, self._has_constant = memory, False
         self._slope_rounding = rows.coordinates.rounding(rows.dtype)[:, None]
         # Columns far from zero cost the scores digits.
         far = 0.0 if rows.centres else (rows.coordinates.shift.abs() / rows.coordinates.scale).max().item()
@@ -106,6 +107,7 @@ class _Objective:
 
     def at_constant(self) -> Point:
         """At the best constant scores."""
+        self._has_constant = True
         return self._point(best_constant(self.rows), self.rows.at_constant)
 
     def _point(self, V: Tensor, found: Evaluation) -> Point:
@@ -116,16 +118,18 @@ class _Objective:
         loss = found.loss + 0.5 * dot(pull, W)
         slope = ((found.slopes + pull).abs() - self._slope_rounding).max().item()
         gradient = found.gradient + coordinates.pull_back(pull)
-        return Point(V, loss, gradient, slope, found.spreads, self._centres(found))
+        centres = self._centres(found) if self._memory.wants_centres else None
+        return Point(V, loss, gradient, slope, found.spreads, centres)
 
-    def _centres(self, found: Evaluation) -> Tensor | None:
-        """The mean of the columns over rows weighted by each class's probability (d, k), where there is an intercept.
+    def _centres(self, found: Evaluation) -> Tensor:
+        """The mean of the columns over rows weighted by each class's probability (d, k).
 
         Zᵀ(P - Y)/n is the gradient, at constant scores -ZᵀY/n, as columns are centred.
         """
         rows = self.rows
-        if not rows.coordinates.intercept:
-            return None
+        if not self._has_constant:
+            # A pass of its own, unless another penalty has made it for these rows.
+            self.passes, self._has_constant = self.passes + self._share, True
         shares = (found.gradient[-1] + rows.shares).clamp_min(_LEAST_SHARE / rows.classes)
         return (found.gradient[:-1] - rows.at_constant.gradient[:-1]) / shares
 
@@ -191,7 +195,7 @@ class Descent:
             penalties = torch.cat((penalties, penalties.new_full((1,), penalty if penalise_intercept else 0.0)))
         self._penalty, self._tol, self._decrement = penalty, tol, decrement
         self._memory = Memory(rows, penalties, gram or Gram.of(rows))
-        self._objective = _Objective(rows, penalties[:, None], rows.count)
+        self._objective = _Objective(rows, penalties[:, None], rows.count, self._memory)
         self._next_gram = _REWEIGH
         self._point: Point | None = None
         self.iterations, self.ended, self.converged = 0, False, False
@@ -322,7 +326,7 @@ class Descent:
             return objective.at_constant()
         V = constant
         for level in levels:
-            part = _Objective(level, objective.penalty, rows.count)
+            part = _Objective(level, objective.penalty, rows.count, self._memory)
             V = _minimum_of_sample(part, V, self._memory)
             objective.passes += part.passes
         point = objective.at(V)
