@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onestep._cached import cached_property
 from onestep.curvature.glm import glm
-from onestep.linalg.narrow import rows_of_chunk, widened, working_dtype
+from onestep.linalg.narrow import rows_of_chunk, widened_chunks, working_dtype
 from onestep.ops.glm.schema import COMPUTE_DTYPES
 from onestep.solvers.coordinates import Coordinates
 
@@ -182,13 +182,8 @@ class DenseRows:
         W = V.float() if centred else self.coordinates.weights(V, dtype)
         loss, looked_at, spreads = 0.0, 0, np.zeros(self.classes)
         gradient = torch.zeros_like(V)
-        for rows in self._chunks(dtype, converted=centred):
-            X, y, weight = self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows]
-            if centred:
-                # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
-                X = X.sub(self.coordinates.shift).div_(self.coordinates.scale).to(dtype)
-            elif self._converted or self.mixed:
-                X = X.to(dtype)
+        for rows, X in self._read(dtype, centred=centred):
+            y, weight = self.y[rows], None if self.weight is None else self.weight[rows]
             y, weight = y.to(dtype) if y.dim() == 2 else y, None if weight is None else weight.to(dtype)
             point = glm(X, y, W, "softmax", weight=weight, intercept=intercept)
             loss += point.loss.item()
@@ -215,6 +210,21 @@ class DenseRows:
             most = max(most, moved.abs().max().item())
         return most
 
+    def _read(self, dtype: torch.dtype, *, centred: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of X as `glm` reads it, each valid until the next: one buffer holds them in turn."""
+        chunks = list(self._chunks(dtype, converted=centred))
+        converted = centred or ((self._converted or self.mixed) and self.X.dtype != dtype)
+        # New memory for each chunk, beside results that are kept, would leave gaps too small for the next.
+        shape = (chunks[0].stop if chunks else 0, self.X.shape[1])
+        wide = torch.empty(shape if centred else (0, 0), dtype=torch.float64)
+        buffer = torch.empty(shape if converted else (0, 0), dtype=dtype)
+        for rows in chunks:
+            X = self.X[rows]
+            if centred:
+                # A column far from zero is centred before digits are cut off: it keeps those by which it varies.
+                X = wide[: len(X)].copy_(X).sub_(self.coordinates.shift).div_(self.coordinates.scale)
+            yield rows, buffer[: len(X)].copy_(X) if converted else X
+
     def _chunks(self, dtype: torch.dtype, *, converted: bool = False) -> Iterator[slice]:
         size = torch.finfo(dtype).bits // 8
         width = max(self.classes, self.X.shape[1] if self.mixed else 0)
@@ -235,11 +245,8 @@ class DenseRows:
         weight = None if self.weight is None else self.weight[::step].to(dtype)
         W, curvature = self.coordinates.weights(V, dtype), torch.empty(len(X), dtype=dtype)
         sums, masses = torch.zeros(X.shape[1], self.classes, dtype=torch.float64), np.zeros(self.classes)
-        for rows in self._chunks(self.dtype):
-            part = widened(X[rows])
+        for rows, part in widened_chunks(X):
             P = part @ W[: X.shape[1]]
-            if not len(P):
-                break
             if self.coordinates.intercept:
                 P += W[-1]
             P = torch.softmax(P, 1, out=P)
