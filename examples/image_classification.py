@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 HERE = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
 PICTURE = HERE / "output" / "digits.png"
 # As many as onestep.fit takes here.
-BATCH = 128
+BATCH = 179
 
 
 @dataclass(frozen=True)

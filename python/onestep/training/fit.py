@@ -99,7 +99,7 @@ def fit(
             baseline) start from zeros where the loss is convex in the parameters, and is at zeros at most half of what
             it is at the model's own parameters.
         max_steps: the most steps; None for ``epochs``, or 50. The polar method, whose rates fall to zero at the
-            end, takes as many as there are seconds where only these are given, and else 20 passes over the data, but
+            end, takes as many as there are seconds where only these are given, and else 40 passes over the data, but
             from 300 to 3,000 steps.
         tol: converged when the loss can be lowered by no more than tol² of itself (or than rounding changes it), as far
             as the method's own matrix tells, without its damping; or when the gradient or the loss is zero. A saddle

@@ -27,12 +27,17 @@ from onestep.training.structures.base import Mismatch
 
 # Positions, such as characters of a text, that a step takes where the batch is not given.
 _POSITIONS = 1024
-# The same for rows of one position each, which carry more than a character does.
-_ROWS = 128
+# The same for rows of one position each, which mostly are of smaller networks.
+_ROWS = 2048
+# Rates are those for 1,024 positions. Gradients over fewer are noisier: rates go with the root of how many there are
+# (Malladi, Lyu, Panigrahi and Arora, "On the SDEs and scaling rules for adaptive gradient algorithms", 2022), within
+_LEAST_FACTOR = 0.5
+# and
+_MOST_FACTOR = 2.0
 # A pass over few rows has at least so many steps.
 _LEAST_STEPS_A_PASS = 8
 # Passes over the data where neither steps, passes nor seconds are given.
-_PASSES = 20
+_PASSES = 40
 # The fewest steps that these passes may come to,
 _LEAST_STEPS = 300
 # and the most.
@@ -46,7 +51,7 @@ _PART_OF_WEIGHTS = 0.1
 # The rate is no less than this,
 _LEAST_RATE = 1e-2
 # and no more than this: weights that are large have been trained, or are scaled in another way.
-_MOST_RATE = 4e-2
+_MOST_RATE = 5e-2
 # PolarGrad moves the elements of a matrix by this times the rate (root mean square).
 _STEP_OF_RATE = 0.2
 # The loss of a fit is the mean of the last batches'.
@@ -95,7 +100,8 @@ class PolarSteps(Method):
         source = facts.source
         if not isinstance(source, IndexedSource):
             return 1
-        rows = min(_ROWS, max(1, _POSITIONS // _positions(facts)))
+        positions = _positions(facts.first.target)
+        rows = _ROWS if positions == 1 else max(1, _POSITIONS // positions)
         return max(1, min(rows, source.rows // _LEAST_STEPS_A_PASS))
 
     def most_steps_of(self, facts: Facts, settings: Settings) -> int | None:
@@ -112,9 +118,8 @@ class PolarSteps(Method):
         return PolarRun(plan)
 
 
-def _positions(facts: Facts) -> int:
+def _positions(target: Any) -> int:
     """How many places of its outputs a row's loss is taken over, such as the characters of a text."""
-    target = facts.first.target
     if not isinstance(target, Tensor) or target.dim() < 2:
         return 1
     classes = not target.is_floating_point()
@@ -170,18 +175,19 @@ class PolarRun(Run):
             objective.row_means = None
 
         def local() -> tuple[Tensor, list[float]]:
-            total, numbers = None, [0.0, 0.0]
+            total, numbers = None, [0.0, 0.0, 0.0]
             for chunk in batch:
                 check_range(plan.loss, chunk.target)
                 value, gradient = objective.chunk_gradient(chunk, plan.parameters)
                 if not math.isfinite(value):
                     raise NonFiniteError(f"step {number + 1}, {explain(chunk, number, f'the loss is {value}')}")
                 total = gradient if total is None else total.add_(gradient)
-                numbers = [numbers[0] + value, numbers[1] + plan.loss.elements(chunk.target, len(chunk))]
+                elements, positions = plan.loss.elements(chunk.target, len(chunk)), _positions(chunk.target)
+                numbers = [numbers[0] + value, numbers[1] + elements, numbers[2] + len(chunk) * positions]
             return torch.zeros_like(plan.parameters.read()) if total is None else total, numbers
 
         with own_modes(model), self._random_numbers(number):
-            gradient, (loss, count) = summed(local)
+            gradient, (loss, count, positions) = summed(local)
         if not count:
             raise ValueError("every target of the batch is ignored; there is no loss to minimise")
         gradient.div_(count)
@@ -192,7 +198,7 @@ class PolarRun(Run):
             value += 0.5 * decay * torch.dot(point, point).item()
             gradient.add_(point, alpha=decay)
         same_everywhere(self._buffers)
-        factor = self._factor(number)
+        factor = self._factor(number) * min(max(math.sqrt(positions / _POSITIONS), _LEAST_FACTOR), _MOST_FACTOR)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._move(gradient, number)
