@@ -90,7 +90,7 @@ class Sample:
     def of(rows: Rows) -> Sample | None:
         """None where there are too few rows, or none with weight among them."""
         most = min(_MOST_ROWS, _MOST_SCORES // rows.classes)
-        step = max(min(_STEP, rows.count // _LEAST_ROWS), rows.count // max(most, 1))
+        step = max(min(_STEP, rows.count // _LEAST_ROWS), -(-rows.count // max(most, 1)))
         if step < _LEAST_STEP or rows.count // step < _LEAST_ROWS:
             return None
         sample = rows.sampled(step)
