@@ -50,7 +50,7 @@ def test_the_length_is_that_of_the_least_loss(rng, intercept, weighted, factor):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_scores(rng, dtype, offset):
     """ZV in float64, for rows that are read as they are, centred first, or sparse."""
     X, y = draw(300, 4, 20, offset=offset)
@@ -60,7 +60,7 @@ def test_scores(rng, dtype, offset):
     exact = torch.cat((Z, torch.ones(300, 1)), 1) @ V
     torch.testing.assert_close(data.scores(V).double(), exact, atol=1e-4, rtol=0)
     if not offset:
-        sparse = scipy.sparse.csr_array(X * (abs(X) > 0.5)).astype(np.float32 if dtype == torch.float32 else np.float64)
+        sparse = scipy.sparse.csr_array(X * (abs(X) > 0.5)).astype(np.float64 if dtype == torch.float64 else np.float32)
         thin = SparseRows(sparse, data.y, None, coordinates_of(sparse, None, intercept=True), 20)
         Z = (torch.from_numpy(sparse.toarray()).double() - thin.coordinates.shift) / thin.coordinates.scale
         exact = torch.cat((Z, torch.ones(300, 1)), 1) @ V
@@ -119,7 +119,7 @@ def test_starts_from_the_solution_for_another_penalty(dtype, monkeypatch):
 
 
 def test_a_path_costs_few_passes(monkeypatch):
-    """38.5 for twenty penalties, 11.25 for one fit; every slope within tol, and every loss within 1e-5 of its minimum."""
+    """38.5 for twenty penalties, 11.25 for one fit; every slope within tol, every loss within 1e-5 of its minimum."""
     X, y = draw(6000, 64, 20)
     labels = torch.from_numpy(y)
     counted = 0.0

@@ -211,7 +211,8 @@ class DenseRows:
         W = V.float() if centred else self.coordinates.weights(V, dtype)
         found = torch.empty(self.count, self.classes, dtype=dtype)
         for rows, X in self._read(dtype, centred=centred):
-            torch.mm(X, W[: X.shape[1]], out=found[rows])
+            # The kernels of the model read 16-bit floats as they are, torch's product does not.
+            torch.mm(X.to(dtype), W[: X.shape[1]], out=found[rows])
         return found.add_(W[-1]) if self.coordinates.intercept else found
 
     def movement(self, direction: Tensor) -> float:
