@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import timeit
 import warnings
 from collections.abc import Callable
@@ -71,12 +73,32 @@ def objective(model: Any, X: np.ndarray, y: np.ndarray, C: float) -> float:
 
 
 def ours_to(X: np.ndarray, y: np.ndarray, C: float, target: float) -> LogisticRegression:
-    """Ours, with the loosest tolerance of half a decade each whose objective is no higher than the peer's."""
-    for tol in 10.0 ** -np.arange(1, 12, 0.5):
-        model = LogisticRegression(C=C, tol=tol, max_iter=2000)
-        if objective(model.fit(X, y), X, y, C) <= target:
-            return model
+    """Ours, with the loosest tolerance of half a decade each whose objective is no higher than the peer's.
+
+    A tighter tolerance ends no higher, so that each range, loose ones first, is searched by bisection.
+    """
+    tols = 10.0 ** -np.arange(1, 12, 0.5)
+    for low, high in ((0, 3), (4, 7), (8, 15), (16, len(tols) - 1)):
+        found = None
+        first, last, middle = low, high, high
+        while first <= last:
+            model = LogisticRegression(C=C, tol=tols[middle], max_iter=2000)
+            if objective(model.fit(X, y), X, y, C) <= target:
+                found, last = model, middle - 1
+            elif middle == high:
+                break
+            else:
+                first = middle + 1
+            middle = (first + last) // 2
+        if found is not None:
+            return found
     raise AssertionError(f"no tolerance reaches the peer's objective of {target}")
+
+
+def rounds_of(seconds: float, *, seven: float, one: float) -> int:
+    """7 up to so many seconds a fit, 1 from so many on, odd and evenly by the logarithm between."""
+    share = math.log(max(seconds, seven) / seven) / math.log(one / seven)
+    return 7 - 2 * round(3 * min(1.0, share))
 
 
 def no_worse(objective: Callable[[Any], float]) -> Callable[[Any, Any], None]:
@@ -97,14 +119,17 @@ def test_logistic_regression(compare: Callable[..., float], case: Case, tight: b
     peer = SklearnLogisticRegression(C=case.C, max_iter=2000, tol=1e-6 if tight else 1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        target = objective(peer.fit(X, y), X, y, case.C)
+        begin = time.perf_counter()
+        peer.fit(X, y)
+        rounds = rounds_of(time.perf_counter() - begin, seven=0.5, one=10.0)
+        target = objective(peer, X, y, case.C)
         tightest = LogisticRegression(C=case.C, tol=1e-6, max_iter=2000)
         ours = tightest.fit(X, y) if tight else ours_to(X, y, case.C, target)
         compare(
             lambda: ours.fit(X, y),
             lambda: peer.fit(X, y),
             check=no_worse(lambda model: objective(model, X, y, case.C)),
-            rounds=3 if case.n * case.d * case.k > 1e10 else 7,
+            rounds=rounds,
             settle=0.2,
             case=f"{case.n:,} × {case.d}, {case.k} classes, C = {case.C:g}, eigenvalues over {case.decades:g} decades, "
             f"{case.dtype.__name__}, {'both at 1e-6' if tight else 'same objective'}",

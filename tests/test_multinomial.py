@@ -88,17 +88,21 @@ def test_weights_and_far_columns(rng, fit_intercept):
     assert objective(model.coef_, model.intercept_, X, y, 1.0, weight) <= least * (1 + 1e-7)
 
 
-def test_samples_are_starts(rng, monkeypatch):
-    """Many rows: the iterations over all of them are few, and the result is that of all rows."""
-    X, y = draw(rng, 40_000, 10, 8)
-    coordinates = Coordinates.of(torch.from_numpy(X), None, intercept=True)
-    data = DenseRows(torch.from_numpy(X), torch.from_numpy(y), None, coordinates, 8)
-    with_samples = solve_multinomial(data, 1e-4, None, tol=1e-6, max_iter=200)
-    monkeypatch.setattr(solve, "_samples", lambda rows: [])
-    without = solve_multinomial(data, 1e-4, None, tol=1e-6, max_iter=200)
-    assert with_samples.loss == pytest.approx(without.loss, rel=1e-7)
-    assert with_samples.passes < without.passes
-    assert with_samples.converged and without.converged
+def test_samples_are_starts(monkeypatch):
+    """Many rows: over three draws the passes over all of them are fewer, and the results are those of all rows."""
+    passes = np.zeros(2)
+    for seed in range(3):
+        X, y = draw(np.random.default_rng(seed), 40_000, 10, 8)
+        coordinates = Coordinates.of(torch.from_numpy(X), None, intercept=True)
+        data = DenseRows(torch.from_numpy(X), torch.from_numpy(y), None, coordinates, 8)
+        with_samples = solve_multinomial(data, 1e-4, None, tol=1e-4, max_iter=200)
+        with monkeypatch.context() as patch:
+            patch.setattr(solve, "_samples", lambda rows: [])
+            without = solve_multinomial(data, 1e-4, None, tol=1e-4, max_iter=200)
+        assert with_samples.loss == pytest.approx(without.loss, rel=1e-6)
+        assert with_samples.converged and without.converged
+        passes += with_samples.passes, without.passes
+    assert passes[0] < 0.96 * passes[1], passes
 
 
 def test_soft_labels(rng):

@@ -15,7 +15,7 @@ from onestep.estimators._problem import Problem, total_weight
 from onestep.estimators._small import MOST_ELEMENTS, SmallProblem
 from onestep.linalg.narrow import FLOAT_NOISE, working_dtype
 from onestep.solvers.coordinates import Coordinates
-from onestep.solvers.multinomial import DenseRows, Gram, Solution, solve_multinomial
+from onestep.solvers.multinomial import OVERSHOOT, DenseRows, Gram, Solution, solve_multinomial
 
 _Found = TypeVar("_Found", Minimum, Solution)
 
@@ -92,8 +92,14 @@ class Path:
             double=not few,
         )
 
-    def solve(self, penalty: float, start: Tensor | None, *, tol: float, max_iter: int) -> Minimum | Solution:
-        """The minimum of the mean loss + ½ penalty ‖W‖², from coefficients W of this shape or the best constant."""
+    def solve(
+        self, penalty: float, start: Tensor | Minimum | Solution | None, *, tol: float, max_iter: int
+    ) -> Minimum | Solution:
+        """The minimum of the mean loss + ½ penalty ‖W‖², from coefficients W of this shape or the best constant.
+
+        Or from the solution of this path for another penalty: it then ends where slopes are as small as tol says, and
+        no further.
+        """
         found = self._solve(penalty, start, tol=tol, max_iter=max_iter)
         left = max_iter - found.iterations
         if not found.halted or found.runaway or left <= 0 or self._in_float64 is None:
@@ -104,19 +110,31 @@ class Path:
         V = self.coordinates.invert(self._in_float64.weights(found))
         if isinstance(found, Minimum):
             return replace(found, point=replace(found.point, V=V), iterations=first + found.iterations)
-        return replace(found, V=V, iterations=first + found.iterations)
+        return replace(found, V=V, iterations=first + found.iterations, found=None)
 
-    def _solve(self, penalty: float, start: Tensor | None, *, tol: float, max_iter: int) -> Minimum | Solution:
-        V = None if start is None else self.coordinates.invert(start)
+    def _solve(
+        self, penalty: float, start: Tensor | Minimum | Solution | None, *, tol: float, max_iter: int
+    ) -> Minimum | Solution:
+        V: Tensor | None = None
+        if start is not None:
+            V = self.coordinates.invert(start) if isinstance(start, Tensor) else start.V
         if self._family == "softmax" and not newton_pays(len(self.X), self.shape):
-            solution = solve_multinomial(self._rows, penalty, V, tol=tol, max_iter=max_iter, gram=self._gram)
+            solution = solve_multinomial(
+                self._rows,
+                penalty,
+                start if isinstance(start, Solution) else V,
+                tol=tol,
+                max_iter=max_iter,
+                gram=self._gram,
+                overshoot=1.0 if isinstance(start, Solution) else OVERSHOOT,
+            )
             return self._known(solution, self._rows.dtype)
         X, weight = self._exact
         problem = SmallProblem.of(Problem(X, self._y, self._family, weight, penalty, self.coordinates))
         if not isinstance(problem, SmallProblem):
             problem = FarProblem.in_float64(problem) if self._double else FarProblem.of(problem)
-        found = minimise(problem, self.shape, V, tol=tol, max_iter=max_iter)
-        return self._known(found, problem.precision)
+        minimum = minimise(problem, self.shape, V, tol=tol, max_iter=max_iter)
+        return self._known(minimum, problem.precision)
 
     def _known(self, found: _Found, dtype: torch.dtype) -> _Found:
         """As it is, but not converged where the loss is less than float32 makes of it; Poisson's may be negative."""

@@ -34,7 +34,8 @@ class LogisticRegressionCV(LogisticRegression):
         cv: folds, as scikit-learn takes them; stratified by class. None for 5.
         scoring: a scorer's name or callable; None for accuracy. It is given the weights of the rows, if there are any.
         refit: whether to fit all rows with the best C; else coefficients are the mean of the folds'.
-        tol, max_iter, fit_intercept, class_weight: as for `LogisticRegression`.
+        tol, max_iter, fit_intercept, class_weight: as for `LogisticRegression`, whose fits of many classes end well
+            below tol; here only that of all rows and each fold's first do, and the others at tol.
 
     Attributes:
         C_: a float, the inverse penalty chosen, the smallest of equals. All classes share it: scikit-learn has an array
@@ -146,8 +147,7 @@ class LogisticRegressionCV(LogisticRegression):
         """The fits for all Cs, of which the penalty is unit / C, each from the one before."""
         found: list[Minimum | Solution] = []
         for C in self.Cs_:
-            start = path.weights(found[-1]) if found else None
-            found.append(path.solve(unit / C, start, tol=tol, max_iter=max_iter))
+            found.append(path.solve(unit / C, found[-1] if found else None, tol=tol, max_iter=max_iter))
             if not np.isfinite(found[-1].loss):
                 self._explain_non_finite(path.X)
         return found

@@ -2,10 +2,11 @@
 
 from onestep.solvers.multinomial.memory import Gram
 from onestep.solvers.multinomial.rows import DenseRows, Evaluation, Rows, constant_loss
-from onestep.solvers.multinomial.solve import Descent, Solution, solve_multinomial
+from onestep.solvers.multinomial.solve import OVERSHOOT, Descent, Solution, solve_multinomial
 from onestep.solvers.multinomial.sparse import SparseRows
 
 __all__ = [
+    "OVERSHOOT",
     "DenseRows",
     "Descent",
     "Evaluation",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onestep.linalg import cholesky_solve
 from onestep.linalg.spd import factor_with_shift
-from onestep.solvers.multinomial.rows import Rows
+from onestep.solvers.multinomial.rows import Evaluation, Rows
 
 # Pairs that L-BFGS keeps.
 _PAIRS = 10
@@ -41,7 +41,8 @@ _LEVELS_PASSES = 4.0
 class Point:
     """Loss, gradient (p, k) in V, largest slope in W and mean p(1 - p) of each class at V, penalty included.
 
-    ``centres`` (d, k), where `Memory.wants_centres`: the columns' means over rows weighted by each class's probability.
+    ``found`` is what the pass gave, without the penalty. ``centres`` (d, k), where `Memory.wants_centres`: the columns'
+    means over rows weighted by each class's probability.
     """
 
     V: Tensor
@@ -50,6 +51,7 @@ class Point:
     slope: float
     spreads: Tensor
     centres: Tensor | None
+    found: Evaluation
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ class Rows(Protocol):
         """X's."""
 
     @property
+    def weight(self) -> Tensor | None:
+        """(n,), >= 0, or None for ones."""
+
+    @property
     def shares(self) -> Tensor:
         """The weighted share of each class (k,), float64."""
 
@@ -99,6 +103,9 @@ class Rows(Protocol):
 
     def movement(self, direction: Tensor) -> float:
         """How far a step (p, k) moves the scores of any row with weight, less what it moves all of its scores."""
+
+    def scores(self, V: Tensor) -> Tensor:
+        """ZV (n, k), in float32 if a pass may be."""
 
     def sampled(self, step: int) -> Rows | None:
         """Every step-th row, or None where the rows cannot be sampled."""
@@ -197,6 +204,16 @@ class DenseRows:
         else:
             slopes, gradient = gradient, self.coordinates.pull_back(gradient)
         return Evaluation(loss / self.total, gradient, slopes, torch.from_numpy(spreads / looked_at))
+
+    def scores(self, V: Tensor) -> Tensor:
+        dtype = torch.float32 if self.mixed else self.dtype
+        centred = self.centres or (self.far and dtype != self.dtype)
+        W = V.float() if centred else self.coordinates.weights(V, dtype)
+        found = torch.empty(self.count, self.classes, dtype=dtype)
+        for rows, X in self._read(dtype, centred=centred):
+            # The kernels of the model read 16-bit floats as they are, torch's product does not.
+            torch.mm(X.to(dtype), W[: X.shape[1]], out=found[rows])
+        return found.add_(W[-1]) if self.coordinates.intercept else found
 
     def movement(self, direction: Tensor) -> float:
         W = self.coordinates.weights(direction, self.dtype)

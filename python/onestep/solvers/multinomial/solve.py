@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestep._cached import cached_property
 from onestep.linalg.narrow import FLOAT_NOISE
 from onestep.solvers.multinomial.memory import Gram, Memory, Point, dot
 from onestep.solvers.multinomial.rows import Evaluation, Rows, best_constant, constant_loss
+from onestep.solvers.multinomial.search import Sample, line_search
 
 # Samples: each has a quarter of the rows of the next, down to so many per class and per parameter, and ends where half
 # the squared Newton decrement is below so much of the loss. With 0.6 rows per parameter they cost more than they save.
@@ -41,16 +43,15 @@ _FLOAT_DECREMENT = 1e-10
 # features of 1,797 digits, where none is formed before; no fewer where all rows bend alike.
 _REWEIGH = 20
 
-# Wolfe's conditions, and the most evaluations of a line search.
-_SUFFICIENT_DECREASE = 1e-4
-_CURVATURE = 0.9
-_TRIALS = 40
+# Where half the squared Newton decrement is more than so much of the loss, a sample is asked how far to go. Nearer to
+# the minimum a step of length 1 is as good.
+_SEARCHED_DECREMENT = 1e-3
 
 # A class's mean probability counts as this part of an even share, 1/k, at least.
 _LEAST_SHARE = 1e-2
 
 # scikit-learn's solvers mostly end well below tol.
-_OVERSHOOT = 0.1
+OVERSHOOT = 0.1
 # Half the squared Newton decrement must be below so many times tol of the loss, or of tol where the loss goes to zero.
 _DECREMENT = 0.03
 _LEAST_SCALE = 0.01
@@ -78,6 +79,7 @@ class Solution:
         converged: whether slopes and Newton decrement are as small as asked for.
         runaway: there is no minimum: without a penalty the loss falls for ever along a direction.
         halted: rounding left no further step before the tests were met; ``converged`` is by wider ones then.
+        found: what a pass in the type of the rows gave at V, without the penalty; None if there was none.
     """
 
     V: Tensor
@@ -88,6 +90,7 @@ class Solution:
     converged: bool
     runaway: bool
     halted: bool = False
+    found: Evaluation | None = None
 
 
 class _Objective:
@@ -103,15 +106,21 @@ class _Objective:
         self._far = 1.0 + far
 
     def at(self, V: Tensor) -> Point:
+        self.passes += self._share
         return self._point(V, self.rows.evaluate(V, precise=self.precise))
+
+    def known(self, V: Tensor, found: Evaluation) -> Point:
+        """Where a precise pass has been, with whatever penalty."""
+        self.precise = True
+        return self._point(V, found)
 
     def at_constant(self) -> Point:
         """At the best constant scores."""
+        self.passes += self._share
         self._has_constant = True
         return self._point(best_constant(self.rows), self.rows.at_constant)
 
     def _point(self, V: Tensor, found: Evaluation) -> Point:
-        self.passes += self._share
         coordinates = self.rows.coordinates
         W = coordinates.weights(V, torch.float64)
         pull = self.penalty * W
@@ -119,7 +128,7 @@ class _Objective:
         slope = ((found.slopes + pull).abs() - self._slope_rounding).max().item()
         gradient = found.gradient + coordinates.pull_back(pull)
         centres = self._centres(found) if self._memory.wants_centres else None
-        return Point(V, loss, gradient, slope, found.spreads, centres)
+        return Point(V, loss, gradient, slope, found.spreads, centres, found)
 
     def _centres(self, found: Evaluation) -> Tensor:
         """The mean of the columns over rows weighted by each class's probability (d, k).
@@ -133,6 +142,17 @@ class _Objective:
         shares = (found.gradient[-1] + rows.shares).clamp_min(_LEAST_SHARE / rows.classes)
         return (found.gradient[:-1] - rows.at_constant.gradient[:-1]) / shares
 
+    def length(self, point: Point, direction: Tensor, slope: float) -> float:
+        """The length of a step that a sample of the rows advises."""
+        if self._sample is None:
+            return 1.0
+        self.passes += self._sample.share * self._share
+        return self._sample.length(self, point.V, direction, slope)
+
+    @cached_property
+    def _sample(self) -> Sample | None:
+        return Sample.of(self.rows)
+
     @property
     def unpenalised(self) -> bool:
         return not self.penalty.numpy().any()
@@ -144,22 +164,31 @@ class _Objective:
 
 
 def solve_multinomial(
-    rows: Rows, penalty: float, start: Tensor | None, *, tol: float, max_iter: int, gram: Gram | None = None
+    rows: Rows,
+    penalty: float,
+    start: Tensor | Solution | None,
+    *,
+    tol: float,
+    max_iter: int,
+    gram: Gram | None = None,
+    overshoot: float = OVERSHOOT,
 ) -> Solution:
     """Minimises Σ wᵢ ℓ(xᵢW, yᵢ) / Σ wᵢ + ½ penalty ‖W‖², the intercept's row being free, over V.
 
     Args:
         rows: the data.
         penalty: >= 0.
-        start: V (p, k) float64, or None for the best constant scores.
-        tol: ends where no slope in W exceeds a tenth of it and the step promises next to nothing.
+        start: V (p, k) float64, or None for the best constant scores; or the solution for another penalty, where no
+            pass is needed to begin with.
+        tol: ends where no slope in W exceeds ``overshoot`` times it and the step promises next to nothing.
         max_iter: most iterations over all rows.
         gram: what `Gram.of(rows)` gave, where several penalties share it.
+        overshoot: at most 1.
 
     Returns:
         The solution; its loss is NaN or infinite where X is, or is too large for its type.
     """
-    descent = Descent(rows, penalty, tol=tol, gram=gram)
+    descent = Descent(rows, penalty, tol=tol, gram=gram, overshoot=overshoot)
     descent.begin(start, sampled=max_iter > 0)
     while not (descent.ended or descent.is_noise) and descent.iterations < max_iter:
         descent.step()
@@ -170,7 +199,7 @@ class Descent:
     """The minimisation of `solve_multinomial`, an iteration at a time.
 
     Args:
-        rows, penalty, tol, gram: as for `solve_multinomial`.
+        rows, penalty, tol, gram, overshoot: as for `solve_multinomial`.
         decrement: ends as well where half the squared Newton decrement, as L-BFGS knows it, is so much of the loss.
         penalise_intercept: whether the penalty is on the intercept, too.
 
@@ -189,11 +218,12 @@ class Descent:
         decrement: float = 0.0,
         gram: Gram | None = None,
         penalise_intercept: bool = False,
+        overshoot: float = OVERSHOOT,
     ) -> None:
         penalties = torch.full_like(rows.coordinates.scale, penalty)
         if rows.coordinates.intercept:
             penalties = torch.cat((penalties, penalties.new_full((1,), penalty if penalise_intercept else 0.0)))
-        self._penalty, self._tol, self._decrement = penalty, tol, decrement
+        self._penalty, self._tol, self._decrement, self._goal = penalty, tol, decrement, overshoot * tol
         self._memory = Memory(rows, penalties, gram or Gram.of(rows))
         self._objective = _Objective(rows, penalties[:, None], rows.count, self._memory)
         self._next_gram = _REWEIGH
@@ -212,10 +242,16 @@ class Descent:
         """Over the rows, those over samples in proportion."""
         return self._objective.passes
 
-    def begin(self, V: Tensor | None, *, sampled: bool = True) -> None:
-        """Starts from V, or from the minimum of a sample or the best constant scores."""
-        # A shift common to all classes changes no score, and steps do not change it.
-        self._point = self._first_guess(sampled) if V is None else self._objective.at(V - V.mean(1, keepdim=True))
+    def begin(self, start: Tensor | Solution | None, *, sampled: bool = True) -> None:
+        """Starts from V or a solution, or from the minimum of a sample or the best constant scores."""
+        V = start.V if isinstance(start, Solution) else start
+        if V is None:
+            self._point = self._first_guess(sampled)
+        elif isinstance(start, Solution) and start.found is not None:
+            self._point = self._objective.known(V, start.found)
+        else:
+            # A shift common to all classes changes no score, and steps do not change it.
+            self._point = self._objective.at(V - V.mean(1, keepdim=True))
 
     def step(self) -> None:
         """One iteration, or the news that there is none left."""
@@ -229,7 +265,7 @@ class Descent:
             slope = dot(point.gradient, direction)
             scale = min(1.0, point.loss)
             half = -0.5 * slope
-            level = point.slope <= _OVERSHOOT * tol
+            level = point.slope <= self._goal
             # Below zero, which rounding makes of it, it is no decrement: the line search finds nothing, and pairs go.
             done = half >= 0 and (
                 half <= self._decrement * scale
@@ -244,12 +280,13 @@ class Descent:
                 self._refine()
                 continue
             # Slopes in W of columns of small values are small anywhere.
-            even = level and point.gradient.abs().max().item() <= _OVERSHOOT * tol
+            even = level and point.gradient.abs().max().item() <= self._goal
             runs_away = even and objective.unpenalised and objective.rows.movement(direction) > _RUNAWAY_STEP
             if done or runs_away:
                 self.ended, self.converged = True, done
                 return
-            found = _line_search(objective, point, direction, slope)
+            length = objective.length(point, direction, slope) if half > _SEARCHED_DECREMENT * scale else 1.0
+            found = line_search(objective, point, direction, slope, length)
             if found is not None:
                 break
             if memory.forget():
@@ -286,7 +323,10 @@ class Descent:
             self.converged = self._memory.decrement(point) <= 2 * tol * scale
         small = self._penalty == 0 and finite and max(point.slope, point.gradient.abs().max().item()) <= tol
         runaway = small and self.moves_on()
-        return Solution(point.V, point.loss, point.slope, self.iterations, self.passes, self.converged, runaway, halted)
+        known = point.found if self._objective.precise else None
+        return Solution(
+            point.V, point.loss, point.slope, self.iterations, self.passes, self.converged, runaway, halted, known
+        )
 
     def moves_on(self) -> bool:
         """Whether another step would still move the scores of some row by much, as where there is no minimum."""
@@ -344,7 +384,7 @@ def _minimum_of_sample(objective: _Objective, V: Tensor, memory: Memory) -> Tens
         # False for NaN, which the rows will show.
         if not -0.5 * slope > _SAMPLE_DECREMENT * min(1.0, point.loss):
             break
-        found = _line_search(objective, point, direction, slope)
+        found = line_search(objective, point, direction, slope)
         if found is None:
             if memory.forget():
                 continue
@@ -373,31 +413,3 @@ def _alike(sample: Rows, rows: Rows) -> bool:
     """Whether no class is twice as frequent in a sample, or half as frequent, beyond what chance may do."""
     expected, found = rows.shares * sample.count, sample.shares * sample.count
     return bool(((found - expected).abs() <= 0.5 * expected + 4 * (expected + 1).sqrt()).all())
-
-
-def _line_search(objective: _Objective, point: Point, direction: Tensor, slope: float) -> Point | None:
-    """A step that satisfies Wolfe's conditions, where rounding lets them be seen; None if there is none.
-
-    The loss is convex along the line, so that a secant of its slopes finds the next trial.
-    """
-    if not slope < 0:
-        return None
-    low, high, length = 0.0, math.inf, 1.0
-    low_slope = slope
-    for _ in range(_TRIALS):
-        trial = objective.at(point.V + length * direction)
-        trial_slope = dot(trial.gradient, direction) if math.isfinite(trial.loss) else math.inf
-        falls = trial.loss <= point.loss + _SUFFICIENT_DECREASE * length * slope
-        # Where rounding hides the decrease, slopes show it (Hager and Zhang, SIAM J. Optim. 16, 2005).
-        level = trial.loss <= point.loss + objective.rounding * abs(point.loss) and trial_slope <= -0.8 * slope
-        if (falls or level) and trial_slope >= _CURVATURE * slope:
-            return trial
-        bends = trial_slope > low_slope
-        secant = low + (length - low) * low_slope / (low_slope - trial_slope) if bends else math.inf
-        if falls and trial_slope < 0:
-            low, low_slope = length, trial_slope
-            length = min(max(secant, 2 * length), 10 * length) if math.isinf(high) else 0.5 * (low + high)
-        else:
-            high = length
-            length = min(max(secant, low + 0.1 * (high - low)), low + 0.7 * (high - low))
-    return None

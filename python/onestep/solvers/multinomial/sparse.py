@@ -133,6 +133,12 @@ class SparseRows:
         squares = torch.from_numpy(np.maximum(square - 2 * shift * mean + shift**2, 0) / scale**2)
         return torch.cat((squares, squares.new_ones(1))) if self.coordinates.intercept else squares
 
+    def scores(self, V: Tensor) -> Tensor:
+        W = self.coordinates.weights(V, self.dtype).numpy()
+        parts = [self._products.multiply(W[: self.X.shape[1]], number) for number in range(len(self._products.chunks))]
+        found = torch.from_numpy(np.concatenate(parts))
+        return found.add_(torch.from_numpy(W[-1])) if self.coordinates.intercept else found
+
     def movement(self, direction: Tensor) -> float:
         W = self.coordinates.weights(direction, self.dtype).numpy()
         most = 0.0
