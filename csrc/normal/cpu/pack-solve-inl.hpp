@@ -3,78 +3,32 @@
 
 #include "base/singular.hpp"
 #include "normal/cpu/cholesky-inl.hpp"
+#include "normal/cpu/pack-factor-inl.hpp"
 #include "normal/cpu/pack-gram-inl.hpp"
+#include "normal/cpu/pack-refine-inl.hpp"
 
 namespace onestep::normal::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
-
-// Factors A = UᵀU in place and computes U⁻ᵀR beside it. A lane that fails records the order of its first bad minor in
-// `info` and continues with the identity, so that its neighbours are not affected.
-template <class T>
-inline void pack_factor(Pack<T>& pack) {
-    const int64_t width = pack.width;
-    const Vec<T> one = broadcast<T>(T(1));
-    for (int64_t i0 = 0; i0 < pack.d; i0 += kPackTileRows) {
-        if (i0 > 0) {
-            update_pack_tiles<T, -1>(pack.a, i0, width, i0, pack.d + pack.k, pack.a);
-        }
-        for (int64_t i = i0; i < minimum(i0 + kPackTileRows, pack.d); ++i) {
-            Vec<T>* row = pack.a + i * width;
-            for (int64_t l = i0; l < i; ++l) {
-                const Vec<T>* above = pack.a + l * width;
-                const Vec<T> scale = above[i];
-                for (int64_t j = i; j < pack.d + pack.k; ++j) {
-                    row[j] -= scale * above[j];
-                }
-            }
-            const Mask<T> good = (row[i] > pack.floor[i]) & is_finite_lanes<T>(row[i]);
-            const Mask<T> order = broadcast_integer<T>(i + 1);
-            pack.info = (pack.info == 0) & ~good ? order : pack.info;
-            const Vec<T> inverse = one / square_root_lanes<T>(good ? row[i] : one);
-            pack.inverse_diagonal[i] = inverse;
-            for (int64_t j = i; j < pack.d + pack.k; ++j) {
-                row[j] *= inverse;
-            }
-        }
-    }
-}
-
-// z = U⁻ᵀz and z = U⁻¹z for one column of vectors, `step` apart.
-template <class T>
-inline void pack_solve_transposed(const Pack<T>& pack, Vec<T>* z, int64_t step) {
-    for (int64_t i = 0; i < pack.d; ++i) {
-        const Vec<T> value = z[i * step] * pack.inverse_diagonal[i];
-        z[i * step] = value;
-        const Vec<T>* row = pack.a + i * pack.width;
-        for (int64_t j = i + 1; j < pack.d; ++j) {
-            z[j * step] -= row[j] * value;
-        }
-    }
-}
-
-template <class T>
-inline void pack_solve_upper(const Pack<T>& pack, Vec<T>* z, int64_t step) {
-    for (int64_t j = pack.d - 1; j >= 0; --j) {
-        const Vec<T> value = z[j * step] * pack.inverse_diagonal[j];
-        z[j * step] = value;
-        for (int64_t i = 0; i < j; ++i) {
-            z[i * step] -= pack.a[i * pack.width + j] * value;
-        }
-    }
-}
 
 template <class T>
 inline Vec<T> nan_lanes() {
     return broadcast<T>(static_cast<T>(__builtin_nan("")));
 }
 
-// Back substitution, the check that the solution is finite, and the write.
+// W = U⁻¹(U⁻ᵀR) beside the factor.
+template <class T>
+inline void pack_substitute(Pack<T>& pack) {
+    for (int64_t c = 0; c < pack.k; ++c) {
+        pack_solve_upper<T>(pack, pack.a + pack.d + c, pack.width);
+    }
+}
+
+// The check that the solution is finite, and the write.
 template <class T>
 inline void pack_write_solution(const PackArgs<T>& args, Pack<T>& pack) {
     Mask<T> finite = Mask<T>{} == 0;
     for (int64_t c = 0; c < pack.k; ++c) {
-        pack_solve_upper<T>(pack, pack.a + pack.d + c, pack.width);
         for (int64_t j = 0; j < pack.d; ++j) {
             finite = finite & is_finite_lanes<T>(pack.a[j * pack.width + pack.d + c]);
         }
@@ -160,6 +114,10 @@ inline void pack_solve_normal(const PackArgs<T>& args, T* work) {
     const bool wants_rcond = args.rcond[0] != nullptr;
     const Vec<T> norm = wants_rcond ? pack_norm1<T>(pack) : Vec<T>{};
     pack_factor<T>(pack);
+    pack_substitute<T>(pack);
+    if (args.refine > 0) {
+        pack_refine<T>(args, pack, pack.out, uniform, work + Pack<T>::work(pack.d, pack.k));
+    }
     pack_write_solution<T>(args, pack);
     if (wants_rcond) {
         pack_write_rcond<T>(args, pack, norm);
@@ -182,6 +140,7 @@ inline void pack_solve_spd(const PackArgs<T>& args, T* work) {
     }
     pack_factor<T>(pack);
     if (pack.k > 0) {
+        pack_substitute<T>(pack);
         pack_write_solution<T>(args, pack);
     }
     if (args.factor[0] != nullptr) {
@@ -211,8 +170,8 @@ inline void pack_cholesky_solve(const PackArgs<T>& args, T* work) {
 }
 
 template <class T>
-inline int64_t pack_work(int64_t d, int64_t k) {
-    return Pack<T>::work(d, k);
+inline int64_t pack_work(int64_t d, int64_t k, bool refines) {
+    return Pack<T>::work(d, k) + (refines ? Refinement<T>::work(d, k) : 0);
 }
 
 }  // namespace onestep::normal::ONESTEP_NS
