@@ -61,6 +61,17 @@ PackPlan<T> plan_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t
     return plan;
 }
 
+// The same for systems, of whose right-hand sides a pack takes kPackTargets at a time. With more than that, one problem
+// fills the vectors, too, and shares its columns among threads: packs are to be whole and many, and the columns few.
+template <class T>
+PackPlan<T> plan_system_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t d, int64_t k,
+                             int64_t most_columns) {
+    if (k > kPackTargets && (k > most_columns || problems < 4 * kernels.lanes)) {
+        return {};
+    }
+    return plan_pack(kernels, problems, d, d, std::min(k, kPackTargets));
+}
+
 // Lane `lane` of a pack gets the rows of a problem.
 template <class T, class Args>
 void set_lane_rows(const NormalKernels<T>& kernels, const Args& args, int64_t problem, int64_t lane,

@@ -218,10 +218,7 @@ inline void pack_refine(const PackArgs<T>& args, Pack<T>& pack, const Vec<T>* ri
                 narrow_part<T>((high[at] - penalty * w[at]) + high[each + at], solution(at), part);
             }
         }
-        for (int64_t c = 0; c < k; ++c) {
-            pack_solve_transposed<T>(pack, pack.a + d + c, pack.width);
-            pack_solve_upper<T>(pack, pack.a + d + c, pack.width);
-        }
+        pack_substitute<T>(pack, true);
         for (int part = 0; part < kWideParts<T>; ++part) {
             for (int64_t at = 0; at < each; ++at) {
                 own.w[part * each + at] += widen_part<T>(solution(at), part);

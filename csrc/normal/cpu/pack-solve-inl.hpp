@@ -16,31 +16,57 @@ inline Vec<T> nan_lanes() {
     return broadcast<T>(static_cast<T>(__builtin_nan("")));
 }
 
-// W = U⁻¹(U⁻ᵀR) beside the factor.
+// Writes the columns of W that lie beside the factor as those from `first` on of all `columns`; lanes of which they are
+// not finite get the order d + 1 in `info`.
 template <class T>
-inline void pack_substitute(Pack<T>& pack) {
-    for (int64_t c = 0; c < pack.k; ++c) {
-        pack_solve_upper<T>(pack, pack.a + pack.d + c, pack.width);
+inline void pack_write_columns(const PackArgs<T>& args, Pack<T>& pack, int64_t first, int64_t columns) {
+    Mask<T> finite = Mask<T>{} == 0;
+    for (int64_t j = 0; j < pack.d; ++j) {
+        for (int64_t c = 0; c < pack.k; ++c) {
+            const Vec<T> value = pack.a[j * pack.width + pack.d + c];
+            finite = finite & is_finite_lanes<T>(value);
+            pack.out[j * pack.k + c] = value;
+        }
+    }
+    pack.info = (pack.info == 0) & ~finite ? broadcast_integer<T>(pack.d + 1) : pack.info;
+    if (pack.k == columns) {
+        store_lanes<T>(pack.out, pack.d * columns, args.solution);
+        return;
+    }
+    for (int64_t j = 0; j < pack.d; ++j) {
+        T* to[kMostLanes];
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+            to[lane] = args.solution[lane] != nullptr ? args.solution[lane] + j * columns + first : nullptr;
+        }
+        store_lanes<T>(pack.out + j * pack.k, pack.k, to);
     }
 }
 
-// The check that the solution is finite, and the write.
+// NaN for the solutions of lanes that failed.
 template <class T>
-inline void pack_write_solution(const PackArgs<T>& args, Pack<T>& pack) {
-    Mask<T> finite = Mask<T>{} == 0;
-    for (int64_t c = 0; c < pack.k; ++c) {
-        for (int64_t j = 0; j < pack.d; ++j) {
-            finite = finite & is_finite_lanes<T>(pack.a[j * pack.width + pack.d + c]);
+inline void pack_clear_failed(const PackArgs<T>& args, const Pack<T>& pack, int64_t columns) {
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+        if (pack.info[lane] != 0 && args.solution[lane] != nullptr) {
+            for (int64_t e = 0; e < pack.d * columns; ++e) {
+                args.solution[lane][e] = static_cast<T>(__builtin_nan(""));
+            }
         }
     }
-    const Mask<T> order = broadcast_integer<T>(pack.d + 1);
-    pack.info = (pack.info == 0) & ~finite ? order : pack.info;
-    for (int64_t j = 0; j < pack.d; ++j) {
-        for (int64_t c = 0; c < pack.k; ++c) {
-            pack.out[j * pack.k + c] = pack.info == 0 ? pack.a[j * pack.width + pack.d + c] : nan_lanes<T>();
+}
+
+// The columns of A⁻¹B after those that the pack has solved for, as many at a time.
+template <class T>
+inline void pack_solve_others(const PackArgs<T>& args, Pack<T>& pack) {
+    for (int64_t first = pack.k; first < args.k; first += pack.k) {
+        pack.k = minimum(pack.k, args.k - first);
+        PackOperand<T> columns = args.b;
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+            columns.data[lane] += first * columns.col;
         }
+        load_block<T>(columns, 0, pack.d, pack.k, pack.a + pack.d, pack.width);
+        pack_substitute<T>(pack, true);
+        pack_write_columns<T>(args, pack, first, args.k);
     }
-    store_lanes<T>(pack.out, pack.d * pack.k, args.solution);
 }
 
 // Lanes that have a factor, whether or not their solution is finite.
@@ -114,11 +140,12 @@ inline void pack_solve_normal(const PackArgs<T>& args, T* work) {
     const bool wants_rcond = args.rcond[0] != nullptr;
     const Vec<T> norm = wants_rcond ? pack_norm1<T>(pack) : Vec<T>{};
     pack_factor<T>(pack);
-    pack_substitute<T>(pack);
+    pack_substitute<T>(pack, false);
     if (args.refine > 0) {
         pack_refine<T>(args, pack, pack.out, uniform, work + Pack<T>::work(pack.d, pack.k));
     }
-    pack_write_solution<T>(args, pack);
+    pack_write_columns<T>(args, pack, 0, pack.k);
+    pack_clear_failed<T>(args, pack, pack.k);
     if (wants_rcond) {
         pack_write_rcond<T>(args, pack, norm);
     }
@@ -130,7 +157,7 @@ inline void pack_solve_normal(const PackArgs<T>& args, T* work) {
 
 template <class T>
 inline void pack_solve_spd(const PackArgs<T>& args, T* work) {
-    Pack<T> pack(args.d, args.k, work);
+    Pack<T> pack(args.d, minimum(args.k, kPackTargets), work);
     for (int64_t i = 0; i < pack.d; ++i) {
         pack.floor[i] = Vec<T>{};
         load_lanes<T>(args.a, i * args.a.row, args.a.col, i + 1, pack.a + i, pack.width);
@@ -140,8 +167,10 @@ inline void pack_solve_spd(const PackArgs<T>& args, T* work) {
     }
     pack_factor<T>(pack);
     if (pack.k > 0) {
-        pack_substitute<T>(pack);
-        pack_write_solution<T>(args, pack);
+        pack_substitute<T>(pack, false);
+        pack_write_columns<T>(args, pack, 0, args.k);
+        pack_solve_others<T>(args, pack);
+        pack_clear_failed<T>(args, pack, args.k);
     }
     if (args.factor[0] != nullptr) {
         pack_write_factor<T>(args, pack);
@@ -151,22 +180,15 @@ inline void pack_solve_spd(const PackArgs<T>& args, T* work) {
 
 template <class T>
 inline void pack_cholesky_solve(const PackArgs<T>& args, T* work) {
-    Pack<T> pack(args.d, args.k, work);
+    Pack<T> pack(args.d, minimum(args.k, kPackTargets), work);
     for (int64_t i = 0; i < pack.d; ++i) {
         load_lanes<T>(args.a, i * (args.a.row + args.a.col), args.a.col, pack.d - i, pack.a + i * pack.width + i, 1);
         pack.inverse_diagonal[i] = broadcast<T>(T(1)) / pack.a[i * pack.width + i];
     }
     load_block<T>(args.b, 0, pack.d, pack.k, pack.a + pack.d, pack.width);
-    for (int64_t c = 0; c < pack.k; ++c) {
-        pack_solve_transposed<T>(pack, pack.a + pack.d + c, pack.width);
-        pack_solve_upper<T>(pack, pack.a + pack.d + c, pack.width);
-    }
-    for (int64_t j = 0; j < pack.d; ++j) {
-        for (int64_t c = 0; c < pack.k; ++c) {
-            pack.out[j * pack.k + c] = pack.a[j * pack.width + pack.d + c];
-        }
-    }
-    store_lanes<T>(pack.out, pack.d * pack.k, args.solution);
+    pack_substitute<T>(pack, true);
+    pack_write_columns<T>(args, pack, 0, args.k);
+    pack_solve_others<T>(args, pack);
 }
 
 template <class T>
