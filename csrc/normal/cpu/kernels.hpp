@@ -166,6 +166,10 @@ struct NormalKernels {
     void (*pack_cholesky_solve)(const PackArgs<T>& args, T* work);  // args.a holds U
     int64_t (*pack_work)(int64_t d, int64_t k, bool refines);
 
+    // The factors of inverses, reversed as compensated/compensated.hpp has them, of a pack of `lanes` matrices args.a
+    // with the damping args.ridge. `work` holds pack_work(d, 0, false) elements; info −1: not finite.
+    void (*pack_inverse)(const PackArgs<T>& args, T* work);
+
     // Gradients of a pack. `work` holds pack_gradient_work(d, k) elements.
     void (*pack_gradient)(const PackGradientArgs<T>& args, T* work);
     int64_t (*pack_gradient_work)(int64_t d, int64_t k);

@@ -197,4 +197,18 @@ inline void pack_substitute(Pack<T>& pack, bool forward) {
     }
 }
 
+template <class T>
+inline Vec<T> nan_lanes() {
+    return broadcast<T>(static_cast<T>(__builtin_nan("")));
+}
+
+template <class T>
+inline void pack_write_info(const PackArgs<T>& args, const Pack<T>& pack) {
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+        if (args.info[lane] != nullptr) {
+            *args.info[lane] = static_cast<int32_t>(pack.info[lane]);
+        }
+    }
+}
+
 }  // namespace onestep::normal::ONESTEP_NS

@@ -11,11 +11,6 @@ namespace onestep::normal::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-template <class T>
-inline Vec<T> nan_lanes() {
-    return broadcast<T>(static_cast<T>(__builtin_nan("")));
-}
-
 // Writes the columns of W that lie beside the factor as those from `first` on of all `columns`; lanes of which they are
 // not finite get the order d + 1 in `info`.
 template <class T>
@@ -85,15 +80,6 @@ inline void pack_write_factor(const PackArgs<T>& args, Pack<T>& pack) {
         }
     }
     store_lanes<T>(pack.out, pack.d * pack.d, args.factor);
-}
-
-template <class T>
-inline void pack_write_info(const PackArgs<T>& args, const Pack<T>& pack) {
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-        if (args.info[lane] != nullptr) {
-            *args.info[lane] = static_cast<int32_t>(pack.info[lane]);
-        }
-    }
 }
 
 template <class T>
