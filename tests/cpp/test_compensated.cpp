@@ -98,6 +98,9 @@ void test_inverse_case(std::mt19937& random, int64_t problems, int64_t n) {
 template <class T>
 void test_inverse() {
     std::mt19937 random(1);
+    for (const int64_t n : {2, 3, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33}) {
+        test_inverse_case<T>(random, 19, n);
+    }
     for (const int64_t n : {1, 4, 47, 95, 96, 97, 191, 192, 193, 241, 288, 300}) {
         test_inverse_case<T>(random, n < 50 ? 5 : 1, n);
     }
@@ -107,14 +110,13 @@ void test_inverse() {
 
 // A matrix that fails says why, and leaves its neighbours' bits alone.
 template <class T>
-void test_inverse_failures() {
+void test_inverse_failures(int64_t n) {
     std::mt19937 random(2);
-    const int64_t n = 200;
     std::vector<T> a = gram_matrices<T>(random, 3, n);
     const Inverse<T> good = invert<true>(a, 3, n);
     T* second = a.data() + n * n;
-    const T before = second[150 * n + 20];
-    second[150 * n + 20] = std::numeric_limits<T>::quiet_NaN();
+    const T before = second[n / 4 * 3 * n + n / 10];
+    second[n / 4 * 3 * n + n / 10] = std::numeric_limits<T>::quiet_NaN();
     const auto neighbours_are_the_same = [&](const Inverse<T>& found) {
         const auto size = static_cast<size_t>(n * n) * sizeof(T);
         return std::memcmp(found.factor.data(), good.factor.data(), size) == 0 &&
@@ -124,13 +126,19 @@ void test_inverse_failures() {
     check(found.info == std::vector<int32_t>({0, kNotFinite, 0}), described<T>("NaN: info"));
     check(neighbours_are_the_same(found), described<T>("NaN: neighbours"));
     check(std::isnan(found.factor[static_cast<size_t>(n * n)]), described<T>("NaN: factor"));
-    second[150 * n + 20] = before;
+    second[n / 4 * 3 * n + n / 10] = before;
     // The second of the last two features is minus what it was: the minor of order 2 from the end is not positive.
     second[(n - 2) * (n + 1)] = T(-1);
     found = invert<true>(a, 3, n);
     check(found.info == std::vector<int32_t>({0, 2, 0}), described<T>("indefinite: info"));
     check(found.info == invert<false>(a, 3, n).info, described<T>("indefinite: reference"));
     check(neighbours_are_the_same(found), described<T>("indefinite: neighbours"));
+}
+
+template <class T>
+void test_inverse_failures() {
+    test_inverse_failures<T>(20);
+    test_inverse_failures<T>(200);
 }
 
 // ---------------------------------------------------------------- compensated_sweep

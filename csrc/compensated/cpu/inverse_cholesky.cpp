@@ -8,6 +8,7 @@
 #include "base/parallel.hpp"
 #include "base/singular.hpp"
 #include "compensated/cpu/plan.hpp"
+#include "normal/cpu/common.hpp"
 
 namespace onestep {
 namespace {
@@ -234,6 +235,22 @@ struct Elimination {
     }
 };
 
+template <class T>
+Status inverse_cholesky_packed(const InverseCholeskyPlan<T>& plan, const InverseCholeskyArgs<T>& args) {
+    const int64_t n = args.n;
+    const auto fill = [&](PackArgs<T>& pack, int64_t lane, int64_t problem, bool real) {
+        pack.d = n;
+        pack.a.set(lane, args.a.at(args.batch, problem));
+        pack.ridge.set(lane, args.damping.at(args.batch, problem));
+        if (real) {
+            pack.factor[lane] = args.factor + problem * n * n;
+            pack.info[lane] = args.info + problem;
+        }
+    };
+    return for_each_pack<T>(*plan.factor, plan.pack, args.batch.count(), n * n * n, fill, plan.factor->pack_inverse,
+                            kNothingAfter);
+}
+
 }  // namespace
 
 template <class T>
@@ -241,6 +258,9 @@ InverseCholeskyPlan<T> plan(const InverseCholeskyArgs<T>& args) {
     const int64_t n = args.n;
     InverseCholeskyPlan<T> plan = with_tables<T>();
     const int64_t panel = plan.kernels->panel;
+    if (!args.unit) {
+        plan.pack = plan_pack(*plan.factor, args.batch.count(), n, n, 0);
+    }
     plan.rows_padded = round_up(n, plan.factor->tile_rows);
     plan.ld = round_up(std::max<int64_t>(plan.rows_padded, 1), panel);
     // Rows that are a multiple of a page apart fall on the same sets of the cache.
@@ -263,6 +283,9 @@ Status run(const InverseCholeskyPlan<T>& plan, const InverseCholeskyArgs<T>& arg
     if (n == 0) {
         std::fill_n(args.info, args.batch.count(), 0);
         return Status::ok;
+    }
+    if (plan.pack.packed) {
+        return inverse_cholesky_packed(plan, args);
     }
     auto body = [&](int64_t problem) {
         const CachedWorkspace own(plan.own_layout);

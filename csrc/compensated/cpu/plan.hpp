@@ -4,7 +4,7 @@
 #include "base/plan.hpp"
 #include "base/workspace.hpp"
 #include "compensated/cpu/kernels.hpp"
-#include "normal/cpu/kernels.hpp"
+#include "normal/cpu/plan.hpp"
 
 namespace onestep {
 
@@ -12,6 +12,7 @@ template <class T>
 struct InverseCholeskyPlan {
     const CompensatedKernels<T>* kernels = nullptr;
     const NormalKernels<T>* factor = nullptr;
+    PackPlan<T> pack;  // of small matrices, one in each vector lane; not for R
     int64_t ld = 0, rows_padded = 0;
     Layout layout;  // of the whole call: none
 

@@ -49,14 +49,27 @@ void add_pack_memory(PackPlan<T>& plan, const NormalKernels<T>& kernels, int64_t
     plan.widened = plan.own_layout.template add<T>("widened", plan.packed && half ? kernels.lanes * n * d : 0);
 }
 
-// Small problems are solved one in each vector lane if there are enough of them, or if each is tiny.
+// Small problems are solved one in each vector lane if there are enough of them, or if each is tiny. Packs that refine
+// have no more rows than are summed in T: those of longer problems are shared among threads.
 template <class T>
 PackPlan<T> plan_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t n, int64_t d, int64_t k,
-                      bool half = false) {
+                      bool half = false, bool refines = false) {
     PackPlan<T> plan;
-    plan.packed = fits_pack(kernels, problems, n, d, k, half) && (problems >= kernels.lanes / 2 || n * d <= 4096);
-    add_pack_memory(plan, kernels, plan.packed ? kernels.pack_work(d, k) : 0, n, d, half);
+    plan.packed = fits_pack(kernels, problems, n, d, k, half) && (problems >= kernels.lanes / 2 || n * d <= 4096) &&
+                  (!refines || n <= kSlabRows);
+    add_pack_memory(plan, kernels, plan.packed ? kernels.pack_work(d, k, refines) : 0, n, d, half);
     return plan;
+}
+
+// The same for systems, of whose right-hand sides a pack takes kPackTargets at a time. With more than that, one problem
+// fills the vectors, too, and shares its columns among threads: packs are to be whole and many, and the columns few.
+template <class T>
+PackPlan<T> plan_system_pack(const NormalKernels<T>& kernels, int64_t problems, int64_t d, int64_t k,
+                             int64_t most_columns) {
+    if (k > kPackTargets && (k > most_columns || problems < 4 * kernels.lanes)) {
+        return {};
+    }
+    return plan_pack(kernels, problems, d, d, std::min(k, kPackTargets));
 }
 
 // Lane `lane` of a pack gets the rows of a problem.

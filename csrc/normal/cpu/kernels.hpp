@@ -66,6 +66,7 @@ struct PackOperand {
 template <class T>
 struct PackArgs {
     int64_t n = 0, d = 0, k = 0;
+    int64_t refine = 0;  // steps
     PackOperand<T> x, y, weight, ridge, a, b;
     T* widened = nullptr;  // memory for the lanes' x, where that is of 16 bits
     T* solution[kMostLanes];
@@ -159,11 +160,15 @@ struct NormalKernels {
     void (*pack_gram_matrices)(const PackArgs<T>& args, T* work);
     int64_t (*pack_gram_work)(int64_t d, int64_t k);
 
-    // A pack of `lanes` problems. `work` holds pack_work(d, k) elements.
+    // A pack of `lanes` problems. `work` holds pack_work(d, k, whether args.refine > 0) elements.
     void (*pack_solve_normal)(const PackArgs<T>& args, T* work);
     void (*pack_solve_spd)(const PackArgs<T>& args, T* work);       // k = 0 and null solutions: the factor alone
     void (*pack_cholesky_solve)(const PackArgs<T>& args, T* work);  // args.a holds U
-    int64_t (*pack_work)(int64_t d, int64_t k);
+    int64_t (*pack_work)(int64_t d, int64_t k, bool refines);
+
+    // The factors of inverses, reversed as compensated/compensated.hpp has them, of a pack of `lanes` matrices args.a
+    // with the damping args.ridge. `work` holds pack_work(d, 0, false) elements; info −1: not finite.
+    void (*pack_inverse)(const PackArgs<T>& args, T* work);
 
     // Gradients of a pack. `work` holds pack_gradient_work(d, k) elements.
     void (*pack_gradient)(const PackGradientArgs<T>& args, T* work);

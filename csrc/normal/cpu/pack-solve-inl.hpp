@@ -3,90 +3,65 @@
 
 #include "base/singular.hpp"
 #include "normal/cpu/cholesky-inl.hpp"
+#include "normal/cpu/pack-factor-inl.hpp"
 #include "normal/cpu/pack-gram-inl.hpp"
+#include "normal/cpu/pack-refine-inl.hpp"
 
 namespace onestep::normal::ONESTEP_NS {
 
 using namespace onestep::ONESTEP_NS;
 
-// Factors A = UᵀU in place and computes U⁻ᵀR beside it. A lane that fails records the order of its first bad minor in
-// `info` and continues with the identity, so that its neighbours are not affected.
+// Writes the columns of W that lie beside the factor as those from `first` on of all `columns`; lanes of which they are
+// not finite get the order d + 1 in `info`.
 template <class T>
-inline void pack_factor(Pack<T>& pack) {
-    const int64_t width = pack.width;
-    const Vec<T> one = broadcast<T>(T(1));
-    for (int64_t i0 = 0; i0 < pack.d; i0 += kPackTileRows) {
-        if (i0 > 0) {
-            update_pack_tiles<T, -1>(pack.a, i0, width, i0, pack.d + pack.k, pack.a);
-        }
-        for (int64_t i = i0; i < minimum(i0 + kPackTileRows, pack.d); ++i) {
-            Vec<T>* row = pack.a + i * width;
-            for (int64_t l = i0; l < i; ++l) {
-                const Vec<T>* above = pack.a + l * width;
-                const Vec<T> scale = above[i];
-                for (int64_t j = i; j < pack.d + pack.k; ++j) {
-                    row[j] -= scale * above[j];
-                }
-            }
-            const Mask<T> good = (row[i] > pack.floor[i]) & is_finite_lanes<T>(row[i]);
-            const Mask<T> order = broadcast_integer<T>(i + 1);
-            pack.info = (pack.info == 0) & ~good ? order : pack.info;
-            const Vec<T> inverse = one / square_root_lanes<T>(good ? row[i] : one);
-            pack.inverse_diagonal[i] = inverse;
-            for (int64_t j = i; j < pack.d + pack.k; ++j) {
-                row[j] *= inverse;
-            }
-        }
-    }
-}
-
-// z = U⁻ᵀz and z = U⁻¹z for one column of vectors, `step` apart.
-template <class T>
-inline void pack_solve_transposed(const Pack<T>& pack, Vec<T>* z, int64_t step) {
-    for (int64_t i = 0; i < pack.d; ++i) {
-        const Vec<T> value = z[i * step] * pack.inverse_diagonal[i];
-        z[i * step] = value;
-        const Vec<T>* row = pack.a + i * pack.width;
-        for (int64_t j = i + 1; j < pack.d; ++j) {
-            z[j * step] -= row[j] * value;
-        }
-    }
-}
-
-template <class T>
-inline void pack_solve_upper(const Pack<T>& pack, Vec<T>* z, int64_t step) {
-    for (int64_t j = pack.d - 1; j >= 0; --j) {
-        const Vec<T> value = z[j * step] * pack.inverse_diagonal[j];
-        z[j * step] = value;
-        for (int64_t i = 0; i < j; ++i) {
-            z[i * step] -= pack.a[i * pack.width + j] * value;
-        }
-    }
-}
-
-template <class T>
-inline Vec<T> nan_lanes() {
-    return broadcast<T>(static_cast<T>(__builtin_nan("")));
-}
-
-// Back substitution, the check that the solution is finite, and the write.
-template <class T>
-inline void pack_write_solution(const PackArgs<T>& args, Pack<T>& pack) {
+inline void pack_write_columns(const PackArgs<T>& args, Pack<T>& pack, int64_t first, int64_t columns) {
     Mask<T> finite = Mask<T>{} == 0;
-    for (int64_t c = 0; c < pack.k; ++c) {
-        pack_solve_upper<T>(pack, pack.a + pack.d + c, pack.width);
-        for (int64_t j = 0; j < pack.d; ++j) {
-            finite = finite & is_finite_lanes<T>(pack.a[j * pack.width + pack.d + c]);
-        }
-    }
-    const Mask<T> order = broadcast_integer<T>(pack.d + 1);
-    pack.info = (pack.info == 0) & ~finite ? order : pack.info;
     for (int64_t j = 0; j < pack.d; ++j) {
         for (int64_t c = 0; c < pack.k; ++c) {
-            pack.out[j * pack.k + c] = pack.info == 0 ? pack.a[j * pack.width + pack.d + c] : nan_lanes<T>();
+            const Vec<T> value = pack.a[j * pack.width + pack.d + c];
+            finite = finite & is_finite_lanes<T>(value);
+            pack.out[j * pack.k + c] = value;
         }
     }
-    store_lanes<T>(pack.out, pack.d * pack.k, args.solution);
+    pack.info = (pack.info == 0) & ~finite ? broadcast_integer<T>(pack.d + 1) : pack.info;
+    if (pack.k == columns) {
+        store_lanes<T>(pack.out, pack.d * columns, args.solution);
+        return;
+    }
+    for (int64_t j = 0; j < pack.d; ++j) {
+        T* to[kMostLanes];
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+            to[lane] = args.solution[lane] != nullptr ? args.solution[lane] + j * columns + first : nullptr;
+        }
+        store_lanes<T>(pack.out + j * pack.k, pack.k, to);
+    }
+}
+
+// NaN for the solutions of lanes that failed.
+template <class T>
+inline void pack_clear_failed(const PackArgs<T>& args, const Pack<T>& pack, int64_t columns) {
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+        if (pack.info[lane] != 0 && args.solution[lane] != nullptr) {
+            for (int64_t e = 0; e < pack.d * columns; ++e) {
+                args.solution[lane][e] = static_cast<T>(__builtin_nan(""));
+            }
+        }
+    }
+}
+
+// The columns of A⁻¹B after those that the pack has solved for, as many at a time.
+template <class T>
+inline void pack_solve_others(const PackArgs<T>& args, Pack<T>& pack) {
+    for (int64_t first = pack.k; first < args.k; first += pack.k) {
+        pack.k = minimum(pack.k, args.k - first);
+        PackOperand<T> columns = args.b;
+        for (int lane = 0; lane < kLanes<T>; ++lane) {
+            columns.data[lane] += first * columns.col;
+        }
+        load_block<T>(columns, 0, pack.d, pack.k, pack.a + pack.d, pack.width);
+        pack_substitute<T>(pack, true);
+        pack_write_columns<T>(args, pack, first, args.k);
+    }
 }
 
 // Lanes that have a factor, whether or not their solution is finite.
@@ -105,15 +80,6 @@ inline void pack_write_factor(const PackArgs<T>& args, Pack<T>& pack) {
         }
     }
     store_lanes<T>(pack.out, pack.d * pack.d, args.factor);
-}
-
-template <class T>
-inline void pack_write_info(const PackArgs<T>& args, const Pack<T>& pack) {
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-        if (args.info[lane] != nullptr) {
-            *args.info[lane] = static_cast<int32_t>(pack.info[lane]);
-        }
-    }
 }
 
 template <class T>
@@ -160,7 +126,12 @@ inline void pack_solve_normal(const PackArgs<T>& args, T* work) {
     const bool wants_rcond = args.rcond[0] != nullptr;
     const Vec<T> norm = wants_rcond ? pack_norm1<T>(pack) : Vec<T>{};
     pack_factor<T>(pack);
-    pack_write_solution<T>(args, pack);
+    pack_substitute<T>(pack, false);
+    if (args.refine > 0) {
+        pack_refine<T>(args, pack, pack.out, uniform, work + Pack<T>::work(pack.d, pack.k));
+    }
+    pack_write_columns<T>(args, pack, 0, pack.k);
+    pack_clear_failed<T>(args, pack, pack.k);
     if (wants_rcond) {
         pack_write_rcond<T>(args, pack, norm);
     }
@@ -172,7 +143,7 @@ inline void pack_solve_normal(const PackArgs<T>& args, T* work) {
 
 template <class T>
 inline void pack_solve_spd(const PackArgs<T>& args, T* work) {
-    Pack<T> pack(args.d, args.k, work);
+    Pack<T> pack(args.d, minimum(args.k, kPackTargets), work);
     for (int64_t i = 0; i < pack.d; ++i) {
         pack.floor[i] = Vec<T>{};
         load_lanes<T>(args.a, i * args.a.row, args.a.col, i + 1, pack.a + i, pack.width);
@@ -182,7 +153,10 @@ inline void pack_solve_spd(const PackArgs<T>& args, T* work) {
     }
     pack_factor<T>(pack);
     if (pack.k > 0) {
-        pack_write_solution<T>(args, pack);
+        pack_substitute<T>(pack, false);
+        pack_write_columns<T>(args, pack, 0, args.k);
+        pack_solve_others<T>(args, pack);
+        pack_clear_failed<T>(args, pack, args.k);
     }
     if (args.factor[0] != nullptr) {
         pack_write_factor<T>(args, pack);
@@ -192,27 +166,20 @@ inline void pack_solve_spd(const PackArgs<T>& args, T* work) {
 
 template <class T>
 inline void pack_cholesky_solve(const PackArgs<T>& args, T* work) {
-    Pack<T> pack(args.d, args.k, work);
+    Pack<T> pack(args.d, minimum(args.k, kPackTargets), work);
     for (int64_t i = 0; i < pack.d; ++i) {
         load_lanes<T>(args.a, i * (args.a.row + args.a.col), args.a.col, pack.d - i, pack.a + i * pack.width + i, 1);
         pack.inverse_diagonal[i] = broadcast<T>(T(1)) / pack.a[i * pack.width + i];
     }
     load_block<T>(args.b, 0, pack.d, pack.k, pack.a + pack.d, pack.width);
-    for (int64_t c = 0; c < pack.k; ++c) {
-        pack_solve_transposed<T>(pack, pack.a + pack.d + c, pack.width);
-        pack_solve_upper<T>(pack, pack.a + pack.d + c, pack.width);
-    }
-    for (int64_t j = 0; j < pack.d; ++j) {
-        for (int64_t c = 0; c < pack.k; ++c) {
-            pack.out[j * pack.k + c] = pack.a[j * pack.width + pack.d + c];
-        }
-    }
-    store_lanes<T>(pack.out, pack.d * pack.k, args.solution);
+    pack_substitute<T>(pack, true);
+    pack_write_columns<T>(args, pack, 0, args.k);
+    pack_solve_others<T>(args, pack);
 }
 
 template <class T>
-inline int64_t pack_work(int64_t d, int64_t k) {
-    return Pack<T>::work(d, k);
+inline int64_t pack_work(int64_t d, int64_t k, bool refines) {
+    return Pack<T>::work(d, k) + (refines ? Refinement<T>::work(d, k) : 0);
 }
 
 }  // namespace onestep::normal::ONESTEP_NS

@@ -14,6 +14,18 @@ ONESTEP_INLINE int64_t whole_vectors(int64_t count) {
     return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// sum + rest += scale · factor with an error of about ε².
+ONESTEP_INLINE void add_product_compensated(Vec<double> scale, Vec<double> factor, Vec<double>& sum,
+                                            Vec<double>& rest) {
+    const Vec<double> product = opaque(scale * factor);
+    const Vec<double> product_error = multiply_subtract(scale, factor, product);
+    const Vec<double> next = sum + product;
+    const Vec<double> part = next - sum;
+    const Vec<double> sum_error = (sum - (next - part)) + (product - part);
+    sum = next;
+    rest += sum_error + product_error;
+}
+
 // high + low += Σ_p x[p][j : j + M] e[p][:] with an error of about ε², M rows of one vector of columns:
 // Ogita, Rump and Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26 (2005), Algorithm 5.3 (Dot2).
 template <int M>
@@ -30,14 +42,7 @@ ONESTEP_INLINE void add_products_compensated(int64_t rows, const double* x, int6
         const Vec<double> factor = load<double>(e + p * lde);
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) {
-            const Vec<double> scale = broadcast<double>(x[p * ldx + i]);
-            const Vec<double> product = opaque(scale * factor);
-            const Vec<double> product_error = multiply_subtract(scale, factor, product);
-            const Vec<double> next = sum[i] + product;
-            const Vec<double> part = next - sum[i];
-            const Vec<double> sum_error = (sum[i] - (next - part)) + (product - part);
-            sum[i] = next;
-            rest[i] += sum_error + product_error;
+            add_product_compensated(broadcast<double>(x[p * ldx + i]), factor, sum[i], rest[i]);
         }
     }
 #pragma GCC unroll 4

@@ -240,6 +240,7 @@ Status solve_packed(const SolveNormalPlan<T>& plan, const SolveNormalArgs<T>& ar
         pack.n = args.n;
         pack.d = d;
         pack.k = k;
+        pack.refine = args.refine;
         set_lane_rows(kernels, args, problem, lane, pack);
         pack.ridge.set(lane, args.ridge.at(args.batch, problem));
         if (real) {
@@ -260,8 +261,9 @@ Status solve_packed(const SolveNormalPlan<T>& plan, const SolveNormalArgs<T>& ar
         }
         return Status::ok;
     };
-    return for_each_pack<T>(kernels, plan.pack, args.batch.count(), args.n * d * (d + k) + d * d * d, fill,
-                            kernels.pack_solve_normal, after);
+    return for_each_pack<T>(kernels, plan.pack, args.batch.count(),
+                            args.n * d * (d + k * (1 + 4 * args.refine)) + d * d * d, fill, kernels.pack_solve_normal,
+                            after);
 }
 
 }  // namespace
@@ -271,9 +273,7 @@ SolveNormalPlan<T> plan(const SolveNormalArgs<T>& args) {
     const NormalKernels<T>& kernels = active_normal_kernels<T>();
     const int64_t problems = args.batch.count();
     SolveNormalPlan<T> plan;
-    if (args.refine == 0) {
-        plan.pack = plan_pack(kernels, problems, args.n, args.d, args.k, static_cast<bool>(args.x_half));
-    }
+    plan.pack = plan_pack(kernels, problems, args.n, args.d, args.k, static_cast<bool>(args.x_half), args.refine > 0);
     // A problem of a pack that gets jitter goes on alone, its rows in one piece.
     const int64_t together = plan.pack.packed ? std::max(problems, kFewProblems) : problems;
     plan.gram = plan_gram(kernels, together, args.n, args.d, args.k);
