@@ -45,15 +45,20 @@ NO_SOURCE = {
 ELSEWHERE = {"build", "records_derivatives"}
 
 
-def raises(function: Any) -> bool:
-    """Whether the function's own body raises an error that it makes."""
+def raises(function: Any, owner: type | None = None) -> bool:
+    """Whether the function's own body raises an error that it makes, or that of a private method which it calls."""
     try:
         source = inspect.getsource(inspect.unwrap(function))
     except OSError:  # made by dataclasses
         return False
     tree = ast.parse(textwrap.dedent(source))
     made = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
-    return any(isinstance(call.func, ast.Name) and call.func.id[0].isupper() for call in made)
+    if any(isinstance(call.func, ast.Name) and call.func.id[0].isupper() for call in made):
+        return True
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    own = {f.attr for f in called if isinstance(f, ast.Attribute) and getattr(f.value, "id", "") == "self"}
+    helpers = [inspect.getattr_static(owner, name, None) for name in sorted(own) if re.match("_[a-z]", name)]
+    return any(raises(helper) for helper in helpers if inspect.isfunction(helper))
 
 
 def torn_result(doc: str) -> list[str]:
@@ -63,12 +68,12 @@ def torn_result(doc: str) -> list[str]:
     return ["a type before the colon in Returns"] if colon and not re.fullmatch(r"``\w+(\([\w, ]+\))?``", head) else []
 
 
-def not_documented_method(method: Any, of_class: str) -> list[str]:
+def not_documented_method(method: Any, owner: type) -> list[str]:
     """What a reader would miss in a method's docstring; shapes and dtypes may be told by the class's."""
-    doc, signature = inspect.getdoc(method) or "", inspect.signature(method)
+    doc, of_class, signature = inspect.getdoc(method) or "", inspect.getdoc(owner) or "", inspect.signature(method)
     missing = ["a docstring"] if not doc else []
     missing += ["Args"] if set(signature.parameters) - {"self"} and "Args:" not in doc else []
-    missing += ["Raises"] if raises(method) and "Raises:" not in doc else []
+    missing += ["Raises"] if raises(method, owner) and "Raises:" not in doc else []
     if "Tensor" in str(signature):
         missing += ["shapes"] if not SHAPE.search(doc + of_class) else []
         missing += ["dtypes"] if not DTYPE.search(doc + of_class) else []
@@ -143,7 +148,7 @@ def not_documented(thing: object) -> list[str]:
     elif inspect.isclass(thing):
         missing += ["Raises"] if "__init__" in vars(thing) and raises(thing.__init__) and "Raises:" not in doc else []  # type: ignore[misc]
         missing += attributes_not_told(thing)
-        missing += [gap for method in own_methods(thing) for gap in not_documented_method(method, doc)]
+        missing += [gap for method in own_methods(thing) for gap in not_documented_method(method, thing)]
     return missing
 
 

@@ -336,6 +336,9 @@ def test_help_of_every_command_has_an_example_that_its_parser_takes() -> None:
         assert examples, name
         for example in examples:
             assert parser.parse_args(shlex.split(example)).command == name, example
+        # An option has one default at most.
+        told = {action.dest: (action.help or "").count("default: ") for action in command._actions}
+        assert [dest for dest, times in told.items() if times > 1] == [], name
 
 
 def test_completion_of_the_shell(run: Run, tmp_path: Path) -> None:

@@ -209,6 +209,13 @@ def test_a_docstring_with_gaps_is_found() -> None:
             """All (n,d), float32."""
             return torch.ones(1, 1)
 
+        def step(self) -> None:
+            """Steps, if what a private method looks at is right."""
+            self._look()
+
+        def _look(self) -> None:
+            raise ValueError("empty")
+
     def torn(a: int) -> int:
         """Adds.
 
@@ -226,10 +233,11 @@ def test_a_docstring_with_gaps_is_found() -> None:
     assert not_documented(torn) == ["a type before the colon in Returns"]
     torn.__doc__ = str(torn.__doc__).replace("(n,d) in the order of a:", "``Moments(a, b)``:")
     assert not_documented(torn) == []
-    gaps = ["parameter a", "Raises", "method push: Args", "method push: Raises"]
+    gaps = ["parameter a", "Raises", "method push: Args", "method push: Raises", "method step: Raises"]
     assert not_documented(Bad) == gaps
     Bad.__doc__ = None
-    assert not_documented(Bad)[-2:] == ["method push: shapes", "method push: dtypes"]
+    told_by_class = ["method push: shapes", "method push: dtypes", "method step: Raises"]
+    assert not_documented(Bad)[-3:] == told_by_class
     assert not_documented(good) == []
     assert not_told(good, {}) == ["a source", "an example"]
     assert not_told(bare, {}) == ["shapes", "dtypes", "a source", "an example"]

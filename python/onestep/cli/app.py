@@ -347,7 +347,8 @@ def build_parser() -> argparse.ArgumentParser:
             help="the encoding of the file, such as cp1252 for one of Excel on Windows (default: by its byte order "
             "mark; UTF-8 without one)",
         )
-        as_fitted = "" if command is fit else "; default: as for the file that the model was fitted on"
+        as_fitted = "" if command is fit else " (default: as for the file that the model was fitted on)"
+        missing = " (default: NA, N/A, NaN, null, None and their like)" if command is fit else as_fitted
         command.add_argument(
             "--thousands",
             type=_mark,
@@ -364,8 +365,7 @@ def build_parser() -> argparse.ArgumentParser:
             type=lambda text: text.removeprefix(_KEPT),
             metavar="TEXT",
             help="the texts that mean a missing value, beside the empty field: --missing alone takes NA for a text "
-            f"like any other; --missing=-- for one that begins with a dash "
-            f"(default: NA, N/A, NaN, null, None and their like{as_fitted})",
+            f"like any other; --missing=-- for one that begins with a dash{missing}",
         )
     return parser
 

@@ -274,7 +274,7 @@ class CurvatureOperator(ABC):
             max_iterations: at most so many passes, besides those that check the residual.
             preconditioner: None; "diagonal", the damped absolute value of 16 samples' ``diagonal()``, for a diagonal
                 that varies by orders of magnitude; or a function M⁻¹ of vectors, (p,) → (p,), or (p,j) → (p,j),
-                j ≤ k, where b is a block (p,k): symmetric and positive definite.
+                j ≤ k, where b is a block (p,k), in the parameters' dtype: symmetric and positive definite.
             indefinite: what to do where negative curvature shows that A + damping·I is not positive definite: "raise",
                 or "minres", to solve the indefinite system, for which a Newton step goes to a saddle (Paige and
                 Saunders 1975). Conjugate gradients see negative curvature along what they search alone.

@@ -50,7 +50,7 @@ class GLMPoint:
 
     @property
     def info(self) -> Tensor:
-        """What a GPU found of y and weight, int32: 0, 1 (a target unknown to the family) or 2 (a negative weight).
+        """What a GPU found of y and weight, () int32: 0, 1 (a target unknown to the family) or 2 (a negative weight).
 
         Where it is not 0, loss and grad are NaN. On the CPU either raises, and this is 0.
         """

@@ -156,6 +156,10 @@ class LinearEstimator:
 
         Returns:
             The score, 1.0 at best.
+
+        Raises:
+            NotFittedError: nothing has been fitted.
+            ValueError: X has other columns than fit's or values that are not finite, or the lengths do not go together.
         """
         predicted = to_numpy("prediction", self.predict(X))  # type: ignore[attr-defined]
         metric = accuracy_score if is_classifier(self) else r2_score

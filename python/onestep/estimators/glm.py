@@ -462,6 +462,12 @@ class PoissonRegressor(_GLM, RegressorMixin, BaseEstimator):
 
         Returns:
             The score, 1.0 at best.
+
+        Raises:
+            NotFittedError: nothing has been fitted.
+            ValueError: X has other columns than fit's or values that are not finite, the lengths do not go together, or
+                a count is negative.
+            ZeroDivisionError: all counts are 0, so that there is no deviance to explain (scikit-learn's own).
         """
         check_is_fitted(self)
         truth, weight = to_numpy("y", y), to_numpy("sample_weight", sample_weight)

@@ -181,6 +181,12 @@ class LayerStatistics:
             runs: through all that has the layers.
             masks: of each, which places are not padding.
             stop_early: as in ``update``.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: as ``update``.
         """
         awaited = set(self.names) if stop_early else None
         seen = Seen(self._layers, self._dtype, awaited, self._storage, lacks=self._lacks)
@@ -394,6 +400,9 @@ class LayerStatistics:
 
         Returns:
             For each layer the numbers of the inputs of its calls.
+
+        Raises:
+            RuntimeError: the batch does not go through the model (its own errors, whatever they are).
         """
         seen = Seen(self._layers, self._dtype, None, self._storage, sums=False)
         hooked, calls = seen.of_model(self._model, Masks())
@@ -436,6 +445,9 @@ class LayerStatistics:
         Returns:
             The eigenvalues of the Gram matrix, scaled to a diagonal of 1, that are above ε times their number; no more
             than rows.
+
+        Raises:
+            KeyError: the name is of no layer.
         """
         sums = self[name]
         if self._rank is None or self._rank[0] is not sums:

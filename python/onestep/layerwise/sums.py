@@ -92,6 +92,9 @@ class InputSums:
 
         Returns:
             The sums over the rows of both.
+
+        Raises:
+            RuntimeError: the two are of different numbers of features (torch's own).
         """
         total = self.total + other.total.to(self.total.device)
         return InputSums(storage.add(self.gram, other.gram), total, self.count + other.count)

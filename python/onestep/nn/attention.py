@@ -46,6 +46,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of the queries over keys and values, as torch's; T queries, S keys, N sequences.
 
+        All are of the parameters' dtype, but masks, which may be boolean.
+
         Args:
             query: (T, N, E), with ``batch_first`` (N, T, E), or (T, E) of one sequence.
             key, value: (S, N, kdim) and (S, N, vdim), likewise.
@@ -59,7 +61,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             The outputs in the shape of ``query``, with E features, and the weights (N, T, S), (N, heads, T, S) or None.
 
         Raises:
-            RuntimeError, AssertionError: shapes do not go together, or ``is_causal`` without a mask (torch's own).
+            RuntimeError, AssertionError: shapes or dtypes do not fit, or ``is_causal`` has no mask (torch's own).
         """
         with replace_attention():
             return super().forward(

@@ -208,6 +208,10 @@ class PolarGrad(torch.optim.Optimizer):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            TypeError: a gradient is sparse.
+            NonFiniteError: a gradient on the CPU holds NaN or infinity. No parameter has changed then.
         """
         loss = None
         if closure is not None:
