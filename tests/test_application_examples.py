@@ -171,9 +171,9 @@ def test_pairs_edits_and_no_look_ahead(example: ModuleType) -> None:
 
 @of("question_answering")
 def test_spans(example: ModuleType) -> None:
-    facts = example.territories()
-    assert facts["Kenya"]["code"] == "KEN" and facts["Kenya"]["number"] == "404"
-    assert facts["Japan"]["currency"] == "Japanese Yen"
+    facts = example.regions()
+    assert facts["Bayern"]["code"] == "DE BY" and facts["Bayern"]["language"] == "German"
+    assert facts["Kyoto"]["currency"] == "Japanese Yen" and facts["Kyoto"]["country"] == "Japan"
     questions = example.write(facts, 20, 0)
     told = {answer for own in facts.values() for answer in own.values()}
     for (first, last), words in zip(questions.spans.tolist(), questions.words, strict=True):
