@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
 SIDE, STRIDE = 48, 4
 CELLS = SIDE // STRIDE
@@ -99,6 +99,23 @@ def load(count: int, held_out: int) -> tuple[Canvases, Canvases]:
         place(crops[:split], labels[order[:split]], count, 1),
         place(crops[split:], labels[order[split:]], held_out, 2),
     )
+
+
+def detect(model: nn.Module, pixels: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Boxes, digits and sureness for each canvas: the surest first, without those that overlap a surer one by half."""
+    found = []
+    with torch.no_grad():
+        outputs = model(pixels)
+    for told in outputs:
+        sureness, digits = told[:, : BACKGROUND + 1].softmax(-1)[:, :BACKGROUND].max(1)
+        order = sureness.argsort(descending=True)[:20]
+        boxes, kept = decode(told[:, BACKGROUND + 1 :])[order], []
+        shared = overlaps(boxes, boxes)
+        for i in range(len(order)):
+            if not kept or shared[i, kept].max() < 0.5:
+                kept.append(i)
+        found.append((boxes[kept], digits[order][kept], sureness[order][kept]))
+    return found
 
 
 def average_precision(right: Tensor, sureness: Tensor, total: int) -> float:

@@ -35,8 +35,8 @@ class Molecules:
     held: np.ndarray
 
 
-def load(count: int, everything: bool) -> Molecules:
-    """``count`` molecules, a fifth held out; without ``everything`` of the common ones, whose table is small."""
+def load(count: int | None) -> Molecules:
+    """All molecules, or so many of the common ones, whose table is small; a fifth is held out."""
     RDLogger.DisableLog("rdApp.*")
     table = phase_change.Tm_ON_data.sample(frac=1.0, random_state=0)
     counts = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=1024)
@@ -44,7 +44,7 @@ def load(count: int, everything: bool) -> Molecules:
     properties = rdMolDescriptors.Properties(names)
     structures, fingerprints, told, melting, scaffolds = [], [], [], [], []
     for number, kelvin in zip(table.index, table["Tm"], strict=True):
-        known = pubchem_db.search_CAS(number, autoload=everything)
+        known = pubchem_db.search_CAS(number, autoload=count is None)
         molecule = Chem.MolFromSmiles(known.smiles) if known else None
         if molecule is None or molecule.GetNumHeavyAtoms() < 3:
             continue

@@ -1,8 +1,9 @@
-"""Passages of facts on territories, with questions: for question_answering.py."""
+"""Passages of facts on regions of the world, with questions: for question_answering.py."""
 
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,13 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error.name} is not installed: pip install transformers babel pycountry") from error
 
 WORDS = 4096
-# What a fact is called in the passage and asked for by; {} is the territory.
+# What a fact is called in the passage and asked for by; {} is the region.
 FACTS = {
     "currency": ("The currency of {} is the", "What do people pay with in {} ?"),
     "language": ("An official language of {} is", "Which language is spoken in {} ?"),
-    "short": ("The short code of {} is", "Which two letters stand for {} ?"),
-    "code": ("The long code of {} is", "Which three letters stand for {} ?"),
-    "number": ("The number of {} is", "Which number does {} have ?"),
+    "country": ("{} is in", "Where is {} ?"),
+    "kind": ("{} is a", "What kind of region is {} ?"),
+    "code": ("The code of {} is", "Which code stands for {} ?"),
 }
 
 
@@ -47,25 +48,27 @@ class Questions:
         return self.ids[rows], self.types[rows], self.mask[rows]
 
 
-def territories() -> dict[str, dict[str, str]]:
-    """Facts by the territory's name."""
-    english = Locale("en")
+def regions() -> dict[str, dict[str, str]]:
+    """Facts by the name of a part of a country, such as a province, of at most two words that name no other part."""
+    english, times = Locale("en"), Counter(part.name for part in pycountry.subdivisions)
     found = {}
-    for country in pycountry.countries:
-        code = country.alpha_2
-        name, money, spoken = (
+    for part in pycountry.subdivisions:
+        code = part.country_code
+        country, money, spoken = (
             english.territories.get(code),
             get_territory_currencies(code),
             get_official_languages(code),
         )
-        if not name or not money or not spoken or spoken[0] not in english.languages:
+        if not country or not money or not spoken or spoken[0] not in english.languages:
             continue
-        found[name] = {
+        if times[part.name] > 1 or len(part.name.split()) > 2:
+            continue
+        found[part.name] = {
             "currency": get_currency_name(money[-1], locale="en"),
             "language": english.languages[spoken[0]],
-            "short": code,
-            "code": country.alpha_3,
-            "number": country.numeric,
+            "country": country,
+            "kind": part.type,
+            "code": part.code.replace("-", " "),
         }
     return found
 
@@ -81,7 +84,7 @@ def write(facts: dict[str, dict[str, str]], count: int, seed: int) -> Questions:
     rows, spans, passages = [], [], []
     for _ in range(count):
         pair = [names[i] for i in rng.choice(len(names), 2, replace=False)]
-        told = [(name, kind) for name in pair for kind in rng.choice(list(FACTS), 3, replace=False)]
+        told = [(name, kind) for name in pair for kind in rng.choice(list(FACTS), 2, replace=False)]
         told = [told[i] for i in rng.permutation(len(told))]
         asked = told[rng.integers(len(told))]
         words = FACTS[asked[1]][1].format(asked[0]).split()
