@@ -81,7 +81,17 @@ def entering(args: Any, kwargs: Any) -> tuple[Any, Any]:
     but they run what the function made of torch's operations: conversions of 16-bit tensors, sums over what was
     broadcast and, in the second order, all that the formula of a derivative consists of.
     """
-    return tree_map_only((Tensor, Parameter), _entered, (args, kwargs)) if _records() else (args, kwargs)
+    if not _records():
+        return args, kwargs
+    # Once for each tensor: torch's attention asks whether query, key and value are one.
+    views: dict[int, Tensor] = {}
+
+    def view(value: Tensor) -> Tensor:
+        if id(value) not in views:
+            views[id(value)] = _entered(value)
+        return views[id(value)]
+
+    return tree_map_only((Tensor, Parameter), view, (args, kwargs))  # type: ignore[no-any-return]
 
 
 def leaving(result: Any) -> Any:
