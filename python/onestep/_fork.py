@@ -10,7 +10,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -127,11 +127,14 @@ def _before_node(cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
         context = _one_thread_in_pass(number)
         context.__enter__()
         # Nothing else holds the context: where the pass fails, torch drops what it should have called, which ends it.
-        after_backward_pass(functools.partial(context.__exit__, None, None, None))
-        del context
+        after_backward_pass(lambda: _end(context))
     if not torch.is_grad_enabled():
         return None
     return tuple(None if cotangent is None else _entered(cotangent) for cotangent in cotangents)
+
+
+def _end(context: AbstractContextManager[None]) -> None:
+    context.__exit__(None, None, None)
 
 
 def _after_node(gradients: tuple[Tensor | None, ...], cotangents: tuple[Tensor | None, ...]) -> None:
