@@ -1,16 +1,13 @@
 """A child that was forked after the parent used torch's threads: estimators, fit and operators run there, too."""
 
-import os
-import signal
 import tempfile
 import threading
-import time
-import traceback
 
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from forked import run_in_forked_child, use_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onestep
@@ -174,36 +171,8 @@ JOBS = {
 
 @pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning", "ignore::DeprecationWarning")
 def test_forked_child(restore_threads):
-    torch.set_num_threads(2)
-    # The parent's pool exists when a region ran on it.
-    torch.ones(1_000_000).sum()
-    torch.linalg.eigh(torch.from_numpy(X.T @ X))
-    expected = {name: job() for name, job in JOBS.items()}
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            for name, job in JOBS.items():
-                os.write(writing, f"{name}, ".encode())
-                np.testing.assert_allclose(job(), expected[name], rtol=1e-6, atol=1e-9)
-            assert torch.get_num_threads() == 2
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(writing)
-    deadline, ended = time.monotonic() + 120, 0
-    while not ended and time.monotonic() < deadline:
-        time.sleep(0.02)
-        ended, status = os.waitpid(child, os.WNOHANG)
-    if not ended:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail(f"the forked child hangs in the last of: {os.read(reading, 1000).decode()}")
-    os.close(reading)
-    assert status == 0, "see the child's traceback"
+    use_threads()
+    run_in_forked_child(JOBS, rtol=1e-6, atol=1e-9)
 
 
 class Threads(TorchDispatchMode):

@@ -87,6 +87,13 @@ def test_inside_a_backward_pass():
     found = private.run_backward((3 * a,), (torch.ones(2),), True, False, (a, b), True, accumulate_grad=False)
     assert found[0].tolist() == [3.0, 3.0] and found[1] is None and a.grad is None
     assert torch.func.grad(_checks._single_level)(torch.tensor(3.0)) == 6.0
+    events: list[Any] = []
+    y = x * 2.0
+    y.register_hook(lambda _: events.append(private.backward_pass()))
+    y.register_hook(lambda _: private.after_backward_pass(lambda: events.append("ended")))
+    x.register_hook(lambda _: events.append("at x"))
+    y.sum().backward()
+    assert events[0] >= 0 and events[1:] == ["at x", "ended"] and private.backward_pass() == -1
 
 
 # Private attributes of tensors, modules and optimisers: others' objects may have such names of their own.

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from onestep import _forward_mode
-from onestep._fork import one_thread_after_fork
+from onestep._fork import entering, leaving, one_thread_after_fork
 from onestep._torch_private import (
     forward_grad_enabled,
     function_modes,
@@ -65,7 +65,7 @@ def interrupt_behind(error: BaseException) -> BaseException | None:
 def undisturbed(function: Function) -> Function:
     """A function after whose errors torch's state of the thread is as before, wherever an interrupt came.
 
-    It is also ``one_thread_after_fork``: both in one frame, for the warnings that count frames.
+    It is also ``safe_after_fork``: both in one frame, for the warnings that count frames.
 
     torch.func's own contexts fail where they do not find the level that they entered; the interrupt behind such an
     error is raised in its place.
@@ -76,7 +76,8 @@ def undisturbed(function: Function) -> Function:
         state = TorchState()
         try:
             with one_thread_after_fork():
-                return function(*args, **kwargs)
+                args, kwargs = entering(args, kwargs)
+                return leaving(function(*args, **kwargs))
         except BaseException as error:
             state.restore(error)
             interrupt = interrupt_behind(error)

@@ -114,6 +114,10 @@ try:
     # stay on, which are off while they handle torch.autograd.grad.
     run_backward = torch.autograd.graph._engine_run_backward
 
+    # The number of the backward pass that is running, -1 if none is, and calling a function when it has ended well.
+    backward_pass = torch._C._current_graph_task_id
+    after_backward_pass = torch.autograd.Variable._execution_engine.queue_callback
+
     # What torch.nn.utils.parametrizations.weight_norm calls.
     weight_norm = torch._weight_norm
     # What F.scaled_dot_product_attention chooses from.

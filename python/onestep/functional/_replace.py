@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from onestep._fork import safe_after_fork
 from onestep.functional.attention import scaled_dot_product_attention
 from onestep.ops.attention import COMPUTE_DTYPES
 
@@ -42,10 +43,12 @@ def _without_dispatch(function: Any, **names: Any) -> Callable[..., Any]:
 
 # Once a mode has been asked about multi_head_attention_forward, it is not asked about the calls that this makes, that
 # of scaled_dot_product_attention among them. So a copy calls ours, and does not ask the mode again.
-_multi_head_attention_forward = _without_dispatch(
-    F.multi_head_attention_forward,
-    has_torch_function=lambda tensors: False,
-    scaled_dot_product_attention=_attention,
+_multi_head_attention_forward = safe_after_fork(
+    _without_dispatch(
+        F.multi_head_attention_forward,
+        has_torch_function=lambda tensors: False,
+        scaled_dot_product_attention=_attention,
+    )
 )
 
 
