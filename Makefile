@@ -98,7 +98,7 @@ test-tsan: $(VENV)/.tools
 	$(BIN)/cmake --build $(TSAN_BUILD)
 	$(BIN)/ctest --test-dir $(TSAN_BUILD) --output-on-failure --parallel 2
 
-# The Python tests that are for CUDA, on the emulator: the module goes beside the others of the package, which do not load
+# The Python tests that are for CUDA, and those of Cholesky factors, on the emulator: the module goes beside the others of the package, which do not load
 # it unless they are asked to.
 test-emulated: $(VENV)/.package
 	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_CUDA=OFF \
@@ -106,7 +106,8 @@ test-emulated: $(VENV)/.package
 	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
 	$(BIN)/cmake --build build/emulated --target _native_cuda_emulated
 	cp build/emulated/_native_cuda_emulated*.so $$($(BIN)/python -c 'import onestep; print(onestep.__path__[0])')
-	ONESTEP_CUDA_EMULATE=1 $(QUIET_THREADS) $(BIN)/python -m pytest --numprocesses=2 tests/test_cuda_*.py tests/test_device.py
+	ONESTEP_CUDA_EMULATE=1 $(QUIET_THREADS) $(BIN)/python -m pytest --numprocesses=2 tests/test_cuda_*.py tests/test_device.py \
+	    tests/test_cholesky.py
 
 bench: $(VENV)/.package
 	$(BIN)/python bench/report.py
