@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP_BUILD := build/cpp-sanitize
 TSAN_BUILD := build/cpp-tsan
+RACES_BUILD := build/cpp-races
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
@@ -19,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two test processes share two cores: threads of OpenMP and of scikit-learn's OpenBLAS must not spin while they wait.
 QUIET_THREADS := OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo examples native test test-python test-targets test-sanitized test-cpp test-tsan test-emulated bench lint lint-cuda docs wheels clean
+.PHONY: demo examples native test test-python test-targets test-sanitized test-cpp test-tsan test-races test-emulated bench lint lint-cuda docs wheels clean
 
 # Three steps, so that a change of our sources rebuilds the package alone: what the build needs; everything else, by uv, which
 # takes a tenth of pip's time; and the package, which is compiled meanwhile.
@@ -102,7 +103,17 @@ test-tsan: $(VENV)/.tools
 	$(BIN)/cmake --build $(TSAN_BUILD)
 	$(BIN)/ctest --test-dir $(TSAN_BUILD) --output-on-failure --parallel 2
 
-# The Python tests that are for CUDA, on the emulator: the module goes beside the others of the package, which do not load
+# Races of the CUDA kernels: the emulator with ThreadSanitizer, to which each thread of a block is a thread. Attention, which
+# takes longer than all others, is left out: `make test-races RACES_FAMILIES=attention` has it alone.
+RACES_FAMILIES ?= compensated;glm;lmhead;normal;polar
+test-races: $(VENV)/.tools
+	$(BIN)/cmake -S . -B $(RACES_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_PYTHON=OFF \
+	    -DONESTEP_TESTS=ON -DONESTEP_SANITIZE=thread -DONESTEP_CUDA=OFF -DONESTEP_CUDA_EMULATE=ON \
+	    -DONESTEP_CUDA_FAMILIES="$(RACES_FAMILIES)" -DONESTEP_WERROR=$(WERROR) > /dev/null
+	$(BIN)/cmake --build $(RACES_BUILD) --target test_simt $(patsubst %,test_cuda_%,$(subst ;, ,$(RACES_FAMILIES)))
+	$(BIN)/ctest --test-dir $(RACES_BUILD) --output-on-failure --parallel 2 --tests-regex '^(simt|cuda_)'
+
+# The Python tests that are for CUDA, and those of Cholesky factors, on the emulator: the module goes beside the others of the package, which do not load
 # it unless they are asked to.
 test-emulated: $(VENV)/.package
 	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_CUDA=OFF \
@@ -110,7 +121,8 @@ test-emulated: $(VENV)/.package
 	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
 	$(BIN)/cmake --build build/emulated --target _native_cuda_emulated
 	cp build/emulated/_native_cuda_emulated*.so $$($(BIN)/python -c 'import onestep; print(onestep.__path__[0])')
-	ONESTEP_CUDA_EMULATE=1 $(QUIET_THREADS) $(BIN)/python -m pytest --numprocesses=2 tests/test_cuda_*.py tests/test_device.py
+	ONESTEP_CUDA_EMULATE=1 $(QUIET_THREADS) $(BIN)/python -m pytest --numprocesses=2 tests/test_cuda_*.py tests/test_device.py \
+	    tests/test_cholesky.py
 
 bench: $(VENV)/.package
 	$(BIN)/python bench/report.py

@@ -7,7 +7,9 @@ option(ONESTEP_CUDA_EMULATE "Build the CUDA kernels for the emulator: a Python m
 
 # Families with CUDA kernels. A family's folder csrc/<family>/cuda holds its *.cu, *.cpp for the host, and bind.cpp, and tests/cpp/cuda its
 # test_<family>.cpp.
-set(ONESTEP_CUDA_FAMILIES attention compensated glm lmhead normal polar)
+if(NOT DEFINED ONESTEP_CUDA_FAMILIES)
+  set(ONESTEP_CUDA_FAMILIES attention compensated glm lmhead normal polar)
+endif()
 
 if(ONESTEP_CUDA STREQUAL "AUTO")
   find_program(ONESTEP_NVCC nvcc PATHS /usr/local/cuda/bin)
@@ -87,9 +89,15 @@ if(ONESTEP_CUDA_EMULATE)
     list(APPEND ONESTEP_EMULATED_KERNELS ${wrapper})
   endforeach()
   add_library(onestep_cuda_emulated STATIC csrc/base/cuda/runtime.cpp tests/cpp/simt/simt.cpp tests/cpp/simt/fiber.cpp
-                                           ${ONESTEP_CUDA_HOST} ${ONESTEP_EMULATED_KERNELS})
+                                           tests/cpp/simt/races.cpp ${ONESTEP_CUDA_HOST} ${ONESTEP_EMULATED_KERNELS})
   target_compile_definitions(onestep_cuda_emulated PUBLIC ONESTEP_SIMT)
   target_include_directories(onestep_cuda_emulated PUBLIC tests/cpp/simt)
+  if(ONESTEP_SANITIZE STREQUAL "thread")
+    # A race detector: see simt.hpp. The emulator itself is not looked at, and switches fibers between calls.
+    target_compile_definitions(onestep_cuda_emulated PUBLIC ONESTEP_SIMT_TSAN)
+    set_source_files_properties(tests/cpp/simt/simt.cpp tests/cpp/simt/fiber.cpp tests/cpp/simt/races.cpp
+                                PROPERTIES COMPILE_OPTIONS -fno-sanitize=thread)
+  endif()
   # `#pragma unroll` is nvcc's.
   target_compile_options(onestep_cuda_emulated PUBLIC -Wno-unknown-pragmas PRIVATE -O1)
   target_link_libraries(onestep_cuda_emulated PUBLIC onestep_options onestep_cuda_options)
@@ -103,7 +111,12 @@ if(ONESTEP_CUDA_EMULATE)
     add_executable(test_simt tests/cpp/simt/test_simt.cpp)
     target_link_libraries(test_simt PRIVATE onestep_cuda_emulated)
     add_test(NAME simt COMMAND test_simt)
-    if(ONESTEP_SANITIZE)
+    if(ONESTEP_SANITIZE STREQUAL "thread")
+      foreach(mistake barrier second-barrier syncwarp named-barrier copies)
+        add_test(NAME simt_race_${mistake} COMMAND test_simt ${mistake})
+        set_tests_properties(simt_race_${mistake} PROPERTIES PASS_REGULAR_EXPRESSION "data race")
+      endforeach()
+    elseif(ONESTEP_SANITIZE)
       # A store past the end of shared memory must end the program.
       add_test(NAME simt_out_of_bounds COMMAND test_simt out-of-bounds)
       set_tests_properties(simt_out_of_bounds PROPERTIES PASS_REGULAR_EXPRESSION "heap-buffer-overflow")
@@ -117,6 +130,8 @@ if(ONESTEP_CUDA_EMULATE)
       add_test(NAME cuda_${family} COMMAND test_cuda_${family})
     endforeach()
     # The longest starts first.
-    set_tests_properties(cuda_attention PROPERTIES COST 1000)
+    if(TEST cuda_attention)
+      set_tests_properties(cuda_attention PROPERTIES COST 1000)
+    endif()
   endif()
 endif()

@@ -139,6 +139,18 @@ def test_cholesky_family(device: torch.device, dtype: torch.dtype) -> None:
         assert torch.equal(broken[2], L[2])
 
 
+@pytest.mark.parametrize("d", [8, 40, 100, 168, 200, 1024])
+def test_a_matrix_alone_has_the_factor_that_it_has_among_others(device: torch.device, d: int) -> None:
+    """Beyond d = 1024 (in float64: 168) a GPU's factor is torch's where it is alone, and the bits may differ."""
+    if device.type == "cpu" and d > 200:
+        pytest.skip("for a GPU")
+    X, _, _ = problem(device, torch.float32, 3, 2 * d, d, 1)
+    A = X.mT @ X
+    among, alone = linalg.cholesky(A), torch.cat([linalg.cholesky(A[i : i + 1]) for i in range(3)])
+    assert torch.equal(among, alone)
+    assert torch.equal(among[1], linalg.cholesky(A[1]))
+
+
 @pytest.mark.skipif(not EMULATED, reason="the emulator's blocks are taken for smaller ones")
 def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch, device: torch.device, dtype: torch.dtype) -> None:
     """Where a block cannot hold a matrix, torch's factorisation and solves take the kernels' place."""
@@ -151,6 +163,7 @@ def test_little_shared_memory(monkeypatch: pytest.MonkeyPatch, device: torch.dev
     assert cuda.most_features(torch.empty(0, dtype=dtype)) == 168
     assert cuda.most_columns(44, dtype) == 4
     monkeypatch.setattr(cuda, "most_features", lambda tensor: 40)
+    monkeypatch.setattr(cuda, "_MOST_BLOCKED_ALONE", 40)
     monkeypatch.setattr(cuda, "entry", refused)
     monkeypatch.setattr(normal, "entry", refused)
     X, Y, weight = problem(device, dtype, 1, 60, 44, 2)

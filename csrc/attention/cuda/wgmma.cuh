@@ -53,7 +53,7 @@ float shared_element(const SharedMatrix& matrix, int row, int col) {
 template <class Half>
 float fragment_element(const unsigned char* slots, int row, int k) {
     unsigned regs[4];
-    std::memcpy(regs, slots + static_cast<size_t>(row % 8 * 4 + k % 8 / 2) * simt::kSlotBytes, sizeof(regs));
+    simt::read_slot(slots, row % 8 * 4 + k % 8 / 2, regs, sizeof(regs));
     return to_float(Half{static_cast<uint16_t>(regs[row / 8 + 2 * (k / 8)] >> (16 * (k % 2)))});
 }
 

@@ -23,7 +23,7 @@ void mma_16x8x16(simt::Site site, float (&c)[4], const unsigned (&a)[4], const u
     const unsigned char* slots = simt::exchange(site, kFullWarp, own, sizeof(own));
     const auto half_of = [&](int lane, int reg, int half) {
         unsigned regs[6];
-        std::memcpy(regs, slots + static_cast<size_t>(lane) * simt::kSlotBytes, sizeof(regs));
+        simt::read_slot(slots, lane, regs, sizeof(regs));
         return to_float(Half{static_cast<uint16_t>(regs[reg] >> (16 * half))});
     };
     const int g = simt::lane() / 4;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void mma_16x8x8_tf32(float (&c)[4], const unsigned (&
     const unsigned char* slots = simt::exchange(ONESTEP_SIMT_SITE("mma_16x8x8_tf32"), kFullWarp, own, sizeof(own));
     const auto at = [&](int lane, int reg) {
         unsigned regs[6];
-        std::memcpy(regs, slots + static_cast<size_t>(lane) * simt::kSlotBytes, sizeof(regs));
+        simt::read_slot(slots, lane, regs, sizeof(regs));
         return __uint_as_float(regs[reg] & ~0x1fffu);
     };
     const int g = simt::lane() / 4;
@@ -113,7 +113,7 @@ __device__ __forceinline__ void mma_8x8x4(double (&c)[2], double a, double b) {
     const unsigned char* slots = simt::exchange(ONESTEP_SIMT_SITE("mma_8x8x4"), kFullWarp, own, sizeof(own));
     const auto at = [&](int lane, int which) {
         double values[2];
-        std::memcpy(values, slots + static_cast<size_t>(lane) * simt::kSlotBytes, sizeof(values));
+        simt::read_slot(slots, lane, values, sizeof(values));
         return values[which];
     };
     const int g = simt::lane() / 4;

@@ -104,6 +104,8 @@ __device__ void find_grid(const SweepBlockArgs<T>& args, const Rows<T>& rows, in
         widen(__shfl_xor_sync(kFullWarp, low, distance));
         widen(__shfl_xor_sync(kFullWarp, high, distance));
     }
+    // All lanes have read the columns before one changes them: shuffles do not order memory.
+    __syncwarp();
     if (sweep.symmetric) {
         high = high > -low ? high : -low;
         low = -high;

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kMiddleThreads, kBlocks)
     // Right-hand sides are solved for by a warp each, whose lanes hold this many elements of it.
     constexpr int kHeld = ceil_div(kOrder, kWarpSize);
     ONESTEP_DYNAMIC_SHARED(T, shared);
-    ONESTEP_SHARED(int, state, [2]);  // info of the factorisation; whether a solution is not finite
+    ONESTEP_SHARED(int, state, [1]);  // info of the factorisation
     const Shape shape(args.d, args.k);
     const int d = shape.d;
     const int thread = static_cast<int>(threadIdx.x);
@@ -312,7 +312,6 @@ __global__ void __launch_bounds__(kMiddleThreads, kBlocks)
         }
         if (thread == 0) {
             state[0] = 0;
-            state[1] = 0;
         }
         __syncthreads();
 
@@ -400,8 +399,10 @@ __global__ void __launch_bounds__(kMiddleThreads, kBlocks)
                 to[at] = failed != 0 ? quiet_nan<T>() : row < col ? T(0) : shared[shape.at(row, col)];
             }
         }
+        bool good = failed == 0;
         if (args.solution != nullptr) {
             T* const to = args.solution + problem * d * args.k;
+            bool wrong = false;
             const int lane = thread % kWarpSize;
             for (int64_t c = thread / kWarpSize; c < args.k; c += threads / kWarpSize) {
                 T z[kHeld];
@@ -442,21 +443,19 @@ __global__ void __launch_bounds__(kMiddleThreads, kBlocks)
                     const int own = q * kWarpSize + lane;
                     if (own < d) {
                         to[own * args.k + c] = z[q];
-                        if (!finite(z[q])) {
-                            state[1] = 1;
-                        }
+                        wrong = wrong || !finite(z[q]);
                     }
                 }
             }
-            __syncthreads();
-            if (failed != 0 || state[1] != 0) {
+            good = !__syncthreads_or(wrong) && good;
+            if (!good) {
                 for (int at = thread; at < d * static_cast<int>(args.k); at += threads) {
                     to[at] = quiet_nan<T>();
                 }
             }
         }
         if (thread == 0) {
-            args.info[problem] = failed != 0 ? failed : state[1] != 0 ? d + 1 : 0;
+            args.info[problem] = failed != 0 ? failed : good ? 0 : d + 1;
         }
         __syncthreads();
     }

@@ -50,7 +50,7 @@ ONESTEP_SIMT_VECTOR(unsigned, uint, 16)
 #define ONESTEP_SIMT_FIRST(first, ...) first
 #define __syncwarp(...)                                                  \
     (static_cast<void>(::simt::exchange(ONESTEP_SIMT_SITE("__syncwarp"), \
-                                        ONESTEP_SIMT_FIRST(__VA_ARGS__ __VA_OPT__(, ) 0xffffffffu, 0), "", 0)))
+                                        ONESTEP_SIMT_FIRST(__VA_ARGS__ __VA_OPT__(, ) 0xffffffffu, 0), "", 0, true)))
 #define __shfl_sync(...) (::simt::shuffle_index(ONESTEP_SIMT_SITE("__shfl_sync"), __VA_ARGS__))
 #define __shfl_up_sync(...) (::simt::shuffle_up(ONESTEP_SIMT_SITE("__shfl_up_sync"), __VA_ARGS__))
 #define __shfl_down_sync(...) (::simt::shuffle_down(ONESTEP_SIMT_SITE("__shfl_down_sync"), __VA_ARGS__))
@@ -90,27 +90,27 @@ void __stcs(T* address, T value) {
 
 template <class T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
-    return std::exchange(*address, *address + value);
+    return simt::atomically(address, [&](T old) -> T { return old + value; });
 }
 template <class T>
 T atomicMax(T* address, std::type_identity_t<T> value) {
-    return std::exchange(*address, *address < value ? value : *address);
+    return simt::atomically(address, [&](T old) -> T { return old < value ? value : old; });
 }
 template <class T>
 T atomicMin(T* address, std::type_identity_t<T> value) {
-    return std::exchange(*address, value < *address ? value : *address);
+    return simt::atomically(address, [&](T old) -> T { return value < old ? value : old; });
 }
 template <class T>
 T atomicOr(T* address, std::type_identity_t<T> value) {
-    return std::exchange(*address, *address | value);
+    return simt::atomically(address, [&](T old) -> T { return old | value; });
 }
 template <class T>
 T atomicExch(T* address, std::type_identity_t<T> value) {
-    return std::exchange(*address, value);
+    return simt::atomically(address, [&](T) -> T { return value; });
 }
 template <class T>
 T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
-    return std::exchange(*address, *address == compare ? value : *address);
+    return simt::atomically(address, [&](T old) -> T { return old == compare ? value : old; });
 }
 
 // ---------------------------------------------------------------- arithmetic

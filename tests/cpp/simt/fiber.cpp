@@ -21,6 +21,10 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#if defined(ONESTEP_SIMT_TSAN)
+#include <sanitizer/tsan_interface.h>
+#endif
+
 #if defined(__x86_64__)
 // Saves the callee-saved registers on the present stack, its address in *from, and continues on the stack `to`.
 extern "C" void onestep_simt_switch(void** from, void* to);
@@ -76,7 +80,37 @@ void after_switch([[maybe_unused]] void* kept, [[maybe_unused]] const void** bot
 #endif
 }
 
+// Makes or ends what ThreadSanitizer takes for a thread.
+void* new_thread() {
+#if defined(ONESTEP_SIMT_TSAN)
+    return __tsan_create_fiber(0);
+#else
+    return nullptr;
+#endif
+}
+
+void end_thread([[maybe_unused]] void* thread) {
+#if defined(ONESTEP_SIMT_TSAN)
+    __tsan_destroy_fiber(thread);
+#endif
+}
+
 }  // namespace
+
+void* Fiber::this_thread() {
+#if defined(ONESTEP_SIMT_TSAN)
+    return __tsan_get_current_fiber();
+#else
+    return nullptr;
+#endif
+}
+
+// A switch orders nothing: what one fiber does is before what another does only where a barrier says so.
+void Fiber::to_thread([[maybe_unused]] void* thread) {
+#if defined(ONESTEP_SIMT_TSAN)
+    __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync);
+#endif
+}
 
 Fiber::Fiber() {
     void* memory =
@@ -87,12 +121,14 @@ Fiber::Fiber() {
     stack_ = static_cast<char*>(memory);
     // The lowest page faults, so that an overflow does not reach the neighbour.
     mprotect(stack_, static_cast<size_t>(sysconf(_SC_PAGESIZE)), PROT_NONE);
+    thread_ = new_thread();
 }
 
 Fiber::~Fiber() {
 #if defined(ONESTEP_ASAN)
     __asan_unpoison_memory_region(stack_, kStackBytes);
 #endif
+    end_thread(thread_);
     munmap(stack_, kStackBytes);
 }
 
@@ -113,6 +149,11 @@ void Fiber::start(void (*entry)(void*), void* argument) {
     const size_t bytes = ended_ ? std::min(kStackBytes, size_t{16} << 10) : kStackBytes;
     __asan_unpoison_memory_region(stack_ + kStackBytes - bytes, bytes);
 #endif
+    if (!ended_) {
+        // Its calls were never left.
+        end_thread(thread_);
+        thread_ = new_thread();
+    }
     ended_ = false;
 #if defined(__x86_64__)
     // As onestep_simt_switch leaves a stack: six registers, then where to return to. rbx carries the fiber.
@@ -140,6 +181,8 @@ void Fiber::start(void (*entry)(void*), void* argument) {
 
 void Fiber::resume() {
     before_switch(&outside_fake_, stack_, kStackBytes);
+    outside_thread_ = this_thread();
+    to_thread(thread_);
 #if defined(__x86_64__)
     onestep_simt_switch(&outside_, own_);
 #else
@@ -150,6 +193,7 @@ void Fiber::resume() {
 
 void Fiber::suspend(bool forever) {
     before_switch(forever ? nullptr : &own_fake_, outside_bottom_, outside_size_);
+    to_thread(outside_thread_);
 #if defined(__x86_64__)
     onestep_simt_switch(&own_, outside_);
 #else

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "fiber.hpp"
+#include "races.hpp"
 
 namespace simt {
 namespace {
@@ -83,12 +84,15 @@ struct Thread {
 };
 
 // Lanes that named the same mask meet here. Two sets of slots: a lane can be one collective ahead of another at most.
+// So it is with `order`: what a lane does on its way to the next collective is not before what a late one does after
+// this.
 struct Meeting {
     unsigned mask = 0;
     unsigned arrived = 0;
     unsigned phase = 0;
     Site site{};
     size_t bytes = 0;
+    char order[2] = {};
     alignas(16) unsigned char slots[2][kWarp * kSlotBytes];
 };
 
@@ -97,6 +101,8 @@ struct Gate {
     int arrived = 0;
     int value = 0;
     int result = 0;
+    unsigned phase = 0;
+    char order[2] = {};
     std::vector<Thread*> waiting;
 };
 
@@ -113,6 +119,8 @@ struct Machine {
     Thread* current = nullptr;
     int live = 0;
     int count = 0;
+    char begin = 0;  // of a block: who launched it, then its threads
+    char end = 0;    // its threads, then who launched it
     bool failed = false;
     std::string error;
 };
@@ -166,19 +174,39 @@ int pass(Gate& gate, Site site, int value, int expected) {
     } else if (!same(gate.site, site)) {
         fail("divergent barrier: some threads wait at " + describe(gate.site) + ", others at " + describe(site));
     }
-    ++gate.arrived;
-    gate.value += value;
-    gate.waiting.push_back(m.current);
-    if (gate.arrived == expected) {
-        gate.arrived = 0;
-        gate.result = gate.value;
-        for (Thread* thread : gate.waiting) {
-            wake(thread);
+    char* const order = &gate.order[gate.phase % 2];
+    release(order);
+    {
+        const Unseen unseen;
+        ++gate.arrived;
+        gate.value += value;
+        gate.waiting.push_back(m.current);
+        if (gate.arrived == expected) {
+            gate.arrived = 0;
+            gate.result = gate.value;
+            ++gate.phase;
+            for (Thread* thread : gate.waiting) {
+                wake(thread);
+            }
+            gate.waiting.clear();
         }
-        gate.waiting.clear();
     }
     wait(site);
+    acquire(order);
     return gate.result;
+}
+
+// Where the lanes of a warp that name this mask meet.
+Meeting& meeting_of(int warp, unsigned mask) {
+    const Unseen unseen;
+    auto& meetings = machine().warps[static_cast<size_t>(warp)];
+    const auto found = std::find_if(meetings.begin(), meetings.end(), [&](const auto& at) { return at->mask == mask; });
+    if (found != meetings.end()) {
+        return **found;
+    }
+    Meeting& meeting = *meetings.emplace_back(std::make_unique<Meeting>());
+    meeting.mask = mask;
+    return meeting;
 }
 
 // Unwinds the stack of a thread that failed.
@@ -187,6 +215,7 @@ struct Failure {};
 void thread_main(void*) {
     Machine& m = machine();
     Thread* self = m.current;
+    acquire(&m.begin);
     try {
         (*m.kernel)();
         if (!self->open.empty() || !self->groups.empty()) {
@@ -195,6 +224,7 @@ void thread_main(void*) {
     } catch (const Failure&) {
         return;
     }
+    release(&m.end);
     self->exited = true;
     --m.live;
 }
@@ -252,7 +282,15 @@ void run_block(const Launch& launch, uint3 block) {
         thread.fiber.start(thread_main, nullptr);
         m.next.push_back(&thread);
     }
+    release(&m.begin);
     schedule();
+    if (m.failed) {
+        // Those that are still waiting are dropped.
+        for (int i = 0; i < m.count; ++i) {
+            m.threads[static_cast<size_t>(i)]->fiber.on_its_behalf([&m] { release(&m.end); });
+        }
+    }
+    acquire(&m.end);
     if (m.failed) {
         return;
     }
@@ -292,7 +330,7 @@ void named_barrier(Site site, int id, int count) {
     pass(machine().gates[id], site, 0, count);
 }
 
-const unsigned char* exchange(Site site, unsigned mask, const void* value, size_t bytes) {
+const unsigned char* exchange(Site site, unsigned mask, const void* value, size_t bytes, bool orders) {
     Machine& m = machine();
     const int own = lane();
     if ((mask >> own & 1u) == 0) {
@@ -305,11 +343,7 @@ const unsigned char* exchange(Site site, unsigned mask, const void* value, size_
             fail(describe(site) + ": lane " + std::to_string(other) + " is in the mask and has ended");
         }
     }
-    auto& meetings = m.warps[static_cast<size_t>(first / kWarp)];
-    const auto found = std::find_if(meetings.begin(), meetings.end(), [&](const auto& at) { return at->mask == mask; });
-    const bool known = found != meetings.end();
-    Meeting& meeting = known ? **found : *meetings.emplace_back(std::make_unique<Meeting>());
-    meeting.mask = mask;
+    Meeting& meeting = meeting_of(first / kWarp, mask);
     if (meeting.arrived == 0) {
         meeting.site = site;
         meeting.bytes = bytes;
@@ -317,22 +351,33 @@ const unsigned char* exchange(Site site, unsigned mask, const void* value, size_
         fail("divergent warp: some lanes are at " + describe(meeting.site) + ", others at " + describe(site));
     }
     unsigned char* slots = meeting.slots[meeting.phase % 2];
-    std::memcpy(slots + static_cast<size_t>(own) * kSlotBytes, value, bytes);
-    meeting.arrived |= 1u << own;
-    if (meeting.arrived == mask) {
-        meeting.arrived = 0;
-        ++meeting.phase;
-        for (int other = 0; other < kWarp; ++other) {
-            if ((mask >> other & 1u) != 0) {
-                wake(m.threads[static_cast<size_t>(first + other)].get());
+    char* const order = orders ? &meeting.order[meeting.phase % 2] : nullptr;
+    if (orders) {
+        release(order);
+    }
+    {
+        const Unseen unseen;
+        std::memcpy(slots + static_cast<size_t>(own) * kSlotBytes, value, bytes);
+        meeting.arrived |= 1u << own;
+        if (meeting.arrived == mask) {
+            meeting.arrived = 0;
+            ++meeting.phase;
+            for (int other = 0; other < kWarp; ++other) {
+                if ((mask >> other & 1u) != 0) {
+                    wake(m.threads[static_cast<size_t>(first + other)].get());
+                }
             }
         }
     }
     wait(site);
+    if (orders) {
+        acquire(order);
+    }
     return slots;
 }
 
 void* static_shared(const void* tag, size_t bytes) {
+    const Unseen unseen;
     auto& array = machine().static_arrays[tag];
     if (array == nullptr) {
         array = std::make_unique<SharedArray>(bytes);
@@ -390,11 +435,15 @@ void wait_copies(int groups_left) {
 
 void yield() {
     Machine& m = machine();
-    m.next.push_back(m.current);
+    {
+        const Unseen unseen;
+        m.next.push_back(m.current);
+    }
     m.current->fiber.suspend();
 }
 
 bool run(const Launch& launch) {
+    const Unseen unseen;
     Machine& m = machine();
     m.failed = false;
     m.error.clear();

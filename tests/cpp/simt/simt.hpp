@@ -3,6 +3,10 @@
 // starts as NaN. A violation ends the launch with an error that says what happened and where.
 //
 // Blocks of a launch run one after the other, so kernels must not wait for one another's blocks.
+//
+// Built with ThreadSanitizer (ONESTEP_SIMT_TSAN) it is a race detector: each thread of a block is a thread to the
+// sanitizer, and what they do is ordered by barriers and __syncwarp alone. Shuffles, votes and products of tensor cores
+// order nothing, as CUDA has it. A race is reported in whatever order the threads happened to run.
 #pragma once
 
 #include <cstddef>
@@ -52,9 +56,9 @@ int barrier(Site site, int value);
 void named_barrier(Site site, int id, int count);
 
 // Waits for the lanes in `mask`, each of which hands in `bytes` bytes; returns the 32 lanes' slots, kSlotBytes apart,
-// good until this lane's next collective.
+// good until this lane's next collective. `orders`: what a lane stored before it is seen by the others after it.
 inline constexpr size_t kSlotBytes = 64;
-const unsigned char* exchange(Site site, unsigned mask, const void* value, size_t bytes);
+const unsigned char* exchange(Site site, unsigned mask, const void* value, size_t bytes, bool orders = false);
 
 int lane();
 
@@ -85,12 +89,37 @@ const std::string& last_error();
 // Seeds the order of blocks and threads.
 void set_seed(uint64_t seed);
 
+// While it lives, the race detector sees nothing that this thread reads or writes.
+class Unseen {
+ public:
+    Unseen();
+    ~Unseen();
+    Unseen(const Unseen&) = delete;
+    Unseen& operator=(const Unseen&) = delete;
+};
+
+// *address becomes change(*address), in one piece; returns what it was.
+template <class T, class Change>
+T atomically(T* address, const Change& change) {
+    const Unseen unseen;
+    return std::exchange(*address, change(*address));
+}
+
 // ---------------------------------------------------------------- typed collectives
+
+// What `source` handed in, its first `bytes` bytes. The race detector does not see it: it is not memory.
+#if defined(ONESTEP_SIMT_TSAN)
+void read_slot(const unsigned char* slots, int source, void* to, size_t bytes);
+#else
+inline void read_slot(const unsigned char* slots, int source, void* to, size_t bytes) {
+    std::memcpy(to, slots + static_cast<size_t>(source) * kSlotBytes, bytes);
+}
+#endif
 
 template <class T>
 T slot(const unsigned char* slots, int source) {
     T value;
-    std::memcpy(&value, slots + static_cast<size_t>(source) * kSlotBytes, sizeof(T));
+    read_slot(slots, source, &value, sizeof(T));
     return value;
 }
 

@@ -1,5 +1,5 @@
-"""CUDA kernels of the Cholesky ops: one kernel of csrc/normal/cuda to d = 168 (``most_features``); beyond, for several
-matrices in float32, blocks of 64 columns; else torch's (cuSOLVER). Nothing waits for the GPU.
+"""CUDA kernels of the Cholesky ops: one kernel of csrc/normal/cuda to d = 168 (``most_features``); beyond, in float32,
+blocks of 64 columns: one matrix to d = 1024, several to d = 2048; else torch's (cuSOLVER). Nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ SMALL_FEATURES: int = native.normal_small_features
 # Several matrices of up to so many rows are factored in blocks of columns. On an H200 that takes half of cuSOLVER's
 # time for 64 x 512² and 16 x 1,024², three quarters for 2 x 2,048²; for one of 4,096² it takes five times as long.
 _MOST_BLOCKED_FEATURES = 2048
+
+# Up to so many rows one matrix is, too: its factor has the same bits alone as among others (decision 331).
+_MOST_BLOCKED_ALONE = 1024
 
 # Right-hand sides from which torch's triangular solves, made of matrix products, win over a warp for each.
 _MANY_COLUMNS = 64
@@ -82,7 +85,8 @@ def factor_into(A: Tensor, L: Tensor, info: Tensor, *, normal_equations: bool = 
     if d <= most_features(A):
         system(A, None, solution=None, factor=L, info=info, normal_equations=normal_equations)
         return
-    if A.dtype == torch.float32 and d <= _MOST_BLOCKED_FEATURES and info.numel() > 1:
+    most_blocked = _MOST_BLOCKED_FEATURES if info.numel() > 1 else _MOST_BLOCKED_ALONE
+    if A.dtype == torch.float32 and d <= most_blocked:
         batch = info.shape
         entry("normal_blocked_cholesky", A.dtype)(
             a=operand(A, batch, 2),
@@ -110,7 +114,9 @@ def solve_into(L: Tensor, B: Tensor, solution: Tensor) -> None:
     d, k = B.shape[-2:]
     batch = tuple(solution.shape[:-2])
     if d > most_features(L) or (d > SMALL_FEATURES and k >= _MANY_COLUMNS):
-        half = torch.linalg.solve_triangular(L, B.expand(solution.shape), upper=False)
+        # torch's bits depend on how its operands lie: they always lie as our factors and results do.
+        L, B = L.mT.contiguous().mT, B.expand(solution.shape).contiguous()
+        half = torch.linalg.solve_triangular(L, B, upper=False)
         solution.copy_(torch.linalg.solve_triangular(L.mT, half, upper=True))
         return
     entry("normal_factor_solve", L.dtype)(
