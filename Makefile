@@ -113,8 +113,8 @@ test-races: $(VENV)/.tools
 	$(BIN)/cmake --build $(RACES_BUILD) --target test_simt $(patsubst %,test_cuda_%,$(subst ;, ,$(RACES_FAMILIES)))
 	$(BIN)/ctest --test-dir $(RACES_BUILD) --output-on-failure --parallel 2 --tests-regex '^(simt|cuda_)'
 
-# The Python tests that are for CUDA, and those of Cholesky factors, on the emulator: the module goes beside the others of the package, which do not load
-# it unless they are asked to.
+# The Python tests that are for CUDA, and those of Cholesky factors, on the emulator: the module goes beside the others of
+# the package, which do not load it unless they are asked to.
 test-emulated: $(VENV)/.package
 	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DONESTEP_CUDA=OFF \
 	    -DONESTEP_CUDA_EMULATE=ON -DONESTEP_WERROR=$(WERROR) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
