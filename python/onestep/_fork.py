@@ -105,7 +105,8 @@ def _records() -> bool:
 
 def _entered(value: Tensor) -> Tensor:
     """An argument as a view: where a backward pass leaves the function, the next order's will come in."""
-    if not value.requires_grad or type(value) not in (Tensor, Parameter) or value.layout is not torch.strided:
+    plain = type(value) in (Tensor, Parameter) and value.layout is torch.strided and value.device.type == "cpu"
+    if not (plain and value.requires_grad):
         return value
     view = value.view_as(value)
     if view.grad_fn is not None:
