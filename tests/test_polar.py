@@ -136,14 +136,16 @@ def test_lists_of_unlike_shapes() -> None:
         random(5, 9, dtype=bfloat16),
         random(4, 4),
         random(0, 5, 9, dtype=float32),
+        random(0, 4),
+        random(3, 0, dtype=float32),
     ]
     for M, U in zip(matrices, polar(matrices), strict=True):
         torch.testing.assert_close(U, polar(M), rtol=0, atol=1e-14 if M.dtype == torch.float64 else 0)
     assert torch.equal(polar(matrices[3]), polar(matrices[3].float()))
     matrices[1][1, 2, 0, 0] = torch.nan
-    assert [int((info != 0).sum()) for _, info in polar_ex(matrices)] == [0, 1, 0, 0, 0, 0]
+    assert [int((info != 0).sum()) for _, info in polar_ex(matrices)] == [0, 1, 0, 0, 0, 0, 0, 0]
     assert polar_ex(matrices)[1].info[1, 2] > 0
-    with pytest.raises(torch.linalg.LinAlgError, match="1 of 10 matrices"):
+    with pytest.raises(torch.linalg.LinAlgError, match="1 of 12 matrices"):
         polar(matrices)
     with pytest.raises(ValueError, match=r"M\[1\] has shape \(3,\)"):
         polar([matrices[0], torch.ones(3)])

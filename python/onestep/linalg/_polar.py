@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
@@ -78,7 +79,7 @@ def _of_list(matrices: Sequence[Tensor], iterations: int, lower: float) -> list[
         batches.setdefault((M.shape[-2:], M.dtype, M.device), []).append(number)
     results: dict[int, PolarResult] = {}
     for (shape, _, _), numbers in batches.items():
-        own = [matrices[number].reshape(-1, *shape) for number in numbers]
+        own = [matrices[number].reshape(math.prod(matrices[number].shape[:-2]), *shape) for number in numbers]
         counts = [len(part) for part in own]
         U, info = ops.polar(own[0] if len(own) == 1 else torch.cat(own), iterations, lower)
         for number, factor, status in zip(numbers, U.split(counts), info.split(counts), strict=True):

@@ -18,7 +18,6 @@ from onestep.linalg import polar_ex
 from onestep.optim._hidden import Layout, blocks_by_identity, is_transposed, known_of, layout
 from onestep.optim._input_gram import InputGrams, damped_inverse
 
-# Settings that a group may have, each with what it must be.
 # Settings of the other optimisers, which a param group may bring by mistake.
 _OF_DAMPED_METHODS = {"damping", "damping_decrease", "damping_increase", "cg_iterations", "cg_tolerance"}
 _NOT_NEGATIVE = ("lr", "adam_lr", "weight_decay", "eps", "gram_damping")
