@@ -5,9 +5,8 @@
 Each other setting, a batch of half or twice the rows and a rate of 0.5 to 2 times fit's own, has nine tenths of the
 seconds of fit's own: as many steps as these allow by its milliseconds a step. Where the median of its losses at the end
 is lower still, fit's own settings are not within a tenth of it. Losses are held-out ones, in eval mode, but for the
-perceptron: its own rows'. A line is added to the results for each
-setting; one that is there already is not run again. Seconds a step are measured first, in turn; where other work shares
-the machine, give those of a quiet one.
+perceptron: its own rows'. A line is added to the results for each setting; one that is there already is not run again.
+Seconds a step are measured first, in turn; where other work shares the machine, give those of a quiet one.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +30,7 @@ from onestep.training.methods import polar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import image_classification as images
+from race import Problem
 
 HOUSES = SHAKESPEARE.with_name("california_housing.csv")
 PART = 0.9
@@ -40,28 +39,28 @@ SETTINGS = [(1.0, 1.0), (1.0, 0.5), (1.0, 0.7), (1.0, 1.4), (1.0, 2.0), (0.5, 1.
 own_rate = polar._rate
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is fitted; ``batch`` is what fit takes without a setting, ``judged`` the rows whose loss counts."""
+class Houses(Problem):
+    """Values of Californian districts, under "mse"."""
 
-    network: Callable[[int], nn.Module]
-    X: Tensor
-    y: Tensor
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(model(x), y)
+
+
+class Task(NamedTuple):
+    """What is fitted, the name of its loss, and fit's steps; the batch is that of fit without a setting."""
+
+    problem: Problem
     loss: str
     steps: int
-    batch: int
-    judged: tuple[Tensor, Tensor]
 
 
 def digits() -> Task:
     """The convolutional network of examples/image_classification.py, 60 steps, before its losses are noise."""
-    data = images.load()
-    judged = (data.held_inputs, data.held_targets)
-    return Task(images.network, data.inputs, data.targets, "cross_entropy", 60, images.BATCH, judged)
+    return Task(images.load(), "cross_entropy", 60)
 
 
 def perceptron() -> Task:
-    """8-64-64-1 under "mse": values of Californian districts."""
+    """8-64-64-1; its own rows are the held-out ones."""
     table = np.genfromtxt(HOUSES, delimiter=",", skip_header=1, usecols=range(9))
     table = table[np.isfinite(table).all(1)]
     table = torch.tensor((table - table.mean(0)) / table.std(0), dtype=torch.float32)
@@ -71,14 +70,14 @@ def perceptron() -> Task:
         return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
 
     X, y = (part.contiguous() for part in table.split([8, 1], 1))
-    return Task(network, X, y, "mse", 400, 2048, (X, y))
+    return Task(Houses(network, X, y, X, y, 2048), "mse", 400)
 
 
 def text() -> Task:
     """The character GPT of a million parameters, 140 steps: what Adam has after 400."""
     data = text_of(SHAKESPEARE)
-    judged = (data.held_inputs, data.held_targets)
-    return Task(lambda seed: gpt(data, seed), data.inputs, data.targets, "cross_entropy", 140, 16, judged)
+    rows = data.inputs, data.targets, data.held_inputs, data.held_targets
+    return Task(Problem(lambda seed: gpt(data, seed), *rows, 16), "cross_entropy", 140)
 
 
 TASKS = {"digits": digits, "perceptron": perceptron, "text": text}
@@ -87,18 +86,16 @@ TASKS = {"digits": digits, "perceptron": perceptron, "text": text}
 def fit(task: Task, batch: float, rate: float, steps: int, seed: int) -> tuple[float, float]:
     """The loss at the end, and the seconds."""
     polar._rate = lambda model: rate * own_rate(model)
-    model = task.network(seed)
-    size = None if batch == 1.0 else round(batch * task.batch)
+    problem = task.problem
+    model = problem.network(seed)
+    size = None if batch == 1.0 else round(batch * problem.batch)
+    rows = problem.inputs, problem.targets
     begin = time.perf_counter()
-    found = onestep.fit(model, (task.X, task.y), task.loss, max_steps=steps, batch_size=size, seed=seed, progress=False)
+    found = onestep.fit(model, rows, task.loss, max_steps=steps, batch_size=size, seed=seed, progress=False)
     seconds = time.perf_counter() - begin
     if found.method != "polar":
         raise RuntimeError(f"fit took method {found.method!r}; expected 'polar'")
-    X, y = task.judged
-    with torch.no_grad():
-        out = model.eval()(X)
-        loss = F.mse_loss(out, y) if task.loss == "mse" else F.cross_entropy(out.flatten(0, -2), y.flatten())
-    return loss.item(), seconds
+    return problem.held_out(model), seconds
 
 
 def milliseconds(task: Task) -> dict[float, float]:

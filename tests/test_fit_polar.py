@@ -25,6 +25,12 @@ def network(*extra: nn.Module, width: int = 48) -> nn.Sequential:
     )
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 64), (6, 192), (20, 300), (60, 480)])
+def test_few_passes_have_smaller_batches(epochs: int, steps: int) -> None:
+    """As many rows as come to 300 steps, from 128 on; a pass has eight steps at least."""
+    assert onestep.fit(network(), rows(4200), method="polar", epochs=epochs, progress=False).steps == steps
+
+
 def test_auto_takes_it_for_networks_that_are_not_small() -> None:
     model = network()
     result = onestep.fit(model, rows(), validation=rows(seed=1), progress=False)

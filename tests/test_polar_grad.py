@@ -90,6 +90,20 @@ class Words(nn.Module):
         self.head.weight = self.words.weight
 
 
+def test_loaded_states_bring_their_blocks() -> None:
+    model = nn.Sequential(nn.Linear(16, 48), nn.Linear(48, 1))
+    models = model, copy.deepcopy(model)
+    optimizers = [
+        PolarGrad(m, gram_every=None, blocks={"0.weight": count}) for m, count in zip(models, (3, 1), strict=True)
+    ]
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    gradient = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
+    for m, optimizer in zip(models, optimizers, strict=True):
+        m[0].weight.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
+
+
 def hidden(optimizer: PolarGrad) -> dict[str, tuple[int, int, int, bool]]:
     """The names of the matrices that are polar, with rows, columns and blocks."""
     return {

@@ -62,6 +62,16 @@ inline void pack_solve_upper(const Pack<T>& pack, Vec<T>* z, int64_t step) {
     }
 }
 
+// acc, which is what the known rows contribute, becomes a row of the solution, and is written over `row` of R.
+template <class T, int kColumns>
+ONESTEP_INLINE void pack_finish_row(Vec<T> inverse, Vec<T>* row, Vec<T> (&acc)[kColumns]) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) {
+        acc[c] = (row[c] - acc[c]) * inverse;
+        row[c] = acc[c];
+    }
+}
+
 // Rows of U⁻ᵀR, [i, i + rows), of the columns [j, j + kColumns) beside the factor, in place; those above are known.
 template <class T, int kColumns>
 ONESTEP_INLINE void pack_forward_tile(Pack<T>& pack, int64_t i, int rows, int64_t j) {
@@ -83,25 +93,15 @@ ONESTEP_INLINE void pack_forward_tile(Pack<T>& pack, int64_t i, int rows, int64_
 #pragma GCC unroll 4
     for (int r = 0; r < kPackTileRows; ++r) {
         if (r < rows) {
-            Vec<T>* row = pack.a + (i + r) * width + j;
-#pragma GCC unroll 4
-            for (int c = 0; c < kColumns; ++c) {
-                acc[r][c] = row[c] - acc[r][c];
-            }
 #pragma GCC unroll 4
             for (int p = 0; p < r; ++p) {
                 const Vec<T> scale = pack.a[(i + p) * width + i + r];
 #pragma GCC unroll 4
                 for (int c = 0; c < kColumns; ++c) {
-                    acc[r][c] -= scale * acc[p][c];
+                    acc[r][c] += scale * acc[p][c];
                 }
             }
-            const Vec<T> inverse = pack.inverse_diagonal[i + r];
-#pragma GCC unroll 4
-            for (int c = 0; c < kColumns; ++c) {
-                acc[r][c] *= inverse;
-                row[c] = acc[r][c];
-            }
+            pack_finish_row<T, kColumns>(pack.inverse_diagonal[i + r], pack.a + (i + r) * width + j, acc[r]);
         }
     }
 }
@@ -128,27 +128,17 @@ ONESTEP_INLINE void pack_backward_tile(Pack<T>& pack, int64_t i, int rows, int64
 #pragma GCC unroll 4
     for (int r = kPackTileRows - 1; r >= 0; --r) {
         if (r < rows) {
-            Vec<T>* row = pack.a + (i + r) * width + j;
-#pragma GCC unroll 4
-            for (int c = 0; c < kColumns; ++c) {
-                acc[r][c] = row[c] - acc[r][c];
-            }
 #pragma GCC unroll 4
             for (int p = kPackTileRows - 1; p > r; --p) {
                 if (p < rows) {
                     const Vec<T> scale = u[r * width + i + p];
 #pragma GCC unroll 4
                     for (int c = 0; c < kColumns; ++c) {
-                        acc[r][c] -= scale * acc[p][c];
+                        acc[r][c] += scale * acc[p][c];
                     }
                 }
             }
-            const Vec<T> inverse = pack.inverse_diagonal[i + r];
-#pragma GCC unroll 4
-            for (int c = 0; c < kColumns; ++c) {
-                acc[r][c] *= inverse;
-                row[c] = acc[r][c];
-            }
+            pack_finish_row<T, kColumns>(pack.inverse_diagonal[i + r], pack.a + (i + r) * width + j, acc[r]);
         }
     }
 }

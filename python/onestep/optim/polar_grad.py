@@ -36,8 +36,8 @@ class PolarGrad(torch.optim.Optimizer):
     the head, biases and norms are left to Adam. With a module these are told apart by the layers they belong to, the
     head being ``get_output_embeddings()`` or the last layer in the module's order; with (name, parameter) pairs by
     their names; of parameters alone each with two or more dimensions is hidden. A group with ``"polar": True`` or
-    ``False`` decides for itself. After construction each group is one of either kind, with its own ``lr``; schedulers
-    change both in proportion.
+    ``False`` decides for itself. After construction each group is one of either kind, with its own ``lr``, and
+    schedulers that multiply rates keep their proportion. OneCycleLR and CyclicLR set rates: give them one a group.
 
     Matrices of equal shape are solved for in one call. For a module wrapped in DistributedDataParallel the solves are
     shared out over its processes, and all get the same bits.
@@ -127,18 +127,18 @@ class PolarGrad(torch.optim.Optimizer):
             self._collect_where_due()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and unpickled optimisers have no module to take inputs from."""
+        """How matrices are cut into blocks is a setting of the groups; copies have no module to take inputs from."""
         super().__setstate__(state)
-        # load_state_dict comes here too.
-        if not hasattr(self, "_layouts"):
+        # load_state_dict comes here too, and keeps the module.
+        if not hasattr(self, "_known"):
             self._known, _, _ = known_of([p for group in self.param_groups for p in group["params"]])
             self._blocks, self._grams, self._process_group = {}, None, None
-            self._layouts = {
-                id(p): Layout(*cut)
-                for group in self.param_groups
-                if group["polar"]
-                for p, cut in zip(group["params"], group["layouts"], strict=True)
-            }
+        self._layouts = {
+            id(p): Layout(*cut)
+            for group in self.param_groups
+            if group["polar"]
+            for p, cut in zip(group["params"], group["layouts"], strict=True)
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as two where it holds hidden matrices and others.
@@ -435,7 +435,8 @@ def _check_settings(group: dict[str, Any]) -> None:
     for name, value in (("momentum", group["momentum"]), *(("betas", beta) for beta in group["betas"])):
         if not 0 <= value < 1:
             raise ValueError(f"{name}={group[name]}; expected from 0, less than 1")
-    if group["iterations"] < 1:
-        raise ValueError(f"iterations={group['iterations']}; expected 1 or more")
+    iterations = group["iterations"]
+    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
+        raise ValueError(f"iterations={iterations!r}; expected an integer of at least 1")
     if not 0 < group["lower"] <= 1:
         raise ValueError(f"lower={group['lower']}; expected a number from 0 (not itself) to 1")

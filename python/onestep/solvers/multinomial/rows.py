@@ -184,9 +184,7 @@ class DenseRows:
 
     def evaluate(self, V: Tensor, *, precise: bool) -> Evaluation:
         intercept = self.coordinates.intercept
-        dtype = torch.float32 if self.mixed and not precise else self.dtype
-        centred = self.centres or (self.far and dtype != self.dtype)
-        W = V.float() if centred else self.coordinates.weights(V, dtype)
+        dtype, centred, W = self._weights(V, precise=precise)
         loss, looked_at, spreads = 0.0, 0, np.zeros(self.classes)
         gradient = torch.zeros_like(V)
         for rows, X in self._read(dtype, centred=centred):
@@ -206,9 +204,7 @@ class DenseRows:
         return Evaluation(loss / self.total, gradient, slopes, torch.from_numpy(spreads / looked_at))
 
     def scores(self, V: Tensor) -> Tensor:
-        dtype = torch.float32 if self.mixed else self.dtype
-        centred = self.centres or (self.far and dtype != self.dtype)
-        W = V.float() if centred else self.coordinates.weights(V, dtype)
+        dtype, centred, W = self._weights(V, precise=False)
         found = torch.empty(self.count, self.classes, dtype=dtype)
         for rows, X in self._read(dtype, centred=centred):
             # The kernels of the model read 16-bit floats as they are, torch's product does not.
@@ -226,6 +222,12 @@ class DenseRows:
                 moved[self.weight[rows] == 0] = 0
             most = max(most, moved.abs().max().item())
         return most
+
+    def _weights(self, V: Tensor, *, precise: bool) -> tuple[torch.dtype, bool, Tensor]:
+        """What a pass computes in, whether it centres X, and the weights of the X that it reads."""
+        dtype = torch.float32 if self.mixed and not precise else self.dtype
+        centred = self.centres or (self.far and dtype != self.dtype)
+        return dtype, centred, V.float() if centred else self.coordinates.weights(V, dtype)
 
     def _read(self, dtype: torch.dtype, *, centred: bool) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of X as `glm` reads it, each valid until the next: one buffer holds them in turn."""

@@ -23,9 +23,10 @@ _SUFFICIENT_DECREASE = 1e-4
 _CURVATURE = 0.9
 _TRIALS = 40
 
-# A sample has every 16th row; fewer of many rows or classes, and every eighth at most where less would be too few.
+# A sample has every 16th row. Of few rows it has more, up to every 8th, to have the least number; of many rows or
+# classes it has fewer: 512 rows tell a length as well as 2,048.
 _STEP, _LEAST_STEP = 16, 8
-_LEAST_ROWS, _MOST_ROWS, _MOST_SCORES = 256, 2048, 4 << 20
+_LEAST_ROWS, _MOST_ROWS, _MOST_SCORES = 256, 512, 4 << 20
 # Its lengths are no further from 1 than this factor, and end where the slope is so small a part of what it was.
 _FURTHEST = 10.0
 _LEVEL = 0.05
@@ -132,7 +133,7 @@ class Sample:
 
             def means(length: float) -> tuple[Tensor, Tensor]:
                 torch.softmax(torch.add(scores, moves, alpha=length, out=P), 1, out=P)
-                first = (P.mul_(moves)).sum(1)
+                first = P.mul_(moves).sum(1)
                 second = P.mul_(moves).sum(1)
                 return share @ first, share @ (second - first.square())
 

@@ -17,8 +17,8 @@ from onestep.training.objective import DataObjective
 from onestep.training.plan import FitPlan
 from onestep.training.structures.base import Mismatch, ObjectiveType
 
-# An estimate takes at most this many passes over the features, the one that computes them included.
-_PASSES = 4.0
+# An estimate takes at most four passes over the features, the one that computes them included, and some over samples.
+_PASSES = 4.25
 # It takes more passes as long as they have no more than this many operations in all.
 _CHEAP_OPERATIONS = 2e9
 # It ends where the loss can be lowered by less than this part of itself.

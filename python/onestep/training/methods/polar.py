@@ -27,12 +27,12 @@ from onestep.training.structures.base import Mismatch
 
 # Positions, such as characters of a text, that a step takes where the batch is not given.
 _POSITIONS = 1024
-# The same for rows of one position each, which mostly are of smaller networks.
-_ROWS = 2048
-# Rates are those for 1,024 positions. Gradients over fewer are noisier: rates go with the root of how many there are
-# (Malladi, Lyu, Panigrahi and Arora, "On the SDEs and scaling rules for adaptive gradient algorithms", 2022), within
-_LEAST_FACTOR = 0.5
-# and
+# The same where a row is one position: networks on tables and small pictures, whose steps take little more time for
+# more rows. Fewer, down to 128, where the passes that were asked for would have less than `_LEAST_STEPS` steps.
+_MOST_ROWS, _FEWEST_ROWS = 2048, 128
+# Rates are those for 1,024 positions a step. They go with the root of how many there are, since gradients over fewer
+# are noisier (Malladi, Lyu, Panigrahi and Arora, "On the SDEs and scaling rules for adaptive gradient algorithms",
+# 2022), but are divided or multiplied by no more than this.
 _MOST_FACTOR = 2.0
 # A pass over few rows has at least so many steps.
 _LEAST_STEPS_A_PASS = 8
@@ -101,7 +101,11 @@ class PolarSteps(Method):
         if not isinstance(source, IndexedSource):
             return 1
         positions = _positions(facts.first.target)
-        rows = _ROWS if positions == 1 else max(1, _POSITIONS // positions)
+        rows = max(1, _POSITIONS // positions)
+        if positions == 1:
+            rows = _MOST_ROWS
+            if settings.epochs is not None:
+                rows = min(rows, max(_FEWEST_ROWS, int(settings.epochs * source.rows / _LEAST_STEPS)))
         return max(1, min(rows, source.rows // _LEAST_STEPS_A_PASS))
 
     def most_steps_of(self, facts: Facts, settings: Settings) -> int | None:
@@ -198,7 +202,7 @@ class PolarRun(Run):
             value += 0.5 * decay * torch.dot(point, point).item()
             gradient.add_(point, alpha=decay)
         same_everywhere(self._buffers)
-        factor = self._factor(number) * min(max(math.sqrt(positions / _POSITIONS), _LEAST_FACTOR), _MOST_FACTOR)
+        factor = self._factor(number) * min(max(math.sqrt(positions / _POSITIONS), 1 / _MOST_FACTOR), _MOST_FACTOR)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._move(gradient, number)
